@@ -1,0 +1,91 @@
+"""What happened: the changes of mirrored rows, and the runs of the reconcile."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, CheckConstraint, Index, Integer, Sequence, Text, func, text
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import Mapped
+
+from models.base import Base, Erase, marked, snowflake, time_id
+
+#: Feeds the low bits of the time-ordered ids; in `ops`, so that a restore never sets it back.
+change_ids = Sequence("change_ids", schema="ops", metadata=Base.metadata)
+
+
+def _known_action() -> CheckConstraint:
+    return CheckConstraint("action IN ('update', 'remove', 'return')", name="action")
+
+
+class Change(Base):
+    """One update, removal or return of a row that belongs to a guild; a first appearance leaves none."""
+
+    __tablename__ = "changes"
+    __table_args__ = (
+        _known_action(),
+        Index(None, "user_id", "id", postgresql_where=text("user_id IS NOT NULL")),
+        {"postgresql_partition_by": "RANGE (id)"},
+    )
+
+    guild_id: Mapped[int] = snowflake(primary_key=True)
+    #: Time-ordered: milliseconds since 2015 in the high bits, like a snowflake.
+    id: Mapped[int] = snowflake(primary_key=True, server_default=text(time_id("ops.change_ids")))
+    table_name: Mapped[str] = marked(Text, nullable=False)
+    #: Primary key of the row, column by column.
+    key: Mapped[dict[str, Any]] = marked(JSONB, nullable=False)
+    action: Mapped[str] = marked(Text, nullable=False)
+    #: The person whom the row is about; None for what is about nobody.
+    user_id: Mapped[int | None] = snowflake(erase=Erase.SUBJECT)
+    #: The columns that changed, as they were.
+    before: Mapped[dict[str, Any] | None] = marked(JSONB, erase=Erase.CLEAR)
+    #: The columns that changed, as they are since.
+    after: Mapped[dict[str, Any] | None] = marked(JSONB, erase=Erase.CLEAR)
+    at: Mapped[datetime] = marked(nullable=False, server_default=func.now())
+
+
+class UserChange(Base):
+    """One update of a user: what belongs to no guild."""
+
+    __tablename__ = "user_changes"
+    __table_args__ = (_known_action(), {"postgresql_partition_by": "RANGE (id)"})
+
+    user_id: Mapped[int] = snowflake(primary_key=True, erase=Erase.SUBJECT)
+    id: Mapped[int] = snowflake(primary_key=True, server_default=text(time_id("ops.change_ids")))
+    table_name: Mapped[str] = marked(Text, nullable=False)
+    key: Mapped[dict[str, Any]] = marked(JSONB, nullable=False)
+    action: Mapped[str] = marked(Text, nullable=False)
+    before: Mapped[dict[str, Any] | None] = marked(JSONB, erase=Erase.CLEAR)
+    after: Mapped[dict[str, Any] | None] = marked(JSONB, erase=Erase.CLEAR)
+    at: Mapped[datetime] = marked(nullable=False, server_default=func.now())
+
+
+class SyncRun(Base):
+    """One reconcile of a guild's members against a listing."""
+
+    __tablename__ = "sync_runs"
+    __table_args__ = (
+        CheckConstraint("state IN ('complete', 'failed')", name="state"),
+        CheckConstraint("source IN ('gateway', 'rest')", name="source"),
+        Index("ix_sync_runs_guild_id_stamp", "guild_id", "stamp", postgresql_where=text("state = 'complete'")),
+    )
+
+    guild_id: Mapped[int] = snowflake(primary_key=True)
+    id: Mapped[int] = snowflake(primary_key=True, server_default=text(time_id("ops.change_ids")))
+    started_at: Mapped[datetime] = marked(nullable=False)
+    finished_at: Mapped[datetime] = marked(nullable=False)
+    state: Mapped[str] = marked(Text, nullable=False)
+    #: Where the listing came from: op 8 over the gateway, or GET /guilds/{id}/members.
+    source: Mapped[str] = marked(Text, nullable=False)
+    #: What asked for it: ready, available, request, retry.
+    reason: Mapped[str] = marked(Text, nullable=False)
+    #: Order of the observation: rows with an older stamp that the listing did not show are gone. None when it failed.
+    stamp: Mapped[int | None] = marked(BigInteger)
+    pages: Mapped[int] = marked(Integer, nullable=False)
+    rows_seen: Mapped[int] = marked(Integer, nullable=False)
+    rows_inserted: Mapped[int] = marked(Integer, nullable=False)
+    rows_updated: Mapped[int] = marked(Integer, nullable=False)
+    rows_left: Mapped[int] = marked(Integer, nullable=False)
+    #: None when it succeeded.
+    error: Mapped[str | None] = marked(Text)
