@@ -1,0 +1,229 @@
+"""What a Discord world is made of: plain data, ids as int, times as microseconds since 1970."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+Json = dict[str, Any]
+
+OBFUSCATED_FLAG = 1 << 17
+HIDDEN_NAME = "___hidden___"
+VIEW_CHANNEL = 1 << 10
+
+
+class ChannelType(IntEnum):
+    """The channel types of API v10 that guilds have."""
+
+    TEXT = 0
+    VOICE = 2
+    CATEGORY = 4
+    NEWS = 5
+    NEWS_THREAD = 10
+    PUBLIC_THREAD = 11
+    PRIVATE_THREAD = 12
+    STAGE = 13
+    FORUM = 15
+
+
+VOICE_TYPES = frozenset({ChannelType.VOICE, ChannelType.STAGE})
+THREADED_TYPES = frozenset({ChannelType.TEXT, ChannelType.NEWS, ChannelType.FORUM})
+
+
+@dataclass(slots=True, eq=False)
+class User:
+    """One account; `guild_ids` are the guilds of this world it is a member of."""
+
+    id: int
+    username: str
+    discriminator: str
+    global_name: str | None
+    avatar: str | None
+    bot: bool
+    system: bool
+    public_flags: int
+    guild_ids: list[int]
+    rendered: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One user in one guild; `rendered` caches its JSON until something about it changes."""
+
+    user: User
+    guild_id: int
+    nick: str | None
+    avatar: str | None
+    roles: tuple[int, ...]
+    joined_at: int | None
+    premium_since: int | None
+    timed_out_until: int | None
+    pending: bool
+    flags: int
+    rendered: bytes | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Role:
+    """One role; the @everyone role has its guild's id."""
+
+    id: int
+    name: str
+    color: int = 0
+    hoist: bool = False
+    icon: str | None = None
+    unicode_emoji: str | None = None
+    position: int = 1
+    permissions: int = 0
+    managed: bool = False
+    mentionable: bool = False
+    tags: Json | None = None
+    flags: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Channel:
+    """One guild channel, as it really is; `hidden` says that the bot may not view it."""
+
+    id: int
+    guild_id: int
+    type: int
+    name: str
+    position: int = 0
+    parent_id: int | None = None
+    topic: str | None = None
+    nsfw: bool = False
+    slowmode: int = 0
+    permission_overwrites: list[Json] = field(default_factory=list)
+    bitrate: int | None = None
+    user_limit: int | None = None
+    rtc_region: str | None = None
+    default_auto_archive_duration: int | None = None
+    flags: int = 0
+    available_tags: list[Json] = field(default_factory=list)
+    last_message_id: int | None = None
+    hidden: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Thread:
+    """One thread or forum post."""
+
+    id: int
+    guild_id: int
+    parent_id: int
+    type: int
+    name: str
+    owner_id: int
+    archive_timestamp: int
+    create_timestamp: int
+    archived: bool = False
+    locked: bool = False
+    invitable: bool | None = None
+    auto_archive_duration: int = 1440
+    slowmode: int = 0
+    flags: int = 0
+    applied_tags: list[int] = field(default_factory=list)
+    joined: bool = False
+    last_message_id: int | None = None
+    message_count: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Guild:
+    """One guild with everything in it; `present` says whether the bot is in it, `available` whether it is up."""
+
+    id: int
+    name: str
+    owner_id: int
+    joined_at: int
+    icon: str | None = None
+    splash: str | None = None
+    discovery_splash: str | None = None
+    banner: str | None = None
+    description: str | None = None
+    preferred_locale: str = "en-US"
+    afk_channel_id: int | None = None
+    afk_timeout: int = 300
+    verification_level: int = 1
+    default_message_notifications: int = 0
+    explicit_content_filter: int = 0
+    mfa_level: int = 0
+    nsfw_level: int = 0
+    application_id: int | None = None
+    system_channel_id: int | None = None
+    system_channel_flags: int = 0
+    rules_channel_id: int | None = None
+    public_updates_channel_id: int | None = None
+    max_members: int = 25_000_000
+    premium_tier: int = 0
+    premium_subscription_count: int = 0
+    vanity_url_code: str | None = None
+    features: list[str] = field(default_factory=list)
+    # Settled when the guild arrives or comes back, because Discord says it in GUILD_CREATE alone.
+    large: bool = False
+    available: bool = True
+    present: bool = True
+    roles: dict[int, Role] = field(default_factory=dict)
+    channels: dict[int, Channel] = field(default_factory=dict)
+    threads: dict[int, Thread] = field(default_factory=dict)
+    members: dict[int, Member] = field(default_factory=dict)
+    bans: set[int] = field(default_factory=set)
+    voice: dict[int, int] = field(default_factory=dict)
+    # Replaced, never changed in place: a member request under way keeps the listing it began with.
+    _ordered: list[int] | None = None
+
+    def ordered_member_ids(self) -> list[int]:
+        """List the members' ids in ascending order, the order of every listing Discord gives."""
+        if self._ordered is None:
+            self._ordered = sorted(self.members)
+        return self._ordered
+
+    def add_member(self, member: Member) -> None:
+        """Put a member in, forgetting the ordered listing."""
+        self.members[member.user.id] = member
+        self._ordered = None
+
+    def pop_member(self, user_id: int) -> Member:
+        """Take a member out, forgetting the ordered listing."""
+        self._ordered = None
+        return self.members.pop(user_id)
+
+    def sees(self, channel_id: int) -> bool:
+        """Say whether the bot may view a channel, or a thread by way of its parent."""
+        thread = self.threads.get(channel_id)
+        channel = self.channels.get(thread.parent_id if thread else channel_id)
+        return channel is not None and not channel.hidden
+
+
+# What `World.update_guild` may set: the settings a guild's own administrators or Discord change.
+GUILD_SETTINGS = frozenset(
+    [
+        "name",
+        "owner_id",
+        "icon",
+        "splash",
+        "discovery_splash",
+        "banner",
+        "description",
+        "preferred_locale",
+        "afk_channel_id",
+        "afk_timeout",
+        "verification_level",
+        "default_message_notifications",
+        "explicit_content_filter",
+        "mfa_level",
+        "nsfw_level",
+        "application_id",
+        "system_channel_id",
+        "system_channel_flags",
+        "rules_channel_id",
+        "public_updates_channel_id",
+        "max_members",
+        "premium_tier",
+        "premium_subscription_count",
+        "vanity_url_code",
+        "features",
+    ]
+)

@@ -1,0 +1,141 @@
+"""What happens to guilds as a whole, to their roles, and to the bot's place in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .entities import GUILD_SETTINGS, Guild, Role
+from .payloads import guild_payload, role_payload, to_bytes
+from .populate import draw_member
+from .state import Emission, Intent, UnknownThing, WorldState
+
+LARGE_THRESHOLD = 250
+_ROLE_FIELDS = frozenset(
+    [
+        "name",
+        "color",
+        "hoist",
+        "icon",
+        "unicode_emoji",
+        "position",
+        "permissions",
+        "managed",
+        "mentionable",
+        "tags",
+        "flags",
+    ]
+)
+
+
+def refuse_unknown(what: str, given: dict[str, Any], known: frozenset[str]) -> None:
+    """Raise a readable error for fields that a thing does not have."""
+    unknown = sorted(given.keys() - known)
+    if unknown:
+        raise TypeError(f"a {what} has no field {', '.join(unknown)}: choose from {', '.join(sorted(known))}")
+
+
+class GuildMutations(WorldState):
+    """Changes to guilds and roles, each with the gateway events Discord sends for it."""
+
+    def update_guild(self, guild_id: int, **fields: Any) -> None:
+        """Change guild settings, told by GUILD_UPDATE."""
+        refuse_unknown("guild", fields, GUILD_SETTINGS)
+        guild = self.guild(guild_id)
+        self.tick()
+        for name, value in fields.items():
+            setattr(guild, name, value)
+        self.emit("GUILD_UPDATE", guild, guild_payload(guild))
+
+    def create_role(self, guild_id: int, name: str = "new role", **fields: Any) -> int:
+        """Create a role and return its id."""
+        refuse_unknown("role", fields, _ROLE_FIELDS)
+        guild = self.guild(guild_id)
+        self.tick()
+        role = Role(self.new_id(), name, **fields)
+        guild.roles[role.id] = role
+        self.emit("GUILD_ROLE_CREATE", guild, {"guild_id": str(guild_id), "role": role_payload(role)})
+        return role.id
+
+    def update_role(self, guild_id: int, role_id: int, **fields: Any) -> None:
+        """Change a role."""
+        refuse_unknown("role", fields, _ROLE_FIELDS)
+        guild, role = self.guild(guild_id), self._role(guild_id, role_id)
+        self.tick()
+        for name, value in fields.items():
+            setattr(role, name, value)
+        self.emit("GUILD_ROLE_UPDATE", guild, {"guild_id": str(guild_id), "role": role_payload(role)})
+
+    def delete_role(self, guild_id: int, role_id: int) -> None:
+        """Delete a role: Discord takes it from its members without a word about them."""
+        guild = self.guild(guild_id)
+        self._role(guild_id, role_id)
+        if role_id == guild_id:
+            raise ValueError("@everyone cannot be deleted")
+        self.tick()
+        del guild.roles[role_id]
+        for member in guild.members.values():
+            if role_id in member.roles:
+                member.roles = tuple(r for r in member.roles if r != role_id)
+                member.rendered = None
+        self.emit("GUILD_ROLE_DELETE", guild, {"guild_id": str(guild_id), "role_id": str(role_id)})
+
+    def guild_outage(self, guild_id: int) -> None:
+        """Make a guild unavailable: nothing more is heard of it, but it lives on."""
+        guild = self.guild(guild_id)
+        if not guild.available:
+            return
+        self.tick()
+        guild.available = False
+        self._tell(guild, "GUILD_DELETE", {"id": str(guild_id), "unavailable": True})
+
+    def guild_restore(self, guild_id: int) -> None:
+        """End an outage: GUILD_CREATE brings the guild as it now is."""
+        guild = self.guild(guild_id)
+        if guild.available:
+            return
+        self.tick()
+        guild.available = True
+        guild.large = len(guild.members) > LARGE_THRESHOLD
+        self._tell(guild, "GUILD_CREATE", {})
+
+    def remove_bot(self, guild_id: int) -> None:
+        """Remove the bot from a guild: GUILD_DELETE without `unavailable`."""
+        guild = self.guild(guild_id)
+        if not guild.present:
+            raise ValueError(f"the bot is not in guild {guild_id}")
+        self.tick()
+        guild.pop_member(self.bot.id)
+        self.bot.guild_ids.remove(guild_id)
+        self._tell(guild, "GUILD_DELETE", {"id": str(guild_id)})
+        guild.present = False
+
+    def add_bot_back(self, guild_id: int) -> None:
+        """Let the bot join a guild again, as a newly joined guild."""
+        guild = self.guild(guild_id)
+        if guild.present:
+            raise ValueError(f"the bot is in guild {guild_id} already")
+        guild.joined_at = self.tick()
+        guild.present = guild.available = True
+        self.seat_bot(guild)
+        guild.large = len(guild.members) > LARGE_THRESHOLD
+        self._tell(guild, "GUILD_CREATE", {}, newly_joined=True)
+
+    def seat_bot(self, guild: Guild) -> None:
+        """Make the bot a member of a guild, with its own role where there is one."""
+        own = tuple(r.id for r in guild.roles.values() if r.tags and r.tags.get("bot_id") == str(self.bot.id))
+        member = draw_member(self.rng, self.bot, guild.id, [own], self.now_us, self.now_us)
+        member.nick, member.joined_at, member.flags, member.pending = None, guild.joined_at, 0, False
+        member.premium_since = member.timed_out_until = None
+        self.bot.guild_ids.append(guild.id)
+        guild.add_member(member)
+
+    def _role(self, guild_id: int, role_id: int) -> Role:
+        try:
+            return self.guild(guild_id).roles[role_id]
+        except KeyError:
+            raise UnknownThing(f"guild {guild_id} has no role {role_id}") from None
+
+    def _tell(self, guild: Guild, name: str, payload: dict[str, Any], *, newly_joined: bool = False) -> None:
+        if guild.present:
+            body = to_bytes(payload)
+            self.publish(Emission(name, guild.id, body, int(Intent.GUILDS), newly_joined=newly_joined))

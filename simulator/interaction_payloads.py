@@ -1,0 +1,143 @@
+"""Rendering of interactions: the command a user ran, its options and what they refer to."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from .entities import Json
+from .ids import iso, snowflake_at
+from .payloads import channel_payload, member_payload, own_user_payload, role_payload, thread_payload, user_payload
+
+if TYPE_CHECKING:
+    from .server import Simulator
+
+_ALL_PERMISSIONS = (1 << 50) - 1
+_USER, _CHANNEL, _ROLE, _MENTIONABLE = 6, 7, 8, 9
+
+
+def interaction_payload(
+    simulator: Simulator,
+    command: Json,
+    interaction_id: int,
+    token: str,
+    user_id: int,
+    guild_id: int | None,
+    channel_id: int | None,
+    path: list[str],
+    options: dict[str, Any],
+) -> Json:
+    """Render INTERACTION_CREATE for a slash command; `path` names its subcommand group and subcommand."""
+    world = simulator.world
+    resolved: Json = {}
+    data: Json = {"id": command["id"], "name": command["name"], "type": 1, "resolved": resolved}
+    if "guild_id" in command:
+        data["guild_id"] = command["guild_id"]
+    data["options"] = _options(simulator, command, path, options, guild_id, resolved)
+    payload: Json = {
+        "id": str(interaction_id),
+        "application_id": str(world.application_id),
+        "type": 2,
+        "token": token,
+        "version": 1,
+        "data": data,
+        "locale": "en-US",
+        "app_permissions": str(_ALL_PERMISSIONS),
+        "entitlements": [],
+        "attachment_size_limit": 10 << 20,
+        "authorizing_integration_owners": {"0": str(guild_id or 0)},
+        "context": 1 if guild_id is None else 0,
+    }
+    if guild_id is None:
+        channel = simulator.channels.direct_channel(user_id)
+        return payload | {"user": user_payload(world.user(user_id)), "channel": channel, "channel_id": channel["id"]}
+    guild = world.guild(guild_id)
+    place = channel_id
+    if place is None:
+        place = next((c.id for c in guild.channels.values() if c.type == 0 and not c.hidden), None)
+    if place is None:
+        raise LookupError(f"guild {guild_id} has no text channel that the bot may view")
+    member = member_payload(world.member(guild_id, user_id)) | {"permissions": str(_ALL_PERMISSIONS)}
+    partial = {"id": str(guild_id), "locale": guild.preferred_locale, "features": guild.features}
+    payload |= {"guild_id": str(guild_id), "guild": partial, "guild_locale": guild.preferred_locale}
+    return payload | {"member": member, "channel": _place(simulator, guild_id, place), "channel_id": str(place)}
+
+
+def message_payload(simulator: Simulator, body: Json) -> Json:
+    """Render the message that an answer to an interaction becomes."""
+    now_us = time.time_ns() // 1000
+    world = simulator.world
+    return {
+        "id": str(snowflake_at(now_us, world.rng.getrandbits(12))),
+        "channel_id": "0",
+        "type": 20,
+        "author": own_user_payload(world.bot),
+        "application_id": str(world.application_id),
+        "webhook_id": str(world.application_id),
+        "content": str(body.get("content") or ""),
+        "embeds": body.get("embeds") or [],
+        "components": body.get("components") or [],
+        "flags": int(body.get("flags") or 0),
+        "timestamp": iso(now_us),
+        "edited_timestamp": None,
+        "tts": False,
+        "mention_everyone": False,
+        "mentions": [],
+        "mention_roles": [],
+        "attachments": [],
+        "pinned": False,
+    }
+
+
+def _place(simulator: Simulator, guild_id: int, channel_id: int) -> Json:
+    world = simulator.world
+    thread = world.guild(guild_id).threads.get(channel_id)
+    if thread is not None:
+        return thread_payload(thread, world.bot.id) | {"permissions": str(_ALL_PERMISSIONS)}
+    return channel_payload(world.channel(guild_id, channel_id)) | {"permissions": str(_ALL_PERMISSIONS)}
+
+
+def _options(
+    simulator: Simulator,
+    command: Json,
+    path: list[str],
+    given: dict[str, Any],
+    guild_id: int | None,
+    resolved: Json,
+) -> list[Json]:
+    known = {option["name"]: option for option in command.get("options") or []}
+    if path:
+        if path[0] not in known or known[path[0]]["type"] not in (1, 2):
+            raise LookupError(f"/{command['name']} has no subcommand {path[0]!r}: it has {', '.join(known) or 'none'}")
+        inner = _options(simulator, known[path[0]], path[1:], given, guild_id, resolved)
+        return [{"name": path[0], "type": known[path[0]]["type"], "options": inner}]
+    missing = [name for name, option in known.items() if option.get("required") and name not in given]
+    if missing:
+        raise LookupError(f"/{command['name']} needs {', '.join(missing)}")
+    if any(option["type"] in (1, 2) for option in known.values()):
+        raise LookupError(f"/{command['name']} needs a subcommand: {', '.join(known)}")
+    filled = []
+    for name, value in given.items():
+        if name not in known:
+            raise LookupError(f"/{command['name']} has no option {name!r}: it has {', '.join(known) or 'none'}")
+        kind = known[name]["type"]
+        filled.append({"name": name, "type": kind, "value": _value(simulator, kind, value, guild_id, resolved)})
+    return filled
+
+
+def _value(simulator: Simulator, kind: int, value: Any, guild_id: int | None, resolved: Json) -> Any:
+    world = simulator.world
+    if kind not in (_USER, _CHANNEL, _ROLE, _MENTIONABLE):
+        return value
+    if kind == _CHANNEL and guild_id is not None:
+        resolved.setdefault("channels", {})[str(value)] = _place(simulator, guild_id, int(value))
+    elif guild_id is not None and kind in (_ROLE, _MENTIONABLE) and int(value) in world.guild(guild_id).roles:
+        resolved.setdefault("roles", {})[str(value)] = role_payload(world.guild(guild_id).roles[int(value)])
+    else:
+        resolved.setdefault("users", {})[str(value)] = user_payload(world.user(int(value)))
+        member = None if guild_id is None else world.guild(guild_id).members.get(int(value))
+        if member is not None:
+            partial = member_payload(member) | {"permissions": str(_ALL_PERMISSIONS)}
+            del partial["user"]
+            resolved.setdefault("members", {})[str(value)] = partial
+    return str(value)

@@ -1,0 +1,303 @@
+"""Slash commands: their registry, their invocation, and the answers a bot gives."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from .entities import Json
+from .ids import snowflake_at
+from .interaction_payloads import interaction_payload, message_payload
+from .rest import (
+    ALREADY_ACKNOWLEDGED,
+    API,
+    INVALID_FORM,
+    INVALID_WEBHOOK_TOKEN,
+    UNKNOWN_INTERACTION,
+    UNKNOWN_MESSAGE,
+    UNKNOWN_WEBHOOK,
+    ApiError,
+    answer,
+    path_id,
+    read_body,
+)
+
+if TYPE_CHECKING:
+    from .server import Simulator
+
+# https://docs.discord.com/developers/interactions/receiving-and-responding
+FIRST_ANSWER_S = 3.0
+TOKEN_LIFE_S = 15 * 60.0
+_EPHEMERAL = 1 << 6
+_LOADING = 1 << 7
+_DEFERRALS = (5, 6)
+_MAX_KEPT = 1000
+
+
+@dataclass(slots=True)
+class Edit:
+    """One state of a reply; `at` is seconds after the command was run."""
+
+    at: float
+    content: str
+    embeds: list[Json]
+
+
+@dataclass(slots=True)
+class InteractionResult:
+    """What a bot made of one command: its first answer, then every edit in order."""
+
+    id: int
+    token: str
+    started: float
+    type: int | None = None
+    deferred: bool = False
+    ephemeral: bool = False
+    content: str | None = None
+    embeds: list[Json] = field(default_factory=list)
+    answered_after: float | None = None
+    edits: list[Edit] = field(default_factory=list)
+    followups: list[Json] = field(default_factory=list)
+    message: Json | None = None
+    choices: list[Json] | None = None
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def final_content(self) -> str | None:
+        """The reply's text as it stands, None while there is none."""
+        if self.edits:
+            return self.edits[-1].content
+        return self.content
+
+    @property
+    def done(self) -> bool:
+        """Whether there is something to read: an answer that is no deferral, an edit or a follow-up."""
+        return (self.type is not None and not self.deferred) or bool(self.edits) or bool(self.followups)
+
+    async def wait_done(
+        self, timeout: float = 10.0, until: Callable[[InteractionResult], bool] | None = None
+    ) -> InteractionResult:
+        """Wait until the command is answered or, with `until`, until that holds of the result.
+
+        Raises TimeoutError, saying what there was by then.
+        """
+        reached = until or (lambda result: result.done)
+        try:
+            async with asyncio.timeout(timeout):
+                while not reached(self):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            raise TimeoutError(f"not done after {timeout} s: {self!r}") from None
+        return self
+
+    def touch(self) -> None:
+        """Wake whoever waits for a change."""
+        self._changed.set()
+
+
+class InteractionRoutes:
+    """Answers for application commands, interaction callbacks and the webhooks that carry replies."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        self._simulator = simulator
+        self._world = simulator.world
+        self._registered: dict[int | None, list[Json]] = {}
+        self._by_token: dict[str, InteractionResult] = {}
+        self._number = 0
+        self.syncs: Counter[int | None] = Counter()
+        self.first_answer_s = FIRST_ANSWER_S
+        self.token_life_s = TOKEN_LIFE_S
+
+    def routes(self) -> list[web.RouteDef]:
+        """List the routes this class answers."""
+        everywhere = f"{API}/applications/{{application_id}}/commands"
+        guild = f"{API}/applications/{{application_id}}/guilds/{{guild_id}}/commands"
+        webhook = f"{API}/webhooks/{{application_id}}/{{token}}"
+        message = f"{webhook}/messages/{{message_id}}"
+        routes = [web.post(f"{API}/interactions/{{interaction_id}}/{{token}}/callback", self.callback)]
+        for base in (everywhere, guild):
+            routes += [web.get(base, self.list_commands), web.put(base, self.overwrite), web.post(base, self.upsert)]
+        routes += [web.post(webhook, self.follow_up), web.get(message, self.read)]
+        return [*routes, web.patch(message, self.edit), web.delete(message, self.delete)]
+
+    def commands(self, guild_id: int | None = None) -> list[Json]:
+        """List the commands registered for a guild, or globally."""
+        return list(self._registered.get(guild_id, []))
+
+    def run(
+        self,
+        name: str,
+        user_id: int,
+        guild_id: int | None,
+        channel_id: int | None,
+        path: list[str],
+        options: dict[str, Any],
+    ) -> InteractionResult:
+        """Send INTERACTION_CREATE for a registered command."""
+        command = self._find(name, guild_id)
+        self._number += 1
+        # Libraries take an interaction's age from its id, so this one is of the real present.
+        now_us = time.time_ns() // 1000
+        result = InteractionResult(snowflake_at(now_us, self._number & 0xFFF), secrets.token_hex(32), time.monotonic())
+        payload = interaction_payload(
+            self._simulator, command, result.id, result.token, user_id, guild_id, channel_id, path, options
+        )
+        if self._simulator.gateway.dispatch(guild_id, "INTERACTION_CREATE", payload) == 0:
+            raise LookupError("no client is connected that this command could reach")
+        self._by_token[result.token] = result
+        if len(self._by_token) > _MAX_KEPT:
+            del self._by_token[next(iter(self._by_token))]
+        return result
+
+    def _find(self, name: str, guild_id: int | None) -> Json:
+        own = [] if guild_id is None else self._registered.get(guild_id, [])
+        for command in own:
+            if command["name"] == name and command["type"] == 1:
+                return command
+        for command in self._registered.get(None, []):
+            contexts = command.get("contexts")
+            wanted = 1 if guild_id is None else 0
+            in_place = contexts is None or wanted in contexts
+            if guild_id is None and command.get("dm_permission") is False:
+                in_place = False
+            if command["name"] == name and command["type"] == 1 and in_place:
+                return command
+        known = sorted(c["name"] for c in [*own, *self._registered.get(None, [])])
+        place = "direct messages" if guild_id is None else f"guild {guild_id}"
+        raise LookupError(f"no command /{name} is registered for {place}; registered: {', '.join(known) or 'none'}")
+
+    # Registry.
+
+    async def list_commands(self, request: web.Request) -> web.Response:
+        return answer(self.commands(self._scope(request)))
+
+    async def overwrite(self, request: web.Request) -> web.Response:
+        scope = self._scope(request)
+        try:
+            wanted = await request.json()
+        except ValueError:
+            raise ApiError(*INVALID_FORM) from None
+        if not isinstance(wanted, list):
+            raise ApiError(*INVALID_FORM)
+        self.syncs[scope] += 1
+        self._registered[scope] = [self._complete(command, scope) for command in wanted]
+        return answer(self._registered[scope])
+
+    async def upsert(self, request: web.Request) -> web.Response:
+        scope, command = self._scope(request), self._complete(await read_body(request), self._scope(request))
+        kept = [c for c in self._registered.get(scope, []) if c["name"] != command["name"]]
+        self._registered[scope] = [*kept, command]
+        return answer(command, 201)
+
+    def _scope(self, request: web.Request) -> int | None:
+        return path_id(request, "guild_id") if "guild_id" in request.match_info else None
+
+    def _complete(self, command: Json, scope: int | None) -> Json:
+        if not isinstance(command, dict) or not isinstance(command.get("name"), str):
+            raise ApiError(*INVALID_FORM)
+        known = {c["name"]: c["id"] for c in self._registered.get(scope, [])}
+        plain: Json = {"type": 1, "options": [], "description": "", "default_member_permissions": None, "nsfw": False}
+        plain |= {"dm_permission": True, "contexts": None, "integration_types": [0]}
+        ids: Json = {
+            "id": known.get(command["name"]) or str(self._world.new_id()),
+            "version": str(self._world.new_id()),
+        }
+        ids["application_id"] = str(self._world.application_id)
+        return plain | command | ids | ({} if scope is None else {"guild_id": str(scope)})
+
+    # Answers.
+
+    async def callback(self, request: web.Request) -> web.Response:
+        result = self._by_token.get(request.match_info["token"])
+        body = await read_body(request)
+        now = time.monotonic()
+        if result is None or str(result.id) != request.match_info["interaction_id"]:
+            raise ApiError(*UNKNOWN_INTERACTION)
+        if result.type is not None:
+            raise ApiError(*ALREADY_ACKNOWLEDGED)
+        if now - result.started > self.first_answer_s:
+            raise ApiError(*UNKNOWN_INTERACTION)
+        data = body.get("data") or {}
+        result.type = int(body["type"])
+        result.deferred = result.type in _DEFERRALS
+        result.ephemeral = bool(int(data.get("flags") or 0) & _EPHEMERAL)
+        result.answered_after = now - result.started
+        result.choices = data.get("choices")
+        if not result.deferred:
+            result.content, result.embeds = str(data.get("content") or ""), data.get("embeds") or []
+        flags = int(data.get("flags") or 0) | (_LOADING if result.deferred else 0)
+        result.message = message_payload(self._simulator, data | {"flags": flags})
+        result.touch()
+        if request.query.get("with_response", "").lower() not in ("1", "true"):
+            return web.Response(status=204)
+        about: Json = {"id": str(result.id), "type": 2, "response_message_id": result.message["id"]}
+        about |= {"response_message_loading": result.deferred, "response_message_ephemeral": result.ephemeral}
+        return answer({"interaction": about, "resource": {"type": result.type, "message": result.message}})
+
+    async def read(self, request: web.Request) -> web.Response:
+        return answer(self._message(self._result(request), request))
+
+    async def edit(self, request: web.Request) -> web.Response:
+        result = self._result(request)
+        message = self._message(result, request)
+        body = await read_body(request)
+        message |= {key: body[key] for key in ("content", "embeds", "components") if key in body}
+        message["content"] = message["content"] or ""
+        message["flags"] &= ~_LOADING
+        message["edited_timestamp"] = message["timestamp"]
+        if message is result.message:
+            at = time.monotonic() - result.started
+            result.edits.append(Edit(at, message["content"], list(message["embeds"] or [])))
+        result.touch()
+        return answer(message)
+
+    async def delete(self, request: web.Request) -> web.Response:
+        result = self._result(request)
+        message = self._message(result, request)
+        if message is result.message:
+            result.message = None
+        else:
+            result.followups.remove(message)
+        return web.Response(status=204)
+
+    async def follow_up(self, request: web.Request) -> web.Response:
+        result = self._result(request)
+        if result.type is None:
+            raise ApiError(*UNKNOWN_WEBHOOK)
+        body = await read_body(request)
+        message = message_payload(self._simulator, body)
+        if result.deferred and not result.edits and not result.followups and result.message is not None:
+            # The first follow-up to a deferral becomes the reply itself.
+            message["id"], message["flags"] = result.message["id"], result.message["flags"] & ~_LOADING
+            result.message = message
+            at = time.monotonic() - result.started
+            result.edits.append(Edit(at, message["content"], message["embeds"]))
+        else:
+            result.followups.append(message)
+        result.touch()
+        return answer(message)
+
+    def _result(self, request: web.Request) -> InteractionResult:
+        result = self._by_token.get(request.match_info["token"])
+        if result is None:
+            raise ApiError(*UNKNOWN_WEBHOOK)
+        if time.monotonic() - result.started > self.token_life_s:
+            raise ApiError(*INVALID_WEBHOOK_TOKEN)
+        return result
+
+    def _message(self, result: InteractionResult, request: web.Request) -> Json:
+        wanted = request.match_info["message_id"]
+        if result.message is not None and wanted in ("@original", result.message["id"]):
+            return result.message
+        for message in result.followups:
+            if message["id"] == wanted:
+                return message
+        raise ApiError(*UNKNOWN_MESSAGE)

@@ -1,0 +1,142 @@
+"""The simulator: one world served over HTTP and websocket on a localhost port."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from aiohttp import web
+
+from .gateway import Gateway
+from .interactions import InteractionResult, InteractionRoutes
+from .lies import Lies
+from .limits import Limits
+from .rest import API, NOT_FOUND, ApiError, RestRules
+from .rest_channels import ChannelRoutes
+from .rest_guilds import GuildRoutes
+from .state import PRIVILEGED, Intent
+from .world import World
+
+# Application flags that say which privileged intents are switched on (the "limited" ones, for apps in few guilds).
+_INTENT_FLAGS = {Intent.GUILD_PRESENCES: 1 << 13, Intent.GUILD_MEMBERS: 1 << 15, Intent.MESSAGE_CONTENT: 1 << 19}
+
+
+class Simulator:
+    """Serves a world as Discord would: `api_base` for REST, `gateway_url` for the gateway.
+
+    `privileged_intents` are those switched on in the developer portal; `heartbeat_interval` is in seconds.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        port: int = 0,
+        host: str = "127.0.0.1",
+        token: str = "simulated.token.for-tests",
+        limits: Limits | None = None,
+        privileged_intents: int = PRIVILEGED,
+        heartbeat_interval: float = 41.25,
+    ) -> None:
+        self.world = world
+        self.token = token
+        self.limits = limits if limits is not None else Limits()
+        self.privileged_intents = int(privileged_intents)
+        self.heartbeat_interval = heartbeat_interval
+        self._host = host
+        self._port = port
+        self._runner: web.AppRunner | None = None
+        self.lies = Lies(world, lambda: list(self.gateway.sessions.values()))
+        self.gateway = Gateway(self)
+        self.rules = RestRules(self)
+        self.channels = ChannelRoutes(self)
+        self.interactions = InteractionRoutes(self)
+        self._guilds = GuildRoutes(self)
+
+    def __repr__(self) -> str:
+        return f"<Simulator {self._host}:{self._port} {self.world!r}>"
+
+    @property
+    def base_url(self) -> str:
+        """The address everything is served under."""
+        return f"http://{self._host}:{self._port}"
+
+    @property
+    def api_base(self) -> str:
+        """The REST address, in place of https://discord.com/api/v10."""
+        return f"{self.base_url}{API}"
+
+    @property
+    def gateway_url(self) -> str:
+        """The gateway address, in place of wss://gateway.discord.gg/."""
+        return f"ws://{self._host}:{self._port}/gateway"
+
+    @property
+    def application_flags(self) -> int:
+        """The application's flags, which tell the privileged intents it has."""
+        return sum(flag for intent, flag in _INTENT_FLAGS.items() if self.privileged_intents & intent)
+
+    async def start(self, *extra_routes: web.RouteDef) -> None:
+        """Listen; with port 0 the system chooses one."""
+        if self._runner is not None:
+            raise RuntimeError("the simulator runs already")
+        self.world.prerender()
+        app = web.Application(middlewares=[self.rules.apply], client_max_size=1 << 24)
+        app.router.add_get("/gateway", self.gateway.handle)
+        app.router.add_get("/gateway/", self.gateway.handle)
+        for area in (self._guilds, self.channels, self.interactions):
+            app.add_routes(area.routes())
+        app.add_routes(list(extra_routes))
+        app.router.add_route("*", API + "/{rest:.*}", self._nowhere)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        site = web.TCPSite(runner, self._host, self._port)
+        await site.start()
+        self._port = runner.addresses[0][1]
+        self._runner = runner
+        self.world.listeners.append(self.gateway.receive)
+
+    async def stop(self) -> None:
+        """Cut every connection and stop listening."""
+        if self._runner is None:
+            return
+        self.world.listeners.remove(self.gateway.receive)
+        self.lies.resume()
+        for connection in list(self.gateway.connections):
+            connection.abort()
+        await self._runner.cleanup()
+        self._runner = None
+
+    async def __aenter__(self) -> Simulator:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    def request_reconnect(self) -> int:
+        """Ask every connected client to reconnect (op 7); returns how many were asked."""
+        sockets = [s.socket for s in self.gateway.sessions.values() if s.socket is not None]
+        for socket in sockets:
+            socket.send_soon({"op": 7, "d": None})
+        return len(sockets)
+
+    async def run_command(
+        self,
+        name: str,
+        *,
+        user_id: int,
+        guild_id: int | None = None,
+        channel_id: int | None = None,
+        subcommand: str | None = None,
+        subcommand_group: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> InteractionResult:
+        """Let a user run a registered slash command; raises LookupError if it is not registered there."""
+        path = [part for part in (subcommand_group, subcommand) if part is not None]
+        return self.interactions.run(name, user_id, guild_id, channel_id, path, options or {})
+
+    async def _nowhere(self, request: web.Request) -> web.Response:
+        raise ApiError(*NOT_FOUND)

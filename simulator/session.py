@@ -1,0 +1,253 @@
+"""A gateway session: what it may see, what it is owed, and what it can be told again after a RESUME."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import deque
+from typing import Any, Protocol
+
+from .chunks import MemberRequest
+from .entities import Json
+from .lies import Lies
+from .payloads import guild_create_payload, to_bytes
+from .state import Emission, Intent, WorldState
+
+OUTBOX_EVENTS = 100_000
+OUTBOX_BYTES = 64 << 20
+MAX_REQUESTS = 10_000
+REPLAY_EVENTS = 20_000
+REPLAY_BYTES = 48 << 20
+_LATENESS_S = 0.1
+_NEVER_DOUBLED = frozenset({"READY", "RESUMED", "GUILD_MEMBERS_CHUNK"})
+
+
+class Socket(Protocol):
+    """The connection a session speaks through."""
+
+    async def send(self, message: bytes) -> None: ...
+    def abort(self) -> None: ...
+    def send_soon(self, payload: Json) -> None: ...
+
+
+class Session:
+    """One session of one shard: it outlives its sockets until it is resumed, invalidated or forgotten."""
+
+    def __init__(
+        self,
+        world: WorldState,
+        lies: Lies,
+        session_id: str,
+        intents: int,
+        shard: tuple[int, int],
+        pace: float | None,
+        large_threshold: int,
+    ) -> None:
+        self.id = session_id
+        self.intents = intents
+        self.shard = shard
+        self.socket: Socket | None = None
+        self.sequence = 0
+        self.dead = False
+        self.left_at = time.monotonic()
+        self._world = world
+        self._lies = lies
+        self._pace = pace
+        self._large_threshold = large_threshold
+        self._next_page_at = 0.0
+        self._wake = asyncio.Event()
+        self._outbox: deque[tuple[str, bytes]] = deque()
+        self._outbox_bytes = 0
+        self._replay: deque[tuple[int, bytes]] = deque()
+        self._replay_bytes = 0
+        # Guilds whose GUILD_CREATE is still to be sent, and whether the bot has only just joined them.
+        self._backlog: dict[int, bool] = {}
+        self._requests: deque[MemberRequest] = deque()
+        self._echoes: list[tuple[int, bytes]] = []
+
+    def __repr__(self) -> str:
+        return f"<Session {self.id} shard={self.shard} sequence={self.sequence} connected={self.socket is not None}>"
+
+    @property
+    def held_bytes(self) -> int:
+        """How much it holds for its client: what waits to be sent and what could be replayed."""
+        return self._outbox_bytes + self._replay_bytes
+
+    @property
+    def has_sent_all(self) -> bool:
+        """Whether nothing waits to be sent to its client."""
+        return not (self._outbox or self._backlog or self._requests or self._echoes)
+
+    def owns(self, guild_id: int | None) -> bool:
+        """Say whether a guild belongs to this session's shard; what belongs to no guild belongs to each."""
+        return guild_id is None or (guild_id >> 22) % self.shard[1] == self.shard[0]
+
+    def introduce(self, ready: Json) -> None:
+        """Queue READY, and after it GUILD_CREATE for each guild that is up."""
+        self.enqueue("READY", to_bytes(ready))
+        if self.intents & Intent.GUILDS:
+            for guild in self._world.guilds.values():
+                if guild.present and guild.available and self.owns(guild.id):
+                    self._backlog[guild.id] = False
+
+    def receive(self, emission: Emission) -> None:
+        """Take one of the world's events, if the shard and the intents let it through."""
+        if not self.owns(emission.guild_id) or (emission.intent and not emission.intent & self.intents):
+            return
+        if emission.name == "GUILD_CREATE" and emission.guild_id is not None:
+            self._backlog[emission.guild_id] = emission.newly_joined
+            self._wake.set()
+            return
+        if emission.guild_id in self._backlog:
+            # The guild's GUILD_CREATE is still to come and will contain this change.
+            if emission.name != "GUILD_DELETE":
+                return
+            del self._backlog[emission.guild_id]
+        seen = bool(self.intents & Intent.MESSAGE_CONTENT) or emission.redacted is None
+        self.enqueue(emission.name, emission.body if seen else emission.redacted or emission.body)
+
+    def enqueue(self, name: str, body: bytes) -> None:
+        """Queue a dispatch; a client that lets too much pile up loses its session."""
+        if self.dead:
+            return
+        self._outbox.append((name, body))
+        self._outbox_bytes += len(body)
+        if len(self._outbox) > OUTBOX_EVENTS or self._outbox_bytes > OUTBOX_BYTES:
+            self.forget()
+            self.drop_socket()
+        self._wake.set()
+
+    def request_members(self, request: MemberRequest) -> None:
+        """Queue a full member request; several are served a page each in turn."""
+        self._requests.append(request)
+        if len(self._requests) > MAX_REQUESTS:
+            self.forget()
+            self.drop_socket()
+        self._wake.set()
+
+    def forget(self) -> None:
+        """End the session: it cannot be resumed and owes nothing any more."""
+        self.dead = True
+        self._wake.set()
+        for owed in (self._outbox, self._replay, self._backlog, self._requests, self._echoes):
+            owed.clear()
+        self._outbox_bytes = self._replay_bytes = 0
+
+    def can_resume(self, sequence: int) -> bool:
+        """Say whether every event after `sequence` is still held."""
+        oldest = self._replay[0][0] if self._replay else self.sequence + 1
+        return not self.dead and oldest - 1 <= sequence <= self.sequence
+
+    async def replay(self, socket: Socket, sequence: int) -> None:
+        """Send again what was dispatched after `sequence`, then RESUMED."""
+        missed = [message for number, message in self._replay if number > sequence]
+        for message in missed:
+            await socket.send(message)
+        resumed = b'{"_trace":[]}'
+        self._outbox.appendleft(("RESUMED", resumed))
+        self._outbox_bytes += len(resumed)
+
+    async def pump(self, socket: Socket) -> None:
+        """Send what is owed through a socket until it fails: events first, then guilds, then member pages."""
+        while not self.dead:
+            self._wake.clear()
+            item = self._next()
+            if item is None:
+                await self._rest()
+                continue
+            name, body, request = item
+            if name == "":
+                await socket.send(body)
+                continue
+            self.sequence += 1
+            message = b'{"t":"%s","s":%d,"op":0,"d":%s}' % (name.encode(), self.sequence, body)
+            self._remember(message)
+            await socket.send(message)
+            await self._echo(socket, name, message)
+            dropped = self._lies.take_event_drop()
+            if request is not None and self._lies.take_page_drop(request.guild.id):
+                dropped = True
+            if dropped:
+                socket.abort()
+                return
+            # A socket with room never suspends `send`: let other sessions and requests have their turn.
+            await asyncio.sleep(0)
+
+    # What lies do to a session.
+
+    def drop_socket(self) -> bool:
+        """Cut the socket without a closing handshake."""
+        if self.socket is None:
+            return False
+        self.socket.abort()
+        return True
+
+    def invalidate(self, *, resumable: bool) -> bool:
+        """Send op 9; unless it may be resumed the session ends."""
+        if self.socket is None:
+            return False
+        self.socket.send_soon({"op": 9, "d": resumable})
+        if not resumable:
+            self.forget()
+        return True
+
+    def inject(self, message: bytes | dict[str, Any]) -> None:
+        """Queue something the world never said: bytes go out verbatim."""
+        if isinstance(message, bytes):
+            self.enqueue("", message)
+        else:
+            self.enqueue(str(message["t"]), json.dumps(message["d"]).encode("ascii"))
+
+    def _next(self) -> tuple[str, bytes, MemberRequest | None] | None:
+        if self._outbox:
+            name, body = self._outbox.popleft()
+            self._outbox_bytes -= len(body)
+            return name, body, None
+        if self._backlog:
+            guild = self._world.guilds[next(iter(self._backlog))]
+            newly_joined = self._backlog.pop(guild.id)
+            # With presences a guild up to the client's threshold comes with all its members.
+            whole = bool(self.intents & Intent.GUILD_PRESENCES) and len(guild.members) <= self._large_threshold
+            payload = guild_create_payload(guild, self._world.bot.id, newly_joined=newly_joined, whole=whole)
+            return "GUILD_CREATE", to_bytes(payload), None
+        while self._requests:
+            request = self._requests[0]
+            if request.finished or not (request.guild.available and request.guild.present):
+                self._requests.popleft()
+                continue
+            if self._pace is not None:
+                now = time.monotonic()
+                if now < self._next_page_at:
+                    return None
+                # A timer that fires a little late must not slow the pace; a pause earns no burst.
+                late = now - self._next_page_at
+                self._next_page_at = (self._next_page_at if late < _LATENESS_S else now) + 1.0 / self._pace
+            self._requests.rotate(-1)
+            return "GUILD_MEMBERS_CHUNK", request.take_page(), request
+        return None
+
+    async def _rest(self) -> None:
+        wait = max(0.0, self._next_page_at - time.monotonic()) if self._requests else 30.0
+        try:
+            async with asyncio.timeout(wait):
+                await self._wake.wait()
+        except TimeoutError:
+            return
+
+    def _remember(self, message: bytes) -> None:
+        self._replay.append((self.sequence, message))
+        self._replay_bytes += len(message)
+        while len(self._replay) > REPLAY_EVENTS or self._replay_bytes > REPLAY_BYTES:
+            self._replay_bytes -= len(self._replay.popleft()[1])
+
+    async def _echo(self, socket: Socket, name: str, message: bytes) -> None:
+        due = [echo for left, echo in self._echoes if left <= 1]
+        self._echoes = [(left - 1, echo) for left, echo in self._echoes if left > 1]
+        for echo in due:
+            await socket.send(echo)
+        delay = None if name in _NEVER_DOUBLED else self._lies.take_echo()
+        if delay == 0:
+            await socket.send(message)
+        elif delay is not None:
+            self._echoes.append((delay, message))

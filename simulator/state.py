@@ -1,0 +1,177 @@
+"""The state of a world, its clock and its stream of events; what the mutations build on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import Final
+
+from .entities import Channel, Guild, Json, Member, Thread, User
+from .ids import WORLD_START_US, snowflake_at
+from .oracle import Row, expected_rows
+from .payloads import to_bytes
+
+
+class Intent(IntFlag):
+    """Gateway intents, https://docs.discord.com/developers/events/gateway#gateway-intents."""
+
+    GUILDS = 1 << 0
+    GUILD_MEMBERS = 1 << 1
+    GUILD_MODERATION = 1 << 2
+    GUILD_VOICE_STATES = 1 << 7
+    GUILD_PRESENCES = 1 << 8
+    GUILD_MESSAGES = 1 << 9
+    GUILD_MESSAGE_REACTIONS = 1 << 10
+    MESSAGE_CONTENT = 1 << 15
+
+
+PRIVILEGED: Final = Intent.GUILD_MEMBERS | Intent.GUILD_PRESENCES | Intent.MESSAGE_CONTENT
+
+
+@dataclass(slots=True, frozen=True)
+class Emission:
+    """One gateway event as the world gives it out; `intent` 0 reaches every session.
+
+    `redacted` is the body for sessions without the message content intent, where that differs. GUILD_CREATE has no
+    body: each session renders its own, because intents decide which members are in it.
+    """
+
+    name: str
+    guild_id: int | None
+    body: bytes
+    intent: int
+    redacted: bytes | None = None
+    newly_joined: bool = False
+
+
+class UnknownThing(LookupError):
+    """Something was asked of the world that is not in it."""
+
+
+class WorldState:
+    """Guilds, users, the clock and the listeners of one world."""
+
+    def __init__(self, seed: int = 1) -> None:
+        self.seed = seed
+        self.rng = random.Random(seed)
+        self.now_us = WORLD_START_US
+        self.guilds: dict[int, Guild] = {}
+        self.users: dict[int, User] = {}
+        self.user_ids: list[int] = []
+        self.listeners: list[Callable[[Emission], None]] = []
+        self.mutations = 0
+        self._increment = 0
+        # Far in the past, so that every account is older than every guild.
+        self._next_user_id = 80_000_000_000_000_000 + self.rng.getrandbits(40)
+        bot_id = self.new_user_id()
+        self.bot = User(bot_id, "guildbook", f"{self.rng.randrange(1, 9999):04d}", None, None, True, False, 0, [])
+        self.users[bot_id] = self.bot
+        self.operator_id = self.new_user_id()
+        self.users[self.operator_id] = User(self.operator_id, "operator", "0", "Operator", None, False, False, 0, [])
+        self.application_id = bot_id
+
+    def __repr__(self) -> str:
+        return f"<World seed={self.seed} guilds={len(self.guilds)} users={len(self.users)} mutations={self.mutations}>"
+
+    def new_user_id(self) -> int:
+        """Give the next account id; ids rise, with uneven gaps."""
+        self._next_user_id += 1 + self.rng.getrandbits(38)
+        return self._next_user_id
+
+    def new_id(self) -> int:
+        """Give a fresh snowflake of the world's present moment."""
+        self._increment = (self._increment + 1) & 0xFFF
+        if self._increment == 0:
+            self.now_us += 1000
+        return snowflake_at(self.now_us, self._increment)
+
+    def tick(self) -> int:
+        """Move the world's clock on by a little more than a second, and count a mutation."""
+        self.mutations += 1
+        self.now_us += 1_000_000 + self.rng.getrandbits(19)
+        return self.now_us
+
+    def guild_ids(self) -> list[int]:
+        """List the guilds the bot is in, in the order they were founded."""
+        return [guild.id for guild in self.guilds.values() if guild.present]
+
+    def guild(self, guild_id: int) -> Guild:
+        """Find a guild."""
+        try:
+            return self.guilds[guild_id]
+        except KeyError:
+            raise UnknownThing(f"the world has no guild {guild_id}") from None
+
+    def user(self, user_id: int) -> User:
+        """Find a user."""
+        try:
+            return self.users[user_id]
+        except KeyError:
+            raise UnknownThing(f"the world has no user {user_id}") from None
+
+    def member(self, guild_id: int, user_id: int) -> Member:
+        """Find a member of a guild."""
+        try:
+            return self.guild(guild_id).members[user_id]
+        except KeyError:
+            raise UnknownThing(f"user {user_id} is no member of guild {guild_id}") from None
+
+    def channel(self, guild_id: int, channel_id: int) -> Channel:
+        """Find a channel of a guild."""
+        try:
+            return self.guild(guild_id).channels[channel_id]
+        except KeyError:
+            raise UnknownThing(f"guild {guild_id} has no channel {channel_id}") from None
+
+    def thread(self, guild_id: int, thread_id: int) -> Thread:
+        """Find a thread of a guild."""
+        try:
+            return self.guild(guild_id).threads[thread_id]
+        except KeyError:
+            raise UnknownThing(f"guild {guild_id} has no thread {thread_id}") from None
+
+    def find_channel(self, channel_id: int) -> tuple[Guild, Channel | Thread] | None:
+        """Find the guild that holds a channel or thread id."""
+        for guild in self.guilds.values():
+            found = guild.channels.get(channel_id) or guild.threads.get(channel_id)
+            if found is not None:
+                return guild, found
+        return None
+
+    def emit(
+        self,
+        name: str,
+        guild: Guild | None,
+        payload: Json,
+        intent: int = Intent.GUILDS,
+        *,
+        redacted: Json | None = None,
+    ) -> None:
+        """Hand an event to the listeners, unless its guild is down or the bot is not in it."""
+        if not self.listeners or (guild is not None and not (guild.available and guild.present)):
+            return
+        self.publish(
+            Emission(
+                name,
+                None if guild is None else guild.id,
+                to_bytes(payload),
+                int(intent),
+                None if redacted is None else to_bytes(redacted),
+            )
+        )
+
+    def publish(self, emission: Emission) -> None:
+        """Hand a finished emission to every listener."""
+        for listener in tuple(self.listeners):
+            listener(emission)
+
+    def expected_rows(self, table: str, guild_id: int | None = None) -> Iterator[Row]:
+        """Yield what a faithful mirror's table must hold for what is present now."""
+        return expected_rows(self, table, guild_id)
+
+    def unknowable_thread_ids(self, guild_id: int) -> set[int]:
+        """List the threads in hidden channels: no event, listing or request shows them to the bot."""
+        guild = self.guild(guild_id)
+        return {thread_id for thread_id in guild.threads if not guild.sees(thread_id)}
