@@ -1,0 +1,336 @@
+"""The pool against a real server: what it lends, what it takes back, and what it says when things go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import asyncpg
+import pytest
+
+from utils.database import Connection, ConnectTarget, Database
+from utils.database.embedded import EmbeddedServer
+from utils.errors import DatabaseError, DatabaseUnavailable, is_transient, translate
+
+
+@contextlib.asynccontextmanager
+async def pool(target: ConnectTarget, **options: float) -> AsyncIterator[Database]:
+    db = Database(target, **{"connect_timeout": 10, **options})  # type: ignore[arg-type]
+    await db.connect()
+    try:
+        yield db
+    finally:
+        await db.close()
+
+
+async def test_jsonb_and_json_are_python_objects_both_ways_in_copy_too(database: Database) -> None:
+    value = {"a": [1, 2.5, None, "ü🙂"], "b": {"c": True}}
+    async with database.acquire(temp=True) as conn:
+        await conn.execute("CREATE TEMP TABLE t (n int, j json, b jsonb)")
+        await conn.copy_records_to_table("t", records=[(1, value, value), (2, None, None)])
+        await conn.execute("INSERT INTO t VALUES (3, $1, $2)", value, [value])
+        rows = await conn.fetch("SELECT j, b FROM t ORDER BY n")
+        arrays = await conn.fetchval("SELECT array_agg(b) FROM t WHERE n <> 2")
+    assert [tuple(row) for row in rows] == [(value, value), (None, None), (value, [value])]
+    assert arrays == [value, [value]]
+
+
+async def test_the_verbs_do_what_they_say(database: Database) -> None:
+    assert await database.execute("INSERT INTO users (id) VALUES ($1), ($2)", 1, 2) == "INSERT 0 2"
+    assert [row["id"] for row in await database.fetch("SELECT id FROM users ORDER BY id")] == [1, 2]
+    row = await database.fetchrow("SELECT id, username FROM users WHERE id = $1", 1)
+    assert row is not None
+    assert (row["id"], row["username"]) == (1, None)
+    assert await database.fetchrow("SELECT FROM users WHERE id = 3") is None
+    assert await database.fetchval("SELECT count(*) FROM users") == 2
+
+
+async def test_a_transaction_is_all_or_nothing(database: Database) -> None:
+    async with database.transaction() as conn:
+        await conn.execute("INSERT INTO users (id) VALUES (1)")
+    with contextlib.suppress(ZeroDivisionError):
+        async with database.transaction() as conn:
+            await conn.execute("INSERT INTO users (id) VALUES (2)")
+            raise ZeroDivisionError
+    assert await database.fetchval("SELECT array_agg(id) FROM users") == [1]
+
+
+async def test_a_connection_comes_back_clean(target: ConnectTarget) -> None:
+    async with pool(target, pool_max=1) as db:
+        async with db.acquire(temp=True) as conn:
+            pid = conn.get_server_pid()
+            await conn.execute("CREATE TEMP TABLE left_over (n int)")
+            await conn.execute("SET work_mem = '1MB'; SELECT pg_advisory_lock(7); LISTEN something")
+            await conn.execute("BEGIN; INSERT INTO users (id) VALUES (1)")
+        async with db.acquire() as conn:
+            assert conn.get_server_pid() == pid
+            assert await conn.fetchval("SELECT to_regclass('pg_temp.left_over')") is None
+            assert await conn.fetchval("SELECT current_setting('work_mem')") != "1MB"
+            assert await conn.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
+            assert await conn.fetch("SELECT pg_listening_channels()") == []
+            assert await conn.fetchval("SELECT count(*) FROM users") == 0
+
+
+async def test_temporary_tables_go_even_when_the_block_failed(target: ConnectTarget) -> None:
+    async with pool(target, pool_max=1) as db:
+
+        async def fail(lend: Callable[..., contextlib.AbstractAsyncContextManager[Connection]]) -> None:
+            async with lend(temp=True) as conn:
+                await conn.execute("CREATE TEMP TABLE left_over (n int)")
+                await conn.execute("SELECT 1 / 0")
+
+        for lend in (db.transaction, db.acquire):
+            with pytest.raises(DatabaseError, match="division by zero"):
+                await fail(lend)
+        assert await db.fetchval("SELECT to_regclass('pg_temp.left_over')") is None
+
+
+async def test_waiting_for_a_connection_is_bounded_and_says_how_many_are_in_use(target: ConnectTarget) -> None:
+    async with pool(target, pool_max=1) as db, db.acquire():
+        assert db.pool_stats() == {"size": 1, "in_use": 1, "idle": 0, "max": 1, "waiting": 0}
+        with pytest.raises(DatabaseUnavailable, match="1 of 1 in use"):
+            async with db.acquire(timeout=0.05):
+                pass
+
+
+async def test_a_driver_error_becomes_ours_with_its_code_and_its_cause(database: Database) -> None:
+    await database.execute("INSERT INTO users (id) VALUES (1)")
+    with pytest.raises(DatabaseError, match="duplicate key") as caught:
+        await database.execute("INSERT INTO users (id) VALUES (1)")
+    assert caught.value.sqlstate == "23505"
+    assert isinstance(caught.value.__cause__, asyncpg.UniqueViolationError)
+    assert not isinstance(caught.value, DatabaseUnavailable)
+    assert not is_transient(caught.value)
+
+
+async def test_inside_the_block_the_drivers_own_errors_can_be_caught(database: Database) -> None:
+    async with database.transaction() as conn:
+        with contextlib.suppress(asyncpg.UndefinedTableError):
+            async with conn.transaction():
+                await conn.execute("SELECT FROM nowhere")
+        assert await conn.fetchval("SELECT 1") == 1
+
+
+async def test_a_file_that_is_missing_is_no_database_error(database: Database) -> None:
+    with pytest.raises(FileNotFoundError):
+        async with database.acquire():
+            raise FileNotFoundError("members.csv")
+
+
+async def test_a_statement_that_takes_too_long_is_stopped_and_the_pool_lives_on(target: ConnectTarget) -> None:
+    async with pool(target, pool_max=1, command_timeout=0.2) as db:
+        with pytest.raises(DatabaseUnavailable, match="did not answer in time"):
+            await db.fetchval("SELECT pg_sleep(30)")
+        assert await db.fetchval("SELECT 1") == 1
+        assert await db.fetchval("SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(30)%'") == 1
+
+
+async def test_a_cancelled_task_gives_its_connection_back(target: ConnectTarget) -> None:
+    async with pool(target, pool_max=1) as db:
+        inside = asyncio.Event()
+
+        async def work() -> None:
+            async with db.transaction() as conn:
+                await conn.execute("INSERT INTO users (id) VALUES (1)")
+                inside.set()
+                await conn.execute("SELECT pg_sleep(30)")
+
+        task = asyncio.create_task(work())
+        await inside.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await db.fetchval("SELECT count(*) FROM users") == 0
+
+
+async def test_a_connection_killed_by_the_server_is_transient_and_replaced(target: ConnectTarget) -> None:
+    async with pool(target, pool_max=1) as db:
+        other = await asyncpg.connect(**target.connect_kwargs())
+
+        async def be_killed() -> None:
+            async with db.acquire() as conn:
+                await other.execute("SELECT pg_terminate_backend($1)", conn.get_server_pid())
+                await conn.fetchval("SELECT 1")
+
+        with pytest.raises(DatabaseUnavailable) as caught:
+            await be_killed()
+        assert is_transient(caught.value)
+        assert await db.fetchval("SELECT 1") == 1
+        await other.close()
+
+
+async def test_foreign_ddl_costs_nothing_after_renew(target: ConnectTarget) -> None:
+    async with pool(target, pool_max=1) as db:
+        query = "SELECT * FROM users"
+        await db.fetch(query)
+        pid = await db.fetchval("SELECT pg_backend_pid()")
+        other = await asyncpg.connect(**target.connect_kwargs())
+        await other.execute("ALTER TABLE users ADD COLUMN extra int")
+        await other.close()
+        await db.renew()
+        async with db.transaction() as conn:
+            await conn.fetch(query)
+        assert await db.fetchval("SELECT pg_backend_pid()") != pid
+
+
+async def test_now_is_the_databases_clock(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = await database.fetchval("SELECT clock_timestamp()")
+    now = database.now()
+    after = await database.fetchval("SELECT clock_timestamp()")
+    slack = timedelta(seconds=0.25)
+    assert before - slack <= now <= after + slack
+    # A host that was asleep: its monotonic clock stood still, the database's went on. check() sets it right.
+    database._clock = (datetime(2000, 1, 1, tzinfo=UTC), database._clock[1])  # type: ignore[index]
+    assert database.now().year == 2000
+    assert await database.check()
+    assert database.now() >= before
+
+
+async def test_the_version_is_known(database: Database, server: EmbeddedServer) -> None:
+    assert database.server_version_num // 10_000 == server.version
+
+
+async def test_a_server_that_comes_up_late_is_waited_for_and_said_so(
+    server: EmbeddedServer, target: ConnectTarget, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A port where nobody listens at first, then a door to the real server."""
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+    late = ConnectTarget(("127.0.0.1",), (port,), user="postgres", database=target.database, sslmode="disable")
+    db = Database(late, connect_timeout=30)
+    waiting = asyncio.Event()
+
+    class Notice(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "waiting for the database" in record.getMessage():
+                waiting.set()
+
+    notice = Notice()
+    logging.getLogger("utils.database.pool").addHandler(notice)
+    task = asyncio.create_task(db.connect())
+    await asyncio.wait_for(waiting.wait(), 20)
+    async with door(port, server):
+        await asyncio.wait_for(task, 20)
+        assert await db.fetchval("SELECT 1") == 1
+        await db.close()
+    logging.getLogger("utils.database.pool").removeHandler(notice)
+    assert "no connection to the database" in caplog.text
+
+
+async def test_a_server_that_never_comes_is_given_up_with_advice() -> None:
+    nowhere = ConnectTarget(("/nowhere",), (5432,), user="amy", password="s3cr3t", database="guilds")
+    db = Database(nowhere, connect_timeout=0.3)
+    with pytest.raises(DatabaseUnavailable) as caught:
+        await db.connect()
+    assert "No such file or directory" in str(caught.value)
+    assert "DB_CONNECT_TIMEOUT" in str(caught.value)
+    assert "s3cr3t" not in str(caught.value)
+    with pytest.raises(DatabaseUnavailable, match="not connected"):
+        await db.fetchval("SELECT 1")
+    assert not await db.check()
+
+
+async def test_what_waiting_cannot_mend_is_said_at_once(server: EmbeddedServer) -> None:
+    db = Database(server.target("nobody_made_this"), connect_timeout=3600)
+    with pytest.raises(DatabaseError, match="does not exist") as caught:
+        await asyncio.wait_for(db.connect(), 20)
+    assert not isinstance(caught.value, DatabaseUnavailable)
+    assert "create it" in str(caught.value)
+
+
+async def test_a_server_without_tls_is_not_waited_for_when_tls_is_demanded(
+    server: EmbeddedServer, target: ConnectTarget
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        port = reserved.getsockname()[1]
+    demanding = ConnectTarget(("127.0.0.1",), (port,), user="postgres", database=target.database, sslmode="require")
+    async with door(port, server):
+        with pytest.raises(DatabaseError, match="has no TLS") as caught:
+            await asyncio.wait_for(Database(demanding, connect_timeout=3600).connect(), 20)
+    assert not isinstance(caught.value, DatabaseUnavailable)
+
+
+async def test_closing_cuts_those_who_do_not_let_go(target: ConnectTarget) -> None:
+    db = Database(target)
+    await db.connect()
+    async with contextlib.AsyncExitStack() as stack:
+        conn = await stack.enter_async_context(db.acquire())
+        await db.close(timeout=0.1)
+        with pytest.raises(asyncpg.InterfaceError):
+            await conn.fetchval("SELECT 1")
+    assert not db.is_connected
+    await db.close()
+
+
+async def test_through_a_pooler_no_statement_is_named_and_nothing_is_set(target: ConnectTarget) -> None:
+    async with pool(replace(target, pooled=True), pool_max=1) as db:
+        assert await db.fetchval("SELECT $1::int", 4) == 4
+        assert await db.fetchval("SELECT $1::jsonb", {"a": 1}) == {"a": 1}
+        assert await db.fetchval("SELECT count(*) FROM pg_prepared_statements") <= 1
+        assert await db.fetchval("SELECT current_setting('application_name')") == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "transient"),
+    [
+        (ConnectionRefusedError(111, "Connection refused"), True),
+        (ConnectionResetError(104, "Connection reset by peer"), True),
+        (socket.gaierror(-2, "Name or service not known"), True),
+        (TimeoutError(), True),
+        (asyncpg.CannotConnectNowError("the database system is starting up"), True),
+        (asyncpg.AdminShutdownError("terminating connection"), True),
+        (asyncpg.CrashShutdownError("terminating connection"), True),
+        (asyncpg.TooManyConnectionsError("too many clients"), True),
+        (asyncpg.SerializationError("could not serialize"), True),
+        (asyncpg.DeadlockDetectedError("deadlock detected"), True),
+        (asyncpg.ReadOnlySQLTransactionError("read-only"), True),
+        (asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation"), True),
+        (asyncpg.InterfaceError("connection is closed"), True),
+        (asyncpg.InterfaceError("pool is closing"), True),
+        (asyncpg.InterfaceError("cannot perform operation: another operation is in progress"), False),
+        (asyncpg.UniqueViolationError("duplicate key"), False),
+        (asyncpg.InvalidPasswordError("password authentication failed"), False),
+        (asyncpg.DataError("invalid input"), False),
+        (PermissionError(13, "Permission denied"), False),
+    ],
+)
+def test_what_may_succeed_later_is_told_from_what_will_not(error: Exception, transient: bool) -> None:
+    assert is_transient(error) is transient
+    ours = translate(error)
+    assert isinstance(ours, DatabaseError)
+    assert isinstance(ours, DatabaseUnavailable) is transient
+    wrapped = RuntimeError("somewhere above")
+    wrapped.__cause__ = error
+    assert is_transient(wrapped) is transient
+
+
+def test_what_is_no_databases_fault_is_not_translated() -> None:
+    assert translate(ValueError("x")) is None
+    assert not is_transient(ValueError("x"))
+
+
+@contextlib.asynccontextmanager
+async def door(port: int, server: EmbeddedServer) -> AsyncIterator[None]:
+    """Let TCP connections on a port through to the server's unix socket."""
+    path = f"{server.target().hosts[0]}/.s.PGSQL.5432"
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def through(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner_writer = await asyncio.open_unix_connection(path)
+        await asyncio.gather(carry(reader, inner_writer), carry(inner_reader, writer))
+
+    listener = await asyncio.start_server(through, "127.0.0.1", port)
+    async with listener:
+        yield

@@ -1,0 +1,209 @@
+"""What operators set: everything has a default, every wrong value its one line, and no secret is ever shown."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from utils.errors import SettingsError
+from utils.settings import Settings, load_settings, variables
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / ".env.example"
+TOKEN = "MTIzNDU2Nzg5MDEyMzQ1Njc4.GabcDE.abcdefghijklmnopqrstuvwxyz0123456789AB"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name in variables() or name.startswith(("RAILWAY_", "PG", "DB_", "DATABASE_")):
+            monkeypatch.delenv(name)
+
+
+def load(**values: str) -> Settings:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name, value)
+        return load_settings(None)
+
+
+def refused(**values: str) -> str:
+    with pytest.raises(SettingsError) as caught:
+        load(**values)
+    assert caught.value.__cause__ is None
+    return str(caught.value)
+
+
+def test_everything_has_its_documented_default() -> None:
+    settings = load()
+    assert settings.discord_token is None
+    assert settings.discord_api_base == "https://discord.com/api/v10"
+    assert (settings.admin_user_ids, settings.admin_guild_id) == (frozenset(), None)
+    assert (settings.data_dir, settings.auto_migrate, settings.member_cache) == (Path(".data"), True, "none")
+    assert (settings.db_pool_min, settings.db_pool_max) == (1, 10)
+    assert (settings.db_connect_timeout, settings.db_command_timeout) == (60, 60)
+    assert (settings.flush_rows, settings.flush_seconds, settings.shutdown_seconds) == (500, 1, 25)
+    assert (settings.chunk_timeout_seconds, settings.chunk_cooldown_seconds) == (10, 30)
+    assert (settings.effective_health_port, settings.health_host, settings.on_railway) == (None, None, False)
+    assert (settings.log_format, settings.log_level) == ("auto", "INFO")
+
+
+def test_values_are_read_as_people_write_them() -> None:
+    settings = load(
+        DISCORD_TOKEN=f"  Bot {TOKEN} ",
+        ADMIN_USER_IDS="80351110224678912, 80351110224678913 80351110224678914;",
+        ADMIN_GUILD_ID="197038439483310086",
+        AUTO_MIGRATE="no",
+        MEMBER_CACHE="Voice",
+        LOG_LEVEL="debug",
+        LOG_FORMAT="JSON",
+        DISCORD_API_BASE="http://127.0.0.1:8080/api/v10/",
+        FLUSH_SECONDS="0.25",
+        HEALTH_PORT="",
+    )
+    assert settings.discord_token is not None
+    assert settings.discord_token.get_secret_value() == TOKEN
+    assert settings.admin_user_ids == {80351110224678912, 80351110224678913, 80351110224678914}
+    assert settings.admin_guild_id == 197038439483310086
+    assert (settings.auto_migrate, settings.member_cache, settings.log_level) == (False, "voice", "DEBUG")
+    assert (settings.log_format, settings.flush_seconds, settings.health_port) == ("json", 0.25, None)
+    assert settings.discord_api_base == "http://127.0.0.1:8080/api/v10"
+
+
+def test_settings_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load().log_level = "DEBUG"
+
+
+def test_port_wins_over_health_port_and_zero_is_a_port() -> None:
+    assert load(PORT="0", HEALTH_PORT="9000").effective_health_port == 0
+    assert load(HEALTH_PORT="9000").effective_health_port == 9000
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("ADMIN_USER_IDS", "80351110224678912, me", "Discord ids"),
+        ("ADMIN_USER_IDS", "-1", "Discord ids"),
+        ("ADMIN_USER_IDS", str(2**63), "Discord ids"),
+        ("ADMIN_GUILD_ID", "guild", "Discord ids"),
+        ("AUTO_MIGRATE", "perhaps", "true or false"),
+        ("MEMBER_CACHE", "some", "'none', 'voice' or 'all'"),
+        ("LOG_FORMAT", "xml", "'auto', 'console' or 'json'"),
+        ("LOG_LEVEL", "loud", "DEBUG, INFO"),
+        ("PORT", "70000", "at most 65535"),
+        ("HEALTH_PORT", "http", "a whole number"),
+        ("DB_POOL_MAX", "1", "at least 2"),
+        ("FLUSH_ROWS", "2.5", "a whole number"),
+        ("FLUSH_SECONDS", "soon", "a number of seconds"),
+        ("FLUSH_SECONDS", "nan", "a number of seconds"),
+        ("SHUTDOWN_SECONDS", "0", "more than 0"),
+        ("DISCORD_API_BASE", "discord.com", "https://"),
+        ("DISCORD_GATEWAY_URL", "https://gateway.discord.gg", "wss://"),
+        ("DISCORD_GATEWAY_URL", "wss://[", "wss://"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_says_what_is_expected(name: str, value: str, expected: str) -> None:
+    message = refused(**{name: value})
+    assert re.fullmatch(rf"{name}: '.*' is wrong; expected .*", message)
+    assert expected in message
+    assert value.split(", ")[-1] in message
+
+
+def test_every_wrong_value_gets_its_own_line() -> None:
+    lines = refused(DB_POOL_MAX="many", LOG_LEVEL="loud", PORT="-1").splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["DB_POOL_MAX", "PORT", "LOG_LEVEL"]
+
+
+def test_more_connections_kept_than_allowed_is_refused() -> None:
+    assert "DB_POOL_MIN: 5 is more than DB_POOL_MAX (3)" in refused(DB_POOL_MIN="5", DB_POOL_MAX="3")
+
+
+@pytest.mark.parametrize("name", ["DISCORD_TOKEN", "DATABASE_URL", "DATABASE_UNPOOLED_URL", "DATABASE_PUBLIC_URL"])
+def test_a_wrong_secret_is_not_shown(name: str) -> None:
+    message = refused(**{name: "hush hush-5up3r"})
+    assert message.startswith(f"{name}: ")
+    assert "hush" not in message
+
+
+def test_no_text_form_of_the_settings_holds_a_secret() -> None:
+    settings = load(
+        DISCORD_TOKEN=TOKEN, DATABASE_URL="postgresql://u:hush-5up3r@h/d", PGPASSWORD="hush-2", DB_PASSWORD="hush-3"
+    )
+    shown = f"{settings} {settings!r} {settings.model_dump()} {settings.connection_values()}"
+    shown += settings.model_dump_json()
+
+    assert "hush" not in shown
+    assert TOKEN not in shown
+    assert {TOKEN, "hush-5up3r", "hush-2", "hush-3"} <= set(settings.secrets())
+
+
+def test_on_railway_without_a_volume_the_embedded_server_is_refused() -> None:
+    message = refused(RAILWAY_ENVIRONMENT_NAME="production")
+    assert message.startswith("DATABASE_URL: not set, and this Railway service has no volume")
+    assert load(RAILWAY_ENVIRONMENT_NAME="production", DATABASE_URL="postgresql://u@h/d").on_railway
+
+
+def test_on_railway_with_a_volume_the_data_goes_there() -> None:
+    settings = load(RAILWAY_ENVIRONMENT_NAME="production", RAILWAY_VOLUME_MOUNT_PATH="/data")
+    assert settings.data_dir == Path("/data/guildbook")
+    assert load(RAILWAY_VOLUME_MOUNT_PATH="/data", DATA_DIR="/data/elsewhere").data_dir == Path("/data/elsewhere")
+    assert "DATA_DIR: /tmp is not on the volume" in refused(RAILWAY_VOLUME_MOUNT_PATH="/data", DATA_DIR="/tmp")
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / ".env"
+    file.write_text("LOG_LEVEL=ERROR\nFLUSH_ROWS=7\nSOMETHING_ELSE=1\n")
+    monkeypatch.setenv("LOG_LEVEL", "DEBUG")
+    settings = load_settings(file)
+    assert (settings.log_level, settings.flush_rows) == ("DEBUG", 7)
+
+
+def test_a_file_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_bytes(b"LOG_LEVEL=\xff\xfe\n")
+    with pytest.raises(SettingsError, match="UTF-8"):
+        load_settings(file)
+    assert load_settings(tmp_path / "missing").log_level == "INFO"
+
+
+@given(st.sampled_from(variables()), st.text(st.characters(exclude_characters="\0", codec="utf-8")))
+def test_whatever_is_typed_there_is_never_a_traceback(name: str, value: str) -> None:
+    with contextlib.suppress(SettingsError):
+        load(**{name: value})
+        return
+    # A wrong part may be reported under the variable that made the parts count, or that is missing beside it.
+    related = {"D": "DISCORD_|DATABASE_|DATA_DIR|DB_", "P": "PG|PORT", "R": "DATA_DIR|DATABASE_URL"}.get(name[0], name)
+    assert re.match(rf"{name}|{related}", refused(**{name: value}))
+
+
+def test_the_example_names_every_setting_and_nothing_else() -> None:
+    named = re.findall(r"^#?([A-Z][A-Z0-9_]*)=", EXAMPLE.read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(variables())
+    assert len(named) == len(set(named))
+
+
+def test_the_example_loads_as_it_is_and_with_everything_switched_on(tmp_path: Path) -> None:
+    assert load_settings(EXAMPLE) == load_settings(None)
+    file = tmp_path / ".env"
+    file.write_text(re.sub(r"^#([A-Z][A-Z0-9_]*=)", r"\1", EXAMPLE.read_text(), flags=re.MULTILINE))
+    settings = load_settings(file)
+    assert settings.admin_user_ids == {80351110224678912, 80351110224678913}
+
+
+def test_the_values_that_the_example_calls_defaults_are_the_defaults(tmp_path: Path) -> None:
+    defaults = load_settings(None)
+    names = "DATA_DIR AUTO_MIGRATE MEMBER_CACHE FLUSH_ROWS FLUSH_SECONDS LOG_FORMAT LOG_LEVEL SHUTDOWN_SECONDS"
+    names += " DB_POOL_MIN DB_POOL_MAX DB_CONNECT_TIMEOUT DB_COMMAND_TIMEOUT CHUNK_TIMEOUT_SECONDS"
+    names += " CHUNK_COOLDOWN_SECONDS DISCORD_API_BASE"
+    lines = [line[1:] for line in EXAMPLE.read_text().splitlines() if line[1:].partition("=")[0] in names.split()]
+    assert len(lines) == len(names.split())
+    file = tmp_path / ".env"
+    file.write_text("\n".join(lines))
+    assert load_settings(file) == defaults

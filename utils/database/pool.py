@@ -1,0 +1,299 @@
+"""The pool of raw asyncpg connections, and the verbs that everything else uses."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Iterator
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import asyncpg
+import orjson
+import stamina
+
+from utils.database.target import ConnectTarget
+from utils.errors import DatabaseError, DatabaseUnavailable, driver_error, is_transient, translate
+
+if TYPE_CHECKING:
+    from asyncpg.pool import Pool, PoolConnectionProxy
+
+    Record = asyncpg.Record
+    Connection = asyncpg.Connection[Record] | PoolConnectionProxy[Record]
+else:
+    Record = asyncpg.Record
+    Connection = asyncpg.Connection
+
+_log = logging.getLogger(__name__)
+
+#: Generated columns and the drivers' catalogue queries need it; hosts still offer 13.
+OLDEST_SERVER = 130_000
+#: Seconds that one attempt to connect may take.
+ATTEMPT_SECONDS = 10.0
+
+
+class Database:
+    """A bounded pool of connections to one database.
+
+    `jsonb` is Python objects both ways. No connection goes back with an open transaction, changed settings, advisory
+    locks, LISTENs or (after `temp=True`) temporary tables. Errors of the driver leave the `async with` blocks and the
+    verbs as `DatabaseError` or `DatabaseUnavailable`, with the driver's own as `__cause__`.
+    """
+
+    def __init__(
+        self,
+        target: ConnectTarget,
+        *,
+        direct: ConnectTarget | None = None,
+        pool_min: int = 1,
+        pool_max: int = 10,
+        connect_timeout: float = 60.0,
+        command_timeout: float = 60.0,
+        acquire_timeout: float = 30.0,
+    ) -> None:
+        """Times are seconds; `direct` is the way around a pooler, None when `target` is direct already."""
+        self.target: ConnectTarget = target
+        self.direct: ConnectTarget = direct or target
+        self.pool_min: int = min(pool_min, pool_max)
+        self.pool_max: int = pool_max
+        self.connect_timeout: float = connect_timeout
+        self.command_timeout: float = command_timeout
+        self.acquire_timeout: float = acquire_timeout
+        #: PostgreSQL's version as a number, 180004 for 18.4; 0 before `connect`.
+        self.server_version_num: int = 0
+        self._pool: Pool[Record] | None = None
+        self._waiting: int = 0
+        self._used_temp: set[int] = set()
+        self._clock: tuple[datetime, float] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Database {self.target} {self.pool_stats()}>"
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether `connect` has succeeded and `close` was not called."""
+        return self._pool is not None and not self._pool.is_closing()
+
+    async def connect(self) -> None:
+        """Open the pool, waiting up to `connect_timeout` seconds for a server that is starting or out of reach.
+
+        Raises `DatabaseUnavailable` when the time is up, and `DatabaseError` at once for what waiting cannot mend.
+        """
+        if self._pool is not None:
+            return
+        started = time.monotonic()
+        try:
+            async for attempt in stamina.retry_context(
+                on=is_transient, attempts=None, timeout=self.connect_timeout, wait_initial=0.1, wait_max=3.0
+            ):
+                with attempt:
+                    remaining = self.connect_timeout - (time.monotonic() - started)
+                    try:
+                        async with asyncio.timeout(max(0.5, min(ATTEMPT_SECONDS, remaining))):
+                            self._pool = await self._open()
+                    except Exception as exc:
+                        if is_transient(exc):
+                            _log.warning(
+                                "waiting for the database at %s: %s", self.target, translate(exc),
+                                extra={"attempt": attempt.num, "seconds": round(time.monotonic() - started, 1)},
+                            )  # fmt: skip
+                        raise
+        except Exception as exc:
+            error = translate(exc)
+            if error is None:
+                raise
+            if not isinstance(error, DatabaseUnavailable):
+                raise error from exc
+            waited = time.monotonic() - started
+            raise DatabaseUnavailable(
+                f"{self.target} could not be reached within {waited:.0f} s: {error}. Is the server running, and is the"
+                " address right? DB_CONNECT_TIMEOUT says how long to keep trying.",
+                sqlstate=error.sqlstate,
+            ) from exc
+        try:
+            await self._greet()
+        except BaseException:
+            await self.close(timeout=5)
+            raise
+
+    async def close(self, timeout: float = 10.0) -> None:
+        """Close the pool; connections still in use after `timeout` seconds are cut."""
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        try:
+            async with asyncio.timeout(timeout):
+                await pool.close()  # cuts what is left by itself when it is cancelled
+        except TimeoutError:
+            _log.warning("connections still in use after %s s were cut", timeout)
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
+            _log.warning("the pool did not close cleanly: %s", exc)
+
+    @contextlib.asynccontextmanager
+    async def acquire(self, timeout: float | None = None, *, temp: bool = False) -> AsyncIterator[Connection]:
+        """Lend a connection.
+
+        `timeout`: seconds to wait for a free one (None: `acquire_timeout`), then `DatabaseUnavailable`.
+        `temp`: temporary tables may be made; they are dropped when the connection goes back.
+        """
+        wait = self.acquire_timeout if timeout is None else timeout
+        pool = self._pool
+        if pool is None:
+            raise DatabaseUnavailable("the database is not connected: it was closed, or never opened")
+        self._waiting += 1
+        try:
+            conn = await pool.acquire(timeout=wait)
+        except TimeoutError as exc:
+            raise DatabaseUnavailable(
+                f"no connection was free or could be made within {wait:g} s"
+                f" ({pool.get_size() - pool.get_idle_size()} of {pool.get_max_size()} in use)"
+            ) from exc
+        except Exception as exc:
+            error = translate(exc)
+            if error is None:
+                raise
+            raise error from exc
+        finally:
+            self._waiting -= 1
+        if temp:
+            self._used_temp.add(conn.get_server_pid())
+        try:
+            with _translated():
+                yield conn
+        finally:
+            try:
+                await pool.release(conn)
+            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
+                # The pool has already thrown the connection away; what was done on it is decided.
+                _log.debug("a connection could not be reset and was dropped: %s", exc)
+
+    @contextlib.asynccontextmanager
+    async def transaction(
+        self,
+        timeout: float | None = None,
+        *,
+        temp: bool = False,
+        isolation: Literal["read_committed", "repeatable_read", "serializable"] | None = None,
+        readonly: bool = False,
+    ) -> AsyncIterator[Connection]:
+        """Lend a connection inside a transaction: committed at the end, rolled back by any exception."""
+        async with (
+            self.acquire(timeout, temp=temp) as conn,
+            conn.transaction(isolation=isolation, readonly=readonly),
+        ):
+            yield conn
+
+    async def fetch(self, query: str, *args: Any, timeout: float | None = None) -> list[Record]:
+        """Return all rows; `timeout` (here and below) is seconds for the statement, None: `command_timeout`."""
+        async with self.acquire() as conn:
+            return await conn.fetch(query, *args, timeout=timeout)
+
+    async def fetchrow(self, query: str, *args: Any, timeout: float | None = None) -> Record | None:
+        """Return the first row, or None when there is none."""
+        async with self.acquire() as conn:
+            return await conn.fetchrow(query, *args, timeout=timeout)
+
+    async def fetchval(self, query: str, *args: Any, timeout: float | None = None) -> Any:
+        """Return the first column of the first row, or None when there is none."""
+        async with self.acquire() as conn:
+            return await conn.fetchval(query, *args, timeout=timeout)
+
+    async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+        """Run a statement and return the server's word for it, like `UPDATE 3`."""
+        async with self.acquire() as conn:
+            return await conn.execute(query, *args, timeout=timeout)
+
+    async def renew(self) -> None:
+        """Replace every connection: after foreign DDL their cached statements would fail once each."""
+        if self._pool is not None:
+            await self._pool.expire_connections()
+
+    async def check(self, timeout: float = 5.0) -> bool:
+        """Tell whether the database answers within `timeout` seconds, and set `now` by its clock when it does."""
+        try:
+            async with self.acquire(timeout) as conn:
+                await self._set_clock(conn, timeout)
+        except DatabaseError as exc:
+            _log.warning("the database does not answer: %s", exc)
+            return False
+        return True
+
+    def now(self) -> datetime:
+        """Return the database's time, without asking it: as of `connect` or the last `check`, plus what passed since.
+
+        Raises `DatabaseUnavailable` before the first `connect`.
+        """
+        if self._clock is None:
+            raise DatabaseUnavailable("the database's clock is not known before the first connect()")
+        at, measured = self._clock
+        return at + timedelta(seconds=time.monotonic() - measured)
+
+    def pool_stats(self) -> dict[str, int]:
+        """Return how many connections are open, in use and allowed, and how many tasks wait for one."""
+        pool = self._pool
+        size = pool.get_size() if pool is not None else 0
+        idle = pool.get_idle_size() if pool is not None else 0
+        return {"size": size, "in_use": size - idle, "idle": idle, "max": self.pool_max, "waiting": self._waiting}
+
+    async def _open(self) -> Pool[Record]:
+        return await asyncpg.create_pool(
+            **self.target.connect_kwargs(),
+            min_size=self.pool_min,
+            max_size=self.pool_max,
+            timeout=ATTEMPT_SECONDS,
+            command_timeout=self.command_timeout,
+            init=_set_codecs,
+            reset=self._reset,
+        )
+
+    async def _greet(self) -> None:
+        async with self.acquire() as conn:
+            self.server_version_num = int(await conn.fetchval("SELECT current_setting('server_version_num')"))
+            await self._set_clock(conn, self.command_timeout)
+        if self.server_version_num < OLDEST_SERVER:
+            raise DatabaseError(
+                f"PostgreSQL {self.server_version_num // 10_000} at {self.target} is too old: use 13 or newer"
+            )
+        _log.info("connected to %s", self.target, extra={"server_version": self.server_version_num})
+
+    async def _set_clock(self, conn: Connection, timeout: float) -> None:
+        asked = time.monotonic()
+        at: datetime = await conn.fetchval("SELECT clock_timestamp()", timeout=timeout)
+        self._clock = at, (asked + time.monotonic()) / 2
+
+    async def _reset(self, conn: asyncpg.Connection[Record]) -> None:
+        """Clean a connection that goes back; asyncpg has ended its transaction already."""
+        query = conn.get_reset_query()
+        pid = conn.get_server_pid()
+        if pid in self._used_temp:
+            self._used_temp.discard(pid)
+            query += "\nDISCARD TEMP;"
+        await conn.execute(query)
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Turn what the driver raises into our own errors; a file that cannot be read stays an OSError."""
+    try:
+        yield
+    except Exception as exc:
+        cause = driver_error(exc)
+        if cause is None or (isinstance(cause, OSError) and not isinstance(cause, ConnectionError | TimeoutError)):
+            raise
+        error = translate(exc)
+        if error is None or error is exc:
+            raise
+        raise error from exc
+
+
+async def _set_codecs(conn: asyncpg.Connection[Record]) -> None:
+    """Make json and jsonb Python objects (in binary, the only format that COPY takes)."""
+    await conn.set_type_codec(
+        "jsonb", schema="pg_catalog", format="binary",
+        encoder=lambda value: b"\x01" + orjson.dumps(value), decoder=lambda data: orjson.loads(data[1:]),
+    )  # fmt: skip
+    await conn.set_type_codec(
+        "json", schema="pg_catalog", format="binary", encoder=orjson.dumps, decoder=orjson.loads
+    )  # fmt: skip

@@ -1,0 +1,164 @@
+"""What `migrations/env.py` runs: one connection, one lock, and what belongs to us among the tables that are there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from alembic import context
+from alembic.runtime.migration import MigrationContext, MigrationInfo
+from sqlalchemy import Connection, MetaData, text
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from models import Base
+from utils.database.target import ConnectTarget
+from utils.errors import MigrationError
+
+_log = logging.getLogger(__name__)
+
+#: "guildbook" in a bigint: the advisory lock that keeps two processes from migrating at once.
+LOCK_KEY = 0x6775696C64626F6F
+#: Schemas that hold our tables; what others keep in theirs is not looked at.
+SCHEMAS = (None, "ops")
+#: How long one statement of a migration waits for other people's locks before it gives up.
+LOCK_TIMEOUT = "15s"
+#: Seconds between two attempts to get the lock.
+POLL_SECONDS = 0.25
+
+
+def run_offline() -> None:
+    """Write the SQL instead of running it."""
+    context.configure(dialect_name="postgresql", literal_binds=True, transaction_per_migration=True, **comparison())
+    context.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def run_online() -> None:
+    """Run what Alembic was asked for: on the target that the bot hands over, or on the one of the settings."""
+    attributes = context.config.attributes
+    target: ConnectTarget | None = attributes.get("target")
+    if target is not None:
+        asyncio.run(on_connection(target, lambda connection: _migrate(connection, attributes)))
+    else:
+        asyncio.run(_with_settings(lambda connection: _migrate(connection, attributes)))
+
+
+async def on_connection(target: ConnectTarget, work: Callable[[Connection], Any]) -> Any:
+    """Run `work` on a connection of SQLAlchemy's that is closed afterwards."""
+    engine = create_async_engine(
+        target.sqlalchemy_url(), connect_args=target.sqlalchemy_connect_args(), poolclass=NullPool
+    )
+    try:
+        async with engine.connect() as connection:
+            return await connection.run_sync(work)
+    finally:
+        await engine.dispose()
+
+
+async def _with_settings(work: Callable[[Connection], Any]) -> None:
+    from utils.database.embedded import EmbeddedServer
+    from utils.database.urls import resolve, resolve_direct
+    from utils.settings import load_settings
+
+    settings = load_settings()
+    target = resolve_direct(settings) or resolve(settings)
+    if target is not None:
+        await on_connection(target, work)
+        return
+    server = EmbeddedServer(settings.data_dir)
+    await server.start()
+    try:
+        await on_connection(server.target(), work)
+    finally:
+        await server.stop()
+
+
+def _migrate(connection: Connection, attributes: dict[str, Any]) -> None:
+    """Migrate, and note in `attributes` where the database was (`before`) and what was done (`applied`)."""
+
+    def note(ctx: MigrationContext, step: MigrationInfo, heads: Any, run_args: Any) -> None:
+        attributes.setdefault("applied", []).extend(step.up_revision_ids if step.is_upgrade else step.down_revision_ids)
+
+    with locked(connection, attributes.get("timeout", 300.0)):
+        connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT}'"))
+        foreign = partitions(connection)
+        connection.commit()
+        context.configure(
+            connection=connection,
+            transaction_per_migration=True,
+            on_version_apply=note,
+            **comparison(skip=foreign),
+        )
+        attributes["before"] = context.get_context().get_current_revision()
+        connection.commit()
+        with context.begin_transaction():
+            context.run_migrations()
+
+
+@contextmanager
+def locked(connection: Connection, timeout: float) -> Iterator[None]:
+    """Hold the migration lock. Raises `MigrationError` when another process still has it after `timeout` seconds.
+
+    Polled: a session that waits inside the lock function holds a snapshot, which CREATE INDEX CONCURRENTLY of the
+    lock's holder then waits for.
+    """
+    started = told = time.monotonic()
+    while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": LOCK_KEY}):
+        connection.commit()
+        now = time.monotonic()
+        if now - started > timeout:
+            raise MigrationError(
+                f"another process has been migrating this database for {timeout:.0f} s: wait until it is done, or end"
+                f" it (pg_locks, locktype advisory, key {LOCK_KEY}), then start again"
+            )
+        if told == started or now - told > 10:
+            _log.info("waiting for another process to finish migrating", extra={"seconds": round(now - started, 1)})
+            told = now
+        time.sleep(POLL_SECONDS)
+    connection.commit()
+    try:
+        yield
+    finally:
+        if not connection.closed and not connection.invalidated:
+            connection.rollback()
+            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": LOCK_KEY})
+            connection.commit()
+
+
+def partitions(connection: Connection) -> frozenset[tuple[str | None, str]]:
+    """Return schema and name of every partition: they come and go with the months and are no part of the models."""
+    rows = connection.execute(
+        text(
+            "SELECT CASE WHEN pg_table_is_visible(c.oid) THEN NULL ELSE n.nspname END, c.relname"
+            " FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.relispartition"
+        )
+    )
+    return frozenset((row[0], row[1]) for row in rows)
+
+
+def comparison(
+    *, skip: frozenset[tuple[str | None, str]] = frozenset(), metadata: MetaData = Base.metadata
+) -> dict[str, Any]:
+    """Return the options that say what Alembic compares with the models, and how."""
+
+    def include_name(name: str | None, kind: str, parents: Any) -> bool:
+        if kind == "schema":
+            return name in SCHEMAS
+        if kind == "table":
+            return (parents.get("schema_name"), name) not in skip
+        return True
+
+    return {
+        "target_metadata": metadata,
+        "include_schemas": True,
+        "include_name": include_name,
+        "compare_type": True,
+        # Alembic 1.20 evaluates both defaults, and a clock's never agree: utils.migrations.catalogue compares them.
+        "compare_server_default": False,
+    }

@@ -1,0 +1,1 @@
+"""What the machine that runs the bot sees of it: health and metrics."""

@@ -1,0 +1,50 @@
+"""The counters and gauges that GET /metrics shows."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+registry = CollectorRegistry()
+ProcessCollector(registry=registry)
+PlatformCollector(registry=registry)
+GCCollector(registry=registry)
+
+events_received = Counter(
+    "guildbook_gateway_events", "Gateway events received, by type.", ["type"], registry=registry
+)  # fmt: skip
+malformed_payloads = Counter(
+    "guildbook_malformed_payloads", "Payloads that could not be understood, by event.", ["event"], registry=registry
+)
+rows_written = Counter("guildbook_rows_written", "Rows changed, by table.", ["table"], registry=registry)
+sync_runs = Counter(
+    "guildbook_sync_runs", "Reconciles finished, by source and result.", ["source", "result"], registry=registry
+)
+sync_seconds = Histogram(
+    "guildbook_sync_seconds", "How long a reconcile took.", ["source"],
+    buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300), registry=registry,
+)  # fmt: skip
+flush_seconds = Histogram(
+    "guildbook_flush_seconds", "How long a flush of the buffer took.",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10), registry=registry,
+)  # fmt: skip
+flush_failures = Counter(
+    "guildbook_flush_failures", "Flushes that failed and were kept for the next try.", registry=registry
+)
+buffer_rows = Gauge("guildbook_buffer_rows", "Rows that wait to be written.", registry=registry)
+guilds_waiting = Gauge("guildbook_guilds_waiting", "Guilds that wait for their reconcile.", registry=registry)
+loop_stall_max = Gauge(
+    "guildbook_loop_stall_max_seconds", "Longest time that the event loop was held, since the start.", registry=registry
+)
+pool_connections = Gauge(
+    "guildbook_pool_connections", "Database connections, by state.", ["state"], registry=registry
+)  # fmt: skip
+
+
+def render() -> bytes:
+    """Return all of it in Prometheus's text format."""
+    return generate_latest(registry)

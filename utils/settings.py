@@ -1,0 +1,247 @@
+"""What operators set: the environment and `.env`, validated once at the start."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from utils.errors import SettingsError
+
+#: Where a token comes from, for the message that says it is missing.
+DEVELOPER_PORTAL = "https://discord.com/developers/applications"
+#: Discord's (API reference, "API Versioning").
+DISCORD_API_BASE = "https://discord.com/api/v10"
+_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+_SECRETS = frozenset(
+    ("DISCORD_TOKEN", "DATABASE_URL", "DATABASE_UNPOOLED_URL", "DATABASE_PUBLIC_URL", "PGPASSWORD", "DB_PASSWORD")
+)
+
+Snowflake = Annotated[int, Field(gt=0, lt=2**63)]
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Port = Annotated[int, Field(ge=0, le=65_535)]
+
+
+class Settings(BaseSettings):
+    """Every setting; the variable's name is the field's in capitals. Times are seconds."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="ignore", env_ignore_empty=True, case_sensitive=False, env_file_encoding="utf-8"
+    )
+
+    #: None: the bot cannot log in.
+    discord_token: SecretStr | None = None
+    discord_api_base: str = DISCORD_API_BASE
+    #: None: GET /gateway/bot says it.
+    discord_gateway_url: str | None = None
+    #: Who may operate the bot beside the application's owner or team.
+    admin_user_ids: Annotated[frozenset[Snowflake], NoDecode] = frozenset()
+    #: Where the operators' commands are registered; None: in direct messages with the bot.
+    admin_guild_id: Snowflake | None = None
+
+    database_url: SecretStr | None = None
+    database_unpooled_url: SecretStr | None = None
+    database_public_url: SecretStr | None = None
+    pghost: str | None = None
+    pgport: str | None = None
+    pguser: str | None = None
+    pgpassword: SecretStr | None = None
+    pgdatabase: str | None = None
+    pgsslmode: str | None = None
+    db_host: str | None = None
+    db_port: str | None = None
+    db_user: str | None = None
+    db_password: SecretStr | None = None
+    db_name: str | None = None
+    db_ssl: str | None = None
+    db_pool_min: int = Field(default=1, ge=0, le=1_000)
+    #: At least 2: a reconcile writes users and members side by side.
+    db_pool_max: int = Field(default=10, ge=2, le=1_000)
+    #: How long to keep trying at the start.
+    db_connect_timeout: Seconds = 60.0
+    db_command_timeout: Seconds = 60.0
+    #: The embedded server's data, and other files that have to last.
+    data_dir: Path = Path(".data")
+    auto_migrate: bool = True
+
+    member_cache: Literal["none", "voice", "all"] = "none"
+    flush_rows: int = Field(default=500, ge=1, le=100_000)
+    flush_seconds: Seconds = 1.0
+    #: How long a page of members may be awaited.
+    chunk_timeout_seconds: Seconds = 10.0
+    #: Discord's own bound between two full member requests of a guild; anything else is for tests and proxies.
+    chunk_cooldown_seconds: float = Field(default=30.0, ge=0, le=86_400, allow_inf_nan=False)
+    #: How long a clean end may take after a signal.
+    shutdown_seconds: Seconds = 25.0
+
+    #: Wins over `health_port`: hosts set it.
+    port: Port | None = None
+    #: None: no health server; 0: any free port.
+    health_port: Port | None = None
+    #: None: every address, IPv4 and IPv6.
+    health_host: str | None = None
+    log_format: Literal["auto", "console", "json"] = "auto"
+    log_level: str = "INFO"
+    railway_volume_mount_path: Path | None = None
+    #: Whether this runs on Railway: any variable that begins with RAILWAY_ is set.
+    on_railway: bool = Field(default=False, exclude=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _strip(cls, value: Any) -> Any:
+        return value.strip() if isinstance(value, str) else value
+
+    @field_validator("admin_user_ids", mode="before")
+    @classmethod
+    def _split_ids(cls, value: Any) -> Any:
+        return [part for part in re.split(r"[\s,;]+", value) if part] if isinstance(value, str) else value
+
+    @field_validator("log_level", mode="after")
+    @classmethod
+    def _known_level(cls, value: str) -> str:
+        level = {"WARN": "WARNING", "FATAL": "CRITICAL"}.get(value.upper(), value.upper())
+        if level not in _LOG_LEVELS:
+            raise ValueError(f"one of {', '.join(_LOG_LEVELS)}")
+        return level
+
+    @field_validator("member_cache", "log_format", mode="before")
+    @classmethod
+    def _lower(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
+
+    @field_validator("discord_api_base", "discord_gateway_url", mode="after")
+    @classmethod
+    def _address(cls, value: str | None, info: Any) -> str | None:
+        schemes = ("http", "https") if info.field_name == "discord_api_base" else ("ws", "wss")
+        expected = f"an address that begins with {schemes[1]}:// or {schemes[0]}://"
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value)
+        except ValueError:
+            raise ValueError(expected) from None
+        if parts.scheme not in schemes or not parts.hostname:
+            raise ValueError(expected)
+        return value.rstrip("/")
+
+    @field_validator("discord_token", mode="after")
+    @classmethod
+    def _token(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        text = value.get_secret_value().removeprefix("Bot ").strip()
+        if not text.isascii() or re.search(r"\s", text):
+            raise ValueError("the token as the developer portal shows it, without spaces or quotes")
+        return SecretStr(text)
+
+    @property
+    def effective_health_port(self) -> int | None:
+        """The port of the health server: PORT before HEALTH_PORT; 0: any free one; None: there is no server."""
+        return self.port if self.port is not None else self.health_port
+
+    def connection_values(self) -> dict[str, SecretStr | str | None]:
+        """Return the variables that say where the database is, as `utils.database.urls.resolve` reads them."""
+        names = ("database_url", "database_unpooled_url", "database_public_url")
+        fields = [name for name in type(self).model_fields if name.startswith(("pg", "db_")) and name not in _POOL]
+        return {name.upper(): getattr(self, name) for name in (*names, *fields)}
+
+    def secrets(self) -> list[str]:
+        """Return every secret value, for the logs to leave out: also the passwords inside the database URLs."""
+        from utils.database.urls import resolve, resolve_direct
+
+        values = [value.get_secret_value() for _, value in self if isinstance(value, SecretStr)]
+        targets = (resolve(self), resolve_direct(self))
+        return values + [target.password for target in targets if target is not None and target.password]
+
+
+_POOL = frozenset(("db_pool_min", "db_pool_max", "db_connect_timeout", "db_command_timeout"))
+
+
+def variables() -> list[str]:
+    """Return the name of every variable that is read."""
+    return [name.upper() for name in Settings.model_fields if name != "on_railway"]
+
+
+def load_settings(env_file: str | Path | None = ".env") -> Settings:
+    """Read the environment and, for what it does not set, `env_file` (None: no file; one that is missing is none).
+
+    Raises `SettingsError` with one line for each wrong value: the variable, what was seen unless it is secret, and
+    what is expected.
+    """
+    try:
+        settings = Settings(_env_file=env_file)  # type: ignore[call-arg]
+    except ValidationError as exc:
+        raise SettingsError("\n".join(_line(error) for error in exc.errors())) from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{env_file}: not a text file in UTF-8; write it anew from .env.example") from None
+    except OSError as exc:
+        raise SettingsError(f"{env_file}: cannot be read: {exc.strerror}") from None
+    update: dict[str, Any] = {"on_railway": any(name.startswith("RAILWAY_") for name in os.environ)}
+    if settings.railway_volume_mount_path is not None and "data_dir" not in settings.model_fields_set:
+        update["data_dir"] = settings.railway_volume_mount_path / "guildbook"
+    settings = settings.model_copy(update=update)
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    from utils.database.urls import resolve, resolve_direct
+
+    wrong: list[str] = []
+    if settings.db_pool_min > settings.db_pool_max:
+        wrong.append(
+            f"DB_POOL_MIN: {settings.db_pool_min} is more than DB_POOL_MAX ({settings.db_pool_max}); expected no more"
+        )
+    try:
+        embedded = resolve(settings) is None
+        resolve_direct(settings)
+    except SettingsError as exc:
+        wrong.append(str(exc))
+        embedded = False
+    if embedded and settings.on_railway and settings.railway_volume_mount_path is None:
+        wrong.append(
+            "DATABASE_URL: not set, and this Railway service has no volume, so the next deployment would lose the"
+            " embedded database; expected DATABASE_URL=${{Postgres.DATABASE_URL}}, or a volume with DATA_DIR on it"
+        )
+    elif embedded and settings.railway_volume_mount_path is not None:
+        volume, data = settings.railway_volume_mount_path.resolve(), settings.data_dir.resolve()
+        if data != volume and volume not in data.parents:
+            wrong.append(
+                f"DATA_DIR: {settings.data_dir} is not on the volume, so the next deployment would lose the embedded"
+                f" database; expected DATA_DIR={volume}/guildbook"
+            )
+    if wrong:
+        raise SettingsError("\n".join(wrong))
+
+
+_EXPECTED = {
+    "bool_parsing": "true or false",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number of seconds",
+    "finite_number": "a number of seconds",
+}
+
+
+def _line(error: Any) -> str:
+    variable = str(error["loc"][0]).upper() if error["loc"] else "settings"
+    kind, context = str(error["type"]), error.get("ctx") or {}
+    bounds = {"greater_than": "more than", "greater_than_equal": "at least", "less_than": "less than"}
+    bounds["less_than_equal"] = "at most"
+    if kind in bounds:
+        expected = f"{bounds[kind]} {next(iter(context.values()))}"
+    elif kind == "literal_error":
+        expected = f"one of {context['expected']}"
+    elif kind == "value_error":
+        expected = str(context.get("error", error["msg"]))
+    else:
+        expected = _EXPECTED.get(kind, str(error["msg"]))
+    if variable in ("ADMIN_USER_IDS", "ADMIN_GUILD_ID"):
+        expected = "Discord ids, digits only (Developer Mode on, right-click, Copy ID)"
+    seen = "" if variable in _SECRETS else f" {str(error['input'])[:100]!r} is wrong;"
+    return f"{variable}:{seen} expected {expected}"
