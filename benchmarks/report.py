@@ -1,0 +1,31 @@
+"""One figure of a benchmark, its bound, and the table of them all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A figure and the bound that it has to keep."""
+
+    what: str
+    figure: float
+    relation: str
+    bound: float
+    unit: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the figure keeps its bound."""
+        return self.figure >= self.bound if self.relation == "≥" else self.figure <= self.bound
+
+    def __str__(self) -> str:
+        figure = f"{self.figure:,.2f}" if isinstance(self.figure, float) else f"{self.figure:,}"
+        verdict = "yes" if self.holds else "**no**"
+        return f"| {self.what} | {figure}{self.unit} | {self.relation} {self.bound:g}{self.unit} | {verdict} |"
+
+
+def table(rows: list[Row]) -> str:
+    """Return the rows as a Markdown table."""
+    return "\n".join(["| what | figure | bound | kept |", "| --- | ---: | ---: | --- |", *map(str, rows)])

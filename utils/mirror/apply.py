@@ -1,0 +1,198 @@
+"""Writes batches through the merge: users first in their own short transaction, all else in one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from sqlalchemy import ARRAY
+from sqlalchemy.dialects.postgresql import JSONB
+
+from utils.database import Connection, Database
+from utils.mirror import sql
+from utils.mirror.rows import Absence, Entry, Group, Key, grouped, key_columns, table_of, tombstone_column
+
+#: Rows in one statement: keeps the arrays, and the time that the loop spends on encoding them, small.
+BATCH_ROWS = 1_000
+
+
+@dataclass(slots=True)
+class Run:
+    """What becomes a row of `sync_runs`."""
+
+    guild_id: int
+    started_at: Any
+    source: str
+    reason: str
+    stamp: int
+    pages: int = 0
+    rows_seen: int = 0
+    rows_inserted: int = 0
+    rows_updated: int = 0
+    rows_left: int = 0
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class Batch:
+    """What is written together: waiting rows, then listings proven complete, then the runs that proved them."""
+
+    entries: Mapping[tuple[str, Key], Entry] = field(default_factory=dict)
+    groups: list[Group] = field(default_factory=list)
+    absences: list[Absence] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    #: Guilds that the bot is in, by READY: (shard id, number of shards, ids, stamp).
+    ready: list[tuple[int, int, frozenset[int], int]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Written:
+    """How many rows a batch changed, by table."""
+
+    inserted: Counter[str] = field(default_factory=Counter)
+    updated: Counter[str] = field(default_factory=Counter)
+    removed: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def total(self) -> int:
+        """All rows written, history not counted."""
+        return self.inserted.total() + self.updated.total() + self.removed.total()
+
+
+async def apply(database: Database, batch: Batch) -> Written:
+    """Write a batch; waiting rows go before listings, which were asked for after they had been received."""
+    written = Written()
+    live = list(grouped(batch.entries.items()))
+    users = [group for group in (*live, *batch.groups) if group.table == "users"]
+    rest = [group for group in live if group.table != "users"]
+    listed = [group for group in batch.groups if group.table != "users"]
+    if users:
+        async with database.transaction() as connection:
+            await _merge(connection, users, written)
+    if rest or listed or batch.absences or batch.runs or batch.ready:
+        async with database.transaction() as connection:
+            await _merge(connection, rest, written)
+            await _bury(connection, database, batch.entries)
+            counted = {run.guild_id: run for run in batch.runs}
+            await _merge(connection, listed, written, counted)
+            await _tombstone(connection, database, batch.absences, written, counted)
+            for shard_id, shards, ids, stamp in batch.ready:
+                gone = await connection.fetchval(sql.LEFT_GUILDS, shard_id, shards, sorted(ids), stamp, database.now())
+                written.removed["guilds"] += gone
+            for run in batch.runs:
+                await record(connection, database, run)
+    return written
+
+
+async def _merge(
+    connection: Connection, groups: Iterable[Group], written: Written, runs: Mapping[int, Run] | None = None
+) -> None:
+    for group in groups:
+        statement = sql.merge(group.table, group.columns, group.mode)
+        for start in range(0, len(group.records), BATCH_ROWS):
+            records = group.records[start : start + BATCH_ROWS]
+            row = await connection.fetchrow(statement, *_arrays(group, records))
+            assert row is not None
+            written.inserted[group.table] += row[0]
+            written.updated[group.table] += row[1]
+            if runs and group.table == "members" and (run := runs.get(records[0][0])) is not None:
+                run.rows_inserted += row[0]
+                run.rows_updated += row[1]
+
+
+def _arrays(group: Group, records: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
+    """Turn records into a parallel array for each column; nested values travel as text."""
+    arrays = [list(values) for values in zip(*records, strict=True)]
+    columns = table_of(group.table).columns
+    for position, name in enumerate((*key_columns(group.table), *group.columns)):
+        type_ = columns[name].type
+        if isinstance(type_, ARRAY):
+            arrays[position] = [None if value is None else _array_literal(value) for value in arrays[position]]
+        elif isinstance(type_, JSONB):
+            arrays[position] = [
+                value if value is None or isinstance(value, str) else orjson.dumps(value).decode()
+                for value in arrays[position]
+            ]
+    return arrays
+
+
+def _array_literal(values: Sequence[Any]) -> str:
+    if not values or isinstance(values[0], int):
+        return "{" + ",".join(map(str, values)) + "}"
+    quoted = (value.replace("\\", "\\\\").replace('"', '\\"') for value in values)
+    return "{" + ",".join(f'"{value}"' for value in quoted) + "}"
+
+
+async def _bury(connection: Connection, database: Database, entries: Mapping[tuple[str, Key], Entry]) -> None:
+    """Do what Discord leaves unsaid when a role or a channel is deleted."""
+    for table, statement in (("roles", sql.STRIP_ROLES), ("channels", sql.BURY_THREADS)):
+        tombstone = tombstone_column(table)
+        dead = [
+            (*key, entry.stamp)
+            for (name, key), entry in entries.items()
+            if name == table and entry.values.get(str(tombstone)) is not None
+        ]
+        await bury(connection, database, statement, dead)
+
+
+async def bury(connection: Connection, database: Database, statement: str, dead: Sequence[tuple[int, ...]]) -> None:
+    """Run `STRIP_ROLES` or `BURY_THREADS` for (guild, id, stamp) of what was deleted."""
+    if dead:
+        arrays: list[Any] = [list(values) for values in zip(*sorted(dead), strict=True)]
+        if statement is sql.BURY_THREADS:
+            arrays.append(database.now())
+        await connection.execute(statement, *arrays)
+
+
+async def _tombstone(
+    connection: Connection,
+    database: Database,
+    absences: Sequence[Absence],
+    written: Written,
+    runs: Mapping[int, Run],
+) -> None:
+    for table in sorted({absence.table for absence in absences}):
+        proven = [absence for absence in absences if absence.table == table]
+        pairs = [(absence.guild_id, id) for absence in proven for id in absence.present]
+        gone = await connection.fetch(
+            sql.absence(table),
+            [guild_id for guild_id, _ in pairs],
+            [id for _, id in pairs],
+            [absence.guild_id for absence in proven],
+            [absence.stamp for absence in proven],
+            database.now(),
+        )
+        written.removed[table] += len(gone)
+        if table == "members":
+            for guild_id, _ in gone:
+                if guild_id in runs:
+                    runs[guild_id].rows_left += 1
+        elif gone:
+            stamps = {absence.guild_id: absence.stamp for absence in proven}
+            dead = [(guild_id, id, stamps[guild_id]) for guild_id, id in gone]
+            await bury(connection, database, sql.STRIP_ROLES if table == "roles" else sql.BURY_THREADS, dead)
+
+
+async def record(connection: Connection, database: Database, run: Run) -> None:
+    """Write the `sync_runs` row of a finished reconcile."""
+    await connection.execute(
+        "INSERT INTO sync_runs (guild_id, started_at, finished_at, state, source, reason, stamp, pages, "
+        "rows_seen, rows_inserted, rows_updated, rows_left, error) "
+        "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+        run.guild_id,
+        run.started_at,
+        database.now(),
+        "complete" if run.error is None else "failed",
+        run.source,
+        run.reason,
+        run.stamp if run.error is None else None,
+        run.pages,
+        run.rows_seen,
+        run.rows_inserted,
+        run.rows_updated,
+        run.rows_left,
+        run.error,
+    )

@@ -1,0 +1,226 @@
+"""The mirror: takes what the gateway sends and keeps the tables equal to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from typing import Any
+
+from utils.database import Database
+from utils.errors import SyncError
+from utils.logs import once
+from utils.mirror import translate
+from utils.mirror.apply import Run
+from utils.mirror.archived import ArchivedThreads
+from utils.mirror.guilds import GuildState
+from utils.mirror.live import EVENTS
+from utils.mirror.reconcile import Reconciler
+from utils.mirror.rows import Stamps
+from utils.mirror.snapshots import MISSHAPEN, checked, snapshot
+from utils.mirror.source import DiscordSource
+from utils.mirror.translate import Payload
+from utils.mirror.writer import MirrorWriter, Observation
+from utils.service import metrics
+
+_log = logging.getLogger(__name__)
+
+#: Pages that may wait for the database before the gateway is no longer read.
+PAGES_WAITING = 6
+#: Seconds that the gateway is left unread at most: well below the 41 s between heartbeats.
+PAUSE_SECONDS = 10.0
+
+
+class Mirror:
+    """Receives raw gateway payloads, and owns the writer, the reconciler and the background lane behind it."""
+
+    def __init__(
+        self,
+        database: Database,
+        source: DiscordSource,
+        *,
+        epoch: int,
+        shards: int,
+        flush_rows: int,
+        flush_seconds: float,
+        page_timeout: float,
+        cooldown: float,
+    ) -> None:
+        self.database = database
+        self.stamps = Stamps(epoch)
+        self.shards = shards
+        self.writer = MirrorWriter(database, flush_rows=flush_rows, flush_seconds=flush_seconds)
+        self.reconciler = Reconciler(self.writer, source, self.stamps, page_timeout=page_timeout, cooldown=cooldown)
+        self.archived = ArchivedThreads(self.writer, source, self.stamps, self.reconciler)
+        self._source = source
+        #: Shards whose READY has come.
+        self._ready: set[int] = set()
+
+    def start(self) -> None:
+        """Start to write and to reconcile."""
+        self.writer.start()
+        self.reconciler.start()
+        self.reconciler.spawn(self.archived.run())
+
+    async def stop(self, timeout: float) -> None:
+        """Stop reconciling, write what waits for at most `timeout` seconds."""
+        await self.reconciler.stop()
+        await self.writer.stop(timeout)
+
+    def is_ready(self) -> tuple[bool, dict[str, Any]]:
+        """Return whether every available guild has been reconciled in this session, and how far it has come."""
+        progress = self.reconciler.progress()
+        ready = len(self._ready) == self.shards and progress["reconciled"] == progress["available"]
+        return ready, {"shards_ready": len(self._ready), **progress}
+
+    async def sync(self, guild_id: int) -> Run:
+        """Reconcile a guild now: its settings, roles and channels over REST, its members by a complete listing."""
+        stamp = self.stamps.next()
+        payload = await self._source.guild(guild_id)
+        payload["channels"] = await self._source.channels(guild_id)
+        observation = snapshot(payload, stamp, self._refuse("GET /guilds"), is_gateway=False)
+        await self.writer.submit(observation)
+        return await self.reconciler.sync(guild_id)
+
+    # --- what the gateway sends
+
+    def receive(self, event: str, data: Any, shard_id: int, session: str) -> bool:
+        """Take one dispatch; True keeps it from discord.py's own parser. Never raises."""
+        stamp = self.stamps.next()
+        try:
+            if event == "GUILD_MEMBERS_CHUNK":
+                return self._chunk(data)
+            if event == "RATE_LIMITED":
+                return self._rate_limited(data)
+            if event == "READY":
+                self._on_ready(data, shard_id, stamp)
+            elif event == "GUILD_CREATE":
+                self._on_guild_create(data, stamp)
+            elif event in EVENTS:
+                self._live(event, data, stamp)
+        except MISSHAPEN as error:
+            self.malformed(event, error)
+        return False
+
+    def malformed(self, event: str, error: Exception) -> None:
+        """Count and log a payload that could not be understood; it costs that payload alone."""
+        metrics.malformed_payloads.labels(event).inc()
+        once(
+            _log,
+            ("malformed", event, type(error).__name__),
+            "a %s from Discord cannot be understood and is left out (%s: %.200s); others like it are only counted",
+            event,
+            type(error).__name__,
+            error,
+        )
+
+    def room(self) -> Awaitable[None] | None:
+        """None when there is room for more; otherwise what to await before the next message is read."""
+        for listing in self.reconciler.listings.values():
+            if listing.waiting >= PAGES_WAITING:
+                return self._pause()
+        return asyncio.sleep(0) if self.reconciler.listings else None
+
+    async def _pause(self) -> None:
+        full = [listing for listing in self.reconciler.listings.values() if listing.waiting >= PAGES_WAITING]
+        for listing in full:
+            try:
+                await asyncio.wait_for(listing.room(PAGES_WAITING), PAUSE_SECONDS)
+            except TimeoutError:
+                listing.fail(SyncError(f"guild {listing.guild_id}: the database took no page for {PAUSE_SECONDS:g} s"))
+
+    def _chunk(self, data: Payload) -> bool:
+        listing = self.reconciler.listings.get(data.get("nonce") or "")
+        if listing is None:
+            return False
+        try:
+            listing.chunk(data)
+        except MISSHAPEN as error:
+            listing.fail(SyncError(f"guild {listing.guild_id}: a page cannot be understood: {error!r}"))
+            self.malformed("GUILD_MEMBERS_CHUNK", error)
+        return True
+
+    def _rate_limited(self, data: Payload) -> bool:
+        """Discord refuses an op 8; discord.py knows nothing of it and would wait for ever."""
+        listing = self.reconciler.listings.get((data.get("meta") or {}).get("nonce") or "")
+        if listing is not None:
+            listing.fail(
+                SyncError(f"guild {listing.guild_id}: Discord asks to wait {data.get('retry_after')} s for op 8")
+            )
+        return True
+
+    def _on_ready(self, data: Payload, shard_id: int, stamp: int) -> None:
+        ids = frozenset(int(guild["id"]) for guild in data["guilds"])
+        self._put([checked(translate.user(data["user"], own=True))], stamp)
+        self.reconciler.drop(shard_id, "the gateway session is new, events were missed")
+        guilds = self.reconciler.guilds
+        for state in [state for state in guilds.values() if state.shard_id == shard_id]:
+            self.reconciler.queue.remove(state)
+            del guilds[state.id]
+        for id in ids:
+            guilds[id] = GuildState(id, shard_id)
+        self._ready.add(shard_id)
+        observation = Observation(0, stamp, [], ready=(shard_id, self.shards, ids))
+        self.reconciler.spawn(self._until_written(observation, "the guilds of READY"))
+
+    def _on_guild_create(self, data: Payload, stamp: int) -> None:
+        if data.get("unavailable"):
+            return
+        guild_id = int(data["id"])
+        observation = snapshot(data, stamp, self._refuse("GUILD_CREATE"), is_gateway=True)
+        known = self.reconciler.guilds.get(guild_id)
+        shard_id = (guild_id >> 22) % self.shards
+        state = GuildState(guild_id, shard_id, size=data.get("member_count"), available=True)
+        if known is not None:
+            self.reconciler.queue.remove(known)
+            state.asked_at = known.asked_at
+            if known.listing is not None:
+                known.listing.fail(SyncError(f"guild {guild_id}: it became available anew"))
+        state.active_threads = {int(thread["id"]) for thread in data.get("threads", ())}
+        self.reconciler.guilds[guild_id] = state
+        self.reconciler.spawn(self._on_snapshot(state, observation))
+        self.reconciler.request(state, "available")
+
+    async def _on_snapshot(self, state: GuildState, observation: Observation) -> None:
+        if await self._until_written(observation, f"guild {state.id}"):
+            state.has_snapshot = True
+            self.archived.add(state.id)
+
+    async def _until_written(self, observation: Observation, what: str) -> bool:
+        """Submit an observation; one that the database refuses is reported and given up."""
+        try:
+            await self.writer.submit(observation)
+        except Exception as error:
+            _log.error("%s could not be written: %s", what, error, extra={"guild_id": observation.guild_id})
+            return False
+        return True
+
+    def _live(self, event: str, data: Payload, stamp: int) -> None:
+        rows = [checked(row) for row in EVENTS[event](data, self.database.now())]
+        self._put(rows, stamp)
+        metrics.events_received.labels(event).inc()
+        if event == "GUILD_DELETE":
+            state = self.reconciler.guilds.get(int(data["id"]))
+            if state is not None:
+                state.available = False
+                self.reconciler.queue.remove(state)
+                if state.listing is not None:
+                    state.listing.fail(SyncError(f"guild {state.id} became unavailable"))
+                if not data.get("unavailable"):
+                    del self.reconciler.guilds[state.id]
+        elif event.startswith("THREAD_"):
+            self._note_threads(rows)
+
+    def _note_threads(self, rows: list[Any]) -> None:
+        for row in rows:
+            state = self.reconciler.guilds.get(row.key[0])
+            if state is not None and row.values.get("archived") is False:
+                state.active_threads.add(row.key[-1])
+
+    def _put(self, rows: list[Any], stamp: int) -> None:
+        for row in rows:
+            self.writer.put(row, stamp)
+        metrics.buffer_rows.set(len(self.writer.buffer))
+
+    def _refuse(self, where: str) -> Any:
+        return lambda error: self.malformed(where, error)

@@ -1,0 +1,316 @@
+"""The merge, as SQL derived from the tables: write what differs, nothing else, and leave its history beside it."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from sqlalchemy import ARRAY
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import JSONB
+
+from models import Part, part_of
+from utils.mirror.rows import Mode, key_columns, table_of, tombstone_column
+
+_DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]
+
+
+def quoted(name: str) -> str:
+    """Return an identifier as SQL."""
+    return _DIALECT.identifier_preparer.quote(name)
+
+
+def sql_type(table: str, column: str) -> str:
+    """Return a column's type as SQL."""
+    return table_of(table).columns[column].type.compile(_DIALECT)
+
+
+def _is_nested(table: str, column: str) -> bool:
+    """Return whether the column's values travel as text: UNNEST flattens arrays of arrays, and jsonb needs a codec."""
+    return isinstance(table_of(table).columns[column].type, (ARRAY, JSONB))
+
+
+def history_table(table: str) -> str:
+    """Return where changes of the table's rows are kept."""
+    return "user_changes" if table == "users" else "changes"
+
+
+def _on(left: str, right: str, keys: tuple[str, ...]) -> str:
+    return " AND ".join(f"{left}.{quoted(key)} = {right}.{quoted(key)}" for key in keys)
+
+
+def _differences(table: str, columns: tuple[str, ...], left: str, right: str, prefix: str = "") -> str:
+    return (
+        " OR ".join(f"{left}.{quoted(prefix + name)} IS DISTINCT FROM {right}.{quoted(name)}" for name in columns)
+        or "false"
+    )
+
+
+def _noted(table: str, columns: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in columns if part_of(table_of(table).columns[name]) is not Part.QUIET)
+
+
+def unnested(table: str, columns: tuple[str, ...], first: int = 1) -> str:
+    """Return a FROM item over arrays given as parameters `first` and up: keys, columns, stamp."""
+    names = (*key_columns(table), *columns)
+    arrays, outputs = [], []
+    for number, name in enumerate(names, start=first):
+        nested = _is_nested(table, name)
+        arrays.append(f"${number}::{'text' if nested else sql_type(table, name)}[]")
+        outputs.append(f"u.{quoted(name)}" + (f"::{sql_type(table, name)} AS {quoted(name)}" if nested else ""))
+    arrays.append(f"${first + len(names)}::bigint[]")
+    listed = ", ".join(quoted(name) for name in (*names, "stamp"))
+    return f"(SELECT {', '.join(outputs)}, u.stamp FROM unnest({', '.join(arrays)}) AS u({listed}))"
+
+
+def _history(table: str, columns: tuple[str, ...], *, rows: str, changed: str) -> str:
+    """Return the INSERT that keeps what changed, for `rows` (old values prefixed `old_`) that `changed` returned."""
+    keys = key_columns(table)
+    noted = _noted(table, columns)
+    tombstone = tombstone_column(table)
+
+    def side(prefix: str) -> str:
+        return " || ".join(
+            f"CASE WHEN d.{quoted('old_' + name)} IS DISTINCT FROM d.{quoted(name)} "
+            f"THEN jsonb_build_object('{name}', d.{quoted(prefix + name)}) ELSE '{{}}'::jsonb END"
+            for name in noted
+        )
+
+    action = "'update'"
+    if tombstone in columns:
+        gone, was_gone = f"d.{tombstone} IS NOT NULL", f"d.old_{tombstone} IS NOT NULL"
+        action = (
+            f"CASE WHEN {gone} AND NOT {was_gone} THEN 'remove' "
+            f"WHEN {was_gone} AND NOT {gone} THEN 'return' ELSE 'update' END"
+        )
+    key = ", ".join(f"'{name}', d.{quoted(name)}" for name in keys)
+    targets = ["user_id"] if table == "users" else ["guild_id", *(["user_id"] if table == "members" else [])]
+    sources = [f"d.{quoted(keys[0])}", *(["d.user_id"] if table == "members" else [])]
+    return (
+        f"INSERT INTO {history_table(table)} ({', '.join(targets)}, table_name, key, action, before, after) "
+        f"SELECT {', '.join(sources)}, '{table}', jsonb_build_object({key}), {action}, {side('old_')}, {side('')} "
+        f"FROM {rows} d JOIN {changed} c ON {_on('c', 'd', keys)} "
+        f"WHERE {_differences(table, noted, 'd', 'd', 'old_')}"
+    )
+
+
+def _updates(columns: tuple[str, ...], source: str, stamp: str = "stamp") -> str:
+    return ", ".join(f"{quoted(name)} = {source}.{quoted(name)}" for name in (*columns, stamp))
+
+
+def _older_than_listing(table: str, source: str) -> str:
+    """Return the guard that drops what is older than the last complete listing of the guild's members."""
+    if table != "members":
+        return "true"
+    return (
+        f"{source}.stamp >= coalesce((SELECT max(r.stamp) FROM sync_runs r "
+        f"WHERE r.guild_id = {source}.guild_id AND r.state = 'complete'), 0)"
+    )
+
+
+@cache
+def merge(table: str, columns: tuple[str, ...], mode: Mode) -> str:
+    """Return the merge of a small batch given as arrays; it answers (inserted, updated).
+
+    One statement, so that data and history cannot part. Only IMMUTABLE functions stand in DO UPDATE: Citus asks for it.
+    """
+    keys = key_columns(table)
+    tombstone = tombstone_column(table)
+    effective = []
+    for name in columns:
+        if name == tombstone:
+            # A removal told twice keeps the first time.
+            effective.append(
+                f"CASE WHEN s.{name} IS NULL THEN NULL ELSE coalesce(t.{name}, s.{name}) END AS {quoted(name)}"
+            )
+        else:
+            effective.append(f"s.{quoted(name)}")
+    given = ", ".join((*(f"s.{quoted(key)}" for key in keys), *effective, "s.stamp"))
+    old = ", ".join(
+        (f"t.{keys[-1]} IS NOT NULL AS known", *(f"t.{quoted(name)} AS {quoted('old_' + name)}" for name in columns))
+    )
+    everything = (*keys, *columns, "stamp")
+    listed = ", ".join(quoted(name) for name in everything)
+    differs = "false" if mode is Mode.INSERT else _differences(table, columns, "d", "d", "old_")
+    known = f"d.known AND d.old_stamp <= d.stamp AND ({differs})"
+    conflict = (
+        f"ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {_updates(columns, 'excluded')}, "
+        f"updated_at = excluded.updated_at WHERE t.stamp <= excluded.stamp"
+    )
+    insert = (
+        f"INSERT INTO {table} AS t ({listed}, updated_at) SELECT {listed}, now() FROM matched d "
+        f"WHERE NOT d.known AND {'false' if mode is Mode.UPDATE else 'true'} "
+        f"ORDER BY {', '.join(keys)} {conflict} RETURNING 1"
+    )
+    update = (
+        f"UPDATE {table} t SET {_updates(columns, 'd')}, updated_at = now() FROM matched d "
+        f"WHERE {known} AND {_on('t', 'd', keys)} AND t.stamp <= d.stamp "
+        f"RETURNING {', '.join('t.' + key for key in keys)}"
+    )
+    return (
+        f"WITH source AS MATERIALIZED (SELECT * FROM {unnested(table, columns)} s "
+        f"WHERE {_older_than_listing(table, 's')}), "
+        f"matched AS MATERIALIZED (SELECT {given}, {old}, t.stamp AS old_stamp "
+        f"FROM source s LEFT JOIN {table} t ON {_on('t', 's', keys)}), "
+        f"fresh AS ({insert}), changed AS ({update}), "
+        f"noted AS ({_history(table, columns, rows='matched', changed='changed')}) "
+        f"SELECT (SELECT count(*) FROM fresh), (SELECT count(*) FROM changed)"
+    )
+
+
+@cache
+def absence(table: str) -> str:
+    """Return the statement that tombstones what complete listings did not show.
+
+    Parameters: guilds and ids listed (parallel arrays), guilds and stamps of the listings (parallel arrays), the time.
+    It answers the guilds and ids that are gone now.
+    """
+    keys = key_columns(table)
+    tombstone = tombstone_column(table)
+    history = _history(table, (str(tombstone),), rows="before", changed="gone")
+    return (
+        f"WITH listed AS MATERIALIZED (SELECT * FROM unnest($1::bigint[], $2::bigint[]) AS l(guild_id, id)), "
+        f"proven AS MATERIALIZED (SELECT * FROM unnest($3::bigint[], $4::bigint[]) AS p(guild_id, stamp)), "
+        f"before AS MATERIALIZED (SELECT t.{keys[0]}, t.{keys[1]}, p.stamp, t.{tombstone} AS old_{tombstone}, "
+        f"$5::timestamptz AS {tombstone} FROM {table} t JOIN proven p ON p.guild_id = t.guild_id "
+        f"WHERE t.{tombstone} IS NULL AND t.stamp < p.stamp AND NOT EXISTS "
+        f"(SELECT FROM listed l WHERE l.guild_id = t.guild_id AND l.id = t.{keys[1]})), "
+        f"gone AS (UPDATE {table} t SET {tombstone} = d.{tombstone}, stamp = d.stamp, updated_at = now() "
+        f"FROM before d WHERE {_on('t', 'd', keys)} AND t.{tombstone} IS NULL "
+        f"RETURNING {', '.join('t.' + key for key in keys)}), "
+        f"noted AS ({history}) "
+        f"SELECT {', '.join(keys)} FROM gone"
+    )
+
+
+def _differs(table: str, columns: tuple[str, ...]) -> str:
+    return f"t.stamp <= s.stamp AND ({_differences(table, columns, 't', 's')})"
+
+
+#: Rows of a staging table that are looked up to tell which way of merging is the faster one.
+SAMPLE = 200
+
+
+class StagedMerge:
+    """The merge of a staging table: in one statement where most rows are known, in steps where most are new.
+
+    Parameters of `difference` and `counted`: the ids to leave alone (touched live since the listing was asked for), and
+    the guild, or for users, who belong to none, NULL. Of the others: the guild alone.
+    """
+
+    __slots__ = (
+        "absent", "columns", "counted", "create", "difference", "fresh", "fresh_checked", "sampled", "staging", "table",
+    )  # fmt: skip
+
+    def __init__(self, table: str, columns: tuple[str, ...]) -> None:
+        keys = key_columns(table)
+        last = keys[-1]
+        everything = (*keys, *columns, "stamp")
+        listed = ", ".join(quoted(name) for name in everything)
+        given = ", ".join(f"s.{quoted(name)}" for name in everything)
+        staging = f"staging_{table}"
+        order = ", ".join(f"s.{key}" for key in keys)
+        untouched = f"s.{last} <> ALL($1::bigint[])"
+
+        def match(parameter: int) -> str:
+            # The guild as a constant lets the planner read that guild's rows alone.
+            of_guild = f"t.guild_id = ${parameter}::bigint" if "guild_id" in keys else f"${parameter}::bigint IS NULL"
+            return f"{_on('t', 's', keys)} AND {of_guild}"
+
+        self.table = table
+        self.columns = everything
+        self.staging = staging
+        self.create = f"CREATE TEMP TABLE IF NOT EXISTS {staging} AS SELECT {listed} FROM {table} WITH NO DATA"
+        #: Answers how many rows of a sample are unknown.
+        self.sampled = (
+            f"SELECT count(*) FILTER (WHERE NOT EXISTS (SELECT FROM {table} t WHERE {match(1)})) "
+            f"FROM (SELECT * FROM {staging} LIMIT {SAMPLE}) s"
+        )
+        #: Answers (rows unknown, rows that differ).
+        self.counted = (
+            f"SELECT count(*) FILTER (WHERE t.{last} IS NULL), count(*) FILTER (WHERE t.{last} IS NOT NULL) "
+            f"FROM {staging} s LEFT JOIN {table} t ON {match(2)} "
+            f"WHERE t.{last} IS NULL OR ({_differs(table, columns)} AND {untouched})"
+        )
+        unknown = f"NOT EXISTS (SELECT FROM {table} t WHERE {match(1)})"
+        #: The fast way in; a key that is there twice, or that somebody else inserts meanwhile, makes it fail whole.
+        self.fresh = f"INSERT INTO {table} ({listed}) SELECT {given} FROM {staging} s WHERE {unknown}"
+        #: The careful way in, for when the fast one failed.
+        self.fresh_checked = (
+            f"INSERT INTO {table} ({listed}) SELECT DISTINCT ON ({order}) {given} FROM {staging} s WHERE {unknown} "
+            f"ORDER BY {order} ON CONFLICT ({', '.join(keys)}) DO NOTHING"
+        )
+        old = ", ".join(f"t.{quoted(name)} AS {quoted('old_' + name)}" for name in columns)
+        #: Answers (rows inserted, rows updated).
+        self.difference = (
+            f"WITH matched AS MATERIALIZED (SELECT DISTINCT ON ({order}) {given}, {old}, t.{last} IS NOT NULL AS known "
+            f"FROM {staging} s LEFT JOIN {table} t ON {match(2)} "
+            f"WHERE t.{last} IS NULL OR ({_differs(table, columns)} AND {untouched}) ORDER BY {order}), "
+            f"fresh AS (INSERT INTO {table} ({listed}) SELECT {listed} FROM matched WHERE NOT known "
+            f"ON CONFLICT ({', '.join(keys)}) DO NOTHING RETURNING 1), "
+            f"changed AS (UPDATE {table} t SET {_updates(columns, 'd')}, updated_at = now() "
+            f"FROM matched d WHERE d.known AND {_on('t', 'd', keys)} AND t.stamp <= d.stamp "
+            f"RETURNING {', '.join('t.' + key for key in keys)}), "
+            f"noted AS ({_history(table, columns, rows='matched', changed='changed')}) "
+            f"SELECT (SELECT count(*) FROM fresh), (SELECT count(*) FROM changed)"
+        )
+        tombstone = tombstone_column(table)
+        #: Parameters: ids to spare, guild, stamp of the listing, the time. Answers the number of rows gone.
+        self.absent = (
+            ""
+            if tombstone is None
+            else (
+                f"WITH before AS MATERIALIZED (SELECT {', '.join('t.' + key for key in keys)}, "
+                f"t.{tombstone} AS old_{tombstone}, $4::timestamptz AS {tombstone} FROM {table} t "
+                f"WHERE t.guild_id = $2 AND t.{tombstone} IS NULL AND t.stamp < $3 AND t.{last} <> ALL($1::bigint[]) "
+                f"AND NOT EXISTS (SELECT FROM {staging} s WHERE {_on('s', 't', keys)})), "
+                f"gone AS (UPDATE {table} t SET {tombstone} = d.{tombstone}, stamp = $3, updated_at = now() "
+                f"FROM before d WHERE {_on('t', 'd', keys)} RETURNING {', '.join('t.' + key for key in keys)}), "
+                f"noted AS ({_history(table, (tombstone,), rows='before', changed='gone')}) "
+                f"SELECT count(*) FROM gone"
+            )
+        )
+
+
+@cache
+def staged(table: str, columns: tuple[str, ...]) -> StagedMerge:
+    """Return the statements that merge a staging table of these columns."""
+    return StagedMerge(table, columns)
+
+
+#: A deleted role leaves the members' arrays without a word from Discord. Parameters: guilds and role ids, stamps.
+STRIP_ROLES = (
+    "WITH dead AS (SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::bigint[]) AS d(guild_id, id, stamp)), "
+    "matched AS MATERIALIZED (SELECT m.guild_id, m.user_id, m.roles AS old_roles, "
+    "ARRAY(SELECT r FROM unnest(m.roles) AS r WHERE r <> ALL(array_agg(d.id)) ORDER BY r) AS roles, "
+    "greatest(m.stamp, max(d.stamp)) AS stamp "
+    "FROM dead d JOIN members m ON m.guild_id = d.guild_id AND m.roles @> ARRAY[d.id] "
+    "GROUP BY m.guild_id, m.user_id, m.roles, m.stamp), "
+    "changed AS (UPDATE members t SET roles = d.roles, stamp = d.stamp, updated_at = now() FROM matched d "
+    "WHERE t.guild_id = d.guild_id AND t.user_id = d.user_id RETURNING t.guild_id, t.user_id), "
+    f"noted AS ({_history('members', ('roles',), rows='matched', changed='changed')}) "
+    "SELECT count(*) FROM changed"
+)
+
+#: A deleted channel takes its threads without a word from Discord. Parameters: guilds, channel ids, stamps, the time.
+BURY_THREADS = (
+    "WITH dead AS (SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::bigint[]) AS d(guild_id, id, stamp)), "
+    "matched AS MATERIALIZED (SELECT t.guild_id, t.id, t.deleted_at AS old_deleted_at, $4::timestamptz AS deleted_at, "
+    "greatest(t.stamp, d.stamp) AS stamp FROM dead d JOIN threads t ON t.guild_id = d.guild_id AND t.parent_id = d.id "
+    "WHERE t.deleted_at IS NULL), "
+    "changed AS (UPDATE threads t SET deleted_at = d.deleted_at, stamp = d.stamp, updated_at = now() FROM matched d "
+    "WHERE t.guild_id = d.guild_id AND t.id = d.id RETURNING t.guild_id, t.id), "
+    f"noted AS ({_history('threads', ('deleted_at',), rows='matched', changed='changed')}) "
+    "SELECT count(*) FROM changed"
+)
+
+#: READY names every guild of its shard: the others were left meanwhile.
+#: Parameters: shard id, number of shards, ids, stamp, the time. Answers how many.
+LEFT_GUILDS = (
+    "WITH matched AS MATERIALIZED (SELECT g.id, g.left_at AS old_left_at, $5::timestamptz AS left_at FROM guilds g "
+    "WHERE g.left_at IS NULL AND (g.id >> 22) % $2::int = $1::int AND g.id <> ALL($3::bigint[]) "
+    "AND g.stamp < $4::bigint), "
+    "changed AS (UPDATE guilds t SET left_at = d.left_at, stamp = $4, updated_at = now() FROM matched d "
+    "WHERE t.id = d.id RETURNING t.id), "
+    f"noted AS ({_history('guilds', ('left_at',), rows='matched', changed='changed')}) "
+    "SELECT count(*) FROM changed"
+)

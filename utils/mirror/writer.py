@@ -1,0 +1,236 @@
+"""The one write path: what waits in the buffer and what listings proved, committed together, one batch at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import stamina
+
+from utils.database import Database
+from utils.errors import DatabaseError, is_transient
+from utils.mirror.apply import Batch, Run, Written, apply
+from utils.mirror.buffer import Buffer
+from utils.mirror.rows import Absence, Entry, Group, Key, Mode, Row, key_columns
+from utils.mirror.touched import Touched
+from utils.service import metrics
+
+_log = logging.getLogger(__name__)
+
+#: Records of listings in one transaction.
+BATCH_RECORDS = 4_000
+
+
+@dataclass(eq=False, slots=True)
+class Observation:
+    """What Discord showed of one guild at one moment: rows, and what is gone if it is not among them."""
+
+    guild_id: int
+    stamp: int
+    groups: list[Group]
+    absences: list[Absence] = field(default_factory=list)
+    run: Run | None = None
+    #: Guilds that the bot is in, by READY: (shard id, number of shards, ids).
+    ready: tuple[int, int, frozenset[int]] | None = None
+    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @property
+    def size(self) -> int:
+        """Records in it."""
+        return sum(len(group.records) for group in self.groups)
+
+
+class MirrorWriter:
+    """Owns the buffer and writes it, together with small listings, in order and never twice at a time."""
+
+    def __init__(self, database: Database, *, flush_rows: int, flush_seconds: float) -> None:
+        self.database: Database = database
+        self.buffer: Buffer = Buffer(flush_rows=flush_rows, flush_seconds=flush_seconds)
+        self.touched: Touched = Touched()
+        #: Held by whoever is in a transaction that writes mirrored tables.
+        self.writing: asyncio.Lock = asyncio.Lock()
+        self._held: set[int] = set()
+        self._observations: deque[Observation] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    def start(self) -> None:
+        """Start to write."""
+        self._task = asyncio.create_task(self._run(), name="mirror-writer")
+
+    async def stop(self, timeout: float) -> None:
+        """Write what still waits, for at most `timeout` seconds, and stop."""
+        self._stopping = True
+        self._held.clear()
+        self.buffer.wake()
+        if self._task is not None:
+            try:
+                await asyncio.wait_for(self._task, timeout)
+            except TimeoutError:
+                _log.error("%s rows could not be written within %s s before the stop", len(self.buffer), timeout)
+        for observation in self._observations:
+            observation.done.cancel()
+            self.touched.close(observation)
+
+    def put(self, row: Row, stamp: int) -> None:
+        """Take a live observation."""
+        self.buffer.put(row, stamp)
+        self.touched.add(row, stamp)
+
+    def submit(self, observation: Observation) -> asyncio.Future[None]:
+        """Take an observation to be written; the future ends with the commit, or with why there was none.
+
+        What comes live from now on beats it.
+        """
+        self.touched.open(observation)
+        self._observations.append(observation)
+        self.buffer.wake()
+        return observation.done
+
+    def hold(self, guild_id: int) -> None:
+        """Keep live member rows of the guild in the buffer until `release`."""
+        self._held.add(guild_id)
+
+    def release(self, guild_id: int) -> None:
+        """Let live member rows of the guild flow again."""
+        self._held.discard(guild_id)
+
+    async def flush(self) -> None:
+        """Write everything that waits now; raises `DatabaseError` when it cannot be written."""
+        async with self.writing:
+            await self._commit(self._next_observations())
+
+    async def flush_before(self) -> None:
+        """Write what waits in the buffer; the caller holds `writing`."""
+        await self._commit([])
+
+    def again(self, guild_id: int, stamp: int) -> None:
+        """Say again what live events after `stamp` said of rows that a listing has only now brought."""
+        self.buffer.give_back(dict(self.touched.again(guild_id, stamp)))
+
+    async def _run(self) -> None:
+        while not (self._stopping and not len(self.buffer) and not self._observations):
+            if not self._stopping and not self._observations:
+                await self.buffer.due()
+            if not len(self.buffer) and not self._observations:
+                continue
+            async for attempt in stamina.retry_context(
+                on=self._worth_another_try, attempts=None, timeout=None, wait_initial=0.2, wait_max=10.0
+            ):
+                with attempt:
+                    await self._write_next(attempt.num)
+
+    def _worth_another_try(self, error: Exception) -> bool:
+        if is_transient(error):
+            _log.warning("%s rows wait, the database cannot take them: %s", len(self.buffer), error)
+            return True
+        return False
+
+    async def _write_next(self, attempt: int) -> None:
+        observations = self._next_observations()
+        try:
+            async with self.writing:
+                await self._commit(observations)
+        except DatabaseError as error:
+            if is_transient(error):
+                self._observations.extendleft(reversed(observations))
+                raise
+            if observations:  # the guild is asked for again later; live rows are tried by themselves next
+                for observation in observations:
+                    self._end(observation, error)
+            else:
+                await self._isolate(self.buffer.take(hold=frozenset(self._held)))
+        else:
+            for observation in observations:
+                self._end(observation, None)
+        if attempt > 1:
+            _log.info("the database takes rows again")
+
+    def _next_observations(self) -> list[Observation]:
+        taken: list[Observation] = []
+        size = 0
+        while self._observations and size < BATCH_RECORDS:
+            taken.append(self._observations.popleft())
+            size += taken[-1].size
+        return taken
+
+    def _end(self, observation: Observation, error: Exception | None) -> None:
+        if error is None:
+            self.again(observation.guild_id, observation.stamp)
+        self.touched.close(observation)
+        if observation.done.done():
+            return
+        if error is None:
+            observation.done.set_result(None)
+        else:
+            observation.done.set_exception(error)
+
+    async def _commit(self, observations: list[Observation]) -> None:
+        entries = self.buffer.take(hold=frozenset(self._held))
+        batch = Batch(entries=entries)
+        for observation in observations:
+            batch.groups += self._older_than_live(observation)
+            batch.absences += self._sparing_live(observation)
+            if observation.run is not None:
+                batch.runs.append(observation.run)
+            if observation.ready is not None:
+                batch.ready.append((*observation.ready, observation.stamp))
+        try:
+            written = await apply(self.database, batch)
+        except BaseException:
+            self.buffer.give_back(entries)
+            raise
+        _count(written)
+
+    def _older_than_live(self, observation: Observation) -> list[Group]:
+        """Split an observation's groups: rows touched live since may only fill what is not there."""
+        groups = []
+        for group in observation.groups:
+            scope = 0 if group.table == "users" else observation.guild_id
+            touched = self.touched.since(group.table, scope, observation.stamp)
+            last = len(key_columns(group.table)) - 1
+            older = [record for record in group.records if record[last] in touched] if touched else []
+            if not older:
+                groups.append(group)
+                continue
+            rest = [record for record in group.records if record[last] not in touched]
+            groups.append(Group(group.table, group.columns, group.mode, rest))
+            groups.append(Group(group.table, group.columns, Mode.INSERT, older))
+        return groups
+
+    def _sparing_live(self, observation: Observation) -> list[Absence]:
+        return [
+            absence._replace(
+                present={*absence.present, *self.touched.since(absence.table, absence.guild_id, absence.stamp)}
+            )
+            for absence in observation.absences
+        ]
+
+    async def _isolate(self, entries: Mapping[tuple[str, Key], Entry]) -> None:
+        """Halve a batch that the database refuses until the bad row stands alone; write the rest."""
+        try:
+            async with self.writing:
+                written = await apply(self.database, Batch(entries=entries))
+        except DatabaseError as error:
+            if is_transient(error):
+                self.buffer.give_back(entries)
+                raise
+            if len(entries) == 1:
+                (table, key), entry = next(iter(entries.items()))
+                _log.error("%s %s is refused by the database and left out: %s", table, key, error)
+                _log.debug("the refused row: %s", entry)
+                return
+            slots = list(entries)
+            for half in (slots[: len(slots) // 2], slots[len(slots) // 2 :]):
+                await self._isolate({slot: entries[slot] for slot in half})
+        else:
+            _count(written)
+
+
+def _count(written: Written) -> None:
+    for counter in (written.inserted, written.updated, written.removed):
+        for table, rows in counter.items():
+            metrics.rows_written.labels(table).inc(rows)
