@@ -153,7 +153,6 @@ async def measure(database: Database, rounds: int = 5) -> list[Row]:
     many = await _timed(lambda: _executemany(database, few_users, few_members)) * share
     await _empty(database)
     median = {name: statistics.median(values) for name, values in times.items()}
-    print(times)
     floor = median["copy"]
     return [
         Row("first sync of 100,000 members, speed against raw COPY", floor / median["first"], "≥", 0.85),

@@ -1,157 +1,101 @@
-"""End to end: a guild's members from the op 8 request to the commit, against bare discord.py's `guild.chunk()`.
-
-`python -m benchmarks.wire bare|mirror API GATEWAY TOKEN [DATABASE]` measures one way in a process of its own and prints
-JSON; `measure` runs them in turn beside one simulator.
-"""
+"""End to end over the wire: from the op 8 request to the commit, against bare discord.py's `guild.chunk()`."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
-import logging
-import resource
+import statistics
 import sys
-import time
+from pathlib import Path
 from typing import Any
 
-import discord
-import psutil
-import yarl
-from discord.gateway import DiscordWebSocket
-from discord.http import Route
-
+from benchmarks.report import Row
+from simulator.remote import SimulatorProcess
 from utils.database import Database
-from utils.database.urls import parse
-from utils.mirror import Mirror
-from utils.mirror.source import DiscordSource
-from utils.mirror.tap import install
 
+ROOT = Path(__file__).parent.parent
 #: Nothing may take longer than this, in seconds.
-PATIENCE = 60.0
+PATIENCE = 300.0
+#: How long the database is stopped for the memory measurement, from before the client starts.
+STOPPED_SECONDS = 6.0
+#: Tables that a run begins with empty.
+EMPTIED = "guilds, users, members, roles, channels, threads, sync_runs, changes, user_changes"
 
 
-class _Stall:
-    """Measures the longest time that the event loop was held."""
-
-    def __init__(self) -> None:
-        self.longest = 0.0
-
-    async def watch(self) -> None:
-        last = time.perf_counter()
-        while True:
-            await asyncio.sleep(0.001)
-            now = time.perf_counter()
-            self.longest = max(self.longest, now - last - 0.001)
-            last = now
-
-
-def _resident() -> float:
-    return float(psutil.Process().memory_info().rss) / 2**20
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-async def _login(client: discord.Client, token: str, gateway: str) -> asyncio.Task[None]:
-    DiscordWebSocket.DEFAULT_GATEWAY = yarl.URL(gateway)
-    await client.login(token)
-    return asyncio.create_task(client.connect(reconnect=True))
-
-
-async def bare(token: str, gateway: str) -> dict[str, Any]:
-    """Chunk the largest guild into discord.py's cache."""
-    intents = discord.Intents(guilds=True, members=True)
-    client = discord.Client(intents=intents, chunk_guilds_at_startup=False)
-    async with client:
-        running = await _login(client, token, gateway)
+async def _client(way: str, simulator: SimulatorProcess, *arguments: str) -> dict[str, Any]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "benchmarks.client", way, simulator.api_base, simulator.gateway_url, simulator.token,
+        *arguments, cwd=ROOT, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
         async with asyncio.timeout(PATIENCE):
-            while not client.guilds or any(not guild.member_count for guild in client.guilds):
-                await asyncio.sleep(0.05)
-            await asyncio.sleep(0.5)
-            guild = max(client.guilds, key=lambda guild: guild.member_count or 0)
-            gc.collect()
-            before, stall = _resident(), _Stall()
-            watch = asyncio.create_task(stall.watch())
-            started = time.perf_counter()
-            members = await guild.chunk(cache=True)
-            seconds = time.perf_counter() - started
-            watch.cancel()
-        grown = _peak() - before
-        await client.close()
-        running.cancel()
-    return {"members": len(members), "seconds": seconds, "megabytes": grown, "stall": stall.longest}
-
-
-async def mirror(token: str, gateway: str, dsn: str) -> dict[str, Any]:
-    """Mirror all guilds, then the largest one again with nothing changed."""
-    database = Database(parse(dsn, source="benchmark"))
-    await database.connect()
-    client = discord.AutoShardedClient(
-        intents=discord.Intents(guilds=True, members=True),
-        chunk_guilds_at_startup=False,
-        member_cache_flags=discord.MemberCacheFlags.none(),
-        shard_count=1,
-    )
-    source = DiscordSource(client)
-    epoch = int(await database.fetchval("SELECT coalesce(max(stamp), 0) >> 40 FROM sync_runs")) + 1
-    kept = Mirror(
-        database, source, epoch=epoch, shards=1, flush_rows=500, flush_seconds=1.0, page_timeout=30, cooldown=0
-    )
-    install(client, kept)
-    stall = _Stall()
-    figures: dict[str, Any] = {}
-    async with client:
-        kept.start()
-        gc.collect()
-        before = _resident()
-        watch = asyncio.create_task(stall.watch())
-        running = await _login(client, token, gateway)
-        async with asyncio.timeout(PATIENCE):
-            while not kept.is_ready()[0]:
-                await asyncio.sleep(0.02)
-            figures["first_megabytes"], figures["first_stall"] = _peak() - before, stall.longest
-            state = max(kept.reconciler.guilds.values(), key=lambda state: state.size or 0)
-            figures["first_seconds"] = await _seconds_of_last_run(database, state.id)
-            stall.longest = 0.0
-            times = []
-            for _ in range(3):
-                await asyncio.sleep(0.3)
-                run = await kept.reconciler.sync(state.id)
-                times.append(await _seconds_of_last_run(database, state.id))
-            figures["times"] = times
-            figures["again_seconds"], figures["again_stall"] = min(times), stall.longest
-            figures["megabytes"], figures["members"] = _peak() - before, run.rows_seen
-            figures["written_again"] = run.rows_inserted + run.rows_updated + run.rows_left
-        watch.cancel()
-        await client.close()
-        running.cancel()
-        await kept.stop(10)
-    await database.close()
+            output, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    if process.returncode != 0:
+        raise RuntimeError(f"benchmarks.client {way} ended with {process.returncode}")
+    figures: dict[str, Any] = json.loads(output)
     return figures
 
 
-async def _seconds_of_last_run(database: Database, guild_id: int) -> float:
-    return float(
-        await database.fetchval(
-            "SELECT extract(epoch FROM finished_at - started_at) FROM sync_runs WHERE guild_id = $1 "
-            "AND state = 'complete' ORDER BY id DESC LIMIT 1",
-            guild_id,
-        )
-    )
+async def _mirror(database: Database, simulator: SimulatorProcess) -> dict[str, Any]:
+    await database.execute(f"TRUNCATE {EMPTIED}")
+    return await _client("mirror", simulator, database.target.libpq_url())
 
 
-def main() -> None:
-    """Measure what the arguments ask for."""
-    way, api, gateway, token, *rest = sys.argv[1:]
-    from utils.logs import configure
+async def _mirror_with_stopped_database(database: Database, simulator: SimulatorProcess) -> dict[str, Any]:
+    """Mirror while nothing can be written for a time: the gateway has to be made to wait, not memory to hold it all."""
 
-    configure("console", "INFO")
-    Route.BASE = api
-    work = bare(token, gateway) if way == "bare" else mirror(token, gateway, rest[0])
-    print(json.dumps(asyncio.run(work)))
+    async def stop() -> None:
+        async with database.transaction() as connection:
+            await connection.execute("LOCK TABLE users IN EXCLUSIVE MODE")
+            await asyncio.sleep(STOPPED_SECONDS)
+
+    await database.execute(f"TRUNCATE {EMPTIED}")
+    stopped = asyncio.create_task(stop())
+    figures = await _client("mirror", simulator, database.target.libpq_url())
+    await stopped
+    return figures
 
 
-if __name__ == "__main__":
-    main()
+async def measure(database: Database, rounds: int = 3) -> list[Row]:
+    """Run both ways in turn beside one simulator, then the mirror alone on larger, on slower and on many guilds."""
+    bare: list[dict[str, Any]] = []
+    settled: list[dict[str, Any]] = []
+    kept: list[dict[str, Any]] = []
+    async with SimulatorProcess("--seed", "1", "--guild", "100000", "--no-limits") as simulator:
+        for _ in range(rounds):
+            bare.append(await _client("bare", simulator))
+            settled.append(await _client("settled", simulator))
+            kept.append(await _mirror(database, simulator))
+        stopped = await _mirror_with_stopped_database(database, simulator)
+    async with SimulatorProcess("--seed", "1", "--guild", "400000", "--no-limits") as simulator:
+        large = await _mirror(database, simulator)
+    paced_at = ("--seed", "1", "--guild", "100000", "--no-limits", "--pages-per-second", "20")
+    async with SimulatorProcess(*paced_at) as simulator:
+        paced = await _mirror(database, simulator)
+    async with SimulatorProcess("--seed", "1", "--guilds", "1000x200") as simulator:
+        fleet = await _mirror(database, simulator)
+
+    def median(runs: list[dict[str, Any]], figure: str) -> float:
+        return statistics.median(float(run[figure]) for run in runs)
+
+    chunk = median(bare, "seconds")
+    memory = max(run["megabytes"] for run in kept)
+    stall = max(median(kept, "first_stall"), median(kept, "again_stall"))
+    again, first = median(kept, "again_seconds") / chunk, median(kept, "first_seconds") / chunk
+    same_collector = median(settled, "seconds")
+    paced_stall = max(paced["first_stall"], paced["again_stall"]) * 1e3
+    return [
+        Row("over the wire, nothing changed: time against `guild.chunk()`", again, "≤", 0.95),
+        Row("over the wire, first sync: time against `guild.chunk()`", first, "≤", 1.1),
+        Row("the first of these, with the mirror's collector settings on both sides", again * chunk / same_collector),
+        Row("the second, likewise", first * chunk / same_collector),
+        Row("memory growth at 100,000 members", memory, "≤", 60, " MB"),
+        Row("the same while the database takes nothing for seconds", stopped["megabytes"], "≤", 60, " MB"),
+        Row("memory growth at 400,000 members against that", large["megabytes"] / memory, "≤", 1.5),
+        Row("longest loop stall against `guild.chunk()`'s", stall / median(bare, "stall"), "≤", 1.0),
+        Row("longest loop stall at 20 pages a second", paced_stall, "≤", 50, " ms"),
+        Row("1,000 guilds × 200 members ready, under Discord's limits", fleet["ready_seconds"], "≤", 60, " s"),
+    ]

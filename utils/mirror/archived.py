@@ -12,13 +12,15 @@ from utils.mirror import translate
 from utils.mirror.check import require
 from utils.mirror.reconcile import Reconciler
 from utils.mirror.rows import Entry, Row, Stamps, grouped, value_columns
-from utils.mirror.source import DiscordSource, ThreadKind
+from utils.mirror.source import DiscordSource, Pace, ThreadKind
 from utils.mirror.writer import MirrorWriter, Observation
 
 _log = logging.getLogger(__name__)
 
 #: Kinds of channels that have threads: text, announcement, forum, media (Discord API reference, "Channel Types").
 THREADED = (0, 5, 15, 16)
+#: Requests a second that the lane takes of the 50 that Discord allows a bot (Discord API reference, "Global Rate Limit").
+REQUESTS_A_SECOND = 20
 #: Threads of one guild that may be asked for one by one in a pass, because no listing showed them.
 PROBES = 200
 
@@ -33,6 +35,7 @@ class ArchivedThreads:
         self._reconciler = reconciler
         self._waiting: asyncio.Queue[int] = asyncio.Queue()
         self._queued: set[int] = set()
+        self._pace = Pace(REQUESTS_A_SECOND, 1.0)
         #: Guilds read since the start.
         self.finished: int = 0
 
@@ -76,7 +79,7 @@ class ArchivedThreads:
         await self._probe(guild_id, [channel_id for (channel_id,) in channels], shown)
 
     async def _read_channel(self, guild_id: int, channel_id: int, kind: ThreadKind, shown: set[int]) -> None:
-        await self._reconciler.quiet()
+        await self._turn()
         stamp = self._stamps.next()
         async for payloads in self._source.archived_threads(channel_id, kind):
             rows = [self._row(guild_id, payload) for payload in payloads]
@@ -84,8 +87,13 @@ class ArchivedThreads:
             entries = {(row.table, row.key): Entry(row.values, row.appears, stamp) for row in rows if row is not None}
             if entries:
                 await self._writer.submit(Observation(guild_id, stamp, list(grouped(entries.items()))))
-            await self._reconciler.quiet()
+            await self._turn()
             stamp = self._stamps.next()
+
+    async def _turn(self) -> None:
+        """Wait until no reconcile needs the requests, and until the lane may make one more."""
+        await self._reconciler.quiet()
+        await self._pace.turn()
 
     def _row(self, guild_id: int, payload: translate.Payload) -> Row | None:
         try:
@@ -109,7 +117,7 @@ class ArchivedThreads:
             PROBES,
         )
         for (thread_id,) in known:
-            await self._reconciler.quiet()
+            await self._turn()
             try:
                 exists = await self._source.channel_exists(thread_id)
             except SyncError as error:
