@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 #: Kinds of channels that have threads: text, announcement, forum, media (Discord API reference, "Channel Types").
 THREADED = (0, 5, 15, 16)
-#: Requests a second that the lane takes of the 50 that Discord allows a bot (Discord API reference, "Global Rate Limit").
+#: Requests a second that the lane takes; Discord allows a bot 50 (Discord API reference, "Global Rate Limit").
 REQUESTS_A_SECOND = 20
 #: Threads of one guild that may be asked for one by one in a pass, because no listing showed them.
 PROBES = 200

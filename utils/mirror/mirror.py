@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable
 from typing import Any
 
@@ -29,6 +30,9 @@ _log = logging.getLogger(__name__)
 PAGES_WAITING = 6
 #: Seconds that the gateway is left unread at most: well below the 41 s between heartbeats.
 PAUSE_SECONDS = 10.0
+#: Seconds after READY, or after the last guild, from which a guild that has not arrived has an outage. Discord sends
+#: READY with every guild unavailable, then one GUILD_CREATE after the other; discord.py waits as long for the next one.
+ARRIVAL_SECONDS = 2.0
 
 
 class Mirror:
@@ -53,6 +57,8 @@ class Mirror:
         self.reconciler = Reconciler(self.writer, source, self.stamps, page_timeout=page_timeout, cooldown=cooldown)
         self.archived = ArchivedThreads(self.writer, source, self.stamps, self.reconciler)
         self._source = source
+        #: `time.monotonic()` of the last READY or GUILD_CREATE.
+        self._last_arrival: float = 0.0
         #: Shards whose READY has come.
         self._ready: set[int] = set()
 
@@ -70,7 +76,11 @@ class Mirror:
     def is_ready(self) -> tuple[bool, dict[str, Any]]:
         """Return whether every available guild has been reconciled in this session, and how far it has come."""
         progress = self.reconciler.progress()
-        ready = len(self._ready) == self.shards and progress["reconciled"] == progress["available"]
+        ready = (
+            len(self._ready) == self.shards
+            and progress["reconciled"] == progress["available"]
+            and (progress["unavailable"] == 0 or time.monotonic() - self._last_arrival > ARRIVAL_SECONDS)
+        )
         return ready, {"shards_ready": len(self._ready), **progress}
 
     async def sync(self, guild_id: int) -> Run:
@@ -151,14 +161,15 @@ class Mirror:
 
     def _on_ready(self, data: Payload, shard_id: int, stamp: int) -> None:
         ids = frozenset(int(guild["id"]) for guild in data["guilds"])
+        self._last_arrival = time.monotonic()
         self._put([checked(translate.user(data["user"], own=True))], stamp)
-        self.reconciler.drop(shard_id, "the gateway session is new, events were missed")
         guilds = self.reconciler.guilds
+        asked = {state.id: state.asked_at for state in guilds.values()}
         for state in [state for state in guilds.values() if state.shard_id == shard_id]:
-            self.reconciler.queue.remove(state)
+            self.reconciler.forget(state, "the gateway session is new, events were missed")
             del guilds[state.id]
         for id in ids:
-            guilds[id] = GuildState(id, shard_id)
+            guilds[id] = GuildState(id, shard_id, asked_at=asked.get(id))
         self._ready.add(shard_id)
         observation = Observation(0, stamp, [], ready=(shard_id, self.shards, ids))
         self.reconciler.spawn(self._until_written(observation, "the guilds of READY"))
@@ -167,15 +178,14 @@ class Mirror:
         if data.get("unavailable"):
             return
         guild_id = int(data["id"])
+        self._last_arrival = time.monotonic()
         observation = snapshot(data, stamp, self._refuse("GUILD_CREATE"), is_gateway=True)
         known = self.reconciler.guilds.get(guild_id)
         shard_id = (guild_id >> 22) % self.shards
         state = GuildState(guild_id, shard_id, size=data.get("member_count"), available=True)
         if known is not None:
-            self.reconciler.queue.remove(known)
+            self.reconciler.forget(known, "it became available anew")
             state.asked_at = known.asked_at
-            if known.listing is not None:
-                known.listing.fail(SyncError(f"guild {guild_id}: it became available anew"))
         state.active_threads = {int(thread["id"]) for thread in data.get("threads", ())}
         self.reconciler.guilds[guild_id] = state
         self.reconciler.spawn(self._on_snapshot(state, observation))
@@ -203,9 +213,7 @@ class Mirror:
             state = self.reconciler.guilds.get(int(data["id"]))
             if state is not None:
                 state.available = False
-                self.reconciler.queue.remove(state)
-                if state.listing is not None:
-                    state.listing.fail(SyncError(f"guild {state.id} became unavailable"))
+                self.reconciler.forget(state, "it became unavailable")
                 if not data.get("unavailable"):
                     del self.reconciler.guilds[state.id]
         elif event.startswith("THREAD_"):

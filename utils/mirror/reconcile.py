@@ -105,11 +105,14 @@ class Reconciler:
         self.request(state, "request")
         return await waiter
 
-    def drop(self, shard_id: int | None, why: str) -> None:
-        """End the listings of a shard (None: all): its session is new, and events were missed."""
-        for state in self.guilds.values():
-            if state.listing is not None and shard_id in (None, state.shard_id):
-                state.listing.fail(SyncError(f"guild {state.id}: {why}"))
+    def forget(self, state: GuildState, why: str) -> None:
+        """End what is under way for a guild, and tell whoever waits for it; nothing is tombstoned."""
+        error = SyncError(f"guild {state.id}: {why}")
+        self.queue.remove(state)
+        if state.listing is not None:
+            state.listing.fail(error)
+        _tell(state, error)
+        self._settle()
 
     async def _add(self, state: GuildState, reason: str, after: float) -> None:
         if after:
@@ -143,6 +146,10 @@ class Reconciler:
         if source == "gateway":
             await self._source.turn(state.shard_id)
             state.asked_at = time.monotonic()
+        if self.guilds.get(state.id) is not state or not state.available:  # while it waited for its turn
+            self._busy -= 1
+            self._settle()
+            return
         listing = state.listing = self._open(state, source, reason)
         try:
             async with contextlib.AsyncExitStack() as stack:
@@ -252,10 +259,7 @@ class Reconciler:
                 "seconds": round(seconds, 3),
             },
         )
-        for waiter in state.waiters:
-            if not waiter.done():
-                waiter.set_result(run)
-        state.waiters.clear()
+        _tell(state, run)
 
     async def _failed(self, state: GuildState, listing: Listing, source: str, reason: str, error: Exception) -> None:
         state.failures += 1
@@ -283,20 +287,29 @@ class Reconciler:
         if is_there:
             self.request(state, "retry", after=wait)
         if not is_there or not state.rest_next:  # both ways were tried: whoever waits hears of it
-            for waiter in state.waiters:
-                if not waiter.done():
-                    waiter.set_exception(SyncError(str(error)))
-            state.waiters.clear()
+            _tell(state, SyncError(str(error)))
 
     def progress(self) -> Counter[str]:
-        """Return how many guilds are available, reconciled, waiting and running."""
+        """Return how many guilds are available, not available, reconciled, waiting and running."""
         states = [state for state in self.guilds.values() if state.available]
         return Counter(
             available=len(states),
+            unavailable=len(self.guilds) - len(states),
             reconciled=sum(state.is_reconciled and state.has_snapshot for state in states),
             waiting=len(self.queue),
             running=self._busy,
         )
+
+
+def _tell(state: GuildState, outcome: Run | SyncError) -> None:
+    for waiter in state.waiters:
+        if waiter.done():
+            continue
+        if isinstance(outcome, SyncError):
+            waiter.set_exception(outcome)
+        else:
+            waiter.set_result(outcome)
+    state.waiters.clear()
 
 
 def _run_of(listing: Listing) -> Run:

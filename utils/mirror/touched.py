@@ -3,24 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-from utils.mirror.rows import Entry, Key, Row
+from utils.mirror.rows import Entry, Group, Key, Mode, Row, key_columns, tombstone_column
 
 Slot = tuple[str, Key]
+
+
+class _Spoken:
+    """What live events said of one row, each column with the stamp of the last event that spoke of it."""
+
+    __slots__ = ("appears", "stamp", "stamps", "values")
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.stamps: dict[str, int] = {}
+        self.appears = False
+        self.stamp = 0
+
+    def add(self, row: Row, stamp: int) -> None:
+        self.values |= row.values
+        self.stamps |= dict.fromkeys(row.values, stamp)
+        self.appears = self.appears or row.appears
+        self.stamp = stamp
+
+    def since(self, stamp: int) -> dict[str, Any]:
+        return {name: value for name, value in self.values.items() if self.stamps[name] > stamp}
+
+
+class _Aside(NamedTuple):
+    """Columns of a row that the live events left alone, and the stamp of the last of these events."""
+
+    columns: tuple[str, ...]
+    stamp: int
 
 
 class Touched:
     """Remembers live observations for as long as one older than them is still to be merged.
 
-    Changed or not: an event that changed nothing leaves no stamp in the table, yet it beats an older page.
+    Changed or not: an event that changed nothing leaves no stamp in the table, yet it beats an older page. It does so
+    in the columns that it spoke of: of the others the page knows better.
     """
 
-    __slots__ = ("_entries", "_open")
+    __slots__ = ("_open", "_spoken")
 
     def __init__(self) -> None:
         self._open: set[object] = set()
         #: By table and guild (0 for users), then by key.
-        self._entries: dict[tuple[str, int], dict[Key, Entry]] = {}
+        self._spoken: dict[tuple[str, int], dict[Key, _Spoken]] = {}
 
     def open(self, observation: object) -> None:
         """Start to remember what comes live, for an observation made now."""
@@ -30,32 +60,70 @@ class Touched:
         """Forget an observation, and with the last one all that was remembered."""
         self._open.discard(observation)
         if not self._open:
-            self._entries.clear()
+            self._spoken.clear()
 
     def add(self, row: Row, stamp: int) -> None:
         """Note that a live event spoke of a row."""
         if not self._open:
             return
-        known = self._entries.setdefault((row.table, _scope(row.table, row.key)), {})
-        entry = Entry(row.values, row.appears, stamp)
-        earlier = known.get(row.key)
-        known[row.key] = entry if earlier is None else earlier.overlaid(entry)
+        known = self._spoken.setdefault((row.table, _scope(row.table, row.key)), {})
+        spoken = known.get(row.key)
+        if spoken is None:
+            spoken = known[row.key] = _Spoken()
+        spoken.add(row, stamp)
 
     def since(self, table: str, guild_id: int, stamp: int) -> set[int]:
         """Return the ids (the last part of the key) of a guild's rows touched after `stamp`; guild 0 for users."""
-        known = self._entries.get((table, guild_id))
-        return {key[-1] for key, entry in known.items() if entry.stamp > stamp} if known else set()
+        known = self._spoken.get((table, guild_id))
+        return {key[-1] for key, spoken in known.items() if spoken.stamp > stamp} if known else set()
+
+    def behind(self, group: Group, guild_id: int, stamp: int) -> list[Group]:
+        """Split a group observed at `stamp` into what nobody touched since, and what live events are ahead of.
+
+        Of the latter, rows that are not there yet are made, and of the others only those columns written that no
+        event spoke of, with the event's stamp: the row may have it already.
+        """
+        touched = self.since(group.table, guild_id, stamp)
+        keys = len(key_columns(group.table))
+        older = [record for record in group.records if record[keys - 1] in touched] if touched else []
+        if not older:
+            return [group]
+        rest = [record for record in group.records if record[keys - 1] not in touched]
+        groups = {
+            group.mode: Group(group.table, group.columns, group.mode, rest),
+            Mode.INSERT: Group(group.table, group.columns, Mode.INSERT, older),
+        }
+        aside: dict[tuple[str, ...], Group] = {}
+        known = self._spoken[group.table, guild_id]
+        for record in older:
+            columns, last = self._left_alone(group.columns, known[record[:keys]], stamp)
+            if columns:
+                part = aside.setdefault(columns, Group(group.table, columns, Mode.UPDATE))
+                values = dict(zip(group.columns, record[keys:-1], strict=True))
+                part.records.append((*record[:keys], *(values[name] for name in columns), last))
+        return [*groups.values(), *aside.values()]
+
+    @staticmethod
+    def _left_alone(columns: tuple[str, ...], spoken: _Spoken, stamp: int) -> _Aside:
+        return _Aside(tuple(name for name in columns if spoken.stamps.get(name, 0) <= stamp), spoken.stamp)
 
     def again(self, guild_id: int, stamp: int) -> Iterator[tuple[Slot, Entry]]:
-        """Yield what a guild's live events after `stamp` said that could not make a row by itself.
+        """Yield what a guild's live events after `stamp` said that could not make a row by itself, and who went.
 
         It fell on nothing if the row was not there yet; once the listing has been merged it is, so it is said again.
+        What went took others along (a role its place in the members' arrays, a channel its threads), which the
+        listing may have brought back.
         """
-        for (table, scope), known in self._entries.items():
-            if scope == guild_id and table != "users":
-                for key, entry in known.items():
-                    if entry.stamp > stamp and not entry.appears:
-                        yield (table, key), entry
+        for (table, scope), known in self._spoken.items():
+            if scope != guild_id or table == "users":
+                continue
+            tombstone = tombstone_column(table)
+            for key, spoken in known.items():
+                if spoken.stamp <= stamp:
+                    continue
+                values = spoken.since(stamp)
+                if not spoken.appears or (tombstone is not None and values.get(tombstone) is not None):
+                    yield (table, key), Entry(values, appears=False, stamp=spoken.stamp)
 
 
 def _scope(table: str, key: Key) -> int:

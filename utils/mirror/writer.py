@@ -99,9 +99,9 @@ class MirrorWriter:
         self._held.discard(guild_id)
 
     async def flush(self) -> None:
-        """Write everything that waits now; raises `DatabaseError` when it cannot be written."""
+        """Write what waits in the buffer now; raises `DatabaseError` when it cannot be written."""
         async with self.writing:
-            await self._commit(self._next_observations())
+            await self._commit([])
 
     async def flush_before(self) -> None:
         """Write what waits in the buffer; the caller holds `writing`."""
@@ -124,25 +124,26 @@ class MirrorWriter:
                     await self._write_next(attempt.num)
 
     def _worth_another_try(self, error: Exception) -> bool:
-        if is_transient(error):
-            _log.warning("%s rows wait, the database cannot take them: %s", len(self.buffer), error)
-            return True
-        return False
+        _log.warning("%s rows wait, the database cannot take them: %s", len(self.buffer), error)
+        metrics.flush_failures.inc()
+        return True
 
     async def _write_next(self, attempt: int) -> None:
         observations = self._next_observations()
         try:
             async with self.writing:
                 await self._commit(observations)
-        except DatabaseError as error:
+        except Exception as error:
             if is_transient(error):
                 self._observations.extendleft(reversed(observations))
                 raise
             if observations:  # the guild is asked for again later; live rows are tried by themselves next
                 for observation in observations:
                     self._end(observation, error)
-            else:
+            elif _is_about_rows(error):
                 await self._isolate(self.buffer.take(hold=frozenset(self._held)))
+            else:  # no row is at fault (a missing table, a right withdrawn): everything is held until that is mended
+                raise
         else:
             for observation in observations:
                 self._end(observation, None)
@@ -211,23 +212,32 @@ class MirrorWriter:
 
     async def _isolate(self, entries: Mapping[tuple[str, Key], Entry]) -> None:
         """Halve a batch that the database refuses until the bad row stands alone; write the rest."""
-        try:
-            async with self.writing:
-                written = await apply(self.database, Batch(entries=entries))
-        except DatabaseError as error:
-            if is_transient(error):
-                self.buffer.give_back(entries)
-                raise
-            if len(entries) == 1:
-                (table, key), entry = next(iter(entries.items()))
-                _log.error("%s %s is refused by the database and left out: %s", table, key, error)
-                _log.debug("the refused row: %s", entry)
-                return
-            slots = list(entries)
-            for half in (slots[: len(slots) // 2], slots[len(slots) // 2 :]):
-                await self._isolate({slot: entries[slot] for slot in half})
-        else:
-            _count(written)
+        parts = [dict(entries)]
+        while parts:
+            part = parts.pop()
+            try:
+                async with self.writing:
+                    written = await apply(self.database, Batch(entries=part))
+            except BaseException as error:
+                if not _is_about_rows(error):
+                    for unwritten in (part, *parts):
+                        self.buffer.give_back(unwritten)
+                    raise
+                slots = list(part)
+                if len(slots) == 1:
+                    (table, key), entry = slots[0], part[slots[0]]
+                    _log.error("%s %s is refused by the database and left out: %s", table, key, error)
+                    _log.debug("the refused row: %s", entry)
+                    continue
+                half = len(slots) // 2
+                parts += [{slot: part[slot] for slot in slots[half:]}, {slot: part[slot] for slot in slots[:half]}]
+            else:
+                _count(written)
+
+
+def _is_about_rows(error: BaseException) -> bool:
+    """Return whether a row itself is at fault: classes 22 and 23 (PostgreSQL documentation, "Error Codes")."""
+    return isinstance(error, DatabaseError) and (error.sqlstate or "")[:2] in ("22", "23")
 
 
 def _count(written: Written) -> None:
