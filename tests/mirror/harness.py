@@ -14,7 +14,7 @@ from discord import gateway, http
 
 from simulator import Simulator
 from utils.database import Database
-from utils.mirror import Mirror
+from utils.mirror import Mirror, archived
 from utils.mirror.rows import key_columns, tombstone_column
 from utils.mirror.source import DiscordSource
 from utils.mirror.tap import install
@@ -73,6 +73,7 @@ async def mirrored(
     flush_seconds: float = 0.05,
 ) -> AsyncIterator[Mirrored]:
     """Mirror a simulator's world into a database for the length of the block."""
+    monkeypatch.setattr(archived, "REQUESTS_A_SECOND", 1_000)  # the simulator has its own limits
     monkeypatch.setattr(http.Route, "BASE", simulator.api_base)
     monkeypatch.setattr(gateway.DiscordWebSocket, "DEFAULT_GATEWAY", yarl.URL(simulator.gateway_url))
     client = discord.AutoShardedClient(
