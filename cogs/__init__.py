@@ -1,0 +1,1 @@
+"""What Discord sees: listeners and slash commands, one file a concern."""

@@ -1,0 +1,1 @@
+"""Cogs that are wrong on purpose, and one that may change its command."""

@@ -1,0 +1,227 @@
+"""The process: how `python bot.py` begins, and how it ends."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from simulator import Simulator
+from tests.bot.running import BotProcess, differences, until, until_equal
+from utils.database import Connection, ConnectTarget, Database
+from utils.database.embedded import EmbeddedServer
+
+
+def on_discord(simulator: Simulator, **settings: str) -> dict[str, str]:
+    return {"DISCORD_TOKEN": simulator.token, "DISCORD_API_BASE": simulator.api_base, **settings}
+
+
+async def rows_waiting(bot: BotProcess) -> int:
+    return int((await bot.get("/readyz"))[1]["rows_waiting"])
+
+
+async def is_blocked(connection: Connection) -> bool:
+    query = "SELECT EXISTS (SELECT FROM pg_locks AS l JOIN pg_database AS d ON d.oid = l.database"
+    return bool(await connection.fetchval(f"{query} WHERE NOT l.granted AND d.datname = current_database())"))
+
+
+async def test_a_start_mirrors_every_guild_and_tells_so(
+    tmp_path: Path, simulator: Simulator, database: Database, database_url: str
+) -> None:
+    async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url)) as bot:
+        await bot.ready()
+        assert (await bot.get("/healthz"))[0] == 200
+        status, state = await bot.get("/readyz")
+        assert (status, state["available"], state["reconciled"], state["database"]) == (200, 2, 2, True)
+        assert "guildbook_loop_stall_max_seconds" in (await bot.get("/metrics"))[1]
+        await until_equal(database, simulator)
+        bot.send(signal.SIGTERM)
+        assert await bot.ended() == 0
+    assert simulator.token not in bot.output
+
+
+async def test_sigterm_writes_what_still_waits_and_exits_with_0(
+    tmp_path: Path, simulator: Simulator, database: Database, database_url: str, small: int
+) -> None:
+    async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url, FLUSH_SECONDS="3600")) as bot:
+        await bot.ready()
+        await until_equal(database, simulator)
+        before = await database.fetchval("SELECT count(*) FROM members WHERE guild_id = $1", small)
+        waiting = await rows_waiting(bot)
+        joined = [simulator.world.join(small) for _ in range(5)]
+        while await rows_waiting(bot) < waiting + 2 * len(joined):  # bounded by the test's own time limit
+            pass
+        assert await database.fetchval("SELECT count(*) FROM members WHERE guild_id = $1", small) == before
+        bot.send(signal.SIGTERM)
+        assert await bot.ended() == 0
+    assert await database.fetchval("SELECT count(*) FROM members WHERE user_id = ANY($1)", joined) == len(joined)
+    assert await differences(database, simulator) == []
+
+
+async def test_ctrl_c_ends_it_as_cleanly(tmp_path: Path, simulator: Simulator, database_url: str) -> None:
+    async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url)) as bot:
+        await bot.ready()
+        bot.send(signal.SIGINT)
+        assert await bot.ended() == 0
+    assert "Traceback" not in bot.output
+
+
+async def test_a_second_signal_hurries_an_end_that_waits_for_the_database(
+    tmp_path: Path, simulator: Simulator, database: Database, database_url: str, small: int
+) -> None:
+    settings = on_discord(simulator, DATABASE_URL=database_url, SHUTDOWN_SECONDS="3600", FLUSH_SECONDS="0.1")
+    async with BotProcess(tmp_path, **settings) as bot:
+        await bot.ready()
+        async with database.transaction() as connection:
+            await connection.execute("LOCK TABLE users, members IN ACCESS EXCLUSIVE MODE")
+            simulator.world.join(small)
+            while not await is_blocked(connection):  # bounded by the test's own time limit
+                pass
+            bot.send(signal.SIGTERM)
+            await bot.until_it_says("SIGTERM: stopping")
+            bot.send(signal.SIGTERM)
+            assert await bot.ended() == 0
+    assert "2 rows" in bot.output, "what is lost is told"
+
+
+async def test_a_killed_bot_finds_its_embedded_server_again(tmp_path: Path, simulator: Simulator, small: int) -> None:
+    settings = on_discord(simulator, DATA_DIR=str(tmp_path / "data"))
+    server = EmbeddedServer(tmp_path / "data")
+    lock_file = server.cluster / "postmaster.pid"
+    async with BotProcess(tmp_path, **settings) as first:
+        await first.ready()
+        first.send(signal.SIGKILL)
+        await first.ended()
+    postmaster = lock_file.read_text().split()[0]
+    gone, come = simulator.world.guild(small).ordered_member_ids()[0], simulator.world.join(small)
+    if gone != simulator.world.bot.id:
+        simulator.world.leave(small, gone)
+    async with BotProcess(tmp_path, **settings) as second:
+        await second.ready()
+        assert lock_file.read_text().split()[0] == postmaster
+        await server.start()
+        database = Database(server.target(), pool_max=2)
+        await database.connect()
+        try:
+            await until_equal(database, simulator)
+            assert await database.fetchval("SELECT count(*) FROM members WHERE user_id = $1", come) == 1
+            assert await database.fetchval("SELECT epoch FROM ops.leases") == 2
+        finally:
+            await database.close()
+        second.send(signal.SIGTERM)
+        assert await second.ended() == 0
+    assert not lock_file.exists(), "nobody was left to use the server, so it is stopped"
+
+
+async def test_without_a_token_one_line_says_where_to_get_one(tmp_path: Path) -> None:
+    async with BotProcess(tmp_path) as bot:
+        assert await bot.ended() == 2
+    assert bot.output.count("\n") == 1
+    for word in ("DISCORD_TOKEN", "https://discord.com/developers/applications", "Reset Token", "make demo"):
+        assert word in bot.output
+
+
+async def test_every_wrong_setting_gets_its_line(tmp_path: Path) -> None:
+    async with BotProcess(tmp_path, DISCORD_API_BASE="discord", DB_POOL_MAX="many", DISCORD_TOKEN="a b") as bot:
+        assert await bot.ended() == 2
+    assert [line.partition(":")[0] for line in bot.output.splitlines()] == [
+        "DISCORD_TOKEN",
+        "DISCORD_API_BASE",
+        "DB_POOL_MAX",
+    ]
+    assert "a b" not in bot.output
+
+
+async def test_a_wrong_token_is_one_line(tmp_path: Path, simulator: Simulator, database_url: str) -> None:
+    token = "a-token-that-nobody-knows"
+    async with BotProcess(
+        tmp_path, **on_discord(simulator, DISCORD_TOKEN=token, DATABASE_URL=database_url, LOG_LEVEL="ERROR")
+    ) as bot:
+        assert await bot.ended() == 2
+    assert bot.output.count("\n") == 1
+    assert bot.output.startswith("DISCORD_TOKEN: ")
+    assert token not in bot.output
+
+
+async def test_a_missing_privileged_intent_is_one_line_that_names_the_switch(
+    tmp_path: Path, simulator: Simulator, database_url: str
+) -> None:
+    simulator.privileged_intents = 0
+    async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url, LOG_LEVEL="ERROR")) as bot:
+        assert await bot.ended() == 2
+    assert bot.output.count("\n") == 1
+    assert "Server Members Intent" in bot.output
+    assert "Privileged Gateway Intents" in bot.output
+
+
+async def test_a_discord_that_fails_is_one_line_and_exit_code_1(
+    tmp_path: Path, simulator: Simulator, database_url: str
+) -> None:
+    simulator.lies.rest_fail("GET /users/@me", status=403, times=100)
+    async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url, LOG_LEVEL="ERROR")) as bot:
+        assert await bot.ended() == 1
+    assert bot.output.count("\n") == 1
+    assert simulator.api_base in bot.output
+
+
+async def test_a_discord_out_of_reach_is_one_line_and_exit_code_1(
+    tmp_path: Path, simulator: Simulator, database_url: str
+) -> None:
+    nowhere = "http://127.0.0.1:9/api/v10"
+    settings = on_discord(simulator, DATABASE_URL=database_url, DISCORD_API_BASE=nowhere, LOG_LEVEL="ERROR")
+    async with BotProcess(tmp_path, **settings) as bot:
+        assert await bot.ended() == 1
+    assert bot.output.count("\n") == 1
+    assert nowhere in bot.output
+
+
+async def test_a_database_out_of_reach_is_one_line_and_exit_code_1(tmp_path: Path, simulator: Simulator) -> None:
+    url = f"postgresql://someone:a-password@/nothing?host={tmp_path}"
+    settings = on_discord(simulator, DATABASE_URL=url, DB_CONNECT_TIMEOUT="0.5", LOG_LEVEL="ERROR")
+    async with BotProcess(tmp_path, **settings) as bot:
+        assert await bot.ended() == 1
+    assert bot.output.count("\n") == 1
+    assert "DB_CONNECT_TIMEOUT" in bot.output
+    assert "a-password" not in bot.output
+
+
+async def test_a_signal_ends_a_start_that_waits_for_its_database(tmp_path: Path, simulator: Simulator) -> None:
+    url = f"postgresql://someone@/nothing?host={tmp_path}"
+    async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=url, DB_CONNECT_TIMEOUT="3600")) as bot:
+        await bot.until_it_says("waiting for the database")
+        bot.send(signal.SIGTERM)
+        assert await bot.ended() == 0
+
+
+async def test_a_taken_health_port_is_one_line_and_exit_code_2(
+    tmp_path: Path, simulator: Simulator, database_url: str
+) -> None:
+    port = simulator.base_url.rpartition(":")[2]
+    settings = on_discord(simulator, DATABASE_URL=database_url, HEALTH_PORT=port, LOG_LEVEL="ERROR")
+    async with BotProcess(tmp_path, **settings) as bot:
+        assert await bot.ended() == 2
+    assert bot.output.count("\n") == 1
+    assert port in bot.output
+
+
+async def test_a_schema_that_is_behind_stops_a_bot_that_may_not_migrate(
+    tmp_path: Path, simulator: Simulator, empty_target: ConnectTarget
+) -> None:
+    settings = on_discord(simulator, DATABASE_URL=empty_target.libpq_url(), AUTO_MIGRATE="false", LOG_LEVEL="ERROR")
+    async with BotProcess(tmp_path, **settings) as bot:
+        assert await bot.ended() == 1
+    assert bot.output.count("\n") == 1
+    assert "db upgrade" in bot.output
+
+
+async def test_a_reconnecting_gateway_does_not_end_the_bot(
+    tmp_path: Path, simulator: Simulator, database: Database, database_url: str, small: int
+) -> None:
+    async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url)) as bot:
+        await bot.ready()
+        simulator.lies.refuse_resume()
+        simulator.lies.drop_socket()
+        simulator.world.join(small)
+        await until(lambda: simulator.lies.done["refuse_resume"] or bot.process.returncode is not None)
+        await until_equal(database, simulator)
+        bot.send(signal.SIGTERM)
+        assert await bot.ended() == 0
