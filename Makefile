@@ -1,0 +1,61 @@
+# What operators type. Every target sets up .venv first; it is made anew only when requirements-dev.txt changes.
+
+# The first of these that is new enough.
+PYTHON ?= $(or $(shell for it in python3 python3.14 python3.13 python3.12 python3.11; do \
+  $$it -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$it && break; done),python3)
+VENV := .venv
+RUN := $(VENV)/bin/python
+UV := $(VENV)/bin/uv
+READY := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo run test bench lint format psql migration lock
+
+help: ## Show what there is
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: $(READY) ## Make .venv from the lock file
+
+$(READY): requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Guildbook needs Python 3.11 or newer as $(PYTHON) (found: $$(command -v $(PYTHON) >/dev/null && $(PYTHON) --version 2>&1 || echo none)). Name another one: make setup PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) has no module venv: install it (Debian, Ubuntu: apt-get install python3-venv), then try again" >&2; exit 2; }
+	@if [ -x $(RUN) ] && ! $(RUN) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then rm -rf $(VENV); fi
+	@[ -x $(RUN) ] || $(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	@touch $@
+
+demo: setup ## See the real bot at work, without token or database (ARGS=--keep: until Ctrl-C)
+	@$(RUN) bot.py demo $(ARGS)
+
+run: setup ## Run the bot with the settings of .env
+	@$(RUN) bot.py $(ARGS)
+
+test: setup ## Run every test (ARGS="tests/bot -k sync" for some)
+	@$(RUN) -m pytest $(ARGS)
+
+bench: setup ## Measure, and write benchmarks/results/
+	@$(RUN) -m benchmarks $(ARGS)
+
+lint: setup ## ruff, mypy --strict, the migrations against the models, squawk
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy .
+	@$(RUN) -m utils.migrations check
+	@$(RUN) -m utils.migrations lint
+
+format: setup ## Format the code
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+psql: setup ## Open psql on the database (DATA_DIR=.data/demo for the demo's, ARGS='-c "SELECT 1"' for psql)
+	@$(RUN) bot.py db psql $(if $(filter command,$(firstword $(origin DATA_DIR))),--data-dir $(DATA_DIR)) $(ARGS)
+
+migration: setup ## Write a new revision from the models: make migration m="add a table"
+	@test -n "$(m)" || { echo 'make migration m="what it does"' >&2; exit 2; }
+	@$(VENV)/bin/alembic revision --autogenerate -m "$(m)"
+
+lock: setup ## Resolve the dependencies of pyproject.toml anew
+	$(UV) pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate -o requirements.txt
+	$(UV) pip compile pyproject.toml --group dev -c requirements.txt --universal --generate-hashes --python-version 3.11 --no-header --no-annotate -o requirements-dev.txt

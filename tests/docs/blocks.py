@@ -1,0 +1,42 @@
+"""The code blocks of README.md and docs/."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+_FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One fenced block, and where it is."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks(*languages: str) -> list[Block]:
+    """Return the blocks of these languages, of every page; without any: all blocks."""
+    found = []
+    for page in PAGES:
+        whole = page.read_text(encoding="utf-8")
+        for match in _FENCE.finditer(whole):
+            line = whole.count("\n", 0, match.start()) + 1
+            found.append(Block(page, line, match["language"], textwrap.dedent(match["text"])))
+    return [block for block in found if not languages or block.language in languages]
+
+
+def demo_output() -> str:
+    """Return what the README says that `make demo` prints."""
+    return next(block.text for block in blocks("text") if block.text.startswith("Guildbook:"))

@@ -1,0 +1,142 @@
+"""What the README and the pages under docs/ tell people to type works."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import asyncpg
+import discord
+import pytest
+
+from simulator import Limits, Simulator, World
+from tests.bot.running import running, until_equal
+from tests.docs.blocks import PAGES, ROOT, Block, blocks
+from utils.database import Database
+from utils.settings import load_settings, variables
+
+#: Railway reads these itself.
+RAILWAYS = ("RAILWAY_DEPLOYMENT_DRAINING_SECONDS", "RAILWAY_DEPLOYMENT_OVERLAP_SECONDS", "RAILWAY_RUN_UID")
+
+
+def test_every_block_is_of_a_language_that_is_tried() -> None:
+    # text: the demo's output is compared in tests/demo, the invitation below.
+    tried = ("sh", "dotenv", "sql", "python", "text")
+    assert [f"{block}: {block.language!r}" for block in blocks() if block.language not in tried] == []
+
+
+@pytest.mark.parametrize("block", blocks("sh"), ids=str)
+def test_every_command_can_be_typed(block: Block, tmp_path: Path) -> None:
+    # Not run in earnest: the targets take minutes and are what CI runs, or need a token or a container engine.
+    # `make -n` shows that a target exists and that make understands its rules with these arguments.
+    for line in block.text.splitlines():
+        program, *arguments = shlex.split(line)
+        if program == "make":
+            command = ["make", "-n", *arguments]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+            assert done.returncode == 0, f"{block}: {line}: {done.stderr}"
+        elif program == "cp":
+            source, target = arguments
+            shutil.copy(ROOT / source, tmp_path / target)
+            load_settings(tmp_path / target)
+        elif program == "docker":
+            _check_docker(block, arguments)
+        else:
+            pytest.fail(f"{block}: nobody tries {line!r}")
+
+
+def _check_docker(block: Block, arguments: list[str]) -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    if arguments[0] == "build":
+        for source in re.findall(r"^COPY (?!\. )(\S+)", dockerfile, re.MULTILINE):
+            assert (ROOT / source).exists(), f"Dockerfile: {source}"
+    else:
+        workdir = re.search(r"^WORKDIR (\S+)", dockerfile, re.MULTILINE)
+        assert workdir is not None
+        volume = arguments[arguments.index("--volume") + 1].partition(":")[2]
+        assert Path(volume) == Path(workdir[1]) / load_settings(None).data_dir, str(block)
+        stop = float(arguments[arguments.index("--stop-timeout") + 1])
+        assert stop > load_settings(None).shutdown_seconds, str(block)
+
+
+@pytest.mark.parametrize("block", blocks("dotenv"), ids=str)
+def test_every_variable_that_is_named_is_read(block: Block) -> None:
+    for line in block.text.splitlines():
+        assert line.partition("=")[0] in (*variables(), *RAILWAYS), f"{block}: {line}"
+
+
+async def test_every_query_runs(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(seed=3)
+    guild_id = world.add_guild(members=50)
+    async with Simulator(world, limits=Limits.none()) as simulator, running(database, simulator, monkeypatch):
+        await until_equal(database, simulator)
+        world.leave(guild_id, next(id for id in world.guild(guild_id).members if id != world.bot.id))
+        await until_equal(database, simulator)
+    for block in blocks("sql"):
+        for statement in block.text.split(";"):
+            if statement.strip():
+                try:
+                    await database.fetch(statement)
+                except asyncpg.PostgresError as exc:
+                    pytest.fail(f"{block}: {exc}: {statement}")
+
+
+async def test_every_cog_works(database: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    world = World(seed=3)
+    guild_id = world.add_guild(members=50)
+    package = tmp_path / "cogs_of_the_docs"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for number, block in enumerate(blocks("python")):
+        (package / f"cog{number}.py").write_text(block.text)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = [f"{package.name}.cog{number}" for number, _ in enumerate(blocks("python"))]
+    async with (
+        Simulator(world, limits=Limits.none()) as simulator,
+        running(database, simulator, monkeypatch, extensions=names) as bot,
+    ):
+        assert sorted(bot.extensions) == sorted(names)
+        for command in simulator.interactions.commands():
+            result = await simulator.run_command(
+                command["name"], user_id=world.guild(guild_id).owner_id, guild_id=guild_id
+            )
+            await result.wait_done()
+            assert (result.final_content or "").count(", since ") == 5
+
+
+def test_the_invitation_asks_for_what_it_says() -> None:
+    address = next(block.text for block in blocks("text") if block.text.startswith("https://"))
+    query = parse_qs(urlsplit(address.strip()).query)
+    wanted = discord.Permissions(view_channel=True, read_message_history=True)
+    assert query["permissions"] == [str(wanted.value)]
+    assert query["scope"] == ["bot applications.commands"]
+
+
+def test_every_link_within_the_repository_leads_somewhere() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_target_of_the_makefile_is_explained() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert phony is not None
+    explained = re.findall(r"^([a-z]+):.*## ", makefile, re.MULTILINE)
+    assert sorted(explained) == sorted(phony[1].split())
+    assert [name for name in explained if name not in ("help", "setup") and not _sets_up(makefile, name)] == []
+
+
+def _sets_up(makefile: str, target: str) -> bool:
+    return re.search(rf"^{target}: setup\b", makefile, re.MULTILINE) is not None
+
+
+def test_ci_runs_lint_and_tests() -> None:
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    assert "set -euo pipefail" in lines
+    assert lines[-2:] == ["make lint", "make test"]
