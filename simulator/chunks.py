@@ -7,7 +7,6 @@ import json
 from .entities import Guild
 from .payloads import members_json
 
-PAGE_SIZE = 1000
 # https://docs.discord.com/developers/events/gateway-events#request-guild-members
 _QUERY_LIMIT = 100
 _NONCE_BYTES = 32
@@ -21,12 +20,13 @@ def clean_nonce(nonce: object) -> str | None:
 class MemberRequest:
     """A full member request under way: it keeps the ids of its first moment, and renders each page when it is sent."""
 
-    __slots__ = ("_ids", "_plan", "_tail", "count", "guild")
+    __slots__ = ("_ids", "_plan", "_size", "_tail", "count", "guild")
 
-    def __init__(self, guild: Guild, nonce: str | None) -> None:
+    def __init__(self, guild: Guild, nonce: str | None, page_size: int) -> None:
         self.guild = guild
+        self._size = page_size
         self._ids = guild.ordered_member_ids()
-        self.count = max(1, -(-len(self._ids) // PAGE_SIZE))
+        self.count = max(1, -(-len(self._ids) // page_size))
         self._plan = list(range(self.count))
         self._tail = _tail(nonce)
 
@@ -43,7 +43,7 @@ class MemberRequest:
         """Render the next page."""
         index = self._plan.pop(0)
         members = self.guild.members
-        page = [members[i] for i in self._ids[index * PAGE_SIZE : (index + 1) * PAGE_SIZE] if i in members]
+        page = [members[i] for i in self._ids[index * self._size : (index + 1) * self._size] if i in members]
         return _page(self.guild.id, members_json(page), index, self.count, self._tail)
 
 

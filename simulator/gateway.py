@@ -289,7 +289,7 @@ class Gateway:
             session.enqueue("GUILD_MEMBERS_CHUNK", query_page(guild, str(query or ""), limit, nonce))
         elif query is not None and session.intents & Intent.GUILD_MEMBERS:
             # Without the intent the full list is never sent, and nothing says so.
-            self._full_request(session, MemberRequest(guild, nonce), nonce)
+            self._full_request(session, MemberRequest(guild, nonce, self.limits.members_per_page), nonce)
 
     def _full_request(self, session: Session, request: MemberRequest, nonce: str | None) -> None:
         guild_id = request.guild.id

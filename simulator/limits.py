@@ -16,7 +16,7 @@ class Limits:
     `gateway_commands` per `gateway_window`: above it the gateway closes with 4008.
     `rest_per_second`: the global REST limit. `route_limit` per `route_window`: a bucket for each route and resource,
     None for no buckets. `rest_latency`: added to each REST answer. `pages_per_second`: pace of member pages on the
-    gateway, None for as fast as the socket takes them.
+    gateway, None for as fast as the socket takes them. `members_per_page`: size of these pages; Discord's is 1,000.
     """
 
     chunk_cooldown: float = 30.0
@@ -27,11 +27,14 @@ class Limits:
     route_window: float = 1.0
     rest_latency: float = 0.0
     pages_per_second: float | None = None
+    members_per_page: int = 1000
 
     @classmethod
-    def none(cls, *, rest_latency: float = 0.0, pages_per_second: float | None = None) -> Limits:
+    def none(
+        cls, *, rest_latency: float = 0.0, pages_per_second: float | None = None, members_per_page: int = 1000
+    ) -> Limits:
         """Make limits that never refuse anything."""
-        return cls(0.0, inf, 60.0, inf, None, 1.0, rest_latency, pages_per_second)
+        return cls(0.0, inf, 60.0, inf, None, 1.0, rest_latency, pages_per_second, members_per_page)
 
 
 class Window:

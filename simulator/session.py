@@ -76,8 +76,8 @@ class Session:
 
     @property
     def has_sent_all(self) -> bool:
-        """Whether nothing waits to be sent to its client."""
-        return not (self._outbox or self._backlog or self._requests or self._echoes)
+        """Whether nothing waits to be sent to its client; a duplicate that waits for further events does not count."""
+        return not (self._outbox or self._backlog or self._requests)
 
     def owns(self, guild_id: int | None) -> bool:
         """Say whether a guild belongs to this session's shard; what belongs to no guild belongs to each."""
@@ -88,8 +88,13 @@ class Session:
         self.enqueue("READY", to_bytes(ready))
         if self.intents & Intent.GUILDS:
             for guild in self._world.guilds.values():
-                if guild.present and guild.available and self.owns(guild.id):
+                if not guild.present or not self.owns(guild.id):
+                    continue
+                if guild.available:
                     self._backlog[guild.id] = False
+                else:
+                    # https://docs.discord.com/developers/events/gateway-events#guild-create: an outage is told as well
+                    self.enqueue("GUILD_DELETE", to_bytes({"id": str(guild.id), "unavailable": True}))
 
     def receive(self, emission: Emission) -> None:
         """Take one of the world's events, if the shard and the intents let it through."""

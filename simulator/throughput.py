@@ -14,7 +14,6 @@ import time
 
 import aiohttp
 
-from .chunks import PAGE_SIZE
 from .limits import Limits
 from .server import Simulator
 from .state import Intent
@@ -45,7 +44,7 @@ async def measure(members: int, rounds: int) -> dict[str, list[float]]:
     """Measure members a second for each transport, turn by turn."""
     world = World(seed=1)
     guild_id = world.add_guild(members=members)
-    pages = -(-members // PAGE_SIZE)
+    pages = -(-members // Limits().members_per_page)
     rates: dict[str, list[float]] = {"zlib-stream": [], "zstd-stream": []}
     async with Simulator(world, limits=Limits.none()) as simulator:
         for _ in range(rounds):

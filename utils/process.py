@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import signal
 import time
@@ -20,7 +19,7 @@ from utils.database.embedded import EmbeddedServer
 from utils.database.partitions import ensure_partitions
 from utils.database.urls import resolve, resolve_direct
 from utils.errors import GuildbookError, MigrationError, SettingsError
-from utils.service import metrics
+from utils.service import heap, metrics
 from utils.service.health import HealthServer
 from utils.settings import DEVELOPER_PORTAL, Settings
 
@@ -119,8 +118,7 @@ class Process:
             await self.health.start()
         self._repeat("database check", CHECK_SECONDS, self._check_database)
         self.bot = Guildbook(settings, self.db)
-        gc.collect()
-        gc.freeze()  # what is loaded by now stays: walking it again and again would hold the loop
+        heap.settle()
         self._run_beside("loop watch", self._watch_loop())
         async with self.bot:
             await self.bot.start(settings.discord_token.get_secret_value())

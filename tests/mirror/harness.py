@@ -3,31 +3,54 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import discord
 import pytest
 import yarl
-from discord import gateway, http
+from discord import backoff, gateway, http
 
-from simulator import Simulator
+from simulator import Limits, Simulator, World
 from utils.database import Database
-from utils.mirror import Mirror, archived
+from utils.errors import DatabaseError
+from utils.mirror import Mirror, archived, guilds, reconcile, source, staging
+from utils.mirror import mirror as mirror_module
+from utils.mirror.listing import Listing
 from utils.mirror.rows import key_columns, tombstone_column
 from utils.mirror.source import DiscordSource
 from utils.mirror.tap import install
 from utils.service import lease
 
 TABLES = ("guilds", "users", "members", "roles", "channels", "threads")
+#: Members on a page in worlds that are small, and all the same have guilds of many pages.
+PAGE = 10
+#: Seconds; a bound for what takes a few milliseconds, on a machine that does other things.
+PATIENCE = 30.0
 
 
-async def until(condition: Callable[[], object], timeout: float = 20.0) -> None:
+async def until(condition: Callable[[], object], timeout: float = PATIENCE) -> None:
     """Wait until a condition holds; it fails by TimeoutError, never by luck."""
     async with asyncio.timeout(timeout):
         while not condition():  # noqa: ASYNC110 - the conditions are other people's state, without an event
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.005)
+
+
+class _Impatient:
+    """asyncio, as discord.py's REST client sees it: the waits between its retries are short."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(min(seconds, 0.02))
+
+
+class _Client(discord.AutoShardedClient):
+    async def before_identify_hook(self, shard_id: int | None, *, initial: bool = False) -> None:
+        """Identify at once; discord.py waits five seconds before it does so again."""
 
 
 class Mirrored:
@@ -37,29 +60,79 @@ class Mirrored:
         self.mirror = mirror
         self.client = client
         self.simulator = simulator
+        self.killed = False
 
     def has_heard_all(self) -> bool:
         """Return whether the connected session has received all that the simulator had for it."""
         session = next((s for s in self.simulator.gateway.sessions.values() if s.socket is not None), None)
-        if session is None or not session.has_sent_all:
+        if session is None or session.dead or not session.has_sent_all:
             return False
-        ws = self.client._get_websocket(shard_id=0)
+        try:
+            ws = self.client._get_websocket(shard_id=0)
+        except KeyError:
+            return False
         return ws.session_id == session.id and ws.sequence == session.sequence
 
-    async def ready(self, timeout: float = 20.0) -> None:
+    async def ready(self, timeout: float = PATIENCE) -> None:
         """Wait until every available guild has been reconciled."""
         await until(lambda: self.mirror.is_ready()[0], timeout)
 
-    async def settled(self, timeout: float = 20.0) -> None:
+    async def settled(self, timeout: float = PATIENCE) -> None:
         """Wait until all that was sent has been received, reconciled where that was due, and written."""
         async with asyncio.timeout(timeout):
             while True:
                 await until(lambda: self.has_heard_all() and self.mirror.is_ready()[0], timeout)
                 await self.mirror.reconciler.quiet()
                 await until(lambda: not self.mirror.archived.waiting, timeout)
-                await self.mirror.writer.flush()
+                with contextlib.suppress(DatabaseError):
+                    await self.mirror.writer.flush()
                 if self.has_heard_all() and self.mirror.is_ready()[0] and not len(self.mirror.writer.buffer):
                     return
+
+    async def listing(self, guild_id: int, pages: int = 1) -> Listing:
+        """Wait until a listing of the guild is under way and so many of its pages have come."""
+
+        def under_way() -> Listing | None:
+            state = self.mirror.reconciler.guilds.get(guild_id)
+            found = state.listing if state is not None else None
+            return found if found is not None and found.pages >= pages else None
+
+        await until(under_way)
+        listing = under_way()
+        assert listing is not None
+        return listing
+
+    async def kill(self) -> None:
+        """End as a killed process does: nothing more is written, nothing is said to anyone."""
+        self.killed = True
+        tasks = [*self.mirror.reconciler._tasks, self.mirror.writer._task]
+        alive = [task for task in tasks if task is not None]
+        for task in alive:
+            task.cancel()
+        await asyncio.gather(*alive, return_exceptions=True)
+
+
+def small_world(
+    monkeypatch: pytest.MonkeyPatch, *sizes: int, seed: int = 1, pages_per_second: float | None = None, **limits: Any
+) -> tuple[Simulator, list[int]]:
+    """Return a simulator with guilds of these sizes, whose member pages are `PAGE` long, and the guilds' ids."""
+    for module in (source, guilds):
+        monkeypatch.setattr(module, "MEMBERS_PAGE", PAGE)
+    monkeypatch.setattr(staging, "USER_BATCH_PAGES", 2)
+    world = World(seed=seed)
+    ids = [world.add_guild(members=size, roles=4, channels=7, threads=3, archived_threads=2) for size in sizes]
+    paced = Limits.none(pages_per_second=pages_per_second, members_per_page=PAGE)
+    return Simulator(world, limits=paced, **limits), ids
+
+
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten waits of minutes and seconds, our own and discord.py's, that no test is about."""
+    monkeypatch.setattr(archived, "REQUESTS_A_SECOND", 1_000)  # the simulator has its own limits
+    monkeypatch.setattr(archived, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(reconcile, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(mirror_module, "ARRIVAL_SECONDS", 0.2)
+    monkeypatch.setattr(http, "asyncio", _Impatient())
+    monkeypatch.setattr(backoff.ExponentialBackoff, "delay", lambda self: 0.01)
 
 
 @asynccontextmanager
@@ -70,13 +143,13 @@ async def mirrored(
     *,
     page_timeout: float = 2.0,
     cooldown: float = 0.0,
-    flush_seconds: float = 0.05,
+    flush_seconds: float = 0.02,
 ) -> AsyncIterator[Mirrored]:
-    """Mirror a simulator's world into a database for the length of the block."""
-    monkeypatch.setattr(archived, "REQUESTS_A_SECOND", 1_000)  # the simulator has its own limits
+    """Mirror a simulator's world into a database for the length of the block; a further block is the bot's restart."""
+    impatient(monkeypatch)
     monkeypatch.setattr(http.Route, "BASE", simulator.api_base)
     monkeypatch.setattr(gateway.DiscordWebSocket, "DEFAULT_GATEWAY", yarl.URL(simulator.gateway_url))
-    client = discord.AutoShardedClient(
+    client = _Client(
         intents=discord.Intents(guilds=True, members=True, moderation=True),
         chunk_guilds_at_startup=False,
         member_cache_flags=discord.MemberCacheFlags.none(),
@@ -97,35 +170,40 @@ async def mirrored(
     install(client, mirror)
     mirror.start()
     running = asyncio.create_task(client.start(simulator.token))
+    bot = Mirrored(mirror, client, simulator)
     try:
-        yield Mirrored(mirror, client, simulator)
+        yield bot
         if running.done():
             running.result()
     finally:
         await client.close()
         running.cancel()
         await asyncio.wait([running], timeout=5)
-        await mirror.stop(5)
+        if not bot.killed:
+            await mirror.stop(5)
 
 
-async def differences(database: Database, simulator: Simulator, tables: tuple[str, ...] = TABLES) -> list[str]:
-    """Return what is wrong in the tables, as lines; an empty list means that they equal the simulator's world."""
+async def differences(database: Database, simulator: Simulator, tables: Iterable[str] = TABLES) -> list[str]:
+    """Return what is wrong in the tables, as lines; an empty list means that they equal the simulator's world.
+
+    Of guilds that the bot is no longer in nothing is known, and so nothing is compared but that it left.
+    """
     wrong: list[str] = []
-    unknowable = {
-        thread_id
-        for guild_id in simulator.world.guild_ids()
-        for thread_id in simulator.world.unknowable_thread_ids(guild_id)
-    }
+    world = simulator.world
+    present = set(world.guild_ids())
+    unknowable = {thread_id for guild_id in present for thread_id in world.unknowable_thread_ids(guild_id)}
     for table in tables:
         keys = key_columns(table)
         tombstone = tombstone_column(table)
-        expected = {tuple(row[key] for key in keys): row for row in simulator.world.expected_rows(table)}
+        expected = {tuple(row[key] for key in keys): row for row in world.expected_rows(table)}
         records = await database.fetch(f"SELECT * FROM {table}" + (f" WHERE {tombstone} IS NULL" if tombstone else ""))  # noqa: S608
         found: dict[tuple[Any, ...], dict[str, Any]] = {
             tuple(record[key] for key in keys): dict(record) for record in records
         }
         if table == "users":  # who left every guild stays known
             found = {key: row for key, row in found.items() if key in expected}
+        elif table != "guilds":
+            found = {key: row for key, row in found.items() if key[0] in present}
         if table == "threads":
             found = {key: row for key, row in found.items() if key[-1] not in unknowable}
         wrong += [f"{table} {key} is missing" for key in expected.keys() - found.keys()]
@@ -135,3 +213,35 @@ async def differences(database: Database, simulator: Simulator, tables: tuple[st
                 if found[key][column] != value:
                     wrong.append(f"{table} {key}: {column} is {found[key][column]!r}, should be {value!r}")
     return wrong
+
+
+async def changes(database: Database, **where: Any) -> list[tuple[Any, ...]]:
+    """Return the history in order: table, key (guilds aside), action, before, after."""
+    records = await database.fetch("SELECT * FROM changes ORDER BY id")
+    told = []
+    for record in records:
+        if all(record[name] == value for name, value in where.items()):
+            key = tuple(v for k, v in record["key"].items() if k != "guild_id")
+            told.append((record["table_name"], *key, record["action"], record["before"], record["after"]))
+    return told
+
+
+async def removals(database: Database) -> set[tuple[str, int]]:
+    """Return every (table, id) that was ever taken for gone."""
+    records = await database.fetch("SELECT table_name, key FROM changes WHERE action = 'remove'")
+    return {(record["table_name"], record["key"].get("user_id", record["key"].get("id"))) for record in records}
+
+
+async def versions(database: Database) -> dict[str, set[tuple[Any, ...]]]:
+    """Return where each row version lies, of the mirrored tables and their history: a write moves it."""
+    found = {}
+    for table in (*TABLES, "changes", "user_changes"):
+        records = await database.fetch(f"SELECT tableoid, ctid, xmin::text FROM {table}")  # noqa: S608
+        found[table] = {tuple(record) for record in records}
+    return found
+
+
+async def runs(database: Database, guild_id: int) -> list[tuple[str, str]]:
+    """Return the state and source of the guild's reconciles, in order."""
+    records = await database.fetch("SELECT state, source FROM sync_runs WHERE guild_id = $1 ORDER BY id", guild_id)
+    return [(record["state"], record["source"]) for record in records]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +47,7 @@ class Batch:
     absences: list[Absence] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     #: Guilds that the bot is in, by READY: (shard id, number of shards, ids, stamp).
-    ready: list[tuple[int, int, frozenset[int], int]] = field(default_factory=list)
+    ready: list[tuple[int, int, set[int], int]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -62,22 +64,27 @@ class Written:
         return self.inserted.total() + self.updated.total() + self.removed.total()
 
 
-async def apply(database: Database, batch: Batch) -> Written:
-    """Write a batch; waiting rows go before listings, which were asked for after they had been received."""
+async def apply(database: Database, batch: Batch, users_writing: asyncio.Lock | None = None) -> Written:
+    """Write a batch; waiting rows go before listings, which were asked for after they had been received.
+
+    `users_writing` is held while users are written; None where nobody else writes any.
+    """
     written = Written()
     live = list(grouped(batch.entries.items()))
     users = [group for group in (*live, *batch.groups) if group.table == "users"]
     rest = [group for group in live if group.table != "users"]
     listed = [group for group in batch.groups if group.table != "users"]
     if users:
-        async with database.transaction() as connection:
-            await _merge(connection, users, written)
+        async with users_writing or contextlib.nullcontext(), database.transaction() as connection:
+            await write_groups(connection, users, written)
     if rest or listed or batch.absences or batch.runs or batch.ready:
         async with database.transaction() as connection:
-            await _merge(connection, rest, written)
+            await write_groups(connection, rest, written)
             await _bury(connection, database, batch.entries)
             counted = {run.guild_id: run for run in batch.runs}
-            await _merge(connection, listed, written, counted)
+            for run in batch.runs:  # this may be the second try
+                run.rows_inserted = run.rows_updated = run.rows_left = 0
+            await write_groups(connection, listed, written, counted)
             await _tombstone(connection, database, batch.absences, written, counted)
             for shard_id, shards, ids, stamp in batch.ready:
                 gone = await connection.fetchval(sql.LEFT_GUILDS, shard_id, shards, sorted(ids), stamp, database.now())
@@ -87,9 +94,10 @@ async def apply(database: Database, batch: Batch) -> Written:
     return written
 
 
-async def _merge(
+async def write_groups(
     connection: Connection, groups: Iterable[Group], written: Written, runs: Mapping[int, Run] | None = None
 ) -> None:
+    """Merge groups, inside a transaction; counts are added to `written`, those of members to the run of their guild."""
     for group in groups:
         statement = sql.merge(group.table, group.columns, group.mode)
         for start in range(0, len(group.records), BATCH_ROWS):
@@ -141,10 +149,11 @@ async def _bury(connection: Connection, database: Database, entries: Mapping[tup
 async def bury(connection: Connection, database: Database, statement: str, dead: Sequence[tuple[int, ...]]) -> None:
     """Run `STRIP_ROLES` or `BURY_THREADS` for (guild, id, stamp) of what was deleted."""
     if dead:
-        arrays: list[Any] = [list(values) for values in zip(*sorted(dead), strict=True)]
-        if statement is sql.BURY_THREADS:
-            arrays.append(database.now())
-        await connection.execute(statement, *arrays)
+        guilds, ids, stamps = (list(values) for values in zip(*sorted(dead), strict=True))
+        if statement is sql.STRIP_ROLES:
+            await connection.execute(statement, guilds, ids)
+        else:
+            await connection.execute(statement, guilds, ids, stamps, database.now())
 
 
 async def _tombstone(

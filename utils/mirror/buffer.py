@@ -75,5 +75,6 @@ class Buffer:
     async def due(self) -> None:
         """Wait until a flush is due by size or by age, or somebody wakes it."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._due.wait(), self.flush_seconds)
+            async with asyncio.timeout(self.flush_seconds):
+                await self._due.wait()
         self._due.clear()

@@ -15,6 +15,8 @@ from utils.errors import ValidationError
 from utils.mirror.rows import key_columns, table_of
 
 _NONE = type(None)
+#: The calendar's first and last years are left out: moved to UTC they may leave what the driver can tell Postgres.
+_YEARS = (2, 9998)
 #: Largest values of Postgres's integer types (PostgreSQL documentation, "Numeric Types").
 _LIMITS: dict[type[TypeEngine[Any]], int] = {BigInteger: 2**63 - 1, Integer: 2**31 - 1, SmallInteger: 2**15 - 1}
 
@@ -22,12 +24,13 @@ _LIMITS: dict[type[TypeEngine[Any]], int] = {BigInteger: 2**63 - 1, Integer: 2**
 class _Column:
     """Tells whether a whole column of values can be stored; sets of types keep it at a few nanoseconds a value."""
 
-    __slots__ = ("kinds", "limit", "listed", "name")
+    __slots__ = ("dated", "kinds", "limit", "listed", "name")
 
     def __init__(self, name: str, type_: TypeEngine[Any], nullable: bool) -> None:
         self.name = name
         self.limit: int | None = None
         self.listed: frozenset[type] | None = None
+        self.dated = isinstance(type_, DateTime)
         kinds: set[type] = {_NONE} if nullable else set()
         if isinstance(type_, ARRAY):
             kinds.add(list)
@@ -55,6 +58,8 @@ class _Column:
             values = list(chain.from_iterable(filter(None, values)))
             if not set(map(type, values)) <= self.listed:
                 return False
+        if self.dated:
+            return all(_YEARS[0] <= value.year <= _YEARS[1] for value in values if value is not None)
         if self.limit is None:
             return True
         numbers = list(filter(None, values))

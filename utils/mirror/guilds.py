@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,9 @@ from dataclasses import dataclass, field
 from utils.mirror.apply import Run
 from utils.mirror.listing import Listing
 from utils.mirror.source import MEMBERS_PAGE
+
+#: Where a guild stands in line whose size nobody knows: op 8 is good for any size.
+UNKNOWN_SIZE = 2**31
 
 
 @dataclass(eq=False, slots=True)
@@ -36,8 +40,8 @@ class GuildState:
     last_run: Run | None = None
     #: Why the guild waits for a reconcile; None when it does not wait.
     reason: str | None = None
-    #: Threads that Discord showed as active in this session.
-    active_threads: set[int] = field(default_factory=set)
+    #: Threads that Discord showed as active in this session, and the channels they are in.
+    active_threads: dict[int, int | None] = field(default_factory=dict)
     waiters: list[asyncio.Future[Run]] = field(default_factory=list)
 
     @property
@@ -47,13 +51,17 @@ class GuildState:
 
 
 class Queue:
-    """Guilds that wait for a reconcile, small ones first; two lanes take from it, each what it is good at."""
+    """Guilds that wait for a reconcile, small ones first; two lanes take from it, each what it is good at.
+
+    No guild is handed out twice at a time: a listing that has ended is never written after one asked for later.
+    """
 
     def __init__(self, *, cooldown: float, rest_workers: int) -> None:
         #: Seconds between two full member requests of one guild: Discord's bound.
         self.cooldown = cooldown
         self._rest_workers = rest_workers
         self._waiting: list[tuple[int, int, GuildState]] = []
+        self._running: set[int] = set()
         self._changed = asyncio.Condition()
 
     def __len__(self) -> int:
@@ -66,14 +74,28 @@ class Queue:
         """Put a guild in line; one that waits already keeps its place."""
         if state.reason is None:
             state.reason = reason
-            bisect.insort(self._waiting, (state.size or 0, state.id, state))
+            bisect.insort(self._waiting, (UNKNOWN_SIZE if state.size is None else state.size, state.id, state))
         async with self._changed:
             self._changed.notify_all()
 
+    async def done(self, state: GuildState) -> None:
+        """Say that a guild handed out is done with."""
+        self._running.discard(state.id)
+        async with self._changed:
+            self._changed.notify_all()
+
+    def remove_shard(self, shard_id: int) -> None:
+        """Take every guild of a shard out of the line."""
+        for _, _, state in self._waiting:
+            if state.shard_id == shard_id:
+                state.reason = None
+        self._waiting = [item for item in self._waiting if item[2].shard_id != shard_id]
+
     def remove(self, state: GuildState) -> None:
         """Take a guild out of the line."""
-        state.reason = None
-        self._waiting = [item for item in self._waiting if item[2] is not state]
+        if state.reason is not None:
+            state.reason = None
+            self._waiting = [item for item in self._waiting if item[2] is not state]
 
     async def take_for_rest(self) -> GuildState:
         """Wait for the smallest guild that REST is good for."""
@@ -86,16 +108,18 @@ class Queue:
     async def _take(self, pick: Callable[[], int | None]) -> GuildState:
         async with self._changed:
             while (index := pick()) is None:
-                # A guild may become due by time alone: when its cool-down ends.
-                try:
-                    await asyncio.wait_for(self._changed.wait(), 1.0)
-                except TimeoutError:
-                    continue
-            return self._waiting.pop(index)[2]
+                # A guild may become due by time alone: when its cool-down ends. (Not `wait_for`: in Python 3.11 it may
+                # swallow a cancellation, and the lane would outlive its stop.)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1.0):
+                        await self._changed.wait()
+            state = self._waiting.pop(index)[2]
+            self._running.add(state.id)
+            return state
 
     def _next_for_rest(self) -> int | None:
         for index, (_, _, state) in enumerate(self._waiting):
-            if state.rest_next or state.is_small:
+            if (state.rest_next or state.is_small) and state.id not in self._running:
                 return index
         return None
 
@@ -110,6 +134,6 @@ class Queue:
         return None
 
     def _may_ask(self, state: GuildState) -> bool:
-        if state.rest_next:
+        if state.rest_next or state.id in self._running:
             return False
         return state.asked_at is None or time.monotonic() - state.asked_at >= self.cooldown

@@ -92,11 +92,16 @@ class Listing:
             self._news.set()
             self._room.set()
 
+    def abandon(self, error: SyncError) -> None:
+        """End the listing although its pages may all have come: nobody takes them."""
+        self._error = self._error or error
+        self._news.set()
+        self._room.set()
+
     def close(self) -> None:
         """Release whoever waits for room: nobody takes pages any more."""
         self._waiting.clear()
-        self._error = self._error or SyncError(f"guild {self.guild_id}: the listing has ended")
-        self._room.set()
+        self.abandon(SyncError(f"guild {self.guild_id}: the listing has ended"))
 
     async def next(self, timeout: float) -> Page | None:
         """Return the next page, None after the last; `SyncError` if it failed or none came for `timeout` seconds."""
@@ -107,7 +112,8 @@ class Listing:
                 return None
             self._news.clear()
             try:
-                await asyncio.wait_for(self._news.wait(), timeout)
+                async with asyncio.timeout(timeout):
+                    await self._news.wait()
             except TimeoutError:
                 missing = "" if self.announced is None else f" of {self.announced}"
                 raise SyncError(

@@ -18,9 +18,9 @@ from utils.mirror.guilds import GuildState
 from utils.mirror.live import EVENTS
 from utils.mirror.reconcile import Reconciler
 from utils.mirror.rows import Stamps
-from utils.mirror.snapshots import MISSHAPEN, checked, snapshot
+from utils.mirror.snapshots import checked, snapshot
 from utils.mirror.source import DiscordSource
-from utils.mirror.translate import Payload
+from utils.mirror.translate import MISSHAPEN, Payload
 from utils.mirror.writer import MirrorWriter, Observation
 from utils.service import metrics
 
@@ -59,8 +59,8 @@ class Mirror:
         self._source = source
         #: `time.monotonic()` of the last READY or GUILD_CREATE.
         self._last_arrival: float = 0.0
-        #: Shards whose READY has come.
-        self._ready: set[int] = set()
+        #: By shard whose READY has come, the guilds that Discord has shown since: none of them was left before.
+        self._ready: dict[int, set[int]] = {}
 
     def start(self) -> None:
         """Start to write and to reconcile."""
@@ -70,8 +70,13 @@ class Mirror:
 
     async def stop(self, timeout: float) -> None:
         """Stop reconciling, write what waits for at most `timeout` seconds."""
-        await self.reconciler.stop()
-        await self.writer.stop(timeout)
+        ends_at = time.monotonic() + timeout
+        try:
+            async with asyncio.timeout(timeout / 2):
+                await self.reconciler.stop()
+        except TimeoutError:
+            _log.warning("reconciles did not end within %s s", timeout / 2)
+        await self.writer.stop(max(0.1, ends_at - time.monotonic()))
 
     def is_ready(self) -> tuple[bool, dict[str, Any]]:
         """Return whether every available guild has been reconciled in this session, and how far it has come."""
@@ -85,17 +90,25 @@ class Mirror:
 
     async def sync(self, guild_id: int) -> Run:
         """Reconcile a guild now: its settings, roles and channels over REST, its members by a complete listing."""
-        stamp = self.stamps.next()
-        payload = await self._source.guild(guild_id)
-        payload["channels"] = await self._source.channels(guild_id)
-        observation = snapshot(payload, stamp, self._refuse("GET /guilds"), is_gateway=False)
-        await self.writer.submit(observation)
+        state = self.reconciler.guilds.get(guild_id)
+        with self.writer.touched.watching():
+            stamp = self.stamps.next()
+            payload = await self._source.guild(guild_id)
+            payload["channels"] = await self._source.channels(guild_id)
+            if self.reconciler.guilds.get(guild_id) is not state:  # events were missed since, the answer may be older
+                raise SyncError(f"guild {guild_id}: it became available anew, which reconciles it by itself")
+            try:
+                observation = snapshot(payload, stamp, self._refuse("GET /guilds"), is_gateway=False)
+            except MISSHAPEN as error:
+                raise SyncError(f"guild {guild_id}: what Discord answers cannot be understood: {error!r}") from error
+            done = self.writer.submit(observation)
+        await done
         return await self.reconciler.sync(guild_id)
 
     # --- what the gateway sends
 
-    def receive(self, event: str, data: Any, shard_id: int, session: str) -> bool:
-        """Take one dispatch; True keeps it from discord.py's own parser. Never raises."""
+    def receive(self, event: str, data: Any, shard_id: int, session: str) -> bool | None:
+        """Take one dispatch; True keeps it from discord.py's own parser, None: it was malformed. Never raises."""
         stamp = self.stamps.next()
         try:
             if event == "GUILD_MEMBERS_CHUNK":
@@ -110,6 +123,7 @@ class Mirror:
                 self._live(event, data, stamp)
         except MISSHAPEN as error:
             self.malformed(event, error)
+            return None
         return False
 
     def malformed(self, event: str, error: Exception) -> None:
@@ -133,11 +147,15 @@ class Mirror:
 
     async def _pause(self) -> None:
         full = [listing for listing in self.reconciler.listings.values() if listing.waiting >= PAGES_WAITING]
-        for listing in full:
-            try:
-                await asyncio.wait_for(listing.room(PAGES_WAITING), PAUSE_SECONDS)
-            except TimeoutError:
-                listing.fail(SyncError(f"guild {listing.guild_id}: the database took no page for {PAUSE_SECONDS:g} s"))
+        try:
+            async with asyncio.timeout(PAUSE_SECONDS):
+                for listing in full:
+                    await listing.room(PAGES_WAITING)
+        except TimeoutError:
+            for listing in full:
+                if listing.waiting >= PAGES_WAITING:
+                    why = f"guild {listing.guild_id}: the database took no page for {PAUSE_SECONDS:g} s"
+                    listing.abandon(SyncError(why))
 
     def _chunk(self, data: Payload) -> bool:
         listing = self.reconciler.listings.get(data.get("nonce") or "")
@@ -160,22 +178,24 @@ class Mirror:
         return True
 
     def _on_ready(self, data: Payload, shard_id: int, stamp: int) -> None:
-        ids = frozenset(int(guild["id"]) for guild in data["guilds"])
+        ids = {int(guild["id"]) for guild in data["guilds"]}
         self._last_arrival = time.monotonic()
         self._put([checked(translate.user(data["user"], own=True))], stamp)
         guilds = self.reconciler.guilds
         asked = {state.id: state.asked_at for state in guilds.values()}
+        self.reconciler.queue.remove_shard(shard_id)
         for state in [state for state in guilds.values() if state.shard_id == shard_id]:
             self.reconciler.forget(state, "the gateway session is new, events were missed")
             del guilds[state.id]
         for id in ids:
             guilds[id] = GuildState(id, shard_id, asked_at=asked.get(id))
-        self._ready.add(shard_id)
+        self._ready[shard_id] = ids
         observation = Observation(0, stamp, [], ready=(shard_id, self.shards, ids))
-        self.reconciler.spawn(self._until_written(observation, "the guilds of READY"))
+        self.reconciler.spawn(self._until_written(self.writer.submit(observation), "the guilds of READY"))
 
     def _on_guild_create(self, data: Payload, stamp: int) -> None:
         if data.get("unavailable"):
+            self._live("GUILD_DELETE", data, stamp)
             return
         guild_id = int(data["id"])
         self._last_arrival = time.monotonic()
@@ -186,22 +206,28 @@ class Mirror:
         if known is not None:
             self.reconciler.forget(known, "it became available anew")
             state.asked_at = known.asked_at
-        state.active_threads = {int(thread["id"]) for thread in data.get("threads", ())}
+        for group in observation.groups:
+            if group.table == "threads":
+                for record in group.records:
+                    values = dict(zip(group.columns, record[2:], strict=False))
+                    state.active_threads[record[1]] = values.get("parent_id")
         self.reconciler.guilds[guild_id] = state
-        self.reconciler.spawn(self._on_snapshot(state, observation))
+        self._ready.setdefault(shard_id, set()).add(guild_id)
+        # Submitted at once, not by the task: what comes live from the very next message on is younger.
+        self.reconciler.spawn(self._on_snapshot(state, self.writer.submit(observation)))
         self.reconciler.request(state, "available")
 
-    async def _on_snapshot(self, state: GuildState, observation: Observation) -> None:
-        if await self._until_written(observation, f"guild {state.id}"):
+    async def _on_snapshot(self, state: GuildState, written: asyncio.Future[None]) -> None:
+        if await self._until_written(written, f"guild {state.id}"):
             state.has_snapshot = True
             self.archived.add(state.id)
 
-    async def _until_written(self, observation: Observation, what: str) -> bool:
-        """Submit an observation; one that the database refuses is reported and given up."""
+    async def _until_written(self, written: asyncio.Future[None], what: str) -> bool:
+        """Wait for an observation; one that the database refuses is reported and given up."""
         try:
-            await self.writer.submit(observation)
+            await written
         except Exception as error:
-            _log.error("%s could not be written: %s", what, error, extra={"guild_id": observation.guild_id})
+            _log.error("%s could not be written: %s", what, error)
             return False
         return True
 
@@ -217,13 +243,25 @@ class Mirror:
                 if not data.get("unavailable"):
                     del self.reconciler.guilds[state.id]
         elif event.startswith("THREAD_"):
+            if event == "THREAD_LIST_SYNC":
+                self._on_thread_list(data)
             self._note_threads(rows)
+
+    def _on_thread_list(self, data: Payload) -> None:
+        """Channels became visible: what was active in them may be gone, and what is archived was never seen."""
+        guild_id = int(data["guild_id"])
+        channels = {int(id) for id in data.get("channel_ids") or ()}
+        state = self.reconciler.guilds.get(guild_id)
+        if state is not None:
+            kept = {id: parent for id, parent in state.active_threads.items() if channels and parent not in channels}
+            state.active_threads = kept
+            self.archived.add(guild_id)
 
     def _note_threads(self, rows: list[Any]) -> None:
         for row in rows:
             state = self.reconciler.guilds.get(row.key[0])
             if state is not None and row.values.get("archived") is False:
-                state.active_threads.add(row.key[-1])
+                state.active_threads[row.key[-1]] = row.values.get("parent_id")
 
     def _put(self, rows: list[Any], stamp: int) -> None:
         for row in rows:

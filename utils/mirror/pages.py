@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.errors import ValidationError
 from utils.mirror.check import fits, sifted
-from utils.mirror.translate import LISTED_MEMBER, LISTED_USER, Payload
+from utils.mirror.translate import LISTED_MEMBER, LISTED_USER, MISSHAPEN, Payload, id_of
 
 Record = tuple[Any, ...]
 
@@ -30,7 +30,7 @@ def read_page(guild_id: int, payloads: list[Payload], stamp: int, refuse: Callab
     page = Page(seen=len(payloads))
     try:
         page.users, page.members = _records(guild_id, payloads, stamp)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except MISSHAPEN:
         _read_one_by_one(page, guild_id, payloads, stamp, refuse)
     if not (fits("users", LISTED_USER, page.users) and fits("members", LISTED_MEMBER, page.members)):
         _sift(page, refuse)
@@ -88,19 +88,12 @@ def _read_one_by_one(
     for payload in payloads:
         try:
             users, members = _records(guild_id, [payload], stamp)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            page.unreadable.append(_id_of(payload))
+        except MISSHAPEN as error:
+            page.unreadable.append(id_of(payload))
             refuse(ValidationError(f"a member of a listing cannot be read: {type(error).__name__}: {error}"))
         else:
             page.users += users
             page.members += members
-
-
-def _id_of(payload: object) -> int | None:
-    try:
-        return int(payload["user"]["id"])  # type: ignore[index]
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 def _sift(page: Page, refuse: Callable[[ValidationError], None]) -> None:

@@ -34,6 +34,10 @@ STAGED_AT_ONCE = 2
 SMALL_PAGES = 2
 #: Gateway commands of the current minute kept back for guilds that only op 8 is good for.
 KEPT_FOR_LARGE = 20
+#: New members of one guild after which the tables are analysed. Measured on 2,000,000 members never analysed: 450 ms a
+#: merge of 1,000 rows, 14 ms afterwards.
+ANALYSED_ROWS = 5_000
+ANALYSE_SECONDS = 300.0
 #: Seconds before the retry of a failed reconcile, doubled each time up to the second figure.
 RETRY_SECONDS = 2.0
 RETRY_SECONDS_MAX = 300.0
@@ -60,7 +64,11 @@ class Reconciler:
         self.guilds: dict[int, GuildState] = {}
         #: Listings that the gateway answers, by nonce.
         self.listings: dict[str, Listing] = {}
-        self._staging = asyncio.Semaphore(STAGED_AT_ONCE)
+        database = writer.database
+        # Staging takes two connections a listing, and the flush between them one more.
+        self._stages: bool = not database.target.pooled and database.pool_max > 2
+        self._staging = asyncio.Semaphore(max(1, min(STAGED_AT_ONCE, (database.pool_max - 1) // 2)))
+        self._analysing = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._busy = 0
         self._quiet = asyncio.Event()
@@ -142,14 +150,22 @@ class Reconciler:
     async def _reconcile(self, state: GuildState, source: str) -> None:
         reason, state.reason = state.reason or "request", None
         self._busy += 1
-        started = time.monotonic()
-        if source == "gateway":
-            await self._source.turn(state.shard_id)
-            state.asked_at = time.monotonic()
-        if self.guilds.get(state.id) is not state or not state.available:  # while it waited for its turn
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                if source == "gateway":
+                    if not state.is_small:  # pages that nobody may write yet would keep the gateway from being read
+                        await stack.enter_async_context(self._staging)
+                    await self._source.turn(state.shard_id)
+                    state.asked_at = time.monotonic()
+                if self.guilds.get(state.id) is state and state.available:  # it may have gone while it waited
+                    await self._list(state, source, reason)
+        finally:
             self._busy -= 1
+            await self.queue.done(state)
             self._settle()
-            return
+
+    async def _list(self, state: GuildState, source: str, reason: str) -> None:
+        started = time.monotonic()
         listing = state.listing = self._open(state, source, reason)
         try:
             async with contextlib.AsyncExitStack() as stack:
@@ -158,8 +174,8 @@ class Reconciler:
                 else:
                     feeding = asyncio.create_task(self._feed(listing))
                     stack.push_async_callback(_end, feeding)
-                run = await self._write(listing)
-        except (GuildbookError, ExceptionGroup) as error:
+                run = await self._write(listing, may_stage=source == "gateway" and not state.is_small)
+        except Exception as error:  # whatever it was, the lane has other guilds to serve, and this one is tried again
             await self._failed(state, listing, source, reason, _reason_of(error))
         else:
             self._succeeded(state, run, time.monotonic() - started)
@@ -167,8 +183,6 @@ class Reconciler:
             listing.close()
             state.listing = None
             self._writer.touched.close(listing)
-            self._busy -= 1
-            self._settle()
 
     def _open(self, state: GuildState, source: str, reason: str) -> Listing:
         listing = Listing(
@@ -200,7 +214,7 @@ class Reconciler:
         except Exception as error:
             listing.fail(SyncError(f"guild {listing.guild_id}: its member list could not be read: {error!r}"))
 
-    async def _write(self, listing: Listing) -> Run:
+    async def _write(self, listing: Listing, *, may_stage: bool) -> Run:
         timeout = self.page_timeout if listing.source == "gateway" else self._source.timeout
         pages: list[Page] = []
         while len(pages) <= SMALL_PAGES:
@@ -208,16 +222,31 @@ class Reconciler:
             if page is None:
                 return await self._write_small(listing, pages)
             pages.append(page)
-        async with self._staging:
-            if self._writer.database.target.pooled:
+        async with contextlib.nullcontext() if may_stage else self._staging:
+            if not self._stages:
                 return await self._write_page_by_page(listing, pages, timeout)
             staged = StagedListing(self._writer, listing, page_timeout=timeout)
             run = await staged.write(pages)
+        if run.rows_inserted >= ANALYSED_ROWS:
+            self.spawn(self._analyse())
         self._writer.again(listing.guild_id, listing.stamp)
         return run
 
+    async def _analyse(self) -> None:
+        """Tell the planner what is there now: until autovacuum comes round, the merges of live events would guess."""
+        if self._analysing.locked():
+            return
+        async with self._analysing:
+            try:
+                await self._writer.database.execute("ANALYZE users, members", timeout=ANALYSE_SECONDS)
+            except GuildbookError as error:
+                _log.warning("the tables could not be analysed: %s", error)
+
     async def _write_page_by_page(self, listing: Listing, pages: list[Page], timeout: float) -> Run:
-        """Write a large listing through a pooler, where COPY is known to hang: pages as arrays, then what is absent."""
+        """Write a large listing without staging: pages as arrays, then what is absent.
+
+        Through a pooler COPY is known to hang, and a pool of two has no connection to spare.
+        """
         run = _run_of(listing)
         present: set[int] = set()
         page: Page | None

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from utils.errors import ValidationError
 from utils.mirror import translate
 from utils.mirror.check import require
 from utils.mirror.rows import Absence, Entry, Key, Row, grouped, value_columns
-from utils.mirror.translate import Payload
+from utils.mirror.translate import MISSHAPEN, Payload
 from utils.mirror.writer import Observation
-
-#: What is raised when a payload has not the shape that Discord's API reference gives it.
-MISSHAPEN = (KeyError, TypeError, ValueError, AttributeError, ValidationError)
 
 
 def checked(row: Row) -> Row:

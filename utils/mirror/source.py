@@ -8,11 +8,12 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any, Literal
 
+import aiohttp
 import discord
 from discord.http import Route
 
 from utils.errors import SyncError
-from utils.mirror.translate import Payload
+from utils.mirror.translate import Payload, id_of
 
 #: Largest page of GET /guilds/{id}/members (Discord API reference, "List Guild Members").
 MEMBERS_PAGE = 1_000
@@ -90,7 +91,7 @@ class DiscordSource:
             yield page, len(page) < MEMBERS_PAGE
             if len(page) < MEMBERS_PAGE:
                 return
-            last = int(page[-1]["user"]["id"])
+            last = max(filter(None, map(id_of, page)), default=0)
             if last <= after:
                 raise SyncError(f"guild {guild_id}: the member list does not advance past {after}")
             after = last
@@ -120,31 +121,37 @@ class DiscordSource:
                 Route("GET", f"/channels/{{channel_id}}/threads/archived/{kind}", channel_id=channel_id),
                 parameters,
                 f"channel {channel_id}: its {kind} archived threads",
+                passes=(discord.Forbidden, discord.NotFound),
             )
             threads = answer.get("threads", [])
             yield threads
             if not answer.get("has_more") or not threads:
                 return
-            oldest = threads[-1]["thread_metadata"]["archive_timestamp"]
+            try:
+                oldest = threads[-1]["thread_metadata"]["archive_timestamp"]
+            except (KeyError, TypeError) as error:
+                raise SyncError(f"channel {channel_id}: a page of archived threads cannot be read") from error
             if oldest == before:
                 raise SyncError(f"channel {channel_id}: the list of archived threads does not advance past {before}")
             before = oldest
 
-    async def channel_exists(self, channel_id: int) -> bool | None:
-        """Return whether a channel or thread exists; None when Discord will not say."""
-        try:
-            await self._get(Route("GET", "/channels/{channel_id}", channel_id=channel_id), {}, f"channel {channel_id}")
-        except discord.NotFound:
-            return False
-        except discord.Forbidden:
-            return None
-        return True
+    async def channel(self, channel_id: int) -> Payload:
+        """Return a channel or thread; `discord.NotFound` means gone, `discord.Forbidden` unknown."""
+        payload: Payload = await self._get(
+            Route("GET", "/channels/{channel_id}", channel_id=channel_id),
+            {},
+            f"channel {channel_id}",
+            passes=(discord.Forbidden, discord.NotFound),
+        )
+        return payload
 
-    async def _get(self, route: Route, parameters: dict[str, Any], what: str) -> Any:
+    async def _get(
+        self, route: Route, parameters: dict[str, Any], what: str, *, passes: tuple[type[Exception], ...] = ()
+    ) -> Any:
         try:
             async with asyncio.timeout(self.timeout):
                 return await self._client.http.request(route, params=parameters)
-        except (discord.Forbidden, discord.NotFound):
+        except passes:
             raise
-        except (discord.DiscordException, OSError, TimeoutError) as error:
+        except (discord.DiscordException, aiohttp.ClientError, OSError, TimeoutError) as error:
             raise SyncError(f"{what} could not be read: {error or type(error).__name__}") from error

@@ -8,7 +8,7 @@ from sqlalchemy import ARRAY
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB
 
-from models import Part, part_of
+from models import Erase, Part, part_of
 from utils.mirror.rows import Mode, key_columns, table_of, tombstone_column
 
 _DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]
@@ -62,6 +62,20 @@ def unnested(table: str, columns: tuple[str, ...], first: int = 1) -> str:
     return f"(SELECT {', '.join(outputs)}, u.stamp FROM unnest({', '.join(arrays)}) AS u({listed}))"
 
 
+def _subject(table: str) -> str | None:
+    """Return the column that names the person whom a guild's row is about; None when it is about nobody."""
+    if table == "users":
+        return None
+    columns = table_of(table).columns
+    return next((column.name for column in columns if column.info.get("erase") is Erase.SUBJECT), None)
+
+
+def _named(table: str) -> str:
+    """Return what a SELECT of rows to be noted adds, so that their history can be found by person."""
+    subject = _subject(table)
+    return "" if subject is None or subject in key_columns(table) else f", t.{subject} AS subject"
+
+
 def _history(table: str, columns: tuple[str, ...], *, rows: str, changed: str) -> str:
     """Return the INSERT that keeps what changed, for `rows` (old values prefixed `old_`) that `changed` returned."""
     keys = key_columns(table)
@@ -69,11 +83,12 @@ def _history(table: str, columns: tuple[str, ...], *, rows: str, changed: str) -
     tombstone = tombstone_column(table)
 
     def side(prefix: str) -> str:
-        return " || ".join(
+        sides = (
             f"CASE WHEN d.{quoted('old_' + name)} IS DISTINCT FROM d.{quoted(name)} "
             f"THEN jsonb_build_object('{name}', d.{quoted(prefix + name)}) ELSE '{{}}'::jsonb END"
             for name in noted
         )
+        return " || ".join(sides) or "'{}'::jsonb"
 
     action = "'update'"
     if tombstone in columns:
@@ -83,8 +98,10 @@ def _history(table: str, columns: tuple[str, ...], *, rows: str, changed: str) -
             f"WHEN {was_gone} AND NOT {gone} THEN 'return' ELSE 'update' END"
         )
     key = ", ".join(f"'{name}', d.{quoted(name)}" for name in keys)
-    targets = ["user_id"] if table == "users" else ["guild_id", *(["user_id"] if table == "members" else [])]
-    sources = [f"d.{quoted(keys[0])}", *(["d.user_id"] if table == "members" else [])]
+    targets, sources = ["user_id" if table == "users" else "guild_id"], [f"d.{quoted(keys[0])}"]
+    if (subject := _subject(table)) is not None:
+        targets.append("user_id")
+        sources.append(f"d.{subject if subject in keys else 'subject'}")
     return (
         f"INSERT INTO {history_table(table)} ({', '.join(targets)}, table_name, key, action, before, after) "
         f"SELECT {', '.join(sources)}, '{table}', jsonb_build_object({key}), {action}, {side('old_')}, {side('')} "
@@ -127,7 +144,7 @@ def merge(table: str, columns: tuple[str, ...], mode: Mode) -> str:
     given = ", ".join((*(f"s.{quoted(key)}" for key in keys), *effective, "s.stamp"))
     old = ", ".join(
         (f"t.{keys[-1]} IS NOT NULL AS known", *(f"t.{quoted(name)} AS {quoted('old_' + name)}" for name in columns))
-    )
+    ) + _named(table)
     everything = (*keys, *columns, "stamp")
     listed = ", ".join(quoted(name) for name in everything)
     differs = "false" if mode is Mode.INSERT else _differences(table, columns, "d", "d", "old_")
@@ -171,7 +188,7 @@ def absence(table: str) -> str:
         f"WITH listed AS MATERIALIZED (SELECT * FROM unnest($1::bigint[], $2::bigint[]) AS l(guild_id, id)), "
         f"proven AS MATERIALIZED (SELECT * FROM unnest($3::bigint[], $4::bigint[]) AS p(guild_id, stamp)), "
         f"before AS MATERIALIZED (SELECT t.{keys[0]}, t.{keys[1]}, p.stamp, t.{tombstone} AS old_{tombstone}, "
-        f"$5::timestamptz AS {tombstone} FROM {table} t JOIN proven p ON p.guild_id = t.guild_id "
+        f"$5::timestamptz AS {tombstone}{_named(table)} FROM {table} t JOIN proven p ON p.guild_id = t.guild_id "
         f"WHERE t.{tombstone} IS NULL AND t.stamp < p.stamp AND NOT EXISTS "
         f"(SELECT FROM listed l WHERE l.guild_id = t.guild_id AND l.id = t.{keys[1]})), "
         f"gone AS (UPDATE {table} t SET {tombstone} = d.{tombstone}, stamp = d.stamp, updated_at = now() "
@@ -198,7 +215,8 @@ class StagedMerge:
     """
 
     __slots__ = (
-        "absent", "columns", "counted", "create", "difference", "fresh", "fresh_checked", "sampled", "staging", "table",
+        "absent", "columns", "counted", "create", "difference", "fresh", "fresh_checked", "named", "sampled", "staging",
+        "table",
     )  # fmt: skip
 
     def __init__(self, table: str, columns: tuple[str, ...]) -> None:
@@ -211,10 +229,12 @@ class StagedMerge:
         order = ", ".join(f"s.{key}" for key in keys)
         untouched = f"s.{last} <> ALL($1::bigint[])"
 
-        def match(parameter: int) -> str:
+        def of_guild(parameter: int) -> str:
             # The guild as a constant lets the planner read that guild's rows alone.
-            of_guild = f"t.guild_id = ${parameter}::bigint" if "guild_id" in keys else f"${parameter}::bigint IS NULL"
-            return f"{_on('t', 's', keys)} AND {of_guild}"
+            return f"t.guild_id = ${parameter}::bigint" if "guild_id" in keys else f"${parameter}::bigint IS NULL"
+
+        def match(parameter: int) -> str:
+            return f"{_on('t', 's', keys)} AND {of_guild(parameter)}"
 
         self.table = table
         self.columns = everything
@@ -239,6 +259,8 @@ class StagedMerge:
             f"INSERT INTO {table} ({listed}) SELECT DISTINCT ON ({order}) {given} FROM {staging} s WHERE {unknown} "
             f"ORDER BY {order} ON CONFLICT ({', '.join(keys)}) DO NOTHING"
         )
+        #: Answers the staged rows of the ids in its one parameter.
+        self.named = f"SELECT {given} FROM {staging} s WHERE s.{last} = ANY($1::bigint[]) ORDER BY {order}"
         old = ", ".join(f"t.{quoted(name)} AS {quoted('old_' + name)}" for name in columns)
         #: Answers (rows inserted, rows updated).
         self.difference = (
@@ -248,7 +270,7 @@ class StagedMerge:
             f"fresh AS (INSERT INTO {table} ({listed}) SELECT {listed} FROM matched WHERE NOT known "
             f"ON CONFLICT ({', '.join(keys)}) DO NOTHING RETURNING 1), "
             f"changed AS (UPDATE {table} t SET {_updates(columns, 'd')}, updated_at = now() "
-            f"FROM matched d WHERE d.known AND {_on('t', 'd', keys)} AND t.stamp <= d.stamp "
+            f"FROM matched d WHERE d.known AND {_on('t', 'd', keys)} AND {of_guild(2)} AND t.stamp <= d.stamp "
             f"RETURNING {', '.join('t.' + key for key in keys)}), "
             f"noted AS ({_history(table, columns, rows='matched', changed='changed')}) "
             f"SELECT (SELECT count(*) FROM fresh), (SELECT count(*) FROM changed)"
@@ -264,7 +286,8 @@ class StagedMerge:
                 f"WHERE t.guild_id = $2 AND t.{tombstone} IS NULL AND t.stamp < $3 AND t.{last} <> ALL($1::bigint[]) "
                 f"AND NOT EXISTS (SELECT FROM {staging} s WHERE {_on('s', 't', keys)})), "
                 f"gone AS (UPDATE {table} t SET {tombstone} = d.{tombstone}, stamp = $3, updated_at = now() "
-                f"FROM before d WHERE {_on('t', 'd', keys)} RETURNING {', '.join('t.' + key for key in keys)}), "
+                f"FROM before d WHERE {_on('t', 'd', keys)} AND t.guild_id = $2 "
+                f"RETURNING {', '.join('t.' + key for key in keys)}), "
                 f"noted AS ({_history(table, (tombstone,), rows='before', changed='gone')}) "
                 f"SELECT count(*) FROM gone"
             )
@@ -277,15 +300,15 @@ def staged(table: str, columns: tuple[str, ...]) -> StagedMerge:
     return StagedMerge(table, columns)
 
 
-#: A deleted role leaves the members' arrays without a word from Discord. Parameters: guilds and role ids, stamps.
+#: A deleted role leaves the members' arrays without a word from Discord. Parameters: guilds and role ids. The members'
+#: stamps stay: nobody spoke of these members, so a listing asked for before the deletion still knows all else better.
 STRIP_ROLES = (
-    "WITH dead AS (SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::bigint[]) AS d(guild_id, id, stamp)), "
+    "WITH dead AS (SELECT * FROM unnest($1::bigint[], $2::bigint[]) AS d(guild_id, id)), "
     "matched AS MATERIALIZED (SELECT m.guild_id, m.user_id, m.roles AS old_roles, "
-    "ARRAY(SELECT r FROM unnest(m.roles) AS r WHERE r <> ALL(array_agg(d.id)) ORDER BY r) AS roles, "
-    "greatest(m.stamp, max(d.stamp)) AS stamp "
+    "ARRAY(SELECT r FROM unnest(m.roles) AS r WHERE r <> ALL(array_agg(d.id)) ORDER BY r) AS roles "
     "FROM dead d JOIN members m ON m.guild_id = d.guild_id AND m.roles @> ARRAY[d.id] "
-    "GROUP BY m.guild_id, m.user_id, m.roles, m.stamp), "
-    "changed AS (UPDATE members t SET roles = d.roles, stamp = d.stamp, updated_at = now() FROM matched d "
+    "GROUP BY m.guild_id, m.user_id, m.roles), "
+    "changed AS (UPDATE members t SET roles = d.roles, updated_at = now() FROM matched d "
     "WHERE t.guild_id = d.guild_id AND t.user_id = d.user_id RETURNING t.guild_id, t.user_id), "
     f"noted AS ({_history('members', ('roles',), rows='matched', changed='changed')}) "
     "SELECT count(*) FROM changed"
@@ -295,13 +318,17 @@ STRIP_ROLES = (
 BURY_THREADS = (
     "WITH dead AS (SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::bigint[]) AS d(guild_id, id, stamp)), "
     "matched AS MATERIALIZED (SELECT t.guild_id, t.id, t.deleted_at AS old_deleted_at, $4::timestamptz AS deleted_at, "
-    "greatest(t.stamp, d.stamp) AS stamp FROM dead d JOIN threads t ON t.guild_id = d.guild_id AND t.parent_id = d.id "
+    "greatest(t.stamp, d.stamp) AS stamp, t.owner_id AS subject "
+    "FROM dead d JOIN threads t ON t.guild_id = d.guild_id AND t.parent_id = d.id "
     "WHERE t.deleted_at IS NULL), "
     "changed AS (UPDATE threads t SET deleted_at = d.deleted_at, stamp = d.stamp, updated_at = now() FROM matched d "
     "WHERE t.guild_id = d.guild_id AND t.id = d.id RETURNING t.guild_id, t.id), "
     f"noted AS ({_history('threads', ('deleted_at',), rows='matched', changed='changed')}) "
     "SELECT count(*) FROM changed"
 )
+
+#: Answers whether a later listing of the guild has been completed. Parameters: guild, stamp of the listing.
+SUPERSEDED = "SELECT EXISTS (SELECT FROM sync_runs WHERE guild_id = $1 AND state = 'complete' AND stamp > $2)"
 
 #: READY names every guild of its shard: the others were left meanwhile.
 #: Parameters: shard id, number of shards, ids, stamp, the time. Answers how many.

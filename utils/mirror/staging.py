@@ -10,13 +10,15 @@ from typing import Any, Protocol
 import asyncpg
 
 from utils.database import Connection, Database
+from utils.errors import SyncError
 from utils.mirror import sql
-from utils.mirror.apply import Run, record
+from utils.mirror.apply import Run, Written, record, write_groups
 from utils.mirror.listing import Listing
 from utils.mirror.pages import Page, Record
-from utils.mirror.rows import key_columns
+from utils.mirror.rows import Group, Mode, key_columns
 from utils.mirror.touched import Touched
 from utils.mirror.translate import LISTED_MEMBER, LISTED_USER
+from utils.service import metrics
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +33,8 @@ MASS = 0.1
 #: Seconds that one COPY may take: it lasts as long as the listing does. What bounds it in practice is the wait for each
 #: page, and the gateway's patience with a database that takes none.
 COPY_SECONDS = 3_600.0
+#: Seconds that one statement of a merge may take: a guild of a million on a small host needs more than any other.
+MERGE_SECONDS = 600.0
 
 _MEMBER_COLUMNS = (*key_columns("members"), *LISTED_MEMBER, "stamp")
 #: Enough to hash a large guild without spilling; given back at the end of the transaction.
@@ -49,6 +53,8 @@ class Writer(Protocol):
     def touched(self) -> Touched: ...
     @property
     def writing(self) -> asyncio.Lock: ...
+    @property
+    def users_writing(self) -> asyncio.Lock: ...
 
     async def flush_before(self) -> None:
         """Write what waits in the buffer; the caller holds `writing`."""
@@ -70,6 +76,8 @@ class StagedListing:
         self._timeout = page_timeout
         self._users: asyncio.Queue[list[Record] | None] = asyncio.Queue(QUEUED_USER_PAGES)
         self._members: asyncio.Queue[list[Record] | None] = asyncio.Queue(QUEUED_PAGES)
+        #: From here on the users' side needs `writing` no more: the members' side may hold it and wait for them.
+        self._flushed = asyncio.Event()
         self._users_done = asyncio.Event()
         self.run = Run(listing.guild_id, listing.started_at, listing.source, listing.reason, listing.stamp)
 
@@ -95,6 +103,9 @@ class StagedListing:
 
     async def _write_users(self) -> None:
         merge = sql.staged("users", LISTED_USER)
+        async with self._writer.writing:
+            await self._writer.flush_before()  # what was received before the listing was asked for
+        self._flushed.set()
         async with self._database.acquire(temp=True) as connection:
             await connection.execute(merge.create)
             more = True
@@ -102,21 +113,27 @@ class StagedListing:
                 stream = _Stream(self._users, USER_BATCH_PAGES)
                 await _copy(connection, merge.staging, merge.columns, stream)
                 more = not stream.ended
-                async with self._writer.writing:
-                    await self._writer.flush_before()
-                    async with connection.transaction():
-                        await connection.execute(_WORK_MEM)
-                        touched = self._writer.touched.since("users", 0, self._listing.stamp)
-                        await _merge(connection, merge, None, list(touched))
+                async with self._writer.users_writing, connection.transaction():
+                    await connection.execute(_WORK_MEM)
+                    await self._merge(connection, merge, LISTED_USER, None)
                 await connection.execute(f"TRUNCATE {merge.staging}")
         self._users_done.set()
 
     async def _write_members(self) -> None:
+        guild_id = self._listing.guild_id
         async with self._database.acquire(temp=True) as connection:
             if self._listing.source == "gateway" and await self._is_first(connection):
-                await self._write_first(connection)
-            else:
-                await self._write_difference(connection)
+                async with self._writer.writing:
+                    # What is held must be younger than the listing: nothing from before may lie under it.
+                    await self._writer.flush_before()
+                    self._writer.hold(guild_id)
+                try:
+                    if await self._is_first(connection):
+                        await self._write_first(connection)
+                        return
+                finally:
+                    self._writer.release(guild_id)
+            await self._write_difference(connection)
 
     async def _is_first(self, connection: Connection) -> bool:
         known = await connection.fetchval(
@@ -127,30 +144,29 @@ class StagedListing:
     async def _write_first(self, connection: Connection) -> None:
         """COPY straight into a guild that has no rows yet; whatever comes live meanwhile waits for the commit."""
         guild_id = self._listing.guild_id
-        self._writer.hold(guild_id)
-        try:
-            async with connection.transaction():
-                await connection.execute("SELECT pg_advisory_xact_lock($1)", guild_id)
-                if not await self._is_first(connection):
-                    raise asyncpg.UniqueViolationError(f"guild {guild_id} got members meanwhile")
-                self.run.rows_inserted = await _copy(connection, "members", _MEMBER_COLUMNS, _Stream(self._members))
-                await self._users_done.wait()
-                await self._finish(connection)
-        finally:
-            self._writer.release(guild_id)
+        async with connection.transaction():
+            await connection.execute("SELECT pg_advisory_xact_lock($1)", guild_id)
+            if not await self._is_first(connection):
+                raise asyncpg.UniqueViolationError(f"guild {guild_id} got members meanwhile")
+            self.run.rows_inserted = await _copy(connection, "members", _MEMBER_COLUMNS, _Stream(self._members))
+            await self._users_done.wait()
+            await self._finish(connection)
+        metrics.rows_written.labels("members").inc(self.run.rows_inserted)
 
     async def _write_difference(self, connection: Connection) -> None:
         merge = sql.staged("members", LISTED_MEMBER)
         guild_id, stamp = self._listing.guild_id, self._listing.stamp
         await connection.execute(merge.create)
         await _copy(connection, merge.staging, merge.columns, _Stream(self._members))
-        await self._users_done.wait()
+        await self._flushed.wait()
         async with self._writer.writing:
             await self._writer.flush_before()
             async with connection.transaction():
                 await connection.execute(f"{_WORK_MEM}; {_NO_NESTED_LOOPS}")
-                touched = self._writer.touched.since("members", guild_id, stamp)
-                self.run.rows_inserted, self.run.rows_updated = await _merge(connection, merge, guild_id, list(touched))
+                if await connection.fetchval(sql.SUPERSEDED, guild_id, stamp):
+                    raise SyncError(f"guild {guild_id}: a later listing has been completed meanwhile")
+                counts = await self._merge(connection, merge, LISTED_MEMBER, guild_id)
+                self.run.rows_inserted, self.run.rows_updated = counts
                 spared = self._listing.spared()
                 if spared is None:
                     _log.warning("a member's id could not be read: nobody is tombstoned", extra={"guild_id": guild_id})
@@ -158,7 +174,24 @@ class StagedListing:
                     self.run.rows_left = await connection.fetchval(
                         merge.absent, list(spared), guild_id, stamp, self._database.now()
                     )
+                await self._users_done.wait()  # users are committed first
                 await self._finish(connection)
+
+    async def _merge(
+        self, connection: Connection, merge: sql.StagedMerge, columns: tuple[str, ...], guild_id: int | None
+    ) -> tuple[int, int]:
+        """Merge what is staged, inside a transaction; return the number of rows inserted and updated."""
+        stamp, touched = self._listing.stamp, self._writer.touched
+        ids = list(touched.since(merge.table, guild_id or 0, stamp))
+        inserted, updated = await _merge(connection, merge, guild_id, ids)
+        if ids:
+            staged = [tuple(row) for row in await connection.fetch(merge.named, ids)]
+            behind = touched.behind(Group(merge.table, columns, Mode.MERGE, staged), guild_id or 0, stamp)
+            written = Written()
+            await write_groups(connection, [group for group in behind if group.mode is Mode.UPDATE], written)
+            updated += written.updated.total()
+        metrics.rows_written.labels(merge.table).inc(inserted + updated)
+        return inserted, updated
 
     async def _finish(self, connection: Connection) -> None:
         self.run.pages = self._listing.pages
@@ -201,17 +234,17 @@ async def _merge(
 ) -> tuple[int, int]:
     """Merge a staging table, inside a transaction; return the number of rows inserted and updated."""
     inserted = 0
-    if await connection.fetchval(merge.sampled, guild_id) > sql.SAMPLE * MASS:
-        row: Any = await connection.fetchrow(merge.counted, touched, guild_id)
+    if await connection.fetchval(merge.sampled, guild_id, timeout=MERGE_SECONDS) > sql.SAMPLE * MASS:
+        row: Any = await connection.fetchrow(merge.counted, touched, guild_id, timeout=MERGE_SECONDS)
         unknown, differing = row
         if unknown:
             try:
                 async with connection.transaction():
-                    status = await connection.execute(merge.fresh, guild_id)
+                    status = await connection.execute(merge.fresh, guild_id, timeout=MERGE_SECONDS)
             except asyncpg.UniqueViolationError:
-                status = await connection.execute(merge.fresh_checked, guild_id)
+                status = await connection.execute(merge.fresh_checked, guild_id, timeout=MERGE_SECONDS)
             inserted = int(status.split()[-1])
         if not differing:
             return inserted, 0
-    row = await connection.fetchrow(merge.difference, touched, guild_id)
+    row = await connection.fetchrow(merge.difference, touched, guild_id, timeout=MERGE_SECONDS)
     return inserted + row[0], row[1]

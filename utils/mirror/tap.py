@@ -30,8 +30,12 @@ DISPATCH = 0
 class Receiver(Protocol):
     """Takes what the gateway sends."""
 
-    def receive(self, event: str, data: Any, shard_id: int, session: str) -> bool:
-        """Take one dispatch; True keeps it from discord.py's own parser. Never raises."""
+    def receive(self, event: str, data: Any, shard_id: int, session: str) -> bool | None:
+        """Take one dispatch. Never raises.
+
+        True keeps it from discord.py's own parser; None: it was told to `malformed`, so that what discord.py makes of
+        it is no news.
+        """
 
     def malformed(self, event: str, error: Exception) -> None:
         """Count and log a payload that could not be understood."""
@@ -58,7 +62,10 @@ def decode(text: str | bytes | dict[str, Any]) -> Any:
     try:
         decoded = orjson.loads(text)
     except ValueError:
-        return scrubbed(json.loads(text))
+        try:
+            return scrubbed(json.loads(text))
+        except RecursionError as error:
+            raise ValueError("it is nested to a depth that no payload has") from error
     escaped_nul = b"\\u0000" if isinstance(text, bytes) else "\\u0000"
     return scrubbed(decoded) if escaped_nul in text else decoded  # type: ignore[operator]
 
@@ -70,11 +77,22 @@ def install(client: discord.Client, receiver: Receiver) -> None:
     DiscordWebSocket.received_message = _received_message  # type: ignore[method-assign]
 
 
+def _has_envelope(message: dict[str, Any]) -> bool:
+    """Return whether a dispatch has what discord.py and the code below read of it without asking."""
+    is_numbered = message.get("s") is None or type(message["s"]) is int
+    is_named = isinstance(message.get("t"), str)
+    if is_named and message["t"] == "READY":
+        data = message.get("d")
+        return is_numbered and isinstance(data, dict) and isinstance(data.get("session_id"), str)
+    return is_numbered and is_named
+
+
 def _is_duplicate(ws: DiscordWebSocket, message: dict[str, Any]) -> bool:
     sequence = message.get("s")
-    if sequence is None or message.get("t") == "READY":
-        if message.get("t") == "READY":
-            _sequences[ws] = (message["d"]["session_id"], sequence or 0)
+    if message["t"] == "READY":
+        _sequences[ws] = (message["d"]["session_id"], sequence or 0)
+        return False
+    if sequence is None:
         return False
     session, last = _sequences.get(ws, (None, 0))
     if session != ws.session_id:  # a resumed session, on a new connection
@@ -103,13 +121,17 @@ async def _received_message(ws: DiscordWebSocket, message: Any, /) -> None:
         return None
     if decoded.get("op") != DISPATCH:
         return await _original(ws, decoded)
+    if not _has_envelope(decoded):
+        receiver.malformed("unreadable", ValueError("a dispatch has a name, a number and, if it is READY, a session"))
+        return None
     if _is_duplicate(ws, decoded):
         once(_log, "duplicate", "the gateway sent an event twice: the second one is dropped")
         return None
-    event = decoded.get("t") or ""
+    event = decoded["t"]
     session = decoded["d"]["session_id"] if event == "READY" else ws.session_id or ""
-    if receiver.receive(event, decoded.get("d"), ws.shard_id or 0, session):
-        ws.sequence = decoded["s"]
+    taken = receiver.receive(event, decoded.get("d"), ws.shard_id or 0, session)
+    if taken:
+        ws.sequence = ws.sequence if decoded.get("s") is None else decoded["s"]
         if ws._keep_alive:
             ws._keep_alive.tick()
     else:
@@ -118,7 +140,8 @@ async def _received_message(ws: DiscordWebSocket, message: Any, /) -> None:
         except (discord.DiscordException, ConnectionError):
             raise  # the connection's own affairs
         except Exception as error:
-            receiver.malformed(event, error)
+            if taken is not None:  # or it is known already
+                receiver.malformed(event, error)
     waiting = receiver.room()
     if waiting is not None:
         await waiting

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from utils.mirror.rows import Entry, Group, Key, Mode, Row, key_columns, tombstone_column
 
@@ -31,13 +32,6 @@ class _Spoken:
         return {name: value for name, value in self.values.items() if self.stamps[name] > stamp}
 
 
-class _Aside(NamedTuple):
-    """Columns of a row that the live events left alone, and the stamp of the last of these events."""
-
-    columns: tuple[str, ...]
-    stamp: int
-
-
 class Touched:
     """Remembers live observations for as long as one older than them is still to be merged.
 
@@ -61,6 +55,16 @@ class Touched:
         self._open.discard(observation)
         if not self._open:
             self._spoken.clear()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Remember what comes live as long as the block lasts: for what is asked now and answered later."""
+        question = object()
+        self.open(question)
+        try:
+            yield
+        finally:
+            self.close(question)
 
     def add(self, row: Row, stamp: int) -> None:
         """Note that a live event spoke of a row."""
@@ -89,23 +93,19 @@ class Touched:
         if not older:
             return [group]
         rest = [record for record in group.records if record[keys - 1] not in touched]
-        groups = {
-            group.mode: Group(group.table, group.columns, group.mode, rest),
-            Mode.INSERT: Group(group.table, group.columns, Mode.INSERT, older),
-        }
-        aside: dict[tuple[str, ...], Group] = {}
+        behind = [Group(group.table, group.columns, group.mode, rest)]
+        if group.mode is Mode.MERGE:
+            behind.append(Group(group.table, group.columns, Mode.INSERT, older))
         known = self._spoken[group.table, guild_id]
+        parts: dict[tuple[str, ...], Group] = {}
         for record in older:
-            columns, last = self._left_alone(group.columns, known[record[:keys]], stamp)
+            spoken = known[record[:keys]]
+            columns = tuple(name for name in group.columns if spoken.stamps.get(name, 0) <= stamp)
             if columns:
-                part = aside.setdefault(columns, Group(group.table, columns, Mode.UPDATE))
+                part = parts.setdefault(columns, Group(group.table, columns, Mode.UPDATE))
                 values = dict(zip(group.columns, record[keys:-1], strict=True))
-                part.records.append((*record[:keys], *(values[name] for name in columns), last))
-        return [*groups.values(), *aside.values()]
-
-    @staticmethod
-    def _left_alone(columns: tuple[str, ...], spoken: _Spoken, stamp: int) -> _Aside:
-        return _Aside(tuple(name for name in columns if spoken.stamps.get(name, 0) <= stamp), spoken.stamp)
+                part.records.append((*record[:keys], *(values[name] for name in columns), spoken.stamp))
+        return [*behind, *parts.values()]
 
     def again(self, guild_id: int, stamp: int) -> Iterator[tuple[Slot, Entry]]:
         """Yield what a guild's live events after `stamp` said that could not make a row by itself, and who went.

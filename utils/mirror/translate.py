@@ -8,9 +8,13 @@ from typing import Any
 
 import orjson
 
+from utils.errors import ValidationError
 from utils.mirror.rows import Row
 
 Payload = dict[str, Any]
+
+#: What is raised when a payload has not the shape that Discord's API reference gives it.
+MISSHAPEN = (KeyError, TypeError, ValueError, AttributeError, OverflowError, ValidationError)
 
 #: A channel that the bot may not view arrives with this flag (Discord change log, 2026-08-12).
 HIDDEN_CHANNEL = 1 << 17
@@ -28,6 +32,14 @@ LISTED_MEMBER = (
     "flags",
     "left_at",
 )
+
+
+def id_of(member: Any) -> int | None:
+    """Return a member's user id; None when it cannot be read."""
+    try:
+        return int(member["user"]["id"])
+    except MISSHAPEN:
+        return None
 
 
 def same(value: Any) -> Any:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import stamina
 
 from utils.database import Database
-from utils.errors import DatabaseError, is_transient
+from utils.errors import DatabaseError
 from utils.mirror.apply import Batch, Run, Written, apply
 from utils.mirror.buffer import Buffer
-from utils.mirror.rows import Absence, Entry, Group, Key, Mode, Row, key_columns
+from utils.mirror.rows import Absence, Entry, Group, Key, Row
 from utils.mirror.touched import Touched
 from utils.service import metrics
 
@@ -34,7 +34,7 @@ class Observation:
     absences: list[Absence] = field(default_factory=list)
     run: Run | None = None
     #: Guilds that the bot is in, by READY: (shard id, number of shards, ids).
-    ready: tuple[int, int, frozenset[int]] | None = None
+    ready: tuple[int, int, set[int]] | None = None
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
@@ -52,6 +52,8 @@ class MirrorWriter:
         self.touched: Touched = Touched()
         #: Held by whoever is in a transaction that writes mirrored tables.
         self.writing: asyncio.Lock = asyncio.Lock()
+        #: Held by whoever is in a transaction that writes users; taken last, and for that transaction alone.
+        self.users_writing: asyncio.Lock = asyncio.Lock()
         self._held: set[int] = set()
         self._observations: deque[Observation] = deque()
         self._task: asyncio.Task[None] | None = None
@@ -123,7 +125,9 @@ class MirrorWriter:
                 with attempt:
                     await self._write_next(attempt.num)
 
-    def _worth_another_try(self, error: Exception) -> bool:
+    def _worth_another_try(self, error: BaseException) -> bool:
+        if not isinstance(error, Exception):  # a cancellation: the writer is to end
+            return False
         _log.warning("%s rows wait, the database cannot take them: %s", len(self.buffer), error)
         metrics.flush_failures.inc()
         return True
@@ -131,24 +135,34 @@ class MirrorWriter:
     async def _write_next(self, attempt: int) -> None:
         observations = self._next_observations()
         try:
-            async with self.writing:
-                await self._commit(observations)
+            await self._write(observations)
         except Exception as error:
-            if is_transient(error):
+            if not _is_about_rows(error):
+                # No row is at fault (an outage, a missing table, a right withdrawn): all is held until that is mended.
                 self._observations.extendleft(reversed(observations))
                 raise
-            if observations:  # the guild is asked for again later; live rows are tried by themselves next
-                for observation in observations:
-                    self._end(observation, error)
-            elif _is_about_rows(error):
-                await self._isolate(self.buffer.take(hold=frozenset(self._held)))
-            else:  # no row is at fault (a missing table, a right withdrawn): everything is held until that is mended
-                raise
-        else:
-            for observation in observations:
-                self._end(observation, None)
+            await self._isolate(self.buffer.take(hold=frozenset(self._held)))
+            while observations:
+                await self._write_alone(observations)
         if attempt > 1:
             _log.info("the database takes rows again")
+
+    async def _write(self, observations: list[Observation]) -> None:
+        async with self.writing:
+            await self._commit(observations)
+        for observation in observations:
+            self._end(observation, None)
+
+    async def _write_alone(self, observations: list[Observation]) -> None:
+        """Write the first of the observations, or give it up when its rows are refused."""
+        try:
+            await self._write(observations[:1])
+        except Exception as error:
+            if not _is_about_rows(error):
+                self._observations.extendleft(reversed(observations))
+                raise
+            self._end(observations[0], error)
+        del observations[0]
 
     def _next_observations(self) -> list[Observation]:
         taken: list[Observation] = []
@@ -180,27 +194,18 @@ class MirrorWriter:
             if observation.ready is not None:
                 batch.ready.append((*observation.ready, observation.stamp))
         try:
-            written = await apply(self.database, batch)
+            with metrics.flush_seconds.time():
+                written = await apply(self.database, batch, self.users_writing)
         except BaseException:
             self.buffer.give_back(entries)
             raise
         _count(written)
 
-    def _older_than_live(self, observation: Observation) -> list[Group]:
-        """Split an observation's groups: rows touched live since may only fill what is not there."""
-        groups = []
+    def _older_than_live(self, observation: Observation) -> Iterator[Group]:
+        """Split an observation's groups: of rows touched live since, only what nobody spoke of may be written."""
         for group in observation.groups:
             scope = 0 if group.table == "users" else observation.guild_id
-            touched = self.touched.since(group.table, scope, observation.stamp)
-            last = len(key_columns(group.table)) - 1
-            older = [record for record in group.records if record[last] in touched] if touched else []
-            if not older:
-                groups.append(group)
-                continue
-            rest = [record for record in group.records if record[last] not in touched]
-            groups.append(Group(group.table, group.columns, group.mode, rest))
-            groups.append(Group(group.table, group.columns, Mode.INSERT, older))
-        return groups
+            yield from self.touched.behind(group, scope, observation.stamp)
 
     def _sparing_live(self, observation: Observation) -> list[Absence]:
         return [
@@ -217,7 +222,7 @@ class MirrorWriter:
             part = parts.pop()
             try:
                 async with self.writing:
-                    written = await apply(self.database, Batch(entries=part))
+                    written = await apply(self.database, Batch(entries=part), self.users_writing)
             except BaseException as error:
                 if not _is_about_rows(error):
                     for unwritten in (part, *parts):

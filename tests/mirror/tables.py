@@ -1,0 +1,157 @@
+"""What the tests of the mirror's tables share: rows to write, tables to read, listings that have come already."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from utils.database import Database
+from utils.errors import SyncError, ValidationError
+from utils.mirror.apply import Batch, Run, Written, apply
+from utils.mirror.listing import Listing
+from utils.mirror.pages import Page, Record
+from utils.mirror.rows import Absence, Entry, Group, Key, key_columns
+from utils.mirror.touched import Touched
+from utils.mirror.translate import LISTED_MEMBER, LISTED_USER
+
+GUILD = 81_384_788_765_712_384
+OTHER_GUILD = GUILD + (7 << 22)
+MIRRORED = ("guilds", "users", "members", "roles", "channels", "threads")
+
+Tables = dict[str, dict[Key, dict[str, Any]]]
+
+
+def when(seconds: int) -> datetime:
+    """Return a moment, `seconds` after an arbitrary one."""
+    return datetime(2024, 5, 1, tzinfo=UTC) + timedelta(seconds=seconds)
+
+
+def said(table: str, key: Key, stamp: int, *, appears: bool = True, **values: Any) -> tuple[tuple[str, Key], Entry]:
+    """Return one observation as it waits in the buffer."""
+    return (table, key), Entry(values, appears, stamp)
+
+
+async def write(database: Database, *entries: tuple[tuple[str, Key], Entry]) -> Written:
+    """Write observations as one batch."""
+    batch = dict(entries)
+    assert len(batch) == len(entries), "a batch holds one entry a row"
+    return await apply(database, Batch(entries=batch))
+
+
+async def write_groups(database: Database, *groups: Group, absences: Sequence[Absence] = ()) -> Written:
+    """Write what a listing showed, as one batch."""
+    return await apply(database, Batch(groups=list(groups), absences=list(absences)))
+
+
+async def rows(database: Database, table: str) -> dict[Key, dict[str, Any]]:
+    """Return a table by key, without the moment of the last change."""
+    keys = key_columns(table)
+    records = await database.fetch(f"SELECT * FROM {table}")  # noqa: S608
+    return {
+        tuple(record[key] for key in keys): {
+            name: value for name, value in record.items() if name not in (*keys, "updated_at")
+        }
+        for record in records
+    }
+
+
+async def row(database: Database, table: str, key: Key) -> dict[str, Any]:
+    """Return one row."""
+    return (await rows(database, table))[key]
+
+
+async def versions(database: Database, table: str) -> dict[Key, tuple[Any, Any]]:
+    """Return where each row of a table lies and which transaction wrote it: an update that changes nothing shows."""
+    keys = key_columns(table)
+    records = await database.fetch(f"SELECT {', '.join(keys)}, ctid::text, xmin::text FROM {table}")  # noqa: S608
+    return {tuple(record[key] for key in keys): (record["ctid"], record["xmin"]) for record in records}
+
+
+async def history(database: Database, table: str = "changes") -> list[tuple[Any, ...]]:
+    """Return the history as (table, key, action, user id, before, after), oldest first."""
+    records = await database.fetch(f"SELECT * FROM {table} ORDER BY id")  # noqa: S608
+    return [
+        (
+            record["table_name"],
+            tuple(record["key"][name] for name in key_columns(record["table_name"])),
+            record["action"],
+            record["user_id"],
+            record["before"],
+            record["after"],
+        )
+        for record in records
+    ]
+
+
+async def empty(database: Database) -> None:
+    """Make every mirrored table and the history empty, between the examples of a property."""
+    await database.execute(
+        "TRUNCATE guilds, users, members, roles, channels, threads, changes, user_changes, sync_runs"
+    )
+
+
+def member_record(user_id: int, stamp: int, *, guild_id: int = GUILD, **values: Any) -> Record:
+    """Return a member as a listing shows them."""
+    given = {"roles": [], "joined_at": when(0), "pending": False, "flags": 0} | values
+    return (guild_id, user_id, *(given.get(name) for name in LISTED_MEMBER), stamp)
+
+
+def user_record(user_id: int, stamp: int, **values: Any) -> Record:
+    """Return a user as a listing shows them."""
+    given = {"username": f"user {user_id}", "discriminator": "0", "bot": False, "system": False, "public_flags": 0}
+    given |= values
+    return (user_id, *(given.get(name) for name in LISTED_USER), stamp)
+
+
+def page(members: Iterable[Record], users: Iterable[Record] | None = None) -> Page:
+    """Return a page of members and, unless others are given, their users."""
+    listed = list(members)
+    return Page(
+        users=[user_record(record[1], record[-1]) for record in listed] if users is None else list(users),
+        members=listed,
+        seen=len(listed),
+    )
+
+
+class Received(Listing):
+    """A listing whose pages have all come; with `breaks`, one that fails after the last of them."""
+
+    def __init__(
+        self,
+        database: Database,
+        pages: Iterable[Page],
+        stamp: int,
+        *,
+        touched: Touched,
+        guild_id: int = GUILD,
+        source: str = "gateway",
+        breaks: SyncError | None = None,
+    ) -> None:
+        super().__init__(
+            guild_id, stamp=stamp, source=source, reason="request", started_at=database.now(),
+            touched=touched, refuse=_refuse,
+        )  # fmt: skip
+        self._received = deque(pages)
+        self._breaks = breaks
+
+    async def next(self, timeout: float) -> Page | None:
+        if not self._received:
+            if self._breaks is not None:
+                raise self._breaks
+            return None
+        page = self._received.popleft()
+        self.pages += 1
+        self.seen += page.seen
+        self.unreadable += page.unreadable
+        return page
+
+
+def complete_run(stamp: int, guild_id: int = GUILD) -> Run:
+    """Return the run of a complete listing."""
+    return Run(guild_id, when(0), "rest", "request", stamp)
+
+
+def _refuse(error: ValidationError) -> None:
+    raise error

@@ -1,0 +1,161 @@
+"""The schema as the rest relies on it: marks on every column, keys that can be sharded, names that are promised."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import BigInteger, DateTime, Table
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.orm import class_mapper
+from sqlalchemy.schema import CreateTable
+
+from models import Base, Erase, Part, User, mirrored_tables, part_of
+
+TABLES = dict(Base.metadata.tables)
+MIRRORED = mirrored_tables()
+
+#: DESIGN.md, "Tables": names that operators and scripts rely on.
+PROMISED = {
+    "guilds": "id name icon splash discovery_splash banner description owner_id preferred_locale afk_channel_id "
+    "afk_timeout verification_level default_message_notifications explicit_content_filter mfa_level nsfw_level "
+    "application_id system_channel_id system_channel_flags rules_channel_id public_updates_channel_id joined_at large "
+    "unavailable member_count max_members premium_tier premium_subscription_count vanity_url_code features created_at "
+    "left_at is_active updated_at",
+    "users": "id username discriminator global_name avatar banner accent_color bot system public_flags flags locale "
+    "mfa_enabled verified premium_type created_at updated_at",
+    "members": "guild_id user_id nick avatar roles joined_at premium_since timed_out_until pending flags left_at "
+    "updated_at",
+    "roles": "guild_id id name color hoist icon unicode_emoji position permissions managed mentionable tags flags "
+    "deleted_at",
+    "channels": "guild_id id name type parent_id position topic nsfw slowmode permission_overwrites flags hidden "
+    "deleted_at",
+    "threads": "guild_id id name type parent_id owner_id archived locked auto_archive_duration archived_at deleted_at",
+    "changes": "guild_id id table_name key action user_id before after at",
+    "user_changes": "user_id id table_name key action before after at",
+    "sync_runs": "guild_id started_at finished_at state pages rows_seen rows_inserted rows_updated rows_left error",
+}
+KEYS = {
+    "guilds": ["id"],
+    "users": ["id"],
+    "members": ["guild_id", "user_id"],
+    "changes": ["guild_id", "id"],
+    "user_changes": ["user_id", "id"],
+} | {name: ["guild_id", "id"] for name in ("roles", "channels", "threads")}
+
+
+@pytest.mark.parametrize("name", sorted(TABLES))
+def test_every_column_says_what_an_erase_must_do_to_it(name: str) -> None:
+    for column in TABLES[name].columns:
+        assert isinstance(column.info.get("erase"), Erase), f"{name}.{column.name}"
+
+
+@pytest.mark.parametrize("name", sorted(TABLES))
+def test_what_is_about_a_person_stands_beside_who_it_is(name: str) -> None:
+    marks = {column.info["erase"] for column in TABLES[name].columns}
+    assert Erase.CLEAR not in marks or Erase.SUBJECT in marks, (
+        f"{name} has columns to clear and no way to find the rows"
+    )
+
+
+@pytest.mark.parametrize("name", sorted(TABLES))
+def test_what_an_erase_clears_may_be_empty(name: str) -> None:
+    for column in TABLES[name].columns:
+        if column.info["erase"] is Erase.CLEAR:
+            assert column.nullable or column.server_default is not None, f"{name}.{column.name}"
+            assert not column.primary_key
+
+
+@pytest.mark.parametrize("name", ["threads"])
+def test_the_history_of_what_a_person_owns_can_be_found_by_that_person(name: str) -> None:
+    from utils.mirror import sql
+    from utils.mirror.rows import Mode, value_columns
+
+    clears = [column.name for column in MIRRORED[name].columns if column.info["erase"] is Erase.CLEAR]
+    assert clears
+    inserted = sql.merge(name, value_columns(name), Mode.MERGE).split("INSERT INTO changes ", 1)[1]
+    assert "user_id" in inserted.split(")", 1)[0]
+
+
+@pytest.mark.parametrize("name", sorted(MIRRORED))
+def test_every_mirrored_column_has_its_part_in_the_merge(name: str) -> None:
+    parts = {column.name: column.info.get("part") for column in MIRRORED[name].columns}
+    assert all(isinstance(part, Part) for part in parts.values()), parts
+    found = [part for part in parts.values() if part in (Part.STAMP, Part.TOUCHED, Part.TOMBSTONE)]
+    expected = [Part.STAMP, Part.TOUCHED] + ([] if name == "users" else [Part.TOMBSTONE])
+    assert sorted(found, key=str) == sorted(expected, key=str)
+    assert parts["stamp"] is Part.STAMP
+    assert parts["updated_at"] is Part.TOUCHED
+
+
+def test_the_mirrored_tables_are_these() -> None:
+    assert set(MIRRORED) == {"guilds", "users", "members", "roles", "channels", "threads"}
+    assert part_of(TABLES["sync_runs"].columns["pages"]) is Part.DATA
+
+
+@pytest.mark.parametrize("name", sorted(PROMISED))
+def test_the_promised_columns_are_there(name: str) -> None:
+    assert set(PROMISED[name].split()) <= set(TABLES[name].columns.keys())
+
+
+@pytest.mark.parametrize("name", sorted(KEYS))
+def test_the_promised_keys_are_the_primary_keys(name: str) -> None:
+    assert [column.name for column in TABLES[name].primary_key.columns] == KEYS[name]
+
+
+@pytest.mark.parametrize("name", sorted(name for name, table in TABLES.items() if table.schema is None))
+def test_what_a_guild_owns_is_kept_by_guild_so_that_it_can_be_sharded(name: str) -> None:
+    table = TABLES[name]
+    if "guild_id" not in table.columns:
+        assert name in ("guilds", "users", "user_changes")
+        return
+    assert not table.columns["guild_id"].nullable
+    assert next(iter(table.primary_key.columns)).name == "guild_id"
+    for index in table.indexes:
+        assert not index.unique or "guild_id" in index.columns.keys()  # noqa: SIM118 - a column collection
+    for key in table.foreign_keys:
+        assert key.column.table.name == "guilds"
+
+
+@pytest.mark.parametrize("name", sorted(TABLES))
+def test_nothing_refers_to_users_and_no_id_of_discords_is_counted_up(name: str) -> None:
+    table = TABLES[name]
+    assert all(key.column.table.name != "users" for key in table.foreign_keys)
+    ddl = str(CreateTable(table).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
+    if name != "ops.admin_actions":  # the one id of our own that counts up
+        assert "SERIAL" not in ddl
+
+
+@pytest.mark.parametrize("name", sorted(TABLES))
+def test_ids_are_bigint_and_moments_have_a_time_zone(name: str) -> None:
+    for column in TABLES[name].columns:
+        if column.name == "id" or column.name.endswith("_id"):
+            assert isinstance(column.type, BigInteger), f"{name}.{column.name}"
+        if isinstance(column.type, DateTime):
+            assert column.type.timezone, f"{name}.{column.name}"
+        if column.name.endswith("_at"):
+            assert isinstance(column.type, DateTime), f"{name}.{column.name}"
+
+
+def test_no_table_keeps_an_e_mail_address() -> None:
+    assert not [name for table in TABLES.values() for name in table.columns.keys() if "mail" in name]  # noqa: SIM118
+
+
+def test_every_model_is_a_table_of_its_own() -> None:
+    tables = [mapper.local_table for mapper in Base.registry.mappers]
+    assert all(isinstance(table, Table) for table in tables)
+    assert len({str(table) for table in tables}) == len(tables) == len(TABLES)
+    assert class_mapper(User).local_table is TABLES["users"]
+
+
+#: Discord API reference, "Image Formatting" and "CDN Endpoints".
+AVATARS = [
+    ({"avatar": "abc", "discriminator": "0"}, "avatars/175928847299117063/abc.png"),
+    ({"avatar": "a_abc", "discriminator": "0"}, "avatars/175928847299117063/a_abc.gif"),
+    ({"avatar": None, "discriminator": "0"}, f"embed/avatars/{(175928847299117063 >> 22) % 6}.png"),
+    ({"avatar": None, "discriminator": None}, f"embed/avatars/{(175928847299117063 >> 22) % 6}.png"),
+    ({"avatar": None, "discriminator": "0007"}, "embed/avatars/2.png"),
+]
+
+
+@pytest.mark.parametrize(("values", "path"), AVATARS)
+def test_an_avatar_has_an_address_with_or_without_a_picture(values: dict[str, str | None], path: str) -> None:
+    assert User(id=175928847299117063, **values).avatar_url == f"https://cdn.discordapp.com/{path}"

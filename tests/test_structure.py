@@ -1,0 +1,194 @@
+"""The house rules that a reader relies on: imports run one way, files stay small, SQL is never made of values."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("models", "utils", "cogs", "simulator", "tests", "benchmarks", "migrations")
+#: Files longer than that ask for a room of their own. Nothing is excused.
+LINES = 400
+#: What each part may import, beside itself; the longest prefix that fits decides.
+MAY_IMPORT = {
+    "models": (),
+    "utils.errors": (),
+    "utils.logs": ("utils.errors",),
+    "utils.settings": ("utils.errors", "utils.database"),
+    "utils.database": ("utils.errors", "utils.logs", "models"),
+    "utils.migrations": ("models", "utils.errors", "utils.logs", "utils.database", "utils.settings"),
+    "utils.service": ("utils.errors", "utils.logs", "utils.database", "models"),
+    "utils.mirror": ("models", "utils.errors", "utils.logs", "utils.database", "utils.service"),
+    "utils": ("models", "utils"),
+    "utils.demo": ("models", "utils", "simulator", "bot"),
+    "cogs": ("models", "utils"),
+    "bot": ("models", "utils", "cogs"),
+    "simulator": (),
+    "migrations": ("models", "utils"),
+}
+#: Modules whose output is what was asked for: command lines.
+COMMAND_LINES = {
+    "simulator.__main__",
+    "simulator.throughput",
+    "utils.migrations.__main__",
+    "benchmarks.__main__",
+    "bot",
+}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {name_of(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+FILES["bot"] = ROOT / "bot.py"
+PRODUCT = sorted(name for name in FILES if name.split(".")[0] not in ("tests", "benchmarks", "migrations"))
+
+
+@cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text(), str(FILES[name]))
+
+
+def imported(name: str, *, at_once: bool = False) -> Iterator[str]:
+    """Yield our own modules that a module imports; with `at_once` only those without which it cannot be imported."""
+    nodes = list(_at_once(tree(name).body)) if at_once else list(ast.walk(tree(name)))
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            module = (
+                ".".join(filter(None, (*_package(name)[: 1 - node.level or None], node.module)))
+                if node.level
+                else str(node.module)
+            )
+            for alias in node.names:
+                whole = f"{module}.{alias.name}"
+                yield whole if whole in FILES else module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def _package(name: str) -> tuple[str, ...]:
+    parts = tuple(name.split("."))
+    return parts if FILES[name].name == "__init__.py" else parts[:-1]
+
+
+def _at_once(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    for node in body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from _at_once(node.orelse)
+        elif isinstance(node, (ast.If, ast.Try, ast.With)):
+            yield from _at_once(
+                [child for child in ast.walk(node) if isinstance(child, ast.stmt) and child is not node]
+            )
+        else:
+            yield node
+
+
+def ours(name: str) -> bool:
+    return name.split(".")[0] in (*PACKAGES, "bot")
+
+
+def within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def rule_for(name: str) -> str:
+    return max((prefix for prefix in MAY_IMPORT if within(name, prefix)), key=len)
+
+
+@pytest.mark.parametrize("name", [name for name in PRODUCT if within(name, rule_for(name))])
+def test_imports_run_one_way(name: str) -> None:
+    rule = rule_for(name)
+    for other in filter(ours, imported(name)):
+        if within(other, rule) or other == "utils":
+            continue
+        assert any(within(other, allowed) for allowed in MAY_IMPORT[rule]), f"{name} imports {other}"
+        if rule != "utils.demo" and within(other, "utils.demo"):
+            assert name in ("bot", "utils.shell"), f"{name} imports the demo"
+
+
+def test_the_product_knows_the_simulator_only_for_the_demo_and_the_simulator_nothing_of_the_product() -> None:
+    assert {name for name in PRODUCT for other in imported(name) if within(other, "simulator")} <= {
+        name for name in PRODUCT if within(name, "simulator") or within(name, "utils.demo")
+    }
+    assert not [(name, other) for name in PRODUCT if within(name, "simulator") for other in imported(name)
+                if ours(other) and not within(other, "simulator")]  # fmt: skip
+
+
+def test_below_the_mirrors_own_edge_nothing_knows_discord_py() -> None:
+    knows = {name for name in PRODUCT if within(name, "utils.mirror") or within(name, "utils.database")
+             for other in imported(name) if other.split(".")[0] == "discord"}  # fmt: skip
+    assert knows <= {"utils.mirror.tap", "utils.mirror.source", "utils.mirror.archived"}
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {
+        name: {other for other in imported(name, at_once=True) if other in FILES and other != name} for name in PRODUCT
+    }
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " → ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for other in sorted(graph[name]):
+                # A package imports its modules, and they reach it on the way to one another: no circle.
+                if not within(other, name) and not within(name, other):
+                    visit(other, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", sorted(name for name in FILES if not name.startswith("migrations")))
+def test_no_file_outgrows_its_reader(name: str) -> None:
+    assert len(FILES[name].read_text().splitlines()) <= LINES
+
+
+@pytest.mark.parametrize("name", PRODUCT)
+def test_only_command_lines_print(name: str) -> None:
+    if name in COMMAND_LINES:
+        return
+    calls = [node.lineno for node in ast.walk(tree(name)) if isinstance(node, ast.Call)
+             and isinstance(node.func, ast.Name) and node.func.id == "print"]  # fmt: skip
+    assert not calls, f"{name} prints in lines {calls}"
+
+
+SQL = re.compile(
+    r"\b(SELECT .* FROM|INSERT INTO|UPDATE .* SET|DELETE FROM|TRUNCATE|CREATE |DROP |ALTER |NOTIFY )", re.DOTALL
+)
+#: f-strings that hold SQL, and why they may: no value of anybody's is in them, only names of our own.
+NAMES_ONLY = {
+    "utils.mirror.sql": "derived from models/",
+    "utils.mirror.staging": "names of staging tables and settings that are constants",
+    "utils.database.partitions": "names and bounds of partitions",
+    "utils.database.embedded": "the name of its one database, quoted",
+    "utils.migrations.catalogue": "a WITH of its own in front of each question",
+    "utils.demo.proof": "derived from models/",
+    "cogs.mirror": "names of mirrored tables",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in PRODUCT if name not in NAMES_ONLY and not within(name, "simulator")])
+def test_sql_is_never_put_together_from_values(name: str) -> None:
+    for node in ast.walk(tree(name)):
+        built = ""
+        if isinstance(node, ast.JoinedStr) and any(isinstance(part, ast.FormattedValue) for part in node.values):
+            built = "".join(str(part.value) for part in node.values if isinstance(part, ast.Constant))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format":
+            built = node.func.value.value if (
+                isinstance(node.func.value, ast.Constant) and isinstance(node.func.value.value, str)
+            ) else ""  # fmt: skip
+        assert not SQL.search(built), f"{name}:{node.lineno} builds SQL: {built[:60]}"  # type: ignore[attr-defined]
+
+
+def test_the_rules_are_about_files_that_are_there() -> None:
+    assert len(PRODUCT) > 40
+    assert all(any(within(name, rule) for name in FILES) for rule in MAY_IMPORT)
+    assert set(NAMES_ONLY) <= set(FILES)
