@@ -69,6 +69,8 @@ _ADVICE: dict[str, str] = {
     "53100": "the server's disk is full: free some space",
     "53200": "the server has no memory left",
 }
+#: What asyncpg says, as an error of its own, when a connection ends just as a statement goes out.
+_DYING_PHRASE = "cannot switch to state"
 #: What asyncpg says, with its general InterfaceError, about a connection or pool that is no more.
 _CLOSED_PHRASES = ("connection is closed", "pool is clos", "connection has been released", "connection was closed")
 
@@ -109,6 +111,9 @@ def is_transient(exc: BaseException) -> bool:
         return state in _TRANSIENT_STATES or state.startswith("08")
     if isinstance(cause, asyncpg.InterfaceError):
         return any(phrase in str(cause) for phrase in _CLOSED_PHRASES)
+    if isinstance(cause, asyncpg.InternalClientError):
+        # A connection whose end came while a statement was on its way out: asyncpg takes it for its own fault.
+        return _DYING_PHRASE in str(cause)
     if isinstance(cause, PermissionError | ssl.SSLCertVerificationError) or _NO_TLS in str(cause):
         return False
     return isinstance(cause, OSError | TimeoutError | asyncio.IncompleteReadError)

@@ -293,6 +293,8 @@ async def test_through_a_pooler_no_statement_is_named_and_nothing_is_set(target:
         (asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation"), True),
         (asyncpg.InterfaceError("connection is closed"), True),
         (asyncpg.InterfaceError("pool is closing"), True),
+        (asyncpg.InternalClientError("cannot switch to state 11; another operation (2) is in progress"), True),
+        (asyncpg.InternalClientError("got result for unknown protocol state 3"), False),
         (asyncpg.InterfaceError("cannot perform operation: another operation is in progress"), False),
         (asyncpg.UniqueViolationError("duplicate key"), False),
         (asyncpg.InvalidPasswordError("password authentication failed"), False),
