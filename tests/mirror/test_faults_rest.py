@@ -78,32 +78,33 @@ async def test_an_answer_that_comes_late_is_older_than_what_happened_meanwhile(
     channel = next(c.id for c in world.guild(guild_id).channels.values() if not c.hidden)
     role, person = world.create_role(guild_id), people(simulator, guild_id)[0]
 
-    def call_everything(name: str) -> None:
+    def call(name: str) -> None:
         world.update_channel(guild_id, channel, name=name)
         world.update_role(guild_id, role, name=name)
         world.update_guild(guild_id, name=name)
+
+    def call_person(name: str) -> None:
         world.update_member(guild_id, person, nick=name)
         world.rename_user(person, global_name=name)
 
     async with simulator:
-        call_everything("stored")
+        call("stored")
+        call_person("stored")
         async with mirrored(database, simulator, monkeypatch, flush_seconds=60) as bot:
-            await until(lambda: bot.mirror.is_ready()[0])
             await bot.settled()
-            call_everything("between")
-            await until(bot.has_heard_all)
             simulator.lies.rest_delay("GET /guilds", 0.15, times=3)
             asked = dict(simulator.rules.requests)
+            call("between")
+            await until(bot.has_heard_all)
             sync = asyncio.create_task(bot.mirror.sync(guild_id))
-            for path in (f"GET /guilds/{guild_id}/channels", f"GET /guilds/{guild_id}/members"):
-                await until(lambda path=path: simulator.rules.requests[path] > asked.get(path, 0))  # type: ignore[misc]
-                call_everything("stored")
-                await until(bot.has_heard_all)
-                if path.endswith("/channels"):
-                    world.update_member(guild_id, person, nick="between")
-                    world.rename_user(person, global_name="between")
-                    await until(bot.has_heard_all)
+            channels, members = f"GET /guilds/{guild_id}/channels", f"GET /guilds/{guild_id}/members"
+            await until(lambda: simulator.rules.requests[channels] > asked.get(channels, 0))
+            call("stored")
             created = world.create_role(guild_id), world.create_channel(guild_id), world.join(guild_id)
+            call_person("between")
+            await until(bot.has_heard_all)
+            await until(lambda: simulator.rules.requests[members] > asked.get(members, 0))
+            call_person("stored")
             await until(bot.has_heard_all)
             await sync
             await bot.settled()

@@ -103,9 +103,6 @@ class StagedListing:
 
     async def _write_users(self) -> None:
         merge = sql.staged("users", LISTED_USER)
-        async with self._writer.writing:
-            await self._writer.flush_before()  # what was received before the listing was asked for
-        self._flushed.set()
         async with self._database.acquire(temp=True) as connection:
             await connection.execute(merge.create)
             more = True
@@ -113,6 +110,10 @@ class StagedListing:
                 stream = _Stream(self._users, USER_BATCH_PAGES)
                 await _copy(connection, merge.staging, merge.columns, stream)
                 more = not stream.ended
+                if not self._flushed.is_set():  # what was received before the listing was asked for
+                    async with self._writer.writing:
+                        await self._writer.flush_before()
+                    self._flushed.set()
                 async with self._writer.users_writing, connection.transaction():
                     await connection.execute(_WORK_MEM)
                     await self._merge(connection, merge, LISTED_USER, None)
