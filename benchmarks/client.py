@@ -10,9 +10,9 @@ import asyncio
 import gc
 import json
 import logging
-import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import discord
@@ -52,7 +52,11 @@ def _resident() -> float:
 
 
 def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Return the highest resident size in MB; not `ru_maxrss`, which a child process inherits from its parent."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("the kernel does not tell the highest resident size: this measurement needs Linux")
 
 
 async def _login(client: discord.Client, token: str, gateway: str) -> asyncio.Task[None]:
