@@ -75,7 +75,7 @@ async def test_the_demo_proves_every_row_and_its_data_can_be_looked_at_afterward
     command = next(line for line in text.splitlines() if "db psql --data-dir" in line).split()
     asked = ["-Atc", "SELECT count(*) > 25000 FROM members"]
     psql = await start(*command[2:], *asked, directory=tmp_path)
-    assert (await output_of(psql)).strip() == "t"
+    assert (await output_of(psql)).splitlines()[-1] == "t"  # a log line may stand before it
     assert psql.returncode == 0
 
 
