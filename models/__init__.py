@@ -2,9 +2,9 @@
 
 from models.base import DISCORD_EPOCH_MS, Base, Erase, Part, mirrored_tables, part_of
 from models.guilds import Channel, Guild, Role, Thread
-from models.history import Change, SyncRun, UserChange
-from models.ops import AdminAction, CommandTree, Lease, Suppression
-from models.people import Member, User
+from models.history import Change, MemberEvent, SyncRun, UserChange
+from models.ops import AdminAction, CommandTree, CountedMessage, DeadLetter, Lease, Position, Suppression
+from models.people import Member, MemberStats, User
 
 __all__ = [
     "DISCORD_EPOCH_MS",
@@ -13,11 +13,16 @@ __all__ = [
     "Change",
     "Channel",
     "CommandTree",
+    "CountedMessage",
+    "DeadLetter",
     "Erase",
     "Guild",
     "Lease",
     "Member",
+    "MemberEvent",
+    "MemberStats",
     "Part",
+    "Position",
     "Role",
     "Suppression",
     "SyncRun",

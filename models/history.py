@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, Index, Integer, Sequence, Text, func, text
+from sqlalchemy import BigInteger, Boolean, CheckConstraint, Index, Integer, Sequence, Text, false, func, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped
 
@@ -59,6 +59,29 @@ class UserChange(Base):
     before: Mapped[dict[str, Any] | None] = marked(JSONB, erase=Erase.CLEAR)
     after: Mapped[dict[str, Any] | None] = marked(JSONB, erase=Erase.CLEAR)
     at: Mapped[datetime] = marked(nullable=False, server_default=func.now())
+
+
+class MemberEvent(Base):
+    """Somebody joined, left, was banned or unbanned."""
+
+    __tablename__ = "member_events"
+    __table_args__ = (
+        CheckConstraint("kind IN ('join', 'leave', 'ban', 'unban')", name="kind"),
+        Index(None, "guild_id", "user_id", "id"),
+        Index(None, "user_id"),
+    )
+
+    guild_id: Mapped[int] = snowflake(primary_key=True)
+    id: Mapped[int] = snowflake(primary_key=True, server_default=text(time_id("ops.change_ids")))
+    user_id: Mapped[int] = snowflake(nullable=False, erase=Erase.SUBJECT)
+    kind: Mapped[str] = marked(Text, nullable=False)
+    #: Of a join what Discord says, of the others when they were heard of, on the database's clock.
+    at: Mapped[datetime] = marked(nullable=False)
+    #: True when nobody was connected to hear of it: a complete listing proves that it happened.
+    inferred: Mapped[bool] = marked(Boolean, nullable=False, server_default=false())
+    #: Of what is inferred, the earliest and latest moment at which it can have happened.
+    earliest: Mapped[datetime | None] = marked()
+    latest: Mapped[datetime | None] = marked()
 
 
 class SyncRun(Base):

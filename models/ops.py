@@ -23,8 +23,50 @@ class Lease(Base):
     #: Raised by every process that takes the shard over.
     epoch: Mapped[int] = marked(BigInteger, nullable=False)
     taken_at: Mapped[datetime] = marked(nullable=False, server_default=func.now())
-    #: On the database's clock. None: held until someone else starts.
+    #: On the database's clock. None: given back.
     expires_at: Mapped[datetime | None] = marked()
+
+
+class Position(Base):
+    """How far the events of one journal are in the database: all up to this stamp, committed together with them."""
+
+    __tablename__ = "positions"
+    __table_args__ = {"schema": "ops"}  # noqa: RUF012 - read by SQLAlchemy, never changed
+
+    #: Name of the process that wrote the journal, as in `ops.leases`.
+    journal: Mapped[str] = marked(Text, primary_key=True)
+    position: Mapped[int] = marked(BigInteger, nullable=False)
+    updated_at: Mapped[datetime] = marked(nullable=False, server_default=func.now())
+
+
+class CountedMessage(Base):
+    """A message that `member_stats` has counted; kept for a day, so that it counts once whoever tells of it again."""
+
+    __tablename__ = "counted_messages"
+    __table_args__ = {"schema": "ops"}  # noqa: RUF012 - read by SQLAlchemy, never changed
+
+    id: Mapped[int] = snowflake(primary_key=True)
+
+
+class DeadLetter(Base):
+    """A row or an event that the database refused, with its error; the rest of its batch was written."""
+
+    __tablename__ = "dead_letters"
+    __table_args__ = (Index(None, "at"), {"schema": "ops"})
+
+    id: Mapped[int] = marked(BigInteger, primary_key=True)
+    at: Mapped[datetime] = marked(nullable=False, server_default=func.now())
+    table_name: Mapped[str] = marked(Text, nullable=False)
+    #: Primary key of the row, column by column.
+    key: Mapped[dict[str, Any]] = marked(JSONB, nullable=False)
+    #: The person whom the row is about; None for what is about nobody.
+    user_id: Mapped[int | None] = snowflake(erase=Erase.SUBJECT)
+    #: What was to be written.
+    payload: Mapped[dict[str, Any] | None] = marked(JSONB, erase=Erase.CLEAR)
+    stamp: Mapped[int] = marked(BigInteger, nullable=False)
+    #: PostgreSQL's error code.
+    sqlstate: Mapped[str | None] = marked(Text)
+    error: Mapped[str] = marked(Text, nullable=False)
 
 
 class AdminAction(Base):

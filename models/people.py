@@ -67,3 +67,18 @@ class Member(Mirrored, Base):
     flags: Mapped[int | None] = marked(Integer)
     #: When the member left; None while they are there.
     left_at: Mapped[datetime | None] = tombstone()
+
+
+class MemberStats(Base):
+    """What a member did in a guild, added up; it stays when they leave."""
+
+    __tablename__ = "member_stats"
+    __table_args__ = (Index(None, "user_id"),)
+
+    guild_id: Mapped[int] = snowflake(primary_key=True)
+    user_id: Mapped[int] = snowflake(primary_key=True, erase=Erase.SUBJECT)
+    message_count: Mapped[int] = marked(BigInteger, nullable=False, server_default="0", erase=Erase.CLEAR)
+    #: When the last message that was counted was written.
+    last_active_at: Mapped[datetime | None] = marked(erase=Erase.CLEAR)
+    #: For cogs that hand out points.
+    xp: Mapped[int] = marked(BigInteger, nullable=False, server_default="0", erase=Erase.CLEAR)

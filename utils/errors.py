@@ -38,6 +38,14 @@ class DatabaseUnavailable(DatabaseError):
     """The database cannot be reached or cannot work right now: the same call may succeed later."""
 
 
+class LeaseLost(DatabaseError):
+    """Another process acts for the bot now: this one may write nothing more."""
+
+
+class SpoolError(GuildbookError):
+    """The journal on disk cannot be used: no room, no right, or another process has it."""
+
+
 class MigrationError(DatabaseError):
     """The schema could not be brought to the revision that was asked for."""
 

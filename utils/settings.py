@@ -72,6 +72,15 @@ class Settings(BaseSettings):
     member_cache: Literal["none", "voice", "all"] = "none"
     flush_rows: int = Field(default=500, ge=1, le=100_000)
     flush_seconds: Seconds = 1.0
+    #: Rows and events that may wait in memory.
+    buffer_max_rows: int = Field(default=20_000, ge=100, le=10_000_000)
+    #: When events go to the journal on disk.
+    spool: Literal["outage", "always", "off"] = "outage"
+    #: Megabytes that journals may take on disk.
+    spool_max_mb: int = Field(default=1_024, ge=1, le=1_000_000)
+    #: The pause before the next try when the database cannot take rows, doubled each time up to the second figure.
+    db_retry_seconds: Seconds = 0.2
+    db_retry_max_seconds: Seconds = 5.0
     #: How long a page of members may be awaited.
     chunk_timeout_seconds: Seconds = 10.0
     #: Discord's own bound between two full member requests of a guild; anything else is for tests and proxies.
@@ -109,7 +118,7 @@ class Settings(BaseSettings):
             raise ValueError(f"one of {', '.join(_LOG_LEVELS)}")
         return level
 
-    @field_validator("member_cache", "log_format", mode="before")
+    @field_validator("member_cache", "log_format", "spool", mode="before")
     @classmethod
     def _lower(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
@@ -159,7 +168,12 @@ class Settings(BaseSettings):
         return values + [target.password for target in targets if target is not None and target.password]
 
 
-_POOL = frozenset(("db_pool_min", "db_pool_max", "db_connect_timeout", "db_command_timeout"))
+_POOL = frozenset(
+    (
+        "db_pool_min", "db_pool_max", "db_connect_timeout", "db_command_timeout", "db_retry_seconds",
+        "db_retry_max_seconds",
+    )
+)  # fmt: skip
 
 
 def variables() -> list[str]:
@@ -193,6 +207,11 @@ def _check(settings: Settings) -> None:
     from utils.database.urls import resolve, resolve_direct
 
     wrong: list[str] = []
+    if settings.db_retry_seconds > settings.db_retry_max_seconds:
+        wrong.append(
+            f"DB_RETRY_SECONDS: {settings.db_retry_seconds:g} is more than DB_RETRY_MAX_SECONDS"
+            f" ({settings.db_retry_max_seconds:g}); expected no more"
+        )
     if settings.db_pool_min > settings.db_pool_max:
         wrong.append(
             f"DB_POOL_MIN: {settings.db_pool_min} is more than DB_POOL_MAX ({settings.db_pool_max}); expected no more"
