@@ -21,11 +21,14 @@ import yarl
 from discord.gateway import DiscordWebSocket
 from discord.http import Route
 
+from benchmarks.data import memory_queue
 from utils.database import Database
 from utils.database.urls import parse
 from utils.mirror import Mirror
 from utils.mirror.source import DiscordSource
 from utils.mirror.tap import install
+from utils.mirror.writer import Rhythm
+from utils.service import lease
 from utils.service.heap import settle
 
 #: Nothing may take longer than this, in seconds.
@@ -100,10 +103,8 @@ async def mirror(token: str, gateway: str, dsn: str) -> dict[str, Any]:
         shard_count=1,
     )
     source = DiscordSource(client)
-    epoch = int(await database.fetchval("SELECT coalesce(max(stamp), 0) >> 40 FROM sync_runs")) + 1
-    kept = Mirror(
-        database, source, epoch=epoch, shards=1, flush_rows=500, flush_seconds=1.0, page_timeout=30, cooldown=0
-    )
+    fence = await lease.seize(database, lease.holder())
+    kept = Mirror(database, source, fence, memory_queue(), shards=1, rhythm=Rhythm(), page_timeout=30, cooldown=0)
     install(client, kept)
     stall = _Stall()
     figures: dict[str, Any] = {}

@@ -6,7 +6,11 @@ import random
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
+from utils.database import Database
 from utils.mirror.pages import Page, Record
+from utils.mirror.queue import EventQueue
+from utils.mirror.writer import MirrorWriter, Rhythm
+from utils.service import lease
 
 GUILD_ID = 81_384_788_765_712_384
 PAGE = 1_000
@@ -39,3 +43,14 @@ def pages(users: Sequence[Record], members: Sequence[Record]) -> Iterator[Page]:
     for start in range(0, len(users), PAGE):
         cut = slice(start, start + PAGE)
         yield Page(list(users[cut]), list(members[cut]), seen=len(users[cut]))
+
+
+def memory_queue() -> EventQueue:
+    """Return a queue of events that is in memory alone."""
+    return EventQueue(None, spool="off", max_rows=20_000)
+
+
+async def writer_of(database: Database) -> MirrorWriter:
+    """Return the writer of a process that acts."""
+    fence = await lease.seize(database, "a benchmark")
+    return MirrorWriter(database, fence, memory_queue(), Rhythm(), on_lost=lambda: None, on_dropped=lambda guilds: None)

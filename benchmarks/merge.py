@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from benchmarks.data import GUILD_ID, pages, records
+from benchmarks.data import GUILD_ID, pages, records, writer_of
 from benchmarks.report import Row
 from models import Member, User
 from utils.database import Database
@@ -24,7 +24,6 @@ from utils.mirror.rows import COUNTER_BITS, key_columns
 from utils.mirror.staging import StagedListing
 from utils.mirror.touched import Touched
 from utils.mirror.translate import LISTED_MEMBER, LISTED_USER
-from utils.mirror.writer import MirrorWriter
 
 MEMBERS = 100_000
 #: The slow ways get a tenth of the rows; their times are per row.
@@ -63,7 +62,7 @@ async def _raw_copy(database: Database, users: Sequence[Record], members: Sequen
 
 
 async def _ours(database: Database, users: Sequence[Record], members: Sequence[Record], stamp: int) -> Run:
-    writer = MirrorWriter(database, flush_rows=500, flush_seconds=1.0)
+    writer = await writer_of(database)
     listing = _Received(stamp, list(pages(users, members)), database, writer.touched)
     return await StagedListing(writer, listing, page_timeout=60).write([])
 

@@ -166,6 +166,7 @@ SQL = re.compile(
 #: f-strings that hold SQL, and why they may: no value of anybody's is in them, only names of our own.
 NAMES_ONLY = {
     "utils.mirror.sql": "derived from models/",
+    "utils.mirror.history": "pieces of its own statements that several share",
     "utils.mirror.staging": "names of staging tables and settings that are constants",
     "utils.database.partitions": "names and bounds of partitions",
     "utils.database.embedded": "the name of its one database, quoted",

@@ -16,16 +16,24 @@ from discord.http import Route
 
 from utils.commands import register_commands
 from utils.database import Database
-from utils.errors import GuildbookError
+from utils.errors import GuildbookError, SpoolError
 from utils.mirror import Mirror, tap
+from utils.mirror.journal import Journal
+from utils.mirror.queue import EventQueue
 from utils.mirror.source import DiscordSource
+from utils.mirror.writer import Rhythm
 from utils.operators import Operators
-from utils.service import lease
+from utils.service import metrics
+from utils.service.lease import Lease
 from utils.settings import Settings
 
 _log = logging.getLogger(__name__)
 
 COGS = Path(__file__).resolve().parents[1] / "cogs"
+#: Where journals are, under DATA_DIR.
+SPOOL = "spool"
+#: Seconds for a journal to be closed.
+JOURNAL_SECONDS = 3.0
 #: Seconds that a cog's set-up may take.
 COG_SECONDS = 30.0
 
@@ -33,12 +41,20 @@ COG_SECONDS = 30.0
 class Guildbook(commands.AutoShardedBot):
     """Mirrors its guilds into the database and carries the cogs.
 
-    `extensions`: the modules of the cogs; None for everything in `cogs/`.
+    `lease` has been won already. `extensions`: the modules of the cogs; None for everything in `cogs/`.
     """
 
-    def __init__(self, settings: Settings, database: Database, *, extensions: Iterable[str] | None = None) -> None:
+    def __init__(
+        self, settings: Settings, database: Database, lease: Lease, *, extensions: Iterable[str] | None = None
+    ) -> None:
         discord.VoiceClient.warn_nacl = discord.VoiceClient.warn_dave = False  # nobody here wants to speak
-        intents = discord.Intents(guilds=True, members=True, voice_states=settings.member_cache != "none")
+        intents = discord.Intents(
+            guilds=True,
+            members=True,
+            moderation=True,
+            guild_messages=True,
+            voice_states=settings.member_cache != "none",
+        )
         super().__init__(
             command_prefix=commands.when_mentioned,
             help_command=None,
@@ -51,10 +67,10 @@ class Guildbook(commands.AutoShardedBot):
         self.settings: Settings = settings
         self.db: Database = database
         self.operators: Operators = Operators(self, settings.admin_user_ids)
-        #: Names this process in `ops.leases`.
-        self.holder: str = lease.holder()
+        self.lease: Lease = lease
         self._extensions: list[str] = found_extensions() if extensions is None else list(extensions)
         self._mirror: Mirror | None = None
+        self._journal: Journal | None = None
         Route.BASE = settings.discord_api_base
 
     @property
@@ -73,31 +89,91 @@ class Guildbook(commands.AutoShardedBot):
         listings = {id: state.listing.seen for id, state in guilds.items() if state.listing is not None}
         return ready, {**progress, "rows_waiting": len(self._mirror.writer.buffer), "members_received": listings}
 
+    def stats(self) -> dict[str, Any]:
+        """Return the figures of this moment: what waits, what was written, the spool, the lease and the pool.
+
+        Times are seconds. `mirror`, `buffer`, `queue` and `spool` are None before the login.
+        """
+        figures: dict[str, Any] = {"lease": self.lease.describe(), "pool": self.db.pool_stats()}
+        if self._mirror is None:
+            return figures | dict.fromkeys(("mirror", "buffer", "queue", "spool", "written"))
+        writer, journal = self._mirror.writer, self._journal
+        queue = writer.queue
+        spool = None
+        if journal is not None:
+            spool = {"events": journal.records, "bytes": journal.size, "trouble": journal.trouble}
+        return figures | {
+            "mirror": self._mirror.is_ready()[1],
+            "buffer": {"rows": len(writer.buffer), "oldest": writer.buffer.age, "dropped": writer.rows_dropped},
+            "queue": {
+                "events": len(queue), "oldest": queue.age, "on_disk": queue.is_spilled, "dropped": queue.dropped,
+            },
+            "spool": spool,
+            "written": {"rows": writer.rows_written, "events": writer.events_written},
+        }  # fmt: skip
+
+    def measure(self) -> None:
+        """Set the gauges that GET /metrics shows."""
+        if self._mirror is None:
+            return
+        writer = self._mirror.writer
+        metrics.buffer_rows.set(len(writer.buffer))
+        metrics.queue_events.set(len(writer.queue))
+        metrics.waiting_seconds.labels("row").set(writer.buffer.age)
+        metrics.waiting_seconds.labels("event").set(writer.queue.age)
+        metrics.spool_bytes.set(0 if self._journal is None else self._journal.size)
+
     async def setup_hook(self) -> None:
         """Start the mirror and load the cogs: after the login, before the gateway."""
         shards = await self._find_gateway()
-        settings = self.settings
-        epoch = await lease.take(self.db, self.holder)
+        settings, fence = self.settings, self.lease.fence
+        if fence is None:
+            raise GuildbookError("the bot acts only with the lease: wait for it before the login")
+        self._journal = await self._open_journal(fence.holder)
+        queue = EventQueue(self._journal, spool=settings.spool, max_rows=settings.buffer_max_rows)
         self._mirror = Mirror(
             self.db,
             DiscordSource(self),
-            epoch=epoch,
+            fence,
+            queue,
             shards=shards,
-            flush_rows=settings.flush_rows,
-            flush_seconds=settings.flush_seconds,
+            rhythm=Rhythm(
+                settings.flush_rows, settings.flush_seconds, settings.db_retry_seconds, settings.db_retry_max_seconds
+            ),
             page_timeout=settings.chunk_timeout_seconds,
             cooldown=settings.chunk_cooldown_seconds,
+            spool=settings.data_dir / SPOOL if settings.spool != "off" else None,
+            on_lost=self.lease.give_up,
         )
         tap.install(self, self._mirror)
+        await self._mirror.replay()
         self._mirror.start()
         await self._load_cogs()
         await register_commands(self)
-        _log.info("logged in as %s", self.user, extra={"shards": shards, "epoch": epoch, "holder": self.holder})
+        _log.info("logged in as %s", self.user, extra={"shards": shards, "epoch": fence.epoch, "holder": fence.holder})
 
     async def stop_mirror(self, timeout: float) -> None:
-        """Write what waits, in `timeout` seconds at most, and stop the mirror; nothing when it never started."""
+        """Write what waits, in `timeout` seconds at most, and stop the mirror; nothing when it never started.
+
+        When another process acts already, nothing is written: what waits stays in the journal.
+        """
         if self._mirror is not None:
-            await self._mirror.stop(timeout)
+            await self._mirror.stop(timeout, flush=not self.lease.lost.is_set())
+        if self._journal is not None:
+            await self._journal.close(JOURNAL_SECONDS)
+            self._journal = None
+
+    async def _open_journal(self, name: str) -> Journal | None:
+        settings = self.settings
+        if settings.spool == "off":
+            return None
+        try:
+            return await Journal.open(settings.data_dir / SPOOL, name, max_bytes=settings.spool_max_mb * 2**20)
+        except SpoolError as error:
+            if settings.spool == "always":
+                raise
+            _log.error("going on without a spool, an outage may lose events: %s", error)
+            return None
 
     async def on_error(self, event_method: str, /, *args: Any, **kwargs: Any) -> None:
         """Log what a listener raised; the bot lives on."""

@@ -7,20 +7,23 @@ import logging
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import aiohttp
 import discord
 
 from utils import logs, migrations
-from utils.bot import Guildbook
+from utils.bot import SPOOL, Guildbook
 from utils.database import Database
 from utils.database.embedded import EmbeddedServer
 from utils.database.partitions import ensure_partitions
 from utils.database.urls import resolve, resolve_direct
 from utils.errors import GuildbookError, MigrationError, SettingsError
+from utils.mirror.journal import is_dead
 from utils.service import heap, metrics
 from utils.service.health import HealthServer
+from utils.service.lease import Lease, holder
 from utils.settings import DEVELOPER_PORTAL, Settings
 
 _log = logging.getLogger(__name__)
@@ -33,6 +36,8 @@ PULSE_SECONDS = 0.02
 KEPT_BACK = 6.0
 #: Seconds for each step after a second signal.
 HURRIED_SECONDS = 1.0
+#: Seconds for each step of leaving when another process has taken over.
+STEP_SECONDS = 5.0
 #: Discord's close codes that mean a wrong setting (API reference, "Gateway Close Event Codes").
 _WRONG_TOKEN, _WRONG_INTENTS = 4004, 4014
 
@@ -45,6 +50,7 @@ class Process:
         self.server: EmbeddedServer | None = None
         self.db: Database | None = None
         self.health: HealthServer | None = None
+        self.lease: Lease | None = None
         self.bot: Guildbook | None = None
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -74,9 +80,8 @@ class Process:
             _log.info("stopped")
             return
         error = work.exception()
-        if error is not None:
-            raise explained(error, self.settings) from error
-        raise GuildbookError("the connection to Discord was closed for good, though nobody asked this process to stop")
+        assert error is not None, "it goes on for ever"
+        raise explained(error, self.settings) from error
 
     def _signalled(self, number: signal.Signals) -> None:
         if self._stop.is_set():
@@ -104,24 +109,50 @@ class Process:
             connect_timeout=settings.db_connect_timeout,
             command_timeout=settings.db_command_timeout,
         )
-        await self.db.connect()
-        await self._bring_schema_up_to_date(self.db)
-        self._repeat("partitions", PARTITION_SECONDS, self._make_partitions)
-        await self._make_partitions()
         if settings.effective_health_port is not None:
             self.health = HealthServer(
                 settings.health_host,
                 settings.effective_health_port,
                 ready=self._readiness,
+                alive=self._aliveness,
                 before_metrics=self._measure,
             )
-            await self.health.start()
+            await self.health.start()  # before all that may take its time: whoever stands by is healthy
+        await self.db.connect()
+        if not await self.db.fetchval("SELECT to_regclass('ops.leases') IS NOT NULL"):
+            await self._bring_schema_up_to_date(self.db)  # without it there is no lease to wait for
+        self._repeat("partitions", PARTITION_SECONDS, self._make_partitions)
         self._repeat("database check", CHECK_SECONDS, self._check_database)
-        self.bot = Guildbook(settings, self.db)
-        heap.settle()
         self._run_beside("loop watch", self._watch_loop())
-        async with self.bot:
-            await self.bot.start(settings.discord_token.get_secret_value())
+        while True:
+            await self._act(self.db)
+
+    async def _act(self, db: Database) -> None:
+        """Stand by until the lease is ours, then run the bot until another process has it. Raises what ends the bot."""
+        settings = self.settings
+        assert settings.discord_token is not None, "the command line has asked for it"
+        lease = self.lease = Lease(db.target, holder(), is_dead=partial(is_dead, settings.data_dir / SPOOL))
+        await lease.wait()
+        await self._bring_schema_up_to_date(db)
+        await self._make_partitions()
+        bot = self.bot = Guildbook(settings, db, lease)
+        heap.settle()
+        running = asyncio.create_task(bot.start(settings.discord_token.get_secret_value()), name="discord")
+        lost = asyncio.create_task(lease.lost.wait())
+        try:
+            async with bot:
+                await asyncio.wait({running, lost}, return_when=asyncio.FIRST_COMPLETED)
+                if running.done():
+                    await running
+                    raise GuildbookError("the connection to Discord was closed for good, though nobody asked for it")
+        finally:
+            for task in (running, lost):
+                task.cancel()
+            await asyncio.wait({running, lost}, timeout=STEP_SECONDS)
+        await bot.stop_mirror(STEP_SECONDS)
+        await lease.release(STEP_SECONDS)
+        self.bot = None
+        _log.warning("the gateway is left: standing by until the process that acts has ended")
 
     async def _bring_schema_up_to_date(self, db: Database) -> None:
         if self.settings.auto_migrate:
@@ -161,6 +192,7 @@ class Process:
     async def _check_database(self) -> None:
         assert self.db is not None
         self._db_answers = await self.db.check()
+        await self.db.validate_connections()
 
     async def _watch_loop(self) -> None:
         longest, last = 0.0, time.perf_counter()
@@ -172,9 +204,16 @@ class Process:
                 metrics.loop_stall_max.set(longest)
             last = now
 
+    @property
+    def _state(self) -> str:
+        return "starting" if self.lease is None else str(self.lease.describe()["state"])
+
+    def _aliveness(self) -> tuple[bool, dict[str, Any]]:
+        return True, {"state": self._state}
+
     def _readiness(self) -> tuple[bool, dict[str, Any]]:
         if self.bot is None:
-            return False, {"state": "starting"}
+            return False, {"state": self._state}
         ready, details = self.bot.readiness()
         return ready and not self._stop.is_set(), {**details, "database": self._db_answers}
 
@@ -182,6 +221,10 @@ class Process:
         if self.db is not None:
             for state, count in self.db.pool_stats().items():
                 metrics.pool_connections.labels(state).set(count)
+        fence = None if self.lease is None or self.lease.lost.is_set() else self.lease.fence
+        metrics.lease_epoch.set(0 if fence is None else fence.epoch)
+        if self.bot is not None:
+            self.bot.measure()
 
     # --- the end
 
@@ -194,6 +237,8 @@ class Process:
         await self._step("the bot", lambda _: _ended(work))
         if bot is not None:
             await self._step("writing what waits", bot.stop_mirror)
+        if self.lease is not None:  # not before: what was written needed it
+            await self._step("giving the lease back", self.lease.release, kept_back=KEPT_BACK - 2 * HURRIED_SECONDS)
         for task in self._beside:
             task.cancel()
         if health is not None:

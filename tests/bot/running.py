@@ -19,6 +19,7 @@ from utils.bot import Guildbook
 from utils.database import Database
 from utils.demo.child import ENTRY, environment, free_port
 from utils.demo.proof import TABLES, compare
+from utils.service.lease import Lease, holder
 from utils.settings import Settings
 
 #: Nothing here may take longer, in seconds.
@@ -50,7 +51,10 @@ async def running(
     """Run the bot in this process until it is ready, and end it after the block."""
     monkeypatch.setattr(http.Route, "BASE", http.Route.BASE)  # the bot sets both; given back afterwards
     monkeypatch.setattr(gateway.DiscordWebSocket, "DEFAULT_GATEWAY", gateway.DiscordWebSocket.DEFAULT_GATEWAY)
-    bot = Guildbook(settings_for(simulator, **settings), database, extensions=extensions)
+    lease = Lease(database.target, holder())
+    await lease.wait()
+    chosen = settings_for(simulator, **{"spool": "off", **settings})
+    bot = Guildbook(chosen, database, lease, extensions=extensions)
     async with bot:
         task = asyncio.create_task(bot.start(simulator.token))
         try:
@@ -64,6 +68,7 @@ async def running(
             await asyncio.wait([task], timeout=5)
             async with asyncio.timeout(PATIENCE):
                 await bot.stop_mirror(5)
+                await lease.release(5)
 
 
 async def differences(database: Database, simulator: Simulator) -> list[str]:

@@ -195,7 +195,7 @@ async def test_every_start_takes_the_lease_with_a_higher_epoch(
         async with running(database, simulator, monkeypatch) as bot:
             row = await database.fetchrow("SELECT holder, epoch FROM ops.leases WHERE shard = 0")
             assert row is not None
-            assert row["holder"] == bot.holder
+            assert row["holder"] == bot.lease.name
             holders.append(tuple(row))
     assert [epoch for _, epoch in holders] == [1, 2]
     assert holders[0][0] != holders[1][0]

@@ -234,7 +234,7 @@ class Driver:
         left = {
             "watched for": mirror.writer.touched._open,
             "listed": mirror.reconciler.listings,
-            "held": mirror.writer._held,
+            "held": mirror.writer.buffer.held,
             "running": mirror.reconciler.queue._running,
             "waiting": list(mirror.reconciler.queue),
         }

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import discord
@@ -18,10 +19,13 @@ from utils.database import Database
 from utils.errors import DatabaseError
 from utils.mirror import Mirror, archived, guilds, reconcile, source, staging
 from utils.mirror import mirror as mirror_module
+from utils.mirror.journal import Journal
 from utils.mirror.listing import Listing
+from utils.mirror.queue import EventQueue, Spool
 from utils.mirror.rows import key_columns, tombstone_column
 from utils.mirror.source import DiscordSource
 from utils.mirror.tap import install
+from utils.mirror.writer import Rhythm
 from utils.service import lease
 
 TABLES = ("guilds", "users", "members", "roles", "channels", "threads")
@@ -86,7 +90,7 @@ class Mirrored:
                 await until(lambda: not self.mirror.archived.waiting, timeout)
                 with contextlib.suppress(DatabaseError):
                     await self.mirror.writer.flush()
-                if self.has_heard_all() and self.mirror.is_ready()[0] and not len(self.mirror.writer.buffer):
+                if self.has_heard_all() and self.mirror.is_ready()[0] and self.mirror.writer.is_idle:
                     return
 
     async def listing(self, guild_id: int, pages: int = 1) -> Listing:
@@ -144,30 +148,37 @@ async def mirrored(
     page_timeout: float = 2.0,
     cooldown: float = 0.0,
     flush_seconds: float = 0.02,
+    spool: Path | None = None,
+    mode: Spool = "always",
+    max_rows: int = 20_000,
 ) -> AsyncIterator[Mirrored]:
     """Mirror a simulator's world into a database for the length of the block; a further block is the bot's restart."""
     impatient(monkeypatch)
     monkeypatch.setattr(http.Route, "BASE", simulator.api_base)
     monkeypatch.setattr(gateway.DiscordWebSocket, "DEFAULT_GATEWAY", yarl.URL(simulator.gateway_url))
     client = _Client(
-        intents=discord.Intents(guilds=True, members=True, moderation=True),
+        intents=discord.Intents(guilds=True, members=True, moderation=True, guild_messages=True),
         chunk_guilds_at_startup=False,
         member_cache_flags=discord.MemberCacheFlags.none(),
         max_messages=None,
         shard_count=1,
         guild_ready_timeout=0.1,
     )
+    fence = await lease.seize(database, lease.holder())
+    journal = None if spool is None else await Journal.open(spool, fence.holder, max_bytes=2**26)
     mirror = Mirror(
         database,
         DiscordSource(client, timeout=10.0),
-        epoch=await lease.take(database, lease.holder()),
+        fence,
+        EventQueue(journal, spool=mode, max_rows=max_rows),
         shards=1,
-        flush_rows=500,
-        flush_seconds=flush_seconds,
+        rhythm=Rhythm(flush_seconds=flush_seconds),
         page_timeout=page_timeout,
         cooldown=cooldown,
+        spool=spool,
     )
     install(client, mirror)
+    await mirror.replay()
     mirror.start()
     running = asyncio.create_task(client.start(simulator.token))
     bot = Mirrored(mirror, client, simulator)
@@ -181,6 +192,8 @@ async def mirrored(
         await asyncio.wait([running], timeout=5)
         if not bot.killed:
             await mirror.stop(5)
+        if journal is not None:
+            await journal.close(5)
 
 
 async def differences(database: Database, simulator: Simulator, tables: Iterable[str] = TABLES) -> list[str]:

@@ -12,9 +12,13 @@ from utils.errors import SyncError, ValidationError
 from utils.mirror.apply import Batch, Run, Written, apply
 from utils.mirror.listing import Listing
 from utils.mirror.pages import Page, Record
+from utils.mirror.queue import EventQueue
 from utils.mirror.rows import Absence, Entry, Group, Key, key_columns
 from utils.mirror.touched import Touched
 from utils.mirror.translate import LISTED_MEMBER, LISTED_USER
+from utils.mirror.writer import MirrorWriter, Rhythm
+from utils.service import lease
+from utils.service.lease import Fence
 
 GUILD = 81_384_788_765_712_384
 OTHER_GUILD = GUILD + (7 << 22)
@@ -33,16 +37,34 @@ def said(table: str, key: Key, stamp: int, *, appears: bool = True, **values: An
     return (table, key), Entry(values, appears, stamp)
 
 
+async def fence_of(database: Database) -> Fence:
+    """Return the fence of the process that acts, of a test's where none does."""
+    epoch = await database.fetchval("SELECT epoch FROM ops.leases")
+    return await lease.seize(database, "a test") if epoch is None else Fence("a test", epoch)
+
+
+async def applied(database: Database, batch: Batch) -> Written:
+    """Write a batch as the process that acts."""
+    return await apply(database, batch, await fence_of(database))
+
+
+async def writer_of(database: Database, **rhythm: Any) -> MirrorWriter:
+    """Return a writer of a process that acts, with a queue that is in memory alone."""
+    fence = await fence_of(database)
+    queue = EventQueue(None, spool="off", max_rows=20_000)
+    return MirrorWriter(database, fence, queue, Rhythm(**rhythm), on_lost=lambda: None, on_dropped=lambda guilds: None)
+
+
 async def write(database: Database, *entries: tuple[tuple[str, Key], Entry]) -> Written:
     """Write observations as one batch."""
     batch = dict(entries)
     assert len(batch) == len(entries), "a batch holds one entry a row"
-    return await apply(database, Batch(entries=batch))
+    return await applied(database, Batch(entries=batch))
 
 
 async def write_groups(database: Database, *groups: Group, absences: Sequence[Absence] = ()) -> Written:
     """Write what a listing showed, as one batch."""
-    return await apply(database, Batch(groups=list(groups), absences=list(absences)))
+    return await applied(database, Batch(groups=list(groups), absences=list(absences)))
 
 
 async def rows(database: Database, table: str) -> dict[Key, dict[str, Any]]:

@@ -46,9 +46,29 @@ async def test_members_of_a_held_guild_stay_and_everything_else_is_handed_out() 
     waiting = buffer()
     for row in (member(1), member(1, guild_id=OTHER_GUILD), Row("roles", (GUILD, 1), {}), Row("guilds", (GUILD,), {})):
         waiting.put(row, 1)
-    taken = waiting.take(hold=frozenset({GUILD}))
+    waiting.hold(GUILD)
+    waiting.put(member(2), 2)
+    taken = waiting.take()
     assert set(taken) == {("members", (OTHER_GUILD, 1)), ("roles", (GUILD, 1)), ("guilds", (GUILD,))}
-    assert set(waiting.take()) == {("members", (GUILD, 1))}
+    assert len(waiting) == 2
+    assert waiting.age > 0
+    waiting.release(GUILD)
+    assert set(waiting.take()) == {("members", (GUILD, 1)), ("members", (GUILD, 2))}
+
+
+async def test_memory_that_is_needed_is_taken_from_the_members_that_wait_longest() -> None:
+    waiting = buffer()
+    waiting.put(Row("roles", (GUILD, 1), {}), 1)
+    for user_id in (1, 2, 3):
+        waiting.put(Row("users", (user_id,), {}), 2)
+        waiting.put(member(user_id), 2)
+    waiting.put(member(1), 3)  # still the one that waits longest
+    waiting.put(member(9, guild_id=OTHER_GUILD), 4)
+    assert waiting.drop_oldest(2) == (4, {GUILD})
+    assert set(waiting.take()) == {
+        ("roles", (GUILD, 1)), ("users", (3,)), ("members", (GUILD, 3)), ("members", (OTHER_GUILD, 9)),
+    }  # fmt: skip
+    assert waiting.drop_oldest(2) == (0, set())
 
 
 async def test_the_age_is_that_of_what_waits() -> None:
@@ -60,7 +80,8 @@ async def test_the_age_is_that_of_what_waits() -> None:
     assert waiting._since is None
     waiting.give_back(taken)
     assert waiting._since is not None
-    waiting.take(hold=frozenset({GUILD}))
+    waiting.hold(GUILD)
+    waiting.take()
     assert waiting._since is not None
 
 
@@ -100,7 +121,7 @@ EVENTS = st.lists(
     st.tuples(
         st.integers(1, 3),
         st.dictionaries(st.sampled_from(["nick", "flags"]), st.integers(0, 9), min_size=1),
-        st.sampled_from(["nothing", "write", "fail", "fail later", "hold"]),
+        st.sampled_from(["nothing", "write", "fail", "fail later", "hold", "release"]),
     ),
     max_size=25,
 )
@@ -131,7 +152,11 @@ async def test_whatever_fails_and_comes_back_the_last_word_on_each_column_is_wri
         elif then == "fail later":
             failing = waiting.take()
         elif then == "hold":
-            write(waiting.take(hold=frozenset({GUILD})))
+            waiting.hold(GUILD)
+            write(waiting.take())
+        elif then == "release":
+            waiting.release(GUILD)
+    waiting.release(GUILD)
     waiting.give_back(failing or {})
     write(waiting.take())
     assert table == truth

@@ -231,7 +231,7 @@ async def test_rows_that_wait_since_before_a_listing_never_lie_over_it(
         for id in crowd:
             world.update_member(guild_id, id, roles=[])
         state = bot.mirror.reconciler.guilds[guild_id]
-        await until(lambda: guild_id in bot.mirror.writer._held or state.failures)
+        await until(lambda: guild_id in bot.mirror.writer.buffer.held or state.failures)
         is_down[0] = False
         await bot.settled()
     assert simulator.lies.done["refuse_resume"] == 1

@@ -15,8 +15,11 @@ from utils.errors import SyncError
 from utils.mirror import mirror as module
 from utils.mirror.listing import Listing
 from utils.mirror.pages import Page
+from utils.mirror.queue import EventQueue
 from utils.mirror.rows import Row
 from utils.mirror.touched import Touched
+from utils.mirror.writer import Rhythm
+from utils.service.lease import Fence
 
 SOON = 0.01
 
@@ -151,7 +154,8 @@ async def test_the_gateway_is_not_held_up_again_by_a_listing_that_no_page_is_tak
     for index in range(8):
         found.chunk(chunk(index, 8, index + 1))
     mirror = module.Mirror(
-        database, None, epoch=1, shards=1, flush_rows=500, flush_seconds=1.0, page_timeout=1.0, cooldown=0.0,  # type: ignore[arg-type]
+        database, None, Fence("nobody", 1), EventQueue(None, spool="off", max_rows=1_000), shards=1,  # type: ignore[arg-type]
+        rhythm=Rhythm(), page_timeout=1.0, cooldown=0.0,
     )  # fmt: skip
     mirror.reconciler.listings["nonce"] = found
     await mirror._pause()

@@ -6,11 +6,23 @@ from typing import Any
 
 import pytest
 
-from tests.mirror.tables import GUILD, OTHER_GUILD, complete_run, history, row, rows, said, versions, when, write
+from tests.mirror.tables import (
+    GUILD,
+    OTHER_GUILD,
+    applied,
+    complete_run,
+    history,
+    row,
+    rows,
+    said,
+    versions,
+    when,
+    write,
+)
 from utils.database import Database
 from utils.errors import DatabaseUnavailable
 from utils.mirror import apply as apply_module
-from utils.mirror.apply import Batch, apply
+from utils.mirror.apply import Batch
 from utils.mirror.rows import Group, Mode
 from utils.mirror.translate import LISTED_MEMBER
 
@@ -151,7 +163,7 @@ async def test_what_may_only_fill_never_changes_a_row(database: Database) -> Non
     records: list[tuple[Any, ...]] = [
         (GUILD, user_id, "listed", None, [], when(0), None, None, False, 0, None, 50) for user_id in (1, 2)
     ]
-    written = await apply(database, Batch(groups=[Group("members", LISTED_MEMBER, Mode.INSERT, records)]))
+    written = await applied(database, Batch(groups=[Group("members", LISTED_MEMBER, Mode.INSERT, records)]))
     assert (written.inserted["members"], written.updated["members"]) == (1, 0)
     assert (await row(database, "members", (GUILD, 1)))["nick"] == "live"
     assert (await row(database, "members", (GUILD, 2)))["nick"] == "listed"
@@ -159,7 +171,7 @@ async def test_what_may_only_fill_never_changes_a_row(database: Database) -> Non
 
 async def test_members_older_than_the_last_complete_listing_are_dropped(database: Database) -> None:
     await write(database, member(1, 10, nick="before", left_at=None))
-    await apply(database, Batch(runs=[complete_run(100)]))
+    await applied(database, Batch(runs=[complete_run(100)]))
     written = await write(
         database,
         member(1, 99, nick="late"),
@@ -181,7 +193,7 @@ async def test_members_older_than_the_last_complete_listing_are_dropped(database
 async def test_a_failed_listing_dates_nothing(database: Database) -> None:
     failed = complete_run(100)
     failed.error = "half of it never came"
-    await apply(database, Batch(runs=[failed]))
+    await applied(database, Batch(runs=[failed]))
     await write(database, member(1, 5, nick="early", left_at=None))
     assert (await row(database, "members", (GUILD, 1)))["nick"] == "early"
     assert tuple(await database.fetchrow("SELECT state, stamp FROM sync_runs") or ()) == ("failed", None)
@@ -244,7 +256,7 @@ async def test_nothing_of_a_batch_is_there_when_its_last_statement_fails(
     run.reason = None  # type: ignore[assignment]
     batch = Batch(entries=dict([member(1, 60, nick="b", left_at=None)]), runs=[run])
     with pytest.raises(Exception, match="null value"):
-        await apply(database, batch)
+        await applied(database, batch)
     assert (await row(database, "members", (GUILD, 1)))["nick"] == "a"
     assert await history(database) == []
 
@@ -263,6 +275,6 @@ async def test_a_batch_that_is_tried_again_counts_its_rows_once(
     listed: list[tuple[Any, ...]] = [(GUILD, 1, None, None, [], when(0), None, None, False, 0, None, 50)]
     batch = Batch(groups=[Group("members", LISTED_MEMBER, Mode.MERGE, listed)], runs=[complete_run(50)])
     with pytest.raises(DatabaseUnavailable):
-        await apply(database, batch)
-    await apply(database, batch)
+        await applied(database, batch)
+    await applied(database, batch)
     assert await database.fetchval("SELECT rows_inserted FROM sync_runs") == 1

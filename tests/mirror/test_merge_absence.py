@@ -6,10 +6,22 @@ from typing import Any
 
 import pytest
 
-from tests.mirror.tables import GUILD, OTHER_GUILD, history, row, rows, said, versions, when, write, write_groups
+from tests.mirror.tables import (
+    GUILD,
+    OTHER_GUILD,
+    applied,
+    history,
+    row,
+    rows,
+    said,
+    versions,
+    when,
+    write,
+    write_groups,
+)
 from utils.database import Database
 from utils.mirror import sql
-from utils.mirror.apply import Batch, Run, apply, bury
+from utils.mirror.apply import Batch, Run, bury
 from utils.mirror.rows import Absence
 
 TABLES = [("members", "left_at"), ("roles", "deleted_at"), ("channels", "deleted_at"), ("threads", "deleted_at")]
@@ -65,7 +77,7 @@ async def test_an_empty_listing_of_an_unknown_guild_buries_nobody(database: Data
 async def test_the_run_of_a_listing_counts_who_left(database: Database) -> None:
     await write(database, *(said("members", (GUILD, id), 10, flags=0) for id in range(1, 6)))
     run = Run(GUILD, when(0), "rest", "request", 50)
-    await apply(database, Batch(absences=[Absence("members", GUILD, 50, {1, 2})], runs=[run]))
+    await applied(database, Batch(absences=[Absence("members", GUILD, 50, {1, 2})], runs=[run]))
     assert tuple(await database.fetchrow("SELECT state, stamp, rows_left FROM sync_runs") or ()) == ("complete", 50, 3)
 
 
@@ -132,7 +144,7 @@ async def test_ready_buries_the_guilds_of_its_shard_that_it_does_not_name(databa
     kept, *left = guilds[1]
     late = left.pop()
     await write(database, said("guilds", (late,), 60, name="came after READY"))
-    await apply(database, Batch(ready=[(1, 2, {kept}, 50)]))
+    await applied(database, Batch(ready=[(1, 2, {kept}, 50)]))
     found = await rows(database, "guilds")
     assert gone(found, "left_at") == {(id,) for id in left}
     assert all(not found[id,]["is_active"] for id in left)
@@ -142,7 +154,7 @@ async def test_ready_buries_the_guilds_of_its_shard_that_it_does_not_name(databa
 
 async def test_a_guild_that_was_left_and_is_joined_again_returns(database: Database) -> None:
     await write(database, said("guilds", (GUILD,), 10, name="g", left_at=None))
-    await apply(database, Batch(ready=[((GUILD >> 22) % 1, 1, set(), 50)]))
+    await applied(database, Batch(ready=[((GUILD >> 22) % 1, 1, set(), 50)]))
     await write(database, said("guilds", (GUILD,), 60, name="g", left_at=None))
     assert (await row(database, "guilds", (GUILD,)))["left_at"] is None
     assert [action for _, _, action, *_ in await history(database)] == ["remove", "return"]

@@ -12,6 +12,7 @@ from tests.mirror.tables import (
     GUILD,
     OTHER_GUILD,
     Received,
+    applied,
     complete_run,
     empty,
     history,
@@ -24,10 +25,11 @@ from tests.mirror.tables import (
     versions,
     when,
     write,
+    writer_of,
 )
 from utils.database import Database
 from utils.errors import DatabaseError, SyncError
-from utils.mirror.apply import Batch, Run, apply
+from utils.mirror.apply import Batch, Run
 from utils.mirror.pages import Page
 from utils.mirror.rows import Absence, Group, Mode, Row
 from utils.mirror.staging import StagedListing
@@ -38,8 +40,8 @@ Members = dict[int, dict[str, Any]]
 
 
 @pytest.fixture
-def writer(database: Database) -> MirrorWriter:
-    return MirrorWriter(database, flush_rows=500, flush_seconds=1.0)
+async def writer(database: Database) -> MirrorWriter:
+    return await writer_of(database)
 
 
 async def stage(
@@ -143,7 +145,7 @@ async def test_what_live_events_spoke_of_since_beats_the_listing(database: Datab
 async def test_a_listing_that_breaks_leaves_the_members_as_they_were(
     database: Database, writer: MirrorWriter, known: range
 ) -> None:
-    await apply(
+    await applied(
         database, Batch(groups=[Group("members", LISTED_MEMBER, Mode.MERGE, [member_record(i, 1) for i in known])])
     )
     before = await versions(database, "members")
@@ -167,7 +169,7 @@ async def test_no_staging_table_and_no_setting_stays_on_a_connection(
         await stage(writer, listed(range(1, 41), 20), 20, breaks=breaks)
     except ExceptionGroup:
         assert breaks is not None
-    assert database.pool_stats()["in_use"] == 0
+    assert database.pool_stats()["active"] == 0
     assert await database.fetchval("SELECT count(*) FROM pg_class WHERE relpersistence = 't'") == 0
     for _ in range(database.pool_stats()["size"]):
         async with database.acquire() as connection:
@@ -192,7 +194,7 @@ async def test_an_older_listing_writes_nothing_after_a_later_one_was_completed(
     database: Database, writer: MirrorWriter
 ) -> None:
     await stage(writer, listed(range(1, 41), 10, nick="n"), 10)
-    await apply(database, Batch(runs=[complete_run(100)]))
+    await applied(database, Batch(runs=[complete_run(100)]))
     before = await rows(database, "members")
     with pytest.raises(ExceptionGroup) as caught:
         await stage(writer, listed(range(2, 60), 50, nick="stale"), 50)
@@ -252,7 +254,7 @@ async def test_staging_and_a_small_batch_leave_the_same_tables(
             await write(
                 database, said("members", (GUILD, id), stamp, **{"pending": False, "flags": 0, **values, **left})
             )
-        writer = MirrorWriter(database, flush_rows=500, flush_seconds=1.0)
+        writer = await writer_of(database)
         if way == "staged":
             await stage(writer, [Page(users, records, len(records))], 20, source="rest")
         else:
@@ -261,7 +263,7 @@ async def test_staging_and_a_small_batch_leave_the_same_tables(
                 Group("members", LISTED_MEMBER, Mode.MERGE, list(records)),
             ]
             run = Run(GUILD, when(0), "rest", "request", 20)
-            await apply(
+            await applied(
                 database, Batch(groups=groups, absences=[Absence("members", GUILD, 20, set(after))], runs=[run])
             )
         states.append(await state(database))

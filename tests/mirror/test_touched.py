@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.mirror.tables import GUILD, OTHER_GUILD, member_record, rows, said, when, write
+from tests.mirror.tables import GUILD, OTHER_GUILD, member_record, rows, said, when, write, writer_of
 from utils.database import Database
 from utils.errors import SyncError
+from utils.mirror.observation import Observation
 from utils.mirror.rows import Group, Mode, Row
 from utils.mirror.touched import Touched
 from utils.mirror.translate import LISTED_MEMBER
-from utils.mirror.writer import MirrorWriter, Observation
 
 
 def member(user_id: int, *, guild_id: int = GUILD, appears: bool = True, **values: Any) -> Row:
@@ -121,7 +121,7 @@ def test_a_listing_keeps_every_member_and_every_column_that_nobody_spoke_of_sinc
 
 
 async def test_an_event_that_changed_nothing_still_beats_an_older_observation(database: Database) -> None:
-    writer = MirrorWriter(database, flush_rows=500, flush_seconds=1.0)
+    writer = await writer_of(database)
     await write(database, said("roles", (GUILD, 1), 1, name="new"), said("roles", (GUILD, 2), 1, name="new"))
     writer.start()
     stale = [(GUILD, id, "old", 10) for id in (1, 2)]
@@ -133,7 +133,7 @@ async def test_an_event_that_changed_nothing_still_beats_an_older_observation(da
 
 
 async def test_what_is_deleted_before_an_older_observation_shows_it_stays_deleted(database: Database) -> None:
-    writer = MirrorWriter(database, flush_rows=500, flush_seconds=1.0)
+    writer = await writer_of(database)
     writer.start()
     done = writer.submit(Observation(GUILD, 10, [Group("roles", ("name",), Mode.MERGE, [(GUILD, 1, "r", 10)])]))
     writer.put(Row("roles", (GUILD, 1), {"deleted_at": when(1)}, appears=False), 11)
@@ -143,7 +143,7 @@ async def test_what_is_deleted_before_an_older_observation_shows_it_stays_delete
 
 
 async def test_flushing_the_buffer_leaves_observations_to_the_writer(database: Database) -> None:
-    writer = MirrorWriter(database, flush_rows=500, flush_seconds=1.0)
+    writer = await writer_of(database)
     done = writer.submit(Observation(GUILD, 10, [Group("roles", ("name",), Mode.MERGE, [(GUILD, 1, "r", 10)])]))
     await writer.flush()
     assert not done.done()

@@ -11,10 +11,13 @@ from tests.mirror.tables import GUILD, when
 from utils.database import Database
 from utils.mirror import Mirror, translate
 from utils.mirror.live import EVENTS
+from utils.mirror.queue import EventQueue
 from utils.mirror.rows import Row
 from utils.mirror.snapshots import checked, snapshot
 from utils.mirror.tap import decode
 from utils.mirror.translate import Payload
+from utils.mirror.writer import Rhythm
+from utils.service.lease import Fence
 
 G, AT = str(GUILD), when(99)
 USER: Payload = {
@@ -232,7 +235,8 @@ async def test_a_number_beyond_all_bounds_does_not_make_the_receiver_raise(datab
 
 def unstarted(database: Database) -> Mirror:
     return Mirror(
-        database, None, epoch=1, shards=1, flush_rows=500, flush_seconds=1.0, page_timeout=1.0, cooldown=0.0,  # type: ignore[arg-type]
+        database, None, Fence("nobody", 1), EventQueue(None, spool="off", max_rows=1_000), shards=1,  # type: ignore[arg-type]
+        rhythm=Rhythm(), page_timeout=1.0, cooldown=0.0,
     )  # fmt: skip
 
 

@@ -65,6 +65,7 @@ class Database:
         self.server_version_num: int = 0
         self._pool: Pool[Record] | None = None
         self._waiting: int = 0
+        self._created: int = 0
         self._used_temp: set[int] = set()
         self._clock: tuple[datetime, float] | None = None
 
@@ -231,11 +232,38 @@ class Database:
         return at + timedelta(seconds=time.monotonic() - measured)
 
     def pool_stats(self) -> dict[str, int]:
-        """Return how many connections are open, in use and allowed, and how many tasks wait for one."""
+        """Return how many connections were created so far, are active, idle and allowed, and how many tasks wait."""
         pool = self._pool
         size = pool.get_size() if pool is not None else 0
         idle = pool.get_idle_size() if pool is not None else 0
-        return {"size": size, "in_use": size - idle, "idle": idle, "max": self.pool_max, "waiting": self._waiting}
+        return {
+            "created": self._created, "active": size - idle, "idle": idle, "waiting": self._waiting,
+            "size": size, "max": self.pool_max,
+        }  # fmt: skip
+
+    async def validate_connections(self, timeout: float = 5.0) -> dict[str, int]:
+        """Ask every idle connection for an answer within `timeout` seconds, and replace those that give none.
+
+        Returns how many were `checked` and how many `replaced`; a database that is gone is no error here.
+        """
+        pool = self._pool
+        borrowed: list[PoolConnectionProxy[Record]] = []
+        try:
+            async with asyncio.timeout(timeout):
+                while pool is not None and pool.get_idle_size():
+                    borrowed.append(await pool.acquire())
+                alive = await asyncio.gather(*(_answers(connection, timeout / 2) for connection in borrowed))
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
+            _log.warning("connections could not be checked: %s", translate(exc))
+            alive = []
+        replaced = alive.count(False)
+        for connection in borrowed:
+            with contextlib.suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                assert pool is not None
+                await pool.release(connection, timeout=timeout)
+        if replaced:
+            _log.warning("connections were dead: they are replaced", extra={"replaced": replaced})
+        return {"checked": len(alive), "replaced": replaced}
 
     async def _open(self) -> Pool[Record]:
         return await asyncpg.create_pool(
@@ -244,9 +272,13 @@ class Database:
             max_size=self.pool_max,
             timeout=ATTEMPT_SECONDS,
             command_timeout=self.command_timeout,
-            init=_set_codecs,
+            init=self._set_up,
             reset=self._reset,
         )
+
+    async def _set_up(self, conn: asyncpg.Connection[Record]) -> None:
+        self._created += 1
+        await _set_codecs(conn)
 
     async def _greet(self) -> None:
         async with self.acquire() as conn:
@@ -271,6 +303,16 @@ class Database:
             self._used_temp.discard(pid)
             query += "\nDISCARD TEMP;"
         await conn.execute(query)
+
+
+async def _answers(connection: Connection, timeout: float) -> bool:
+    """Return whether a connection answers; one that does not is ended."""
+    try:
+        await connection.fetchval("SELECT 1", timeout=timeout)
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        connection.terminate()
+        return False
+    return True
 
 
 @contextlib.contextmanager

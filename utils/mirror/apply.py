@@ -14,8 +14,20 @@ from sqlalchemy import ARRAY
 from sqlalchemy.dialects.postgresql import JSONB
 
 from utils.database import Connection, Database
-from utils.mirror import sql
-from utils.mirror.rows import Absence, Entry, Group, Key, grouped, key_columns, table_of, tombstone_column
+from utils.mirror import history, sql
+from utils.mirror.events import Event, Membership
+from utils.mirror.rows import (
+    COUNTER_BITS,
+    Absence,
+    Entry,
+    Group,
+    Key,
+    grouped,
+    key_columns,
+    table_of,
+    tombstone_column,
+)
+from utils.service.lease import Fence
 
 #: Rows in one statement: keeps the arrays, and the time that the loop spends on encoding them, small.
 BATCH_ROWS = 1_000
@@ -39,8 +51,21 @@ class Run:
 
 
 @dataclass(slots=True)
+class Told:
+    """Events of one journal, oldest first, and the position that is committed with them."""
+
+    journal: str
+    events: list[Event]
+    upto: int
+    #: Whether some of them may be in the database already: the answer to an earlier commit was lost, or never asked.
+    in_doubt: bool = True
+    #: What comes later in the same journal, of the same people.
+    following: Sequence[Membership] = ()
+
+
+@dataclass(slots=True)
 class Batch:
-    """What is written together: waiting rows, then listings proven complete, then the runs that proved them."""
+    """What is written together: events, waiting rows, listings proven complete, and the runs that proved them."""
 
     entries: Mapping[tuple[str, Key], Entry] = field(default_factory=dict)
     groups: list[Group] = field(default_factory=list)
@@ -48,6 +73,7 @@ class Batch:
     runs: list[Run] = field(default_factory=list)
     #: Guilds that the bot is in, by READY: (shard id, number of shards, ids, stamp).
     ready: list[tuple[int, int, set[int], int]] = field(default_factory=list)
+    told: Told | None = None
 
 
 @dataclass(slots=True)
@@ -57,6 +83,8 @@ class Written:
     inserted: Counter[str] = field(default_factory=Counter)
     updated: Counter[str] = field(default_factory=Counter)
     removed: Counter[str] = field(default_factory=Counter)
+    #: Events that were new.
+    events: int = 0
 
     @property
     def total(self) -> int:
@@ -64,10 +92,11 @@ class Written:
         return self.inserted.total() + self.updated.total() + self.removed.total()
 
 
-async def apply(database: Database, batch: Batch, users_writing: asyncio.Lock | None = None) -> Written:
+async def apply(database: Database, batch: Batch, fence: Fence, users_writing: asyncio.Lock | None = None) -> Written:
     """Write a batch; waiting rows go before listings, which were asked for after they had been received.
 
-    `users_writing` is held while users are written; None where nobody else writes any.
+    Events go first: who joined by an event needs no listing to prove it. `users_writing` is held while users are
+    written; None where nobody else writes any. Raises `LeaseLost` when another process acts now.
     """
     written = Written()
     live = list(grouped(batch.entries.items()))
@@ -76,9 +105,13 @@ async def apply(database: Database, batch: Batch, users_writing: asyncio.Lock | 
     listed = [group for group in batch.groups if group.table != "users"]
     if users:
         async with users_writing or contextlib.nullcontext(), database.transaction() as connection:
+            await fence.check(connection)
             await write_groups(connection, users, written)
-    if rest or listed or batch.absences or batch.runs or batch.ready:
+    if rest or listed or batch.absences or batch.runs or batch.ready or batch.told:
         async with database.transaction() as connection:
+            await fence.check(connection)
+            if batch.told is not None:
+                written.events = await _tell(connection, batch.told, fence)
             await write_groups(connection, rest, written)
             await _bury(connection, database, batch.entries)
             counted = {run.guild_id: run for run in batch.runs}
@@ -91,6 +124,17 @@ async def apply(database: Database, batch: Batch, users_writing: asyncio.Lock | 
                 written.removed["guilds"] += gone
             for run in batch.runs:
                 await record(connection, database, run)
+    return written
+
+
+async def _tell(connection: Connection, told: Told, fence: Fence) -> int:
+    """Write events with the position that they reach; those that are in already are left out."""
+    events = told.events
+    if told.in_doubt and (position := await connection.fetchval(history.POSITION, told.journal)) is not None:
+        events = [event for event in events if event.stamp > position]
+    first_stamp = fence.epoch << COUNTER_BITS
+    written = await history.write_events(connection, events, first_stamp, told.following) if events else 0
+    await connection.execute(history.ADVANCE, told.journal, told.upto)
     return written
 
 

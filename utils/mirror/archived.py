@@ -12,12 +12,13 @@ import discord
 from utils.errors import SyncError
 from utils.mirror import translate
 from utils.mirror.guilds import GuildState
+from utils.mirror.observation import Observation
 from utils.mirror.reconcile import Reconciler
 from utils.mirror.rows import Entry, Row, Stamps, grouped
 from utils.mirror.snapshots import checked
 from utils.mirror.source import DiscordSource, Pace, ThreadKind
 from utils.mirror.translate import MISSHAPEN
-from utils.mirror.writer import MirrorWriter, Observation
+from utils.mirror.writer import MirrorWriter
 
 _log = logging.getLogger(__name__)
 

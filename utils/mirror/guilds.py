@@ -34,6 +34,8 @@ class GuildState:
     failures: int = 0
     #: True when the next listing comes from REST whatever the guild's size: chunks failed.
     rest_next: bool = False
+    #: Whether the database refused a row of an earlier listing.
+    has_bad_row: bool = False
     #: `time.monotonic()` of the last op 8 for this guild; None when there was none.
     asked_at: float | None = None
     listing: Listing | None = None

@@ -5,24 +5,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from utils.database import Database
 from utils.errors import SyncError
 from utils.logs import once
-from utils.mirror import translate
+from utils.mirror import translate, upkeep
 from utils.mirror.apply import Run
 from utils.mirror.archived import ArchivedThreads
+from utils.mirror.events import MEMBERSHIPS, message
 from utils.mirror.guilds import GuildState
 from utils.mirror.live import EVENTS
+from utils.mirror.observation import Observation
+from utils.mirror.queue import EventQueue
 from utils.mirror.reconcile import Reconciler
 from utils.mirror.rows import Stamps
 from utils.mirror.snapshots import checked, snapshot
 from utils.mirror.source import DiscordSource
 from utils.mirror.translate import MISSHAPEN, Payload
-from utils.mirror.writer import MirrorWriter, Observation
+from utils.mirror.writer import MirrorWriter, Rhythm
 from utils.service import metrics
+from utils.service.lease import Fence
 
 _log = logging.getLogger(__name__)
 
@@ -42,23 +47,29 @@ class Mirror:
         self,
         database: Database,
         source: DiscordSource,
+        fence: Fence,
+        queue: EventQueue,
         *,
-        epoch: int,
         shards: int,
-        flush_rows: int,
-        flush_seconds: float,
+        rhythm: Rhythm,
         page_timeout: float,
         cooldown: float,
+        spool: Path | None = None,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
+        """Times are seconds; `spool` is where journals are, None without; `on_lost`: another process acts now."""
         self.database = database
-        self.stamps = Stamps(epoch)
+        self.fence = fence
+        self.stamps = Stamps(fence.epoch)
         self.shards = shards
-        self.writer = MirrorWriter(database, flush_rows=flush_rows, flush_seconds=flush_seconds)
+        self.writer = MirrorWriter(database, fence, queue, rhythm, on_lost=on_lost, on_dropped=self._on_dropped)
         self.reconciler = Reconciler(self.writer, source, self.stamps, page_timeout=page_timeout, cooldown=cooldown)
         self.archived = ArchivedThreads(self.writer, source, self.stamps, self.reconciler)
         self._source = source
+        self._spool = spool
         #: `time.monotonic()` of the last READY or GUILD_CREATE.
         self._last_arrival: float = 0.0
+        self._messages = metrics.events_received.labels("MESSAGE_CREATE")
         #: By shard whose READY has come, the guilds that Discord has shown since: none of them was left before.
         self._ready: dict[int, set[int]] = {}
 
@@ -67,16 +78,28 @@ class Mirror:
         self.writer.start()
         self.reconciler.start()
         self.reconciler.spawn(self.archived.run())
+        self.reconciler.spawn(upkeep.keep_pruning(self.database, self.fence))
+        if self._spool is not None:
+            self.reconciler.spawn(upkeep.keep_replaying(self.database, self.fence, self._spool, self.writer.writing))
 
-    async def stop(self, timeout: float) -> None:
-        """Stop reconciling, write what waits for at most `timeout` seconds."""
+    async def replay(self) -> int:
+        """Write what ended processes left in their journals, before anything new; return how many events were new.
+
+        Raises `DatabaseError` when it cannot be written.
+        """
+        if self._spool is None:
+            return 0
+        return await upkeep.replay_all(self.database, self.fence, self._spool, self.writer.writing)
+
+    async def stop(self, timeout: float, *, flush: bool = True) -> None:
+        """Stop reconciling, write what waits for at most `timeout` seconds; without `flush` nothing more is written."""
         ends_at = time.monotonic() + timeout
         try:
             async with asyncio.timeout(timeout / 2):
                 await self.reconciler.stop()
         except TimeoutError:
             _log.warning("reconciles did not end within %s s", timeout / 2)
-        await self.writer.stop(max(0.1, ends_at - time.monotonic()))
+        await self.writer.stop(max(0.1, ends_at - time.monotonic()), flush=flush)
 
     def is_ready(self) -> tuple[bool, dict[str, Any]]:
         """Return whether every available guild has been reconciled in this session, and how far it has come."""
@@ -111,6 +134,9 @@ class Mirror:
         """Take one dispatch; True keeps it from discord.py's own parser, None: it was malformed. Never raises."""
         stamp = self.stamps.next()
         try:
+            if event == "MESSAGE_CREATE":
+                self._message(data, stamp)
+                return False
             if event == "GUILD_MEMBERS_CHUNK":
                 return self._chunk(data)
             if event == "RATE_LIMITED":
@@ -119,7 +145,7 @@ class Mirror:
                 self._on_ready(data, shard_id, stamp)
             elif event == "GUILD_CREATE":
                 self._on_guild_create(data, stamp)
-            elif event in EVENTS:
+            elif event in EVENTS or event in MEMBERSHIPS:
                 self._live(event, data, stamp)
         except MISSHAPEN as error:
             self.malformed(event, error)
@@ -231,8 +257,18 @@ class Mirror:
             return False
         return True
 
+    def _message(self, data: Payload, stamp: int) -> None:
+        counted = message(data, stamp)
+        if counted is not None:
+            self.writer.tell(counted)
+        self._messages.inc()
+
     def _live(self, event: str, data: Payload, stamp: int) -> None:
-        rows = [checked(row) for row in EVENTS[event](data, self.database.now())]
+        now = self.database.now()
+        told = MEMBERSHIPS[event](data, stamp, now) if event in MEMBERSHIPS else None
+        rows = [checked(row) for row in EVENTS[event](data, now)] if event in EVENTS else []
+        if told is not None:  # not before the rows are read: a payload is taken whole or not at all
+            self.writer.tell(told)
         self._put(rows, stamp)
         metrics.events_received.labels(event).inc()
         if event == "GUILD_DELETE":
@@ -266,7 +302,13 @@ class Mirror:
     def _put(self, rows: list[Any], stamp: int) -> None:
         for row in rows:
             self.writer.put(row, stamp)
-        metrics.buffer_rows.set(len(self.writer.buffer))
+
+    def _on_dropped(self, guilds: set[int]) -> None:
+        """Bring back members that memory had no room for."""
+        for guild_id in guilds:
+            state = self.reconciler.guilds.get(guild_id)
+            if state is not None:
+                self.reconciler.request(state, "dropped")
 
     def _refuse(self, where: str) -> Any:
         return lambda error: self.malformed(where, error)

@@ -15,13 +15,15 @@ from typing import Any
 from utils.errors import GuildbookError, SyncError
 from utils.mirror.apply import Run, record
 from utils.mirror.guilds import GuildState, Queue
+from utils.mirror.letters import is_about_rows
 from utils.mirror.listing import Listing
+from utils.mirror.observation import Observation
 from utils.mirror.pages import Page
 from utils.mirror.rows import Absence, Group, Mode, Stamps
 from utils.mirror.source import DiscordSource
 from utils.mirror.staging import StagedListing
 from utils.mirror.translate import LISTED_MEMBER, LISTED_USER
-from utils.mirror.writer import MirrorWriter, Observation
+from utils.mirror.writer import MirrorWriter
 from utils.service import metrics
 
 _log = logging.getLogger(__name__)
@@ -174,7 +176,7 @@ class Reconciler:
                 else:
                     feeding = asyncio.create_task(self._feed(listing))
                     stack.push_async_callback(_end, feeding)
-                run = await self._write(listing, may_stage=source == "gateway" and not state.is_small)
+                run = await self._write(listing, state, may_wait=source != "gateway" or state.is_small)
         except Exception as error:  # whatever it was, the lane has other guilds to serve, and this one is tried again
             await self._failed(state, listing, source, reason, _reason_of(error))
         else:
@@ -214,7 +216,7 @@ class Reconciler:
         except Exception as error:
             listing.fail(SyncError(f"guild {listing.guild_id}: its member list could not be read: {error!r}"))
 
-    async def _write(self, listing: Listing, *, may_stage: bool) -> Run:
+    async def _write(self, listing: Listing, state: GuildState, *, may_wait: bool) -> Run:
         timeout = self.page_timeout if listing.source == "gateway" else self._source.timeout
         pages: list[Page] = []
         while len(pages) <= SMALL_PAGES:
@@ -222,8 +224,8 @@ class Reconciler:
             if page is None:
                 return await self._write_small(listing, pages)
             pages.append(page)
-        async with contextlib.nullcontext() if may_stage else self._staging:
-            if not self._stages:
+        async with self._staging if may_wait else contextlib.nullcontext():
+            if not self._stages or state.has_bad_row:
                 return await self._write_page_by_page(listing, pages, timeout)
             staged = StagedListing(self._writer, listing, page_timeout=timeout)
             run = await staged.write(pages)
@@ -245,7 +247,8 @@ class Reconciler:
     async def _write_page_by_page(self, listing: Listing, pages: list[Page], timeout: float) -> Run:
         """Write a large listing without staging: pages as arrays, then what is absent.
 
-        Through a pooler COPY is known to hang, and a pool of two has no connection to spare.
+        Through a pooler COPY is known to hang, a pool of two has no connection to spare, and of staged rows the bad one
+        cannot be told.
         """
         run = _run_of(listing)
         present: set[int] = set()
@@ -293,6 +296,7 @@ class Reconciler:
     async def _failed(self, state: GuildState, listing: Listing, source: str, reason: str, error: Exception) -> None:
         state.failures += 1
         state.rest_next = source == "gateway"
+        state.has_bad_row = state.has_bad_row or is_about_rows(error)
         metrics.sync_runs.labels(source, "failed").inc()
         wait = 0.0 if state.rest_next else min(RETRY_SECONDS * 2 ** (state.failures - 1), RETRY_SECONDS_MAX)
         wait *= random.uniform(0.8, 1.2)
@@ -308,7 +312,8 @@ class Reconciler:
         run.pages, run.rows_seen = listing.pages, listing.seen
         state.last_run = run
         try:
-            async with self._writer.database.acquire() as connection:
+            async with self._writer.database.transaction() as connection:
+                await self._writer.fence.check(connection)
                 await record(connection, self._writer.database, run)
         except GuildbookError as trouble:
             _log.warning("the failed reconcile could not be recorded: %s", trouble, extra={"guild_id": state.id})

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 
 from utils.mirror import translate
 from utils.mirror.check import require
+from utils.mirror.observation import Observation
 from utils.mirror.rows import Absence, Entry, Key, Row, grouped, value_columns
 from utils.mirror.translate import MISSHAPEN, Payload
-from utils.mirror.writer import Observation
 
 
 def checked(row: Row) -> Row:

@@ -9,6 +9,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB
 
 from models import Erase, Part, part_of
+from utils.mirror.history import inferred_joins, inferred_leaves
 from utils.mirror.rows import Mode, key_columns, table_of, tombstone_column
 
 _DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]
@@ -62,7 +63,7 @@ def unnested(table: str, columns: tuple[str, ...], first: int = 1) -> str:
     return f"(SELECT {', '.join(outputs)}, u.stamp FROM unnest({', '.join(arrays)}) AS u({listed}))"
 
 
-def _subject(table: str) -> str | None:
+def subject(table: str) -> str | None:
     """Return the column that names the person whom a guild's row is about; None when it is about nobody."""
     if table == "users":
         return None
@@ -72,8 +73,8 @@ def _subject(table: str) -> str | None:
 
 def _named(table: str) -> str:
     """Return what a SELECT of rows to be noted adds, so that their history can be found by person."""
-    subject = _subject(table)
-    return "" if subject is None or subject in key_columns(table) else f", t.{subject} AS subject"
+    person = subject(table)
+    return "" if person is None or person in key_columns(table) else f", t.{person} AS subject"
 
 
 def _history(table: str, columns: tuple[str, ...], *, rows: str, changed: str) -> str:
@@ -99,9 +100,9 @@ def _history(table: str, columns: tuple[str, ...], *, rows: str, changed: str) -
         )
     key = ", ".join(f"'{name}', d.{quoted(name)}" for name in keys)
     targets, sources = ["user_id" if table == "users" else "guild_id"], [f"d.{quoted(keys[0])}"]
-    if (subject := _subject(table)) is not None:
+    if (person := subject(table)) is not None:
         targets.append("user_id")
-        sources.append(f"d.{subject if subject in keys else 'subject'}")
+        sources.append(f"d.{person if person in keys else 'subject'}")
     return (
         f"INSERT INTO {history_table(table)} ({', '.join(targets)}, table_name, key, action, before, after) "
         f"SELECT {', '.join(sources)}, '{table}', jsonb_build_object({key}), {action}, {side('old_')}, {side('')} "
@@ -112,6 +113,28 @@ def _history(table: str, columns: tuple[str, ...], *, rows: str, changed: str) -
 
 def _updates(columns: tuple[str, ...], source: str, stamp: str = "stamp") -> str:
     return ", ".join(f"{quoted(name)} = {source}.{quoted(name)}" for name in (*columns, stamp))
+
+
+def _joins(table: str, columns: tuple[str, ...]) -> str:
+    """Return the CTE that infers joins, with a comma before it, for members in `matched`; nothing for other tables."""
+    if table != "members" or not {"joined_at", "left_at"} <= set(columns):
+        return ""
+    on_fresh, on_changed = (_on(other, "d", key_columns(table)) for other in ("f", "c"))
+    appeared = (
+        f"SELECT d.guild_id, d.user_id, d.joined_at, false AS rejoined FROM matched d JOIN fresh f ON {on_fresh} "
+        "WHERE d.left_at IS NULL UNION ALL "
+        "SELECT d.guild_id, d.user_id, d.joined_at, d.old_left_at IS NULL "
+        f"FROM matched d JOIN changed c ON {on_changed} "
+        "WHERE d.left_at IS NULL AND (d.old_left_at IS NOT NULL OR d.old_joined_at <> d.joined_at)"
+    )
+    return f", joined AS ({inferred_joins(appeared)})"
+
+
+def _leaves(table: str, now: str) -> str:
+    """Return the CTE that infers leaves, with a comma before it, for members in `gone`; nothing for other tables."""
+    if table != "members":
+        return ""
+    return f", absent AS ({inferred_leaves('SELECT guild_id, user_id FROM gone', now)})"
 
 
 def _older_than_listing(table: str, source: str) -> str:
@@ -156,7 +179,7 @@ def merge(table: str, columns: tuple[str, ...], mode: Mode) -> str:
     insert = (
         f"INSERT INTO {table} AS t ({listed}, updated_at) SELECT {listed}, now() FROM matched d "
         f"WHERE NOT d.known AND {'false' if mode is Mode.UPDATE else 'true'} "
-        f"ORDER BY {', '.join(keys)} {conflict} RETURNING 1"
+        f"ORDER BY {', '.join(keys)} {conflict} RETURNING {', '.join('t.' + key for key in keys)}"
     )
     update = (
         f"UPDATE {table} t SET {_updates(columns, 'd')}, updated_at = now() FROM matched d "
@@ -169,7 +192,7 @@ def merge(table: str, columns: tuple[str, ...], mode: Mode) -> str:
         f"matched AS MATERIALIZED (SELECT {given}, {old}, t.stamp AS old_stamp "
         f"FROM source s LEFT JOIN {table} t ON {_on('t', 's', keys)}), "
         f"fresh AS ({insert}), changed AS ({update}), "
-        f"noted AS ({_history(table, columns, rows='matched', changed='changed')}) "
+        f"noted AS ({_history(table, columns, rows='matched', changed='changed')}){_joins(table, columns)} "
         f"SELECT (SELECT count(*) FROM fresh), (SELECT count(*) FROM changed)"
     )
 
@@ -194,13 +217,24 @@ def absence(table: str) -> str:
         f"gone AS (UPDATE {table} t SET {tombstone} = d.{tombstone}, stamp = d.stamp, updated_at = now() "
         f"FROM before d WHERE {_on('t', 'd', keys)} AND t.{tombstone} IS NULL "
         f"RETURNING {', '.join('t.' + key for key in keys)}), "
-        f"noted AS ({history}) "
+        f"noted AS ({history}){_leaves(table, '$5::timestamptz')} "
         f"SELECT {', '.join(keys)} FROM gone"
     )
 
 
 def _differs(table: str, columns: tuple[str, ...]) -> str:
     return f"t.stamp <= s.stamp AND ({_differences(table, columns, 't', 's')})"
+
+
+def _inserting(table: str, insert: str) -> str:
+    """Return an INSERT of staged rows that answers their number, and infers joins where they are members."""
+    if table != "members":
+        return f"WITH fresh AS ({insert} RETURNING 1) SELECT count(*) FROM fresh"
+    appeared = "SELECT guild_id, user_id, joined_at, false AS rejoined FROM fresh WHERE left_at IS NULL"
+    return (
+        f"WITH fresh AS ({insert} RETURNING guild_id, user_id, joined_at, left_at), "
+        f"joined AS ({inferred_joins(appeared)}) SELECT count(*) FROM fresh"
+    )
 
 
 #: Rows of a staging table that are looked up to tell which way of merging is the faster one.
@@ -252,12 +286,15 @@ class StagedMerge:
             f"WHERE t.{last} IS NULL OR ({_differs(table, columns)} AND {untouched})"
         )
         unknown = f"NOT EXISTS (SELECT FROM {table} t WHERE {match(1)})"
+        listed_rows = f"INSERT INTO {table} ({listed}) SELECT"
         #: The fast way in; a key that is there twice, or that somebody else inserts meanwhile, makes it fail whole.
-        self.fresh = f"INSERT INTO {table} ({listed}) SELECT {given} FROM {staging} s WHERE {unknown}"
+        #: Like the careful one, it answers how many rows it inserted.
+        self.fresh = _inserting(table, f"{listed_rows} {given} FROM {staging} s WHERE {unknown}")
         #: The careful way in, for when the fast one failed.
-        self.fresh_checked = (
-            f"INSERT INTO {table} ({listed}) SELECT DISTINCT ON ({order}) {given} FROM {staging} s WHERE {unknown} "
-            f"ORDER BY {order} ON CONFLICT ({', '.join(keys)}) DO NOTHING"
+        self.fresh_checked = _inserting(
+            table,
+            f"{listed_rows} DISTINCT ON ({order}) {given} FROM {staging} s WHERE {unknown} "
+            f"ORDER BY {order} ON CONFLICT ({', '.join(keys)}) DO NOTHING",
         )
         #: Answers the staged rows of the ids in its one parameter.
         self.named = f"SELECT {given} FROM {staging} s WHERE s.{last} = ANY($1::bigint[]) ORDER BY {order}"
@@ -268,11 +305,11 @@ class StagedMerge:
             f"FROM {staging} s LEFT JOIN {table} t ON {match(2)} "
             f"WHERE t.{last} IS NULL OR ({_differs(table, columns)} AND {untouched}) ORDER BY {order}), "
             f"fresh AS (INSERT INTO {table} ({listed}) SELECT {listed} FROM matched WHERE NOT known "
-            f"ON CONFLICT ({', '.join(keys)}) DO NOTHING RETURNING 1), "
+            f"ON CONFLICT ({', '.join(keys)}) DO NOTHING RETURNING {', '.join(keys)}), "
             f"changed AS (UPDATE {table} t SET {_updates(columns, 'd')}, updated_at = now() "
             f"FROM matched d WHERE d.known AND {_on('t', 'd', keys)} AND {of_guild(2)} AND t.stamp <= d.stamp "
             f"RETURNING {', '.join('t.' + key for key in keys)}), "
-            f"noted AS ({_history(table, columns, rows='matched', changed='changed')}) "
+            f"noted AS ({_history(table, columns, rows='matched', changed='changed')}){_joins(table, columns)} "
             f"SELECT (SELECT count(*) FROM fresh), (SELECT count(*) FROM changed)"
         )
         tombstone = tombstone_column(table)
@@ -288,8 +325,8 @@ class StagedMerge:
                 f"gone AS (UPDATE {table} t SET {tombstone} = d.{tombstone}, stamp = $3, updated_at = now() "
                 f"FROM before d WHERE {_on('t', 'd', keys)} AND t.guild_id = $2 "
                 f"RETURNING {', '.join('t.' + key for key in keys)}), "
-                f"noted AS ({_history(table, (tombstone,), rows='before', changed='gone')}) "
-                f"SELECT count(*) FROM gone"
+                f"noted AS ({_history(table, (tombstone,), rows='before', changed='gone')})"
+                f"{_leaves(table, '$4::timestamptz')} SELECT count(*) FROM gone"
             )
         )
 

@@ -13,12 +13,14 @@ from utils.database import Connection, Database
 from utils.errors import SyncError
 from utils.mirror import sql
 from utils.mirror.apply import Run, Written, record, write_groups
+from utils.mirror.buffer import Buffer
 from utils.mirror.listing import Listing
 from utils.mirror.pages import Page, Record
 from utils.mirror.rows import Group, Mode, key_columns
 from utils.mirror.touched import Touched
 from utils.mirror.translate import LISTED_MEMBER, LISTED_USER
 from utils.service import metrics
+from utils.service.lease import Fence
 
 _log = logging.getLogger(__name__)
 
@@ -52,18 +54,16 @@ class Writer(Protocol):
     @property
     def touched(self) -> Touched: ...
     @property
+    def buffer(self) -> Buffer: ...
+    @property
     def writing(self) -> asyncio.Lock: ...
     @property
     def users_writing(self) -> asyncio.Lock: ...
+    @property
+    def fence(self) -> Fence: ...
 
     async def flush_before(self) -> None:
         """Write what waits in the buffer; the caller holds `writing`."""
-
-    def hold(self, guild_id: int) -> None:
-        """Keep live member rows of the guild in the buffer until `release`."""
-
-    def release(self, guild_id: int) -> None:
-        """Let live member rows of the guild flow again."""
 
 
 class StagedListing:
@@ -115,6 +115,7 @@ class StagedListing:
                         await self._writer.flush_before()
                     self._flushed.set()
                 async with self._writer.users_writing, connection.transaction():
+                    await self._writer.fence.check(connection)
                     await connection.execute(_WORK_MEM)
                     await self._merge(connection, merge, LISTED_USER, None)
                 await connection.execute(f"TRUNCATE {merge.staging}")
@@ -127,13 +128,13 @@ class StagedListing:
                 async with self._writer.writing:
                     # What is held must be younger than the listing: nothing from before may lie under it.
                     await self._writer.flush_before()
-                    self._writer.hold(guild_id)
+                    self._writer.buffer.hold(guild_id)
                 try:
                     if await self._is_first(connection):
                         await self._write_first(connection)
                         return
                 finally:
-                    self._writer.release(guild_id)
+                    self._writer.buffer.release(guild_id)
             await self._write_difference(connection)
 
     async def _is_first(self, connection: Connection) -> bool:
@@ -146,6 +147,7 @@ class StagedListing:
         """COPY straight into a guild that has no rows yet; whatever comes live meanwhile waits for the commit."""
         guild_id = self._listing.guild_id
         async with connection.transaction():
+            await self._writer.fence.check(connection)
             await connection.execute("SELECT pg_advisory_xact_lock($1)", guild_id)
             if not await self._is_first(connection):
                 raise asyncpg.UniqueViolationError(f"guild {guild_id} got members meanwhile")
@@ -163,6 +165,7 @@ class StagedListing:
         async with self._writer.writing:
             await self._writer.flush_before()
             async with connection.transaction():
+                await self._writer.fence.check(connection)
                 await connection.execute(f"{_WORK_MEM}; {_NO_NESTED_LOOPS}")
                 if await connection.fetchval(sql.SUPERSEDED, guild_id, stamp):
                     raise SyncError(f"guild {guild_id}: a later listing has been completed meanwhile")
@@ -241,10 +244,9 @@ async def _merge(
         if unknown:
             try:
                 async with connection.transaction():
-                    status = await connection.execute(merge.fresh, guild_id, timeout=MERGE_SECONDS)
+                    inserted = await connection.fetchval(merge.fresh, guild_id, timeout=MERGE_SECONDS)
             except asyncpg.UniqueViolationError:
-                status = await connection.execute(merge.fresh_checked, guild_id, timeout=MERGE_SECONDS)
-            inserted = int(status.split()[-1])
+                inserted = await connection.fetchval(merge.fresh_checked, guild_id, timeout=MERGE_SECONDS)
         if not differing:
             return inserted, 0
     row = await connection.fetchrow(merge.difference, touched, guild_id, timeout=MERGE_SECONDS)

@@ -1,86 +1,151 @@
-"""The one write path: what waits in the buffer and what listings proved, committed together, one batch at a time."""
+"""The one write path: what waits in buffer and queue and what listings proved, committed together, batch by batch."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import stamina
 
 from utils.database import Database
-from utils.errors import DatabaseError
-from utils.mirror.apply import Batch, Run, Written, apply
+from utils.errors import DatabaseUnavailable, GuildbookError, LeaseLost
+from utils.mirror.apply import Batch, Told, Written, apply
 from utils.mirror.buffer import Buffer
-from utils.mirror.rows import Absence, Entry, Group, Key, Row
+from utils.mirror.events import Event
+from utils.mirror.isolation import write_isolated
+from utils.mirror.letters import is_about_rows
+from utils.mirror.observation import Observation
+from utils.mirror.queue import EventQueue
+from utils.mirror.rows import Absence, Group, Row
 from utils.mirror.touched import Touched
 from utils.service import metrics
+from utils.service.lease import Fence
 
 _log = logging.getLogger(__name__)
 
 #: Records of listings in one transaction.
 BATCH_RECORDS = 4_000
+#: Events in one transaction.
+BATCH_EVENTS = 5_000
+#: Seconds for the disk to take what still waits at the end.
+SPOOL_SECONDS = 3.0
+#: Part of the memory that is made free at once when it is full.
+ROOM = 0.05
 
 
-@dataclass(eq=False, slots=True)
-class Observation:
-    """What Discord showed of one guild at one moment: rows, and what is gone if it is not among them."""
+class Rhythm(NamedTuple):
+    """When rows are written, and when it is tried again; times are seconds."""
 
-    guild_id: int
-    stamp: int
-    groups: list[Group]
-    absences: list[Absence] = field(default_factory=list)
-    run: Run | None = None
-    #: Guilds that the bot is in, by READY: (shard id, number of shards, ids).
-    ready: tuple[int, int, set[int]] | None = None
-    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-
-    @property
-    def size(self) -> int:
-        """Records in it."""
-        return sum(len(group.records) for group in self.groups)
+    flush_rows: int = 500
+    flush_seconds: float = 1.0
+    retry_seconds: float = 0.2
+    #: The pause between two tries grows up to this.
+    retry_max_seconds: float = 5.0
 
 
 class MirrorWriter:
-    """Owns the buffer and writes it, together with small listings, in order and never twice at a time."""
+    """Owns the buffer and the queue and writes them, together with small listings, in order and one at a time.
 
-    def __init__(self, database: Database, *, flush_rows: int, flush_seconds: float) -> None:
+    `on_lost` is called when another process was found to act; `on_dropped` with guilds whose members had to be given up
+    for want of memory, once the database takes rows again.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        fence: Fence,
+        queue: EventQueue,
+        rhythm: Rhythm,
+        *,
+        on_lost: Callable[[], None],
+        on_dropped: Callable[[set[int]], None],
+    ) -> None:
         self.database: Database = database
-        self.buffer: Buffer = Buffer(flush_rows=flush_rows, flush_seconds=flush_seconds)
+        self.fence: Fence = fence
+        self.queue: EventQueue = queue
+        self.rhythm: Rhythm = rhythm
+        self.buffer: Buffer = Buffer(flush_rows=rhythm.flush_rows, flush_seconds=rhythm.flush_seconds)
         self.touched: Touched = Touched()
         #: Held by whoever is in a transaction that writes mirrored tables.
         self.writing: asyncio.Lock = asyncio.Lock()
         #: Held by whoever is in a transaction that writes users; taken last, and for that transaction alone.
         self.users_writing: asyncio.Lock = asyncio.Lock()
-        self._held: set[int] = set()
+        #: Events and rows committed, and rows given up for want of memory, since the start.
+        self.events_written: int = 0
+        self.rows_written: int = 0
+        self.rows_dropped: int = 0
+        self._on_lost = on_lost
+        self._on_dropped = on_dropped
         self._observations: deque[Observation] = deque()
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
+        #: Whether more events wait than one transaction takes.
+        self._is_behind = False
+        #: Whether events that the queue still has may be committed: an answer was lost.
+        self._in_doubt = True
+        self._dropped_guilds: set[int] = set()
+        #: Size of the buffer below which nothing can be dropped any more.
+        self._undroppable = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits to be written."""
+        return not (len(self.buffer) or len(self.queue) or self._observations)
 
     def start(self) -> None:
         """Start to write."""
         self._task = asyncio.create_task(self._run(), name="mirror-writer")
 
-    async def stop(self, timeout: float) -> None:
-        """Write what still waits, for at most `timeout` seconds, and stop."""
+    async def stop(self, timeout: float, *, flush: bool = True) -> None:
+        """Write what still waits, for at most `timeout` seconds, and leave the rest of the events to the disk.
+
+        Without `flush` nothing more is written: another process acts.
+        """
         self._stopping = True
-        self._held.clear()
+        self.buffer.release_all()
         self.buffer.wake()
         if self._task is not None:
-            try:
-                await asyncio.wait_for(self._task, timeout)
-            except TimeoutError:
-                _log.error("%s rows could not be written within %s s before the stop", len(self.buffer), timeout)
+            if not flush:
+                self._task.cancel()
+            await asyncio.wait({self._task}, timeout=timeout)
+            self._task.cancel()
+            await asyncio.wait({self._task}, timeout=1.0)
         for observation in self._observations:
             observation.done.cancel()
             self.touched.close(observation)
+        if len(self.buffer):
+            _log.warning("%s rows could not be written: the next start's reconcile restores them", len(self.buffer))
+        if len(self.queue):
+            await self._leave_to_disk()
+
+    async def _leave_to_disk(self) -> None:
+        waiting, journal = len(self.queue), self.queue.journal
+        self.queue.spill()
+        if journal is not None and await journal.settled(SPOOL_SECONDS):
+            _log.warning("%s events could not be written: they are in the spool, for the next start", waiting)
+        else:
+            lost = waiting if journal is None else journal.unwritten
+            why = "SPOOL is off" if journal is None else journal.trouble or "the disk is slow"
+            _log.error("%s of %s events that could not be written are lost: %s", lost, waiting, why)
 
     def put(self, row: Row, stamp: int) -> None:
         """Take a live observation."""
         self.buffer.put(row, stamp)
         self.touched.add(row, stamp)
+        self._make_room()
+
+    def tell(self, event: Event) -> None:
+        """Take an event."""
+        queue = self.queue
+        queue.add(event)
+        waiting = len(queue)
+        if waiting >= self.rhythm.flush_rows:
+            self.buffer.wake()
+            if waiting >= queue.max_rows:
+                self._make_room()
 
     def submit(self, observation: Observation) -> asyncio.Future[None]:
         """Take an observation to be written; the future ends with the commit, or with why there was none.
@@ -92,18 +157,13 @@ class MirrorWriter:
         self.buffer.wake()
         return observation.done
 
-    def hold(self, guild_id: int) -> None:
-        """Keep live member rows of the guild in the buffer until `release`."""
-        self._held.add(guild_id)
-
-    def release(self, guild_id: int) -> None:
-        """Let live member rows of the guild flow again."""
-        self._held.discard(guild_id)
-
     async def flush(self) -> None:
-        """Write what waits in the buffer now; raises `DatabaseError` when it cannot be written."""
+        """Write what waits now; raises `DatabaseError` when it cannot be written."""
         async with self.writing:
             await self._commit([])
+        while self._is_behind:
+            async with self.writing:
+                await self._commit([])
 
     async def flush_before(self) -> None:
         """Write what waits in the buffer; the caller holds `writing`."""
@@ -113,22 +173,36 @@ class MirrorWriter:
         """Say again what live events after `stamp` said of rows that a listing has only now brought."""
         self.buffer.give_back(dict(self.touched.again(guild_id, stamp)))
 
+    # --- the loop
+
     async def _run(self) -> None:
-        while not (self._stopping and not len(self.buffer) and not self._observations):
-            if not self._stopping and not self._observations:
-                await self.buffer.due()
-            if not len(self.buffer) and not self._observations:
-                continue
-            async for attempt in stamina.retry_context(
-                on=self._worth_another_try, attempts=None, timeout=None, wait_initial=0.2, wait_max=10.0
-            ):
-                with attempt:
-                    await self._write_next(attempt.num)
+        rhythm = self.rhythm
+        try:
+            while not (self._stopping and self.is_idle):
+                if not (self._stopping or self._observations or self._is_behind):
+                    await self.buffer.due()
+                if self.is_idle:
+                    continue
+                async for attempt in stamina.retry_context(
+                    on=self._worth_another_try, attempts=None, timeout=None,
+                    wait_initial=rhythm.retry_seconds, wait_max=rhythm.retry_max_seconds,
+                    wait_jitter=rhythm.retry_seconds,
+                ):  # fmt: skip
+                    with attempt:
+                        await self._write_next(attempt.num)
+        except LeaseLost as error:
+            _log.error("%s: nothing more is written", error)
+            self._on_lost()
 
     def _worth_another_try(self, error: BaseException) -> bool:
-        if not isinstance(error, Exception):  # a cancellation: the writer is to end
-            return False
-        _log.warning("%s rows wait, the database cannot take them: %s", len(self.buffer), error)
+        if not isinstance(error, Exception) or isinstance(error, LeaseLost):
+            return False  # a cancellation, or another process acts: the writer is to end
+        if isinstance(error, DatabaseUnavailable):
+            self.queue.spill()
+        _log.warning(
+            "%s rows and %s events wait, the database cannot take them: %s", len(self.buffer), len(self.queue), error,
+            exc_info=None if isinstance(error, GuildbookError) else error,
+        )  # fmt: skip
         metrics.flush_failures.inc()
         return True
 
@@ -136,14 +210,14 @@ class MirrorWriter:
         observations = self._next_observations()
         try:
             await self._write(observations)
+            observations.clear()
         except Exception as error:
-            if not _is_about_rows(error):
-                # No row is at fault (an outage, a missing table, a right withdrawn): all is held until that is mended.
-                self._observations.extendleft(reversed(observations))
+            # No row at fault (an outage, a missing table, a right withdrawn): all is held until that is mended.
+            if not is_about_rows(error):
                 raise
-            await self._isolate(self.buffer.take(hold=frozenset(self._held)))
-            while observations:
-                await self._write_alone(observations)
+            await write_isolated(self, observations)
+        finally:
+            self._observations.extendleft(reversed(observations))
         if attempt > 1:
             _log.info("the database takes rows again")
 
@@ -151,18 +225,7 @@ class MirrorWriter:
         async with self.writing:
             await self._commit(observations)
         for observation in observations:
-            self._end(observation, None)
-
-    async def _write_alone(self, observations: list[Observation]) -> None:
-        """Write the first of the observations, or give it up when its rows are refused."""
-        try:
-            await self._write(observations[:1])
-        except Exception as error:
-            if not _is_about_rows(error):
-                self._observations.extendleft(reversed(observations))
-                raise
-            self._end(observations[0], error)
-        del observations[0]
+            self.end(observation, None)
 
     def _next_observations(self) -> list[Observation]:
         taken: list[Observation] = []
@@ -172,7 +235,8 @@ class MirrorWriter:
             size += taken[-1].size
         return taken
 
-    def _end(self, observation: Observation, error: Exception | None) -> None:
+    def end(self, observation: Observation, error: Exception | None) -> None:
+        """Tell whoever waits for an observation how it ended: `error` None, it is committed."""
         if error is None:
             self.again(observation.guild_id, observation.stamp)
         self.touched.close(observation)
@@ -184,30 +248,46 @@ class MirrorWriter:
             observation.done.set_exception(error)
 
     async def _commit(self, observations: list[Observation]) -> None:
-        entries = self.buffer.take(hold=frozenset(self._held))
-        batch = Batch(entries=entries)
-        for observation in observations:
-            batch.groups += self._older_than_live(observation)
-            batch.absences += self._sparing_live(observation)
-            if observation.run is not None:
-                batch.runs.append(observation.run)
-            if observation.ready is not None:
-                batch.ready.append((*observation.ready, observation.stamp))
+        entries = self.buffer.take()
         try:
+            batch = Batch(entries=entries, told=await self.told())
+            for observation in observations:
+                batch.groups += self.older_than_live(observation)
+                batch.absences += self.sparing_live(observation)
+                if observation.run is not None:
+                    batch.runs.append(observation.run)
+                if observation.ready is not None:
+                    batch.ready.append((*observation.ready, observation.stamp))
             with metrics.flush_seconds.time():
-                written = await apply(self.database, batch, self.users_writing)
+                written = await apply(self.database, batch, self.fence, self.users_writing)
         except BaseException:
+            self._in_doubt = True
             self.buffer.give_back(entries)
+            self._make_room()
             raise
-        _count(written)
+        self.count(written)
+        if batch.told is not None:
+            self._in_doubt = True  # until it is forgotten
+            await self.queue.forget(batch.told.upto)
+        self._in_doubt = False
 
-    def _older_than_live(self, observation: Observation) -> Iterator[Group]:
+    async def told(self) -> Told | None:
+        """Return the events at the front of the queue; None when there is none."""
+        if not len(self.queue):
+            self._is_behind = False
+            return None
+        oldest = await self.queue.oldest(BATCH_EVENTS)
+        self._is_behind = len(oldest.events) == BATCH_EVENTS
+        return Told(self.fence.holder, oldest.events, oldest.upto, self._in_doubt) if oldest.upto else None
+
+    def older_than_live(self, observation: Observation) -> Iterator[Group]:
         """Split an observation's groups: of rows touched live since, only what nobody spoke of may be written."""
         for group in observation.groups:
             scope = 0 if group.table == "users" else observation.guild_id
             yield from self.touched.behind(group, scope, observation.stamp)
 
-    def _sparing_live(self, observation: Observation) -> list[Absence]:
+    def sparing_live(self, observation: Observation) -> list[Absence]:
+        """Return an observation's absences without those who were touched live since."""
         return [
             absence._replace(
                 present={*absence.present, *self.touched.since(absence.table, absence.guild_id, absence.stamp)}
@@ -215,37 +295,29 @@ class MirrorWriter:
             for absence in observation.absences
         ]
 
-    async def _isolate(self, entries: Mapping[tuple[str, Key], Entry]) -> None:
-        """Halve a batch that the database refuses until the bad row stands alone; write the rest."""
-        parts = [dict(entries)]
-        while parts:
-            part = parts.pop()
-            try:
-                async with self.writing:
-                    written = await apply(self.database, Batch(entries=part), self.users_writing)
-            except BaseException as error:
-                if not _is_about_rows(error):
-                    for unwritten in (part, *parts):
-                        self.buffer.give_back(unwritten)
-                    raise
-                slots = list(part)
-                if len(slots) == 1:
-                    (table, key), entry = slots[0], part[slots[0]]
-                    _log.error("%s %s is refused by the database and left out: %s", table, key, error)
-                    _log.debug("the refused row: %s", entry)
-                    continue
-                half = len(slots) // 2
-                parts += [{slot: part[slot] for slot in slots[half:]}, {slot: part[slot] for slot in slots[:half]}]
-            else:
-                _count(written)
+    def count(self, written: Written) -> None:
+        """Count what was committed; the database takes rows, so what had to be dropped can be restored."""
+        self.events_written += written.events
+        self.rows_written += written.total
+        metrics.events_written.inc(written.events)
+        for counter in (written.inserted, written.updated, written.removed):
+            for table, rows in counter.items():
+                metrics.rows_written.labels(table).inc(rows)
+        self._undroppable = 0
+        if self._dropped_guilds:
+            guilds, self._dropped_guilds = self._dropped_guilds, set()
+            self._on_dropped(guilds)
 
-
-def _is_about_rows(error: BaseException) -> bool:
-    """Return whether a row itself is at fault: classes 22 and 23 (PostgreSQL documentation, "Error Codes")."""
-    return isinstance(error, DatabaseError) and (error.sqlstate or "")[:2] in ("22", "23")
-
-
-def _count(written: Written) -> None:
-    for counter in (written.inserted, written.updated, written.removed):
-        for table, rows in counter.items():
-            metrics.rows_written.labels(table).inc(rows)
+    def _make_room(self) -> None:
+        """Drop the members that have waited longest when memory is full: a reconcile restores them."""
+        most = self.queue.max_rows
+        over = len(self.buffer) + self.queue.in_memory - most
+        if over <= 0 or len(self.buffer) <= self._undroppable:
+            return
+        rows, guilds = self.buffer.drop_oldest(over + int(most * ROOM))
+        self._undroppable = 0 if rows else len(self.buffer)
+        if rows and not self._dropped_guilds:
+            _log.error("memory is full (BUFFER_MAX_ROWS): rows are dropped, a reconcile will restore them")
+        self._dropped_guilds |= guilds
+        self.rows_dropped += rows
+        metrics.dropped.labels("row").inc(rows)

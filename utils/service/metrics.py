@@ -35,6 +35,23 @@ flush_seconds = Histogram(
 flush_failures = Counter(
     "guildbook_flush_failures", "Flushes that failed and were kept for the next try.", registry=registry
 )
+events_written = Counter(
+    "guildbook_events_written", "Joins, leaves, bans and messages that were new and are committed.", registry=registry
+)
+dropped = Counter(
+    "guildbook_dropped", "What had to be given up: rows that a reconcile restores, events that nothing does.",
+    ["kind"], registry=registry,
+)  # fmt: skip
+dead_letters = Counter(
+    "guildbook_dead_letters", "Rows and events that the database refused.", ["table"], registry=registry
+)
+queue_events = Gauge("guildbook_queue_events", "Events that wait to be written.", registry=registry)
+waiting_seconds = Gauge(
+    "guildbook_waiting_seconds", "How long the oldest row and the oldest event have waited.", ["kind"],
+    registry=registry,
+)  # fmt: skip
+spool_bytes = Gauge("guildbook_spool_bytes", "Bytes that this process's journal takes on disk.", registry=registry)
+lease_epoch = Gauge("guildbook_lease_epoch", "The epoch of this process's lease; 0 in standby.", registry=registry)
 buffer_rows = Gauge("guildbook_buffer_rows", "Rows that wait to be written.", registry=registry)
 guilds_waiting = Gauge("guildbook_guilds_waiting", "Guilds that wait for their reconcile.", registry=registry)
 loop_stall_max = Gauge(

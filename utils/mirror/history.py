@@ -1,0 +1,136 @@
+"""Events written: members' comings and goings, messages counted, and how far a journal has come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from models import DISCORD_EPOCH_MS
+from utils.database import Connection
+from utils.mirror.events import Event, Membership, Message
+
+#: Hours for which the ids of counted messages are kept.
+COUNTED_HOURS = 24
+#: Ids deleted in one statement, so that none takes long.
+PRUNED_AT_ONCE = 10_000
+#: A listing may know of a leave before the gateway tells of it; more than this late is another leave.
+GATEWAY_LAG = "interval '1 minute'"
+
+#: Counts messages whose ids are new. Parameters: guilds, users, ids. Answers how many were.
+COUNT = (
+    "WITH given AS MATERIALIZED (SELECT DISTINCT ON (id) * FROM unnest($1::bigint[], $2::bigint[], $3::bigint[]) "
+    "AS g(guild_id, user_id, id) ORDER BY id), "
+    "fresh AS (INSERT INTO ops.counted_messages (id) SELECT id FROM given ON CONFLICT (id) DO NOTHING RETURNING id), "
+    "tallied AS (SELECT guild_id, user_id, count(*) AS messages, max(id) AS newest "
+    "FROM given JOIN fresh USING (id) GROUP BY guild_id, user_id), "
+    "counted AS (INSERT INTO member_stats AS s (guild_id, user_id, message_count, last_active_at) "
+    f"SELECT guild_id, user_id, messages, to_timestamp(((newest >> 22) + {DISCORD_EPOCH_MS}) / 1000.0) "
+    "FROM tallied ORDER BY guild_id, user_id ON CONFLICT (guild_id, user_id) DO UPDATE SET "
+    "message_count = s.message_count + excluded.message_count, "
+    "last_active_at = greatest(s.last_active_at, excluded.last_active_at)) "
+    "SELECT count(*) FROM fresh"
+)
+
+_SAME_PERSON = "{0}.guild_id = g.guild_id AND {0}.user_id = g.user_id"
+_SAME_CLASS = "({0}.kind IN ('ban', 'unban')) = (g.kind IN ('ban', 'unban'))"
+_RELATED = f"{_SAME_PERSON} AND {_SAME_CLASS}"
+#: The kind of the event before or after `g` of the same person, wherever it stands: in the table, among the given, or
+#: further on in the same journal.
+_NEIGHBOUR = (
+    "SELECT n.kind FROM (SELECT e.kind, e.at, e.id AS turn FROM member_events e "
+    f"WHERE {_RELATED.format('e')} AND e.at {{known}} g.at UNION ALL "
+    f"SELECT h.kind, h.at, h.stamp FROM given h WHERE {_RELATED.format('h')} AND h.stamp {{told}} g.stamp) n "
+    "ORDER BY n.at {order}, n.turn {order} LIMIT 1"
+)
+_BEFORE = _NEIGHBOUR.format(known="<=", told="<", order="DESC")
+_AFTER = _NEIGHBOUR.format(known=">", told=">", order="ASC")
+
+#: Writes joins, leaves and bans. A join is known by its time. A leave that a listing has just proven is no second one.
+#: What comes from an earlier epoch ($6: the first stamp of this one) may have been heard by two processes: of two
+#: leaves without a join between them the second is left out. Parameters: guilds, users, kinds, times, stamps; what has
+#: a stamp above $7 is there to be compared with, and not written. Answers how many were written.
+RECORD = (
+    "WITH given AS MATERIALIZED (SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::timestamptz[], "
+    "$5::bigint[]) AS g(guild_id, user_id, kind, at, stamp)), "
+    "written AS (INSERT INTO member_events (guild_id, user_id, kind, at) "
+    "SELECT g.guild_id, g.user_id, g.kind, g.at FROM given g WHERE g.stamp <= $7::bigint "
+    "AND NOT CASE WHEN g.kind = 'join' THEN "
+    f"EXISTS (SELECT FROM member_events e WHERE {_SAME_PERSON.format('e')} AND e.kind = 'join' AND e.at = g.at) "
+    "WHEN g.stamp < $6::bigint THEN "
+    f"coalesce(({_BEFORE}) = g.kind, false) OR coalesce(({_AFTER}) = g.kind, false) "
+    "WHEN g.kind = 'leave' THEN coalesce((SELECT e.kind = 'leave' AND e.inferred "
+    f"AND e.latest > g.at - {GATEWAY_LAG} FROM member_events e "
+    f"WHERE {_RELATED.format('e')} ORDER BY e.id DESC LIMIT 1), false) "
+    "AND NOT EXISTS (SELECT FROM given h "
+    f"WHERE {_RELATED.format('h')} AND h.stamp < g.stamp) "
+    "ELSE false END ORDER BY g.stamp RETURNING 1) "
+    "SELECT count(*) FROM written"
+)
+
+#: Parameters: the journal's name, the position.
+ADVANCE = (
+    "INSERT INTO ops.positions AS p (journal, position) VALUES ($1, $2) ON CONFLICT (journal) DO UPDATE SET "
+    "position = excluded.position, updated_at = now() WHERE p.position < excluded.position"
+)
+POSITION = "SELECT position FROM ops.positions WHERE journal = $1"
+FORGET_JOURNAL = "DELETE FROM ops.positions WHERE journal = $1"
+#: Parameter: the smallest id to keep. Answers `DELETE n`.
+PRUNE = (
+    "DELETE FROM ops.counted_messages WHERE id IN "
+    f"(SELECT id FROM ops.counted_messages WHERE id < $1 ORDER BY id LIMIT {PRUNED_AT_ONCE})"
+)
+
+_LAST_LISTING = (
+    "(SELECT max(r.started_at) AS earliest FROM sync_runs r WHERE r.guild_id = a.guild_id AND r.state = 'complete')"
+)
+
+
+def inferred_joins(rows: str) -> str:
+    """Return the INSERT for who appeared without a join that anybody heard, or joined anew without a leave.
+
+    `rows` answers guild_id, user_id, joined_at and rejoined. Before a guild's first complete listing nothing is
+    proven: its members were there all along.
+    """
+    heard = (
+        "SELECT FROM member_events e WHERE e.guild_id = a.guild_id AND e.user_id = a.user_id "
+        "AND e.kind = 'join' AND e.at = a.joined_at"
+    )
+    return (
+        "INSERT INTO member_events (guild_id, user_id, kind, at, inferred, earliest, latest) "
+        "SELECT a.guild_id, a.user_id, k.kind, coalesce(a.joined_at, now()), true, r.earliest, "
+        "coalesce(a.joined_at, now()) "
+        f"FROM ({rows}) a CROSS JOIN LATERAL {_LAST_LISTING} r "
+        "CROSS JOIN (VALUES (0, 'leave'), (1, 'join')) AS k(turn, kind) "
+        f"WHERE r.earliest IS NOT NULL AND (k.kind = 'join' OR a.rejoined) AND NOT EXISTS ({heard}) "
+        "ORDER BY a.guild_id, a.user_id, k.turn"
+    )
+
+
+def inferred_leaves(rows: str, now: str) -> str:
+    """Return the INSERT for who is gone without a leave that anybody heard; `rows` answers guild_id and user_id."""
+    return (
+        "INSERT INTO member_events (guild_id, user_id, kind, at, inferred, earliest, latest) "
+        f"SELECT a.guild_id, a.user_id, 'leave', {now}, true, r.earliest, {now} "
+        f"FROM ({rows}) a CROSS JOIN LATERAL {_LAST_LISTING} r "
+        "WHERE coalesce((SELECT e.kind FROM member_events e WHERE e.guild_id = a.guild_id AND e.user_id = a.user_id "
+        "AND e.kind IN ('join', 'leave') ORDER BY e.id DESC LIMIT 1), 'join') <> 'leave'"
+    )
+
+
+async def write_events(
+    connection: Connection, events: Sequence[Event], first_stamp: int, following: Sequence[Membership] = ()
+) -> int:
+    """Write events, inside a transaction; return how many were new.
+
+    `first_stamp`: the first one of this epoch. `following`: what comes later in the same journal, of the same people.
+    """
+    messages = [event for event in events if isinstance(event, Message)]
+    memberships = [event for event in events if isinstance(event, Membership)]
+    written = 0
+    if messages:
+        _, guilds, users, ids = zip(*messages, strict=True)
+        written += await connection.fetchval(COUNT, guilds, users, ids)
+    if memberships:
+        last = memberships[-1].stamp
+        stamps, guilds, users, kinds, times = zip(*memberships, *following, strict=True)
+        written += await connection.fetchval(RECORD, guilds, users, kinds, times, stamps, first_stamp, last)
+    return written

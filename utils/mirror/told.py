@@ -1,0 +1,41 @@
+"""Events on their way into the database, apart from everything else: replayed journals, and batches with a bad one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from utils.database import Database
+from utils.errors import DatabaseError
+from utils.mirror import history
+from utils.mirror.apply import Batch, Told, apply
+from utils.mirror.events import Event, Membership
+from utils.mirror.letters import bury_event, is_about_rows, isolate
+from utils.service.lease import Fence
+
+
+async def write_told(database: Database, fence: Fence, told: Told) -> int:
+    """Write events and the position that they reach; what the database refuses becomes a dead letter.
+
+    Returns how many were new. Raises `DatabaseError` when no event is at fault, `LeaseLost` when another process acts.
+    """
+    try:
+        return (await apply(database, Batch(told=told), fence)).events
+    except DatabaseError as error:
+        if not is_about_rows(error):
+            raise
+    written = 0
+
+    async def write(part: Sequence[Event]) -> None:
+        nonlocal written
+        later = [event for event in told.events if isinstance(event, Membership) and event.stamp > part[-1].stamp]
+        piece = Told(told.journal, list(part), part[-1].stamp, following=[*later, *told.following])
+        written += (await apply(database, Batch(told=piece), fence)).events
+
+    async def bury(event: Event, error: Exception) -> None:
+        async with database.transaction() as connection:
+            await fence.check(connection)
+            await bury_event(connection, event, error)
+            await connection.execute(history.ADVANCE, told.journal, event.stamp)
+
+    await isolate(told.events, write, bury)
+    return written
