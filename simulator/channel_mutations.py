@@ -183,7 +183,8 @@ class ChannelMutations(WorldState):
         payload |= {"components": [], "nonce": None}
         # A bot reads what it wrote itself, intent or not.
         redacted = None if user_id == self.bot.id else payload | {"content": ""}
-        self.emit("MESSAGE_CREATE", guild, payload, Intent.GUILD_MESSAGES, redacted=redacted)
+        if self.emit("MESSAGE_CREATE", guild, payload, Intent.GUILD_MESSAGES, redacted=redacted):
+            self.told.message(message_id, guild_id, user_id)
         return message_id
 
     def react(self, guild_id: int, channel_id: int, message_id: int, user_id: int, emoji: str = "👍") -> None:

@@ -63,6 +63,7 @@ class Control:
             "rules": simulator.rules,
             "interactions": simulator.interactions,
             "request_reconnect": simulator.request_reconnect,
+            "traffic": simulator.traffic,
             "run_command": self.run_command,
             "play": self.play,
         }

@@ -110,6 +110,11 @@ class Gateway:
         self._last_full: dict[int, float] = {}
         self._session_number = 0
 
+    @property
+    def waiting(self) -> int:
+        """Dispatches that wait to be sent to a client that is connected."""
+        return max((s.waiting for s in self.sessions.values() if s.socket is not None and not s.dead), default=0)
+
     def receive(self, emission: Emission) -> None:
         """Give an event of the world to every session it concerns."""
         for session in list(self.sessions.values()):

@@ -43,7 +43,9 @@ class MemberMutations(WorldState):
         member.joined_at, member.premium_since, member.timed_out_until, member.nick = now, None, None, None
         user.guild_ids.append(guild.id)
         guild.add_member(member)
-        self.emit("GUILD_MEMBER_ADD", guild, member_payload(member) | {"guild_id": str(guild.id)}, Intent.GUILD_MEMBERS)
+        payload = member_payload(member) | {"guild_id": str(guild.id)}
+        if self.emit("GUILD_MEMBER_ADD", guild, payload, Intent.GUILD_MEMBERS):
+            self.told.move(guild.id, user.id, "join", now)
         return user.id
 
     def leave(self, guild_id: int, user_id: int) -> None:
@@ -63,7 +65,8 @@ class MemberMutations(WorldState):
         self.tick()
         guild.bans.add(user_id)
         payload = {"guild_id": str(guild_id), "user": user_payload(user)}
-        self.emit("GUILD_BAN_ADD", guild, payload, Intent.GUILD_MODERATION)
+        if self.emit("GUILD_BAN_ADD", guild, payload, Intent.GUILD_MODERATION):
+            self.told.move(guild_id, user_id, "ban")
         if user_id in guild.members:
             self._remove(guild, user_id)
 
@@ -75,7 +78,8 @@ class MemberMutations(WorldState):
         self.tick()
         guild.bans.discard(user_id)
         payload = {"guild_id": str(guild_id), "user": user_payload(user)}
-        self.emit("GUILD_BAN_REMOVE", guild, payload, Intent.GUILD_MODERATION)
+        if self.emit("GUILD_BAN_REMOVE", guild, payload, Intent.GUILD_MODERATION):
+            self.told.move(guild_id, user_id, "unban")
 
     def rename_user(
         self,
@@ -161,7 +165,8 @@ class MemberMutations(WorldState):
         guild.voice.pop(user_id, None)
         member.user.guild_ids.remove(guild.id)
         payload = {"guild_id": str(guild.id), "user": user_payload(member.user)}
-        self.emit("GUILD_MEMBER_REMOVE", guild, payload, Intent.GUILD_MEMBERS)
+        if self.emit("GUILD_MEMBER_REMOVE", guild, payload, Intent.GUILD_MEMBERS):
+            self.told.move(guild.id, user_id, "leave")
 
     def _member_update(self, guild: Guild, member: Member, told: dict[str, bool] | None = None) -> None:
         payload: Json = member_payload(member) | {"guild_id": str(guild.id)}

@@ -15,6 +15,7 @@ from .rest import API, NOT_FOUND, ApiError, RestRules
 from .rest_channels import ChannelRoutes
 from .rest_guilds import GuildRoutes
 from .state import PRIVILEGED, Intent
+from .traffic import Traffic
 from .world import World
 
 # Application flags that say which privileged intents are switched on (the "limited" ones, for apps in few guilds).
@@ -46,6 +47,7 @@ class Simulator:
         self._host = host
         self._port = port
         self._runner: web.AppRunner | None = None
+        self.traffic = Traffic(world, waiting=lambda: self.gateway.waiting)
         self.lies = Lies(world, lambda: list(self.gateway.sessions.values()))
         self.gateway = Gateway(self)
         self.rules = RestRules(self)
@@ -100,6 +102,7 @@ class Simulator:
         """Cut every connection and stop listening."""
         if self._runner is None:
             return
+        await self.traffic.stop()
         self.world.listeners.remove(self.gateway.receive)
         self.lies.resume()
         for connection in list(self.gateway.connections):

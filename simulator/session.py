@@ -75,6 +75,11 @@ class Session:
         return self._outbox_bytes + self._replay_bytes
 
     @property
+    def waiting(self) -> int:
+        """Dispatches that wait to be sent to its client."""
+        return len(self._outbox)
+
+    @property
     def has_sent_all(self) -> bool:
         """Whether nothing waits to be sent to its client; a duplicate that waits for further events does not count."""
         return not (self._outbox or self._backlog or self._requests)

@@ -10,6 +10,7 @@ from typing import Final
 
 from .entities import Channel, Guild, Json, Member, Thread, User
 from .ids import WORLD_START_US, snowflake_at
+from .ledger import Ledger
 from .oracle import Row, expected_rows
 from .payloads import to_bytes
 
@@ -61,6 +62,7 @@ class WorldState:
         self.users: dict[int, User] = {}
         self.user_ids: list[int] = []
         self.listeners: list[Callable[[Emission], None]] = []
+        self.told = Ledger()
         self.mutations = 0
         self._increment = 0
         # Far in the past, so that every account is older than every guild.
@@ -148,10 +150,10 @@ class WorldState:
         intent: int = Intent.GUILDS,
         *,
         redacted: Json | None = None,
-    ) -> None:
-        """Hand an event to the listeners, unless its guild is down or the bot is not in it."""
+    ) -> bool:
+        """Hand an event to the listeners, unless its guild is down or the bot is not in it; say whether it was told."""
         if not self.listeners or (guild is not None and not (guild.available and guild.present)):
-            return
+            return False
         self.publish(
             Emission(
                 name,
@@ -161,6 +163,7 @@ class WorldState:
                 None if redacted is None else to_bytes(redacted),
             )
         )
+        return True
 
     def publish(self, emission: Emission) -> None:
         """Hand a finished emission to every listener."""

@@ -1,0 +1,165 @@
+"""A TCP proxy that misbehaves on demand: the network between a client and its server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+import time
+from collections import deque
+from types import TracebackType
+
+_CHUNK = 1 << 16
+#: Bytes on their way in one direction of one connection, from which its sender is no longer read.
+_ON_THE_WAY = 1 << 22
+#: Close by RST, without a word.
+_RESET = struct.pack("ii", 1, 0)
+
+Upstream = tuple[str, int] | str
+
+
+class _Pipe:
+    """One direction of one connection: reads, holds for as long as the latency is, writes."""
+
+    def __init__(self, proxy: Proxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._proxy = proxy
+        self._reader = reader
+        self._writer = writer
+        self._held: deque[tuple[float, bytes]] = deque()
+        self._size = 0
+        self._news = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+
+    async def run(self) -> None:
+        """Forward until one side ends."""
+        reading = asyncio.create_task(self._read())
+        try:
+            await self._write()
+        finally:
+            reading.cancel()
+
+    async def _read(self) -> None:
+        while True:
+            await self._room.wait()
+            data = await self._reader.read(_CHUNK)
+            self._held.append((time.monotonic() + self._proxy.latency, data))
+            self._size += len(data)
+            self._news.set()
+            if not data:
+                return
+            if self._size > _ON_THE_WAY:
+                self._room.clear()
+
+    async def _write(self) -> None:
+        while True:
+            while not self._held:
+                self._news.clear()
+                await self._news.wait()
+            due, data = self._held.popleft()
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            await self._proxy.flowing.wait()
+            if not data:
+                if self._writer.can_write_eof():
+                    self._writer.write_eof()
+                return
+            self._writer.write(data)
+            await self._writer.drain()
+            self._proxy.bytes += len(data)
+            self._size -= len(data)
+            self._room.set()
+
+
+class Proxy:
+    """Listens on a port of this machine and forwards to `upstream`, an address or the path of a unix socket.
+
+    `latency` is seconds, in each direction.
+    """
+
+    def __init__(self, upstream: Upstream, *, latency: float = 0.0) -> None:
+        self.upstream = upstream
+        self.latency = latency
+        self.port = 0
+        #: Bytes forwarded, both ways.
+        self.bytes = 0
+        #: Set while anything is forwarded.
+        self.flowing = asyncio.Event()
+        self.flowing.set()
+        self._is_cut = False
+        self._server: asyncio.Server | None = None
+        self._connections: dict[asyncio.Task[None], list[asyncio.StreamWriter]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Proxy {self.port} -> {self.upstream} connections={len(self._connections)}>"
+
+    async def __aenter__(self) -> Proxy:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.heal()
+        if self._server is not None:
+            self._server.close()
+        tasks = list(self._connections)
+        self.reset_all()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def cut(self) -> None:
+        """Reset every connection, and every new one at once, until `heal`."""
+        self._is_cut = True
+        self.reset_all()
+
+    def freeze(self) -> None:
+        """Forward nothing until `heal`: connections stay open, new ones are accepted, and nobody hears a word."""
+        self.flowing.clear()
+
+    def heal(self) -> None:
+        """Forward again."""
+        self._is_cut = False
+        self.flowing.set()
+
+    def reset_all(self) -> None:
+        """Reset every connection."""
+        for writers in self._connections.values():
+            for writer in writers:
+                _reset(writer)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        if self._is_cut:
+            _reset(writer)
+            return
+        writers = self._connections[task] = [writer]
+        try:
+            await self.flowing.wait()
+            with contextlib.suppress(OSError):
+                far_reader, far_writer = await self._connect()
+                writers.append(far_writer)
+                pipes = (_Pipe(self, reader, far_writer), _Pipe(self, far_reader, writer))
+                await asyncio.gather(*(pipe.run() for pipe in pipes))
+        except asyncio.CancelledError:
+            pass  # the proxy ends
+        finally:
+            del self._connections[task]
+            for each in writers:
+                each.close()
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if isinstance(self.upstream, str):
+            return await asyncio.open_unix_connection(self.upstream)
+        return await asyncio.open_connection(*self.upstream)
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    found = writer.get_extra_info("socket")
+    if found is not None and found.family != socket.AF_UNIX:
+        with contextlib.suppress(OSError):
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    writer.transport.abort()

@@ -1,0 +1,93 @@
+"""What the world tells beside its listings, at a rate, and through a network that misbehaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from simulator import Simulator, World
+from simulator.proxy import Proxy
+from tests.bot.running import until
+
+
+async def test_the_ledger_lists_what_was_told_and_nothing_else(world: World, simulator: Simulator, small: int) -> None:
+    joined = world.join(small)
+    world.leave(small, joined)
+    someone = next(id for id in world.guild(small).ordered_member_ids() if id != world.bot.id)
+    channel = next(c.id for c in world.guild(small).channels.values() if c.type == 0 and not c.hidden)
+    message = world.message(small, channel, someone, "hi")
+    world.guild_outage(small)
+    world.join(small)
+    assert [move.kind for move in world.told.moves] == ["join", "leave"]
+    assert world.told.messages == [(message, small, someone)]
+    assert world.told.since(0, 1) == {
+        "messages": [[message, small, someone]],
+        "moves": [[small, joined, "leave", None]],
+    }
+
+
+async def test_traffic_goes_on_until_it_is_stopped_mostly_messages(world: World, simulator: Simulator) -> None:
+    simulator.traffic.start(2_000, seed=3)
+    await until(lambda: simulator.traffic.emitted > 400)
+    emitted = await simulator.traffic.stop()
+    assert 0.5 * emitted < len(world.told.messages) < 0.9 * emitted
+    await asyncio.sleep(0.05)
+    assert simulator.traffic.emitted == emitted
+
+
+async def test_a_burst_tells_of_each_message_once(world: World, simulator: Simulator) -> None:
+    await simulator.traffic.burst(2_000)
+    assert len({message.id for message in world.told.messages}) == 2_000
+
+
+@asynccontextmanager
+async def echo() -> AsyncIterator[int]:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(100):
+            writer.write(data)
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+async def said(port: int, words: bytes) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(words)
+        return await asyncio.wait_for(reader.readexactly(len(words)), 10)
+    finally:
+        writer.close()
+
+
+async def test_a_proxy_forwards_cuts_freezes_and_heals() -> None:
+    async with echo() as port, Proxy(("127.0.0.1", port)) as proxy:
+        assert await said(proxy.port, b"hello") == b"hello"
+        assert proxy.bytes == 10
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+        writer.write(b"into the void")
+        proxy.cut()
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await reader.readexactly(14)
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await said(proxy.port, b"hello")
+        proxy.heal()
+        assert await said(proxy.port, b"again") == b"again"
+        proxy.freeze()
+        waiting = asyncio.create_task(said(proxy.port, b"patience"))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        proxy.heal()
+        assert await waiting == b"patience"
+
+
+async def test_a_proxy_is_late_by_its_latency_in_each_direction() -> None:
+    async with echo() as port, Proxy(("127.0.0.1", port), latency=0.2) as proxy:
+        clock = asyncio.get_running_loop().time
+        started = clock()
+        assert await said(proxy.port, b"hello") == b"hello"
+        assert clock() - started >= 0.4
