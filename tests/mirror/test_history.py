@@ -156,6 +156,19 @@ async def test_what_was_heard_live_is_not_inferred_once_more(database: Database,
     assert await told_of(database, BOB) == [("join", False)]
 
 
+async def test_a_leave_that_was_heard_before_the_row_was_written_is_not_inferred_once_more(
+    database: Database, fence: Fence
+) -> None:
+    """The process was killed between the two: the leave stood in its journal, the row in its buffer."""
+    await listed(database, fence, 10, {ANN: when(1), BOB: when(1)})
+    await tell(database, fence, Membership(stamp(fence, 11), GUILD, ANN, "leave", when(12)))
+    await listed(database, fence, 20, {ANN: when(15), BOB: when(1)})
+    assert await told_of(database) == [("leave", False), ("join", True)]
+    await tell(database, fence, Membership(stamp(fence, 21), GUILD, BOB, "leave", when(22)))
+    await listed(database, fence, 30, {ANN: when(15)})
+    assert await told_of(database, BOB) == [("leave", False)]
+
+
 async def test_a_leave_that_a_listing_has_just_proven_is_not_a_second_one(database: Database, fence: Fence) -> None:
     await listed(database, fence, 10, {ANN: when(1), BOB: when(1)})
     await listed(database, fence, 20, {BOB: when(1)})

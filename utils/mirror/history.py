@@ -84,6 +84,14 @@ _LAST_LISTING = (
 )
 
 
+#: Whether the last that is known of somebody is that they left: their row may not tell, it waits in another process's
+#: buffer that is gone.
+_HAS_LEFT = (
+    "coalesce((SELECT e.kind = 'leave' FROM member_events e WHERE e.guild_id = a.guild_id AND e.user_id = a.user_id "
+    "AND e.kind IN ('join', 'leave') ORDER BY e.id DESC LIMIT 1), false)"
+)
+
+
 def inferred_joins(rows: str) -> str:
     """Return the INSERT for who appeared without a join that anybody heard, or joined anew without a leave.
 
@@ -100,7 +108,8 @@ def inferred_joins(rows: str) -> str:
         "coalesce(a.joined_at, now()) "
         f"FROM ({rows}) a CROSS JOIN LATERAL {_LAST_LISTING} r "
         "CROSS JOIN (VALUES (0, 'leave'), (1, 'join')) AS k(turn, kind) "
-        f"WHERE r.earliest IS NOT NULL AND (k.kind = 'join' OR a.rejoined) AND NOT EXISTS ({heard}) "
+        f"WHERE r.earliest IS NOT NULL AND (k.kind = 'join' OR a.rejoined AND NOT {_HAS_LEFT}) "
+        f"AND NOT EXISTS ({heard}) "
         "ORDER BY a.guild_id, a.user_id, k.turn"
     )
 
@@ -111,8 +120,7 @@ def inferred_leaves(rows: str, now: str) -> str:
         "INSERT INTO member_events (guild_id, user_id, kind, at, inferred, earliest, latest) "
         f"SELECT a.guild_id, a.user_id, 'leave', {now}, true, r.earliest, {now} "
         f"FROM ({rows}) a CROSS JOIN LATERAL {_LAST_LISTING} r "
-        "WHERE coalesce((SELECT e.kind FROM member_events e WHERE e.guild_id = a.guild_id AND e.user_id = a.user_id "
-        "AND e.kind IN ('join', 'leave') ORDER BY e.id DESC LIMIT 1), 'join') <> 'leave'"
+        f"WHERE NOT {_HAS_LEFT}"
     )
 
 

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 #: Events replayed in one transaction.
 REPLAYED_AT_ONCE = 500
 #: Seconds between two looks for journals whose process has ended meanwhile.
-LOOK_SECONDS = 30.0
+LOOK_SECONDS = 5.0
 #: Seconds between two prunings.
 PRUNE_SECONDS = 3_600.0
 
