@@ -9,7 +9,7 @@ UV := $(VENV)/bin/uv
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test bench lint format psql migration lock
+.PHONY: help setup demo run test bench soak lint format psql migration lock
 
 help: ## Show what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -37,6 +37,9 @@ test: setup ## Run every test (ARGS="tests/bot -k sync" for some)
 
 bench: setup ## Measure, and write benchmarks/results/
 	@$(RUN) -m benchmarks $(ARGS)
+
+soak: setup ## Break everything for ten minutes (ARGS="--minutes 2 --kills 20 --seed 1")
+	@$(RUN) -m tests.faults $(ARGS)
 
 lint: setup ## ruff, mypy --strict, the migrations against the models, squawk
 	@$(VENV)/bin/ruff check .

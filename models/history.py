@@ -67,7 +67,7 @@ class MemberEvent(Base):
     __tablename__ = "member_events"
     __table_args__ = (
         CheckConstraint("kind IN ('join', 'leave', 'ban', 'unban')", name="kind"),
-        Index(None, "guild_id", "user_id", "id"),
+        Index(None, "guild_id", "user_id", "stamp"),
         Index(None, "user_id"),
     )
 
@@ -82,6 +82,8 @@ class MemberEvent(Base):
     #: Of what is inferred, the earliest and latest moment at which it can have happened.
     earliest: Mapped[datetime | None] = marked()
     latest: Mapped[datetime | None] = marked()
+    #: Order of the observation, like that of rows: of what is inferred that of the listing.
+    stamp: Mapped[int] = marked(BigInteger, nullable=False, server_default="0")
 
 
 class SyncRun(Base):

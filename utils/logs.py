@@ -136,12 +136,14 @@ class _Formatter(structlog.stdlib.ProcessorFormatter):
 
 
 def _short_outage(logger: Any, name: str, event: EventDict) -> EventDict:
-    """Put one sentence in place of a traceback for what an operator can mend: a database out of reach."""
+    """Put one sentence in place of a traceback for what an operator can mend: a server out of reach."""
     info = event.get("exc_info")
     error = info[1] if isinstance(info, tuple) else sys.exc_info()[1] if info is True else info
     if isinstance(error, BaseException) and is_transient(error):
         event.pop("exc_info")
-        event["error"] = str(translate(error) or error)
+        # A socket's error may come from anywhere; the database's own say so.
+        is_sockets = isinstance(error, OSError)
+        event["error"] = str(error) or type(error).__name__ if is_sockets else str(translate(error) or error)
     return event
 
 

@@ -30,10 +30,11 @@ def upgrade() -> None:
         sa.Column("inferred", sa.Boolean(), server_default=sa.false(), nullable=False),
         sa.Column("earliest", TIMESTAMP),
         sa.Column("latest", TIMESTAMP),
+        sa.Column("stamp", sa.BigInteger(), server_default="0", nullable=False),
         sa.CheckConstraint("kind IN ('join', 'leave', 'ban', 'unban')", name=op.f("ck_member_events_kind")),
         sa.PrimaryKeyConstraint("guild_id", "id", name=op.f("pk_member_events")),
     )
-    op.create_index(op.f("ix_member_events_guild_id_user_id_id"), "member_events", ["guild_id", "user_id", "id"])
+    op.create_index(op.f("ix_member_events_guild_id_user_id_stamp"), "member_events", ["guild_id", "user_id", "stamp"])
     op.create_index(op.f("ix_member_events_user_id"), "member_events", ["user_id"])
     op.create_table(
         "member_stats",

@@ -88,8 +88,7 @@ async def stop_the_bot_beside_another(rig: Rig, seconds: float) -> None:
     await other.until_state("standby")
     rig.fell_silent()
     rig.bot.send(signal.SIGSTOP)
-    await other.until_ready()
-    await rig.hears()
+    await rig.taken_over_by(other)
     await asyncio.sleep(seconds)
     rig.bot.send(signal.SIGCONT)
     await rig.bot.until_state("standby")
@@ -104,9 +103,7 @@ async def kill_the_one_that_acts(rig: Rig, seconds: float) -> None:
     await asyncio.sleep(seconds)
     rig.fell_silent()
     await rig.bot.kill()
-    await rig.keep_what_is_on_disk()
-    await other.until_ready()
-    await rig.hears()
+    await asyncio.gather(rig.keep_what_is_on_disk(), rig.taken_over_by(other))
     rig.bots.pop(0)
 
 
@@ -117,7 +114,7 @@ async def cut_off_the_one_that_acts(rig: Rig, seconds: float) -> None:
     await other.until_state("standby")
     network = rig.proxies["database"]
     network.cut()
-    await other.until_ready()
+    await rig.taken_over_by(other)
     await asyncio.sleep(seconds)
     network.heal()
     await rig.bot.until_state("standby")

@@ -58,6 +58,8 @@ class Rig:
         self.database: Database
         #: From where on nobody hears; None while a bot does.
         self.silent_since: Look | None = Look(0.0, 0, 0)
+        #: Seconds from the end of the one that acted to the moment in which another one acts.
+        self.takeovers: list[float] = []
         self._number = 0
         self._starts = 0
 
@@ -92,6 +94,14 @@ class Rig:
     async def start(self, bot: Bot) -> None:
         """Start a bot, and wait until it is ready."""
         await bot.start()
+        await bot.until_ready()
+        await self.hears()
+
+    async def taken_over_by(self, bot: Bot) -> None:
+        """Wait until a bot that stood by acts, and then until it is ready; the one that acted has just ended."""
+        begun = asyncio.get_running_loop().time()
+        await bot.until_state("active")
+        self.takeovers.append(asyncio.get_running_loop().time() - begun)
         await bot.until_ready()
         await self.hears()
 

@@ -169,6 +169,15 @@ async def test_a_leave_that_was_heard_before_the_row_was_written_is_not_inferred
     assert await told_of(database, BOB) == [("leave", False)]
 
 
+async def test_a_join_that_a_listing_proves_stands_before_a_leave_heard_since(database: Database, fence: Fence) -> None:
+    """The listing was asked for before the leave was heard, and written after it; the row of the leave was lost."""
+    await listed(database, fence, 10, {BOB: when(1)})
+    await tell(database, fence, Membership(stamp(fence, 21), GUILD, ANN, "leave", when(22)))
+    await listed(database, fence, 20, {ANN: when(15), BOB: when(1)})
+    await listed(database, fence, 30, {BOB: when(1)})
+    assert sorted(await told_of(database)) == [("join", True), ("leave", False)]
+
+
 async def test_a_leave_that_a_listing_has_just_proven_is_not_a_second_one(database: Database, fence: Fence) -> None:
     await listed(database, fence, 10, {ANN: when(1), BOB: when(1)})
     await listed(database, fence, 20, {BOB: when(1)})

@@ -51,15 +51,15 @@ _AFTER = _NEIGHBOUR.format(known=">", told=">", order="ASC")
 RECORD = (
     "WITH given AS MATERIALIZED (SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::timestamptz[], "
     "$5::bigint[]) AS g(guild_id, user_id, kind, at, stamp)), "
-    "written AS (INSERT INTO member_events (guild_id, user_id, kind, at) "
-    "SELECT g.guild_id, g.user_id, g.kind, g.at FROM given g WHERE g.stamp <= $7::bigint "
+    "written AS (INSERT INTO member_events (guild_id, user_id, kind, at, stamp) "
+    "SELECT g.guild_id, g.user_id, g.kind, g.at, g.stamp FROM given g WHERE g.stamp <= $7::bigint "
     "AND NOT CASE WHEN g.kind = 'join' THEN "
     f"EXISTS (SELECT FROM member_events e WHERE {_SAME_PERSON.format('e')} AND e.kind = 'join' AND e.at = g.at) "
     "WHEN g.stamp < $6::bigint THEN "
     f"coalesce(({_BEFORE}) = g.kind, false) OR coalesce(({_AFTER}) = g.kind, false) "
     "WHEN g.kind = 'leave' THEN coalesce((SELECT e.kind = 'leave' AND e.inferred "
     f"AND e.latest > g.at - {GATEWAY_LAG} FROM member_events e "
-    f"WHERE {_RELATED.format('e')} ORDER BY e.id DESC LIMIT 1), false) "
+    f"WHERE {_RELATED.format('e')} ORDER BY e.stamp DESC LIMIT 1), false) "
     "AND NOT EXISTS (SELECT FROM given h "
     f"WHERE {_RELATED.format('h')} AND h.stamp < g.stamp) "
     "ELSE false END ORDER BY g.stamp RETURNING 1) "
@@ -88,14 +88,14 @@ _LAST_LISTING = (
 #: buffer that is gone.
 _HAS_LEFT = (
     "coalesce((SELECT e.kind = 'leave' FROM member_events e WHERE e.guild_id = a.guild_id AND e.user_id = a.user_id "
-    "AND e.kind IN ('join', 'leave') ORDER BY e.id DESC LIMIT 1), false)"
+    "AND e.kind IN ('join', 'leave') ORDER BY e.stamp DESC, e.id DESC LIMIT 1), false)"
 )
 
 
 def inferred_joins(rows: str) -> str:
     """Return the INSERT for who appeared without a join that anybody heard, or joined anew without a leave.
 
-    `rows` answers guild_id, user_id, joined_at and rejoined. Before a guild's first complete listing nothing is
+    `rows` answers guild_id, user_id, joined_at, stamp and rejoined. Before a guild's first complete listing nothing is
     proven: its members were there all along.
     """
     heard = (
@@ -103,9 +103,9 @@ def inferred_joins(rows: str) -> str:
         "AND e.kind = 'join' AND e.at = a.joined_at"
     )
     return (
-        "INSERT INTO member_events (guild_id, user_id, kind, at, inferred, earliest, latest) "
+        "INSERT INTO member_events (guild_id, user_id, kind, at, inferred, earliest, latest, stamp) "
         "SELECT a.guild_id, a.user_id, k.kind, coalesce(a.joined_at, now()), true, r.earliest, "
-        "coalesce(a.joined_at, now()) "
+        "coalesce(a.joined_at, now()), a.stamp "
         f"FROM ({rows}) a CROSS JOIN LATERAL {_LAST_LISTING} r "
         "CROSS JOIN (VALUES (0, 'leave'), (1, 'join')) AS k(turn, kind) "
         f"WHERE r.earliest IS NOT NULL AND (k.kind = 'join' OR a.rejoined AND NOT {_HAS_LEFT}) "
@@ -115,10 +115,10 @@ def inferred_joins(rows: str) -> str:
 
 
 def inferred_leaves(rows: str, now: str) -> str:
-    """Return the INSERT for who is gone without a leave that anybody heard; `rows` answers guild_id and user_id."""
+    """Return the INSERT for who is gone without a leave that was heard; `rows` answers guild_id, user_id and stamp."""
     return (
-        "INSERT INTO member_events (guild_id, user_id, kind, at, inferred, earliest, latest) "
-        f"SELECT a.guild_id, a.user_id, 'leave', {now}, true, r.earliest, {now} "
+        "INSERT INTO member_events (guild_id, user_id, kind, at, inferred, earliest, latest, stamp) "
+        f"SELECT a.guild_id, a.user_id, 'leave', {now}, true, r.earliest, {now}, a.stamp "
         f"FROM ({rows}) a CROSS JOIN LATERAL {_LAST_LISTING} r "
         f"WHERE NOT {_HAS_LEFT}"
     )

@@ -121,9 +121,10 @@ def _joins(table: str, columns: tuple[str, ...]) -> str:
         return ""
     on_fresh, on_changed = (_on(other, "d", key_columns(table)) for other in ("f", "c"))
     appeared = (
-        f"SELECT d.guild_id, d.user_id, d.joined_at, false AS rejoined FROM matched d JOIN fresh f ON {on_fresh} "
+        "SELECT d.guild_id, d.user_id, d.joined_at, d.stamp, false AS rejoined "
+        f"FROM matched d JOIN fresh f ON {on_fresh} "
         "WHERE d.left_at IS NULL UNION ALL "
-        "SELECT d.guild_id, d.user_id, d.joined_at, d.old_left_at IS NULL "
+        "SELECT d.guild_id, d.user_id, d.joined_at, d.stamp, d.old_left_at IS NULL "
         f"FROM matched d JOIN changed c ON {on_changed} "
         "WHERE d.left_at IS NULL AND (d.old_left_at IS NOT NULL OR d.old_joined_at <> d.joined_at)"
     )
@@ -134,7 +135,7 @@ def _leaves(table: str, now: str) -> str:
     """Return the CTE that infers leaves, with a comma before it, for members in `gone`; nothing for other tables."""
     if table != "members":
         return ""
-    return f", absent AS ({inferred_leaves('SELECT guild_id, user_id FROM gone', now)})"
+    return f", absent AS ({inferred_leaves('SELECT guild_id, user_id, stamp FROM gone', now)})"
 
 
 def _older_than_listing(table: str, source: str) -> str:
@@ -216,7 +217,7 @@ def absence(table: str) -> str:
         f"(SELECT FROM listed l WHERE l.guild_id = t.guild_id AND l.id = t.{keys[1]})), "
         f"gone AS (UPDATE {table} t SET {tombstone} = d.{tombstone}, stamp = d.stamp, updated_at = now() "
         f"FROM before d WHERE {_on('t', 'd', keys)} AND t.{tombstone} IS NULL "
-        f"RETURNING {', '.join('t.' + key for key in keys)}), "
+        f"RETURNING {', '.join('t.' + key for key in keys)}, t.stamp), "
         f"noted AS ({history}){_leaves(table, '$5::timestamptz')} "
         f"SELECT {', '.join(keys)} FROM gone"
     )
@@ -230,9 +231,9 @@ def _inserting(table: str, insert: str) -> str:
     """Return an INSERT of staged rows that answers their number, and infers joins where they are members."""
     if table != "members":
         return f"WITH fresh AS ({insert} RETURNING 1) SELECT count(*) FROM fresh"
-    appeared = "SELECT guild_id, user_id, joined_at, false AS rejoined FROM fresh WHERE left_at IS NULL"
+    appeared = "SELECT guild_id, user_id, joined_at, stamp, false AS rejoined FROM fresh WHERE left_at IS NULL"
     return (
-        f"WITH fresh AS ({insert} RETURNING guild_id, user_id, joined_at, left_at), "
+        f"WITH fresh AS ({insert} RETURNING guild_id, user_id, joined_at, left_at, stamp), "
         f"joined AS ({inferred_joins(appeared)}) SELECT count(*) FROM fresh"
     )
 
@@ -324,7 +325,7 @@ class StagedMerge:
                 f"AND NOT EXISTS (SELECT FROM {staging} s WHERE {_on('s', 't', keys)})), "
                 f"gone AS (UPDATE {table} t SET {tombstone} = d.{tombstone}, stamp = $3, updated_at = now() "
                 f"FROM before d WHERE {_on('t', 'd', keys)} AND t.guild_id = $2 "
-                f"RETURNING {', '.join('t.' + key for key in keys)}), "
+                f"RETURNING {', '.join('t.' + key for key in keys)}, t.stamp), "
                 f"noted AS ({_history(table, (tombstone,), rows='before', changed='gone')})"
                 f"{_leaves(table, '$4::timestamptz')} SELECT count(*) FROM gone"
             )

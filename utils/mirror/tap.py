@@ -1,14 +1,15 @@
 """The one private hook into discord.py: raw gateway payloads, before its own parsers see or choke on them.
 
 Written against discord.py 2.7.1, which is pinned; `tests/mirror/test_tap.py` fails when an upgrade moves what it leans
-on: `DiscordWebSocket.received_message`, its `_decompressor`, `sequence`, `session_id` and `_keep_alive`, and
-`discord.utils._from_json`.
+on: `DiscordWebSocket.received_message`, its `_decompressor`, `sequence`, `session_id` and `_keep_alive`,
+`discord.utils._from_json`, and `Shard.reconnect`, `reidentify` and `ws`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import time
 import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
@@ -16,7 +17,8 @@ from typing import Any, Protocol
 import discord
 import orjson
 from discord import utils as discord_utils
-from discord.gateway import DiscordWebSocket
+from discord.gateway import DiscordWebSocket, ReconnectWebSocket
+from discord.shard import Shard
 
 from utils.logs import once
 from utils.mirror.text import scrubbed
@@ -48,6 +50,13 @@ _receivers: weakref.WeakKeyDictionary[object, Receiver] = weakref.WeakKeyDiction
 #: Highest sequence number seen, by connection: a duplicate has one that is not higher.
 _sequences: weakref.WeakKeyDictionary[DiscordWebSocket, tuple[str | None, int]] = weakref.WeakKeyDictionary()
 
+#: Seconds for which a session is tried to be resumed. Its gateway may be gone for good, and Discord keeps what it would
+#: send again for a few minutes at most.
+RESUME_SECONDS = 90.0
+#: By shard that is disconnected: the connection that broke, and when it was tried to be resumed first.
+_resuming: weakref.WeakKeyDictionary[Shard, tuple[DiscordWebSocket, float]] = weakref.WeakKeyDictionary()
+
+_original_reconnect: Callable[[Shard], Awaitable[None]] = Shard.reconnect
 _original: Callable[[DiscordWebSocket, Any], Awaitable[None]] = DiscordWebSocket.received_message
 
 
@@ -75,6 +84,23 @@ def install(client: discord.Client, receiver: Receiver) -> None:
     _receivers[client._connection] = receiver
     discord_utils._from_json = decode  # type: ignore[assignment]
     DiscordWebSocket.received_message = _received_message  # type: ignore[method-assign]
+    Shard.reconnect = _reconnect  # type: ignore[method-assign, assignment]
+
+
+async def _reconnect(shard: Shard) -> None:
+    """Resume the session also when the first try to do so has failed.
+
+    discord.py begins a new one then, and all that Discord would have sent again is lost.
+    """
+    ws, now = shard.ws, time.monotonic()
+    broken, since = _resuming.get(shard, (ws, now))
+    if broken is not ws:
+        since = now
+    _resuming[shard] = ws, since
+    if ws._connection in _receivers and ws.session_id is not None and now - since < RESUME_SECONDS:
+        await shard.reidentify(ReconnectWebSocket(shard.id))
+    else:
+        await _original_reconnect(shard)
 
 
 def _has_envelope(message: dict[str, Any]) -> bool:
