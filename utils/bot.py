@@ -144,6 +144,7 @@ class Guildbook(commands.AutoShardedBot):
             cooldown=settings.chunk_cooldown_seconds,
             spool=settings.data_dir / SPOOL if settings.spool != "off" else None,
             on_lost=self.lease.give_up,
+            has_slept=self.lease.has_slept,
         )
         tap.install(self, self._mirror)
         await self._mirror.replay()

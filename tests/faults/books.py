@@ -66,9 +66,7 @@ class Books:
         unheard = Counter(
             (guild, user, kind) for first, last in self.unheard_moves for guild, user, kind, _ in self.moves[first:last]
         )
-        query = (
-            "SELECT guild_id, user_id, kind, inferred, at, earliest FROM member_events ORDER BY guild_id, user_id, id"
-        )
+        query = "SELECT guild_id, user_id, kind, inferred, at, earliest FROM member_events ORDER BY guild_id, user_id, stamp, id"
         rows = await database.fetch(query)
         found = Counter((row["guild_id"], row["user_id"], row["kind"]) for row in rows)
         wrong = [f"{key}: {found[key]} times, was told {told[key]} times" for key in found if found[key] > told[key]]
@@ -88,11 +86,15 @@ class Books:
             ]
             wrong.append(f"of {user} in {guild} was told {[it[2:] for it in self.moves if it[:2] == (guild, user)]},")
             wrong.append(f"and there stands {stands}")
-        return wrong[: 3 * MOST] + _doubled(rows)[:MOST]
+        gone = {(guild, user) for guild, user, _ in unheard}
+        return wrong[: 3 * MOST] + _doubled(rows, gone)[:MOST]
 
 
-def _doubled(rows: list[Any]) -> list[str]:
-    """Of two leaves without a join between them, or two joins at the same moment, one is a double."""
+def _doubled(rows: list[Any], gone: set[tuple[int, int]]) -> list[str]:
+    """Of two leaves without a join between them, or two joins at the same moment, one is a double.
+
+    Of those in `gone` something was not heard: a join may have been.
+    """
     wrong: list[str] = []
     last: dict[tuple[int, int], str] = {}
     joins: set[tuple[int, int, Any]] = set()
@@ -102,7 +104,7 @@ def _doubled(rows: list[Any]) -> list[str]:
             if (*person, row["at"]) in joins:
                 wrong.append(f"{person} joined twice at {row['at']}")
             joins.add((*person, row["at"]))
-        elif row["kind"] == "leave" and last.get(person) == "leave":
+        elif row["kind"] == "leave" and last.get(person) == "leave" and person not in gone:
             wrong.append(f"{person} left twice, the second time at {row['at']}")
         if row["kind"] in ("join", "leave"):
             last[person] = row["kind"]

@@ -15,6 +15,7 @@ from utils.logs import once
 from utils.mirror import translate, upkeep
 from utils.mirror.apply import Run
 from utils.mirror.archived import ArchivedThreads
+from utils.mirror.doubtful import Doubtful
 from utils.mirror.events import MEMBERSHIPS, message
 from utils.mirror.guilds import GuildState
 from utils.mirror.live import EVENTS
@@ -56,8 +57,12 @@ class Mirror:
         cooldown: float,
         spool: Path | None = None,
         on_lost: Callable[[], None] = lambda: None,
+        has_slept: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Times are seconds; `spool` is where journals are, None without; `on_lost`: another process acts now."""
+        """Times are seconds; `spool` is where journals are, None without.
+
+        `on_lost`: another process acts now. `has_slept`: whether one may do so since this process was stopped.
+        """
         self.database = database
         self.fence = fence
         self.stamps = Stamps(fence.epoch)
@@ -69,6 +74,7 @@ class Mirror:
         self._spool = spool
         #: `time.monotonic()` of the last READY or GUILD_CREATE.
         self._last_arrival: float = 0.0
+        self._doubtful = Doubtful(self.writer.tell, has_slept)
         self._messages = metrics.events_received.labels("MESSAGE_CREATE")
         #: By shard whose READY has come, the guilds that Discord has shown since: none of them was left before.
         self._ready: dict[int, set[int]] = {}
@@ -94,6 +100,7 @@ class Mirror:
     async def stop(self, timeout: float, *, flush: bool = True) -> None:
         """Stop reconciling, write what waits for at most `timeout` seconds; without `flush` nothing more is written."""
         ends_at = time.monotonic() + timeout
+        self._doubtful.end(is_lost=not flush)
         try:
             async with asyncio.timeout(timeout / 2):
                 await self.reconciler.stop()
@@ -260,7 +267,7 @@ class Mirror:
     def _message(self, data: Payload, stamp: int) -> None:
         counted = message(data, stamp)
         if counted is not None:
-            self.writer.tell(counted)
+            self._doubtful.tell(counted)
         self._messages.inc()
 
     def _live(self, event: str, data: Payload, stamp: int) -> None:
@@ -268,7 +275,7 @@ class Mirror:
         told = MEMBERSHIPS[event](data, stamp, now) if event in MEMBERSHIPS else None
         rows = [checked(row) for row in EVENTS[event](data, now)] if event in EVENTS else []
         if told is not None:  # not before the rows are read: a payload is taken whole or not at all
-            self.writer.tell(told)
+            self._doubtful.tell(told)
         self._put(rows, stamp)
         metrics.events_received.labels(event).inc()
         if event == "GUILD_DELETE":
