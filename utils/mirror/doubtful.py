@@ -21,13 +21,15 @@ class Doubtful:
     how two processes' leaves are told apart; the one that acts has heard them, or its listing proves them.
     """
 
-    __slots__ = ("_events", "_has_slept", "_tell", "_timer")
+    __slots__ = ("_events", "_has_slept", "_settled", "_tell", "_timer")
 
     def __init__(self, tell: Callable[[Event], None], has_slept: Callable[[], bool]) -> None:
         self._tell = tell
         self._has_slept = has_slept
         self._events: list[Event] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._settled = asyncio.Event()
+        self._settled.set()
 
     def __len__(self) -> int:
         return len(self._events)
@@ -38,6 +40,7 @@ class Doubtful:
             self._tell(event)
             return
         self._events.append(event)
+        self._settled.clear()
         if self._timer is None:
             self._look()
 
@@ -50,6 +53,11 @@ class Doubtful:
         for event in events:
             if not is_lost or isinstance(event, Message):
                 self._tell(event)
+        self._settled.set()
+
+    async def settled(self) -> None:
+        """Wait until nothing is in doubt: for as long as the database does not answer, at most until memory is full."""
+        await self._settled.wait()
 
     def _look(self) -> None:
         if not self._has_slept() or len(self._events) >= MOST:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -15,7 +16,6 @@ from utils.logs import once
 from utils.mirror import translate, upkeep
 from utils.mirror.apply import Run
 from utils.mirror.archived import ArchivedThreads
-from utils.mirror.doubtful import Doubtful
 from utils.mirror.events import MEMBERSHIPS, message
 from utils.mirror.guilds import GuildState
 from utils.mirror.live import EVENTS
@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 PAGES_WAITING = 6
 #: Seconds that the gateway is left unread at most: well below the 41 s between heartbeats.
 PAUSE_SECONDS = 10.0
+#: Seconds between two looks whether there is room for more events.
+ROOM_SECONDS = 0.005
 #: Seconds after READY, or after the last guild, from which a guild that has not arrived has an outage. Discord sends
 #: READY with every guild unavailable, then one GUILD_CREATE after the other; discord.py waits as long for the next one.
 ARRIVAL_SECONDS = 2.0
@@ -67,14 +69,15 @@ class Mirror:
         self.fence = fence
         self.stamps = Stamps(fence.epoch)
         self.shards = shards
-        self.writer = MirrorWriter(database, fence, queue, rhythm, on_lost=on_lost, on_dropped=self._on_dropped)
+        self.writer = MirrorWriter(
+            database, fence, queue, rhythm, on_lost=on_lost, on_dropped=self._on_dropped, has_slept=has_slept
+        )
         self.reconciler = Reconciler(self.writer, source, self.stamps, page_timeout=page_timeout, cooldown=cooldown)
         self.archived = ArchivedThreads(self.writer, source, self.stamps, self.reconciler)
         self._source = source
         self._spool = spool
         #: `time.monotonic()` of the last READY or GUILD_CREATE.
         self._last_arrival: float = 0.0
-        self._doubtful = Doubtful(self.writer.tell, has_slept)
         self._messages = metrics.events_received.labels("MESSAGE_CREATE")
         #: By shard whose READY has come, the guilds that Discord has shown since: none of them was left before.
         self._ready: dict[int, set[int]] = {}
@@ -100,7 +103,6 @@ class Mirror:
     async def stop(self, timeout: float, *, flush: bool = True) -> None:
         """Stop reconciling, write what waits for at most `timeout` seconds; without `flush` nothing more is written."""
         ends_at = time.monotonic() + timeout
-        self._doubtful.end(is_lost=not flush)
         try:
             async with asyncio.timeout(timeout / 2):
                 await self.reconciler.stop()
@@ -176,7 +178,16 @@ class Mirror:
         for listing in self.reconciler.listings.values():
             if listing.waiting >= PAGES_WAITING:
                 return self._pause()
+        if self.writer.queue.is_crowded:
+            return self._until_less_crowded()
         return asyncio.sleep(0) if self.reconciler.listings else None
+
+    async def _until_less_crowded(self) -> None:
+        """Let the database and the disk catch up with events that come faster than they take them."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PAUSE_SECONDS):
+                while self.writer.queue.is_crowded:  # noqa: ASYNC110 - the disk and the database both make room
+                    await asyncio.sleep(ROOM_SECONDS)
 
     async def _pause(self) -> None:
         full = [listing for listing in self.reconciler.listings.values() if listing.waiting >= PAGES_WAITING]
@@ -267,7 +278,7 @@ class Mirror:
     def _message(self, data: Payload, stamp: int) -> None:
         counted = message(data, stamp)
         if counted is not None:
-            self._doubtful.tell(counted)
+            self.writer.tell(counted)
         self._messages.inc()
 
     def _live(self, event: str, data: Payload, stamp: int) -> None:
@@ -275,7 +286,7 @@ class Mirror:
         told = MEMBERSHIPS[event](data, stamp, now) if event in MEMBERSHIPS else None
         rows = [checked(row) for row in EVENTS[event](data, now)] if event in EVENTS else []
         if told is not None:  # not before the rows are read: a payload is taken whole or not at all
-            self._doubtful.tell(told)
+            self.writer.tell(told)
         self._put(rows, stamp)
         metrics.events_received.labels(event).inc()
         if event == "GUILD_DELETE":

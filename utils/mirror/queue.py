@@ -57,6 +57,13 @@ class EventQueue:
         return len(self._recent) + (self.journal.unwritten if self.journal is not None else 0)
 
     @property
+    def is_crowded(self) -> bool:
+        """Whether memory holds more than half of what it may, and the disk will take it: there is use in waiting."""
+        if self.in_memory * 2 <= self.max_rows:
+            return False
+        return self.journal is not None and self.journal.trouble is None
+
+    @property
     def age(self) -> float:
         """Seconds that the oldest event has waited; 0 when none does."""
         return time.monotonic() - self._marks[0][1] if self._marks else 0.0

@@ -14,6 +14,7 @@ from utils.database import Database
 from utils.errors import DatabaseUnavailable, GuildbookError, LeaseLost
 from utils.mirror.apply import Batch, Told, Written, apply
 from utils.mirror.buffer import Buffer
+from utils.mirror.doubtful import Doubtful
 from utils.mirror.events import Event
 from utils.mirror.isolation import write_isolated
 from utils.mirror.letters import is_about_rows
@@ -50,7 +51,8 @@ class MirrorWriter:
     """Owns the buffer and the queue and writes them, together with small listings, in order and one at a time.
 
     `on_lost` is called when another process was found to act; `on_dropped` with guilds whose members had to be given up
-    for want of memory, once the database takes rows again.
+    for want of memory, once the database takes rows again. `has_slept` tells whether another process may act since this
+    one was stopped.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class MirrorWriter:
         *,
         on_lost: Callable[[], None],
         on_dropped: Callable[[set[int]], None],
+        has_slept: Callable[[], bool] = lambda: False,
     ) -> None:
         self.database: Database = database
         self.fence: Fence = fence
@@ -77,6 +80,7 @@ class MirrorWriter:
         self.events_written: int = 0
         self.rows_written: int = 0
         self.rows_dropped: int = 0
+        self._doubtful = Doubtful(self._queue, has_slept)
         self._on_lost = on_lost
         self._on_dropped = on_dropped
         self._observations: deque[Observation] = deque()
@@ -105,6 +109,7 @@ class MirrorWriter:
         Without `flush` nothing more is written: another process acts.
         """
         self._stopping = True
+        self._doubtful.end(is_lost=not flush)
         self.buffer.release_all()
         self.buffer.wake()
         if self._task is not None:
@@ -139,6 +144,9 @@ class MirrorWriter:
 
     def tell(self, event: Event) -> None:
         """Take an event."""
+        self._doubtful.tell(event)
+
+    def _queue(self, event: Event) -> None:
         queue = self.queue
         queue.add(event)
         waiting = len(queue)
@@ -248,6 +256,7 @@ class MirrorWriter:
             observation.done.set_exception(error)
 
     async def _commit(self, observations: list[Observation]) -> None:
+        await self._doubtful.settled()  # a row without the event that goes with it would prove what was heard
         entries = self.buffer.take()
         try:
             batch = Batch(entries=entries, told=await self.told())

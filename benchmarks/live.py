@@ -1,0 +1,221 @@
+"""The live path: events a second against a listener that does nothing, time to the commit, memory, and an outage."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import Row
+from simulator.remote import SimulatorProcess
+from utils import migrations
+from utils.database import Database
+from utils.database.embedded import EmbeddedServer
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 1_800.0
+#: Messages of one round, and rounds of each way.
+BURST, ROUNDS = 60_000, 3
+#: Messages in all for the measurement of memory, and after how many it is read first.
+MILLION, WARM = 1_000_000, 200_000
+#: Events a second in everyday life of a large bot, and for how long they are timed.
+RATE, TIMED_SECONDS = 500.0, 20.0
+#: Seconds of the outage; `make bench ARGS=outage` takes the ten minutes.
+SHORT_OUTAGE = 60.0
+LONG_OUTAGE = 600.0
+FLUSH_SECONDS = 1.0
+EMPTIED = (
+    "guilds, users, members, roles, channels, threads, sync_runs, changes, user_changes, member_events, member_stats, "
+    "ops.counted_messages, ops.positions"
+)
+
+
+class Client:
+    """A client in a process of its own."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    async def ask(self, line: str) -> dict[str, Any]:
+        """Send a line and return the figures that come back."""
+        self.send(line)
+        return await self.answered()
+
+    def send(self, line: str) -> None:
+        """Send a line."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n".encode())
+
+    async def answered(self) -> dict[str, Any]:
+        """Return the figures of the next answer."""
+        assert self._process.stdout is not None
+        async with asyncio.timeout(PATIENCE):
+            figures: dict[str, Any] = json.loads(await self._process.stdout.readline())
+        return figures
+
+
+@asynccontextmanager
+async def client(way: str, simulator: SimulatorProcess, *arguments: str) -> AsyncIterator[Client]:
+    """Run a client until it is ready; end it after the block."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "benchmarks.live_client", way, simulator.api_base, simulator.gateway_url, simulator.token,
+        *arguments, cwd=ROOT, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=2**26,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        async with asyncio.timeout(120):
+            line = await process.stdout.readline()
+        if line != b"ready\n":
+            raise RuntimeError(f"benchmarks.live_client {way} did not become ready")
+        yield Client(process)
+        process.stdin.close()
+        async with asyncio.timeout(60):
+            await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def _burst(way: str, simulator: SimulatorProcess, *arguments: str) -> dict[str, Any]:
+    async with client(way, simulator, *arguments) as running:
+        running.send(f"expect {BURST}")
+        await simulator.call("traffic.burst", BURST)
+        return await running.answered()
+
+
+async def _throughput(database: Database) -> list[Row]:
+    dsn = database.target.libpq_url()
+    runs: dict[str, list[dict[str, Any]]] = {"default": [], "bare": [], "outage": [], "always": []}
+    async with SimulatorProcess("--guild", "5000", "--no-limits", "--present", call_timeout=PATIENCE) as simulator:
+        for _ in range(ROUNDS):
+            for way in ("default", "bare"):
+                runs[way].append(await _burst(way, simulator))
+            for mode in ("outage", "always"):
+                await database.execute(f"TRUNCATE {EMPTIED}")
+                runs[mode].append(await _burst("mirror", simulator, dsn, mode))
+
+    def median(way: str, figure: str) -> float:
+        return statistics.median(float(run[figure]) for run in runs[way])
+
+    cpu = {way: median(way, "cpu") / BURST * 1e6 for way in runs}
+    bare, kept, always = (median(way, "seconds") for way in ("bare", "outage", "always"))
+    return [
+        Row("live, events a second: the mirror against a no-op listener", bare / kept, "≥", 0.8),
+        Row("the same with SPOOL=always", bare / always, "≥", 0.8),
+        Row("the first of these against Python's default collector settings", median("default", "seconds") / kept),
+        Row("events a second with the no-op listener", BURST / bare, unit=" /s"),
+        Row("CPU time of the client's process for an event, no-op listener", cpu["bare"], unit=" µs"),
+        Row("the same with the mirror", cpu["outage"], unit=" µs"),
+    ]  # fmt: skip
+
+
+async def _latency(database: Database) -> list[Row]:
+    await database.execute(f"TRUNCATE {EMPTIED}")
+    dsn = database.target.libpq_url()
+    async with (
+        SimulatorProcess("--guild", "5000", "--no-limits", "--present") as simulator,
+        client("mirror", simulator, dsn, "outage") as running,
+    ):
+        await running.ask("sample")
+        await simulator.call("traffic.start", RATE)
+        await asyncio.sleep(TIMED_SECONDS)
+        await simulator.call("traffic.stop")
+        await asyncio.sleep(2 * FLUSH_SECONDS)
+        took = (await running.ask("sample"))["took"]
+    return [
+        Row(f"from event to commit at {RATE:g} events/s, half of them, against FLUSH_SECONDS", took[len(took) // 2]),
+        Row("the same, 99 % of them", took[int(len(took) * 0.99)] / FLUSH_SECONDS, "≤", 2.0),
+    ]
+
+
+async def _memory(database: Database) -> list[Row]:
+    await database.execute(f"TRUNCATE {EMPTIED}")
+    dsn = database.target.libpq_url()
+    async with (
+        SimulatorProcess("--guild", "5000", "--no-limits", "--present", call_timeout=PATIENCE) as simulator,
+        client("mirror", simulator, dsn, "outage") as running,
+    ):
+        samples = []
+        for _ in range(MILLION // WARM):
+            running.send(f"expect {WARM}")
+            await simulator.call("traffic.burst", WARM)
+            samples.append((await running.answered())["memory"])
+    return [Row(f"memory after {MILLION:,} events against {WARM:,}", samples[-1] - samples[0], "≤", 5, " MB")]
+
+
+async def outage(seconds: float) -> list[Row]:
+    """Stop a database for so long while events go on, and start it again."""
+    directory = Path(tempfile.mkdtemp(prefix="guildbook-outage-"))
+    server = EmbeddedServer(directory)
+    await server.start()
+    try:
+        await migrations.upgrade(server.target())
+        dsn = server.target().libpq_url()
+        async with (
+            SimulatorProcess("--guild", "20000", "--no-limits", "--present") as simulator,
+            client("mirror", simulator, dsn, "outage") as running,
+        ):
+            await simulator.call("traffic.start", RATE)
+            await asyncio.sleep(10)
+            before = (await running.ask("sample"))["memory"]
+            await server.stop(force=True)
+            highest, ends_at = before, time.monotonic() + seconds
+            while time.monotonic() < ends_at:
+                await asyncio.sleep(min(5.0, seconds / 10))
+                highest = max(highest, (await running.ask("sample"))["memory"])
+            await server.start()
+            await simulator.call("traffic.stop")
+            told = len((await simulator.call("world.told.since", 0, 10**9))["messages"])
+            counted = await _caught_up(server, told)
+            after = await running.ask("sample")
+            resumes, identifies = await simulator.call("gateway.resumes"), await simulator.call("gateway.identifies")
+    finally:
+        await server.stop(force=True)
+    name = f"{seconds:g} s without a database at {RATE:g} events/s"
+    return [
+        Row(f"{name}: memory growth", max(highest, after["memory"]) - before, "≤", 50, " MB"),
+        Row(f"{name}: connections to the gateway that were lost", resumes + identifies - 1, "≤", 0),
+        Row(f"{name}: messages lost or doubled, of {told:,}", abs(counted - told), "≤", 0),
+        Row(f"{name}: rows dropped for want of memory, and restored", after["dropped"]),
+    ]
+
+
+async def _caught_up(server: EmbeddedServer, told: int) -> int:
+    """Wait until so many messages are counted, and return how many are after a while."""
+    database = Database(server.target(), pool_max=1)
+    await database.connect()
+    counted = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(120):
+            while counted < told:
+                await asyncio.sleep(0.5)
+                counted = await database.fetchval("SELECT coalesce(sum(message_count), 0)::bigint FROM member_stats")
+    await asyncio.sleep(2 * FLUSH_SECONDS)
+    counted = await database.fetchval("SELECT coalesce(sum(message_count), 0)::bigint FROM member_stats")
+    await database.close()
+    return int(counted)
+
+
+async def measure(database: Database) -> list[Row]:
+    """Measure the live path; the outage in its short form."""
+    rows = await _throughput(database)
+    rows += await _latency(database)
+    rows += await _memory(database)
+    seconds = float(os.environ.get("GUILDBOOK_OUTAGE_SECONDS", SHORT_OUTAGE))
+    return rows + await outage(seconds)
+
+
+async def measure_outage(database: Database) -> list[Row]:
+    """Measure ten minutes without a database."""
+    return await outage(LONG_OUTAGE)
