@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import discord
+import stamina
 import yarl
 from discord.gateway import DiscordWebSocket
 from discord.http import Route
@@ -159,6 +160,7 @@ async def run(way: str, gateway: str, token: str, dsn: str | None, mode: Any, di
 def main() -> None:
     """Run the way that the arguments name."""
     way, api, gateway, token, *rest = sys.argv[1:]
+    stamina.instrumentation.set_on_retry_hooks([])  # it would write to standard output
     Route.BASE = api
     dsn, mode = rest or (None, None)
     with tempfile.TemporaryDirectory(prefix="guildbook-live-") as directory:

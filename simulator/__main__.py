@@ -33,16 +33,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pages-per-second", type=float, help="pace of member pages over the gateway")
     parser.add_argument("--rest-latency", type=float, default=0.0, metavar="SECONDS")
     parser.add_argument("--heartbeat-interval", type=float, default=41.25, metavar="SECONDS")
-    parser.add_argument("--present", action="store_true", help="the world's clock goes on from the present")
+    parser.add_argument("--present", action="store_true", help="the world's clock is this machine's")
+    parser.add_argument(
+        "--clock-offset", type=float, default=0.0, metavar="SECONDS", help="by how much that one is off"
+    )
     parser.add_argument("--until-stdin-closes", action="store_true", help="also end when standard input does")
     return parser.parse_args(arguments)
 
 
 def found(options: argparse.Namespace) -> World:
     """Make the world the command line describes."""
-    world = World(seed=options.seed)
-    if options.present:
-        world.now_us = time.time_ns() // 1000
+    offset = int(options.clock_offset * 1e6)
+    world = World(seed=options.seed, clock=(lambda: time.time_ns() // 1000 + offset) if options.present else None)
     sizes = list(options.guild)
     for many in options.guilds:
         count, _, members = many.partition("x")

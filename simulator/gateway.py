@@ -44,6 +44,8 @@ class Connection:
         self._ws = ws
         self._transport = transport
         self._tcp = request.transport
+        # Whoever comes by way of a proxy goes on by way of it.
+        self.url = f"ws://{request.host}/gateway"
         self._loose: set[asyncio.Task[None]] = set()
         self.last_heartbeat = time.monotonic()
         self.session: Session | None = None
@@ -91,7 +93,7 @@ class Connection:
                 task.cancel()
         if self.session is not None and self.session.socket is self:
             self.session.socket = None
-            self.session.left_at = time.monotonic()
+            self.session.left_at = self.session.delivery.left_at = time.monotonic()
 
 
 class Gateway:
@@ -115,6 +117,11 @@ class Gateway:
         """Dispatches that wait to be sent to a client that is connected."""
         return max((s.waiting for s in self.sessions.values() if s.socket is not None and not s.dead), default=0)
 
+    @property
+    def has_sent_all(self) -> bool:
+        """Whether no client that is connected is owed anything."""
+        return all(s.has_sent_all for s in self.sessions.values() if s.socket is not None and not s.dead)
+
     def receive(self, emission: Emission) -> None:
         """Give an event of the world to every session it concerns."""
         for session in list(self.sessions.values()):
@@ -136,7 +143,10 @@ class Gateway:
         except ValueError as exc:
             raise web.HTTPBadRequest(text=str(exc)) from None
         ws = web.WebSocketResponse(compress=False, max_msg_size=0, autoping=True)
-        await ws.prepare(request)
+        try:
+            await ws.prepare(request)
+        except ConnectionError:  # its client has gone meanwhile
+            raise web.HTTPServiceUnavailable from None
         connection = Connection(self, ws, transport, request)
         self.connections.add(connection)
         interval = self._simulator.heartbeat_interval
@@ -175,6 +185,8 @@ class Gateway:
             raise CloseGateway(4002, "Error while decoding payload.") from None
         if opcode == 1:
             connection.last_heartbeat = time.monotonic()
+            if connection.session is not None:
+                connection.session.delivery.acknowledge(data)
             if self.lies.running.is_set():
                 connection.send_soon({"op": 11})
         elif opcode == 2:
@@ -208,11 +220,11 @@ class Gateway:
         pace = self.limits.pages_per_second
         threshold = min(250, max(50, int(data.get("large_threshold") or 50)))
         session = Session(self.world, self.lies, session_id, intents, (shard_id, shard_count), pace, threshold)
-        session.introduce(self._ready(session, sharded="shard" in data))
+        session.introduce(self._ready(session, connection.url, sharded="shard" in data))
         self.sessions[session_id] = session
         self._attach(connection, session)
 
-    def _ready(self, session: Session, *, sharded: bool) -> Json:
+    def _ready(self, session: Session, url: str, *, sharded: bool) -> Json:
         world = self.world
         guilds = [g.id for g in world.guilds.values() if g.present and session.owns(g.id)]
         ready: Json = {
@@ -221,7 +233,7 @@ class Gateway:
             "guilds": [{"id": str(guild_id), "unavailable": True} for guild_id in guilds],
             "session_id": session.id,
             "session_type": "normal",
-            "resume_gateway_url": self._simulator.gateway_url,
+            "resume_gateway_url": url,
             "application": {"id": str(world.application_id), "flags": self._simulator.application_flags},
             "private_channels": [],
             "relationships": [],
@@ -255,6 +267,9 @@ class Gateway:
     def _attach(self, connection: Connection, session: Session, replay_after: int | None = None) -> None:
         connection.session = session
         session.socket = connection
+        session.delivery.left_at = None
+        if replay_after is not None:
+            session.delivery.acknowledge(replay_after)
 
         async def serve() -> None:
             try:

@@ -26,7 +26,8 @@ class _Pipe:
         self._proxy = proxy
         self._reader = reader
         self._writer = writer
-        self._held: deque[tuple[float, bytes]] = deque()
+        #: With the moment when it is due; b"" for the end, None for a reset.
+        self._held: deque[tuple[float, bytes | None]] = deque()
         self._size = 0
         self._news = asyncio.Event()
         self._room = asyncio.Event()
@@ -43,9 +44,12 @@ class _Pipe:
     async def _read(self) -> None:
         while True:
             await self._room.wait()
-            data = await self._reader.read(_CHUNK)
+            try:
+                data: bytes | None = await self._reader.read(_CHUNK)
+            except OSError:
+                data = None
             self._held.append((time.monotonic() + self._proxy.latency, data))
-            self._size += len(data)
+            self._size += len(data or b"")
             self._news.set()
             if not data:
                 return
@@ -60,6 +64,8 @@ class _Pipe:
             due, data = self._held.popleft()
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             await self._proxy.flowing.wait()
+            if data is None:
+                raise ConnectionResetError("the other side was reset")
             if not data:
                 if self._writer.can_write_eof():
                     self._writer.write_eof()
@@ -91,7 +97,12 @@ class Proxy:
         self._connections: dict[asyncio.Task[None], list[asyncio.StreamWriter]] = {}
 
     def __repr__(self) -> str:
-        return f"<Proxy {self.port} -> {self.upstream} connections={len(self._connections)}>"
+        return f"<Proxy {self.port} -> {self.upstream} connections={self.connections}>"
+
+    @property
+    def connections(self) -> int:
+        """How many there are."""
+        return len(self._connections)
 
     async def __aenter__(self) -> Proxy:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -137,17 +148,23 @@ class Proxy:
             _reset(writer)
             return
         writers = self._connections[task] = [writer]
+        running: list[asyncio.Task[None]] = []
         try:
             await self.flowing.wait()
-            with contextlib.suppress(OSError):
-                far_reader, far_writer = await self._connect()
-                writers.append(far_writer)
-                pipes = (_Pipe(self, reader, far_writer), _Pipe(self, far_reader, writer))
-                await asyncio.gather(*(pipe.run() for pipe in pipes))
+            far_reader, far_writer = await self._connect()
+            writers.append(far_writer)
+            pipes = (_Pipe(self, reader, far_writer), _Pipe(self, far_reader, writer))
+            running += [asyncio.create_task(pipe.run()) for pipe in pipes]
+            await asyncio.gather(*running)
         except asyncio.CancelledError:
             pass  # the proxy ends
+        except OSError:
+            for each in writers:
+                _reset(each)
         finally:
             del self._connections[task]
+            for pipe in running:
+                pipe.cancel()
             for each in writers:
                 each.close()
 

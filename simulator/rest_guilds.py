@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from .server import Simulator
 
 
+def _gateway_url(request: web.Request) -> str:
+    # Whoever comes by way of a proxy goes on by way of it.
+    return f"ws://{request.host}/gateway"
+
+
 class GuildRoutes:
     """Answers for `/gateway`, `/users`, `/applications/@me` and `/guilds`."""
 
@@ -52,11 +57,11 @@ class GuildRoutes:
         ]
 
     async def gateway(self, request: web.Request) -> web.Response:
-        return answer({"url": self._simulator.gateway_url})
+        return answer({"url": _gateway_url(request)})
 
     async def gateway_bot(self, request: web.Request) -> web.Response:
         limit = {"total": 1000, "remaining": 1000, "reset_after": 86_400_000, "max_concurrency": 1}
-        return answer({"url": self._simulator.gateway_url, "shards": 1, "session_start_limit": limit})
+        return answer({"url": _gateway_url(request), "shards": 1, "session_start_limit": limit})
 
     async def own_user(self, request: web.Request) -> web.Response:
         return answer(own_user_payload(self._world.bot))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from .chunks import MemberRequest
 from .entities import Json
+from .ledger import Delivery
 from .lies import Lies
 from .payloads import guild_create_payload, to_bytes
 from .state import Emission, Intent, WorldState
@@ -61,6 +62,7 @@ class Session:
         self._outbox_bytes = 0
         self._replay: deque[tuple[int, bytes]] = deque()
         self._replay_bytes = 0
+        self.delivery = world.told.deliveries[session_id] = Delivery()
         # Guilds whose GUILD_CREATE is still to be sent, and whether the bot has only just joined them.
         self._backlog: dict[int, bool] = {}
         self._requests: deque[MemberRequest] = deque()
@@ -173,6 +175,7 @@ class Session:
             self.sequence += 1
             message = b'{"t":"%s","s":%d,"op":0,"d":%s}' % (name.encode(), self.sequence, body)
             self._remember(message)
+            self.delivery.sent(name, self.sequence, body)
             await socket.send(message)
             await self._echo(socket, name, message)
             dropped = self._lies.take_event_drop()

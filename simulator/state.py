@@ -52,12 +52,16 @@ class UnknownThing(LookupError):
 
 
 class WorldState:
-    """Guilds, users, the clock and the listeners of one world."""
+    """Guilds, users, the clock and the listeners of one world.
 
-    def __init__(self, seed: int = 1) -> None:
+    `clock` gives the present in microseconds since 1970; None: every mutation takes a second, for worlds that repeat.
+    """
+
+    def __init__(self, seed: int = 1, *, clock: Callable[[], int] | None = None) -> None:
         self.seed = seed
         self.rng = random.Random(seed)
-        self.now_us = WORLD_START_US
+        self._clock = clock
+        self.now_us = WORLD_START_US if clock is None else clock()
         self.guilds: dict[int, Guild] = {}
         self.users: dict[int, User] = {}
         self.user_ids: list[int] = []
@@ -90,9 +94,10 @@ class WorldState:
         return snowflake_at(self.now_us, self._increment)
 
     def tick(self) -> int:
-        """Move the world's clock on by a little more than a second, and count a mutation."""
+        """Move the world's clock on, by a little more than a second or to what its own clock says; count a mutation."""
         self.mutations += 1
-        self.now_us += 1_000_000 + self.rng.getrandbits(19)
+        step = 1_000_000 + self.rng.getrandbits(19)
+        self.now_us = self.now_us + step if self._clock is None else max(self.now_us + 1, self._clock())
         return self.now_us
 
     def guild_ids(self) -> list[int]:

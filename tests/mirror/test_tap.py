@@ -21,6 +21,7 @@ import orjson
 import pytest
 from discord import gateway, http, utils
 from discord.gateway import DiscordWebSocket
+from discord.shard import Shard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,6 +29,7 @@ from utils.mirror import tap
 from utils.mirror.tap import decode, install
 
 VERSION = "2.7.1"
+RECONNECT = "b4540433e4f8468c95525e1357158d083dda0325a4a34230d29a993f497d1924"
 RECEIVED_MESSAGE = "62c9f5ec6596dfef517af14f3fd8c46fd5d68ccb8674893901dfd5944f463b94"
 REPLACED = "\ufffd"
 
@@ -153,6 +155,8 @@ def test_discord_py_is_the_one_that_the_hook_was_written_against() -> None:
 def test_the_method_that_is_replaced_has_not_changed_by_a_letter() -> None:
     source = inspect.getsource(tap._original)
     assert hashlib.sha256(source.encode()).hexdigest() == RECEIVED_MESSAGE
+    reconnecting = inspect.getsource(Shard.reidentify) + inspect.getsource(tap._original_reconnect)
+    assert hashlib.sha256(reconnecting.encode()).hexdigest() == RECONNECT
     assert tap._original.__module__ == "discord.gateway"
     assert list(inspect.signature(tap._original).parameters) == ["self", "msg"]
     assert inspect.iscoroutinefunction(tap._original)

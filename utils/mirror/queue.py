@@ -16,6 +16,8 @@ from utils.service import metrics
 _log = logging.getLogger(__name__)
 
 Spool = Literal["outage", "always", "off"]
+#: How many times as much memory a disk that is slow, and not in trouble, may cost for a moment.
+SLOW = 3
 #: Seconds between two marks of when events came: the accuracy of `age`.
 _MARK_SECONDS = 0.1
 
@@ -80,7 +82,7 @@ class EventQueue:
             self._marks.append((event.stamp, now))
         journal = self.journal
         if journal is not None and (self._always or self._spilled):
-            if journal.unwritten >= self.max_rows:
+            if journal.unwritten >= self.max_rows * (SLOW if journal.trouble is None else 1):
                 self._drop(f"memory is full, and the spool takes nothing ({journal.trouble or 'SPOOL_MAX_MB'})")
                 return
             journal.append(event.stamp, packed(event))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 
 from utils.database import Database
 from utils.errors import DatabaseError
@@ -10,16 +11,20 @@ from utils.mirror import history
 from utils.mirror.apply import Batch, Told, apply
 from utils.mirror.events import Event, Membership
 from utils.mirror.letters import bury_event, is_about_rows, isolate
+from utils.mirror.rows import Entry, Key
 from utils.service.lease import Fence
 
 
-async def write_told(database: Database, fence: Fence, told: Told) -> int:
-    """Write events and the position that they reach; what the database refuses becomes a dead letter.
+async def write_told(
+    database: Database, fence: Fence, told: Told, entries: Mapping[tuple[str, Key], Entry] | None = None
+) -> int:
+    """Write events and the position that they reach, and rows with them; what is refused becomes a dead letter.
 
-    Returns how many were new. Raises `DatabaseError` when no event is at fault, `LeaseLost` when another process acts.
+    Returns how many events were new. Raises `DatabaseError` when nothing of it is at fault, `LeaseLost` when another
+    process acts.
     """
     try:
-        return (await apply(database, Batch(told=told), fence)).events
+        return (await apply(database, Batch(told=told, entries=entries or {}), fence)).events
     except DatabaseError as error:
         if not is_about_rows(error):
             raise
@@ -38,4 +43,7 @@ async def write_told(database: Database, fence: Fence, told: Told) -> int:
             await connection.execute(history.ADVANCE, told.journal, event.stamp)
 
     await isolate(told.events, write, bury)
+    if entries:  # what is at fault is no event: without a row the reconcile knows all that there is to know
+        with contextlib.suppress(DatabaseError):
+            await apply(database, Batch(entries=entries), fence)
     return written

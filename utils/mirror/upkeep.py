@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from utils.database.partitions import id_at
 from utils.errors import GuildbookError, LeaseLost
 from utils.mirror import history
 from utils.mirror.apply import Told
-from utils.mirror.events import Membership
+from utils.mirror.events import Event, Membership
 from utils.mirror.journal import Journal, found
 from utils.mirror.queue import read_events
+from utils.mirror.rows import Entry, Key
 from utils.mirror.told import write_told
 from utils.service.lease import Fence
 
@@ -58,7 +60,7 @@ async def _replay(database: Database, fence: Fence, journal: Journal, lock: asyn
         following = [event for person in people for event in memberships[person] if event.stamp > oldest.upto]
         async with lock:
             told = Told(journal.id, oldest.events, oldest.upto, following=following)
-            written += await write_told(database, fence, told)
+            written += await write_told(database, fence, told, _rows(oldest.events))
         position = oldest.upto
         seen += len(oldest.events)
     await journal.remove()
@@ -66,6 +68,22 @@ async def _replay(database: Database, fence: Fence, journal: Journal, lock: asyn
     await database.execute(history.FORGET_JOURNAL, journal.id)
     _log.info("a journal was replayed", extra={"journal": journal.id, "events": seen, "new": written})
     return written
+
+
+def _rows(events: Sequence[Event]) -> dict[tuple[str, Key], Entry]:
+    """Return what joins and leaves say of members: the rows that went with them were in a buffer that is gone.
+
+    Without the row of somebody who joined and left since, no listing could prove that they left.
+    """
+    rows: dict[tuple[str, Key], Entry] = {}
+    for event in events:
+        if isinstance(event, Membership) and event.kind in ("join", "leave"):
+            has_joined = event.kind == "join"
+            values = {"joined_at": event.at, "left_at": None} if has_joined else {"left_at": event.at}
+            slot = ("members", (event.guild_id, event.user_id))
+            entry = Entry(values, has_joined, event.stamp)
+            rows[slot] = rows[slot].overlaid(entry) if slot in rows else entry
+    return rows
 
 
 async def _memberships(journal: Journal) -> dict[tuple[int, int], list[Membership]]:
