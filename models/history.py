@@ -75,11 +75,12 @@ class MemberEvent(Base):
     id: Mapped[int] = snowflake(primary_key=True, server_default=text(time_id("ops.change_ids")))
     user_id: Mapped[int] = snowflake(nullable=False, erase=Erase.SUBJECT)
     kind: Mapped[str] = marked(Text, nullable=False)
-    #: Of a join what Discord says, of the others when they were heard of, on the database's clock.
+    #: Of a join what Discord says, of the others when they were heard of.
     at: Mapped[datetime] = marked(nullable=False)
     #: True when nobody was connected to hear of it: a complete listing proves that it happened.
     inferred: Mapped[bool] = marked(Boolean, nullable=False, server_default=false())
-    #: Of what is inferred, the earliest and latest moment at which it can have happened.
+    #: The earliest and the latest moment at which it can have happened, on the database's clock: of what is inferred
+    #: those of the listings before and after, of the others None and when they were heard of.
     earliest: Mapped[datetime | None] = marked()
     latest: Mapped[datetime | None] = marked()
     #: Order of the observation, like that of rows: of what is inferred that of the listing.

@@ -7,7 +7,7 @@ from tests.mirror.tables import when
 from utils.mirror.doubtful import MOST, Doubtful
 from utils.mirror.events import Event, Membership, Message
 
-LEAVE = Membership(1, 1, 1, "leave", when(1))
+LEAVE = Membership(1, 1, 1, "leave", when(1), when(1))
 MESSAGE = Message(2, 1, 1, 1)
 
 

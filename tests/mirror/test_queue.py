@@ -20,7 +20,7 @@ BOUND = 20.0
 def event(stamp: int) -> Event:
     if stamp % 3:
         return Message(stamp, 1, 2, 1_000 + stamp)
-    return Membership(stamp, 1, 2, "leave", when(stamp))
+    return Membership(stamp, 1, 2, "leave", when(stamp), when(stamp))
 
 
 def told(first: int, last: int) -> list[Event]:

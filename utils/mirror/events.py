@@ -34,8 +34,10 @@ class Membership(NamedTuple):
     user_id: int
     #: join, leave, ban or unban.
     kind: str
-    #: Of a join what Discord says, of the others when it was heard of, on the database's clock.
+    #: Of a join what Discord says, of the others when it was heard of.
     at: datetime
+    #: When it was heard of, on the database's clock: Discord's may differ.
+    heard: datetime
 
 
 Event = Message | Membership
@@ -45,7 +47,8 @@ def packed(event: Event) -> bytes:
     """Return an event as it stands in a journal; the stamp is kept beside it."""
     if isinstance(event, Message):
         return orjson.dumps(event[1:])
-    return orjson.dumps((*event[1:4], (event.at - _EPOCH) // _MICROSECOND))
+    times = ((time - _EPOCH) // _MICROSECOND for time in (event.at, event.heard))
+    return orjson.dumps((*event[1:4], *times))
 
 
 def unpacked(stamp: int, payload: bytes) -> Event:
@@ -54,8 +57,9 @@ def unpacked(stamp: int, payload: bytes) -> Event:
         guild_id, user_id, *rest = orjson.loads(payload)
         if len(rest) == 1:
             return Message(stamp, guild_id, user_id, *rest)
-        kind, at = rest
-        return Membership(stamp, guild_id, user_id, kind, _EPOCH + at * _MICROSECOND)
+        kind, *times = rest
+        at, heard = (_EPOCH + time * _MICROSECOND for time in times)
+        return Membership(stamp, guild_id, user_id, kind, at, heard)
     except (ValueError, TypeError, OverflowError) as error:
         raise ValidationError(f"a journal holds {payload[:80]!r}, which is no event: {error}") from error
 
@@ -81,7 +85,7 @@ def message(payload: Payload, stamp: int) -> Message | None:
 def _membership(kind: str) -> Callable[[Payload, int, datetime], Membership]:
     def read(payload: Payload, stamp: int, now: datetime) -> Membership:
         joined = moment(payload.get("joined_at")) if kind == "join" else None
-        return Membership(stamp, _id(payload["guild_id"]), _id(payload["user"]["id"]), kind, joined or now)
+        return Membership(stamp, _id(payload["guild_id"]), _id(payload["user"]["id"]), kind, joined or now, now)
 
     return read
 

@@ -36,29 +36,30 @@ _RELATED = f"{_SAME_PERSON} AND {_SAME_CLASS}"
 #: The kind of the event before or after `g` of the same person, wherever it stands: in the table, among the given, or
 #: further on in the same journal.
 _NEIGHBOUR = (
-    "SELECT n.kind FROM (SELECT e.kind, e.at, e.id AS turn FROM member_events e "
-    f"WHERE {_RELATED.format('e')} AND e.at {{known}} g.at UNION ALL "
-    f"SELECT h.kind, h.at, h.stamp FROM given h WHERE {_RELATED.format('h')} AND h.stamp {{told}} g.stamp) n "
+    "SELECT n.kind FROM (SELECT e.kind, e.latest AS at, e.id AS turn FROM member_events e "
+    f"WHERE {_RELATED.format('e')} AND e.latest {{known}} g.heard UNION ALL "
+    f"SELECT h.kind, h.heard, h.stamp FROM given h WHERE {_RELATED.format('h')} AND h.stamp {{told}} g.stamp) n "
     "ORDER BY n.at {order}, n.turn {order} LIMIT 1"
 )
 _BEFORE = _NEIGHBOUR.format(known="<=", told="<", order="DESC")
 _AFTER = _NEIGHBOUR.format(known=">", told=">", order="ASC")
 
 #: Writes joins, leaves and bans. A join is known by its time. A leave that a listing has just proven is no second one.
-#: What comes from an earlier epoch ($6: the first stamp of this one) may have been heard by two processes: of two
-#: leaves without a join between them the second is left out. Parameters: guilds, users, kinds, times, stamps; what has
-#: a stamp above $7 is there to be compared with, and not written. Answers how many were written.
+#: What comes from an earlier epoch ($7: the first stamp of this one) may have been heard by two processes: of two
+#: leaves without a join between them the second is left out. Parameters: guilds, users, kinds, times, stamps, and
+#: when they were heard; what has a stamp above $8 is there to be compared with, and not written. Answers how many were
+#: written.
 RECORD = (
     "WITH given AS MATERIALIZED (SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::timestamptz[], "
-    "$5::bigint[]) AS g(guild_id, user_id, kind, at, stamp)), "
-    "written AS (INSERT INTO member_events (guild_id, user_id, kind, at, stamp) "
-    "SELECT g.guild_id, g.user_id, g.kind, g.at, g.stamp FROM given g WHERE g.stamp <= $7::bigint "
+    "$5::bigint[], $6::timestamptz[]) AS g(guild_id, user_id, kind, at, stamp, heard)), "
+    "written AS (INSERT INTO member_events (guild_id, user_id, kind, at, latest, stamp) "
+    "SELECT g.guild_id, g.user_id, g.kind, g.at, g.heard, g.stamp FROM given g WHERE g.stamp <= $8::bigint "
     "AND NOT CASE WHEN g.kind = 'join' THEN "
     f"EXISTS (SELECT FROM member_events e WHERE {_SAME_PERSON.format('e')} AND e.kind = 'join' AND e.at = g.at) "
-    "WHEN g.stamp < $6::bigint THEN "
+    "WHEN g.stamp < $7::bigint THEN "
     f"coalesce(({_BEFORE}) = g.kind, false) OR coalesce(({_AFTER}) = g.kind, false) "
     "WHEN g.kind = 'leave' THEN coalesce((SELECT e.kind = 'leave' AND e.inferred "
-    f"AND e.latest > g.at - {GATEWAY_LAG} FROM member_events e "
+    f"AND e.latest > g.heard - {GATEWAY_LAG} FROM member_events e "
     f"WHERE {_RELATED.format('e')} ORDER BY e.stamp DESC LIMIT 1), false) "
     "AND NOT EXISTS (SELECT FROM given h "
     f"WHERE {_RELATED.format('h')} AND h.stamp < g.stamp) "
@@ -104,8 +105,7 @@ def inferred_joins(rows: str) -> str:
     )
     return (
         "INSERT INTO member_events (guild_id, user_id, kind, at, inferred, earliest, latest, stamp) "
-        "SELECT a.guild_id, a.user_id, k.kind, coalesce(a.joined_at, now()), true, r.earliest, "
-        "coalesce(a.joined_at, now()), a.stamp "
+        "SELECT a.guild_id, a.user_id, k.kind, coalesce(a.joined_at, now()), true, r.earliest, now(), a.stamp "
         f"FROM ({rows}) a CROSS JOIN LATERAL {_LAST_LISTING} r "
         "CROSS JOIN (VALUES (0, 'leave'), (1, 'join')) AS k(turn, kind) "
         f"WHERE r.earliest IS NOT NULL AND (k.kind = 'join' OR a.rejoined AND NOT {_HAS_LEFT}) "
@@ -139,6 +139,6 @@ async def write_events(
         written += await connection.fetchval(COUNT, guilds, users, ids)
     if memberships:
         last = memberships[-1].stamp
-        stamps, guilds, users, kinds, times = zip(*memberships, *following, strict=True)
-        written += await connection.fetchval(RECORD, guilds, users, kinds, times, stamps, first_stamp, last)
+        stamps, guilds, users, kinds, times, heard = zip(*memberships, *following, strict=True)
+        written += await connection.fetchval(RECORD, guilds, users, kinds, times, stamps, heard, first_stamp, last)
     return written
