@@ -47,7 +47,7 @@ def pages(users: Sequence[Record], members: Sequence[Record]) -> Iterator[Page]:
 
 def memory_queue() -> EventQueue:
     """Return a queue of events that is in memory alone."""
-    return EventQueue(None, spool="off", max_rows=20_000)
+    return EventQueue(None, spool="off", max_rows=15_000)
 
 
 async def writer_of(database: Database) -> MirrorWriter:

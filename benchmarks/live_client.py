@@ -134,7 +134,7 @@ async def run(way: str, gateway: str, token: str, dsn: str | None, mode: Any, di
         database = Database(parse(dsn, source="benchmark"))
         await database.connect()
         fence = await lease.seize(database, lease.holder())
-        queue = TimedQueue(await Journal.open(directory, fence.holder, max_bytes=2**30), spool=mode, max_rows=20_000)
+        queue = TimedQueue(await Journal.open(directory, fence.holder, max_bytes=2**30), spool=mode, max_rows=15_000)
         mirror = Mirror(
             database, DiscordSource(client), fence, queue, shards=1, rhythm=Rhythm(), page_timeout=30, cooldown=0
         )

@@ -19,7 +19,7 @@ from utils.database import Database
 from utils.database.embedded import EmbeddedServer
 from utils.database.partitions import ensure_partitions
 from utils.database.urls import resolve, resolve_direct
-from utils.errors import GuildbookError, MigrationError, SettingsError
+from utils.errors import DatabaseUnavailable, GuildbookError, LeaseLost, MigrationError, SettingsError
 from utils.mirror.journal import is_dead
 from utils.service import heap, metrics
 from utils.service.health import HealthServer
@@ -34,10 +34,14 @@ PARTITION_SECONDS = 24 * 3600.0
 PULSE_SECONDS = 0.02
 #: Seconds that a step of the end keeps back for those after it.
 KEPT_BACK = 6.0
+#: Seconds of the time for writing that are kept for the disk to take what the database did not.
+SPOOL_SECONDS = 5.0
 #: Seconds for each step after a second signal.
 HURRIED_SECONDS = 1.0
-#: Seconds for each step of leaving when another process has taken over.
-STEP_SECONDS = 5.0
+#: Seconds for leaving when another process has taken over.
+LEAVE_SECONDS = 20.0
+#: Seconds before it is begun anew after a start that the database cut short.
+ANEW_SECONDS = 1.0
 #: Discord's close codes that mean a wrong setting (API reference, "Gateway Close Event Codes").
 _WRONG_TOKEN, _WRONG_INTENTS = 4004, 4014
 
@@ -121,38 +125,60 @@ class Process:
         await self.db.connect()
         if not await self.db.fetchval("SELECT to_regclass('ops.leases') IS NOT NULL"):
             await self._bring_schema_up_to_date(self.db)  # without it there is no lease to wait for
-        self._repeat("partitions", PARTITION_SECONDS, self._make_partitions)
+        self._repeat("partitions", PARTITION_SECONDS, self._make_partitions_in_time)
         self._repeat("database check", CHECK_SECONDS, self._check_database)
         self._run_beside("loop watch", self._watch_loop())
         while True:
             await self._act(self.db)
 
     async def _act(self, db: Database) -> None:
-        """Stand by until the lease is ours, then run the bot until another process has it. Raises what ends the bot."""
+        """Stand by until the lease is ours, then run the bot until another process has it, or its start met an outage.
+
+        Raises what ends the bot for good.
+        """
         settings = self.settings
         assert settings.discord_token is not None, "the command line has asked for it"
         lease = self.lease = Lease(db.target, holder(), is_dead=partial(is_dead, settings.data_dir / SPOOL))
         await lease.wait()
-        await self._bring_schema_up_to_date(db)
-        await self._make_partitions()
-        bot = self.bot = Guildbook(settings, db, lease)
-        heap.settle()
-        running = asyncio.create_task(bot.start(settings.discord_token.get_secret_value()), name="discord")
-        lost = asyncio.create_task(lease.lost.wait())
+        lost = asyncio.create_task(lease.lost.wait(), name="lost")
+        running: asyncio.Task[None] | None = None
         try:
-            async with bot:
-                await asyncio.wait({running, lost}, return_when=asyncio.FIRST_COMPLETED)
-                if running.done():
-                    await running
-                    raise GuildbookError("the connection to Discord was closed for good, though nobody asked for it")
+            await self._bring_schema_up_to_date(db)
+            await self._make_partitions()
+            self.bot = Guildbook(settings, db, lease)
+            heap.settle()
+            running = asyncio.create_task(self.bot.start(settings.discord_token.get_secret_value()), name="discord")
+            await asyncio.wait({running, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not lost.done():
+                await running
+                raise GuildbookError("the connection to Discord was closed for good, though nobody asked for it")
+        except LeaseLost:  # before anybody else has noticed
+            lease.give_up()
+        except DatabaseUnavailable as error:
+            _log.error("the start was cut short, beginning anew: %s", error)
         finally:
-            for task in (running, lost):
-                task.cancel()
-            await asyncio.wait({running, lost}, timeout=STEP_SECONDS)
-        await bot.stop_mirror(STEP_SECONDS)
-        await lease.release(STEP_SECONDS)
+            lost.cancel()
+            if running is not None:
+                running.cancel()
+        await self._leave(lease, running)
+
+    async def _leave(self, lease: Lease, running: asyncio.Task[None] | None) -> None:
+        """Stop acting: when another process does, what waits goes to the journal, not to the database."""
+        self._ends_at = time.monotonic() + LEAVE_SECONDS
+        bot = self.bot
+        if bot is not None:
+            await self._step("leaving Discord", lambda _: bot.close())
+        if running is not None:
+            await self._step("the connection to Discord", lambda _: _ended(running))
+        if bot is not None:
+            await self._step("stopping the mirror", lambda seconds: bot.stop_mirror(_for_writing(seconds)))
+        was_lost = lease.lost.is_set()
+        await self._step("giving the lease back", lease.release, kept_back=0.0)
         self.bot = None
-        _log.warning("the gateway is left: standing by until the process that acts has ended")
+        if was_lost:
+            _log.warning("the gateway is left: standing by until the process that acts has ended")
+        else:
+            await asyncio.sleep(ANEW_SECONDS)
 
     async def _bring_schema_up_to_date(self, db: Database) -> None:
         if self.settings.auto_migrate:
@@ -162,6 +188,10 @@ class Process:
                 f"the schema is behind, revision {', '.join(waiting)} is not applied and AUTO_MIGRATE is off:"
                 " run python bot.py db upgrade"
             )
+
+    async def _make_partitions_in_time(self) -> None:
+        if self.bot is not None:  # otherwise they are another process's business
+            await self._make_partitions()
 
     async def _make_partitions(self) -> None:
         assert self.db is not None
@@ -215,7 +245,8 @@ class Process:
         if self.bot is None:
             return False, {"state": self._state}
         ready, details = self.bot.readiness()
-        return ready and not self._stop.is_set(), {**details, "database": self._db_answers}
+        state = {"state": self._state, **details, "database": self._db_answers}
+        return ready and not self._stop.is_set() and self._state != "lost", state
 
     def _measure(self) -> None:
         if self.db is not None:
@@ -236,7 +267,9 @@ class Process:
         work.cancel()
         await self._step("the bot", lambda _: _ended(work))
         if bot is not None:
-            await self._step("writing what waits", bot.stop_mirror)
+            written = await self._step("writing what waits", lambda seconds: bot.stop_mirror(_for_writing(seconds)))
+            if not written:
+                await self._step("leaving what waits to the disk", lambda _: bot.stop_mirror(0.0))
         if self.lease is not None:  # not before: what was written needed it
             await self._step("giving the lease back", self.lease.release, kept_back=KEPT_BACK - 2 * HURRIED_SECONDS)
         for task in self._beside:
@@ -248,27 +281,40 @@ class Process:
         if server is not None:
             await self._step("the embedded server", server.stop, kept_back=0.0)
 
-    async def _step(self, what: str, work: Callable[[float], Awaitable[None]], *, kept_back: float = KEPT_BACK) -> None:
-        """Do one part of the end in the time that is left for it; the others are done whatever becomes of it."""
+    async def _step(self, what: str, work: Callable[[float], Awaitable[None]], *, kept_back: float = KEPT_BACK) -> bool:
+        """Do one part of the end in the time that is left for it, and return whether it came to its own end.
+
+        The others are done whatever becomes of it.
+        """
         seconds = max(HURRIED_SECONDS, self._ends_at - time.monotonic() - kept_back)
         if self._hurry.is_set():
             seconds = HURRIED_SECONDS
         task = asyncio.ensure_future(work(seconds))
         hurry = asyncio.create_task(self._hurry.wait())
-        waiting = {task} if self._hurry.is_set() else {task, hurry}
-        await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            await asyncio.wait({task}, timeout=HURRIED_SECONDS)
-        hurry.cancel()
-        if not task.done():
-            task.cancel()
+        try:
+            waiting = {task} if self._hurry.is_set() else {task, hurry}
+            await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                await asyncio.wait({task}, timeout=HURRIED_SECONDS)
+        finally:
+            hurry.cancel()
+            is_cut_off = task.cancel()
+        if is_cut_off:
             _log.warning("%s: cut off", what)
         elif not task.cancelled() and (error := task.exception()) is not None:
             _log.error("%s: %r", what, error, exc_info=error)
+        return not is_cut_off
+
+
+def _for_writing(seconds: float) -> float:
+    return max(seconds - SPOOL_SECONDS, seconds / 2)
 
 
 async def _ended(task: asyncio.Task[None]) -> None:
+    """Wait for a task's end, whichever it is."""
     await asyncio.wait({task})
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.debug("%s ended: %r", task.get_name(), error)
 
 
 def explained(error: BaseException, settings: Settings) -> BaseException:

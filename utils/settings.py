@@ -73,7 +73,7 @@ class Settings(BaseSettings):
     flush_rows: int = Field(default=500, ge=1, le=100_000)
     flush_seconds: Seconds = 1.0
     #: Rows and events that may wait in memory.
-    buffer_max_rows: int = Field(default=20_000, ge=100, le=10_000_000)
+    buffer_max_rows: int = Field(default=15_000, ge=100, le=10_000_000)
     #: When events go to the journal on disk.
     spool: Literal["outage", "always", "off"] = "outage"
     #: Megabytes that journals may take on disk.

@@ -105,8 +105,8 @@ async def test_a_demo_that_was_killed_leaves_nothing_in_the_way_of_the_next_one(
     demo = await start("demo", "--keep", directory=tmp_path)
     assert demo.stdout is not None
     async with asyncio.timeout(PATIENCE):
-        while "ready:" not in (await demo.stdout.readline()).decode():
-            assert demo.returncode is None
+        while "ready:" not in (line := (await demo.stdout.readline()).decode()):
+            assert line, "it ended"
     demo.kill()
     await demo.wait()
     pid = int((tmp_path / ".data/demo/bot.pid").read_text())

@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 OLDEST_SERVER = 130_000
 #: Seconds that one attempt to connect may take.
 ATTEMPT_SECONDS = 10.0
+#: What a connection in trouble raises.
+_DRIVERS_OWN = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 
 class Database:
@@ -129,7 +131,7 @@ class Database:
                 await pool.close()  # cuts what is left by itself when it is cancelled
         except TimeoutError:
             _log.warning("connections still in use after %s s were cut", timeout)
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
+        except _DRIVERS_OWN as exc:
             _log.warning("the pool did not close cleanly: %s", exc)
 
     @contextlib.asynccontextmanager
@@ -166,7 +168,7 @@ class Database:
         finally:
             try:
                 await pool.release(conn)
-            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
+            except _DRIVERS_OWN as exc:
                 # The pool has already thrown the connection away; what was done on it is decided.
                 _log.debug("a connection could not be reset and was dropped: %s", exc)
 
@@ -242,28 +244,34 @@ class Database:
         }  # fmt: skip
 
     async def validate_connections(self, timeout: float = 5.0) -> dict[str, int]:
-        """Ask every idle connection for an answer within `timeout` seconds, and replace those that give none.
+        """Ask every idle connection for an answer within `timeout` seconds, and throw away those that give none.
 
-        Returns how many were `checked` and how many `replaced`; a database that is gone is no error here.
+        Returns how many were `checked` and how many `replaced`: the pool opens new ones when they are needed. A
+        database that is gone is no error here.
         """
         pool = self._pool
-        borrowed: list[PoolConnectionProxy[Record]] = []
+        lent: list[PoolConnectionProxy[Record]] = []
+        if pool is None:
+            return {"checked": 0, "replaced": 0}
         try:
-            async with asyncio.timeout(timeout):
-                while pool is not None and pool.get_idle_size():
-                    borrowed.append(await pool.acquire())
-                alive = await asyncio.gather(*(_answers(connection, timeout / 2) for connection in borrowed))
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
-            _log.warning("connections could not be checked: %s", translate(exc))
-            alive = []
-        replaced = alive.count(False)
-        for connection in borrowed:
-            with contextlib.suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
-                assert pool is not None
-                await pool.release(connection, timeout=timeout)
+            try:
+                async with asyncio.timeout(timeout):
+                    while pool.get_idle_size() and len(lent) < self.pool_max:  # who is lent already is being tried
+                        lent.append(await pool.acquire())
+            except _DRIVERS_OWN as exc:
+                _log.warning("connections could not be checked: %s", translate(exc))
+            answered = await asyncio.gather(*(_answers(connection, timeout) for connection in lent))
+        except BaseException:
+            for connection in lent:
+                with contextlib.suppress(asyncpg.InterfaceError):  # it has been thrown away already
+                    connection.terminate()
+            raise
+        given_back = (pool.release(connection, timeout=timeout) for connection in lent)
+        await asyncio.gather(*given_back, return_exceptions=True)
+        replaced = answered.count(False)
         if replaced:
             _log.warning("connections were dead: they are replaced", extra={"replaced": replaced})
-        return {"checked": len(alive), "replaced": replaced}
+        return {"checked": len(answered), "replaced": replaced}
 
     async def _open(self) -> Pool[Record]:
         return await asyncpg.create_pool(
@@ -309,8 +317,9 @@ async def _answers(connection: Connection, timeout: float) -> bool:
     """Return whether a connection answers; one that does not is ended."""
     try:
         await connection.fetchval("SELECT 1", timeout=timeout)
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
-        connection.terminate()
+    except _DRIVERS_OWN:
+        with contextlib.suppress(asyncpg.InterfaceError):  # the pool knows already
+            connection.terminate()
         return False
     return True
 

@@ -138,7 +138,7 @@ class Demo:
     async def _reach_database(self, session: aiohttp.ClientSession) -> Database:
         """Wait until the bot has its database, and connect to it beside the bot."""
         async with _bounded(READY_SECONDS, "the bot does not answer on its health port", self.bot):
-            while await self.bot.readiness(session) is None:  # noqa: ASYNC110 - it is another process
+            while "database" not in (await self.bot.readiness(session) or {}):  # noqa: ASYNC110 - another process
                 await asyncio.sleep(LOOK_SECONDS)
         await self.place.server.start()  # joins the one that the bot has started
         db = Database(self.place.server.target(), pool_max=3)

@@ -34,6 +34,8 @@ POLL_SECONDS = 0.5
 STEP_SECONDS = 1.5
 #: Seconds for one attempt to connect: with TLS and a password that is half a dozen answers.
 CONNECT_SECONDS = 3.0
+#: Seconds that the taker waits for the row in one try: enough to end who holds it, by a network that takes its time.
+LOCK_SECONDS = 5.0
 #: Seconds that the taker waits for transactions of the former holder before it ends them.
 PATIENCE_SECONDS = 0.3
 #: Seconds between two looks for more of them: PostgreSQL waits for those that hold a row one after the other.
@@ -241,12 +243,12 @@ class Lease:
         An error leaves the transaction open: it costs the connection, and nothing else ends as surely.
         """
         await connection.execute(
-            f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {round(STEP_SECONDS * 1000)}"
+            f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {round(LOCK_SECONDS * 1000)}"
         )
         pid = await connection.fetchval(_PID)
         ending = asyncio.create_task(self._end_blockers(pid), name="lease-blockers")
         try:
-            row = await connection.fetchrow(_LOCK, SHARD, timeout=2 * STEP_SECONDS)
+            row = await connection.fetchrow(_LOCK, SHARD, timeout=LOCK_SECONDS + STEP_SECONDS)
         finally:
             ending.cancel()
             await asyncio.wait({ending})

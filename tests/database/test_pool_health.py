@@ -1,0 +1,136 @@
+"""The pool's own health: what it counts, and how it gets over connections that have died."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import asyncpg
+import pytest
+
+from simulator.proxy import Proxy
+from utils.database import ConnectTarget, Database
+from utils.database.embedded import PORT
+from utils.errors import DatabaseUnavailable
+
+#: Nothing here may take longer, in seconds.
+PATIENCE = 20.0
+
+
+@contextlib.asynccontextmanager
+async def warm(target: ConnectTarget, connections: int) -> AsyncIterator[Database]:
+    """Lend a pool with so many idle connections."""
+    db = Database(target, pool_max=connections, connect_timeout=10, command_timeout=10, acquire_timeout=10)
+    await db.connect()
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(connections):
+                await stack.enter_async_context(db.acquire())
+        yield db
+    finally:
+        async with asyncio.timeout(PATIENCE):
+            await db.close(timeout=5)
+
+
+@contextlib.asynccontextmanager
+async def behind_a_network(target: ConnectTarget, connections: int) -> AsyncIterator[tuple[Database, Proxy]]:
+    async with Proxy(f"{target.hosts[0]}/.s.PGSQL.{PORT}") as network:
+        reached = replace(target, hosts=("127.0.0.1",), ports=(network.port,), sslmode="disable")
+        async with warm(reached, connections) as db:
+            yield db, network
+
+
+async def test_the_figures_tell_what_was_created_is_active_idle_and_waited_for(target: ConnectTarget) -> None:
+    async with warm(target, 2) as db:
+        assert db.pool_stats() == {"created": 2, "active": 0, "idle": 2, "waiting": 0, "size": 2, "max": 2}
+        async with db.acquire(), db.acquire() as conn:
+            third = asyncio.create_task(db.fetchval("SELECT 3"))
+            async with asyncio.timeout(PATIENCE):
+                while not db.pool_stats()["waiting"]:  # noqa: ASYNC110 - it is counted, not announced
+                    await asyncio.sleep(0)
+            assert db.pool_stats() == {"created": 2, "active": 2, "idle": 0, "waiting": 1, "size": 2, "max": 2}
+            conn.terminate()
+        assert await third == 3
+        assert db.pool_stats()["created"] >= 2
+        assert db.pool_stats()["waiting"] == 0
+
+
+async def test_connections_that_answer_are_kept(target: ConnectTarget) -> None:
+    async with warm(target, 3) as db:
+        assert await db.validate_connections() == {"checked": 3, "replaced": 0}
+        assert db.pool_stats() == {"created": 3, "active": 0, "idle": 3, "waiting": 0, "size": 3, "max": 3}
+
+
+async def test_who_works_with_a_connection_is_left_alone(target: ConnectTarget) -> None:
+    async with warm(target, 3) as db, db.acquire() as conn, conn.transaction():
+        assert await db.validate_connections() == {"checked": 2, "replaced": 0}
+        assert await conn.fetchval("SELECT 1") == 1
+
+
+async def test_connections_that_the_server_ended_go_and_the_pool_recovers(target: ConnectTarget) -> None:
+    async with warm(target, 3) as db:
+        other = await asyncpg.connect(**target.connect_kwargs())
+        ended = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = $1 AND pid <> $2"
+        assert await other.fetchval(ended, target.database, other.get_server_pid()) >= 3
+        async with asyncio.timeout(PATIENCE):
+            while await other.fetchval(ended, target.database, other.get_server_pid()):  # until they are gone
+                pass
+        await db.validate_connections()
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(3):  # every one that it lends from now on works
+                conn = await stack.enter_async_context(db.acquire())
+                assert await conn.fetchval("SELECT 1") == 1
+        assert await db.validate_connections() == {"checked": 3, "replaced": 0}
+        await other.close()
+
+
+async def test_connections_that_are_silent_are_thrown_away_and_replaced_once_the_network_is_back(
+    target: ConnectTarget,
+) -> None:
+    async with behind_a_network(target, 3) as (db, network):
+        network.freeze()
+        async with asyncio.timeout(PATIENCE):
+            assert await db.validate_connections(timeout=0.3) == {"checked": 3, "replaced": 3}
+        assert not await db.check(timeout=0.3)
+        network.heal()
+        async with asyncio.timeout(PATIENCE):
+            while not await db.check():  # noqa: ASYNC110 - as the process does, only more often
+                await asyncio.sleep(0.05)
+        assert await db.fetchval("SELECT 1") == 1
+        assert db.pool_stats()["created"] > 3
+
+
+async def test_a_database_out_of_reach_is_no_error_and_its_return_needs_no_restart(target: ConnectTarget) -> None:
+    async with behind_a_network(target, 2) as (db, network):
+        network.cut()
+        async with asyncio.timeout(PATIENCE):
+            checked = await db.validate_connections(timeout=1.0)
+        assert set(checked) == {"checked", "replaced"}
+        assert not await db.check(timeout=1.0)
+        with pytest.raises(DatabaseUnavailable):
+            await db.fetchval("SELECT 1")
+        network.heal()
+        assert await db.check()
+        assert await db.fetchval("SELECT 1") == 1
+
+
+async def test_a_check_that_is_cancelled_leaves_no_connection_lent(target: ConnectTarget) -> None:
+    async with behind_a_network(target, 3) as (db, network):
+        network.freeze()
+        checking = asyncio.create_task(db.validate_connections(timeout=60))
+        async with asyncio.timeout(PATIENCE):
+            while db.pool_stats()["active"] < 3:  # noqa: ASYNC110 - it is counted, not announced
+                await asyncio.sleep(0)
+            checking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await checking
+        network.heal()
+        async with contextlib.AsyncExitStack() as stack, asyncio.timeout(PATIENCE):
+            for _ in range(3):
+                await stack.enter_async_context(db.acquire())
+
+
+async def test_without_a_pool_nothing_is_checked(target: ConnectTarget) -> None:
+    assert await Database(target).validate_connections() == {"checked": 0, "replaced": 0}
