@@ -31,7 +31,12 @@ _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"((?:Bot|Bearer)\s+)[A-Za-z0-9._-]{20,}"), rf"\1{HIDDEN}"),
 )
 #: Loggers whose INFO is of no use to operators.
-_CHATTY = {"aiohttp.access": logging.WARNING, "alembic": logging.WARNING, "asyncio": logging.WARNING}
+_CHATTY = {
+    "aiohttp.access": logging.WARNING,
+    "alembic": logging.WARNING,
+    "asyncio": logging.WARNING,
+    "asyncpg.pool": logging.ERROR,  # that it could not connect: whoever wanted to says so
+}
 
 _secrets: re.Pattern[str] | None = None
 

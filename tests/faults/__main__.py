@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import random
 import shutil
 import sys
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=None, help="drawn, and printed, without")
     parser.add_argument("--kills", type=int, default=200)
     given = parser.parse_args()
+    logging.getLogger("asyncpg").setLevel(logging.CRITICAL)  # what it cannot reach is stopped on purpose
     seed = random.SystemRandom().randrange(1, 100_000) if given.seed is None else given.seed
     sys.exit(asyncio.run(soak(given.minutes, seed, given.kills)))
 
