@@ -66,8 +66,7 @@ class Books:
         unheard = Counter(
             (guild, user, kind) for first, last in self.unheard_moves for guild, user, kind, _ in self.moves[first:last]
         )
-        query = "SELECT guild_id, user_id, kind, inferred, at, earliest FROM member_events ORDER BY guild_id, user_id, stamp, id"
-        rows = await database.fetch(query)
+        rows = await database.fetch("SELECT * FROM member_events ORDER BY guild_id, user_id, stamp, id")
         found = Counter((row["guild_id"], row["user_id"], row["kind"]) for row in rows)
         wrong = [f"{key}: {found[key]} times, was told {told[key]} times" for key in found if found[key] > told[key]]
         wrong += [
