@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import aiohttp
 
+from simulator.proxy import Proxy
 from utils.demo.child import ENTRY, environment, free_port
 
 #: Seconds for what takes two on an idle machine.
@@ -20,8 +21,10 @@ PATIENCE = 60.0
 class Bot:
     """`python bot.py` with nothing of ours in its environment but what is given; its log goes to a file."""
 
-    def __init__(self, name: str, directory: Path, **settings: str) -> None:
+    def __init__(self, name: str, directory: Path, network: Proxy, **settings: str) -> None:
         self.name = name
+        #: What lies between it and the database.
+        self.network = network
         self.log: Path = directory / f"{name}.log"
         self.directory = directory
         self.port = free_port()

@@ -112,7 +112,7 @@ async def cut_off_the_one_that_acts(rig: Rig, seconds: float) -> None:
     other = rig.new_bot()
     await other.start()
     await other.until_state("standby")
-    network = rig.proxies["database"]
+    network = rig.bot.network
     network.cut()
     await rig.taken_over_by(other)
     await asyncio.sleep(seconds)
@@ -126,14 +126,13 @@ async def _leave_to(rig: Rig) -> None:
     former = rig.bots.pop(0)
     former.send(signal.SIGTERM)
     assert await former.ended() == 0, former.last_words()
-    rig.proxies["database"], rig.proxies["other"] = rig.proxies["other"], rig.proxies["database"]
 
 
 def network(name: str, how: str) -> Fault:
     """Return the fault of a network that is cut, frozen, or frozen and then reset."""
 
     async def fault(rig: Rig, seconds: float) -> None:
-        proxy = rig.proxies[name]
+        proxy = rig.bot.network if name == "database" else rig.proxies[name]
         (proxy.cut if how == "cut" else proxy.freeze)()
         await asyncio.sleep(seconds)
         if how == "half-open":
@@ -145,9 +144,9 @@ def network(name: str, how: str) -> Fault:
 
 async def slow_database(rig: Rig, seconds: float) -> None:
     """200 ms between the bot and the database, each way."""
-    rig.proxies["database"].latency = 0.2
+    rig.bot.network.latency = 0.2
     await asyncio.sleep(seconds)
-    rig.proxies["database"].latency = 0.0
+    rig.bot.network.latency = 0.0
 
 
 async def no_connection_left(rig: Rig, seconds: float) -> None:
@@ -215,7 +214,6 @@ async def wrong_clock(rig: Rig, seconds: float) -> None:
         await other.until_ready()
         await rig.hears()
         rig.bots.pop(0)
-        rig.proxies["database"], rig.proxies["other"] = rig.proxies["other"], rig.proxies["database"]
         await asyncio.sleep(seconds)
 
 

@@ -66,18 +66,20 @@ class Rig:
     # --- bots
 
     def new_bot(self, *, data: str = "data", **settings: str) -> Bot:
-        """Make another bot, with a network of its own to the database where `settings` do not say otherwise."""
+        """Make another bot, with another network to the database than that of the one that acts."""
         self._number += 1
         discord, gateway = self.proxies["discord"], urlsplit(self.simulator.gateway_url)
         api = urlsplit(self.simulator.api_base)
-        network = "database" if self._number == 1 or "other" not in self.proxies else "other"
+        taken = self.bots[0].network if self.bots else None
+        network = next(self.proxies[name] for name in ("one", "other") if self.proxies[name] is not taken)
         bot = Bot(
             f"bot-{self._number}",
             self.directory,
+            network,
             DISCORD_TOKEN=self.simulator.token,
             DISCORD_API_BASE=f"http://127.0.0.1:{discord.port}{api.path}",
             DISCORD_GATEWAY_URL=f"ws://127.0.0.1:{discord.port}{gateway.path}",
-            DATABASE_URL=f"postgresql://postgres@127.0.0.1:{self.proxies[network].port}/guildbook?sslmode=disable",
+            DATABASE_URL=f"postgresql://postgres@127.0.0.1:{network.port}/guildbook?sslmode=disable",
             DATA_DIR=str(self.directory / data),
             CHUNK_COOLDOWN_SECONDS="0",
             FLUSH_SECONDS="0.5",
@@ -227,10 +229,10 @@ async def rigged(directory: Path, seed: int) -> AsyncIterator[Rig]:
             assert port is not None
             async with (
                 Proxy(("127.0.0.1", port)) as discord,
-                Proxy(socket_of(server.target())) as database,
+                Proxy(socket_of(server.target())) as one,
                 Proxy(socket_of(server.target())) as other,
             ):
-                rig.proxies = {"discord": discord, "database": database, "other": other}
+                rig.proxies = {"discord": discord, "one": one, "other": other}
                 await rig.connect()
                 looking = asyncio.create_task(rig.keep_looking())
                 try:
