@@ -87,7 +87,9 @@ class Guildbook(commands.AutoShardedBot):
         ready, progress = self._mirror.is_ready()
         guilds = self._mirror.reconciler.guilds
         listings = {id: state.listing.seen for id, state in guilds.items() if state.listing is not None}
-        return ready, {**progress, "rows_waiting": len(self._mirror.writer.buffer), "members_received": listings}
+        writer = self._mirror.writer
+        waiting = {"rows_waiting": len(writer.buffer), "events_waiting": len(writer.queue)}
+        return ready, {**progress, **waiting, "members_received": listings}
 
     def stats(self) -> dict[str, Any]:
         """Return the figures of this moment: what waits, what was written, the spool, the lease and the pool.

@@ -198,13 +198,25 @@ class Rig:
         await self.pause()
         deadline = asyncio.get_running_loop().time() + seconds
         while True:
+            # Comparing holds this process, and with it the networks: not before the bot has nothing left to do.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    await self._until_at_rest()
             try:
                 wrong = await self.books.check(self.database, self.simulator)
             except DatabaseError as error:
                 wrong = [f"the database does not answer: {error}"]
             if not wrong or asyncio.get_running_loop().time() > deadline:
                 return wrong
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(1.0)
+
+    async def _until_at_rest(self) -> None:
+        """Wait until the bot that acts has heard all and written all."""
+        while True:
+            status, told = await self.bot.get("/readyz")
+            if status == 200 and not told["rows_waiting"] and not told["events_waiting"]:
+                return
+            await asyncio.sleep(0.1)
 
     def last_words(self) -> str:
         """Return the end of the bots' logs."""

@@ -76,10 +76,10 @@ def message(payload: Payload, stamp: int) -> Message | None:
     guild_id = payload.get("guild_id")
     if guild_id is None or "webhook_id" in payload:
         return None
-    counted = Message(stamp, int(guild_id), int(payload["author"]["id"]), int(payload["id"]))
-    if min(counted[1:]) <= 0 or max(counted[1:]) > _LARGEST:
+    guild, author, id = int(guild_id), int(payload["author"]["id"]), int(payload["id"])
+    if not (0 < guild <= _LARGEST and 0 < author <= _LARGEST and 0 < id <= _LARGEST):
         raise ValidationError(f"message {payload['id']!r:.40}: an id of Discord's is positive and below 2^63")
-    return counted
+    return Message(stamp, guild, author, id)
 
 
 def _membership(kind: str) -> Callable[[Payload, int, datetime], Membership]:

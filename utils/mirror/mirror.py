@@ -175,12 +175,12 @@ class Mirror:
 
     def room(self) -> Awaitable[None] | None:
         """None when there is room for more; otherwise what to await before the next message is read."""
-        for listing in self.reconciler.listings.values():
-            if listing.waiting >= PAGES_WAITING:
-                return self._pause()
+        listings = self.reconciler.listings
+        if listings and any(listing.waiting >= PAGES_WAITING for listing in listings.values()):
+            return self._pause()
         if self.writer.queue.is_crowded:
             return self._until_less_crowded()
-        return asyncio.sleep(0) if self.reconciler.listings else None
+        return asyncio.sleep(0) if listings else None
 
     async def _until_less_crowded(self) -> None:
         """Let the database and the disk catch up with events that come faster than they take them."""

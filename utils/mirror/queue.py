@@ -61,9 +61,10 @@ class EventQueue:
     @property
     def is_crowded(self) -> bool:
         """Whether memory holds more than half of what it may, and the disk will take it: there is use in waiting."""
-        if self.in_memory * 2 <= self.max_rows:
+        journal = self.journal
+        if journal is None or (len(self._recent) + journal.unwritten) * 2 <= self.max_rows:
             return False
-        return self.journal is not None and self.journal.trouble is None
+        return journal.trouble is None
 
     @property
     def age(self) -> float:

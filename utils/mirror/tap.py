@@ -46,9 +46,19 @@ class Receiver(Protocol):
         """None when there is room for more; otherwise what to await before the next message is read."""
 
 
+class _Seen:
+    """The session of a connection, and the highest sequence number seen of it."""
+
+    __slots__ = ("last", "session")
+
+    def __init__(self, session: str | None, last: int) -> None:
+        self.session: str | None = session
+        self.last: int = last
+
+
 _receivers: weakref.WeakKeyDictionary[object, Receiver] = weakref.WeakKeyDictionary()
 #: Highest sequence number seen, by connection: a duplicate has one that is not higher.
-_sequences: weakref.WeakKeyDictionary[DiscordWebSocket, tuple[str | None, int]] = weakref.WeakKeyDictionary()
+_sequences: weakref.WeakKeyDictionary[DiscordWebSocket, _Seen] = weakref.WeakKeyDictionary()
 
 #: Seconds for which a session is tried to be resumed. Its gateway may be gone for good, and Discord keeps what it would
 #: send again for a few minutes at most.
@@ -105,27 +115,30 @@ async def _reconnect(shard: Shard) -> None:
 
 def _has_envelope(message: dict[str, Any]) -> bool:
     """Return whether a dispatch has what discord.py and the code below read of it without asking."""
-    is_numbered = message.get("s") is None or type(message["s"]) is int
-    is_named = isinstance(message.get("t"), str)
-    if is_named and message["t"] == "READY":
+    sequence, event = message.get("s"), message.get("t")
+    if type(event) is not str or not (type(sequence) is int or sequence is None):
+        return False
+    if event == "READY":
         data = message.get("d")
-        return is_numbered and isinstance(data, dict) and isinstance(data.get("session_id"), str)
-    return is_numbered and is_named
+        return isinstance(data, dict) and isinstance(data.get("session_id"), str)
+    return True
 
 
 def _is_duplicate(ws: DiscordWebSocket, message: dict[str, Any]) -> bool:
     sequence = message.get("s")
     if message["t"] == "READY":
-        _sequences[ws] = (message["d"]["session_id"], sequence or 0)
+        _sequences[ws] = _Seen(message["d"]["session_id"], sequence or 0)
         return False
     if sequence is None:
         return False
-    session, last = _sequences.get(ws, (None, 0))
-    if session != ws.session_id:  # a resumed session, on a new connection
-        session, last = ws.session_id, ws.sequence or 0
-    if sequence <= last:
+    seen = _sequences.get(ws)
+    if seen is None:
+        seen = _sequences[ws] = _Seen(None, 0)
+    if seen.session != ws.session_id:  # a resumed session, on a new connection
+        seen.session, seen.last = ws.session_id, ws.sequence or 0
+    if sequence <= seen.last:
         return True
-    _sequences[ws] = (session, sequence)
+    seen.last = sequence
     return False
 
 
