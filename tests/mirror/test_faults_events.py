@@ -314,3 +314,25 @@ async def test_who_joined_before_a_kill_and_left_after_it_has_left(
             await bot.settled()
     assert await moves(database) == [(joined, "join"), (joined, "leave")]
     assert await differences(database, simulator) == []
+
+
+async def test_rows_wait_for_events_that_one_transaction_does_not_take(
+    database: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A row that shows somebody who left and joined anew would prove both, though both stand in the queue."""
+    monkeypatch.setattr("utils.mirror.writer.BATCH_EVENTS", 10)
+    simulator, (guild_id,) = small_world(monkeypatch, 12)
+    async with simulator, mirrored(database, simulator, monkeypatch, spool=tmp_path) as bot:
+        await bot.settled()
+        back = people(simulator, guild_id)[0]
+        before = failures()
+        async with refusing(database, "read-only"):
+            chatter(simulator, guild_id, 40)
+            simulator.world.leave(guild_id, back)
+            simulator.world.join(guild_id, back)
+            await until(bot.has_heard_all)
+            await until(lambda: failures() >= before + 2)
+        await bot.settled()
+    assert await moves(database) == [(back, "leave"), (back, "join")]
+    assert await moves(database, inferred=True) == []
+    assert await counted(database) == told(simulator)

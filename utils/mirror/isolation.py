@@ -64,10 +64,12 @@ async def write_isolated(writer: Writer, observations: list[Observation]) -> Non
 
 
 async def _events(writer: Writer) -> None:
-    told = await writer.told()
-    if told is not None:
+    newest = writer.queue.last
+    while (told := await writer.told()) is not None:
         writer.count(Written(events=await write_told(writer.database, writer.fence, told)))
         await writer.queue.forget(told.upto)
+        if told.upto >= newest:
+            return
 
 
 async def _rows(writer: Writer) -> None:

@@ -40,6 +40,8 @@ class EventQueue:
         self.journal: Journal | None = journal
         #: Events that memory may hold.
         self.max_rows: int = max_rows
+        #: Stamp of the newest event; 0 when none ever came.
+        self.last: int = 0
         #: Events given up because neither disk nor memory had room for them.
         self.dropped: int = 0
         self._always: bool = spool == "always" and journal is not None
@@ -78,6 +80,7 @@ class EventQueue:
 
     def add(self, event: Event) -> None:
         """Accept an event."""
+        self.last = event.stamp
         now = time.monotonic()
         if not self._marks or now - self._marks[-1][1] > _MARK_SECONDS:
             self._marks.append((event.stamp, now))

@@ -257,9 +257,17 @@ class MirrorWriter:
 
     async def _commit(self, observations: list[Observation]) -> None:
         await self._doubtful.settled()  # a row without the event that goes with it would prove what was heard
-        entries = self.buffer.take()
+        entries, newest = self.buffer.take(), self.queue.last
         try:
-            batch = Batch(entries=entries, told=await self.told())
+            told = await self.told()
+            while told is not None and self._is_behind and told.upto < newest:
+                # More than one transaction takes: rows wait for the events that go with them.
+                self.count(await apply(self.database, Batch(told=told), self.fence))
+                self._in_doubt = True
+                await self.queue.forget(told.upto)
+                self._in_doubt = False
+                told = await self.told()
+            batch = Batch(entries=entries, told=told)
             for observation in observations:
                 batch.groups += self.older_than_live(observation)
                 batch.absences += self.sparing_live(observation)
