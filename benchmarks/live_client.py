@@ -5,7 +5,9 @@ collector; `mirror` the mirror beside that listener, events spooled as MODE says
 standard input, and answers each with a line of JSON:
 
     expect N     once N messages have been handled (by the mirror: are committed): seconds, CPU seconds and memory
-    sample       memory now, what waits, and how long events took since the last time from being heard to the commit
+    sample       memory now and its peak since the last time, and what waits
+    time         how long events took since the last time from being heard to the commit; one that is not committed yet
+                 counts with the time it has waited. It costs memory for each event from the first time on
 """
 
 from __future__ import annotations
@@ -48,6 +50,13 @@ def memory(what: str) -> float:
     raise RuntimeError("the kernel does not tell a process's memory: this measurement needs Linux")
 
 
+def peak() -> float:
+    """Return the highest resident size in MB since the last call."""
+    highest = memory("VmHWM")
+    Path("/proc/self/clear_refs").write_text("5")  # "reset the peak resident set size", proc_pid_clear_refs(5)
+    return highest
+
+
 class TimedQueue(EventQueue):
     """A queue that notes how long events take."""
 
@@ -69,6 +78,13 @@ class TimedQueue(EventQueue):
         for stamp in [stamp for stamp in self.heard if stamp <= position]:
             self.took.append(now - self.heard.pop(stamp))
         await super().forget(position)
+
+    def taken(self) -> list[float]:
+        """Return how long events took since the last call, shortest first, and time those to come."""
+        now = time.monotonic()
+        took = sorted([*self.took, *(now - since for since in self.heard.values())])
+        self.took, self.is_timed = [], True
+        return took
 
 
 class Client(discord.AutoShardedClient):
@@ -114,11 +130,12 @@ async def answer(client: Client, reader: asyncio.StreamReader, mirror: Mirror | 
                 "cpu": time.process_time() - cpu,
                 "memory": memory("VmRSS"),
             }
+        elif line[0] == "time" and queue is not None:
+            figures = {"took": queue.taken()}
         else:
-            figures = {"memory": memory("VmRSS"), "seen": client.seen}
+            figures = {"memory": memory("VmRSS"), "peak": peak(), "seen": client.seen}
             if queue is not None and mirror is not None:
-                took, queue.took, queue.is_timed = queue.took, [], True
-                figures |= {"took": sorted(took), "waiting": len(queue), "rows": len(mirror.writer.buffer)}
+                figures |= {"waiting": len(queue), "rows": len(mirror.writer.buffer)}
                 figures |= {"written": mirror.writer.events_written, "dropped": mirror.writer.rows_dropped}
         print(json.dumps(figures), flush=True)
 
