@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -191,13 +192,26 @@ async def test_a_leave_that_a_listing_has_just_proven_is_not_a_second_one(databa
     assert await tell(database, fence, *rejoined) == 2
 
 
-def _heard(first: int, kinds: Sequence[str], data: st.DataObject, skew: int) -> list[Membership]:
+def _heard(first: int, kinds: Sequence[str], data: st.DataObject, skew: int, most_late: int) -> list[Membership]:
     """Return what one process heard, each a little late in its own way; of joins Discord says the time."""
-    heard = [when(10 * turn + data.draw(st.integers(0, 4), label="late")) for turn in range(1, len(kinds) + 1)]
-    return [
-        Membership(first + turn, GUILD, ANN, kind, when(10 * turn + skew) if kind == "join" else late, late)
-        for turn, (kind, late) in enumerate(zip(kinds, heard, strict=True), start=1)
-    ]
+    heard: list[Membership] = []
+    late = 0
+    for turn, kind in enumerate(kinds, start=1):
+        late = max(late, 10 * turn + data.draw(st.integers(0, most_late), label="late"))
+        at = when(10 * turn + skew) if kind == "join" else when(late)
+        heard.append(Membership(first + turn, GUILD, ANN, kind, at, when(late)))
+    return heard
+
+
+async def _replay(database: Database, now: Fence, old: list[Membership], data: st.DataObject) -> None:
+    """Write a former process's journal in pieces, as the one that acts now does."""
+    done = 0
+    while done < len(old):
+        count = data.draw(st.integers(1, len(old) - done), label="replayed at once")
+        piece, beside = old[done : done + count], old[:done] + old[done + count :]
+        told = Told("the former one's", list[Event](piece), piece[-1].stamp, beside=beside)
+        await apply(database, Batch(told=told), now)
+        done += count
 
 
 @given(kinds=st.lists(st.sampled_from(["ban", "unban", "move"]), max_size=12), data=st.data())
@@ -217,17 +231,30 @@ async def test_what_two_processes_heard_is_written_once(
     heard_by_it = data.draw(st.integers(0, len(happened)), label="heard by the former holder")
     heard_since = data.draw(st.integers(0, heard_by_it), label="heard from there on by the new one")
     skew = data.draw(st.sampled_from([0, 300, -300]), label="seconds that Discord's clock is ahead of the database's")
-    live = _heard(stamp(now, 0), happened, data, skew)[heard_since:]
+    live = _heard(stamp(now, 0), happened, data, skew, 4)[heard_since:]
     if live:
         await tell(database, now, *live, journal="the new one's")
-    old = _heard(stamp(now, 0, epochs_ago=1), happened, data, skew)[:heard_by_it]
-    while old:
-        count = data.draw(st.integers(1, len(old)), label="replayed at once")
-        told = Told("the former one's", list(old[:count]), old[count - 1].stamp, following=old[count:])
-        await apply(database, Batch(told=told), now)
-        old = old[count:]
+    await _replay(database, now, _heard(stamp(now, 0, epochs_ago=1), happened, data, skew, 4)[:heard_by_it], data)
     records = await database.fetch("SELECT kind FROM member_events ORDER BY latest")
     assert [record["kind"] for record in records] == happened
+
+
+@given(moves=st.integers(1, 8), data=st.data())
+async def test_moves_closer_together_than_two_processes_hear_are_told_apart_by_the_joins(
+    database: Database, moves: int, data: st.DataObject
+) -> None:
+    """Somebody joins and leaves within milliseconds, by which the two processes' times differ."""
+    await database.execute("TRUNCATE member_events, ops.positions")
+    now = await lease.seize(database, "the one that acts now")
+    happened = [("join", "leave")[turn % 2] for turn in range(moves)]
+    heard_by_it = data.draw(st.integers(0, moves), label="heard by the former holder")
+    heard_since = data.draw(st.integers(0, heard_by_it), label="heard from there on by the new one")
+    live = _heard(stamp(now, 0), happened, data, 0, 40)[heard_since:]
+    if live:
+        await tell(database, now, *live, journal="the new one's")
+    await _replay(database, now, _heard(stamp(now, 0, epochs_ago=1), happened, data, 0, 40)[:heard_by_it], data)
+    written = Counter(record["kind"] for record in await database.fetch("SELECT kind FROM member_events"))
+    assert written == Counter(happened)
 
 
 def _member(**values: Any) -> dict[str, Any]:

@@ -76,6 +76,31 @@ def test_a_block_that_raises_forgets_what_it_watched() -> None:
     assert touched.since("members", GUILD, 0) == set()
 
 
+def test_people_are_remembered_for_listings_of_people_alone() -> None:
+    touched = Touched()
+    touched.open("a thread's page", people=False)
+    touched.add(member(1), 5)
+    touched.add(Row("roles", (GUILD, 5), {}), 6)
+    touched.open("a listing")
+    touched.add(member(2), 7)
+    touched.close("a listing")
+    assert touched.since("members", GUILD, 0) == set()
+    assert touched.since("roles", GUILD, 0) == {5}
+
+
+def test_a_listing_that_waited_for_more_than_memory_holds_is_refused_and_a_later_one_is_not() -> None:
+    touched = Touched(max_people=2)
+    touched.open("listing")
+    for user_id in (1, 2, 3):
+        touched.add(member(user_id), 10 + user_id)
+    with pytest.raises(SyncError, match="ask again"):
+        touched.since("members", GUILD, 10)
+    assert not touched.knows_since(12)
+    touched.add(member(4), 14)
+    assert touched.since("members", GUILD, 13) == {4}
+    assert touched.since("roles", GUILD, 10) == set()
+
+
 def test_what_could_not_make_a_row_and_what_went_is_said_again() -> None:
     touched = Touched()
     touched.open("a")

@@ -59,8 +59,8 @@ class Told:
     upto: int
     #: Whether some of them may be in the database already: the answer to an earlier commit was lost, or never asked.
     in_doubt: bool = True
-    #: What comes later in the same journal, of the same people.
-    following: Sequence[Membership] = ()
+    #: What else the same journal says of the same people, before and after.
+    beside: Sequence[Membership] = ()
 
 
 @dataclass(slots=True)
@@ -129,11 +129,12 @@ async def apply(database: Database, batch: Batch, fence: Fence, users_writing: a
 
 async def _tell(connection: Connection, told: Told, fence: Fence) -> int:
     """Write events with the position that they reach; those that are in already are left out."""
-    events = told.events
+    events, beside = told.events, told.beside
     if told.in_doubt and (position := await connection.fetchval(history.POSITION, told.journal)) is not None:
+        beside = [*beside, *(event for event in events if event.stamp <= position and isinstance(event, Membership))]
         events = [event for event in events if event.stamp > position]
     first_stamp = fence.epoch << COUNTER_BITS
-    written = await history.write_events(connection, events, first_stamp, told.following) if events else 0
+    written = await history.write_events(connection, events, first_stamp, beside) if events else 0
     await connection.execute(history.ADVANCE, told.journal, told.upto)
     return written
 

@@ -124,7 +124,7 @@ class ArchivedThreads:
 
     async def _read_channel(self, state: GuildState, channel_id: int, kind: ThreadKind, shown: set[int]) -> None:
         await self._turn()
-        with self._writer.touched.watching():
+        with self._writer.touched.watching(people=False):
             stamp = self._stamps.next()
             async for payloads in self._source.archived_threads(channel_id, kind):
                 rows = [row for payload in payloads if (row := self._row(state.id, payload)) is not None]
@@ -136,7 +136,7 @@ class ArchivedThreads:
     async def _probe(self, state: GuildState, thread_id: int) -> None:
         """Ask for a thread that no listing showed: only a 404 proves that it is gone."""
         await self._turn()
-        with self._writer.touched.watching():
+        with self._writer.touched.watching(people=False):
             stamp = self._stamps.next()
             try:
                 row = self._row(state.id, await self._source.channel(thread_id))

@@ -89,7 +89,10 @@ class Mirror:
         self.reconciler.spawn(self.archived.run())
         self.reconciler.spawn(upkeep.keep_pruning(self.database, self.fence))
         if self._spool is not None:
-            self.reconciler.spawn(upkeep.keep_replaying(self.database, self.fence, self._spool, self.writer.writing))
+            writer = self.writer
+            self.reconciler.spawn(
+                upkeep.keep_replaying(self.database, self.fence, self._spool, writer.writing, writer.flush)
+            )
 
     async def replay(self) -> int:
         """Write what ended processes left in their journals, before anything new; return how many events were new.
@@ -98,7 +101,8 @@ class Mirror:
         """
         if self._spool is None:
             return 0
-        return await upkeep.replay_all(self.database, self.fence, self._spool, self.writer.writing)
+        writer = self.writer
+        return await upkeep.replay_all(self.database, self.fence, self._spool, writer.writing, writer.flush)
 
     async def stop(self, timeout: float, *, flush: bool = True) -> None:
         """Stop reconciling, write what waits for at most `timeout` seconds; without `flush` nothing more is written."""
@@ -123,7 +127,7 @@ class Mirror:
     async def sync(self, guild_id: int) -> Run:
         """Reconcile a guild now: its settings, roles and channels over REST, its members by a complete listing."""
         state = self.reconciler.guilds.get(guild_id)
-        with self.writer.touched.watching():
+        with self.writer.touched.watching(people=False):
             stamp = self.stamps.next()
             payload = await self._source.guild(guild_id)
             payload["channels"] = await self._source.channels(guild_id)

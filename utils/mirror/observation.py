@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from utils.mirror.apply import Run
 from utils.mirror.rows import Absence, Group
+from utils.mirror.touched import PEOPLE
 
 
 @dataclass(eq=False, slots=True)
@@ -26,3 +27,9 @@ class Observation:
     def size(self) -> int:
         """Records in it."""
         return sum(len(group.records) for group in self.groups)
+
+    @property
+    def shows_people(self) -> bool:
+        """Whether it shows members or users."""
+        tables = {group.table for group in self.groups} | {absence.table for absence in self.absences}
+        return not PEOPLE.isdisjoint(tables)

@@ -32,8 +32,9 @@ async def write_told(
 
     async def write(part: Sequence[Event]) -> None:
         nonlocal written
-        later = [event for event in told.events if isinstance(event, Membership) and event.stamp > part[-1].stamp]
-        piece = Told(told.journal, list(part), part[-1].stamp, following=[*later, *told.following])
+        rest = set(told.events).difference(part)
+        beside = [event for event in told.events if isinstance(event, Membership) and event in rest]
+        piece = Told(told.journal, list(part), part[-1].stamp, beside=[*beside, *told.beside])
         written += (await apply(database, Batch(told=piece), fence)).events
 
     async def bury(event: Event, error: Exception) -> None:

@@ -6,9 +6,13 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from utils.errors import SyncError
 from utils.mirror.rows import Entry, Group, Key, Mode, Row, key_columns, tombstone_column
 
 Slot = tuple[str, Key]
+
+#: Tables whose rows are so many that only listings of people have them remembered.
+PEOPLE = frozenset({"users", "members"})
 
 
 class _Spoken:
@@ -37,30 +41,47 @@ class Touched:
 
     Changed or not: an event that changed nothing leaves no stamp in the table, yet it beats an older page. It does so
     in the columns that it spoke of: of the others the page knows better.
+
+    People are many: they are remembered only while a listing of people is open, up to `max_people` rows, and not when
+    memory is short. A listing that had to wait longer than that is to be asked for again.
     """
 
-    __slots__ = ("_open", "_spoken")
+    __slots__ = ("_floor", "_newest", "_open", "_open_people", "_people", "_spoken", "max_people")
 
-    def __init__(self) -> None:
+    def __init__(self, max_people: int = 100_000) -> None:
+        self.max_people = max_people
         self._open: set[object] = set()
+        #: Of those, the ones that show members or users.
+        self._open_people: set[object] = set()
         #: By table and guild (0 for users), then by key.
         self._spoken: dict[tuple[str, int], dict[Key, _Spoken]] = {}
+        #: Rows of people among them.
+        self._people = 0
+        #: What was said of people up to this stamp is forgotten.
+        self._floor = 0
+        self._newest = 0
 
-    def open(self, observation: object) -> None:
-        """Start to remember what comes live, for an observation made now."""
+    def open(self, observation: object, *, people: bool = True) -> None:
+        """Start to remember what comes live, for an observation made now; `people`: one that shows members or users."""
         self._open.add(observation)
+        if people:
+            self._open_people.add(observation)
 
     def close(self, observation: object) -> None:
         """Forget an observation, and with the last one all that was remembered."""
         self._open.discard(observation)
+        if observation in self._open_people:
+            self._open_people.remove(observation)
+            if not self._open_people:
+                self._forget_people()
         if not self._open:
             self._spoken.clear()
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self, *, people: bool = True) -> Iterator[None]:
         """Remember what comes live as long as the block lasts: for what is asked now and answered later."""
         question = object()
-        self.open(question)
+        self.open(question, people=people)
         try:
             yield
         finally:
@@ -70,14 +91,44 @@ class Touched:
         """Note that a live event spoke of a row."""
         if not self._open:
             return
+        is_person = row.table in PEOPLE
+        if is_person and not self._open_people:
+            return
         known = self._spoken.setdefault((row.table, _scope(row.table, row.key)), {})
         spoken = known.get(row.key)
         if spoken is None:
             spoken = known[row.key] = _Spoken()
+            self._people += is_person
         spoken.add(row, stamp)
+        if is_person:
+            self._newest = stamp
+            if self._people > self.max_people:
+                self.give_up_people()
+
+    def give_up_people(self) -> None:
+        """Forget people for want of memory: what was asked before now cannot be merged any more."""
+        if self._people:
+            self._floor = self._newest
+            self._forget_people()
+
+    def knows_since(self, stamp: int) -> bool:
+        """Whether nothing of what was said of people after `stamp` had to be forgotten."""
+        return stamp >= self._floor
+
+    def _forget_people(self) -> None:
+        for scope in [scope for scope in self._spoken if scope[0] in PEOPLE]:
+            del self._spoken[scope]
+        self._people = 0
 
     def since(self, table: str, guild_id: int, stamp: int) -> set[int]:
-        """Return the ids (the last part of the key) of a guild's rows touched after `stamp`; guild 0 for users."""
+        """Return the ids (the last part of the key) of a guild's rows touched after `stamp`; guild 0 for users.
+
+        Raises `SyncError` when they are not known any more.
+        """
+        if table in PEOPLE and not self.knows_since(stamp):
+            raise SyncError(
+                f"guild {guild_id}: more members changed since they were asked for than memory holds: ask again"
+            )
         known = self._spoken.get((table, guild_id))
         return {key[-1] for key, spoken in known.items() if spoken.stamp > stamp} if known else set()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,11 +31,14 @@ LOOK_SECONDS = 5.0
 PRUNE_SECONDS = 3_600.0
 
 
-async def replay_all(database: Database, fence: Fence, directory: Path, lock: asyncio.Lock) -> int:
+async def replay_all(
+    database: Database, fence: Fence, directory: Path, lock: asyncio.Lock, flush: Callable[[], Awaitable[None]]
+) -> int:
     """Write what ended processes left in their journals, and remove those; return how many events were new.
 
-    A journal whose process is alive is left alone. Raises `DatabaseError` when the database cannot take them now: what
-    was not written stays where it is.
+    A journal whose process is alive is left alone. `flush` writes what this process has heard: of what both heard, a
+    replay is compared with what stands in the tables. Raises `DatabaseError` when the database cannot take them now:
+    what was not written stays where it is.
     """
     written = 0
     for path in await asyncio.to_thread(found, directory, except_id=fence.holder):
@@ -43,6 +46,7 @@ async def replay_all(database: Database, fence: Fence, directory: Path, lock: as
         if journal is None:
             continue
         try:
+            await flush()
             written += await _replay(database, fence, journal, lock)
         finally:
             await journal.close(1.0)
@@ -57,9 +61,11 @@ async def _replay(database: Database, fence: Fence, journal: Journal, lock: asyn
         if not oldest.upto:
             break
         people = {(event.guild_id, event.user_id) for event in oldest.events if isinstance(event, Membership)}
-        following = [event for person in people for event in memberships[person] if event.stamp > oldest.upto]
+        beside = [
+            event for person in people for event in memberships[person] if not position < event.stamp <= oldest.upto
+        ]
         async with lock:
-            told = Told(journal.id, oldest.events, oldest.upto, following=following)
+            told = Told(journal.id, oldest.events, oldest.upto, beside=beside)
             written += await write_told(database, fence, told, _rows(oldest.events))
         position = oldest.upto
         seen += len(oldest.events)
@@ -98,12 +104,14 @@ async def _memberships(journal: Journal) -> dict[tuple[int, int], list[Membershi
     return found
 
 
-async def keep_replaying(database: Database, fence: Fence, directory: Path, lock: asyncio.Lock) -> None:
+async def keep_replaying(
+    database: Database, fence: Fence, directory: Path, lock: asyncio.Lock, flush: Callable[[], Awaitable[None]]
+) -> None:
     """Look for journals left behind again and again: a process that lost its lease may end long after."""
     while True:
         await asyncio.sleep(LOOK_SECONDS)
         try:
-            await replay_all(database, fence, directory, lock)
+            await replay_all(database, fence, directory, lock, flush)
         except LeaseLost:
             return
         except GuildbookError as error:

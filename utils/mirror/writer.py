@@ -11,7 +11,7 @@ from typing import NamedTuple
 import stamina
 
 from utils.database import Database
-from utils.errors import DatabaseUnavailable, GuildbookError, LeaseLost
+from utils.errors import DatabaseUnavailable, GuildbookError, LeaseLost, SyncError
 from utils.mirror.apply import Batch, Told, Written, apply
 from utils.mirror.buffer import Buffer
 from utils.mirror.doubtful import Doubtful
@@ -160,7 +160,7 @@ class MirrorWriter:
 
         What comes live from now on beats it.
         """
-        self.touched.open(observation)
+        self.touched.open(observation, people=observation.shows_people)
         self._observations.append(observation)
         self.buffer.wake()
         return observation.done
@@ -239,8 +239,12 @@ class MirrorWriter:
         taken: list[Observation] = []
         size = 0
         while self._observations and size < BATCH_RECORDS:
-            taken.append(self._observations.popleft())
-            size += taken[-1].size
+            observation = self._observations.popleft()
+            if observation.shows_people and not self.touched.knows_since(observation.stamp):
+                self.end(observation, SyncError(f"guild {observation.guild_id}: too much changed while it waited"))
+                continue
+            taken.append(observation)
+            size += observation.size
         return taken
 
     def end(self, observation: Observation, error: Exception | None) -> None:
@@ -332,6 +336,7 @@ class MirrorWriter:
         if over <= 0 or len(self.buffer) <= self._undroppable:
             return
         rows, guilds = self.buffer.drop_oldest(over + int(most * ROOM))
+        self.touched.give_up_people()
         self._undroppable = 0 if rows else len(self.buffer)
         if rows and not self._dropped_guilds:
             _log.error("memory is full (BUFFER_MAX_ROWS): rows are dropped, a reconcile will restore them")
