@@ -99,7 +99,7 @@ def test_port_wins_over_health_port_and_zero_is_a_port() -> None:
         ("LOG_LEVEL", "loud", "DEBUG, INFO"),
         ("PORT", "70000", "at most 65535"),
         ("HEALTH_PORT", "http", "a whole number"),
-        ("DB_POOL_MAX", "1", "at least 2"),
+        ("DB_POOL_MAX", "1", "at least 3"),
         ("FLUSH_ROWS", "2.5", "a whole number"),
         ("FLUSH_SECONDS", "soon", "a number of seconds"),
         ("FLUSH_SECONDS", "nan", "a number of seconds"),

@@ -60,14 +60,24 @@ class Settings(BaseSettings):
     db_name: str | None = None
     db_ssl: str | None = None
     db_pool_min: int = Field(default=1, ge=0, le=1_000)
-    #: At least 2: a reconcile writes users and members side by side.
-    db_pool_max: int = Field(default=10, ge=2, le=1_000)
+    #: At least 3: a reconcile writes users and members side by side, and one is for transactions and sessions of cogs.
+    db_pool_max: int = Field(default=10, ge=3, le=1_000)
     #: How long to keep trying at the start.
     db_connect_timeout: Seconds = 60.0
     db_command_timeout: Seconds = 60.0
     #: The embedded server's data, and other files that have to last.
     data_dir: Path = Path(".data")
     auto_migrate: bool = True
+
+    #: Results of cogs' queries that are kept; 0: none.
+    cache_max_results: int = Field(default=2_000, ge=0, le=1_000_000)
+    cache_ttl_seconds: Seconds = 300.0
+    #: Milliseconds from which a cog's statement is logged as slow.
+    slow_query_ms: int = Field(default=500, ge=1, le=3_600_000)
+    #: development: every statement of cogs is logged, and `db reset` may be used.
+    environment: Literal["development", "production"] = "production"
+    #: How often a line of statistics is logged.
+    stats_seconds: Seconds = 300.0
 
     member_cache: Literal["none", "voice", "all"] = "none"
     flush_rows: int = Field(default=500, ge=1, le=100_000)
@@ -118,7 +128,7 @@ class Settings(BaseSettings):
             raise ValueError(f"one of {', '.join(_LOG_LEVELS)}")
         return level
 
-    @field_validator("member_cache", "log_format", "spool", mode="before")
+    @field_validator("member_cache", "log_format", "spool", "environment", mode="before")
     @classmethod
     def _lower(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
@@ -152,6 +162,11 @@ class Settings(BaseSettings):
     def effective_health_port(self) -> int | None:
         """The port of the health server: PORT before HEALTH_PORT; 0: any free one; None: there is no server."""
         return self.port if self.port is not None else self.health_port
+
+    @property
+    def orm_connections(self) -> int:
+        """Connections of DB_POOL_MAX for transactions and sessions of cogs; the pool of raw ones has the others."""
+        return max(1, self.db_pool_max * 3 // 10)
 
     def connection_values(self) -> dict[str, SecretStr | str | None]:
         """Return the variables that say where the database is, as `utils.database.urls.resolve` reads them."""
