@@ -118,6 +118,7 @@ class Guildbook(commands.AutoShardedBot):
         """Set the gauges that GET /metrics shows."""
         if self._mirror is None:
             return
+        self._mirror.measure()
         writer = self._mirror.writer
         metrics.buffer_rows.set(len(writer.buffer))
         metrics.queue_events.set(len(writer.queue))

@@ -313,7 +313,6 @@ async def test_a_client_without_a_receiver_behaves_as_ever(socket: Socket, recei
 
 def test_a_receiver_dies_with_its_client() -> None:
     assert isinstance(tap._receivers, weakref.WeakKeyDictionary)
-    assert isinstance(tap._sequences, weakref.WeakKeyDictionary)
 
 
 @pytest.mark.parametrize(

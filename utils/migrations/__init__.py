@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
@@ -29,13 +30,15 @@ from models import Base
 from models.views import ROLE_MEMBERSHIP
 from utils.database import ConnectTarget, Database
 from utils.errors import DatabaseUnavailable, MigrationError, driver_error, translate
-from utils.migrations.environment import comparison, on_connection, partitions
+from utils.migrations.environment import comparison, declare, on_connection, partitions
 
 _log = logging.getLogger(__name__)
 
 #: Alembic keeps what it works on in module globals: one at a time.
 _alembic = threading.Lock()
 
+#: Seconds for a migration that is called off to end.
+INTERRUPT_SECONDS = 5.0
 SCRIPTS = Path(__file__).resolve().parents[2] / "migrations"
 
 
@@ -43,6 +46,7 @@ async def upgrade(where: Database | ConnectTarget, revision: str = "head", *, ti
     """Bring the schema up to a revision; nothing happens when it is there already.
 
     `timeout`: seconds to wait for another process that migrates. A `Database` gets fresh connections afterwards.
+    Cancelled, it ends the statement under way, which rolls its migration back.
     Raises `MigrationError`, or `DatabaseUnavailable` when the server cannot be reached.
     """
     await _run(where, f"upgrade to {revision}", lambda config: command.upgrade(config, revision), timeout)
@@ -81,6 +85,8 @@ async def check_drift(where: Database | ConnectTarget, *, metadata: MetaData = B
     """Return what differs between the database and the models, one line each; nothing is changed."""
 
     def compare(connection: Connection) -> list[str]:
+        if metadata is Base.metadata:
+            declare()
         options = comparison(skip=partitions(connection), metadata=metadata)
         migration = MigrationContext.configure(connection, opts=options)
         found = [_line(difference) for difference in _flat(compare_metadata(migration, metadata))]
@@ -127,8 +133,12 @@ async def _run(where: Database | ConnectTarget, what: str, work: Callable[[Confi
         finally:
             _alembic.release()
 
+    working = asyncio.ensure_future(asyncio.to_thread(alone))
     try:
-        await asyncio.to_thread(alone)
+        await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await _interrupt(config, working)
+        raise
     except Exception as exc:
         raise _explained(exc, what, config.attributes.get("before")) from exc
     applied: list[str] = config.attributes.get("applied", [])
@@ -138,6 +148,24 @@ async def _run(where: Database | ConnectTarget, what: str, work: Callable[[Confi
         _log.info("schema migrated: %s", what, extra={"before": before, "revisions": applied, "seconds": seconds})
         if isinstance(where, Database):
             await where.renew()
+
+
+async def _interrupt(config: Config, working: asyncio.Future[None]) -> None:
+    """End the migration under way: what is not committed is rolled back, and the thread comes to its end."""
+    config.attributes["stop"] = True
+    working.add_done_callback(lambda done: done.cancelled() or done.exception())
+    try:
+        async with asyncio.timeout(INTERRUPT_SECONDS):
+            pid = config.attributes.get("pid")
+            if pid is not None:
+                connection = await asyncpg.connect(**config.attributes["target"].connect_kwargs())
+                try:
+                    await connection.execute("SELECT pg_terminate_backend($1)", pid)
+                finally:
+                    await connection.close()
+            await asyncio.wait({working})
+    except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        _log.warning("a migration could not be interrupted, the server goes on with its statement: %r", error)
 
 
 async def _ask(where: Database | ConnectTarget, question: Callable[[Connection], Any]) -> Any:

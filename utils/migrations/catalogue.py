@@ -13,7 +13,7 @@ from sqlalchemy import Connection, MetaData, text
 from models import Base
 from models.views import ROLE_MEMBERSHIP
 from utils.database.target import ConnectTarget
-from utils.migrations.environment import on_connection
+from utils.migrations.environment import declare, on_connection
 
 _RELATIONS = (
     "SELECT c.oid, format('%s.%s', n.nspname, c.relname) AS name, c.relkind FROM pg_class AS c"
@@ -57,6 +57,8 @@ async def build_from_models(target: ConnectTarget, metadata: MetaData = Base.met
     """Make everything in `models/` in an empty database, without the migrations."""
 
     def build(connection: Connection) -> None:
+        if metadata is Base.metadata:
+            declare()
         connection.execute(text("CREATE SCHEMA ops"))
         metadata.create_all(connection)
         connection.execute(text(ROLE_MEMBERSHIP))

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
+import pkgutil
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from alembic import context
 from alembic.runtime.migration import MigrationContext, MigrationInfo
+from alembic.util import CommandError
 from sqlalchemy import Connection, MetaData, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
+import models
 from models import Base
 from utils.database.target import ConnectTarget
 from utils.errors import MigrationError
@@ -29,6 +35,9 @@ SCHEMAS = (None, "ops")
 LOCK_TIMEOUT = "15s"
 #: Seconds between two attempts to get the lock.
 POLL_SECONDS = 0.25
+COGS = Path(__file__).resolve().parents[2] / "cogs"
+
+_DECLARES = re.compile(r"^\s+__tablename__\s*[:=]", re.MULTILINE)
 
 
 def run_offline() -> None:
@@ -46,7 +55,30 @@ def run_online() -> None:
     if target is not None:
         asyncio.run(on_connection(target, lambda connection: _migrate(connection, attributes)))
     else:
+        try:
+            declare()  # asked from the command line, perhaps to compare: the bot itself only goes up and down
+        except MigrationError as exc:
+            raise CommandError(str(exc)) from exc  # Alembic shows it as one line
         asyncio.run(_with_settings(lambda connection: _migrate(connection, attributes)))
+
+
+def declare(cogs: Path = COGS) -> None:
+    """Import what declares tables beside the framework's own: all of `models/`, and cogs with tables in their files.
+
+    Raises `MigrationError` when one of them is broken: without it its tables would seem to be superfluous.
+    """
+    names = [f"{models.__name__}.{found.name}" for found in pkgutil.iter_modules(models.__path__)]
+    for path in sorted(cogs.rglob("*.py")):
+        if _DECLARES.search(path.read_text(encoding="utf-8")):
+            parts = path.relative_to(cogs.parent).with_suffix("").parts
+            names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as exc:
+            raise MigrationError(
+                f"{name} declares tables, but cannot be imported: {type(exc).__name__}: {exc}"
+            ) from exc
 
 
 async def on_connection(target: ConnectTarget, work: Callable[[Connection], Any]) -> Any:
@@ -85,7 +117,9 @@ def _migrate(connection: Connection, attributes: dict[str, Any]) -> None:
     def note(ctx: MigrationContext, step: MigrationInfo, heads: Any, run_args: Any) -> None:
         attributes.setdefault("applied", []).extend(step.up_revision_ids if step.is_upgrade else step.down_revision_ids)
 
-    with locked(connection, attributes.get("timeout", 300.0)):
+    attributes["pid"] = connection.scalar(text("SELECT pg_backend_pid()"))
+    connection.commit()
+    with locked(connection, attributes.get("timeout", 300.0), lambda: attributes.get("stop", False)):
         connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT}'"))
         foreign = partitions(connection)
         connection.commit()
@@ -102,8 +136,10 @@ def _migrate(connection: Connection, attributes: dict[str, Any]) -> None:
 
 
 @contextmanager
-def locked(connection: Connection, timeout: float) -> Iterator[None]:
-    """Hold the migration lock. Raises `MigrationError` when another process still has it after `timeout` seconds.
+def locked(connection: Connection, timeout: float, is_called_off: Callable[[], bool]) -> Iterator[None]:
+    """Hold the migration lock.
+
+    Raises `MigrationError` when another process still has it after `timeout` seconds, or when it is called off.
 
     Polled: a session that waits inside the lock function holds a snapshot, which CREATE INDEX CONCURRENTLY of the
     lock's holder then waits for.
@@ -112,6 +148,8 @@ def locked(connection: Connection, timeout: float) -> Iterator[None]:
     while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": LOCK_KEY}):
         connection.commit()
         now = time.monotonic()
+        if is_called_off():
+            raise MigrationError("the migration was called off before it began")
         if now - started > timeout:
             raise MigrationError(
                 f"another process has been migrating this database for {timeout:.0f} s: wait until it is done, or end"

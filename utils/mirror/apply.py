@@ -76,6 +76,10 @@ class Batch:
     told: Told | None = None
 
 
+#: What is written beside mirrored tables.
+HISTORY = ("changes", "user_changes", "member_events", "member_stats", "sync_runs")
+
+
 @dataclass(slots=True)
 class Written:
     """How many rows a batch changed, by table."""
@@ -91,6 +95,12 @@ class Written:
         """All rows written, history not counted."""
         return self.inserted.total() + self.updated.total() + self.removed.total()
 
+    @property
+    def tables(self) -> frozenset[str]:
+        """Tables that may have changed, history included."""
+        changed = {table for counter in (self.inserted, self.updated, self.removed) for table in +counter}
+        return frozenset((*changed, *(HISTORY if changed or self.events else ())))
+
 
 async def apply(database: Database, batch: Batch, fence: Fence, users_writing: asyncio.Lock | None = None) -> Written:
     """Write a batch; waiting rows go before listings, which were asked for after they had been received.
@@ -100,13 +110,15 @@ async def apply(database: Database, batch: Batch, fence: Fence, users_writing: a
     """
     written = Written()
     live = list(grouped(batch.entries.items()))
-    users = [group for group in (*live, *batch.groups) if group.table == "users"]
+    users = [group for group in live if group.table == "users"]
+    listed_users = [group for group in batch.groups if group.table == "users"]
     rest = [group for group in live if group.table != "users"]
     listed = [group for group in batch.groups if group.table != "users"]
-    if users:
+    if users or listed_users:
         async with users_writing or contextlib.nullcontext(), database.transaction() as connection:
             await fence.check(connection)
             await write_groups(connection, users, written)
+            await write_groups(connection, listed_users, written, inferred=True)
     if rest or listed or batch.absences or batch.runs or batch.ready or batch.told:
         async with database.transaction() as connection:
             await fence.check(connection)
@@ -117,7 +129,7 @@ async def apply(database: Database, batch: Batch, fence: Fence, users_writing: a
             counted = {run.guild_id: run for run in batch.runs}
             for run in batch.runs:  # this may be the second try
                 run.rows_inserted = run.rows_updated = run.rows_left = 0
-            await write_groups(connection, listed, written, counted)
+            await write_groups(connection, listed, written, counted, inferred=True)
             await _tombstone(connection, database, batch.absences, written, counted)
             for shard_id, shards, ids, stamp in batch.ready:
                 gone = await connection.fetchval(sql.LEFT_GUILDS, shard_id, shards, sorted(ids), stamp, database.now())
@@ -140,14 +152,22 @@ async def _tell(connection: Connection, told: Told, fence: Fence) -> int:
 
 
 async def write_groups(
-    connection: Connection, groups: Iterable[Group], written: Written, runs: Mapping[int, Run] | None = None
+    connection: Connection,
+    groups: Iterable[Group],
+    written: Written,
+    runs: Mapping[int, Run] | None = None,
+    *,
+    inferred: bool = False,
 ) -> None:
-    """Merge groups, inside a transaction; counts are added to `written`, those of members to the run of their guild."""
+    """Merge groups, inside a transaction; counts are added to `written`, those of members to the run of their guild.
+
+    `inferred`: a listing or a snapshot shows them, no live event told of them.
+    """
     for group in groups:
         statement = sql.merge(group.table, group.columns, group.mode)
         for start in range(0, len(group.records), BATCH_ROWS):
             records = group.records[start : start + BATCH_ROWS]
-            row = await connection.fetchrow(statement, *_arrays(group, records))
+            row = await connection.fetchrow(statement, *_arrays(group, records), inferred)
             assert row is not None
             written.inserted[group.table] += row[0]
             written.updated[group.table] += row[1]
@@ -191,14 +211,21 @@ async def _bury(connection: Connection, database: Database, entries: Mapping[tup
         await bury(connection, database, statement, dead)
 
 
-async def bury(connection: Connection, database: Database, statement: str, dead: Sequence[tuple[int, ...]]) -> None:
-    """Run `STRIP_ROLES` or `BURY_THREADS` for (guild, id, stamp) of what was deleted."""
+async def bury(
+    connection: Connection,
+    database: Database,
+    statement: str,
+    dead: Sequence[tuple[int, ...]],
+    *,
+    inferred: bool = False,
+) -> None:
+    """Run `STRIP_ROLES` or `BURY_THREADS` for (guild, id, stamp) of what was deleted; `inferred`: by a listing."""
     if dead:
         guilds, ids, stamps = (list(values) for values in zip(*sorted(dead), strict=True))
         if statement is sql.STRIP_ROLES:
-            await connection.execute(statement, guilds, ids)
+            await connection.execute(statement, guilds, ids, inferred)
         else:
-            await connection.execute(statement, guilds, ids, stamps, database.now())
+            await connection.execute(statement, guilds, ids, stamps, database.now(), inferred)
 
 
 async def _tombstone(
@@ -227,7 +254,8 @@ async def _tombstone(
         elif gone:
             stamps = {absence.guild_id: absence.stamp for absence in proven}
             dead = [(guild_id, id, stamps[guild_id]) for guild_id, id in gone]
-            await bury(connection, database, sql.STRIP_ROLES if table == "roles" else sql.BURY_THREADS, dead)
+            statement = sql.STRIP_ROLES if table == "roles" else sql.BURY_THREADS
+            await bury(connection, database, statement, dead, inferred=True)
 
 
 async def record(connection: Connection, database: Database, run: Run) -> None:

@@ -60,25 +60,29 @@ class Mirror:
         spool: Path | None = None,
         on_lost: Callable[[], None] = lambda: None,
         has_slept: Callable[[], bool] = lambda: False,
+        on_written: Callable[[frozenset[str]], None] = lambda _: None,
     ) -> None:
         """Times are seconds; `spool` is where journals are, None without.
 
         `on_lost`: another process acts now. `has_slept`: whether one may do so since this process was stopped.
+        `on_written`: called after each commit with the tables that it may have changed.
         """
         self.database = database
         self.fence = fence
         self.stamps = Stamps(fence.epoch)
         self.shards = shards
         self.writer = MirrorWriter(
-            database, fence, queue, rhythm, on_lost=on_lost, on_dropped=self._on_dropped, has_slept=has_slept
-        )
+            database, fence, queue, rhythm, on_lost=on_lost, on_dropped=self._on_dropped, has_slept=has_slept,
+            on_written=on_written,
+        )  # fmt: skip
         self.reconciler = Reconciler(self.writer, source, self.stamps, page_timeout=page_timeout, cooldown=cooldown)
         self.archived = ArchivedThreads(self.writer, source, self.stamps, self.reconciler)
         self._source = source
         self._spool = spool
         #: `time.monotonic()` of the last READY or GUILD_CREATE.
         self._last_arrival: float = 0.0
-        self._messages = metrics.events_received.labels("MESSAGE_CREATE")
+        #: Messages received since the metric was last brought up to date: a counter's lock costs as much as all else.
+        self._messages: int = 0
         #: By shard whose READY has come, the guilds that Discord has shown since: none of them was left before.
         self._ready: dict[int, set[int]] = {}
 
@@ -123,6 +127,11 @@ class Mirror:
             and (progress["unavailable"] == 0 or time.monotonic() - self._last_arrival > ARRIVAL_SECONDS)
         )
         return ready, {"shards_ready": len(self._ready), **progress}
+
+    def measure(self) -> None:
+        """Bring up to date what GET /metrics shows and is not counted there at once."""
+        messages, self._messages = self._messages, 0
+        metrics.events_received.labels("MESSAGE_CREATE").inc(messages)
 
     async def sync(self, guild_id: int) -> Run:
         """Reconcile a guild now: its settings, roles and channels over REST, its members by a complete listing."""
@@ -283,7 +292,7 @@ class Mirror:
         counted = message(data, stamp)
         if counted is not None:
             self.writer.tell(counted)
-        self._messages.inc()
+        self._messages += 1
 
     def _live(self, event: str, data: Payload, stamp: int) -> None:
         now = self.database.now()

@@ -110,12 +110,16 @@ class EventQueue:
         """Return up to `limit` events with stamps after `after`; they stay in the queue until `forget`."""
         if self._spilled and self.journal is not None:
             return read_events(await self.journal.read(after, limit))
-        events = list(islice((event for event in self._recent if event.stamp > after), limit))
+        recent = self._recent
+        later = iter(recent) if not recent or recent[0].stamp > after else (it for it in recent if it.stamp > after)
+        events = list(islice(later, limit))
         return Oldest(events, events[-1].stamp if events else 0)
 
     async def forget(self, position: int) -> None:
         """Let go of all events up to this stamp: they are committed."""
         recent, marks = self._recent, self._marks
+        if recent and recent[-1].stamp <= position:
+            recent.clear()
         while recent and recent[0].stamp <= position:
             recent.popleft()
         if self.journal is not None and self.journal.records:

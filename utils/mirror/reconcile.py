@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from utils.errors import GuildbookError, SyncError
-from utils.mirror.apply import Run, record
+from utils.mirror.apply import HISTORY, Run, record
 from utils.mirror.guilds import GuildState, Queue
 from utils.mirror.letters import is_about_rows
 from utils.mirror.listing import Listing
@@ -184,6 +184,7 @@ class Reconciler:
         finally:
             listing.close()
             state.listing = None
+            self._writer.on_written(frozenset(("users", "members", *HISTORY)))
             self._writer.touched.close(listing)
 
     def _open(self, state: GuildState, source: str, reason: str) -> Listing:

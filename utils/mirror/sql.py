@@ -77,8 +77,11 @@ def _named(table: str) -> str:
     return "" if person is None or person in key_columns(table) else f", t.{person} AS subject"
 
 
-def _history(table: str, columns: tuple[str, ...], *, rows: str, changed: str) -> str:
-    """Return the INSERT that keeps what changed, for `rows` (old values prefixed `old_`) that `changed` returned."""
+def _history(table: str, columns: tuple[str, ...], *, rows: str, changed: str, inferred: str = "true") -> str:
+    """Return the INSERT that keeps what changed, for `rows` (old values prefixed `old_`) that `changed` returned.
+
+    `inferred`: SQL that tells whether a listing proved it; false where a live event told of it.
+    """
     keys = key_columns(table)
     noted = _noted(table, columns)
     tombstone = tombstone_column(table)
@@ -104,8 +107,9 @@ def _history(table: str, columns: tuple[str, ...], *, rows: str, changed: str) -
         targets.append("user_id")
         sources.append(f"d.{person if person in keys else 'subject'}")
     return (
-        f"INSERT INTO {history_table(table)} ({', '.join(targets)}, table_name, key, action, before, after) "
-        f"SELECT {', '.join(sources)}, '{table}', jsonb_build_object({key}), {action}, {side('old_')}, {side('')} "
+        f"INSERT INTO {history_table(table)} ({', '.join(targets)}, table_name, key, action, before, after, inferred) "
+        f"SELECT {', '.join(sources)}, '{table}', jsonb_build_object({key}), {action}, {side('old_')}, {side('')}, "
+        f"{inferred} "
         f"FROM {rows} d JOIN {changed} c ON {_on('c', 'd', keys)} "
         f"WHERE {_differences(table, noted, 'd', 'd', 'old_')}"
     )
@@ -153,6 +157,7 @@ def merge(table: str, columns: tuple[str, ...], mode: Mode) -> str:
     """Return the merge of a small batch given as arrays; it answers (inserted, updated).
 
     One statement, so that data and history cannot part. Only IMMUTABLE functions stand in DO UPDATE: Citus asks for it.
+    Parameters: an array for each key, column and for the stamps, then whether a listing proved it all.
     """
     keys = key_columns(table)
     tombstone = tombstone_column(table)
@@ -187,13 +192,13 @@ def merge(table: str, columns: tuple[str, ...], mode: Mode) -> str:
         f"WHERE {known} AND {_on('t', 'd', keys)} AND t.stamp <= d.stamp "
         f"RETURNING {', '.join('t.' + key for key in keys)}"
     )
+    noted = _history(table, columns, rows="matched", changed="changed", inferred=f"${len(everything) + 1}::boolean")
     return (
         f"WITH source AS MATERIALIZED (SELECT * FROM {unnested(table, columns)} s "
         f"WHERE {_older_than_listing(table, 's')}), "
         f"matched AS MATERIALIZED (SELECT {given}, {old}, t.stamp AS old_stamp "
         f"FROM source s LEFT JOIN {table} t ON {_on('t', 's', keys)}), "
-        f"fresh AS ({insert}), changed AS ({update}), "
-        f"noted AS ({_history(table, columns, rows='matched', changed='changed')}){_joins(table, columns)} "
+        f"fresh AS ({insert}), changed AS ({update}), noted AS ({noted}){_joins(table, columns)} "
         f"SELECT (SELECT count(*) FROM fresh), (SELECT count(*) FROM changed)"
     )
 
@@ -228,9 +233,9 @@ def _differs(table: str, columns: tuple[str, ...]) -> str:
 
 
 def _inserting(table: str, insert: str) -> str:
-    """Return an INSERT of staged rows that answers their number, and infers joins where they are members."""
+    """Return an INSERT of staged rows; where they are members it infers joins, and answers the number of rows."""
     if table != "members":
-        return f"WITH fresh AS ({insert} RETURNING 1) SELECT count(*) FROM fresh"
+        return insert
     appeared = "SELECT guild_id, user_id, joined_at, stamp, false AS rejoined FROM fresh WHERE left_at IS NULL"
     return (
         f"WITH fresh AS ({insert} RETURNING guild_id, user_id, joined_at, left_at, stamp), "
@@ -289,7 +294,6 @@ class StagedMerge:
         unknown = f"NOT EXISTS (SELECT FROM {table} t WHERE {match(1)})"
         listed_rows = f"INSERT INTO {table} ({listed}) SELECT"
         #: The fast way in; a key that is there twice, or that somebody else inserts meanwhile, makes it fail whole.
-        #: Like the careful one, it answers how many rows it inserted.
         self.fresh = _inserting(table, f"{listed_rows} {given} FROM {staging} s WHERE {unknown}")
         #: The careful way in, for when the fast one failed.
         self.fresh_checked = _inserting(
@@ -338,8 +342,9 @@ def staged(table: str, columns: tuple[str, ...]) -> StagedMerge:
     return StagedMerge(table, columns)
 
 
-#: A deleted role leaves the members' arrays without a word from Discord. Parameters: guilds and role ids. The members'
-#: stamps stay: nobody spoke of these members, so a listing asked for before the deletion still knows all else better.
+#: A deleted role leaves the members' arrays without a word from Discord. Parameters: guilds and role ids, and whether a
+#: listing proved that they are gone. The members' stamps stay: nobody spoke of these members, so a listing asked for
+#: before the deletion still knows all else better.
 STRIP_ROLES = (
     "WITH dead AS (SELECT * FROM unnest($1::bigint[], $2::bigint[]) AS d(guild_id, id)), "
     "matched AS MATERIALIZED (SELECT m.guild_id, m.user_id, m.roles AS old_roles, "
@@ -348,11 +353,12 @@ STRIP_ROLES = (
     "GROUP BY m.guild_id, m.user_id, m.roles), "
     "changed AS (UPDATE members t SET roles = d.roles, updated_at = now() FROM matched d "
     "WHERE t.guild_id = d.guild_id AND t.user_id = d.user_id RETURNING t.guild_id, t.user_id), "
-    f"noted AS ({_history('members', ('roles',), rows='matched', changed='changed')}) "
+    f"noted AS ({_history('members', ('roles',), rows='matched', changed='changed', inferred='$3::boolean')}) "
     "SELECT count(*) FROM changed"
 )
 
-#: A deleted channel takes its threads without a word from Discord. Parameters: guilds, channel ids, stamps, the time.
+#: A deleted channel takes its threads without a word from Discord. Parameters: guilds, channel ids, stamps, the time,
+#: and whether a listing proved that they are gone.
 BURY_THREADS = (
     "WITH dead AS (SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::bigint[]) AS d(guild_id, id, stamp)), "
     "matched AS MATERIALIZED (SELECT t.guild_id, t.id, t.deleted_at AS old_deleted_at, $4::timestamptz AS deleted_at, "
@@ -361,7 +367,7 @@ BURY_THREADS = (
     "WHERE t.deleted_at IS NULL), "
     "changed AS (UPDATE threads t SET deleted_at = d.deleted_at, stamp = d.stamp, updated_at = now() FROM matched d "
     "WHERE t.guild_id = d.guild_id AND t.id = d.id RETURNING t.guild_id, t.id), "
-    f"noted AS ({_history('threads', ('deleted_at',), rows='matched', changed='changed')}) "
+    f"noted AS ({_history('threads', ('deleted_at',), rows='matched', changed='changed', inferred='$5::boolean')}) "
     "SELECT count(*) FROM changed"
 )
 

@@ -46,19 +46,20 @@ class Receiver(Protocol):
         """None when there is room for more; otherwise what to await before the next message is read."""
 
 
-class _Seen:
-    """The session of a connection, and the highest sequence number seen of it."""
+class _Tapped:
+    """What is kept of a connection: who takes its dispatches, its session, and the highest sequence number seen."""
 
-    __slots__ = ("last", "session")
+    __slots__ = ("last", "receiver", "session")
 
-    def __init__(self, session: str | None, last: int) -> None:
-        self.session: str | None = session
-        self.last: int = last
+    def __init__(self, receiver: Receiver) -> None:
+        self.receiver: Receiver = receiver
+        self.session: str | None = None
+        self.last: int = 0
 
 
 _receivers: weakref.WeakKeyDictionary[object, Receiver] = weakref.WeakKeyDictionary()
-#: Highest sequence number seen, by connection: a duplicate has one that is not higher.
-_sequences: weakref.WeakKeyDictionary[DiscordWebSocket, _Seen] = weakref.WeakKeyDictionary()
+#: Where a connection keeps its `_Tapped`: looked up for each message, and a weak dictionary costs ten times as much.
+_TAPPED = "_guildbook_tapped"
 
 #: Seconds for which a session is tried to be resumed. Its gateway may be gone for good, and Discord keeps what it would
 #: send again for a few minutes at most.
@@ -124,28 +125,36 @@ def _has_envelope(message: dict[str, Any]) -> bool:
     return True
 
 
-def _is_duplicate(ws: DiscordWebSocket, message: dict[str, Any]) -> bool:
+def _is_duplicate(ws: DiscordWebSocket, tapped: _Tapped, message: dict[str, Any]) -> bool:
+    """Return whether a number was seen already: a duplicate has one that is not higher."""
     sequence = message.get("s")
     if message["t"] == "READY":
-        _sequences[ws] = _Seen(message["d"]["session_id"], sequence or 0)
+        tapped.session, tapped.last = message["d"]["session_id"], sequence or 0
         return False
     if sequence is None:
         return False
-    seen = _sequences.get(ws)
-    if seen is None:
-        seen = _sequences[ws] = _Seen(None, 0)
-    if seen.session != ws.session_id:  # a resumed session, on a new connection
-        seen.session, seen.last = ws.session_id, ws.sequence or 0
-    if sequence <= seen.last:
+    if tapped.session != ws.session_id:  # a resumed session, on a new connection
+        tapped.session, tapped.last = ws.session_id, ws.sequence or 0
+    if sequence <= tapped.last:
         return True
-    seen.last = sequence
+    tapped.last = sequence
     return False
 
 
-async def _received_message(ws: DiscordWebSocket, message: Any, /) -> None:
+def _tap(ws: DiscordWebSocket) -> _Tapped | None:
     receiver = _receivers.get(ws._connection)
     if receiver is None:
+        return None
+    tapped = _Tapped(receiver)
+    setattr(ws, _TAPPED, tapped)
+    return tapped
+
+
+async def _received_message(ws: DiscordWebSocket, message: Any, /) -> None:
+    tapped: _Tapped | None = getattr(ws, _TAPPED, None) or _tap(ws)
+    if tapped is None:
         return await _original(ws, message)
+    receiver = tapped.receiver
     if type(message) is bytes:
         message = ws._decompressor.decompress(message)
         if message is None:  # the rest of the payload is still to come
@@ -163,7 +172,7 @@ async def _received_message(ws: DiscordWebSocket, message: Any, /) -> None:
     if not _has_envelope(decoded):
         receiver.malformed("unreadable", ValueError("a dispatch has a name, a number and, if it is READY, a session"))
         return None
-    if _is_duplicate(ws, decoded):
+    if _is_duplicate(ws, tapped, decoded):
         once(_log, "duplicate", "the gateway sent an event twice: the second one is dropped")
         return None
     event = decoded["t"]

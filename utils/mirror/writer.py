@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -33,6 +34,8 @@ BATCH_RECORDS = 4_000
 BATCH_EVENTS = 5_000
 #: Seconds for the disk to take what still waits at the end.
 SPOOL_SECONDS = 3.0
+#: Seconds between two flushes that their size brings about: larger ones cost less an event.
+APART_SECONDS = 0.05
 #: Part of the memory that is made free at once when it is full.
 ROOM = 0.05
 
@@ -52,7 +55,7 @@ class MirrorWriter:
 
     `on_lost` is called when another process was found to act; `on_dropped` with guilds whose members had to be given up
     for want of memory, once the database takes rows again. `has_slept` tells whether another process may act since this
-    one was stopped.
+    one was stopped. `on_written` is called after each commit with the tables that it may have changed.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class MirrorWriter:
         on_lost: Callable[[], None],
         on_dropped: Callable[[set[int]], None],
         has_slept: Callable[[], bool] = lambda: False,
+        on_written: Callable[[frozenset[str]], None] = lambda _: None,
     ) -> None:
         self.database: Database = database
         self.fence: Fence = fence
@@ -81,8 +85,12 @@ class MirrorWriter:
         self.rows_written: int = 0
         self.rows_dropped: int = 0
         self._doubtful = Doubtful(self._queue, has_slept)
+        #: Takes an event.
+        self.tell: Callable[[Event], None] = self._doubtful.tell
         self._on_lost = on_lost
         self._on_dropped = on_dropped
+        #: Called after each commit with the tables that may have changed.
+        self.on_written = on_written
         self._observations: deque[Observation] = deque()
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
@@ -91,6 +99,8 @@ class MirrorWriter:
         #: Whether events that the queue still has may be committed: an answer was lost.
         self._in_doubt = True
         self._dropped_guilds: set[int] = set()
+        #: `time.monotonic()` of the last commit.
+        self._flushed_at: float = 0.0
         #: Size of the buffer below which nothing can be dropped any more.
         self._undroppable = 0
 
@@ -142,10 +152,6 @@ class MirrorWriter:
         self.touched.add(row, stamp)
         self._make_room()
 
-    def tell(self, event: Event) -> None:
-        """Take an event."""
-        self._doubtful.tell(event)
-
     def _queue(self, event: Event) -> None:
         queue = self.queue
         queue.add(event)
@@ -189,6 +195,7 @@ class MirrorWriter:
             while not (self._stopping and self.is_idle):
                 if not (self._stopping or self._observations or self._is_behind):
                     await self.buffer.due()
+                    await self._keep_apart()
                 if self.is_idle:
                     continue
                 async for attempt in stamina.retry_context(
@@ -201,6 +208,13 @@ class MirrorWriter:
         except LeaseLost as error:
             _log.error("%s: nothing more is written", error)
             self._on_lost()
+
+    async def _keep_apart(self) -> None:
+        """Wait a little when the last flush was a moment ago, unless memory fills or somebody waits for a row."""
+        wait = self._flushed_at + APART_SECONDS - time.monotonic()
+        queue = self.queue
+        if wait > 0 and not (self._stopping or self._observations or queue.in_memory * 4 > queue.max_rows):
+            await asyncio.sleep(wait)
 
     def _worth_another_try(self, error: BaseException) -> bool:
         if not isinstance(error, Exception) or isinstance(error, LeaseLost):
@@ -286,6 +300,7 @@ class MirrorWriter:
             self.buffer.give_back(entries)
             self._make_room()
             raise
+        self._flushed_at = time.monotonic()
         self.count(written)
         if batch.told is not None:
             self._in_doubt = True  # until it is forgotten
@@ -324,6 +339,8 @@ class MirrorWriter:
         for counter in (written.inserted, written.updated, written.removed):
             for table, rows in counter.items():
                 metrics.rows_written.labels(table).inc(rows)
+        if tables := written.tables:
+            self.on_written(tables)
         self._undroppable = 0
         if self._dropped_guilds:
             guilds, self._dropped_guilds = self._dropped_guilds, set()
