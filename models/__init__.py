@@ -1,10 +1,11 @@
 """The schema: tables and views, nothing that runs. Merge, staging, COPY lists and migrations derive from it."""
 
 from models.base import DISCORD_EPOCH_MS, Base, Erase, Part, mirrored_tables, part_of
+from models.documents import Document
 from models.guilds import Channel, Guild, Role, Thread
 from models.history import Change, MemberEvent, SyncRun, UserChange
 from models.ops import AdminAction, CommandTree, CountedMessage, DeadLetter, Lease, Position, Suppression
-from models.people import Member, MemberStats, User
+from models.people import Member, MemberPreferences, MemberStats, User
 
 __all__ = [
     "DISCORD_EPOCH_MS",
@@ -15,11 +16,13 @@ __all__ = [
     "CommandTree",
     "CountedMessage",
     "DeadLetter",
+    "Document",
     "Erase",
     "Guild",
     "Lease",
     "Member",
     "MemberEvent",
+    "MemberPreferences",
     "MemberStats",
     "Part",
     "Position",
@@ -32,3 +35,5 @@ __all__ = [
     "mirrored_tables",
     "part_of",
 ]
+
+import models.relations  # noqa: F401 - adds the relationships

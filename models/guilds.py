@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ARRAY, BigInteger, Computed, Index, Integer, SmallInteger, Text
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import Mapped
+from sqlalchemy.orm import Mapped, relationship
 
 from models.base import Base, Erase, Mirrored, Part, created_at_of, marked, snowflake, tombstone
+
+if TYPE_CHECKING:
+    from models.people import User
+
+
+def _related(join: str, **kwargs: Any) -> Any:
+    """Declare what belongs to a row: read only, and never loaded unless it was asked for."""
+    return relationship(primaryjoin=join, viewonly=True, lazy="raise", **kwargs)
 
 
 class Guild(Mirrored, Base):
@@ -56,6 +64,20 @@ class Guild(Mirrored, Base):
     left_at: Mapped[datetime | None] = tombstone()
     is_active: Mapped[bool] = marked(Computed("left_at IS NULL", persisted=True), sort_order=81)
 
+    #: None when the owner was never seen.
+    owner: Mapped[User | None] = _related("foreign(Guild.owner_id) == User.id")
+    #: This and the next two: what is there now, without what was deleted.
+    roles: Mapped[list[Role]] = _related(
+        "and_(Guild.id == foreign(Role.guild_id), Role.deleted_at.is_(None))", order_by="(Role.position, Role.id)"
+    )
+    channels: Mapped[list[Channel]] = _related(
+        "and_(Guild.id == foreign(Channel.guild_id), Channel.deleted_at.is_(None))",
+        order_by="(Channel.position, Channel.id)",
+    )
+    threads: Mapped[list[Thread]] = _related(
+        "and_(Guild.id == foreign(Thread.guild_id), Thread.deleted_at.is_(None))", order_by="Thread.id"
+    )
+
 
 class Role(Mirrored, Base):
     """A role of a guild."""
@@ -76,6 +98,8 @@ class Role(Mirrored, Base):
     tags: Mapped[dict[str, Any] | None] = marked(JSONB)
     flags: Mapped[int | None] = marked(Integer)
     deleted_at: Mapped[datetime | None] = tombstone()
+
+    guild: Mapped[Guild | None] = _related("foreign(Role.guild_id) == Guild.id")
 
 
 class Channel(Mirrored, Base):
@@ -108,6 +132,14 @@ class Channel(Mirrored, Base):
     hidden: Mapped[bool] = marked(nullable=False, server_default="false", part=Part.QUIET)
     deleted_at: Mapped[datetime | None] = tombstone()
 
+    guild: Mapped[Guild | None] = _related("foreign(Channel.guild_id) == Guild.id")
+    #: What is there now, archived or not.
+    threads: Mapped[list[Thread]] = _related(
+        "and_(Channel.guild_id == foreign(Thread.guild_id), Channel.id == foreign(Thread.parent_id),"
+        " Thread.deleted_at.is_(None))",
+        order_by="Thread.id",
+    )
+
 
 class Thread(Mirrored, Base):
     """A thread, active or archived."""
@@ -134,3 +166,11 @@ class Thread(Mirrored, Base):
     #: Sorted, because Discord sends them in any order.
     applied_tags: Mapped[list[int] | None] = marked(ARRAY(BigInteger))
     deleted_at: Mapped[datetime | None] = tombstone()
+
+    guild: Mapped[Guild | None] = _related("foreign(Thread.guild_id) == Guild.id")
+    #: The channel, deleted or not.
+    parent: Mapped[Channel | None] = _related(
+        "and_(foreign(Thread.guild_id) == Channel.guild_id, foreign(Thread.parent_id) == Channel.id)"
+    )
+    #: None when the owner was never seen.
+    owner: Mapped[User | None] = _related("foreign(Thread.owner_id) == User.id")

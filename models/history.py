@@ -26,6 +26,7 @@ class Change(Base):
     __table_args__ = (
         _known_action(),
         Index(None, "user_id", "id", postgresql_where=text("user_id IS NOT NULL")),
+        Index(None, "id"),
         {"postgresql_partition_by": "RANGE (id)"},
     )
 
@@ -43,13 +44,15 @@ class Change(Base):
     #: The columns that changed, as they are since.
     after: Mapped[dict[str, Any] | None] = marked(JSONB, erase=Erase.CLEAR)
     at: Mapped[datetime] = marked(nullable=False, server_default=func.now())
+    #: True when a listing showed it, false when Discord told of it as it happened.
+    inferred: Mapped[bool] = marked(Boolean, nullable=False, server_default=false())
 
 
 class UserChange(Base):
     """One update of a user: what belongs to no guild."""
 
     __tablename__ = "user_changes"
-    __table_args__ = (_known_action(), {"postgresql_partition_by": "RANGE (id)"})
+    __table_args__ = (_known_action(), Index(None, "id"), {"postgresql_partition_by": "RANGE (id)"})
 
     user_id: Mapped[int] = snowflake(primary_key=True, erase=Erase.SUBJECT)
     id: Mapped[int] = snowflake(primary_key=True, server_default=text(time_id("ops.change_ids")))
@@ -59,6 +62,7 @@ class UserChange(Base):
     before: Mapped[dict[str, Any] | None] = marked(JSONB, erase=Erase.CLEAR)
     after: Mapped[dict[str, Any] | None] = marked(JSONB, erase=Erase.CLEAR)
     at: Mapped[datetime] = marked(nullable=False, server_default=func.now())
+    inferred: Mapped[bool] = marked(Boolean, nullable=False, server_default=false())
 
 
 class MemberEvent(Base):
@@ -69,6 +73,7 @@ class MemberEvent(Base):
         CheckConstraint("kind IN ('join', 'leave', 'ban', 'unban')", name="kind"),
         Index(None, "guild_id", "user_id", "stamp"),
         Index(None, "user_id"),
+        Index(None, "id"),
     )
 
     guild_id: Mapped[int] = snowflake(primary_key=True)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ARRAY, BigInteger, Index, Integer, SmallInteger, Text
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped
 
 from models.base import Base, Erase, Mirrored, created_at_of, marked, snowflake, tombstone
+
+if TYPE_CHECKING:
+    from models.guilds import Guild
 
 
 class User(Mirrored, Base):
@@ -34,6 +39,9 @@ class User(Mirrored, Base):
     verified: Mapped[bool | None] = marked(erase=Erase.CLEAR)
     premium_type: Mapped[int | None] = marked(SmallInteger, erase=Erase.CLEAR)
     created_at: Mapped[datetime] = marked(created_at_of("id"))
+
+    if TYPE_CHECKING:  # added in models/relations.py
+        memberships: Mapped[list[Member]]
 
     @property
     def avatar_url(self) -> str:
@@ -68,6 +76,11 @@ class Member(Mirrored, Base):
     #: When the member left; None while they are there.
     left_at: Mapped[datetime | None] = tombstone()
 
+    if TYPE_CHECKING:  # added in models/relations.py
+        user: Mapped[User | None]
+        guild: Mapped[Guild | None]
+        stats: Mapped[MemberStats | None]
+
 
 class MemberStats(Base):
     """What a member did in a guild, added up; it stays when they leave."""
@@ -82,3 +95,22 @@ class MemberStats(Base):
     last_active_at: Mapped[datetime | None] = marked(erase=Erase.CLEAR)
     #: For cogs that hand out points.
     xp: Mapped[int] = marked(BigInteger, nullable=False, server_default="0", erase=Erase.CLEAR)
+
+    if TYPE_CHECKING:  # added in models/relations.py
+        user: Mapped[User | None]
+
+
+class MemberPreferences(Base):
+    """What a member chose in a guild; it stays when they leave."""
+
+    __tablename__ = "member_preferences"
+    __table_args__ = (Index(None, "user_id"),)
+
+    guild_id: Mapped[int] = snowflake(primary_key=True)
+    user_id: Mapped[int] = snowflake(primary_key=True, erase=Erase.SUBJECT)
+    #: Whether the bot may notify them of its own accord; None: they did not choose.
+    notifications: Mapped[bool | None] = marked(erase=Erase.CLEAR)
+    #: A language tag (BCP 47) like `de` or `pt-BR`; None: they did not choose.
+    language: Mapped[str | None] = marked(Text, erase=Erase.CLEAR)
+    #: For cogs that let members choose more.
+    extra: Mapped[dict[str, Any]] = marked(JSONB, nullable=False, server_default="{}", erase=Erase.CLEAR)

@@ -50,6 +50,14 @@ class MigrationError(DatabaseError):
     """The schema could not be brought to the revision that was asked for."""
 
 
+class DocumentError(GuildbookError):
+    """A document is not there, does not fit its model, or cannot be stored."""
+
+
+class DocumentConflict(DocumentError):
+    """Somebody else changed a document first; nothing was written."""
+
+
 class BackupError(GuildbookError):
     """A backup could not be made, or could not be restored."""
 

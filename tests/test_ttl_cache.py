@@ -1,0 +1,143 @@
+"""The cogs' cache: bounds in number and time, one load at once, and figures in the query cache's words."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from utils.cache import TTLCache
+
+
+class Clock:
+    """Seconds, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def test_a_value_is_kept_for_its_time_and_no_longer() -> None:
+    clock = Clock()
+    cache = TTLCache[str, int](ttl=10, clock=clock)
+    cache.set("a", 1)
+    clock.now += 9.9
+    assert cache.get("a") == 1
+    clock.now += 0.2
+    assert cache.get("a") is None
+    assert cache.get("a", 7) == 7
+    assert cache.stats() == {
+        "hits": 1, "misses": 2, "hit_rate": 1 / 3, "evictions": 0, "invalidations": 0, "total_requests": 3, "size": 0,
+    }  # fmt: skip
+
+
+async def test_the_least_recently_used_makes_room() -> None:
+    cache = TTLCache[int, int](max_size=2)
+    cache.set(1, 1)
+    cache.set(2, 2)
+    assert cache.get(1) == 1
+    cache.set(3, 3)
+    assert [cache.get(key) for key in (1, 2, 3)] == [1, None, 3]
+    assert (cache.stats()["evictions"], len(cache)) == (1, 2)
+
+
+async def test_what_expired_is_not_counted_as_having_made_room() -> None:
+    clock = Clock()
+    cache = TTLCache[int, int](max_size=1, ttl=1, clock=clock)
+    cache.set(1, 1)
+    clock.now += 2
+    cache.set(2, 2)
+    assert cache.stats()["evictions"] == 0
+    assert not cache.delete(1)
+
+
+async def test_deleted_and_cleared_values_are_invalidations() -> None:
+    cache = TTLCache[str, int | None]()
+    for key in "abc":
+        cache.set(key, None)
+    assert cache.get("a", 5) is None
+    assert cache.delete("a")
+    assert not cache.delete("a")
+    cache.clear()
+    assert (cache.stats()["invalidations"], len(cache)) == (3, 0)
+
+
+async def test_a_thousand_who_ask_at_once_make_one_load() -> None:
+    cache, loads = TTLCache[str, int](), 0
+
+    async def load() -> int:
+        nonlocal loads
+        loads += 1
+        await asyncio.sleep(0)
+        return loads
+
+    assert set(await asyncio.gather(*(cache.get_or_load("a", load) for _ in range(1000)))) == {1}
+    assert await cache.get_or_load("a", load) == 1
+    assert (cache.stats()["hits"], cache.stats()["misses"]) == (1, 1000)
+
+
+async def test_an_error_goes_to_all_who_wait_and_is_not_kept() -> None:
+    cache, gate = TTLCache[str, int](), asyncio.Event()
+
+    async def fail() -> int:
+        await gate.wait()
+        raise LookupError("no such thing")
+
+    async def load() -> int:
+        return 2
+
+    asking = [asyncio.create_task(cache.get_or_load("a", fail)) for _ in range(3)]
+    await asyncio.sleep(0)
+    gate.set()
+    for error in await asyncio.gather(*asking, return_exceptions=True):
+        assert isinstance(error, LookupError)
+    assert await cache.get_or_load("a", load) == 2
+
+
+@pytest.mark.parametrize("how", ["set", "delete", "clear"])
+async def test_what_was_loaded_before_a_change_is_not_kept_after_it(how: str) -> None:
+    cache, gate = TTLCache[str, str](), asyncio.Event()
+
+    async def old() -> str:
+        await gate.wait()
+        return "old"
+
+    async def new() -> str:
+        return "new"
+
+    early = asyncio.create_task(cache.get_or_load("a", old))
+    await asyncio.sleep(0)
+    if how == "set":
+        cache.set("a", "new")
+    elif how == "delete":
+        cache.delete("a")
+    else:
+        cache.clear()
+    assert await cache.get_or_load("a", new) == "new"
+    gate.set()
+    assert await early == "old"
+    assert cache.get("a") == "new"
+
+
+async def test_who_is_cancelled_takes_nobody_along_and_the_last_one_ends_the_load() -> None:
+    cache, gate, ended = TTLCache[str, int](), asyncio.Event(), asyncio.Event()
+
+    async def load() -> int:
+        try:
+            await gate.wait()
+        finally:
+            ended.set()
+        return 1
+
+    first, second = (asyncio.create_task(cache.get_or_load("a", load)) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.wait([first])
+    assert not ended.is_set()
+    second.cancel()
+    await asyncio.wait([second])
+    assert ended.is_set()
+    gate.set()
+    assert await cache.get_or_load("a", load) == 1
