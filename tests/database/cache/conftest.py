@@ -1,0 +1,97 @@
+"""Two processes on one database, each with a pool, a cache and a channel of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import asyncpg
+import pytest
+
+from utils.database import ConnectTarget, Database
+from utils.database.cache import Channel, QueryCache
+
+#: Nothing here may take longer, in seconds.
+PATIENCE = 20.0
+UPDATE = "UPDATE counter SET value = value + 1 WHERE id = $1 RETURNING value"
+
+
+class Process:
+    """What stands between a cog and the database, as small as it can be."""
+
+    def __init__(self, target: ConnectTarget) -> None:
+        self.database = Database(target, pool_max=4, connect_timeout=10, acquire_timeout=10)
+        #: Kills what the pool's own connections may be waiting for.
+        self.operator = Database(target, pool_max=2, connect_timeout=10, acquire_timeout=10)
+        self.cache = QueryCache()
+        self.channel = Channel(self.cache, target, self.database)
+
+    async def start(self) -> None:
+        await self.database.connect()
+        await self.operator.connect()
+        await self.cache.load(self.database)
+        await self.channel.start()
+
+    async def stop(self) -> None:
+        async with asyncio.timeout(PATIENCE):
+            await self.channel.stop()
+            await self.cache.close()
+            await self.database.close()
+            await self.operator.close()
+
+    async def read(self, sql: str, *args: Any) -> Any:
+        return await self.cache.fetch("fetchval", sql, args, lambda: self.database.fetchval(sql, *args))
+
+    async def write(self, sql: str, *args: Any, commit: bool = True, killed: bool = False) -> Any:
+        """Write in a transaction: committed, rolled back, or with its connection killed before its end."""
+        writes = self.cache.statement(sql).writes
+        try:
+            async with self.database.acquire() as connection:
+                transaction = connection.transaction()
+                await transaction.start()
+                value = await connection.fetchval(sql, *args)
+                if killed:
+                    pid = connection.get_server_pid()
+                    await self.operator.execute("SELECT pg_terminate_backend($1)", pid)
+                await (transaction.commit() if commit else transaction.rollback())
+        except BaseException:
+            self.cache.distrust(writes)
+            raise
+        self.cache.invalidate(writes if commit else [])
+        return value
+
+    async def kill_channel(self) -> None:
+        """End the backend on which this process listens; it may be gone already."""
+        connection = self.channel._connection
+        if connection is not None:
+            with contextlib.suppress(asyncpg.InterfaceError):
+                await self.operator.execute("SELECT pg_terminate_backend($1)", connection.get_server_pid())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def started(target: ConnectTarget) -> AsyncIterator[Process]:
+    process = Process(target)
+    try:
+        await process.start()
+        yield process
+    finally:
+        await process.stop()
+
+
+@pytest.fixture
+async def processes(target: ConnectTarget) -> AsyncIterator[tuple[Process, Process]]:
+    async with started(target) as one, started(target) as other:
+        await one.database.execute("CREATE TABLE counter (id int PRIMARY KEY, value bigint NOT NULL)")
+        await one.database.execute("INSERT INTO counter SELECT n, 0 FROM generate_series(1, 3) n")
+        await one.database.execute("CREATE VIEW counted AS SELECT id, value FROM counter")
+        await asyncio.gather(one.cache.load(one.database), other.cache.load(other.database))
+        await until(lambda: len(one.channel._peers) == len(other.channel._peers) == 1)
+        yield one, other

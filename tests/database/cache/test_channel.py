@@ -1,0 +1,221 @@
+"""What two processes tell each other, and what they do when they cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import asyncpg
+import orjson
+import pytest
+
+from tests.database.cache.conftest import PATIENCE, UPDATE, Process, started, until
+from utils.database import ConnectTarget, Database
+from utils.database.cache import Channel, QueryCache
+from utils.database.cache.channel import CHANNEL
+from utils.errors import DatabaseError
+
+READ = "SELECT value FROM counter WHERE id = $1"
+THROUGH_VIEW = "SELECT sum(value)::bigint FROM counted"
+Pair = tuple[Process, Process]
+
+
+@pytest.fixture
+async def heard(target: ConnectTarget) -> AsyncIterator[list[list[Any]]]:
+    """All messages on the channel, as a third party hears them."""
+    messages: list[list[Any]] = []
+    connection = await asyncpg.connect(**target.connect_kwargs(), timeout=10)
+    await connection.add_listener(CHANNEL, lambda *message: messages.append(orjson.loads(message[3])))
+    yield messages
+    await connection.close(timeout=5)
+
+
+async def kept(process: Process, sql: str, *args: Any) -> Any:
+    """Return what the process has kept of a question, after asking until it has."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            hits = process.cache.stats()["hits"]
+            value = await process.read(sql, *args)
+            if process.cache.stats()["hits"] > hits:
+                return value
+            await asyncio.sleep(0.01)
+
+
+async def becomes(process: Process, expected: Any, sql: str, *args: Any) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while await process.read(sql, *args) != expected:  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0.01)
+
+
+async def test_a_write_is_seen_by_its_own_process_at_once_and_soon_by_the_other(processes: Pair) -> None:
+    one, other = processes
+    for process in processes:
+        assert await kept(process, READ, 1) == 0
+        assert await kept(process, THROUGH_VIEW) == 0
+    assert await one.write(UPDATE, 1) == 1
+    assert await one.read(READ, 1) == 1
+    assert await one.read(THROUGH_VIEW) == 1
+    await becomes(other, 1, READ, 1)
+    await becomes(other, 1, THROUGH_VIEW)
+
+
+async def test_what_a_transaction_took_back_is_told_to_nobody(processes: Pair, heard: list[list[Any]]) -> None:
+    one, other = processes
+    assert await kept(other, READ, 1) == 0
+    assert await one.write(UPDATE, 1, commit=False) == 1
+    assert await one.read(READ, 1) == 0
+    await until(lambda: [message[0] for message in heard].count(one.channel.sender) > 3)
+    assert not [message for message in heard if message[3] or message[4]]
+
+
+async def test_many_writes_are_told_in_few_messages_that_name_their_tables(
+    processes: Pair, heard: list[list[Any]]
+) -> None:
+    one, _ = processes
+    for _ in range(200):
+        one.cache.invalidate(["counter"])
+        one.cache.invalidate(["guilds"])
+    await until(lambda: any(message[3] for message in heard))
+    told = [message for message in heard if message[3]]
+    assert told[0][3] == ["public.counter", "public.guilds"]
+    assert len(told) == 1
+
+
+async def test_a_process_does_not_drop_anything_because_of_its_own_message(
+    processes: Pair, heard: list[list[Any]]
+) -> None:
+    one, _ = processes
+    await one.write(UPDATE, 1)
+    assert await kept(one, READ, 1) == 1
+    await until(lambda: any(message[3] for message in heard))
+    number = heard[-1][1]
+    await until(lambda: number not in one.channel._sent)
+    hits = one.cache.stats()["hits"]
+    assert await one.read(READ, 1) == 1
+    assert one.cache.stats()["hits"] == hits + 1
+
+
+async def test_more_tables_than_a_message_holds_are_told_as_all(processes: Pair, heard: list[list[Any]]) -> None:
+    one, other = processes
+    assert await kept(other, READ, 1) == 0
+    one.channel._announce(frozenset(f"public.table_{n}" for n in range(1_000)), False)
+    await until(lambda: any(message[3] is None for message in heard))
+    await until(lambda: other.cache.stats()["size"] == 0)
+    assert await kept(other, READ, 1) == 0
+
+
+async def test_a_write_with_no_known_end_is_bypassed_in_both(processes: Pair) -> None:
+    one, other = processes
+    assert await kept(other, READ, 1) == 0
+    with pytest.raises(DatabaseError):
+        await one.write(UPDATE, 1, killed=True)
+    await until(lambda: other.cache.stats()["size"] == 0)
+    for process in processes:
+        bypassed = process.cache.stats()["bypassed"]
+        assert await process.read(READ, 1) == 0
+        assert process.cache.stats()["bypassed"] == bypassed + 1
+
+
+async def test_a_killed_channel_is_made_anew_and_what_was_kept_before_is_dropped(
+    processes: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = processes
+    assert await kept(other, READ, 1) == 0
+    floods = other.cache._floods
+    with caplog.at_level(logging.INFO):
+        await other.kill_channel()
+        await until(lambda: other.cache._floods > floods and other.cache.is_trusted)
+    assert [record.levelname for record in caplog.records if "heard" in record.message] == ["WARNING", "INFO"]
+    assert await kept(other, READ, 1) == 0
+    await one.write(UPDATE, 1)
+    await becomes(other, 1, READ, 1)
+
+
+async def test_a_write_is_told_through_the_pool_while_the_channel_is_down(processes: Pair) -> None:
+    one, other = processes
+    assert await kept(other, READ, 1) == 0
+    one.channel.direct = replace(one.channel.direct, hosts=("/nowhere",))
+    await one.kill_channel()
+    await until(lambda: not one.channel.is_listening)
+    await one.write(UPDATE, 1)
+    await becomes(other, 1, READ, 1)
+    assert await kept(other, READ, 1) == 1
+    assert not one.cache.is_trusted
+    assert await one.read(READ, 1) == 1
+
+
+async def test_a_process_that_hears_nothing_any_more_bypasses_its_cache(processes: Pair) -> None:
+    _, other = processes
+    assert await kept(other, READ, 1) == 0
+    connection = other.channel._connection
+    assert connection is not None
+    await connection.remove_listener(CHANNEL, other.channel._heard)
+    await until(lambda: not other.cache.is_trusted)
+    bypassed = other.cache.stats()["bypassed"]
+    await other.read(READ, 1)
+    assert other.cache.stats()["bypassed"] == bypassed + 1
+    await until(lambda: other.channel._connection is not connection and other.cache.is_trusted)
+
+
+async def test_a_process_that_falls_silent_without_a_farewell_takes_what_others_kept_with_it(processes: Pair) -> None:
+    one, other = processes
+    assert await kept(other, READ, 1) == 0
+    for task in one.channel._tasks:
+        task.cancel()
+    await one.write(UPDATE, 1)  # its commit is done, its message never goes out
+    await until(lambda: not other.channel._peers)
+    assert await other.read(READ, 1) == 1
+
+
+async def test_a_process_that_ends_in_order_says_its_last_writes_and_is_not_missed(
+    processes: Pair, target: ConnectTarget
+) -> None:
+    one, other = processes
+    async with started(target) as third:
+        await until(lambda: third.channel.sender in other.channel._peers)
+        assert await kept(other, READ, 1) == 0
+        await third.write(UPDATE, 1)
+    await until(lambda: third.channel.sender not in other.channel._peers)
+    assert await other.read(READ, 1) == 1
+    assert await kept(other, READ, 1) == 1
+    assert one.cache.is_trusted
+
+
+async def test_behind_a_pooler_only_the_time_to_live_is_left_and_one_line_says_so(
+    target: ConnectTarget, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = QueryCache()
+    await cache.load(database)
+    channel = Channel(cache, replace(target, pooled=True), database)
+    with caplog.at_level(logging.WARNING):
+        await channel.start()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert cache.is_trusted
+    async with started(target) as other:
+        await until(lambda: channel.sender in other.channel._peers)
+    await channel.stop()
+    assert not cache.is_trusted
+
+
+async def test_a_message_of_somebody_else_drops_everything(processes: Pair) -> None:
+    one, other = processes
+    assert await kept(other, READ, 1) == 0
+    await one.database.execute("SELECT pg_notify($1, 'hello')", CHANNEL)
+    await until(lambda: other.cache.stats()["size"] == 0)
+
+
+async def test_a_view_made_by_one_process_is_followed_by_the_other(processes: Pair) -> None:
+    one, other = processes
+    sql = "SELECT v FROM doubled"
+    create = "CREATE VIEW doubled AS SELECT 2 * sum(value)::bigint AS v FROM counter"
+    assert one.cache.statement(create).writes is None
+    await one.database.execute(create)
+    one.cache.invalidate(None)
+    for process in processes:
+        assert await kept(process, sql) == 0
+    await other.write(UPDATE, 2)
+    assert await other.read(sql) == 2
+    await becomes(one, 2, sql)

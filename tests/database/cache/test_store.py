@@ -1,0 +1,267 @@
+"""One process's cache: hits, single flight, coherence with its own writes."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from utils.database import Database
+from utils.database.cache import QueryCache
+from utils.database.cache.store import DISTRUST_SECONDS
+from utils.errors import DatabaseError
+
+#: Nothing here may take longer, in seconds.
+PATIENCE = 20.0
+READ = "SELECT v FROM a WHERE id = $1"
+BOTH = "SELECT a.v FROM a JOIN b USING (id)"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Asked:
+    """A question that is answered when the test says so, and counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.times = 0
+        self.cancelled = 0
+        self.answers: list[asyncio.Future[Any]] = []
+
+    async def __call__(self) -> Any:
+        self.times += 1
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.answers.append(answer)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+
+def answering(value: Any) -> Callable[[], Awaitable[Any]]:
+    async def run() -> Any:
+        return value
+
+    return run
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def cache(database: Database, clock: Clock) -> QueryCache:
+    await database.execute("CREATE TABLE a (id int PRIMARY KEY, v int); CREATE TABLE b (id int PRIMARY KEY)")
+    made = QueryCache(max_results=3, clock=clock)
+    await made.load(database)
+    return made
+
+
+async def test_the_second_reader_gets_what_the_first_was_told(cache: QueryCache) -> None:
+    assert await cache.fetch("fetchval", READ, (1,), answering(5)) == 5
+    assert await cache.fetch("fetchval", READ, (1,), answering(6)) == 5
+    assert await cache.fetch("fetchval", READ, (2,), answering(7)) == 7
+    assert await cache.fetch("fetchval", READ, (True,), answering(8)) == 8
+    stats = cache.stats()
+    assert (stats["hits"], stats["misses"], stats["total_requests"], stats["size"]) == (1, 3, 4, 3)
+    assert stats["hit_rate"] == 0.25
+
+
+async def test_none_and_no_rows_are_results_like_others(cache: QueryCache) -> None:
+    assert await cache.fetch("fetchrow", READ, (1,), answering(None)) is None
+    assert await cache.fetch("fetchrow", READ, (1,), answering(1)) is None
+    assert await cache.fetch("fetch", READ, (1,), answering([])) == []
+    assert await cache.fetch("fetch", READ, (1,), answering([1])) == []
+
+
+async def test_a_result_ends_with_its_time(cache: QueryCache, clock: Clock) -> None:
+    await cache.fetch("fetchval", READ, (1,), answering(5))
+    clock.now += cache.ttl - 1
+    assert await cache.fetch("fetchval", READ, (1,), answering(6)) == 5
+    clock.now += 1
+    assert await cache.fetch("fetchval", READ, (1,), answering(6)) == 6
+
+
+async def test_the_longest_unread_result_makes_room(cache: QueryCache) -> None:
+    for n in (1, 2, 3, 1, 4):
+        await cache.fetch("fetchval", READ, (n,), answering(n))
+    assert cache.stats()["evictions"] == 1
+    assert await cache.fetch("fetchval", READ, (1,), answering(None)) == 1
+    assert await cache.fetch("fetchval", READ, (2,), answering(None)) is None
+
+
+async def test_a_write_drops_what_was_read_from_its_table_only(cache: QueryCache) -> None:
+    await cache.fetch("fetchval", READ, (1,), answering(5))
+    await cache.fetch("fetchval", BOTH, (), answering(5))
+    cache.invalidate(["b"])
+    assert await cache.fetch("fetchval", READ, (1,), answering(6)) == 5
+    assert await cache.fetch("fetchval", BOTH, (), answering(6)) == 6
+    cache.invalidate(["public.a"])
+    assert cache.stats()["size"] == 0
+    assert cache.stats()["invalidations"] == 3
+    assert cache.stats()["evictions"] == 0
+
+
+async def test_a_result_whose_tables_were_written_meanwhile_is_not_kept_nor_shared(cache: QueryCache) -> None:
+    asked = Asked()
+    early = asyncio.create_task(cache.fetch("fetchval", READ, (1,), asked))
+    await until(lambda: asked.times == 1)
+    cache.invalidate(["a"])
+    late = asyncio.create_task(cache.fetch("fetchval", READ, (1,), asked))
+    await until(lambda: asked.times == 2)
+    asked.answers[1].set_result("new")
+    assert await late == "new"
+    asked.answers[0].set_result("old")
+    assert await early == "old"
+    assert await cache.fetch("fetchval", READ, (1,), asked) == "new"
+
+
+async def test_ten_thousand_who_ask_the_same_at_once_make_one_query(cache: QueryCache, database: Database) -> None:
+    asked = 0
+
+    async def run() -> Any:
+        nonlocal asked
+        asked += 1
+        return await database.fetch("SELECT 1 AS one")
+
+    results = await asyncio.gather(*(cache.fetch("fetch", "SELECT v AS one FROM a", (), run) for _ in range(10_000)))
+    assert asked == 1
+    assert len({id(result) for result in results}) == 10_000
+    assert all(result[0]["one"] == 1 for result in results)
+
+
+async def test_an_error_goes_to_all_who_wait_and_is_not_kept(cache: QueryCache) -> None:
+    asked = Asked()
+    waiting = [asyncio.create_task(cache.fetch("fetchval", READ, (1,), asked)) for _ in range(50)]
+    await until(lambda: asked.times == 1)
+    asked.answers[0].set_exception(DatabaseError("refused"))
+    errors = await asyncio.gather(*waiting, return_exceptions=True)
+    assert {str(error) for error in errors} == {"refused"}
+    traceback = errors[0].__traceback__ if isinstance(errors[0], DatabaseError) else None
+    frames = 0
+    while traceback is not None:
+        frames, traceback = frames + 1, traceback.tb_next
+    assert frames < 20
+    assert await cache.fetch("fetchval", READ, (1,), answering(1)) == 1
+
+
+async def test_the_first_readers_cancellation_does_not_touch_the_others(cache: QueryCache) -> None:
+    asked = Asked()
+    first, second = (asyncio.create_task(cache.fetch("fetchval", READ, (1,), asked)) for _ in range(2))
+    await until(lambda: asked.times == 1)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    asked.answers[0].set_result(5)
+    assert await second == 5
+    assert asked.cancelled == 0
+
+
+async def test_the_question_is_given_up_with_its_last_reader(cache: QueryCache) -> None:
+    asked = Asked()
+    waiting = [asyncio.create_task(cache.fetch("fetchval", READ, (1,), asked)) for _ in range(3)]
+    await until(lambda: asked.times == 1)
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert asked.cancelled == 1
+    assert await cache.fetch("fetchval", READ, (1,), answering(1)) == 1
+
+
+async def test_what_is_not_cacheable_is_asked_each_time(cache: QueryCache) -> None:
+    for sql, args in (("SELECT now()", ()), ("UPDATE a SET v = 1", ()), (READ, (object(),))):
+        assert await cache.fetch("fetchval", sql, args, answering(1)) == 1
+        assert await cache.fetch("fetchval", sql, args, answering(2)) == 2
+    assert cache.stats()["bypassed"] == 6
+
+
+async def test_a_result_that_cannot_be_copied_goes_to_one_reader_and_the_others_ask_themselves(
+    cache: QueryCache,
+) -> None:
+    answers = [object() for _ in range(3)]
+    given = iter(answers)
+
+    async def run() -> object:
+        await asyncio.sleep(0)
+        return next(given)
+
+    results = await asyncio.gather(*(cache.fetch("fetchval", READ, (1,), run) for _ in range(3)))
+    assert set(results) == set(answers)
+    assert cache.stats()["uncacheable"] == 1
+
+
+async def test_forgetting_drops_one_question_under_every_verb_and_under_way(cache: QueryCache) -> None:
+    asked = Asked()
+    await cache.fetch("fetchval", READ, (1,), answering(1))
+    await cache.fetch("fetchval", READ, (2,), answering(2))
+    early = asyncio.create_task(cache.fetch("fetchrow", READ, (1,), asked))
+    await until(lambda: asked.times == 1)
+    cache.forget(READ, (1,))
+    asked.answers[0].set_result("old")
+    await early
+    assert await cache.fetch("fetchval", READ, (1,), answering("new")) == "new"
+    assert await cache.fetch("fetchrow", READ, (1,), answering("new")) == "new"
+    assert await cache.fetch("fetchval", READ, (2,), answering("new")) == 2
+
+
+async def test_tables_whose_write_has_no_known_end_bypass_the_cache_for_a_while(
+    cache: QueryCache, clock: Clock
+) -> None:
+    await cache.fetch("fetchval", BOTH, (), answering(1))
+    cache.distrust(["b"])
+    assert await cache.fetch("fetchval", BOTH, (), answering(2)) == 2
+    assert await cache.fetch("fetchval", BOTH, (), answering(3)) == 3
+    await cache.fetch("fetchval", READ, (1,), answering(1))
+    assert await cache.fetch("fetchval", READ, (1,), answering(2)) == 1
+    clock.now += DISTRUST_SECONDS
+    assert await cache.fetch("fetchval", BOTH, (), answering(4)) == 4
+    assert await cache.fetch("fetchval", BOTH, (), answering(5)) == 4
+
+
+async def test_a_write_that_cannot_be_told_empties_the_cache_until_the_catalogue_is_known_again(
+    cache: QueryCache, database: Database
+) -> None:
+    await cache.fetch("fetchval", "SELECT * FROM seen", (), answering(1))
+    await database.execute("CREATE VIEW seen AS SELECT * FROM a")
+    await cache.fetch("fetchval", READ, (1,), answering(1))
+    cache.invalidate(None)
+    assert await cache.fetch("fetchval", READ, (1,), answering(2)) == 2
+    assert await cache.fetch("fetchval", READ, (1,), answering(3)) == 3
+    await until(lambda: cache.is_trusted)
+    assert cache.statement("SELECT * FROM seen").reads == frozenset({"public.a"})
+    await cache.fetch("fetchval", READ, (1,), answering(4))
+    assert await cache.fetch("fetchval", READ, (1,), answering(5)) == 4
+
+
+async def test_loading_again_empties_and_closing_keeps_nothing(cache: QueryCache, database: Database) -> None:
+    await cache.fetch("fetchval", READ, (1,), answering(1))
+    await cache.load(database)
+    assert await cache.fetch("fetchval", READ, (1,), answering(2)) == 2
+    await cache.close()
+    assert await cache.fetch("fetchval", READ, (1,), answering(3)) == 3
+
+
+async def test_nothing_is_given_out_from_the_moment_on_that_trust_has_ended(cache: QueryCache, clock: Clock) -> None:
+    await cache.fetch("fetchval", READ, (1,), answering(1))
+    cache.trust(clock.now + 1)
+    assert await cache.fetch("fetchval", READ, (1,), answering(2)) == 1
+    clock.now += 1
+    assert await cache.fetch("fetchval", READ, (1,), answering(2)) == 2
+    cache.trust(math.inf)
+    assert await cache.fetch("fetchval", READ, (1,), answering(3)) == 1
