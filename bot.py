@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Annotated
 import typer
 
 from utils import shell
-from utils.errors import GuildbookError, SettingsError
+from utils.errors import GuildbookError, SettingsError, ValidationError
 from utils.logs import hide
 from utils.settings import DEVELOPER_PORTAL, Settings, load_settings
 
@@ -26,6 +28,8 @@ NO_TOKEN = (
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 db = typer.Typer(help="The database: schema and psql.", no_args_is_help=True)
 app.add_typer(db, name="db")
+new = typer.Typer(help="Begin something new.", no_args_is_help=True)
+app.add_typer(new, name="new")
 
 DataDir = Annotated[
     Path | None, typer.Option(help="Use the embedded server's data in this directory, whatever the settings say.")
@@ -106,6 +110,88 @@ def psql(context: typer.Context, data_dir: DataDir = None) -> None:
     """Open psql on the database; further arguments go to psql."""
     with plain_errors():
         raise typer.Exit(shell.psql(load_settings(), data_dir, context.args))
+
+
+@db.command("seed")
+def seed(
+    guilds: Annotated[int, typer.Option(min=1)] = 3,
+    members: Annotated[int, typer.Option(min=1, help="Members of each guild.")] = 200,
+    seed: Annotated[int, typer.Option(help="The same number gives the same people.")] = 0,
+    more: Annotated[bool, typer.Option("--more", help="Add to guilds that are there.")] = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Fill an empty database with made-up guilds, to write cogs against."""
+    from utils import development
+
+    with plain_errors():
+        written = asyncio.run(
+            shell.on_database(
+                load_settings(),
+                data_dir,
+                lambda database: development.seed(database, guilds=guilds, members=members, seed=seed, more=more),
+            )
+        )
+        typer.echo(", ".join(f"{rows:,} {table}" for table, rows in written.items()))
+
+
+@db.command("reset")
+def reset(
+    yes_destroy: Annotated[
+        str | None,
+        typer.Option("--yes-destroy", metavar="NAME", help="The database's name, unless ENVIRONMENT=development."),
+    ] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Drop every table of ours and make it anew; refused while a bot runs."""
+    from utils import development
+
+    with plain_errors():
+        settings = load_settings()
+        name = asyncio.run(
+            shell.on_database(
+                settings,
+                data_dir,
+                lambda database: development.reset(database, name=yes_destroy, environment=settings.environment),
+            )
+        )
+        typer.echo(f"{name} is empty")
+
+
+@db.command("describe")
+def describe(
+    table: Annotated[str | None, typer.Argument(help="One table; without it all of them.")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Show tables, columns, keys, indexes and sizes."""
+    from utils import describing
+
+    with plain_errors():
+        tables = asyncio.run(
+            shell.on_database(load_settings(), data_dir, lambda database: describing.describe(database, table))
+        )
+        if as_json:
+            typer.echo(json.dumps(tables, indent=2))
+        elif sys.stdout.isatty():
+            from rich.console import Console
+
+            Console().print(describing.pretty(tables))
+        else:
+            typer.echo(describing.plain(tables))
+
+
+@new.command("cog")
+def new_cog(name: Annotated[str, typer.Argument(help="Its short name: tally makes cogs/tally.py.")]) -> None:
+    """Write a cog that works, its table and its test."""
+    from utils import scaffold
+
+    try:
+        paths = scaffold.new_cog(name)
+    except ValidationError as exc:
+        typer.echo(str(exc), err=True)
+        raise typer.Exit(2) from None
+    typer.echo("\n".join(f"wrote {path}" for path in paths))
+    typer.echo(f'next: make migration m="add {name}"')
 
 
 if __name__ == "__main__":

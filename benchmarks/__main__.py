@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import live, merge, wire
+from benchmarks import framework, live, merge, wire
 from benchmarks.report import Row, table
 from utils import migrations
 from utils.database import Database
@@ -23,12 +23,14 @@ PARTS: dict[str, Callable[[Database], Awaitable[list[Row]]]] = {
     "merge": merge.measure,
     "wire": wire.measure,
     "live": live.measure,
+    "framework": framework.measure,
     "outage": live.measure_outage,
 }
 #: Parts that are measured together, and the name and title of their table; "outage" is asked for by name.
 TABLES = {
     "foundation": ("Foundation", ["merge", "wire"]),
     "live": ("The live path", ["live"]),
+    "framework": ("The framework", ["framework"]),
     "outage": ("Ten minutes without a database", ["outage"]),
 }
 
@@ -53,7 +55,7 @@ async def run(names: list[str]) -> int:
         database = Database(server.target())
         await database.connect()
         figures: dict[str, list[Row]] = {}
-        for name in names or ("merge", "wire", "live"):
+        for name in names or ("merge", "wire", "live", "framework"):
             figures[name] = await PARTS[name](database)
             print(table(figures[name]), flush=True)
         machine = _machine(database)

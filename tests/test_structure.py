@@ -168,6 +168,7 @@ NAMES_ONLY = {
     "utils.mirror.sql": "derived from models/",
     "utils.mirror.history": "pieces of its own statements that several share",
     "utils.mirror.staging": "names of staging tables and settings that are constants",
+    "utils.database.orm": "names of tables that SQLAlchemy knows, never run",
     "utils.database.partitions": "names and bounds of partitions",
     "utils.database.embedded": "the name of its one database, quoted",
     "utils.migrations.catalogue": "a WITH of its own in front of each question",

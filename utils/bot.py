@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
-from pathlib import Path
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal
 
 import discord
@@ -13,11 +13,16 @@ import yarl
 from discord.ext import commands
 from discord.gateway import DiscordWebSocket
 from discord.http import Route
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from utils.commands import register_commands
 from utils.database import Database
+from utils.database.access import Access
+from utils.database.cache import Channel, QueryCache
 from utils.errors import GuildbookError, SpoolError
+from utils.loader import Loader
 from utils.mirror import Mirror, tap
+from utils.mirror.changes import ChangeFeed
 from utils.mirror.journal import Journal
 from utils.mirror.queue import EventQueue
 from utils.mirror.source import DiscordSource
@@ -29,13 +34,14 @@ from utils.settings import Settings
 
 _log = logging.getLogger(__name__)
 
-COGS = Path(__file__).resolve().parents[1] / "cogs"
 #: Where journals are, under DATA_DIR.
 SPOOL = "spool"
 #: Seconds for a journal to be closed.
 JOURNAL_SECONDS = 3.0
-#: Seconds that a cog's set-up may take.
-COG_SECONDS = 30.0
+#: Seconds for what cogs have of the database to end: open transactions are rolled back.
+ACCESS_SECONDS = 3.0
+#: What `on_mirror_change` listeners hear.
+CHANGE = "mirror_change"
 
 
 class Guildbook(commands.AutoShardedBot):
@@ -65,10 +71,23 @@ class Guildbook(commands.AutoShardedBot):
             allowed_mentions=discord.AllowedMentions.none(),
         )
         self.settings: Settings = settings
-        self.db: Database = database
+        self.cache: QueryCache | None = None
+        if settings.cache_max_results:
+            self.cache = QueryCache(max_results=settings.cache_max_results, ttl=settings.cache_ttl_seconds)
+        #: What cogs read and write with.
+        self.db: Access = Access(
+            database,
+            cache=self.cache,
+            slow_ms=settings.slow_query_ms,
+            log_queries=settings.environment == "development",
+            orm_connections=settings.orm_connections,
+        )
         self.operators: Operators = Operators(self, settings.admin_user_ids)
         self.lease: Lease = lease
-        self._extensions: list[str] = found_extensions() if extensions is None else list(extensions)
+        self.loader: Loader = Loader(self, extensions)
+        self._pool: Database = database
+        self._channel: Channel | None = None
+        self._beside: list[asyncio.Task[None]] = []
         self._mirror: Mirror | None = None
         self._journal: Journal | None = None
         Route.BASE = settings.discord_api_base
@@ -79,6 +98,13 @@ class Guildbook(commands.AutoShardedBot):
         if self._mirror is None:
             raise GuildbookError("the mirror begins with the login to Discord: use it from cog_load on")
         return self._mirror
+
+    def get_db_session(self) -> AbstractAsyncContextManager[AsyncSession]:
+        """Lend a session: it joins the transaction that is open, or has a connection of its own.
+
+        The end of the block commits, an exception rolls back.
+        """
+        return self.db.sessions()
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:
         """Tell whether every available guild is mirrored, and how far each listing under way has come."""
@@ -96,7 +122,12 @@ class Guildbook(commands.AutoShardedBot):
 
         Times are seconds. `mirror`, `buffer`, `queue` and `spool` are None before the login.
         """
-        figures: dict[str, Any] = {"lease": self.lease.describe(), "pool": self.db.pool_stats()}
+        figures: dict[str, Any] = {
+            "lease": self.lease.describe(),
+            "pool": self._pool.pool_stats(),
+            "database": self.db.get_stats(),
+            "cogs": {state.name: state.state for state in self.loader.states()},
+        }
         if self._mirror is None:
             return figures | dict.fromkeys(("mirror", "buffer", "queue", "spool", "written"))
         writer, journal = self._mirror.writer, self._journal
@@ -134,8 +165,14 @@ class Guildbook(commands.AutoShardedBot):
             raise GuildbookError("the bot acts only with the lease: wait for it before the login")
         self._journal = await self._open_journal(fence.holder)
         queue = EventQueue(self._journal, spool=settings.spool, max_rows=settings.buffer_max_rows)
+        await self.db.connect()
+        if self.cache is not None:
+            await self.cache.load(self._pool)
+            self._channel = Channel(self.cache, self._pool.direct, self._pool)
+            await self._channel.start()
+        changes = ChangeFeed(self._pool, self._tell_change, wanted=self._hears_changes)
         self._mirror = Mirror(
-            self.db,
+            self._pool,
             DiscordSource(self),
             fence,
             queue,
@@ -148,12 +185,15 @@ class Guildbook(commands.AutoShardedBot):
             spool=settings.data_dir / SPOOL if settings.spool != "off" else None,
             on_lost=self.lease.give_up,
             has_slept=self.lease.has_slept,
+            on_written=lambda tables: self._on_written(tables, changes),
         )
         tap.install(self, self._mirror)
         await self._mirror.replay()
         self._mirror.start()
-        await self._load_cogs()
+        await self.loader.load_all()
         await register_commands(self)
+        self._beside.append(asyncio.create_task(changes.run(), name="change events"))
+        self._beside.append(asyncio.create_task(self._tell_statistics(), name="statistics"))
         _log.info("logged in as %s", self.user, extra={"shards": shards, "epoch": fence.epoch, "holder": fence.holder})
 
     async def stop_mirror(self, timeout: float) -> None:
@@ -166,6 +206,52 @@ class Guildbook(commands.AutoShardedBot):
         if self._journal is not None:
             await self._journal.close(JOURNAL_SECONDS)
             self._journal = None
+        beside, self._beside = self._beside, []
+        for task in beside:
+            task.cancel()
+        if beside:
+            await asyncio.wait(beside, timeout=ACCESS_SECONDS)
+        await self.db.close(ACCESS_SECONDS)
+        if self._channel is not None:
+            await self._channel.stop()
+            self._channel = None
+        if self.cache is not None:
+            await self.cache.close()
+
+    def _on_written(self, tables: frozenset[str], changes: ChangeFeed) -> None:
+        """Tell the cache and the listeners what the mirror has committed."""
+        if self.cache is not None:
+            self.cache.invalidate(f"public.{table}" for table in tables)
+        changes.notice()
+
+    def _hears_changes(self) -> bool:
+        return bool(self.extra_events.get(f"on_{CHANGE}"))
+
+    def _tell_change(self, change: Any) -> None:
+        self.dispatch(CHANGE, change)
+
+    async def _tell_statistics(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.stats_seconds)
+            try:
+                _log.info("statistics", extra=self._statistics())
+            except Exception:  # a figure that cannot be had is no reason to say no more
+                _log.exception("the statistics could not be told")
+
+    def _statistics(self) -> dict[str, Any]:
+        figures = self.stats()
+        cache = self.db.get_cache_stats()
+        return {
+            "guilds": figures["mirror"]["reconciled"],
+            "rows_written": figures["written"]["rows"],
+            "events_written": figures["written"]["events"],
+            "rows_waiting": figures["buffer"]["rows"],
+            "events_waiting": figures["queue"]["events"],
+            "connections": f"{figures['pool']['active']}/{figures['pool']['max']}",
+            "cache_hit_rate": round(cache["hit_rate"], 3) if cache else None,
+            "cache_size": cache["size"] if cache else None,
+            "slow_queries": len(figures["database"]["slow"]),
+        }
 
     async def _open_journal(self, name: str) -> Journal | None:
         settings = self.settings
@@ -189,23 +275,6 @@ class Guildbook(commands.AutoShardedBot):
         DiscordWebSocket.DEFAULT_GATEWAY = yarl.URL(self.settings.discord_gateway_url or url)
         self.shard_count = shards  # so that discord.py does not ask again, and takes the address above
         return shards
-
-    async def _load_cogs(self) -> None:
-        for name in self._extensions:
-            try:
-                async with asyncio.timeout(COG_SECONDS):
-                    await self.load_extension(name)
-            except Exception as exc:  # whatever is wrong with one cog is no reason to do without the others
-                cause = exc.original if isinstance(exc, commands.ExtensionFailed) else exc
-                _log.error("%s is left out, the bot goes on without it: %r", name, cause, exc_info=cause)
-
-
-def found_extensions(directory: Path = COGS) -> list[str]:
-    """Return the modules in the cogs' directory, those that begin with an underscore excepted."""
-    names = {path.stem for path in directory.glob("*.py")} | {
-        path.parent.name for path in directory.glob("*/__init__.py")
-    }
-    return [f"{directory.name}.{name}" for name in sorted(names) if not name.startswith("_")]
 
 
 def cache_flags(kept: Literal["none", "voice", "all"]) -> discord.MemberCacheFlags:

@@ -109,7 +109,7 @@ class Process:
             target,
             direct=resolve_direct(settings),
             pool_min=settings.db_pool_min,
-            pool_max=settings.db_pool_max,
+            pool_max=settings.db_pool_max - settings.orm_connections,
             connect_timeout=settings.db_connect_timeout,
             command_timeout=settings.db_command_timeout,
         )

@@ -8,14 +8,17 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from utils.database import ConnectTarget
+from utils.database import ConnectTarget, Database
 from utils.database.embedded import EmbeddedServer
 from utils.database.urls import resolve, resolve_direct
 from utils.errors import DatabaseError
 from utils.settings import Settings
+
+ResultT = TypeVar("ResultT")
 
 
 def address(settings: Settings, data_dir: Path | None) -> ConnectTarget | None:
@@ -36,6 +39,19 @@ async def reached(settings: Settings, data_dir: Path | None) -> AsyncIterator[Co
         yield server.target()
     finally:
         await server.stop()
+
+
+async def on_database(
+    settings: Settings, data_dir: Path | None, work: Callable[[Database], Awaitable[ResultT]]
+) -> ResultT:
+    """Return what `work` returns, given a small pool on the database."""
+    async with reached(settings, data_dir) as target:
+        database = Database(target, pool_max=2)
+        await database.connect()
+        try:
+            return await work(database)
+        finally:
+            await database.close()
 
 
 async def upgrade(settings: Settings, data_dir: Path | None) -> str:

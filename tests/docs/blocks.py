@@ -9,6 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+#: Run from top to bottom by a test of its own: tests/docs/test_first_cog.py.
+TUTORIAL = ROOT / "docs" / "your-first-cog.md"
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 
@@ -27,14 +29,18 @@ class Block:
 
 
 def blocks(*languages: str) -> list[Block]:
-    """Return the blocks of these languages, of every page; without any: all blocks."""
-    found = []
-    for page in PAGES:
-        whole = page.read_text(encoding="utf-8")
-        for match in _FENCE.finditer(whole):
-            line = whole.count("\n", 0, match.start()) + 1
-            found.append(Block(page, line, match["language"], textwrap.dedent(match["text"])))
+    """Return the blocks of these languages, of every page but the tutorial; without any: all blocks."""
+    found = [block for page in PAGES if page != TUTORIAL for block in blocks_of(page)]
     return [block for block in found if not languages or block.language in languages]
+
+
+def blocks_of(page: Path) -> list[Block]:
+    """Return all blocks of a page."""
+    whole = page.read_text(encoding="utf-8")
+    return [
+        Block(page, whole.count("\n", 0, match.start()) + 1, match["language"], textwrap.dedent(match["text"]))
+        for match in _FENCE.finditer(whole)
+    ]
 
 
 def demo_output() -> str:

@@ -286,7 +286,7 @@ class Database:
 
     async def _set_up(self, conn: asyncpg.Connection[Record]) -> None:
         self._created += 1
-        await _set_codecs(conn)
+        await set_codecs(conn)
 
     async def _greet(self) -> None:
         async with self.acquire() as conn:
@@ -339,7 +339,7 @@ def _translated() -> Iterator[None]:
         raise error from exc
 
 
-async def _set_codecs(conn: asyncpg.Connection[Record]) -> None:
+async def set_codecs(conn: asyncpg.Connection[Record]) -> None:
     """Make json and jsonb Python objects (in binary, the only format that COPY takes)."""
     await conn.set_type_codec(
         "jsonb", schema="pg_catalog", format="binary",

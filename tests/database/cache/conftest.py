@@ -41,8 +41,15 @@ class Process:
             await self.database.close()
             await self.operator.close()
 
-    async def read(self, sql: str, *args: Any) -> Any:
-        return await self.cache.fetch("fetchval", sql, args, lambda: self.database.fetchval(sql, *args))
+    async def read(self, sql: str, *args: Any, late: float = 0) -> Any:
+        """Read through the cache; an answer of the database takes `late` seconds longer to come."""
+
+        async def run() -> Any:
+            value = await self.database.fetchval(sql, *args)
+            await asyncio.sleep(late)
+            return value
+
+        return await self.cache.fetch("fetchval", sql, args, run)
 
     async def write(self, sql: str, *args: Any, commit: bool = True, killed: bool = False) -> Any:
         """Write in a transaction: committed, rolled back, or with its connection killed before its end."""

@@ -62,7 +62,7 @@ class History:
             for process, row, value, at in self.writes
             if row == step.row and (process == step.process or began - at > UNSEEN_SECONDS + SLACK_SECONDS)
         ]
-        value = await processes[step.process].read(READS[step.turns % 2], step.row)
+        value = await processes[step.process].read(READS[step.turns % 2], step.row, late=0.002 * step.turns)
         self.reads += 1
         if known and value < max(known)[0]:
             self.stale.append(f"{step}: {value}, but {max(known)[0]} was written {began - max(known)[1]:.3f} s before")

@@ -223,6 +223,14 @@ async def test_nothing_is_told_before_the_catalogue_is_loaded_nor_remembered(dat
     assert cache.statement("SELECT 1").is_cacheable
 
 
+async def test_copy_writes_like_an_insert(cache: QueryCache) -> None:
+    assert cache.copied("shop") == of("shop")
+    assert cache.copied("other.shop") == of("other.shop")
+    assert cache.copied("public.log_2024") == of("log_")
+    assert cache.copied("watched") is None
+    assert cache.copied("nowhere") is None
+
+
 async def test_rows_of_a_long_insert_do_not_make_it_untellable(cache: QueryCache) -> None:
     row = "($1::INTEGER, NULL, 12)"
     long = " ".join(["INSERT INTO shop VALUES", ", ".join([row] * 5_000), "ON CONFLICT DO NOTHING"])

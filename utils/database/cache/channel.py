@@ -82,7 +82,7 @@ class Channel:
         self._tasks.append(asyncio.create_task(self._speak(), name="query cache: speak"))
         if self.direct.pooled:
             _log.warning(
-                "no direct connection: what other processes write is seen after up to %g s; set DATABASE_DIRECT_URL",
+                "no direct connection: what other processes write is seen after up to %g s; set DATABASE_UNPOOLED_URL",
                 self.cache.ttl,
             )
             return

@@ -108,6 +108,14 @@ class QueryCache:
             told = self._texts[sql] = analyse(sql, self._catalogue)
             return told
 
+    def copied(self, table: str) -> frozenset[str] | None:
+        """Return what COPY into "schema.table" writes; None, as in a `Statement`: cannot be told."""
+        if self._catalogue is None:
+            return None
+        schema, _, name = table.rpartition(".")
+        oid = self._catalogue.find(schema or None, name)
+        return None if oid is None else self._catalogue.written([oid], "INSERT")
+
     async def fetch(self, verb: str, sql: str, args: tuple[Any, ...], run: Callable[[], Awaitable[T]]) -> T:
         """Return what is kept of this question, or what `run` returns; who asks the same meanwhile waits for it.
 

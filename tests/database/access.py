@@ -1,0 +1,32 @@
+"""What the tests of `Access` share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from utils.database import Database
+from utils.database.access import Access
+from utils.database.cache import QueryCache
+
+
+@contextlib.asynccontextmanager
+async def accessed(database: Database, *, cached: bool = True, **given: Any) -> AsyncIterator[Access]:
+    """Lend what a cog has, with a table `shelf(item, price)` to use."""
+    await database.execute("CREATE TABLE IF NOT EXISTS shelf (item text PRIMARY KEY, price bigint, extra jsonb)")
+    cache = QueryCache() if cached else None
+    if cache is not None:
+        await cache.load(database)
+    access = Access(database, cache=cache, **given)
+    try:
+        yield access
+    finally:
+        await access.close(1.0)
+        if cache is not None:
+            await cache.close()
+
+
+PUT = "INSERT INTO shelf (item, price) VALUES ($1, $2) ON CONFLICT (item) DO UPDATE SET price = excluded.price"
+PRICE = "SELECT price FROM shelf WHERE item = $1"
+COUNT = "SELECT count(*) FROM shelf"

@@ -1,0 +1,70 @@
+"""Materialized views, refreshed in the order in which they build on one another."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from utils.errors import DatabaseError
+
+if TYPE_CHECKING:
+    from utils.database.access import Access
+
+_log = logging.getLogger(__name__)
+
+#: Seconds that the refresh of one view may take.
+REFRESH_SECONDS = 1_800.0
+
+#: Answers name, quoted name, and whether it can be refreshed beside its readers: it was filled before, and has a unique
+#: index over all rows on plain columns (PostgreSQL manual, REFRESH MATERIALIZED VIEW). What others rest on comes first.
+_VIEWS = """
+WITH RECURSIVE found AS (
+    SELECT c.oid, n.nspname || '.' || c.relname AS name, format('%I.%I', n.nspname, c.relname) AS quoted,
+           c.relispopulated AND EXISTS (
+               SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid
+               AND i.indpred IS NULL AND i.indexprs IS NULL
+           ) AS is_gentle
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind = 'm'
+),
+builds_on AS (
+    SELECT DISTINCT r.ev_class AS view, d.refobjid AS base
+    FROM pg_rewrite r JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
+    AND d.refclassid = 'pg_class'::regclass AND d.refobjid <> r.ev_class
+),
+depth AS (
+    SELECT oid AS view, oid AS top, 0 AS steps FROM found
+    UNION
+    SELECT b.base, d.top, d.steps + 1 FROM depth d JOIN builds_on b USING (view) WHERE d.steps < 50
+)
+SELECT name, quoted, is_gentle, max(steps) AS steps FROM found JOIN depth ON depth.top = found.oid
+GROUP BY name, quoted, is_gentle ORDER BY steps, name
+"""
+
+
+async def refresh(access: Access, names: Iterable[str] | None) -> dict[str, float]:
+    """Do what `Access.refresh_materialized_views` says."""
+    views = await access.fetch(_VIEWS, use_cache=False)
+    if names is not None:
+        wanted = {name if "." in name else f"public.{name}" for name in names}
+        unknown = wanted - {view["name"] for view in views}
+        if unknown:
+            raise DatabaseError(f"there is no materialized view {', '.join(sorted(unknown))}")
+        views = [view for view in views if view["name"] in wanted]
+    seconds: dict[str, float] = {}
+    failed: dict[str, DatabaseError] = {}
+    for view in views:
+        started = time.perf_counter()
+        how = "CONCURRENTLY " if view["is_gentle"] else ""
+        try:
+            await access.execute(f"REFRESH MATERIALIZED VIEW {how}{view['quoted']}", timeout=REFRESH_SECONDS)
+        except DatabaseError as error:
+            _log.warning("materialized view %s was not refreshed: %s", view["name"], error)
+            failed[view["name"]] = error
+        else:
+            seconds[view["name"]] = time.perf_counter() - started
+    if failed:
+        reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
+        raise DatabaseError(f"{len(failed)} of {len(views)} materialized views were not refreshed: {reasons}")
+    return seconds
