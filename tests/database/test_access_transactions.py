@@ -113,7 +113,8 @@ async def test_json_is_the_same_on_every_way(db: Access) -> None:
     async with db.sessions() as session:
         found = await session.get(Channel, (1, 2))
         assert found is not None
-        assert found.permission_overwrites == value
+        overwrites: object = found.permission_overwrites
+        assert overwrites == value
     assert await db.fetchval("SELECT extra FROM shelf WHERE item = 'y'") == value
     assert await db.fetchval("SELECT jsonb_typeof(permission_overwrites) FROM channels") == "object"
 

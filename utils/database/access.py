@@ -19,13 +19,14 @@ from utils.database.orm import Orm
 from utils.database.pool import Database, Record
 from utils.database.prepared import Prepared
 from utils.database.slow import SlowLog
-from utils.database.transactions import Isolation, Root, Transaction, end_all, joined
+from utils.database.transactions import Isolation, Root, Transaction, current, end_all, joined
 from utils.errors import DatabaseError, driver_error
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from utils.database.cache import QueryCache
+    from utils.database.cache.results import Kept
 
 #: Seconds for an answer in `check_connection_health`.
 HEALTH_SECONDS = 5.0
@@ -87,20 +88,28 @@ class Access:
         self, sql: str, *args: Any, timeout: float | None = None, use_cache: bool = True, invalidate_cache: bool = False
     ) -> list[Record]:
         """Return all rows; `timeout` (here and below) is seconds for the statement, None: DB_COMMAND_TIMEOUT."""
-        rows: list[Record] = await self._ask("fetch", sql, args, timeout, use_cache, invalidate_cache)
+        if use_cache and not invalidate_cache and (kept := self._held("fetch", sql, args)) is not None:
+            rows: list[Record] = kept.take()
+        else:
+            rows = await self._ask("fetch", sql, args, timeout, use_cache, invalidate_cache)
         return rows
 
     async def fetchrow(
         self, sql: str, *args: Any, timeout: float | None = None, use_cache: bool = True, invalidate_cache: bool = False
     ) -> Record | None:
         """Return the first row, or None when there is none."""
-        row: Record | None = await self._ask("fetchrow", sql, args, timeout, use_cache, invalidate_cache)
+        if use_cache and not invalidate_cache and (kept := self._held("fetchrow", sql, args)) is not None:
+            row: Record | None = kept.take()
+        else:
+            row = await self._ask("fetchrow", sql, args, timeout, use_cache, invalidate_cache)
         return row
 
     async def fetchval(
         self, sql: str, *args: Any, timeout: float | None = None, use_cache: bool = True, invalidate_cache: bool = False
     ) -> Any:
         """Return the first column of the first row, or None when there is none."""
+        if use_cache and not invalidate_cache and (kept := self._held("fetchval", sql, args)) is not None:
+            return kept.take()
         return await self._ask("fetchval", sql, args, timeout, use_cache, invalidate_cache)
 
     async def execute(self, sql: str, *args: Any, timeout: float | None = None) -> str:
@@ -309,6 +318,10 @@ class Access:
         if self.cache is not None and not refused and (tables is None or tables):
             self.cache.distrust(tables)
 
+    def _held(self, verb: str, sql: str, args: tuple[Any, ...]) -> Kept | None:
+        cache = self.cache
+        return None if cache is None or current.get() is not None else cache.held(verb, sql, args)
+
     async def _ask(
         self, verb: str, sql: str, args: tuple[Any, ...], timeout: float | None, use_cache: bool, anew: bool
     ) -> Any:
@@ -331,13 +344,13 @@ class Access:
                 return await root.run(verb, sql, *args, text=sql, timeout=timeout)
             cache = self.cache
             if cache is None:
-                async with self.database.acquire() as connection:
-                    return await getattr(connection, verb)(sql, *args, timeout=timeout)
-            writes = cache.statement(sql).writes
-            temp = "temp" in sql or "TEMP" in sql
+                return await self.database.run(verb, sql, args, timeout)
+            told = cache.statement(sql)
+            if told.is_cacheable:
+                return await self.database.run(verb, sql, args, timeout, is_pure=True)
+            writes = told.writes
             try:
-                async with self.database.acquire(temp=temp) as connection:
-                    result = await getattr(connection, verb)(sql, *args, timeout=timeout)
+                result = await self.database.run(verb, sql, args, timeout, temp="temp" in sql or "TEMP" in sql)
             except BaseException as exc:
                 self._failed(writes, exc)
                 raise

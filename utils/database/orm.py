@@ -13,7 +13,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, SessionTransaction
 
-from utils.database.pool import set_codecs
+from utils.database.codecs import set_codecs
 from utils.database.target import ConnectTarget
 from utils.errors import DatabaseUnavailable, translate
 

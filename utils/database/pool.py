@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import asyncpg
-import orjson
 import stamina
 
+from utils.database.codecs import set_codecs
 from utils.database.target import ConnectTarget
 from utils.errors import DatabaseError, DatabaseUnavailable, driver_error, is_transient, translate
 
@@ -67,8 +67,11 @@ class Database:
         self.server_version_num: int = 0
         self._pool: Pool[Record] | None = None
         self._waiting: int = 0
+        self._lent: int = 0
         self._created: int = 0
         self._used_temp: set[int] = set()
+        #: Server processes that did nothing to be cleaned up after.
+        self._pure: set[int] = set()
         self._clock: tuple[datetime, float] | None = None
 
     def __repr__(self) -> str:
@@ -136,41 +139,19 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def acquire(self, timeout: float | None = None, *, temp: bool = False) -> AsyncIterator[Connection]:
-        """Lend a connection.
+        """Lend a connection; `temp`: its temporary tables are dropped when it goes back.
 
         `timeout`: seconds to wait for a free one (None: `acquire_timeout`), then `DatabaseUnavailable`.
-        `temp`: temporary tables may be made; they are dropped when the connection goes back.
         """
-        wait = self.acquire_timeout if timeout is None else timeout
-        pool = self._pool
-        if pool is None:
-            raise DatabaseUnavailable("the database is not connected: it was closed, or never opened")
-        self._waiting += 1
-        try:
-            conn = await pool.acquire(timeout=wait)
-        except TimeoutError as exc:
-            raise DatabaseUnavailable(
-                f"no connection was free or could be made within {wait:g} s"
-                f" ({pool.get_size() - pool.get_idle_size()} of {pool.get_max_size()} in use)"
-            ) from exc
-        except Exception as exc:
-            error = translate(exc)
-            if error is None:
-                raise
-            raise error from exc
-        finally:
-            self._waiting -= 1
+        pool = self._connected()
+        conn = await self._lend(pool, self.acquire_timeout if timeout is None else timeout)
         if temp:
             self._used_temp.add(conn.get_server_pid())
         try:
             with _translated():
                 yield conn
         finally:
-            try:
-                await pool.release(conn)
-            except _DRIVERS_OWN as exc:
-                # The pool has already thrown the connection away; what was done on it is decided.
-                _log.debug("a connection could not be reset and was dropped: %s", exc)
+            await self._take_back(pool, conn)
 
     @contextlib.asynccontextmanager
     async def transaction(
@@ -188,25 +169,97 @@ class Database:
         ):
             yield conn
 
+    async def run(
+        self,
+        verb: str,
+        query: str,
+        args: Sequence[Any],
+        timeout: float | None,
+        *,
+        temp: bool = False,
+        is_pure: bool = False,
+    ) -> Any:
+        """Run one statement with a verb of asyncpg's.
+
+        `is_pure`: it reads tables and does nothing else, so that there is nothing to be cleaned up after it.
+        """
+        pool = self._connected()
+        conn = await self._lend(pool, self.acquire_timeout)
+        if temp:
+            self._used_temp.add(conn.get_server_pid())
+        try:
+            result = await getattr(conn, verb)(query, *args, timeout=timeout)
+        except Exception as exc:
+            error = _explained(exc)
+            if error is exc:
+                raise
+            raise error from exc
+        else:
+            if is_pure:
+                self._pure.add(conn.get_server_pid())
+            return result
+        finally:
+            await self._take_back(pool, conn)
+
+    def _connected(self) -> Pool[Record]:
+        if self._pool is None:
+            raise DatabaseUnavailable("the database is not connected: it was closed, or never opened")
+        return self._pool
+
+    async def _lend(self, pool: Pool[Record], wait: float) -> PoolConnectionProxy[Record]:
+        """Lend a connection within `wait` seconds."""
+        is_free = self._lent < self.pool_max  # then nobody is waited for, and making a connection has its own bound
+        self._lent += 1
+        self._waiting += 1
+        try:
+            if is_free:
+                return await pool.acquire()
+            async with asyncio.timeout(wait):  # the pool's own makes a task of every acquire
+                return await pool.acquire()
+        except BaseException as exc:
+            self._lent -= 1
+            if not isinstance(exc, Exception):
+                raise
+            raise self._not_lent(exc, wait) from exc
+        finally:
+            self._waiting -= 1
+
+    async def _take_back(self, pool: Pool[Record], conn: PoolConnectionProxy[Record]) -> None:
+        try:
+            await pool.release(conn)
+        except _DRIVERS_OWN as exc:  # the pool has thrown the connection away already
+            _log.debug("a connection could not be reset and was dropped: %s", exc)
+        finally:
+            self._lent -= 1
+
     async def fetch(self, query: str, *args: Any, timeout: float | None = None) -> list[Record]:
         """Return all rows; `timeout` (here and below) is seconds for the statement, None: `command_timeout`."""
-        async with self.acquire() as conn:
-            return await conn.fetch(query, *args, timeout=timeout)
+        rows: list[Record] = await self.run("fetch", query, args, timeout)
+        return rows
 
     async def fetchrow(self, query: str, *args: Any, timeout: float | None = None) -> Record | None:
         """Return the first row, or None when there is none."""
-        async with self.acquire() as conn:
-            return await conn.fetchrow(query, *args, timeout=timeout)
+        row: Record | None = await self.run("fetchrow", query, args, timeout)
+        return row
 
     async def fetchval(self, query: str, *args: Any, timeout: float | None = None) -> Any:
         """Return the first column of the first row, or None when there is none."""
-        async with self.acquire() as conn:
-            return await conn.fetchval(query, *args, timeout=timeout)
+        return await self.run("fetchval", query, args, timeout)
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
         """Run a statement and return the server's word for it, like `UPDATE 3`."""
-        async with self.acquire() as conn:
-            return await conn.execute(query, *args, timeout=timeout)
+        word: str = await self.run("execute", query, args, timeout)
+        return word
+
+    def _not_lent(self, exc: Exception, wait: float) -> Exception:
+        """Return what to raise when no connection was lent within `wait` seconds."""
+        pool = self._pool
+        if isinstance(exc, TimeoutError) and pool is not None:
+            in_use = pool.get_size() - pool.get_idle_size()
+            return DatabaseUnavailable(
+                f"no connection was free or could be made within {wait:g} s ({in_use} of {pool.get_max_size()} in use)"
+            )
+        return translate(exc) or exc
 
     async def renew(self) -> None:
         """Replace every connection: after foreign DDL their cached statements would fail once each."""
@@ -305,8 +358,11 @@ class Database:
 
     async def _reset(self, conn: asyncpg.Connection[Record]) -> None:
         """Clean a connection that goes back; asyncpg has ended its transaction already."""
-        query = conn.get_reset_query()
         pid = conn.get_server_pid()
+        if pid in self._pure:
+            self._pure.discard(pid)
+            return
+        query = conn.get_reset_query()
         if pid in self._used_temp:
             self._used_temp.discard(pid)
             query += "\nDISCARD TEMP;"
@@ -326,25 +382,19 @@ async def _answers(connection: Connection, timeout: float) -> bool:
 
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
-    """Turn what the driver raises into our own errors; a file that cannot be read stays an OSError."""
+    """Turn what the driver raises into our own errors."""
     try:
         yield
     except Exception as exc:
-        cause = driver_error(exc)
-        if cause is None or (isinstance(cause, OSError) and not isinstance(cause, ConnectionError | TimeoutError)):
-            raise
-        error = translate(exc)
-        if error is None or error is exc:
+        error = _explained(exc)
+        if error is exc:
             raise
         raise error from exc
 
 
-async def set_codecs(conn: asyncpg.Connection[Record]) -> None:
-    """Make json and jsonb Python objects (in binary, the only format that COPY takes)."""
-    await conn.set_type_codec(
-        "jsonb", schema="pg_catalog", format="binary",
-        encoder=lambda value: b"\x01" + orjson.dumps(value), decoder=lambda data: orjson.loads(data[1:]),
-    )  # fmt: skip
-    await conn.set_type_codec(
-        "json", schema="pg_catalog", format="binary", encoder=orjson.dumps, decoder=orjson.loads
-    )  # fmt: skip
+def _explained(exc: Exception) -> Exception:
+    """Return our own error for one of the driver's; a file that cannot be read stays an OSError."""
+    cause = driver_error(exc)
+    if cause is None or (isinstance(cause, OSError) and not isinstance(cause, ConnectionError | TimeoutError)):
+        return exc
+    return translate(exc) or exc

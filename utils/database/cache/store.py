@@ -137,6 +137,19 @@ class QueryCache:
         self._bypassed += 1
         return await run()
 
+    def held(self, verb: str, sql: str, args: tuple[Any, ...]) -> Kept | None:
+        """Return what is kept of this question, None when nothing is: what `fetch` begins with, without a coroutine."""
+        key = key_of(verb, sql, args)
+        if key is None or self._is_outdated:
+            return None
+        now = self.clock()
+        kept = self._results.get(key)
+        if kept is None or now >= self._trusted_until or now >= kept.expires:
+            return None
+        self._requests += 1
+        self._hits += 1
+        return kept
+
     def forget(self, sql: str, args: tuple[Any, ...]) -> None:
         """Drop what is kept of this very question; a question under way is not kept either."""
         for verb in ("fetch", "fetchrow", "fetchval"):
