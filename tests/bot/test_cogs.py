@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import pytest
 from discord import app_commands
@@ -11,23 +10,23 @@ from discord.ext import commands
 
 from simulator import Simulator
 from tests.bot.running import running, until_equal
-from utils.bot import found_extensions
 from utils.database import Database
+from utils.loader import found_extensions
 
 
 async def test_a_broken_cog_costs_itself_alone(
     database: Database, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     extensions = ("tests.bot.cogs.unreadable", "tests.bot.cogs.failing", "tests.bot.cogs.missing", "cogs.mirror")
-    with caplog.at_level(logging.ERROR, "utils.bot"):
+    with caplog.at_level(logging.ERROR, "utils.loader"):
         async with running(database, simulator, monkeypatch, extensions=extensions) as bot:
             assert list(bot.cogs) == ["MirrorCommands"]
             await until_equal(database, simulator)
-    told = [record.getMessage() for record in caplog.records if record.name == "utils.bot"]
-    for name, line in zip(extensions[:3], told, strict=True):
+    told = sorted(record.getMessage() for record in caplog.records if record.name == "utils.loader")
+    for name, line in zip(sorted(extensions[:3]), told, strict=True):
         assert line.startswith(f"{name} is left out")
-    assert "broken at its import" in told[0]
-    assert "broken at its loading" in told[1]
+    assert "broken at its loading" in told[0]
+    assert "broken at its import" in told[2]
 
 
 async def test_every_cog_loads_and_no_two_have_the_same_command_or_listener_name(
@@ -35,7 +34,7 @@ async def test_every_cog_loads_and_no_two_have_the_same_command_or_listener_name
 ) -> None:
     async with running(database, simulator, monkeypatch) as bot:
         assert sorted(bot.extensions) == found_extensions()
-        assert found_extensions() == ["cogs.mirror"]
+        assert found_extensions() == ["cogs.cogs", "cogs.mirror", "cogs.preferences"]
         names: list[str] = []
         for cog in bot.cogs.values():
             names += [command.qualified_name for command in cog.walk_app_commands()]
@@ -45,11 +44,3 @@ async def test_every_cog_loads_and_no_two_have_the_same_command_or_listener_name
                 assert command.description not in ("", "…")
             assert isinstance(cog, commands.Cog)
         assert len(names) == len(set(names)), sorted(names)
-
-
-def test_only_modules_and_packages_without_an_underscore_are_cogs(tmp_path: Path) -> None:
-    directory = tmp_path / "cogs"
-    (directory / "large").mkdir(parents=True)
-    for name in ("__init__.py", "_shared.py", "small.py", "notes.txt", "large/__init__.py", "large/part.py"):
-        (directory / name).touch()
-    assert found_extensions(directory) == ["cogs.large", "cogs.small"]

@@ -101,7 +101,8 @@ async def test_without_an_admin_guild_the_commands_are_for_direct_messages_alone
     database: Database, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, small: int
 ) -> None:
     async with running(database, simulator, monkeypatch):
-        assert [command["contexts"] for command in simulator.interactions.commands()] == [[1]]
+        contexts = {command["name"]: command["contexts"] for command in simulator.interactions.commands()}
+        assert contexts == {"mirror": [1], "cogs": [1], "preferences": [0]}
         with pytest.raises(LookupError, match="no command /mirror is registered for guild"):
             await simulator.run_command("mirror", subcommand="status", user_id=1, guild_id=small)
 

@@ -1,0 +1,83 @@
+"""What is tried again and what is not, with errors that a real server makes."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.database.access import PRICE, PUT, accessed
+from utils import retrying as module
+from utils.database import Database
+from utils.errors import DatabaseError, DatabaseUnavailable
+from utils.retrying import retrying
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FIRST_SECONDS", 0.01)
+
+
+async def test_two_transactions_in_each_others_way_both_come_to_their_end(database: Database) -> None:
+    async with accessed(database) as db:
+        await db.execute(PUT, "apple", 0)
+        has_read = asyncio.Barrier(2)
+        tries = 0
+
+        @retrying(attempts=10)
+        async def raise_price() -> None:
+            nonlocal tries
+            tries += 1
+            async with db.transaction(isolation="serializable"):
+                price = await db.fetchval(PRICE, "apple")
+                if tries <= 2:
+                    await has_read.wait()
+                await db.execute(PUT, "apple", price + 1)
+
+        await asyncio.gather(raise_price(), raise_price())
+        assert await db.fetchval(PRICE, "apple") == 2
+        assert tries > 2
+
+
+async def test_what_cannot_be_mended_is_raised_at_once(database: Database) -> None:
+    tries = 0
+
+    @retrying()
+    async def ask() -> None:
+        nonlocal tries
+        tries += 1
+        await database.execute("SELECT * FROM nowhere")
+
+    with pytest.raises(DatabaseError, match="nowhere"):
+        await ask()
+    assert tries == 1
+
+
+async def test_attempts_are_bounded_and_the_last_error_is_raised() -> None:
+    tries = 0
+
+    @retrying(attempts=3)
+    async def ask() -> None:
+        nonlocal tries
+        tries += 1
+        raise DatabaseUnavailable(f"attempt {tries}")
+
+    with pytest.raises(DatabaseUnavailable, match="attempt 3"):
+        await ask()
+    assert tries == 3
+
+
+async def test_inside_a_transaction_there_is_one_attempt(database: Database) -> None:
+    tries = 0
+
+    @retrying()
+    async def ask() -> None:
+        nonlocal tries
+        tries += 1
+        raise DatabaseUnavailable("away")
+
+    async with accessed(database) as db:
+        with pytest.raises(DatabaseUnavailable):
+            async with db.transaction():
+                await ask()
+    assert tries == 1

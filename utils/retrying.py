@@ -1,0 +1,55 @@
+"""One policy for what may succeed when it is tried again, for cogs as for the bot itself."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Awaitable, Callable
+from typing import ParamSpec, TypeVar
+
+import stamina
+
+from utils.database.transactions import joined
+from utils.errors import is_transient
+
+_log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: Seconds before the second try, doubled each time up to the second figure; each with as much again at random.
+FIRST_SECONDS, LONGEST_SECONDS = 0.1, 5.0
+
+
+def retrying(
+    attempts: int = 5, seconds: float = 30.0
+) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
+    """Try a coroutine function again when the database was away, overloaded, or in the way of itself.
+
+    `attempts` and `seconds` bound it, whichever ends first; then the last error is raised. What trying again cannot
+    mend is raised at once. Inside an open transaction there is one attempt: what failed in it can only be undone as a
+    whole, so put the decorator on the function that opens it.
+    """
+
+    def decorate(function: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+        @functools.wraps(function)
+        async def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            if joined() is not None:
+                return await function(*args, **kwargs)
+            async for attempt in stamina.retry_context(
+                on=_worth_it, attempts=attempts, timeout=seconds,
+                wait_initial=FIRST_SECONDS, wait_max=LONGEST_SECONDS, wait_jitter=FIRST_SECONDS,
+            ):  # fmt: skip
+                with attempt:
+                    if attempt.num > 1:
+                        _log.info("trying %s again", function.__qualname__, extra={"attempt": attempt.num})
+                    return await function(*args, **kwargs)
+            raise AssertionError("the last attempt returns or raises")
+
+        return wrapper
+
+    return decorate
+
+
+def _worth_it(error: Exception) -> bool:
+    return is_transient(error)
