@@ -350,7 +350,7 @@ class Access:
                 return await self.database.run(verb, sql, args, timeout, is_pure=True)
             writes = told.writes
             try:
-                result = await self.database.run(verb, sql, args, timeout, temp="temp" in sql or "TEMP" in sql)
+                result = await self.database.run(verb, sql, args, timeout, temp="temp" in sql.lower())
             except BaseException as exc:
                 self._failed(writes, exc)
                 raise

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from contextvars import ContextVar
 from typing import Any
 
 import asyncpg
 import pytest
 
 from utils.database import ConnectTarget, Database
+from utils.database.access import Access
 from utils.database.cache import Channel, QueryCache
 
 #: Nothing here may take longer, in seconds.
@@ -18,14 +20,32 @@ PATIENCE = 20.0
 UPDATE = "UPDATE counter SET value = value + 1 WHERE id = $1 RETURNING value"
 
 
+#: Seconds by which an answer of the database comes late, for whoever asks in this context.
+lateness: ContextVar[float] = ContextVar("lateness", default=0.0)
+
+
+class LateAccess(Access):
+    """What a cog has, with answers that may come late."""
+
+    async def _run(self, *given: Any) -> Any:
+        result = await super()._run(*given)
+        await asyncio.sleep(lateness.get())
+        return result
+
+
+class Undo(Exception):
+    """Ends a transaction without a commit."""
+
+
 class Process:
-    """What stands between a cog and the database, as small as it can be."""
+    """What stands between a cog and the database."""
 
     def __init__(self, target: ConnectTarget) -> None:
         self.database = Database(target, pool_max=4, connect_timeout=10, acquire_timeout=10)
         #: Kills what the pool's own connections may be waiting for.
         self.operator = Database(target, pool_max=2, connect_timeout=10, acquire_timeout=10)
         self.cache = QueryCache()
+        self.access = LateAccess(self.database, cache=self.cache)
         self.channel = Channel(self.cache, target, self.database)
 
     async def start(self) -> None:
@@ -36,6 +56,7 @@ class Process:
 
     async def stop(self) -> None:
         async with asyncio.timeout(PATIENCE):
+            await self.access.close()
             await self.channel.stop()
             await self.cache.close()
             await self.database.close()
@@ -43,30 +64,23 @@ class Process:
 
     async def read(self, sql: str, *args: Any, late: float = 0) -> Any:
         """Read through the cache; an answer of the database takes `late` seconds longer to come."""
-
-        async def run() -> Any:
-            value = await self.database.fetchval(sql, *args)
-            await asyncio.sleep(late)
-            return value
-
-        return await self.cache.fetch("fetchval", sql, args, run)
+        token = lateness.set(late)
+        try:
+            return await self.access.fetchval(sql, *args)
+        finally:
+            lateness.reset(token)
 
     async def write(self, sql: str, *args: Any, commit: bool = True, killed: bool = False) -> Any:
         """Write in a transaction: committed, rolled back, or with its connection killed before its end."""
-        writes = self.cache.statement(sql).writes
-        try:
-            async with self.database.acquire() as connection:
-                transaction = connection.transaction()
-                await transaction.start()
-                value = await connection.fetchval(sql, *args)
+        value = None
+        with contextlib.suppress(Undo):
+            async with self.access.transaction():
+                value = await self.access.fetchval(sql, *args)
                 if killed:
-                    pid = connection.get_server_pid()
+                    pid = await self.access.fetchval("SELECT pg_backend_pid()")
                     await self.operator.execute("SELECT pg_terminate_backend($1)", pid)
-                await (transaction.commit() if commit else transaction.rollback())
-        except BaseException:
-            self.cache.distrust(writes)
-            raise
-        self.cache.invalidate(writes if commit else [])
+                if not commit:
+                    raise Undo
         return value
 
     async def kill_channel(self) -> None:

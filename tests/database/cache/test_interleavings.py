@@ -106,15 +106,12 @@ async def test_no_read_is_older_than_allowed(processes: tuple[Process, Process],
         await asyncio.sleep(0.05)
         for row, number in itertools.product((1, 2), (0, 1)):
             await history.read(processes, Step("read", number, row, row))
-    import sys
-
-    print("HITS", [p.cache.stats() for p in processes], file=sys.stderr)
     assert history.stale == []
 
 
 async def test_the_check_itself_finds_a_cache_that_does_not_listen(processes: tuple[Process, Process]) -> None:
     deaf = processes[1]
-    deaf.cache = QueryCache()
+    deaf.cache = deaf.access.cache = QueryCache()
     await deaf.cache.load(deaf.database)
     history = History()
     await deaf.read(READS[0], 1)
