@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Literal
 
 import discord
 from discord import app_commands
-from discord.ext import commands
 
 from utils import preferences
 from utils.bot import Guildbook
-from utils.errors import DatabaseError, ValidationError
+from utils.cog import BaseCog
+from utils.errors import ValidationError
 from utils.preferences import UNCHANGED, Preferences
-
-_log = logging.getLogger(__name__)
 
 #: What takes a choice back.
 DEFAULT = "default"
@@ -24,7 +21,7 @@ DEFAULT = "default"
 MOST_CHOICES = 25
 
 
-class PreferencesCommands(commands.Cog):
+class PreferencesCommands(BaseCog):
     """What a member chooses: whether they are notified, and in which language."""
 
     group = app_commands.Group(
@@ -33,13 +30,10 @@ class PreferencesCommands(commands.Cog):
         allowed_contexts=app_commands.AppCommandContext(guild=True),
     )
 
-    def __init__(self, bot: Guildbook) -> None:
-        self.bot: Guildbook = bot
-
     @group.command(name="show", description="Show what you chose on this server")
     async def show(self, interaction: discord.Interaction[Guildbook]) -> None:
         """Show the member's own choices."""
-        await self._answer(interaction, partial(preferences.get, self.bot.db))
+        await self._answer(interaction, partial(preferences.get, self.db))
 
     @group.command(name="set", description="Choose for yourself on this server; what you leave out stays as it is")
     @app_commands.describe(
@@ -56,7 +50,7 @@ class PreferencesCommands(commands.Cog):
         chosen = {"on": True, "off": False, DEFAULT: None}
         store = partial(
             preferences.put,
-            self.bot.db,
+            self.db,
             notifications=UNCHANGED if notifications is None else chosen[notifications],
             language=UNCHANGED if language is None else None if language.strip().lower() == DEFAULT else language,
         )
@@ -79,9 +73,6 @@ class PreferencesCommands(commands.Cog):
             text = told(await work(guild_id, interaction.user.id))
         except ValidationError as exc:
             text = f"Nothing was changed: {exc}"
-        except DatabaseError as exc:
-            _log.warning("/preferences of user %s failed: %s", interaction.user.id, exc)
-            text = "The database does not answer just now: try again in a minute."
         await interaction.edit_original_response(content=text)
 
 

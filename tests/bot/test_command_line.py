@@ -11,6 +11,7 @@ import pytest
 
 from simulator import Simulator
 from tests.bot.running import running, until_equal
+from utils import migrations
 from utils.bot import cache_flags
 from utils.database import ConnectTarget, Database
 from utils.database.embedded import EmbeddedServer
@@ -37,15 +38,15 @@ async def db(directory: Path, *arguments: str, **settings: str) -> tuple[int, st
 
 
 async def test_the_schema_is_brought_up_to_date_and_compared(tmp_path: Path, empty_target: ConnectTarget) -> None:
-    url = empty_target.libpq_url()
+    url, waiting = empty_target.libpq_url(), ", ".join(await migrations.pending(empty_target))
     assert await db(tmp_path, "current", DATABASE_URL=url) == (
         0,
-        "no revision: 0001, 0002 not applied (python bot.py db upgrade)\n",
+        f"no revision: {waiting} not applied (python bot.py db upgrade)\n",
     )
     assert (await db(tmp_path, "check", DATABASE_URL=url))[0] == 1
-    assert await db(tmp_path, "upgrade", DATABASE_URL=url) == (0, "applied: 0001, 0002\n")
+    assert await db(tmp_path, "upgrade", DATABASE_URL=url) == (0, f"applied: {waiting}\n")
     assert await db(tmp_path, "upgrade", DATABASE_URL=url) == (0, "the schema is up to date\n")
-    assert await db(tmp_path, "current", DATABASE_URL=url) == (0, "0002: up to date\n")
+    assert await db(tmp_path, "current", DATABASE_URL=url) == (0, f"{waiting[-4:]}: up to date\n")
     assert (await db(tmp_path, "check", DATABASE_URL=url))[0] == 0
 
 
@@ -57,7 +58,8 @@ async def test_psql_opens_the_database_of_the_settings(tmp_path: Path, database_
 
 async def test_psql_starts_the_embedded_server_for_as_long_as_it_runs(tmp_path: Path) -> None:
     code, output = await db(tmp_path, "upgrade", "--data-dir", "data")
-    assert (code, output.splitlines()[-1]) == (0, "applied: 0001, 0002")
+    assert code == 0
+    assert output.splitlines()[-1].startswith("applied: 0001, ")
     foreign = "postgresql://someone@/elsewhere?host=/nowhere"  # an explicit directory wins over it
     arguments = ("psql", "--data-dir", "data", "-Atc", "SELECT count(*) FROM members")
     assert await db(tmp_path, *arguments, DATABASE_URL=foreign) == (0, "0\n")

@@ -64,7 +64,7 @@ async def test_a_database_in_trouble_is_one_clear_line(
     async with running(database, simulator, monkeypatch, extensions=EXTENSIONS):
         await database.execute("DROP TABLE member_preferences")
         seen = await run(simulator, "show", someone, small)
-    assert seen.final_content == "The database does not answer just now: try again in a minute."
+    assert "it was written down" in (seen.final_content or "")
 
 
 async def test_it_is_for_guilds_only(
