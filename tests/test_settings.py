@@ -104,6 +104,10 @@ def test_port_wins_over_health_port_and_zero_is_a_port() -> None:
         ("FLUSH_SECONDS", "soon", "a number of seconds"),
         ("FLUSH_SECONDS", "nan", "a number of seconds"),
         ("SHUTDOWN_SECONDS", "0", "more than 0"),
+        ("BACKUP_EVERY", "often", "5m, 6h or 1d"),
+        ("BACKUP_EVERY", "59", "at least 60"),
+        ("DRILL_EVERY", "5 parsecs", "5m, 6h or 1d"),
+        ("BACKUP_AGE_RECIPIENT", "AGE-SECRET-KEY-1QQ", "age1"),
         ("DISCORD_API_BASE", "discord.com", "https://"),
         ("DISCORD_GATEWAY_URL", "https://gateway.discord.gg", "wss://"),
         ("DISCORD_GATEWAY_URL", "wss://[", "wss://"),
@@ -114,6 +118,12 @@ def test_a_wrong_value_is_one_line_that_says_what_is_expected(name: str, value: 
     assert re.fullmatch(rf"{name}: '.*' is wrong; expected .*", message)
     assert expected in message
     assert value.split(", ")[-1] in message
+
+
+def test_times_between_backups_are_written_as_people_write_them() -> None:
+    wanted = {"300": 300, "90s": 90, "5m": 300, "6 h": 21_600, "1D": 86_400, "2w": 1_209_600, "off": None}
+    assert {text: load(BACKUP_EVERY=text).backup_every for text in wanted} == wanted
+    assert load().backup_every is None
 
 
 def test_every_wrong_value_gets_its_own_line() -> None:

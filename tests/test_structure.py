@@ -110,7 +110,7 @@ def test_imports_run_one_way(name: str) -> None:
             continue
         assert any(within(other, allowed) for allowed in MAY_IMPORT[rule]), f"{name} imports {other}"
         if rule != "utils.demo" and within(other, "utils.demo"):
-            assert name in ("bot", "utils.shell"), f"{name} imports the demo"
+            assert name == "bot", f"{name} imports the demo"
 
 
 def test_the_product_knows_the_simulator_only_for_the_demo_and_the_simulator_nothing_of_the_product() -> None:

@@ -12,6 +12,7 @@ import discord
 from discord import app_commands
 from discord.ext import commands
 
+from utils.actions import write_down
 from utils.errors import GuildbookError
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ REFUSAL = (
     "Only operators may do that: the application's owner, its team, and those in ADMIN_USER_IDS."
     " Administrators of a guild are not enough, because this reaches the data of every guild."
 )
-
-_WRITE_DOWN = "INSERT INTO ops.admin_actions (user_id, command, arguments, result) VALUES ($1, $2, $3, $4)"
 
 
 class Operators:
@@ -126,7 +125,7 @@ async def operate(
         _log.exception("/%s failed", command)
         text = result = f"Failed: an unexpected {type(exc).__name__}; the log says more"
     try:
-        await bot.db.execute(_WRITE_DOWN, interaction.user.id, command, arguments, result)
+        await write_down(bot.db, command, arguments, result, user_id=interaction.user.id)
     except GuildbookError as exc:
         _log.error("/%s of user %s was not written down: %s (%s)", command, interaction.user.id, result, exc)
         text += "\n(This use could not be written down: the database does not take it.)"

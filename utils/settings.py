@@ -19,12 +19,38 @@ DEVELOPER_PORTAL = "https://discord.com/developers/applications"
 DISCORD_API_BASE = "https://discord.com/api/v10"
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _SECRETS = frozenset(
-    ("DISCORD_TOKEN", "DATABASE_URL", "DATABASE_UNPOOLED_URL", "DATABASE_PUBLIC_URL", "PGPASSWORD", "DB_PASSWORD")
+    (
+        "DISCORD_TOKEN",
+        "DATABASE_URL",
+        "DATABASE_UNPOOLED_URL",
+        "DATABASE_PUBLIC_URL",
+        "PGPASSWORD",
+        "DB_PASSWORD",
+        "BACKUP_URL",
+    )  # fmt: skip
 )
 
 Snowflake = Annotated[int, Field(gt=0, lt=2**63)]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 Port = Annotated[int, Field(ge=0, le=65_535)]
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+
+
+def _seconds(value: Any) -> Any:
+    """Read 90, 90s, 5m, 6h, 1d or 2w as seconds; `off` is None."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower()
+    if text in ("off", "0", "no", "false", "never"):
+        return None
+    found = re.fullmatch(r"(\d{1,9})\s*([smhdw]?)", text)
+    if found is None:
+        raise ValueError("a time like 300, 5m, 6h or 1d, or off")
+    return int(found[1]) * _UNITS[found[2] or "s"]
+
+
+#: At least a minute: a backup that is always under way keeps nothing else from working, but is of no use either.
+Duration = Annotated[float, Field(ge=60, le=366 * 86_400)]
 
 
 class Settings(BaseSettings):
@@ -98,6 +124,24 @@ class Settings(BaseSettings):
     #: How long a clean end may take after a signal.
     shutdown_seconds: Seconds = 25.0
 
+    #: Seconds between two scheduled backups; None: there are none. Written 300, 5m, 6h or 1d.
+    backup_every: Duration | None = None
+    #: Seconds between two scheduled drills; None: there are none.
+    drill_every: Duration | None = None
+    #: The newest backups that are kept, and of older ones the last of so many days, weeks and months.
+    backup_keep: int = Field(default=10, ge=1, le=100_000)
+    backup_keep_daily: int = Field(default=7, ge=0, le=10_000)
+    backup_keep_weekly: int = Field(default=4, ge=0, le=10_000)
+    backup_keep_monthly: int = Field(default=12, ge=0, le=10_000)
+    #: Where backups go beside DATA_DIR/backups: s3://, gs://, az:// or file://, as obstore reads it; None: nowhere.
+    backup_url: SecretStr | None = None
+    #: The age recipient (age1…) whom backups are encrypted to; None: they are not.
+    backup_age_recipient: str | None = None
+    #: The file with the identity that belongs to it, for restores and drills; None: an encrypted one is not readable.
+    backup_age_identity_file: Path | None = None
+    #: A directory of JSON files that the first start imports, once; None: none.
+    import_json: Path | None = None
+
     #: Wins over `health_port`: hosts set it.
     port: Port | None = None
     #: None: no health server; 0: any free port.
@@ -127,6 +171,18 @@ class Settings(BaseSettings):
         if level not in _LOG_LEVELS:
             raise ValueError(f"one of {', '.join(_LOG_LEVELS)}")
         return level
+
+    @field_validator("backup_every", "drill_every", mode="before")
+    @classmethod
+    def _duration(cls, value: Any) -> Any:
+        return _seconds(value)
+
+    @field_validator("backup_age_recipient", mode="after")
+    @classmethod
+    def _recipient(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"age1[02-9ac-hj-np-z]{58}", value):
+            raise ValueError("an age recipient as age-keygen prints it: age1 and 58 more letters and digits")
+        return value
 
     @field_validator("member_cache", "log_format", "spool", "environment", mode="before")
     @classmethod

@@ -1,0 +1,1 @@
+"""Guildbook's command lines: what is typed, what is shown, and exit codes."""
