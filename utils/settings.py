@@ -20,15 +20,10 @@ DISCORD_API_BASE = "https://discord.com/api/v10"
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _SECRETS = frozenset(
     (
-        "DISCORD_TOKEN",
-        "DATABASE_URL",
-        "DATABASE_UNPOOLED_URL",
-        "DATABASE_PUBLIC_URL",
-        "PGPASSWORD",
-        "DB_PASSWORD",
-        "BACKUP_URL",
-    )  # fmt: skip
-)
+        "DISCORD_TOKEN", "DATABASE_URL", "DATABASE_UNPOOLED_URL", "DATABASE_PUBLIC_URL", "PGPASSWORD", "DB_PASSWORD",
+        "BACKUP_URL", "BACKUP_AGE_RECIPIENT",  # the identity is easily taken for the recipient
+    )
+)  # fmt: skip
 
 Snowflake = Annotated[int, Field(gt=0, lt=2**63)]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
