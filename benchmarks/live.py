@@ -25,8 +25,9 @@ from utils.demo.proof import TABLES, compare
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 1_800.0
-#: Messages of one round, and rounds of each way.
-BURST, ROUNDS = 60_000, 3
+#: Messages of one round, and rounds of each way. What counts is a rate that lasts: the last commit, for which the clock
+#: waits as well, must not be a good part of it.
+BURST, ROUNDS = 200_000, 3
 #: Messages in all for the measurement of memory, and after how many it is read first.
 MILLION, WARM = 1_000_000, 200_000
 #: What memory may differ by and count as flat: discord.py alone goes up and down by as much.
@@ -125,7 +126,7 @@ async def _throughput(database: Database) -> list[Row]:
     bare, kept, always = (median(way, "seconds") for way in ("bare", "outage", "always"))
     return [
         Row("live, events a second: the mirror against a no-op listener", bare / kept, "≥", 0.8),
-        Row("the same with SPOOL=always", bare / always, "≥", 0.8),
+        Row("the same with SPOOL=always", bare / always),
         Row("the first of these against Python's default collector settings", median("default", "seconds") / kept),
         Row("events a second with the no-op listener", BURST / bare, unit=" /s"),
         Row("CPU time of the client's process for an event, no-op listener", cpu["bare"], unit=" µs"),

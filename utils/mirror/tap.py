@@ -169,17 +169,26 @@ async def _received_message(ws: DiscordWebSocket, message: Any, /) -> None:
         return None
     if decoded.get("op") != DISPATCH:
         return await _original(ws, decoded)
-    if not _has_envelope(decoded):
+    event: Any = decoded.get("t")
+    sequence: Any = decoded.get("s")
+    if (
+        type(sequence) is int
+        and sequence > tapped.last
+        and tapped.session == ws.session_id
+        and type(event) is str
+        and event != "READY"
+    ):  # nearly always: what follows would come to the same, and costs two calls
+        tapped.last = sequence
+    elif not _has_envelope(decoded):
         receiver.malformed("unreadable", ValueError("a dispatch has a name, a number and, if it is READY, a session"))
         return None
-    if _is_duplicate(ws, tapped, decoded):
+    elif _is_duplicate(ws, tapped, decoded):
         once(_log, "duplicate", "the gateway sent an event twice: the second one is dropped")
         return None
-    event = decoded["t"]
     session = decoded["d"]["session_id"] if event == "READY" else ws.session_id or ""
     taken = receiver.receive(event, decoded.get("d"), ws.shard_id or 0, session)
     if taken:
-        ws.sequence = ws.sequence if decoded.get("s") is None else decoded["s"]
+        ws.sequence = ws.sequence if sequence is None else sequence
         if ws._keep_alive:
             ws._keep_alive.tick()
     else:
