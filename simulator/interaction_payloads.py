@@ -28,16 +28,44 @@ def interaction_payload(
     options: dict[str, Any],
 ) -> Json:
     """Render INTERACTION_CREATE for a slash command; `path` names its subcommand group and subcommand."""
-    world = simulator.world
     resolved: Json = {}
     data: Json = {"id": command["id"], "name": command["name"], "type": 1, "resolved": resolved}
     if "guild_id" in command:
         data["guild_id"] = command["guild_id"]
     data["options"] = _options(simulator, command, path, options, guild_id, resolved)
+    return _envelope(simulator, 2, data, interaction_id, token, user_id, guild_id, channel_id)
+
+
+def component_payload(
+    simulator: Simulator,
+    message: Json,
+    custom_id: str,
+    interaction_id: int,
+    token: str,
+    user_id: int,
+    guild_id: int | None,
+) -> Json:
+    """Render INTERACTION_CREATE for a button under a message."""
+    data: Json = {"component_type": 2, "custom_id": custom_id}
+    payload = _envelope(simulator, 3, data, interaction_id, token, user_id, guild_id, None)
+    return payload | {"message": message | {"channel_id": payload["channel_id"]}}
+
+
+def _envelope(
+    simulator: Simulator,
+    kind: int,
+    data: Json,
+    interaction_id: int,
+    token: str,
+    user_id: int,
+    guild_id: int | None,
+    channel_id: int | None,
+) -> Json:
+    world = simulator.world
     payload: Json = {
         "id": str(interaction_id),
         "application_id": str(world.application_id),
-        "type": 2,
+        "type": kind,
         "token": token,
         "version": 1,
         "data": data,

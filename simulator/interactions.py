@@ -14,7 +14,7 @@ from aiohttp import web
 
 from .entities import Json
 from .ids import snowflake_at
-from .interaction_payloads import interaction_payload, message_payload
+from .interaction_payloads import component_payload, interaction_payload, message_payload
 from .rest import (
     ALREADY_ACKNOWLEDGED,
     API,
@@ -38,6 +38,8 @@ TOKEN_LIFE_S = 15 * 60.0
 _EPHEMERAL = 1 << 6
 _LOADING = 1 << 7
 _DEFERRALS = (5, 6)
+# Answers of a component that change the message under which it stands: deferred, and at once.
+_DEFERRED_UPDATE, _UPDATE = 6, 7
 _MAX_KEPT = 1000
 
 
@@ -67,6 +69,12 @@ class InteractionResult:
     followups: list[Json] = field(default_factory=list)
     message: Json | None = None
     choices: list[Json] | None = None
+    #: Files of the reply by name, the newest of each.
+    files: dict[str, bytes] = field(default_factory=dict)
+    user_id: int = 0
+    guild_id: int | None = None
+    #: Of a button that was pressed: the reply that it stands under.
+    under: InteractionResult | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -75,6 +83,13 @@ class InteractionResult:
         if self.edits:
             return self.edits[-1].content
         return self.content
+
+    @property
+    def buttons(self) -> dict[str, str]:
+        """The buttons under the reply that can be pressed: custom id by label."""
+        rows = (self.message or {}).get("components") or []
+        found = [button for row in rows for button in row.get("components", []) if not button.get("disabled")]
+        return {str(button.get("label")): button["custom_id"] for button in found if "custom_id" in button}
 
     @property
     def done(self) -> bool:
@@ -143,13 +158,31 @@ class InteractionRoutes:
     ) -> InteractionResult:
         """Send INTERACTION_CREATE for a registered command."""
         command = self._find(name, guild_id)
-        self._number += 1
-        # Libraries take an interaction's age from its id, so this one is of the real present.
-        now_us = time.time_ns() // 1000
-        result = InteractionResult(snowflake_at(now_us, self._number & 0xFFF), secrets.token_hex(32), time.monotonic())
+        result = self._begun(user_id, guild_id)
         payload = interaction_payload(
             self._simulator, command, result.id, result.token, user_id, guild_id, channel_id, path, options
         )
+        return self._sent(result, payload)
+
+    def press(self, under: InteractionResult, custom_id: str, user_id: int) -> InteractionResult:
+        """Send INTERACTION_CREATE for a button under a reply; Discord's clients may show one that is gone already."""
+        if under.message is None:
+            raise LookupError("there is no reply yet, and so no button")
+        result = self._begun(user_id, under.guild_id)
+        result.under = under
+        payload = component_payload(
+            self._simulator, under.message, custom_id, result.id, result.token, user_id, under.guild_id
+        )
+        return self._sent(result, payload)
+
+    def _begun(self, user_id: int, guild_id: int | None) -> InteractionResult:
+        self._number += 1
+        # Libraries take an interaction's age from its id, so this one is of the real present.
+        id = snowflake_at(time.time_ns() // 1000, self._number & 0xFFF)
+        return InteractionResult(id, secrets.token_hex(32), time.monotonic(), user_id=user_id, guild_id=guild_id)
+
+    def _sent(self, result: InteractionResult, payload: Json) -> InteractionResult:
+        guild_id = result.guild_id
         if self._simulator.gateway.dispatch(guild_id, "INTERACTION_CREATE", payload) == 0:
             raise LookupError("no client is connected that this command could reach")
         self._by_token[result.token] = result
@@ -234,11 +267,18 @@ class InteractionRoutes:
         if not result.deferred:
             result.content, result.embeds = str(data.get("content") or ""), data.get("embeds") or []
         flags = int(data.get("flags") or 0) | (_LOADING if result.deferred else 0)
-        result.message = message_payload(self._simulator, data | {"flags": flags})
+        if result.under is not None and result.type in (_DEFERRED_UPDATE, _UPDATE):
+            result.message = result.under.message
+            if result.type == _UPDATE:
+                self._change(result.under, data)
+        else:
+            result.message = message_payload(self._simulator, data | {"flags": flags})
+        result.files |= await _files(request)
         result.touch()
         if request.query.get("with_response", "").lower() not in ("1", "true"):
             return web.Response(status=204)
-        about: Json = {"id": str(result.id), "type": 2, "response_message_id": result.message["id"]}
+        shown = result.message or {}
+        about: Json = {"id": str(result.id), "type": 2, "response_message_id": shown.get("id")}
         about |= {"response_message_loading": result.deferred, "response_message_ephemeral": result.ephemeral}
         return answer({"interaction": about, "resource": {"type": result.type, "message": result.message}})
 
@@ -249,15 +289,21 @@ class InteractionRoutes:
         result = self._result(request)
         message = self._message(result, request)
         body = await read_body(request)
-        message |= {key: body[key] for key in ("content", "embeds", "components") if key in body}
-        message["content"] = message["content"] or ""
-        message["flags"] &= ~_LOADING
-        message["edited_timestamp"] = message["timestamp"]
+        result.files |= await _files(request)
         if message is result.message:
-            at = time.monotonic() - result.started
-            result.edits.append(Edit(at, message["content"], list(message["embeds"] or [])))
-        result.touch()
+            self._change(result, body)
+        else:
+            _update(message, body)
+            result.touch()
         return answer(message)
+
+    def _change(self, result: InteractionResult, body: Json) -> None:
+        """Change a reply, and note how it reads from now on."""
+        assert result.message is not None
+        _update(result.message, body)
+        at = time.monotonic() - result.started
+        result.edits.append(Edit(at, result.message["content"], list(result.message["embeds"] or [])))
+        result.touch()
 
     async def delete(self, request: web.Request) -> web.Response:
         result = self._result(request)
@@ -301,3 +347,18 @@ class InteractionRoutes:
             if message["id"] == wanted:
                 return message
         raise ApiError(*UNKNOWN_MESSAGE)
+
+
+def _update(message: Json, body: Json) -> None:
+    message |= {key: body[key] for key in ("content", "embeds", "components") if key in body}
+    message["content"] = message["content"] or ""
+    message["flags"] &= ~_LOADING
+    message["edited_timestamp"] = message["timestamp"]
+
+
+async def _files(request: web.Request) -> dict[str, bytes]:
+    """Return the files of a multipart form; aiohttp reads it once and keeps it."""
+    if not request.content_type.startswith("multipart/"):
+        return {}
+    fields = (await request.post()).values()
+    return {field.filename: field.file.read() for field in fields if isinstance(field, web.FileField)}

@@ -141,5 +141,9 @@ class Simulator:
         path = [part for part in (subcommand_group, subcommand) if part is not None]
         return self.interactions.run(name, user_id, guild_id, channel_id, path, options or {})
 
+    async def press(self, under: InteractionResult, custom_id: str, *, user_id: int) -> InteractionResult:
+        """Let a user press a button under a reply; raises LookupError when there is no reply."""
+        return self.interactions.press(under, custom_id, user_id)
+
     async def _nowhere(self, request: web.Request) -> web.Response:
         raise ApiError(*NOT_FOUND)

@@ -16,6 +16,7 @@ from discord.http import Route
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from utils.commands import register_commands
+from utils.confirm import Confirmations
 from utils.database import Database
 from utils.database.access import Access
 from utils.database.cache import Channel, QueryCache
@@ -83,6 +84,9 @@ class Guildbook(commands.AutoShardedBot):
             orm_connections=settings.orm_connections,
         )
         self.operators: Operators = Operators(self, settings.admin_user_ids)
+        #: Questions to operators that wait for a button.
+        self.confirmations: Confirmations = Confirmations()
+        self.add_listener(self.confirmations.on_interaction)
         self.lease: Lease = lease
         self.loader: Loader = Loader(self, extensions)
         self._pool: Database = database
@@ -201,6 +205,7 @@ class Guildbook(commands.AutoShardedBot):
 
         When another process acts already, nothing is written: what waits stays in the journal.
         """
+        await self.operators.stop(ACCESS_SECONDS)
         if self._mirror is not None:
             await self._mirror.stop(timeout, flush=not self.lease.lost.is_set())
         if self._journal is not None:

@@ -147,21 +147,46 @@ async def test_an_unexpected_error_is_told_as_such_and_written_down(
     assert result.final_content == "Failed: an unexpected ZeroDivisionError; the log says more"
 
 
-async def test_a_command_that_takes_too_long_ends_with_a_word(
+async def test_a_command_that_outlives_its_reply_goes_on_and_is_written_down_at_its_end(
     database: Database, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, small: int
 ) -> None:
     monkeypatch.setattr(operators, "COMMAND_SECONDS", 0.2)
     async with running(database, simulator, monkeypatch) as bot:
-        started = asyncio.Event()
+        let_go = asyncio.Event()
+        sync = bot.mirror.sync
+
+        async def slow(guild_id: int) -> Any:
+            await let_go.wait()
+            return await sync(guild_id)
+
+        monkeypatch.setattr(bot.mirror, "sync", slow)
+        result = await run(simulator, simulator.world.operator_id, "sync", options={"guild": str(small)})
+        assert (result.final_content or "").startswith("Not finished within")
+        assert await actions(database) == []
+        let_go.set()
+        await result.wait_done(30, until=lambda seen: (seen.final_content or "").startswith("Synced"))
+        assert [action[3] for action in await actions(database)] == [result.final_content]
+
+
+async def test_a_command_under_way_ends_with_the_bot(
+    database: Database, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, small: int
+) -> None:
+    async with running(database, simulator, monkeypatch) as bot:
+        started, ended = asyncio.Event(), asyncio.Event()
 
         async def never(guild_id: int) -> None:
             started.set()
-            await asyncio.Event().wait()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
 
         monkeypatch.setattr(bot.mirror, "sync", never)
-        result = await run(simulator, simulator.world.operator_id, "sync", options={"guild": str(small)})
-        assert started.is_set()
-    assert (result.final_content or "").startswith("Failed: not finished within")
+        await simulator.run_command(
+            "mirror", subcommand="sync", user_id=simulator.world.operator_id, options={"guild": str(small)}
+        )
+        await asyncio.wait_for(started.wait(), 30)
+    assert ended.is_set()
 
 
 async def test_who_left_the_team_no_longer_operates(
