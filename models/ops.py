@@ -84,6 +84,21 @@ class AdminAction(Base):
     result: Mapped[str] = marked(Text, nullable=False)
 
 
+class TableSize(Base):
+    """How large a table was: a sample every few hours, from which growth is read."""
+
+    __tablename__ = "table_sizes"
+    __table_args__ = {"schema": "ops"}  # noqa: RUF012 - read by SQLAlchemy, never changed
+
+    at: Mapped[datetime] = marked(primary_key=True)
+    #: With its schema, unless that is `public`.
+    table_name: Mapped[str] = marked(Text, primary_key=True)
+    #: The planner's estimate.
+    rows: Mapped[int] = marked(BigInteger, nullable=False)
+    #: With indexes.
+    bytes: Mapped[int] = marked(BigInteger, nullable=False)
+
+
 class CommandTree(Base):
     """The slash commands last registered with Discord, so that a start registers them only when they changed."""
 

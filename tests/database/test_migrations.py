@@ -23,7 +23,7 @@ from utils.migrations import catalogue
 from utils.migrations.environment import LOCK_KEY
 
 ROOT = Path(__file__).resolve().parents[2]
-REVISIONS = ["0001", "0002", "0003"]
+REVISIONS = ["0001", "0002", "0003", "0004"]
 HEAD = REVISIONS[-1]
 
 

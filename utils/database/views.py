@@ -19,7 +19,7 @@ REFRESH_SECONDS = 1_800.0
 
 #: Answers name, quoted name, and whether it can be refreshed beside its readers: it was filled before, and has a unique
 #: index over all rows on plain columns (PostgreSQL manual, REFRESH MATERIALIZED VIEW). What others rest on comes first.
-_VIEWS = """
+VIEWS = """
 WITH RECURSIVE found AS (
     SELECT c.oid, n.nspname || '.' || c.relname AS name, format('%I.%I', n.nspname, c.relname) AS quoted,
            c.relispopulated AND EXISTS (
@@ -45,7 +45,7 @@ GROUP BY name, quoted, is_gentle ORDER BY steps, name
 
 async def refresh(access: Access, names: Iterable[str] | None) -> dict[str, float]:
     """Do what `Access.refresh_materialized_views` says."""
-    views = await access.fetch(_VIEWS, use_cache=False)
+    views = await access.fetch(VIEWS, use_cache=False)
     if names is not None:
         wanted = {name if "." in name else f"public.{name}" for name in names}
         unknown = wanted - {view["name"] for view in views}

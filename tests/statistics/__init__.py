@@ -1,0 +1,1 @@
+"""Figures, growth, and the picture."""

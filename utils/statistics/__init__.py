@@ -1,0 +1,1 @@
+"""What the database holds, how it grows and how it fares: in words, as JSON, and as a picture."""
