@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from utils.cli import db
+from utils.cli import backup, care, db, exporting, importing
 from utils.cli.common import plain_errors
 from utils.errors import GuildbookError, SettingsError, ValidationError
 from utils.settings import DEVELOPER_PORTAL, Settings, load_settings
@@ -22,6 +22,10 @@ NO_TOKEN = (
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(db.app, name="db")
+care.register(db.app)
+app.add_typer(backup.app, name="backup")
+app.add_typer(importing.app, name="import")
+app.add_typer(exporting.app, name="export")
 new = typer.Typer(help="Begin something new.", no_args_is_help=True)
 app.add_typer(new, name="new")
 

@@ -174,6 +174,10 @@ NAMES_ONLY = {
     "utils.migrations.catalogue": "a WITH of its own in front of each question",
     "utils.demo.proof": "derived from models/",
     "cogs.mirror": "names of mirrored tables",
+    "utils.backup.swap": "names out of the catalogue, quoted",
+    "utils.backup.scratch": "names out of the catalogue, quoted",
+    "utils.backup.drill": "names out of models/ and the catalogue, quoted",
+    "utils.backup.loading": "names out of a manifest that the catalogue knows, quoted",
 }
 
 

@@ -92,6 +92,8 @@ class Guildbook(commands.AutoShardedBot):
         self._pool: Database = database
         self._channel: Channel | None = None
         self._beside: list[asyncio.Task[None]] = []
+        #: Why an operator's command ended the bot; None: none did.
+        self.ended_with: GuildbookError | None = None
         self._mirror: Mirror | None = None
         self._journal: Journal | None = None
         Route.BASE = settings.discord_api_base
@@ -199,6 +201,16 @@ class Guildbook(commands.AutoShardedBot):
         self._beside.append(asyncio.create_task(changes.run(), name="change events"))
         self._beside.append(asyncio.create_task(self._tell_statistics(), name="statistics"))
         _log.info("logged in as %s", self.user, extra={"shards": shards, "epoch": fence.epoch, "holder": fence.holder})
+
+    async def begin_anew(self) -> None:
+        """Forget what is known of the database's content, and have Discord tell everything again: after a restore."""
+        await self.db.renew()
+        await tap.begin_new_sessions(self)
+
+    def end(self, error: GuildbookError) -> None:
+        """Leave Discord and end the process with this error, as soon as what is under way has been answered."""
+        self.ended_with = error
+        self._beside.append(asyncio.create_task(self.close(), name="end"))
 
     async def stop_mirror(self, timeout: float) -> None:
         """Write what waits, in `timeout` seconds at most, and stop the mirror; nothing when it never started.

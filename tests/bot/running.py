@@ -87,6 +87,24 @@ async def until_equal(database: Database, simulator: Simulator) -> None:
         pytest.fail("\n".join(await differences(database, simulator)))
 
 
+async def typed(directory: Path, *arguments: str, **settings: str) -> tuple[int, str]:
+    """Run `python bot.py …` and return its exit code and all that it prints."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        str(ENTRY),
+        *arguments,
+        cwd=directory,
+        env=environment(**settings),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    async with asyncio.timeout(60):
+        output, _ = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, output.decode()
+
+
 class BotProcess:
     """`python bot.py` with nothing of ours in its environment but what is given."""
 

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 from simulator import Simulator
-from tests.bot.running import running, until_equal
+from tests.bot.running import running, typed, until_equal
 from utils import migrations
 from utils.bot import cache_flags
 from utils.database import ConnectTarget, Database
 from utils.database.embedded import EmbeddedServer
-from utils.demo.child import ENTRY, environment
 
 
 async def db(directory: Path, *arguments: str, **settings: str) -> tuple[int, str]:
     """Run `python bot.py db …` and return its exit code and all that it prints."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        str(ENTRY),
-        "db",
-        *arguments,
-        cwd=directory,
-        env=environment(**settings),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    async with asyncio.timeout(60):
-        output, _ = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, output.decode()
+    return await typed(directory, "db", *arguments, **settings)
 
 
 async def test_the_schema_is_brought_up_to_date_and_compared(tmp_path: Path, empty_target: ConnectTarget) -> None:

@@ -62,6 +62,8 @@ def act(
     """
     with plain_errors(as_json=as_json):
         settings = load_settings()
+        if data_dir is not None:  # backups and originals of imports are where the database is
+            settings = settings.model_copy(update={"data_dir": data_dir})
         with _shown(as_json) as progress:
             outcome = asyncio.run(_act(settings, command, work, data_dir, dict(arguments or {}), progress))
         if as_json:

@@ -2,7 +2,7 @@
 
 Written against discord.py 2.7.1, which is pinned; `tests/mirror/test_tap.py` fails when an upgrade moves what it leans
 on: `DiscordWebSocket.received_message`, its `_decompressor`, `sequence`, `session_id` and `_keep_alive`,
-`discord.utils._from_json`, and `Shard.reconnect`, `reidentify` and `ws`.
+`discord.utils._from_json`, `Shard.reconnect`, `reidentify` and `ws`, and `ShardInfo._parent`.
 """
 
 from __future__ import annotations
@@ -112,6 +112,16 @@ async def _reconnect(shard: Shard) -> None:
         await shard.reidentify(ReconnectWebSocket(shard.id))
     else:
         await _original_reconnect(shard)
+
+
+async def begin_new_sessions(client: discord.AutoShardedClient) -> None:
+    """End every gateway session and begin a new one, so that Discord tells everything again from READY on.
+
+    Raises what discord.py raises when the gateway cannot be reached; it then goes on trying by itself.
+    """
+    for shard in client.shards.values():
+        shard._parent.ws.session_id = None  # not to be resumed
+        await shard.reconnect()
 
 
 def _has_envelope(message: dict[str, Any]) -> bool:

@@ -1,0 +1,63 @@
+"""`python bot.py export …`: documents and tables as JSON, JSON lines or CSV."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from utils.actions import Outcome, Progress, write_down
+from utils.cli import shell
+from utils.cli.common import AsJson, DataDir, act, plain_errors
+from utils.database import Database
+from utils.errors import ValidationError
+from utils.settings import Settings, load_settings
+
+app = typer.Typer(help="Write documents or a table to a file.", subcommand_metavar="")
+
+
+@app.callback(invoke_without_command=True, context_settings={"allow_interspersed_args": True})
+def export(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAMESPACE|TABLE",
+            help="members, users, emojis or shop as imported; a table, table:members where both are; or a namespace.",
+        ),
+    ],
+    to: Annotated[Path | None, typer.Option(help="The file, replaced as a whole; standard output without it.")] = None,
+    form: Annotated[str, typer.Option("--format", help="json, jsonl or csv.")] = "json",
+    guild: Annotated[int | None, typer.Option(help="Of this guild only; 0: of none.")] = None,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Export documents or a table, as they are at one moment."""
+    arguments = {"what": what, "to": str(to) if to else None, "format": form, "guild_id": guild}
+
+    async def work(_: Settings, database: Database, progress: Progress) -> Outcome:
+        from utils.importing import exporting
+
+        assert to is not None, "standard output goes another way"
+        return await exporting.export(database, what, to, form=_form(form), guild_id=guild, progress=progress)
+
+    async def pour(database: Database) -> Outcome:
+        from utils.importing import exporting
+
+        outcome = await exporting.export(database, what, sys.stdout.buffer, form=_form(form), guild_id=guild)
+        await write_down(database, "export", arguments, outcome.text)
+        return outcome
+
+    if to is not None:
+        act("export", work, data_dir=data_dir, as_json=as_json, arguments=arguments)
+    with plain_errors(as_json=as_json):  # what is exported is all that may stand on standard output
+        if as_json:
+            raise ValidationError("--json: what came of it cannot go where the export itself goes; give --to")
+        outcome = asyncio.run(shell.on_database(load_settings(), data_dir, pour))
+        typer.echo(outcome.text, err=True)
+
+
+def _form(text: str) -> Any:
+    return text.lower()

@@ -1,0 +1,42 @@
+"""`python bot.py import …`: what bots kept in JSON files, into the database."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from utils.actions import Outcome, Progress
+from utils.cli.common import AsJson, DataDir, act
+from utils.database import Database
+from utils.settings import Settings
+
+app = typer.Typer(help="Bring JSON files into the database.", subcommand_metavar="")
+
+
+@app.callback(invoke_without_command=True, context_settings={"allow_interspersed_args": True})
+def import_(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files, or directories of files.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing, only say what would be.")] = False,
+    kind: Annotated[
+        str | None,
+        typer.Option("--as", help="members, users, emojis, shop or documents; by the files' names without it."),
+    ] = None,
+    namespace: Annotated[str | None, typer.Option(help="Where the originals go; legacy.NAME without it.")] = None,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Import JSON files: checked, repaired, copied away first, each in one transaction."""
+
+    async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
+        from utils.importing import importer
+
+        if data_dir is not None:  # the originals go where the database is
+            settings = settings.model_copy(update={"data_dir": data_dir})
+        return await importer.import_files(
+            database, settings, paths, dry_run, kind=kind, namespace=namespace, progress=progress
+        )
+
+    arguments = {"paths": [str(path) for path in paths], "dry_run": dry_run, "as": kind, "namespace": namespace}
+    act("import", work, data_dir=data_dir, as_json=as_json, arguments=arguments)
