@@ -20,6 +20,7 @@ from utils.confirm import Confirmations
 from utils.database import Database
 from utils.database.access import Access
 from utils.database.cache import Channel, QueryCache
+from utils.duties import Duties
 from utils.errors import GuildbookError, SpoolError
 from utils.loader import Loader
 from utils.mirror import Mirror, tap
@@ -90,6 +91,7 @@ class Guildbook(commands.AutoShardedBot):
         self.lease: Lease = lease
         self.loader: Loader = Loader(self, extensions)
         self._pool: Database = database
+        self._duties: Duties = Duties(settings, database)
         self._channel: Channel | None = None
         self._beside: list[asyncio.Task[None]] = []
         #: Why an operator's command ended the bot; None: none did.
@@ -200,6 +202,7 @@ class Guildbook(commands.AutoShardedBot):
         await register_commands(self)
         self._beside.append(asyncio.create_task(changes.run(), name="change events"))
         self._beside.append(asyncio.create_task(self._tell_statistics(), name="statistics"))
+        self._duties.start()
         _log.info("logged in as %s", self.user, extra={"shards": shards, "epoch": fence.epoch, "holder": fence.holder})
 
     async def begin_anew(self) -> None:
@@ -217,6 +220,7 @@ class Guildbook(commands.AutoShardedBot):
 
         When another process acts already, nothing is written: what waits stays in the journal.
         """
+        await self._duties.stop(ACCESS_SECONDS)
         await self.operators.stop(ACCESS_SECONDS)
         if self._mirror is not None:
             await self._mirror.stop(timeout, flush=not self.lease.lost.is_set())

@@ -135,10 +135,11 @@ def is_transient(exc: BaseException) -> bool:
     return isinstance(cause, OSError | TimeoutError | asyncio.IncompleteReadError)
 
 
-def translate(exc: BaseException) -> GuildbookError | None:
+def translate(exc: BaseException, *, was_connected: bool = False) -> GuildbookError | None:
     """Return our own error for one of asyncpg's, the socket's or the clock's; None when `exc` is none of them.
 
-    An error that is ours already comes back as it is.
+    An error that is ours already comes back as it is. `was_connected`: the database has been there, so that one that
+    does not exist is being replaced just now, by a restore that renames it.
     """
     if isinstance(exc, GuildbookError):
         return exc
@@ -148,6 +149,8 @@ def translate(exc: BaseException) -> GuildbookError | None:
     kind = DatabaseUnavailable if is_transient(cause) else DatabaseError
     if isinstance(cause, asyncpg.PostgresError):
         state = getattr(cause, "sqlstate", None)
+        if state == "3D000" and was_connected:
+            return DatabaseUnavailable("the database is gone: a restore may be replacing it", sqlstate=state)
         advice = _TRANSIENT_STATES.get(state or "") or _ADVICE.get(state or "")
         told = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         return kind(f"{told} [{state}]" + (f": {advice}" if advice else ""), sqlstate=state)

@@ -12,7 +12,8 @@ import pytest
 
 from simulator.proxy import Proxy
 from utils.database import ConnectTarget, Database
-from utils.database.embedded import PORT
+from utils.database.access import Access
+from utils.database.embedded import PORT, EmbeddedServer
 from utils.errors import DatabaseUnavailable
 
 #: Nothing here may take longer, in seconds.
@@ -134,3 +135,39 @@ async def test_a_check_that_is_cancelled_leaves_no_connection_lent(target: Conne
 
 async def test_without_a_pool_nothing_is_checked(target: ConnectTarget) -> None:
     assert await Database(target).validate_connections() == {"checked": 0, "replaced": 0}
+
+
+async def test_a_database_that_is_renamed_for_a_moment_may_be_asked_again(
+    target: ConnectTarget, server: EmbeddedServer
+) -> None:
+    database = Database(target, pool_min=0, pool_max=2)  # which makes no connection by itself
+    await database.connect()
+    access = Access(database)
+    home = await asyncpg.connect(**server.target("postgres").connect_kwargs())
+    name = target.database
+    try:
+        assert await database.fetchval("SELECT 1") == 1
+        await home.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = $1", name)
+        await home.execute(f'ALTER DATABASE "{name}" RENAME TO "{name}_away"')
+        try:
+            with pytest.raises(DatabaseUnavailable, match="a restore may be replacing it"):
+                await until_asked_anew(database)
+            with pytest.raises(DatabaseUnavailable, match="a restore may be replacing it"):
+                await access.orm.connect()
+        finally:
+            await home.execute(f'ALTER DATABASE "{name}_away" RENAME TO "{name}"')
+        assert await database.fetchval("SELECT 1") == 1
+    finally:
+        await home.close()
+        await access.close()
+        await database.close()
+
+
+async def until_asked_anew(database: Database) -> None:
+    """Ask until the answer comes, or does not, on a new connection: those that were ended are noticed one by one."""
+    for _ in range(20):
+        try:
+            await database.fetchval("SELECT 1")
+        except DatabaseUnavailable as error:
+            if error.sqlstate == "3D000":
+                raise

@@ -108,7 +108,7 @@ class Orm:
                 f"no connection for a transaction or a session was free in time: there are {self.connections}"
                 " (three tenths of DB_POOL_MAX); one that is held for long is in bot.stats()"
             )
-        return translate(exc) or exc
+        return translate(exc, was_connected=True) or exc
 
     async def close(self) -> None:
         """Close every connection that is not lent, and the others when they come back."""

@@ -259,7 +259,7 @@ class Database:
             return DatabaseUnavailable(
                 f"no connection was free or could be made within {wait:g} s ({in_use} of {pool.get_max_size()} in use)"
             )
-        return translate(exc) or exc
+        return translate(exc, was_connected=True) or exc
 
     async def renew(self) -> None:
         """Replace every connection: after foreign DDL their cached statements would fail once each."""

@@ -54,6 +54,15 @@ spool_bytes = Gauge("guildbook_spool_bytes", "Bytes that this process's journal 
 lease_epoch = Gauge("guildbook_lease_epoch", "The epoch of this process's lease; 0 in standby.", registry=registry)
 buffer_rows = Gauge("guildbook_buffer_rows", "Rows that wait to be written.", registry=registry)
 guilds_waiting = Gauge("guildbook_guilds_waiting", "Guilds that wait for their reconcile.", registry=registry)
+duty_failures = Counter(
+    "guildbook_duty_failures", "What the bot does by itself and could not: backup, drill, sizes.", ["duty"],
+    registry=registry,
+)  # fmt: skip
+backup_time = Gauge("guildbook_backup_timestamp_seconds", "When the last backup was made.", registry=registry)
+drill_time = Gauge(
+    "guildbook_drill_timestamp_seconds", "When a backup was last proved.", registry=registry
+)
+drill_ok = Gauge("guildbook_drill_ok", "Whether that backup came back whole.", registry=registry)
 loop_stall_max = Gauge(
     "guildbook_loop_stall_max_seconds", "Longest time that the event loop was held, since the start.", registry=registry
 )
