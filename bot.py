@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from utils.cli import backup, care, db, exporting, importing
+from utils.cli import backup, care, db, doctor, exporting, importing
 from utils.cli.common import plain_errors
 from utils.errors import GuildbookError, SettingsError, ValidationError
 from utils.settings import DEVELOPER_PORTAL, Settings, load_settings
@@ -26,6 +26,7 @@ care.register(db.app)
 app.add_typer(backup.app, name="backup")
 app.add_typer(importing.app, name="import")
 app.add_typer(exporting.app, name="export")
+app.command("doctor")(doctor.doctor)
 new = typer.Typer(help="Begin something new.", no_args_is_help=True)
 app.add_typer(new, name="new")
 

@@ -42,6 +42,8 @@ SPOOL = "spool"
 JOURNAL_SECONDS = 3.0
 #: Seconds for what cogs have of the database to end: open transactions are rolled back.
 ACCESS_SECONDS = 3.0
+#: Seconds for the answer to a command that ends the bot.
+ANSWER_SECONDS = 30.0
 #: What `on_mirror_change` listeners hear.
 CHANGE = "mirror_change"
 
@@ -211,9 +213,14 @@ class Guildbook(commands.AutoShardedBot):
         await tap.begin_new_sessions(self)
 
     def end(self, error: GuildbookError) -> None:
-        """Leave Discord and end the process with this error, as soon as what is under way has been answered."""
+        """Leave Discord and end the process with this error, as soon as operators have their answers."""
+
+        async def end() -> None:
+            await self.operators.answered(ANSWER_SECONDS)
+            await self.close()
+
         self.ended_with = error
-        self._beside.append(asyncio.create_task(self.close(), name="end"))
+        self._beside.append(asyncio.create_task(end(), name="end"))
 
     async def stop_mirror(self, timeout: float) -> None:
         """Write what waits, in `timeout` seconds at most, and stop the mirror; nothing when it never started.

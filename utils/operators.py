@@ -69,6 +69,11 @@ class Operators:
         self._at_work.add(action)
         action.add_done_callback(self._at_work.discard)
 
+    async def answered(self, timeout: float) -> None:
+        """Wait up to `timeout` seconds for what is under way to end by itself."""
+        if self._at_work:
+            await asyncio.wait(self._at_work, timeout=timeout)
+
     async def stop(self, timeout: float) -> None:
         """Call off what is under way, and wait up to `timeout` seconds for it."""
         actions = {action for action in self._at_work if action is not asyncio.current_task()}

@@ -14,6 +14,8 @@ import aiohttp
 import discord
 
 from utils import logs, migrations
+from utils.backup import recover
+from utils.backup.vault import Vault
 from utils.bot import SPOOL, Guildbook
 from utils.database import Database
 from utils.database.embedded import EmbeddedServer
@@ -123,6 +125,7 @@ class Process:
             )
             await self.health.start()  # before all that may take its time: whoever stands by is healthy
         await self.db.connect()
+        await self._offer_recovery(self.db)
         if not await self.db.fetchval("SELECT to_regclass('ops.leases') IS NOT NULL"):
             await self._bring_schema_up_to_date(self.db)  # without it there is no lease to wait for
         self._repeat("partitions", PARTITION_SECONDS, self._make_partitions_in_time)
@@ -151,6 +154,8 @@ class Process:
             await asyncio.wait({running, lost}, return_when=asyncio.FIRST_COMPLETED)
             if not lost.done():
                 await running
+                if self.bot.ended_with is not None:
+                    raise self.bot.ended_with
                 raise GuildbookError("the connection to Discord was closed for good, though nobody asked for it")
         except LeaseLost:  # before anybody else has noticed
             lease.give_up()
@@ -181,13 +186,28 @@ class Process:
             await asyncio.sleep(ANEW_SECONDS)
 
     async def _bring_schema_up_to_date(self, db: Database) -> None:
+        off: str | None = None
         if self.settings.auto_migrate:
-            await migrations.upgrade(db)
-        elif waiting := await migrations.pending(db):
+            off = (await migrations.upgrade(db, heeds_switch=True)).kept_off
+            if off is None:
+                return
+            _log.warning("%s: AUTO_MIGRATE stays off until python bot.py db upgrade", off)
+        if waiting := await migrations.pending(db):
+            why = "AUTO_MIGRATE is off" if off is None else f"AUTO_MIGRATE stays off, because {off}"
             raise MigrationError(
-                f"the schema is behind, revision {', '.join(waiting)} is not applied and AUTO_MIGRATE is off:"
+                f"the schema is behind, revision {', '.join(waiting)} is not applied and {why}:"
                 " run python bot.py db upgrade"
             )
+
+    async def _offer_recovery(self, db: Database) -> None:
+        """Say what to type when the database has lost what a backup still has."""
+        try:
+            line = await recover.offer(db, Vault(self.settings))
+        except GuildbookError as exc:
+            _log.warning("whether a backup should be restored could not be found out: %s", exc)
+        else:
+            if line is not None:
+                _log.warning("%s", line)
 
     async def _make_partitions_in_time(self) -> None:
         if self.bot is not None:  # otherwise they are another process's business

@@ -102,7 +102,7 @@ async def test_without_an_admin_guild_the_commands_are_for_direct_messages_alone
 ) -> None:
     async with running(database, simulator, monkeypatch):
         contexts = {command["name"]: command["contexts"] for command in simulator.interactions.commands()}
-        assert contexts == {"mirror": [1], "cogs": [1], "preferences": [0]}
+        assert contexts == {"mirror": [1], "cogs": [1], "db": [1], "preferences": [0]}
         with pytest.raises(LookupError, match="no command /mirror is registered for guild"):
             await simulator.run_command("mirror", subcommand="status", user_id=1, guild_id=small)
 

@@ -5,22 +5,160 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from utils.actions import Outcome, Progress
 from utils.cli import shell
-from utils.cli.common import AsJson, DataDir, plain_errors
-from utils.settings import load_settings
+from utils.cli.common import AsJson, DataDir, act, plain_errors
+from utils.database import Database
+from utils.errors import GuildbookError
+from utils.settings import Settings, load_settings
 
 app = typer.Typer(help="The database: schema, psql, and made-up data.", no_args_is_help=True)
 
 
+Revision = Annotated[str | None, typer.Argument(help="A revision, like 0002; without it the newest.")]
+
+
+@app.command("status")
+def status(as_json: AsJson = False, data_dir: DataDir = None) -> None:
+    """Say which revision the database is at, what waits, and what differs; exit code 1 when anything does."""
+
+    async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
+        from utils.migrations import admin
+
+        return await admin.status(database, progress=progress)
+
+    act("db status", work, data_dir=data_dir, as_json=as_json)
+
+
+@app.command("history")
+def history(as_json: AsJson = False, data_dir: DataDir = None) -> None:
+    """List the revisions, oldest first: which are applied, and when, where that is known."""
+
+    async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
+        from utils.migrations import admin
+
+        return await admin.history(database, progress=progress)
+
+    act("db history", work, data_dir=data_dir, as_json=as_json)
+
+
+@app.command("preview")
+def preview(
+    revision: Revision = None,
+    down: Annotated[bool, typer.Option("--down", help="Of a downgrade; without a revision, one step.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The file; without it one here that says what it is.")] = None,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Write the SQL of an upgrade or a downgrade into a file, with what it locks, rewrites or drops; run nothing."""
+
+    async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
+        from utils.migrations.preview import preview
+
+        outcome = await preview(database, revision, down=down, progress=progress)
+        if outcome.file is None:
+            return outcome
+        path = out or Path(outcome.file[0])
+        try:
+            await asyncio.to_thread(path.write_text, outcome.file[1], encoding="utf-8")
+        except OSError as exc:
+            raise GuildbookError(f"{path} cannot be written: {exc.strerror}; choose another with --out") from exc
+        return replace(outcome, text=f"{outcome.text}\nwrote {path}", data={**outcome.data, "file": str(path)})
+
+    act("db preview", work, data_dir=data_dir, as_json=as_json, arguments={"revision": revision, "down": down})
+
+
 @app.command("upgrade")
-def upgrade(data_dir: DataDir = None) -> None:
-    """Bring the schema up to date."""
-    with plain_errors():
-        typer.echo(asyncio.run(shell.upgrade(load_settings(), data_dir)))
+def upgrade(revision: Revision = None, as_json: AsJson = False, data_dir: DataDir = None) -> None:
+    """Bring the schema up to date, or to a revision."""
+
+    async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
+        from utils.migrations import admin
+
+        return await admin.upgrade(database, revision, progress=progress)
+
+    act("db upgrade", work, data_dir=data_dir, as_json=as_json, arguments={"revision": revision})
+
+
+@app.command("downgrade")
+def downgrade(
+    revision: Annotated[str, typer.Argument(help="Where to: a revision, or base for nothing at all.")],
+    yes_destroy: Annotated[
+        str | None, typer.Option("--yes-destroy", metavar="NAME", help="The database's name, instead of being asked.")
+    ] = None,
+    no_backup: Annotated[bool, typer.Option("--no-backup", help="Make no backup first.")] = False,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Take the schema down, after a backup; AUTO_MIGRATE then stays off until the next upgrade."""
+    with plain_errors(as_json=as_json):
+        name = yes_destroy or _confirmed(load_settings(), data_dir, revision)
+
+    async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
+        from utils.migrations import admin
+
+        found = await database.fetchval("SELECT current_database()")
+        if name != found:
+            raise GuildbookError(f"the database at {database.target} is called {found}, not {name}: nothing was done")
+        backup = None if no_backup else _backup(settings, database, progress)
+        return await admin.downgrade(database, revision, backup=backup, progress=progress)
+
+    arguments = {"revision": revision, "backup": not no_backup}
+    act("db downgrade", work, data_dir=data_dir, as_json=as_json, arguments=arguments)
+
+
+def _confirmed(settings: Settings, data_dir: Path | None, revision: str) -> str:
+    """Show what a downgrade takes away, return the name that is typed. Raises `GuildbookError` without a terminal."""
+    from utils.migrations.preview import preview
+
+    if not sys.stdin.isatty():
+        raise GuildbookError(
+            "a downgrade drops tables with everything in them, and nobody is here to be asked: look at it with"
+            f" python bot.py db preview {revision} --down, then say so with --yes-destroy and the database's name"
+        )
+
+    async def look(database: Database) -> tuple[str, str]:
+        outcome = await preview(database, revision, down=True)
+        return outcome.text, await database.fetchval("SELECT current_database()")
+
+    told, name = asyncio.run(shell.on_database(settings, data_dir, look))
+    typer.echo(told, err=True)
+    typed: str = typer.prompt(f"To go on, type the database's name ({name})", err=True)
+    return typed.strip()
+
+
+def _backup(settings: Settings, database: Database, progress: Progress) -> Callable[[], Awaitable[str]]:
+    """Return what makes a backup and says which."""
+
+    async def make() -> str:
+        from utils.backup.kept import Kept
+
+        return await Kept(settings).save(database, "before downgrade", progress)
+
+    return make
+
+
+@app.command("stamp")
+def stamp(
+    revision: Annotated[str, typer.Argument(help="A revision, or head.")],
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Write down that the schema is at a revision, if it is just that."""
+
+    async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
+        from utils.migrations import admin
+
+        return await admin.stamp(database, revision, progress=progress)
+
+    act("db stamp", work, data_dir=data_dir, as_json=as_json, arguments={"revision": revision})
 
 
 @app.command("current")

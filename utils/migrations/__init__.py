@@ -12,7 +12,9 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from models.views import ROLE_MEMBERSHIP
 from utils.database import ConnectTarget, Database
 from utils.errors import DatabaseUnavailable, MigrationError, driver_error, translate
 from utils.migrations.environment import comparison, declare, on_connection, partitions
+from utils.migrations.invalid import Dropped
 
 _log = logging.getLogger(__name__)
 
@@ -42,19 +45,54 @@ INTERRUPT_SECONDS = 5.0
 SCRIPTS = Path(__file__).resolve().parents[2] / "migrations"
 
 
-async def upgrade(where: Database | ConnectTarget, revision: str = "head", *, timeout: float = 300.0) -> None:
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What an upgrade or a downgrade did."""
+
+    #: The revision before; None: there was none.
+    before: str | None = None
+    #: The revisions applied or taken back, in that order.
+    revisions: tuple[str, ...] = ()
+    #: What became of invalid indexes; an upgrade drops them first.
+    invalid: Dropped = field(default_factory=Dropped)
+    #: Why nothing was done: the switch was off and was to be heeded. None: it was not, or was not to be.
+    kept_off: str | None = None
+
+
+async def upgrade(
+    where: Database | ConnectTarget,
+    revision: str = "head",
+    *,
+    timeout: float = 300.0,
+    heeds_switch: bool = False,
+    on_applied: Callable[[str], None] | None = None,
+) -> Done:
     """Bring the schema up to a revision; nothing happens when it is there already.
 
     `timeout`: seconds to wait for another process that migrates. A `Database` gets fresh connections afterwards.
-    Cancelled, it ends the statement under way, which rolls its migration back.
+    `heeds_switch`: do nothing after a downgrade that an operator asked for (`utils.migrations.switch`); without it the
+    switch is on again once the newest revision is reached. `on_applied` is called on the event loop with each revision
+    that is done. Cancelled, it ends the statement under way, which rolls its migration back.
     Raises `MigrationError`, or `DatabaseUnavailable` when the server cannot be reached.
     """
-    await _run(where, f"upgrade to {revision}", lambda config: command.upgrade(config, revision), timeout)
+    notes = {"is_upgrade": True, "heeds_switch": heeds_switch}
+    work = partial(command.upgrade, revision=revision)
+    return await _run(where, f"upgrade to {revision}", work, timeout, notes, on_applied)
 
 
-async def downgrade(where: Database | ConnectTarget, revision: str, *, timeout: float = 300.0) -> None:
-    """Take the schema down to a revision (`base`: nothing of ours is left). Raises like `upgrade`."""
-    await _run(where, f"downgrade to {revision}", lambda config: command.downgrade(config, revision), timeout)
+async def downgrade(
+    where: Database | ConnectTarget,
+    revision: str,
+    *,
+    timeout: float = 300.0,
+    on_applied: Callable[[str], None] | None = None,
+) -> Done:
+    """Take the schema down to a revision (`base`: nothing of ours is left). Raises like `upgrade`.
+
+    The switch stays as it is: `utils.migrations.admin.downgrade` is what operators use.
+    """
+    work = partial(command.downgrade, revision=revision)
+    return await _run(where, f"downgrade to {revision}", work, timeout, {}, on_applied)
 
 
 async def current(where: Database | ConnectTarget) -> str | None:
@@ -98,13 +136,27 @@ async def check_drift(where: Database | ConnectTarget, *, metadata: MetaData = B
     return lines
 
 
-def offline_sql(revisions: str = "base:head") -> str:
-    """Return the SQL of a range of revisions without asking any database."""
+async def stamp(where: Database | ConnectTarget, revision: str, *, timeout: float = 300.0) -> None:
+    """Write down that the database is at a revision, and change nothing else. Raises like `upgrade`.
+
+    `utils.migrations.admin.stamp` is what operators use: it looks first whether that is true.
+    """
+    await _run(where, f"stamp {revision}", partial(command.stamp, revision=revision), timeout, {}, None)
+
+
+def revisions() -> list[tuple[str, str]]:
+    """Return every revision that this version knows with the first line of its description, oldest first."""
+    scripts = ScriptDirectory.from_config(_config())
+    return [(step.revision, (step.doc or "").strip().partition("\n")[0]) for step in scripts.walk_revisions()][::-1]
+
+
+def offline_sql(revisions: str = "base:head", *, down: bool = False) -> str:
+    """Return the SQL of a range of revisions without asking any database; `down`: to take them back."""
     buffer = io.StringIO()
     config = _config()
     config.output_buffer = buffer
     with _alembic:
-        command.upgrade(config, revisions, sql=True)
+        (command.downgrade if down else command.upgrade)(config, revisions, sql=True)
     return buffer.getvalue()
 
 
@@ -119,8 +171,19 @@ def _direct(where: Database | ConnectTarget) -> ConnectTarget:
     return where.direct if isinstance(where, Database) else where
 
 
-async def _run(where: Database | ConnectTarget, what: str, work: Callable[[Config], None], timeout: float) -> None:
+async def _run(
+    where: Database | ConnectTarget,
+    what: str,
+    work: Callable[[Config], None],
+    timeout: float,
+    notes: Mapping[str, Any],
+    on_applied: Callable[[str], None] | None,
+) -> Done:
     config = _config()
+    config.attributes.update(notes)
+    if on_applied is not None:
+        loop = asyncio.get_running_loop()
+        config.attributes["on_applied"] = lambda revision: loop.call_soon_threadsafe(on_applied, revision)
     config.attributes["target"] = _direct(where)
     config.attributes["timeout"] = timeout
     started = time.monotonic()
@@ -148,6 +211,8 @@ async def _run(where: Database | ConnectTarget, what: str, work: Callable[[Confi
         _log.info("schema migrated: %s", what, extra={"before": before, "revisions": applied, "seconds": seconds})
         if isinstance(where, Database):
             await where.renew()
+    noted = config.attributes
+    return Done(noted.get("before"), tuple(applied), noted.get("invalid", Dropped()), noted.get("kept_off"))
 
 
 async def _interrupt(config: Config, working: asyncio.Future[None]) -> None:

@@ -24,6 +24,10 @@ import models
 from models import Base
 from utils.database.target import ConnectTarget
 from utils.errors import MigrationError
+from utils.migrations.batches import TABLE as BATCHES
+from utils.migrations.batches import forget
+from utils.migrations.invalid import drop
+from utils.migrations.switch import clear, read
 
 _log = logging.getLogger(__name__)
 
@@ -112,17 +116,31 @@ async def _with_settings(work: Callable[[Connection], Any]) -> None:
 
 
 def _migrate(connection: Connection, attributes: dict[str, Any]) -> None:
-    """Migrate, and note in `attributes` where the database was (`before`) and what was done (`applied`)."""
+    """Migrate, and note in `attributes` where the database was (`before`) and what was done (`applied`).
+
+    Further notes to and fro: `target`, `timeout` and `stop`; `is_upgrade`; `heeds_switch`: do nothing while the switch
+    is off, and say so in `kept_off`; `on_applied`: called with each revision; `invalid`: the indexes dropped.
+    """
 
     def note(ctx: MigrationContext, step: MigrationInfo, heads: Any, run_args: Any) -> None:
-        attributes.setdefault("applied", []).extend(step.up_revision_ids if step.is_upgrade else step.down_revision_ids)
+        done = step.up_revision_ids  # also of a step down: what it takes back
+        forget(connection, done)  # in the same transaction as the revision's number
+        attributes.setdefault("applied", []).extend(done)
+        for revision in done:
+            attributes.get("on_applied", _unheard)(revision)
 
     attributes["pid"] = connection.scalar(text("SELECT pg_backend_pid()"))
     connection.commit()
     with locked(connection, attributes.get("timeout", 300.0), lambda: attributes.get("stop", False)):
         connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT}'"))
         foreign = partitions(connection)
+        off = read(connection)
         connection.commit()
+        if off is not None and attributes.get("heeds_switch"):
+            attributes["kept_off"] = off
+            return
+        if attributes.get("is_upgrade"):
+            _drop_invalid(connection, attributes)
         context.configure(
             connection=connection,
             transaction_per_migration=True,
@@ -133,6 +151,22 @@ def _migrate(connection: Connection, attributes: dict[str, Any]) -> None:
         connection.commit()
         with context.begin_transaction():
             context.run_migrations()
+        if attributes.get("is_upgrade"):
+            if context.get_context().get_current_revision() == context.get_head_revision():
+                clear(connection)
+            connection.commit()
+
+
+def _unheard(revision: str) -> None:
+    """Tell nobody."""
+
+
+def _drop_invalid(connection: Connection, attributes: dict[str, Any]) -> None:
+    done = attributes["invalid"] = drop(connection)
+    for name in done.gone:
+        _log.warning("index %s was invalid, left by a CREATE INDEX CONCURRENTLY that failed: dropped", name)
+    for name, why in done.left:
+        _log.warning("index %s is invalid and could not be dropped: %s", name, why)
 
 
 @contextmanager
@@ -189,7 +223,7 @@ def comparison(
         if kind == "schema":
             return name in SCHEMAS
         if kind == "table":
-            return (parents.get("schema_name"), name) not in skip
+            return name != BATCHES and (parents.get("schema_name"), name) not in skip
         return True
 
     return {
