@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
@@ -14,9 +17,10 @@ import discord
 import pytest
 
 from simulator import Limits, Simulator, World
-from tests.bot.running import running, until_equal
+from tests.bot.running import running, typed, until_equal
 from tests.docs.blocks import PAGES, ROOT, Block, blocks
 from utils.database import Database
+from utils.migrations.batches import in_batches
 from utils.settings import load_settings, variables
 
 #: Railway reads these itself.
@@ -35,6 +39,8 @@ def test_every_command_can_be_typed(block: Block, tmp_path: Path) -> None:
     # `make -n` shows that a target exists and that make understands its rules with these arguments.
     for line in block.text.splitlines():
         program, *arguments = shlex.split(line)
+        if program == "python":
+            continue  # below
         if program == "make":
             command = ["make", "-n", *arguments]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
@@ -47,6 +53,40 @@ def test_every_command_can_be_typed(block: Block, tmp_path: Path) -> None:
             _check_docker(block, arguments)
         else:
             pytest.fail(f"{block}: nobody tries {line!r}")
+
+
+@pytest.mark.parametrize(
+    "page", sorted({block.page for block in blocks("sh") if "python bot.py" in block.text}), ids=str
+)
+async def test_operators_commands_do_what_a_page_says_one_after_the_other(page: Path, tmp_path: Path) -> None:
+    """Every `python bot.py …` of a page, on a database with something in it, and the files that they name."""
+    entry = {"join_date": "2024-05-01", "roles": ["5"], "statistics": {"message_count": 7}}
+    (tmp_path / "members.json").write_text(json.dumps({"1_2": entry}))
+    (tmp_path / "shop.json").write_text(json.dumps({"hat": {"price": 3}}))
+    for arguments in (("db", "upgrade"), ("db", "seed", "--members", "30")):
+        code, output = await typed(tmp_path, *arguments)
+        assert code == 0, output
+    for block in blocks("sh"):
+        for line in block.text.splitlines() if block.page == page else ():
+            program, _, *rest = shlex.split(line, comments=True) if line.startswith("python") else ("", "")
+            if program and rest != ["doctor"]:
+                code, output = await typed(tmp_path, *rest)
+                assert code == 0, f"{block}: {line}: {output}"
+            elif program:  # there is no Discord to be reached
+                code, output = await typed(tmp_path, *rest)
+                assert "ok    database: " in output, output
+
+
+def test_a_revision_of_the_docs_can_be_read() -> None:
+    texts = [block.text for block in blocks("python") if "def upgrade" in block.text]
+    assert len(texts) == 1
+    called: list[tuple[Any, ...]] = []
+    module: dict[str, Any] = {"op": "op", "revision": "0009"}
+    exec(texts[0], module)
+    module["in_batches"] = lambda *args, **named: called.append((args, named))
+    module["upgrade"]()
+    ((args, named),) = called
+    inspect.signature(in_batches).bind(*args, **named)
 
 
 def _check_docker(block: Block, arguments: list[str]) -> None:
@@ -91,10 +131,11 @@ async def test_every_cog_works(database: Database, monkeypatch: pytest.MonkeyPat
     package = tmp_path / "cogs_of_the_docs"
     package.mkdir()
     (package / "__init__.py").touch()
-    for number, block in enumerate(blocks("python")):
+    cogs = [block for block in blocks("python") if "def upgrade" not in block.text]
+    for number, block in enumerate(cogs):
         (package / f"cog{number}.py").write_text(block.text)
     monkeypatch.syspath_prepend(tmp_path)
-    names = [f"{package.name}.cog{number}" for number, _ in enumerate(blocks("python"))]
+    names = [f"{package.name}.cog{number}" for number, _ in enumerate(cogs)]
     async with (
         Simulator(world, limits=Limits.none()) as simulator,
         running(database, simulator, monkeypatch, extensions=names) as bot,
