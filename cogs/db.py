@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import discord
 from discord import app_commands
@@ -19,7 +19,7 @@ from utils.database import Database
 from utils.doctor import examine
 from utils.doctor.patient import Patient
 from utils.errors import GuildbookError, MigrationError, ValidationError
-from utils.importing import importer
+from utils.importing import exporting, importer
 from utils.migrations import admin
 from utils.migrations.preview import preview as written
 from utils.operators import Reply, Shown
@@ -30,6 +30,8 @@ from utils.statistics.collect import Statistics, collect, figures, human
 FIELD = 1_024
 #: Where files for `/db import` are looked for, under DATA_DIR: a name from Discord leads nowhere else.
 IMPORTS = "import"
+#: Where `/db export` writes.
+EXPORTS = "export"
 
 Action = Callable[[Reply], Awaitable[str | Outcome | Shown]]
 
@@ -91,18 +93,35 @@ class DatabaseCommands(BaseCog):
         """Import, or say what an import would do."""
 
         async def work(reply: Reply) -> Outcome:
-            settings, path = self.bot.settings, self._import_path(name)
+            settings, path = self.bot.settings, self._path(IMPORTS, name)
             if not dry_run:
                 await reply.confirm(f"Import {path.name} into the database?", "Import")
             return await importer.import_files(self._database, settings, [path], dry_run, progress=reply.step)
 
         await self._run(interaction, "db import", work, name=name, dry_run=dry_run)
 
-    def _import_path(self, name: str | None) -> Path:
-        root = (self.bot.settings.data_dir / IMPORTS).resolve()
+    @db_group.command(name="export", description="Write documents or a table into DATA_DIR/export on the bot's machine")
+    @app_commands.describe(
+        what="members, users, emojis or shop as imported; a table; or a namespace of documents", form="The format"
+    )
+    async def export(
+        self, interaction: discord.Interaction[Guildbook], what: str, form: Literal["json", "jsonl", "csv"] = "json"
+    ) -> None:
+        """Export to a file that stays there: people's data is not sent through Discord."""
+
+        async def work(reply: Reply) -> Outcome:
+            file = self._path(EXPORTS, f"{what.strip().replace(':', '_')}.{form}")
+            return await exporting.export(self._database, what.strip(), file, form=form, progress=reply.step)
+
+        await self._run(interaction, "db export", work, what=what, form=form)
+
+    def _path(self, directory: str, name: str | None) -> Path:
+        """Return a path under DATA_DIR. Raises `ValidationError` for a name that leads elsewhere."""
+        root = (self.bot.settings.data_dir / directory).resolve()
         path = (root / (name or ".")).resolve()
         if path != root and root not in path.parents:
-            raise ValidationError(f"{name!r:.100} leads out of DATA_DIR/{IMPORTS}: expected a name in there")
+            raise ValidationError(f"{name!r:.100} leads out of DATA_DIR/{directory}: expected a name in there")
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
         return path
 
     # --- the schema

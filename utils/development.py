@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -13,8 +12,8 @@ from models import DISCORD_EPOCH_MS
 from utils import migrations
 from utils.database import Connection, Database
 from utils.database.partitions import id_at
-from utils.errors import DatabaseError, GuildbookError
-from utils.service.lease import SHARD
+from utils.errors import GuildbookError
+from utils.migrations.admin import nobody_acts
 
 #: The low bits of every seeded id: worker and process 31, the first of its millisecond. It tells them from Discord's.
 SEEDED = 0x3FF000
@@ -23,8 +22,6 @@ FIRST = datetime(2019, 3, 1, tzinfo=UTC)
 STEP_MS = 60_000
 #: Seconds for one COPY or one look; a guild of a million members takes less.
 SECONDS = 600.0
-#: Seconds for which a reset keeps the lease from others at most.
-RESET_SECONDS = 120.0
 
 _ADJECTIVES = (
     "amber", "brave", "calm", "dusty", "early", "faint", "gentle", "hollow", "icy", "jolly", "keen", "lucky", "mellow",
@@ -211,40 +208,7 @@ async def reset(database: Database, *, name: str | None, environment: str) -> st
             f"ENVIRONMENT is {environment}: to drop everything in {found} at {database.target}, say so with"
             f" --yes-destroy {found}"
         )
-    async with _nobody_acts(database):
+    async with nobody_acts(database):
         await migrations.downgrade(database, "base")
         await migrations.upgrade(database)
     return found
-
-
-@contextlib.asynccontextmanager
-async def _nobody_acts(database: Database) -> AsyncIterator[None]:
-    """Keep the lease from others; nothing where there is none yet."""
-    if await database.fetchval("SELECT to_regclass('ops.leases') IS NULL"):
-        yield
-        return
-    us = "db reset"
-    acting = await database.fetchval(
-        "SELECT holder FROM ops.leases WHERE shard = $1 AND expires_at > clock_timestamp()", SHARD
-    )
-    taken = acting is None and await database.fetchval(
-        "INSERT INTO ops.leases AS l (shard, holder, epoch, expires_at)"
-        " VALUES ($1, $2, 1, clock_timestamp() + make_interval(secs => $3)) ON CONFLICT (shard) DO UPDATE SET"
-        " holder = excluded.holder, epoch = l.epoch + 1, expires_at = excluded.expires_at"
-        " WHERE coalesce(l.expires_at <= clock_timestamp(), true) RETURNING true",
-        SHARD,
-        us,
-        RESET_SECONDS,
-    )
-    if not taken:
-        raise GuildbookError(
-            f"{acting or 'a bot'} acts on this database (it holds the lease): stop the bot, then try again"
-        )
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(DatabaseError):
-            await database.execute(
-                "UPDATE ops.leases SET expires_at = NULL WHERE shard = $1 AND holder = $2", SHARD, us
-            )
-        raise

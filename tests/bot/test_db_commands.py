@@ -38,6 +38,7 @@ COMMANDS = [
     Given("maintain", {}, "Do it", "done: "),
     Given("import", {}, None, "members.json → legacy.members: 1 entries, would be written"),
     Given("import", {"name": "members.json", "dry_run": False}, "Import", "1 entries, written"),
+    Given("export", {"what": "members"}, None, "Exported 1 of documents legacy.members"),
     Given("migrate status", {}, None, "waiting: nothing"),
     Given("migrate history", {}, None, "0001"),
     Given("migrate preview", {"down": True}, None, "downgrade from"),
@@ -128,6 +129,10 @@ async def test_an_operator_can_do_everything_and_it_is_written_down(
     rows = await database.fetch("SELECT user_id, command FROM ops.admin_actions ORDER BY id")
     assert [tuple(row) for row in rows] == [(operator, f"db {given.path}") for given in COMMANDS]
     assert await database.fetchval("SELECT message_count FROM member_stats WHERE user_id = 7") == 3
+    data = bot.settings.data_dir
+    assert json.loads((data / "export" / "members.json").read_text()) == json.loads(
+        (data / "import" / "members.json").read_text()
+    )
     await until_equal(database, simulator)
 
 
@@ -147,7 +152,7 @@ async def test_nobody_else_can_do_anything_not_the_guilds_owner_nor_its_administ
         asked = 0
         for person in people:
             for path in sorted(PATHS):
-                needed = {"revision": "0001"} if path == "migrate downgrade" else {}
+                needed = {"migrate downgrade": {"revision": "0001"}, "export": {"what": "members"}}.get(path, {})
                 result = await type_in(simulator, person, path, needed, guild_id=guild.id)
                 await result.wait_done(30)
                 assert (result.final_content, result.ephemeral, result.buttons) == (REFUSAL, True, {})
@@ -199,3 +204,5 @@ async def test_an_import_leads_nowhere_but_into_its_directory(
     for name in ("../data/../../etc", "/etc/passwd", "../../x.json"):
         result = await type_in(simulator, simulator.world.operator_id, "import", {"name": name})
         assert "leads out of DATA_DIR/import" in await last_word(database, result)
+    result = await type_in(simulator, simulator.world.operator_id, "export", {"what": "../../members"})
+    assert "leads out of DATA_DIR/export" in await last_word(database, result)

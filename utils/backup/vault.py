@@ -11,12 +11,12 @@ from typing import Any
 from utils.actions import Outcome, Progress, Step, silent
 from utils.backup.create import PLAIN, Places, Wanted, create
 from utils.backup.drill import drill, last_drill
-from utils.backup.kept import Kept, _place
+from utils.backup.kept import SECOND, Kept, _place
 from utils.backup.manifest import ENCRYPTED, ID, SUFFIX, Manifest
 from utils.backup.restore import restore
 from utils.backup.retention import Rules, kept
 from utils.backup.store import Directory, Remote
-from utils.backup.verify import checked, decrypted, manifest_of, readable
+from utils.backup.verify import checked, decrypted, in_place, manifest_of, readable
 from utils.database import Database
 from utils.errors import BackupError
 
@@ -33,8 +33,9 @@ class Entry:
     id: str
     #: Names of the stores that have it.
     places: tuple[str, ...]
-    #: None: it is damaged, as `problem` says.
+    #: None: it cannot be read, as `problem` says.
     manifest: Manifest | None
+    #: What a look at the files' names and sizes shows to be wrong with it, in whichever place; None: nothing.
     problem: str | None = None
     #: What the last drill said; None: there was none.
     drill: str | None = None
@@ -43,6 +44,8 @@ class Entry:
     def line(self) -> str:
         """It in a line for people."""
         what = f"{self.id}: {self.problem}" if self.manifest is None else self.manifest.line
+        if self.manifest is not None and self.problem:
+            what += f"; DAMAGED: {self.problem}"
         return what + (f"; {self.drill}" if self.drill else "")
 
 
@@ -62,10 +65,6 @@ class Vault(Kept):
         keeps_plain = settings.drill_every is not None and settings.backup_age_identity_file is None
         places = Places(self.local, self._remote, settings.backup_age_recipient, keeps_plain)
         return await create(database, places, wanted, progress=progress)
-
-    async def save(self, database: Database, reason: str, progress: Progress) -> str:
-        """Make a full backup and return its id. Raises `BackupError`."""
-        return (await self.make(database, Wanted(reason), progress)).id
 
     async def create(
         self,
@@ -87,25 +86,33 @@ class Vault(Kept):
 
     async def known(self) -> list[Entry]:
         """Return every backup that there is, the newest first, damaged ones too. Raises `BackupError`."""
-        places: dict[str, list[Directory | Remote]] = {}
+        places: dict[str, list[tuple[Directory | Remote, dict[str, int]]]] = {}
         for store in self.stores:
-            for name in await store.names():
+            names = await store.names()
+            for name in names:
                 id = name.removesuffix(SUFFIX)
                 if name.endswith(SUFFIX) and ID.fullmatch(id):
-                    places.setdefault(id, []).append(store)
-        return [await self._entry(id, places[id]) for id in sorted(places, reverse=True)]
+                    places.setdefault(id, []).append((store, names))
+        entries = [await self._entry(id, found) for id, found in places.items()]
+        return sorted(entries, key=_order, reverse=True)
 
-    async def _entry(self, id: str, stores: list[Directory | Remote]) -> Entry:
-        names = tuple(store.name for store in stores)
-        try:
-            manifest = await manifest_of(stores[0], id)
-        except BackupError as exc:
-            return Entry(id, names, None, str(exc))
+    async def _entry(self, id: str, places: list[tuple[Directory | Remote, dict[str, int]]]) -> Entry:
+        names, read, problems = tuple(store.name for store, _ in places), [], []
+        for store, there in places:
+            try:
+                manifest = await manifest_of(store, id)
+                read.append(manifest)
+                in_place(store, manifest, there)
+            except BackupError as exc:
+                problems.append(str(exc))
+        problem = "; ".join(problems) or None
+        if not read:
+            return Entry(id, names, None, problem)
         found = await last_drill(self, id)
         told = (
             None if found is None else f"drill of {found.at[:16].replace('T', ' ')} {'well' if found.ok else 'FAILED'}"
         )
-        return Entry(id, names, manifest, drill=told)
+        return Entry(id, names, read[0], problem, told)
 
     async def find(self, id: str) -> Entry:
         """Return a backup; `latest` is the newest full one. Raises `BackupError` when it is not there, or damaged."""
@@ -180,9 +187,10 @@ class Vault(Kept):
             settings.backup_keep, settings.backup_keep_daily, settings.backup_keep_weekly, settings.backup_keep_monthly
         )
         entries = await self.known()
-        keep = kept([entry.manifest for entry in entries if entry.manifest is not None], rules, now)
-        # What is damaged stays: somebody has to look at it.
-        gone = [entry for entry in entries if entry.manifest is not None and entry.id not in keep]
+        whole = {entry.id: entry.manifest for entry in entries if entry.manifest is not None and entry.problem is None}
+        keep = kept(whole.values(), rules, now)
+        # What is damaged takes no other one's place, and stays: somebody has to look at it.
+        gone = [entry for entry in entries if entry.id in whole and entry.id not in keep]
         files = 0
         for store in self.stores:
             names = await store.names()
@@ -202,6 +210,11 @@ class Vault(Kept):
     def _forget_plain(self, ids: set[str]) -> None:
         for id in ids:
             (self.local.path / f"{PLAIN}{id}").unlink(missing_ok=True)
+
+
+def _order(entry: Entry) -> tuple[str, str, str]:
+    """Sort by time: ids say the second, then chance, and a manifest that cannot be read says nothing."""
+    return entry.id[:SECOND], entry.manifest.created_at if entry.manifest else "", entry.id
 
 
 def _belongs(name: str, ids: set[str]) -> bool:
