@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC
 from pathlib import Path
@@ -17,15 +17,25 @@ import asyncpg
 from utils.actions import Progress, Step, silent
 from utils.backup import crypt, tools
 from utils.backup.manifest import ARCHIVE, ENCRYPTED, SUFFIX, Kind, Manifest, new_id
-from utils.backup.pipeline import Command, run
+from utils.backup.pipeline import Command, Passed, run
 from utils.backup.store import Directory, Remote
 from utils.database import ConnectTarget, Database
+from utils.database.pool import ATTEMPT_SECONDS
 from utils.errors import BackupError, translate
 
 #: gzip's fastest: on rows of a mirror its archives are a sixth larger than those of pg_dump's own 6, in half the time.
 COMPRESSION = 1
 #: Seconds for one table to be counted; for pg_dump to wait for a table that is locked.
 COUNT_SECONDS, LOCK_SECONDS = 3_600.0, 60
+#: Seconds for any other statement of the snapshot's session, and for its end.
+STATEMENT_SECONDS, GOODBYE_SECONDS = 60.0, 10.0
+#: Limits that the server, the database or the role may set, and that a long backup would run into; 17 has the last.
+_LIMITS = ["statement_timeout", "idle_in_transaction_session_timeout", "transaction_timeout"]
+#: PostgreSQL 14 has `client_connection_check_interval`.
+_CHECKS_CLIENT = 140_000
+#: Variables of libpq that say how to reach the server, as our own connections heed them too; the others of its kind
+#: would steer pg_dump elsewhere.
+_HEEDED = ("PGPASSFILE", "PGSERVICEFILE", "PGSSL", "PGTARGETSESSIONATTRS", "PGKRBSRVNAME", "PGGSSLIB")
 #: The archive before encryption, for drills without an identity; begins with a dot, so that no store lists it.
 PLAIN = ".plain-"
 
@@ -93,23 +103,21 @@ async def create(database: Database, places: Places, wanted: Wanted, *, progress
         plain = local.path / f"{PLAIN}{id}"
         async with _snapshot(direct) as (connection, snapshot, facts):
             tables = await _chosen(connection, wanted)
-            programs = [_dump(directory, direct, snapshot, tables, wanted)]
+            checks = database.server_version_num >= _CHECKS_CLIENT
+            programs = [_dump(directory, direct, snapshot, tables, wanted, checks_client=checks)]
             if places.recipient:
                 programs.append(Command(crypt.encryption(places.recipient), dict(os.environ)))
             copy = plain if places.recipient and places.keeps_plain else None
             try:
-                dumping = asyncio.create_task(run(programs, unfinished, copy=copy, progress=progress))
-                try:
-                    rows = {} if wanted.schema_only else await _counted(connection, tables)
-                    passed = await dumping
-                finally:
-                    dumping.cancel()
-                    await asyncio.wait({dumping})
+                passed, rows = await _both(
+                    run(programs, unfinished, copy=copy, progress=progress),
+                    _counted(connection, () if wanted.schema_only else tables),
+                )
             except BaseException as exc:
                 await asyncio.to_thread(plain.unlink, missing_ok=True)
                 if isinstance(exc, BackupError) and "LOCK TABLE" in str(exc):
                     raise BackupError(
-                        f"a table stayed locked by somebody else for {LOCK_SECONDS} s: try again when that is done ({exc})"
+                        f"a table stayed locked by somebody else for {LOCK_SECONDS} s: try again later ({exc})"
                     ) from exc
                 raise
         manifest = Manifest(
@@ -138,6 +146,26 @@ async def create(database: Database, places: Places, wanted: Wanted, *, progress
     return manifest
 
 
+async def _both(
+    dumping: Coroutine[Any, Any, list[Passed]], counting: Coroutine[Any, Any, dict[str, int]]
+) -> tuple[list[Passed], dict[str, int]]:
+    """Return what both return; as soon as one fails, the other is called off."""
+    dump, count = asyncio.create_task(dumping), asyncio.create_task(counting)
+    try:
+        await asyncio.wait({dump, count}, return_when=asyncio.FIRST_EXCEPTION)
+        for task in (dump, count):
+            if task.done():
+                task.result()
+        return dump.result(), count.result()
+    finally:
+        dump.cancel()
+        count.cancel()
+        await asyncio.wait({dump, count})
+        for task in (dump, count):
+            if not task.cancelled():
+                task.exception()  # what the other one failed with is told; this one's is not missed
+
+
 def _forget_plain(directory: Path, but: str) -> None:
     for path in directory.glob(f"{PLAIN}*"):
         if path.name != f"{PLAIN}{but}":
@@ -148,23 +176,30 @@ def _forget_plain(directory: Path, but: str) -> None:
 async def _snapshot(target: ConnectTarget) -> AsyncIterator[tuple[Any, str, dict[str, Any]]]:
     """Lend a connection whose transaction sees one moment, that moment's name for pg_dump, and what it is."""
     try:
-        connection = await asyncpg.connect(**target.connect_kwargs(), timeout=30)
+        connection = await asyncpg.connect(
+            **target.connect_kwargs(), timeout=ATTEMPT_SECONDS, command_timeout=STATEMENT_SECONDS
+        )
         try:
-            async with connection.transaction(isolation="repeatable_read", readonly=True):
-                for setting in ("statement_timeout", "idle_in_transaction_session_timeout"):
-                    await connection.execute("SELECT set_config($1, '0', true)", setting)
-                await connection.execute("SELECT set_config('lock_timeout', $1, true)", f"{LOCK_SECONDS}s")
-                facts = await connection.fetchrow(
-                    "SELECT pg_export_snapshot() AS snapshot, now() AS at, current_database() AS database,"
-                    " current_setting('server_version') AS version,"
-                    " to_regclass('public.alembic_version') IS NOT NULL AS is_ours"
-                )
-                assert facts is not None, "one row"
-                revision = None
-                if facts["is_ours"]:
-                    revision = await connection.fetchval("SELECT version_num FROM public.alembic_version")
-                yield connection, facts["snapshot"], {**facts, "revision": revision}
+            transaction = connection.transaction(isolation="repeatable_read", readonly=True)
+            await transaction.start()
+            await connection.execute(
+                "SELECT set_config(name, '0', true) FROM pg_settings WHERE name = ANY($1::text[])", _LIMITS
+            )
+            await connection.execute("SELECT set_config('lock_timeout', $1, true)", f"{LOCK_SECONDS}s")
+            facts = await connection.fetchrow(
+                "SELECT pg_export_snapshot() AS snapshot, now() AS at, current_database() AS database,"
+                " current_setting('server_version') AS version,"
+                " to_regclass('public.alembic_version') IS NOT NULL AS is_ours"
+            )
+            assert facts is not None, "one row"
+            revision = None
+            if facts["is_ours"]:
+                revision = await connection.fetchval("SELECT version_num FROM public.alembic_version")
+            yield connection, facts["snapshot"], {**facts, "revision": revision}
         finally:
+            # A count that was called off goes on in the server unless it is told so, which closing does.
+            with contextlib.suppress(TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                await connection.close(timeout=GOODBYE_SECONDS)
             connection.terminate()
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as exc:
         raise translate(exc) or exc from exc
@@ -192,7 +227,15 @@ async def _counted(connection: Any, tables: Sequence[Any]) -> dict[str, int]:
     return dict(sorted(rows.items()))
 
 
-def _dump(directory: Path, target: ConnectTarget, snapshot: str, tables: Sequence[Any], wanted: Wanted) -> Command:
+def _dump(
+    directory: Path,
+    target: ConnectTarget,
+    snapshot: str,
+    tables: Sequence[Any],
+    wanted: Wanted,
+    *,
+    checks_client: bool = True,
+) -> Command:
     arguments = [
         str(directory / "pg_dump"), "--format=custom", f"--compress={COMPRESSION}", "--no-owner", "--no-privileges",
         f"--snapshot={snapshot}", f"--lock-wait-timeout={LOCK_SECONDS}s", "--no-password",
@@ -203,9 +246,12 @@ def _dump(directory: Path, target: ConnectTarget, snapshot: str, tables: Sequenc
         names = [name for table in tables for name in (table["parts"] or [table["quoted"]])]
         arguments += [f"--table={name}" for name in names]  # as patterns, quoted names stand for themselves
     arguments += ["--dbname", target.libpq_url()]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
-    # Else the session of a pg_dump that was killed stays for as long as it waits for a lock.
-    environment["PGOPTIONS"] = "-c client_connection_check_interval=1s"
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PG") or name.startswith(_HEEDED)
+    }
+    if checks_client:
+        # Else the session of a pg_dump that was killed stays for as long as it waits for a lock.
+        environment["PGOPTIONS"] = "-c client_connection_check_interval=1s"
     return Command(arguments, {**environment, "LC_ALL": "C", **target.libpq_environment()})
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 import orjson
+from pydantic import TypeAdapter, ValidationError
 
 from utils.errors import BackupError
 
@@ -90,6 +91,10 @@ class Manifest:
         return orjson.dumps(content | {"seal": _seal(content)}, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
 
 
+_TYPES = TypeAdapter(Manifest)
+_NAMES = {one.name for one in fields(Manifest)}
+
+
 def new_id() -> str:
     """Return the id of a backup that begins now."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
@@ -113,9 +118,18 @@ def unpacked(content: bytes, name: str) -> Manifest:
         raise BackupError(f"{name} is damaged: what it says was changed after it was written")
     try:
         manifest = Manifest(**found)
-        _ = manifest.made_at, manifest.major
+        _TYPES.validate_json(orjson.dumps(found), strict=True)
+        made_at, _ = manifest.made_at, manifest.major
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        raise BackupError(f"{name} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except (TypeError, ValueError) as exc:
         raise BackupError(f"{name} is damaged: {exc}") from None
+    # What is not said is not to be taken from the defaults: without rows nothing would be counted after a restore.
+    if missing := _NAMES - found.keys():
+        raise BackupError(f"{name} is damaged: it lacks {', '.join(sorted(missing))}")
+    if made_at.tzinfo is None:
+        raise BackupError(f"{name} is damaged: created_at has no time zone: {manifest.created_at}")
     if f"{manifest.id}{SUFFIX}" != name:
         raise BackupError(f"{name} holds the manifest of backup {manifest.id}: the files were swapped")
     if manifest.file not in (manifest.id + ARCHIVE, manifest.id + ENCRYPTED):

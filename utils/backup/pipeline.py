@@ -122,7 +122,8 @@ class _Pipe:
                     self._pump(self._running[-1].stdout, out, self.passed[-1], copy if not threads else None)
                     _force(out)
                 finally:
-                    if self._errors or self._is_killed:
+                    # When the last one failed, those before it work for nobody, and would only notice with a next byte.
+                    if self._errors or self._is_killed or self._running[-1].wait():
                         self.kill()
                     for thread in threads:
                         thread.join()

@@ -30,7 +30,8 @@ def kept(manifests: Iterable[Manifest], rules: Rules, now: datetime) -> set[str]
     Backups of some tables or without rows count among the newest only, beside the full ones. The newest full one is
     always kept.
     """
-    ordered = sorted(manifests, key=lambda manifest: manifest.id, reverse=True)
+    # Ids say the second, then chance.
+    ordered = sorted(manifests, key=lambda manifest: (manifest.made_at, manifest.id), reverse=True)
     full = [manifest for manifest in ordered if manifest.kind == "full"]
     keep = {manifest.id for manifest in full[: max(1, rules.newest)]}
     keep |= {manifest.id for manifest in [one for one in ordered if one.kind != "full"][: rules.newest]}

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import re
 from collections.abc import Awaitable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -19,12 +21,17 @@ from utils.errors import BackupError
 
 ResultT = TypeVar("ResultT")
 
-#: Seconds for a small object, or for the next piece of a large one.
-ANSWER_SECONDS = 120.0
+#: Seconds for one request, and after which it is not tried once more.
+REQUEST_SECONDS, RETRY_SECONDS = 120.0, 150.0
+#: Seconds for a small object, or for the next piece of a large one: more than obstore takes to give up by itself, as
+#: what it is called off from may end the interpreter with a panic when that ends first.
+ANSWER_SECONDS = 300.0
 #: Seconds for a whole object on its way up.
 UPLOAD_SECONDS = 6 * 3_600.0
 #: Bytes of a piece, and pieces on their way at once: what an upload takes in memory.
 PIECE, AT_ONCE = 8 << 20, 3
+#: Of addresses: a login, and a query, which may be a signature.
+_SECRET = re.compile(r"(?<=//)[^/@\s]*@|\?[^\s\"]*")
 #: Files that are still being written begin so.
 UNFINISHED = ".unfinished-"
 
@@ -157,14 +164,22 @@ class Remote:
         address = url.get_secret_value()
         parts = urlsplit(address)
         self._name = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"  # neither login nor query
-        options: Any = {"timeout": f"{ANSWER_SECONDS:g}s", "connect_timeout": "20s"}
+        is_place = bool(parts.netloc) if parts.scheme != "file" else not parts.netloc and parts.path.startswith("/")
+        if not parts.scheme or not is_place:
+            raise BackupError(
+                "BACKUP_URL is no address of a store: expected s3://bucket/path, gs://bucket/path,"
+                " az://container/path or file:///path"
+            )
+        options: Any = {"timeout": f"{REQUEST_SECONDS:g}s", "connect_timeout": "20s"}
         if os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "yes"):
             options["allow_http"] = True
         try:
             if parts.scheme == "file":
                 self._store: Any = obstore.store.LocalStore(parts.path, mkdir=True)
             else:
-                self._store = obstore.store.from_url(address, client_options=options)
+                self._store = obstore.store.from_url(
+                    address, client_options=options, retry_config={"retry_timeout": timedelta(seconds=RETRY_SECONDS)}
+                )
         except Exception as exc:  # obstore's errors have no root of their own for what it is given
             raise BackupError(f"BACKUP_URL {self._name} cannot be used: {_first_line(exc)}") from None
 
@@ -228,27 +243,32 @@ class Remote:
         import obstore
 
         passed, digest = Passed(), hashlib.sha256()
-        found = await self._bounded("read", name, obstore.get_async(self._store, name), ANSWER_SECONDS)
-        pieces = found.stream(min_chunk_size=PIECE).__aiter__()
-        file = None if to is None else await _in_thread(lambda: os.fdopen(_new(to), "wb", buffering=0))
-
-        def keep(piece: Any) -> None:
-            digest.update(piece)
-            if file is not None:
-                file.write(piece)
-
         try:
-            while True:
-                try:
-                    piece = await self._bounded("read", name, anext(pieces), ANSWER_SECONDS)
-                except StopAsyncIteration:
-                    break
-                await _in_thread(lambda piece=piece: keep(piece))
-                passed.size += len(piece)
-                progress(Step("reading it back" if to is None else "fetching", passed.size, None, "bytes"))
-        finally:
-            if file is not None:
-                await _in_thread(file.close)
+            about = await self._bounded("read", name, obstore.head_async(self._store, name), ANSWER_SECONDS)
+            size = about["size"]
+            file = None if to is None else await _in_thread(lambda: os.fdopen(_new(to), "wb", buffering=0))
+
+            def keep(piece: Any) -> None:
+                digest.update(piece)
+                if file is not None:
+                    file.write(piece)
+
+            try:
+                # Piece by piece: the time that one request may take is over before that of a large object is.
+                while passed.size < size:
+                    end = min(passed.size + PIECE, size)
+                    work = obstore.get_range_async(self._store, name, start=passed.size, end=end)
+                    piece = await self._bounded("read", name, work, ANSWER_SECONDS)
+                    if len(piece) != end - passed.size:
+                        raise BackupError(f"{self._name}: {name} changed while it was read: try again")
+                    await _in_thread(lambda piece=piece: keep(piece))
+                    passed.size = end
+                    progress(Step("reading it back" if to is None else "fetching", end, size, "bytes"))
+            finally:
+                if file is not None:
+                    await _in_thread(file.close)
+        except FileNotFoundError:
+            raise BackupError(f"{self._name}: {name} is not there") from None
         passed.sha256 = digest.hexdigest()
         return passed
 
@@ -263,12 +283,14 @@ class Remote:
         try:
             async with asyncio.timeout(seconds):
                 return await work
-        except (FileNotFoundError, StopAsyncIteration):
-            raise
+        except FileNotFoundError as exc:
+            if verb in ("read", "delete"):
+                raise
+            raise BackupError(f"{self._name}: could not {verb} {name}: {_first_line(exc)}") from None  # no bucket
         except TimeoutError:
             raise BackupError(f"{self._name}: could not {verb} {name} within {seconds:g} s: try again later") from None
         except Exception as exc:  # obstore raises classes of its own, and Python's
-            raise BackupError(f"{self._name}: could not {verb} {name}: {_first_line(exc)}") from exc
+            raise BackupError(f"{self._name}: could not {verb} {name}: {_first_line(exc)}") from None
 
 
 def _new(path: Path) -> int:
@@ -276,7 +298,9 @@ def _new(path: Path) -> int:
 
 
 def _first_line(exc: BaseException) -> str:
-    return (str(exc).strip().splitlines() or [type(exc).__name__])[0][:300]
+    """Return what obstore says, without what addresses may hold: logins, and signatures in queries."""
+    line = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+    return _SECRET.sub("", line)[:300]
 
 
 async def _in_thread(work: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from utils.actions import Progress, Step, silent
@@ -30,6 +31,15 @@ async def manifest_of(store: Directory | Remote, id: str) -> Manifest:
     return unpacked(content, name)
 
 
+def in_place(store: Directory | Remote, manifest: Manifest, names: Mapping[str, int]) -> None:
+    """Look for the archive among a store's names and sizes. Raises `BackupError` when it is not there as it was."""
+    size = names.get(manifest.file)
+    if size is None:
+        raise BackupError(f"backup {manifest.id} is not whole: its archive {manifest.file} is not in {store.name}")
+    if size != manifest.size:
+        raise BackupError(f"{manifest.file} is damaged: it has {size:,} bytes, the manifest says {manifest.size:,}")
+
+
 async def checked(
     store: Directory | Remote, manifest: Manifest, *, keep: Path | None = None, progress: Progress = silent
 ) -> None:
@@ -38,11 +48,7 @@ async def checked(
     Raises `BackupError` with what differs.
     """
     progress(Step("checking", 0, manifest.size, "bytes"))
-    size = (await store.names()).get(manifest.file)
-    if size is None:
-        raise BackupError(f"backup {manifest.id} is not whole: its archive {manifest.file} is not in {store.name}")
-    if size != manifest.size:
-        raise BackupError(f"{manifest.file} is damaged: it has {size:,} bytes, the manifest says {manifest.size:,}")
+    in_place(store, manifest, await store.names())
     if isinstance(store, Remote):
         reading = (
             store.checksum(manifest.file, progress) if keep is None else store.fetch(manifest.file, keep, progress)

@@ -59,9 +59,7 @@ duty_failures = Counter(
     registry=registry,
 )  # fmt: skip
 backup_time = Gauge("guildbook_backup_timestamp_seconds", "When the last backup was made.", registry=registry)
-drill_time = Gauge(
-    "guildbook_drill_timestamp_seconds", "When a backup was last proved.", registry=registry
-)
+drill_time = Gauge("guildbook_drill_timestamp_seconds", "When a backup was last proved.", registry=registry)
 drill_ok = Gauge("guildbook_drill_ok", "Whether that backup came back whole.", registry=registry)
 loop_stall_max = Gauge(
     "guildbook_loop_stall_max_seconds", "Longest time that the event loop was held, since the start.", registry=registry
