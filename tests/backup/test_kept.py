@@ -58,7 +58,7 @@ async def test_an_archive_that_is_not_as_it_was_is_refused(
     else:
         file.write_bytes(content if damage == "flipped" else content[:-10])
     wanted = await sums(database.target)
-    with pytest.raises(BackupError, match="cannot be read" if damage == "gone" else "is damaged"):
+    with pytest.raises(BackupError, match="is not there" if damage == "gone" else "is damaged"):
         await restore(database, Kept(settings(tmp_path)), saved)
     assert await sums(database.target) == wanted
 

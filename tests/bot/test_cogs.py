@@ -34,7 +34,7 @@ async def test_every_cog_loads_and_no_two_have_the_same_command_or_listener_name
 ) -> None:
     async with running(database, simulator, monkeypatch) as bot:
         assert sorted(bot.extensions) == found_extensions()
-        assert found_extensions() == ["cogs.cogs", "cogs.mirror", "cogs.preferences"]
+        assert found_extensions() == ["cogs.cogs", "cogs.db", "cogs.mirror", "cogs.preferences"]
         names: list[str] = []
         for cog in bot.cogs.values():
             names += [command.qualified_name for command in cog.walk_app_commands()]

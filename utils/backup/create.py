@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -18,10 +19,13 @@ from utils.actions import Progress, Step, silent
 from utils.backup import crypt, tools
 from utils.backup.manifest import ARCHIVE, ENCRYPTED, SUFFIX, Kind, Manifest, new_id
 from utils.backup.pipeline import Command, Passed, run
+from utils.backup.retention import SAFETY
 from utils.backup.store import Directory, Remote
 from utils.database import ConnectTarget, Database
 from utils.database.pool import ATTEMPT_SECONDS
 from utils.errors import BackupError, translate
+
+_log = logging.getLogger(__name__)
 
 #: gzip's fastest: on rows of a mirror its archives are a sixth larger than those of pg_dump's own 6, in half the time.
 COMPRESSION = 1
@@ -33,9 +37,6 @@ STATEMENT_SECONDS, GOODBYE_SECONDS = 60.0, 10.0
 _LIMITS = ["statement_timeout", "idle_in_transaction_session_timeout", "transaction_timeout"]
 #: PostgreSQL 14 has `client_connection_check_interval`.
 _CHECKS_CLIENT = 140_000
-#: Variables of libpq that say how to reach the server, as our own connections heed them too; the others of its kind
-#: would steer pg_dump elsewhere.
-_HEEDED = ("PGPASSFILE", "PGSERVICEFILE", "PGSSL", "PGTARGETSESSIONATTRS", "PGKRBSRVNAME", "PGGSSLIB")
 #: The archive before encryption, for drills without an identity; begins with a dot, so that no store lists it.
 PLAIN = ".plain-"
 
@@ -84,7 +85,8 @@ class Places:
 async def create(database: Database, places: Places, wanted: Wanted, *, progress: Progress = silent) -> Manifest:
     """Back the database up and return the manifest.
 
-    Raises `BackupError`; nothing is left of a backup that failed or was called off.
+    Raises `BackupError`; nothing is left of a backup that failed or was called off, unless all that failed was to store
+    it elsewhere as well.
     """
     direct = database.direct
     if direct.pooled:
@@ -138,11 +140,17 @@ async def create(database: Database, places: Places, wanted: Wanted, *, progress
             rows=rows,
             seconds=round(time.monotonic() - started, 2),
         )
-        if places.remote is not None:
-            await _upload(places.remote, unfinished, manifest, progress)
         await asyncio.to_thread(local.finish, unfinished, name)
         await local.write(f"{id}{SUFFIX}", manifest.packed())
     await asyncio.to_thread(_forget_plain, local.path, id)
+    if places.remote is not None:
+        try:
+            await _upload(places.remote, local.path / name, manifest, progress)
+        except BackupError as exc:
+            told = f"backup {id} is whole in {local.name}, but not stored elsewhere: {exc}"
+            if not wanted.reason.startswith(SAFETY):  # for taking something back, the one that is here is enough
+                raise BackupError(told) from exc
+            _log.warning("%s", told)
     return manifest
 
 
@@ -246,9 +254,7 @@ def _dump(
         names = [name for table in tables for name in (table["parts"] or [table["quoted"]])]
         arguments += [f"--table={name}" for name in names]  # as patterns, quoted names stand for themselves
     arguments += ["--dbname", target.libpq_url()]
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("PG") or name.startswith(_HEEDED)
-    }
+    environment = tools.environment()
     if checks_client:
         # Else the session of a pg_dump that was killed stays for as long as it waits for a lock.
         environment["PGOPTIONS"] = "-c client_connection_check_interval=1s"

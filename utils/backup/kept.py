@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 from utils.actions import Progress
@@ -37,7 +37,7 @@ class Kept:
         self._settings = settings
         self.local = Directory(settings.data_dir / "backups")
         self._remote = None if settings.backup_url is None else Remote(settings.backup_url)
-        self._stores: list[Store] = [self.local] if self._remote is None else [self.local, self._remote]
+        self._stores: list[Directory | Remote] = [self.local] if self._remote is None else [self.local, self._remote]
 
     @contextlib.asynccontextmanager
     async def opened(self, which: str, server: int, progress: Progress) -> AsyncIterator[Archive]:
@@ -54,7 +54,7 @@ class Kept:
                 f" {server} cannot read: restore it on a server of {manifest.major} or newer"
             )
         directory = await tools.found(server)
-        with _place(self._settings.data_dir / "opened") as place:
+        async with private_room(self._settings.data_dir / "opened") as place:
             file = await self._readable(store, manifest, place, progress)
             counts = {_table(name): rows for name, rows in manifest.rows.items()}
             yield Archive(manifest.id, file, directory, manifest.made_at, manifest.major, manifest.revision, counts)
@@ -100,38 +100,75 @@ class Kept:
         return file
 
     async def _find(self, which: str) -> tuple[Store, Manifest]:
-        """Return a backup and where it is, the nearest store first. Raises `BackupError` when there is none."""
-        places: dict[str, tuple[Store, dict[str, int]]] = {}
-        for store in self._stores:
-            names = await store.names()
-            for name in filter(_is_manifest, names):
-                places.setdefault(name.removesuffix(SUFFIX), (store, names))
+        """Return a backup and the nearest store that has it whole; "latest" is the newest full one that any has.
+
+        Raises `BackupError` when there is none.
+        """
+        places, silent_ones = await self._places()
         if which != "latest":
-            if which in places:
-                return places[which][0], await self._read(places[which][0], which)
-            raise self._missing(f"backup {which}")
+            found, refused = await self._whole_one(which, places.get(which, []))
+            if found is None:
+                raise BackupError(refused) if refused else self._missing(f"backup {which}", silent_ones)
+            return found
         best: tuple[Store, Manifest] | None = None
-        refused = ""
+        damaged: list[str] = []
         for id in sorted(places, reverse=True):
             if best is not None and id[:SECOND] != best[1].id[:SECOND]:
                 break
-            store, names = places[id]
+            found, refused = await self._whole_one(id, places[id])
+            if found is None:
+                damaged.append(refused)
+            # Within one second the ids do not say which is newer.
+            elif found[1].kind == "full" and (best is None or found[1].made_at > best[1].made_at):
+                best = found
+        if best is None:
+            raise self._missing("full backup", [*damaged[:1], *silent_ones])
+        if damaged:
+            _log.warning("backups that are newer than %s are passed over: %s", best[1].id, "; ".join(damaged))
+        return best
+
+    async def _places(self) -> tuple[dict[str, list[tuple[Directory | Remote, dict[str, int]]]], list[str]]:
+        """Return which stores have a manifest of each backup, and what stores said that could not be asked.
+
+        Raises `BackupError` when it is the near one.
+        """
+        places: dict[str, list[tuple[Directory | Remote, dict[str, int]]]] = {}
+        wrong: list[str] = []
+        for store in self._stores:
+            try:
+                names = await store.names()
+            except BackupError as error:
+                if store is self.local:
+                    raise
+                _log.warning("only the backups in %s are seen: %s", self.local.name, error)
+                wrong.append(str(error))
+                continue
+            for name in filter(_is_manifest, names):
+                places.setdefault(name.removesuffix(SUFFIX), []).append((store, names))
+        return places, wrong
+
+    async def _whole_one(
+        self, id: str, places: list[tuple[Directory | Remote, dict[str, int]]]
+    ) -> tuple[tuple[Store, Manifest] | None, str]:
+        """Return the first store where a backup's manifest can be read and its archive is there, or what is wrong."""
+        wrong: list[str] = []
+        for store, names in places:
             try:
                 manifest = await self._read(store, id)
             except BackupError as error:
-                refused = f" ({error})"
+                wrong.append(str(error))
                 continue
-            is_whole = manifest.kind == "full" and manifest.file in names
-            # Within one second the ids do not say which is newer.
-            if is_whole and (best is None or manifest.made_at > best[1].made_at):
-                best = store, manifest
-        if best is None:
-            raise self._missing("full backup", refused)
-        return best
+            if names.get(manifest.file) == manifest.size:
+                return (store, manifest), ""
+            size = names.get(manifest.file)
+            seen = "is not there" if size is None else f"has {size:,} bytes, expected {manifest.size:,}"
+            wrong.append(f"backup {id} at {store.name} is damaged: {manifest.file} {seen}")
+        return None, "; ".join(wrong)
 
-    def _missing(self, what: str, why: str = "") -> BackupError:
+    def _missing(self, what: str, why: Sequence[str] = ()) -> BackupError:
         places = " or ".join(store.name for store in self._stores)
-        return BackupError(f"there is no {what} in {places}{why}: python bot.py backup list shows what there is")
+        reasons = f" ({'; '.join(why)})" if why else ""
+        return BackupError(f"there is no {what} in {places}{reasons}: python bot.py backup list shows what there is")
 
     async def _read(self, store: Store, id: str) -> Manifest:
         content = await store.read(id + SUFFIX, LARGEST)
@@ -158,7 +195,13 @@ class Kept:
     async def read_note(self, name: str) -> bytes | None:
         """Return a small file that stands beside the backups; None: there is none."""
         for store in self._stores:
-            content = await store.read(name, NOTE_BYTES)
+            try:
+                content = await store.read(name, NOTE_BYTES)
+            except BackupError as error:
+                if store is self.local:
+                    raise
+                _log.debug("%s could not be read: %s", name, error)
+                continue
             if content is not None:
                 return content
         return None
@@ -166,7 +209,12 @@ class Kept:
     async def write_note(self, name: str, content: bytes) -> None:
         """Put a small file beside the backups, wherever they are."""
         for store in self._stores:
-            await store.write(name, content)
+            try:
+                await store.write(name, content)
+            except BackupError as error:
+                if store is self.local:
+                    raise
+                _log.warning("%s is here alone: %s", name, error)
 
 
 def _is_manifest(name: str) -> bool:
@@ -178,12 +226,23 @@ def _table(name: str) -> tuple[str, str]:
     return schema, table
 
 
+@contextlib.asynccontextmanager
+async def private_room(parent: Path) -> AsyncIterator[Path]:
+    """Lend an empty directory that only we can read; what killed processes left there is removed first.
+
+    In threads: to clear a gigabyte takes a disk a good part of a second. Raises `BackupError`.
+    """
+    place = _place(parent)
+    room = await asyncio.to_thread(place.__enter__)
+    try:
+        yield room
+    finally:
+        await asyncio.to_thread(place.__exit__, None, None, None)
+
+
 @contextlib.contextmanager
 def _place(parent: Path) -> Iterator[Path]:
-    """Lend an empty directory that only we can read; those of killed processes are removed first.
-
-    What is decrypted there is people's data: it must not stay behind.
-    """
+    # What is decrypted there is people's data: it must not stay behind.
     try:
         parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         for left in parent.iterdir():

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from utils.actions import Progress, Step, silent
+from utils.backup import tools
 from utils.backup.scratch import connected, quoted, told
 from utils.backup.source import Archive
 from utils.database import ConnectTarget
@@ -72,7 +73,7 @@ async def load(archive: Archive, target: ConnectTarget, *, progress: Progress = 
         f"--jobs={jobs()}",
     ]
     command += ["--dbname", target.libpq_url(), str(archive.file)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+    environment = tools.environment()
     # Nothing of it is the database's yet; the renaming's commit makes all of it durable at once.
     environment["PGOPTIONS"] = "-c statement_timeout=0 -c lock_timeout=0 -c synchronous_commit=off"
     process = await asyncio.create_subprocess_exec(

@@ -19,6 +19,9 @@ _OTHERS = (
     "/usr/local/opt/postgresql@{major}/bin",
     "/opt/homebrew/opt/postgresql@{major}/bin",
 )
+#: Variables of libpq that say how to reach the server, as our own connections heed them too; the others of its kind
+#: would steer pg_dump elsewhere.
+_HEEDED = ("PGPASSFILE", "PGSERVICEFILE", "PGSSL", "PGTARGETSESSIONATTRS", "PGKRBSRVNAME", "PGGSSLIB")
 #: Seconds for a program to say its version.
 VERSION_SECONDS = 20.0
 _VERSION = re.compile(r"\(PostgreSQL\) (\d+)(\S*)")
@@ -53,6 +56,11 @@ def _candidates(major: int) -> list[Path]:
     if on_path is not None:
         directories.append(Path(on_path).parent)
     return [directory for directory in dict.fromkeys(directories) if (directory / "pg_dump").is_file()]
+
+
+def environment() -> dict[str, str]:
+    """Return our environment for one of the programs: of libpq's variables those that asyncpg heeds as well."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PG") or name.startswith(_HEEDED)}
 
 
 async def version(program: Path) -> str | None:

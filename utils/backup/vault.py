@@ -11,7 +11,7 @@ from typing import Any
 from utils.actions import Outcome, Progress, Step, silent
 from utils.backup.create import PLAIN, Places, Wanted, create
 from utils.backup.drill import drill, last_drill
-from utils.backup.kept import SECOND, Kept, _place
+from utils.backup.kept import SECOND, Kept, private_room
 from utils.backup.manifest import ENCRYPTED, ID, SUFFIX, Manifest
 from utils.backup.restore import restore
 from utils.backup.retention import Rules, kept
@@ -85,18 +85,18 @@ class Vault(Kept):
     # --- looking
 
     async def known(self) -> list[Entry]:
-        """Return every backup that there is, the newest first, damaged ones too. Raises `BackupError`."""
-        places: dict[str, list[tuple[Directory | Remote, dict[str, int]]]] = {}
-        for store in self.stores:
-            names = await store.names()
-            for name in names:
-                id = name.removesuffix(SUFFIX)
-                if name.endswith(SUFFIX) and ID.fullmatch(id):
-                    places.setdefault(id, []).append((store, names))
-        entries = [await self._entry(id, found) for id, found in places.items()]
-        return sorted(entries, key=_order, reverse=True)
+        """Return every backup that there is, the newest first, damaged ones too.
 
-    async def _entry(self, id: str, places: list[tuple[Directory | Remote, dict[str, int]]]) -> Entry:
+        A store elsewhere that does not answer is left out, and logged. Raises `BackupError`.
+        """
+        return (await self._looked())[0]
+
+    async def _looked(self) -> tuple[list[Entry], list[str]]:
+        places, wrong = await self._places()
+        entries = [await self._entry(id, found) for id, found in places.items()]
+        return sorted(entries, key=_order, reverse=True), wrong
+
+    async def _entry(self, id: str, places: Sequence[tuple[Directory | Remote, dict[str, int]]]) -> Entry:
         names, read, problems = tuple(store.name for store, _ in places), [], []
         for store, there in places:
             try:
@@ -127,8 +127,8 @@ class Vault(Kept):
 
     async def listing(self) -> Outcome:
         """List the backups."""
-        entries = await self.known()
-        lines = [entry.line for entry in entries[:SHOWN]]
+        entries, wrong = await self._looked()
+        lines = [entry.line for entry in entries[:SHOWN]] or ["there are no backups yet"]
         if len(entries) > SHOWN:
             lines.append(f"and {len(entries) - SHOWN} older ones")
         data = [
@@ -136,7 +136,7 @@ class Vault(Kept):
             | ({} if one.manifest is None else asdict(one.manifest))
             for one in entries
         ]
-        return Outcome("\n".join(lines) or "there are no backups yet", {"backups": data})
+        return Outcome("\n".join([*lines, *wrong]), {"backups": data, "problems": wrong}, ok=not wrong)
 
     async def verify(self, id: str, *, progress: Progress = silent) -> Outcome:
         """Check a backup in every place that has it. Raises `BackupError` with what is wrong."""
@@ -148,7 +148,7 @@ class Vault(Kept):
     async def _verify(self, store: Directory | Remote, id: str, progress: Progress) -> str:
         manifest = await manifest_of(store, id)
         identity = self._settings.backup_age_identity_file
-        with _place(self._settings.data_dir / "opened") as room:
+        async with private_room(self._settings.data_dir / "opened") as room:
             is_remote = isinstance(store, Remote)
             file = room / "fetched" if is_remote else self.local.path / manifest.file
             await checked(store, manifest, keep=file if is_remote else None, progress=progress)
@@ -186,7 +186,9 @@ class Vault(Kept):
         rules = Rules(
             settings.backup_keep, settings.backup_keep_daily, settings.backup_keep_weekly, settings.backup_keep_monthly
         )
-        entries = await self.known()
+        entries, wrong = await self._looked()
+        if wrong:
+            raise BackupError(f"nothing was deleted: {'; '.join(wrong)}")
         whole = {entry.id: entry.manifest for entry in entries if entry.manifest is not None and entry.problem is None}
         keep = kept(whole.values(), rules, now)
         # What is damaged takes no other one's place, and stays: somebody has to look at it.
