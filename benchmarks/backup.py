@@ -25,6 +25,7 @@ from utils.backup.restore import bring_back
 from utils.backup.scratch import connected, quoted
 from utils.backup.vault import Vault
 from utils.database import ConnectTarget, Database
+from utils.database.partitions import ensure_partitions
 from utils.settings import Settings
 
 ROUNDS = 5
@@ -130,6 +131,8 @@ async def _no_safety() -> tuple[None, str]:
 
 async def measure(database: Database, rounds: int = ROUNDS) -> list[Row]:
     """Fill the tables, then make and bring back backups in turn with `pg_dump` and `pg_restore`."""
+    async with database.acquire() as connection:
+        await ensure_partitions(connection, database.now())  # as every start of the bot does
     for statement, number in zip(_FILL, ((), (USERS,), (MEMBERS,), (CHANGES,)), strict=True):
         await database.execute(statement, *number)
     for table in ("users", "members", "changes"):
@@ -143,6 +146,7 @@ async def measure(database: Database, rounds: int = ROUNDS) -> list[Row]:
     back: list[float] = []
     restored: list[float] = []
     back_on_disk: list[float] = []
+    until_live: list[float] = []
     restored_on_disk: list[float] = []
     while_made, while_back, while_drilled = Watch(), Watch(), Watch()
 
@@ -157,9 +161,10 @@ async def measure(database: Database, rounds: int = ROUNDS) -> list[Row]:
 
     async def bring() -> None:
         async with vault.opened(id, database.server_version_num // 10_000, silent) as one:
-            done = await bring_back(database, one, safety=_no_safety, drop_old=True)
+            done = await bring_back(database, one, safety=_no_safety)
             if not done.ok:
                 raise RuntimeError(done.text)
+            until_live.append(float(done.data["seconds_until_live"]))
 
     try:
         for turn in range(rounds):
@@ -197,7 +202,11 @@ async def measure(database: Database, rounds: int = ROUNDS) -> list[Row]:
         Row("`pg_dump -Fc` for that", median(dumped), unit=" s"),
         Row("its archive", size / 1e6, unit=" MB"),
         Row("bringing it back, counted: time against `pg_restore`", median(back) / median(restored), "≤", 1.3),
-        Row("the same until all is on the disk, on both sides", median(back_on_disk) / median(restored_on_disk)),
+        Row("the same until it is live, checksum not counted", median(until_live) / median(restored)),
+        Row(
+            "the first of these until all is on the disk, on both sides",
+            median(back_on_disk) / median(restored_on_disk),
+        ),
         Row(f"`pg_restore -j {loading.jobs()}` for that", median(restored), unit=" s"),
         Row("a drill of it", drill_seconds, unit=" s"),
         Row("longest loop stall while a backup is made", while_made.stall * 1e3, "≤", 50, " ms"),

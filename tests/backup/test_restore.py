@@ -14,13 +14,13 @@ import pytest
 from tests.backup.restoring import Shelf, ask, asking, cleaned, databases, dumped, pooled, put_down, sums, tell, typed
 from utils import development, migrations
 from utils.actions import Progress, Step
-from utils.backup import scratch
+from utils.backup import loading, scratch
 from utils.backup.restore import bring_back, restore
 from utils.backup.source import Archive
 from utils.cli import restore as cli
 from utils.database import ConnectTarget, Database
 from utils.database.embedded import EmbeddedServer
-from utils.errors import BackupError, ValidationError
+from utils.errors import BackupError, DatabaseUnavailable, ValidationError
 from utils.settings import Settings
 
 
@@ -264,3 +264,14 @@ def test_on_a_terminal_the_name_of_the_database_is_asked_for(
     monkeypatch.setattr("sys.stdin", stdin)
     with contextlib.nullcontext() if is_right else pytest.raises(ValidationError, match="nothing was done"):
         cli._confirm(settings, None)
+
+
+async def test_a_table_that_cannot_be_counted_or_analysed_is_one_line_not_a_group(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "COUNT_SECONDS", 0.2)
+    async with database.transaction() as connection:
+        await connection.execute("LOCK TABLE guilds")
+        for work in (loading.count(database.target, [("public", "guilds")]), loading.analyse(database.target)):
+            with pytest.raises(DatabaseUnavailable, match="did not answer in time"):
+                await work

@@ -7,7 +7,8 @@ import contextlib
 import os
 import shlex
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any
 
 from utils.actions import Progress, Step, silent
 from utils.backup import tools
@@ -24,6 +25,14 @@ SILENT_SECONDS = 6 * 3600.0
 COUNT_SECONDS = 3600.0
 #: Seconds for pg_restore to end when it was asked to, before it is killed.
 END_SECONDS = 10.0
+#: Tables whose statistics are gathered, the largest first; partitions with their table.
+_LARGE = """
+SELECT format('%I.%I', n.nspname, c.relname) AS name FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+WHERE c.relkind IN ('r', 'p', 'm') AND NOT c.relispartition AND n.nspname <> 'information_schema'
+    AND n.nspname NOT LIKE 'pg\\_%'
+ORDER BY (SELECT sum(l.relpages) FROM pg_class AS l
+    WHERE l.oid = c.oid OR l.oid IN (SELECT relid FROM pg_partition_tree(c.oid))) DESC
+"""
 _FINISHED = "finished item "
 _TABLE_DATA = " TABLE DATA "
 
@@ -137,6 +146,7 @@ async def count(
                 " FROM unnest($1::text[], $2::text[]) AS w(schema, name) ORDER BY bytes DESC NULLS LAST",
                 [schema for schema, _ in tables],
                 [name for _, name in tables],
+                timeout=COUNT_SECONDS,
             )
     counts: dict[tuple[str, str], int | None] = {}
     waiting = deque((row["schema"], row["name"]) for row in rows if row["is_there"])
@@ -153,9 +163,7 @@ async def count(
                     )
                 progress(Step("counting rows", len(counts), len(tables), "tables"))
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(jobs(), len(waiting) or 1)):
-            group.create_task(work())
+    await _side_by_side(work, min(jobs(), len(waiting)))
     return counts
 
 
@@ -170,10 +178,31 @@ def unlike(wanted: Mapping[tuple[str, str], int], found: Mapping[tuple[str, str]
 
 
 async def analyse(target: ConnectTarget) -> None:
-    """Gather the planner's statistics, which no archive has: without them it reads whole tables for one row."""
+    """Gather the planner's statistics, which no archive has: without them it reads whole tables for one row.
+
+    The largest tables first, on a few connections.
+    """
     async with connected(target) as connection:
         with told("gathering statistics"):
-            await connection.execute("ANALYZE", timeout=COUNT_SECONDS)
+            waiting = deque(row["name"] for row in await connection.fetch(_LARGE, timeout=COUNT_SECONDS))
+
+    async def work() -> None:
+        async with connected(target) as connection:
+            while waiting:
+                with told("gathering statistics"):
+                    await connection.execute("ANALYZE " + waiting.popleft(), timeout=COUNT_SECONDS)
+
+    await _side_by_side(work, min(jobs(), len(waiting)))
+
+
+async def _side_by_side(work: Callable[[], Coroutine[Any, Any, None]], number: int) -> None:
+    """Do something so many times at once; the first that fails ends the others, and raises what it raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(number):
+                group.create_task(work())
+    except BaseExceptionGroup as several:
+        raise several.exceptions[0] from None
 
 
 def by_hand(archive: Archive, target: ConnectTarget) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -16,7 +17,7 @@ from utils import migrations
 from utils.actions import Outcome, Progress, Step, silent
 from utils.backup import loading, recover, scratch, swap
 from utils.backup.source import Archive, Backups
-from utils.database import Database
+from utils.database import ConnectTarget, Database
 from utils.database.partitions import ensure_partitions
 from utils.errors import BackupError, GuildbookError
 
@@ -91,7 +92,13 @@ async def bring_back(
     saved, unsaved = await safety()
     started = time.monotonic()
     async with scratch.scratch(live, name, scratch.RESTORE, mark) as made:
-        await loading.load_and_check(archive, made.target, progress=progress)
+        dropping = asyncio.create_task(_drop_older(live, name), name="dropping the database of an earlier restore")
+        try:
+            await loading.load_and_check(archive, made.target, progress=progress)
+            await dropping
+        finally:
+            dropping.cancel()
+            await asyncio.wait({dropping})
         if steps:
             progress(Step("migrating", 0, len(steps), "revisions"))
             await migrations.upgrade(made.target)
@@ -108,6 +115,7 @@ async def bring_back(
                 comment=f"{name} until backup {archive.id} was restored; the next restore drops this",
                 depose=after is None,
             )
+    live_after = round(time.monotonic() - started, 2)
     lines = [
         f"Backup {archive.id} of {archive.made_at:%Y-%m-%d %H:%M} UTC is the live database {name} now:"
         f" {sum(archive.counts.values()):,} rows in {len(archive.counts)} tables, each counted."
@@ -127,6 +135,8 @@ async def bring_back(
         "backup": archive.id,
         "database": name,
         "seconds": seconds,
+        #: Until it was in its place; statistics and tidying up come after.
+        "seconds_until_live": live_after,
         "safety_backup": saved,
         "migrated": steps,
         "rows": sum(archive.counts.values()),
@@ -181,18 +191,28 @@ async def _afterwards(
     return lines, is_well
 
 
-async def _put_away(live: Any, name: str, before: str, drop_old: bool) -> list[str]:
-    """Drop what earlier restores kept, and with `drop_old` what this one did; say what is kept."""
+async def _drop_older(live: ConnectTarget, name: str) -> None:
+    """Drop what earlier restores kept.
+
+    While this one loads: it waits for a checkpoint of everything, and the sooner it begins the less there is to flush.
+    """
+    try:
+        async with scratch.connected(await scratch.home(live, name)) as connection:
+            with scratch.told("dropping the database of an earlier restore"):
+                for old in await scratch.there(connection, name, scratch.BEFORE):
+                    await scratch.drop(connection, old)
+    except GuildbookError as error:
+        _log.warning("the next restore tries again: %s", error)
+
+
+async def _put_away(live: ConnectTarget, name: str, before: str, drop_old: bool) -> list[str]:
+    """Say what is kept of the old database, or with `drop_old` drop it."""
     async with scratch.connected(await scratch.home(live, name)) as connection:
         with scratch.told("dropping the old database"):
-            for old in await scratch.there(connection, name, scratch.BEFORE):
-                if old != before or drop_old:
-                    await scratch.drop(connection, old)
-            size = (
-                await connection.fetchval("SELECT pg_size_pretty(pg_database_size($1))", before) if not drop_old else 0
-            )
-    if drop_old:
-        return ["The old database was dropped."]
+            if drop_old:
+                await scratch.drop(connection, before)
+                return ["The old database was dropped."]
+            size = await connection.fetchval("SELECT pg_size_pretty(pg_database_size($1))", before)
     return [f"The old database is kept as {before} ({size}) until the next restore drops it."]
 
 
