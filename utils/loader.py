@@ -159,7 +159,7 @@ class Loader:
                 with _at_hand(module, former):
                     await self._bot.load_extension(module)
             else:
-                importlib.invalidate_caches()
+                await asyncio.to_thread(_drop_bytecode, module)
                 await self._bot.load_extension(module)
         except SystemExit as exc:
             raise CogError(f"{module} calls sys.exit({exc.code!r})") from exc
@@ -254,13 +254,29 @@ async def _bounded(work: Coroutine[Any, Any, None], what: str, seconds: float) -
 
 def _compile(module: str) -> None:
     """Read and compile a module's source; what is wrong with it is raised."""
-    importlib.invalidate_caches()
+    _drop_bytecode(module)
     spec = importlib.util.find_spec(module)
     if spec is None or not isinstance(spec.loader, importlib.abc.InspectLoader):
         return
     if spec.origin is not None and not Path(spec.origin).exists():
         raise CogError(f"{spec.origin} is no longer there")
     spec.loader.get_code(module)
+
+
+def _drop_bytecode(module: str) -> None:
+    """Let a module's files be compiled anew, those of its parts too.
+
+    Python takes a file of the same size and the same second for the one that it has compiled (Python's reference, "The
+    import system", 5.4.7), and so would load the former code of a file that was just written.
+    """
+    importlib.invalidate_caches()
+    with contextlib.suppress(ImportError, ValueError, OSError):  # whoever loads it says what is wrong
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            return
+        origin = Path(spec.origin)
+        for file in origin.parent.rglob("*.py") if spec.submodule_search_locations else [origin]:
+            Path(importlib.util.cache_from_source(str(file))).unlink(missing_ok=True)
 
 
 def _modules(module: str) -> dict[str, ModuleType]:

@@ -31,7 +31,8 @@ def world() -> World:
 
 @pytest.fixture
 def cogs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WrittenCogs:
-    """A package to write cogs into."""
+    """A package to write cogs into; compiled code is kept, as it is where the bot runs."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     return WrittenCogs(tmp_path, monkeypatch)
 
 
