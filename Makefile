@@ -45,8 +45,8 @@ lint: setup ## ruff, mypy --strict, the migrations against the models, squawk
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy .
-	@$(RUN) -m utils.migrations check
-	@$(RUN) -m utils.migrations lint
+	@$(RUN) -m utils.operations.migrations check
+	@$(RUN) -m utils.operations.migrations lint
 
 format: setup ## Format the code
 	@$(VENV)/bin/ruff check --fix .

@@ -10,7 +10,7 @@ import typer
 
 from utils.cli import backup, care, db, doctor, exporting, importing
 from utils.cli.common import plain_errors
-from utils.errors import GuildbookError, SettingsError, ValidationError
+from utils.exceptions import GuildbookError, SettingsError, ValidationError
 from utils.settings import DEVELOPER_PORTAL, Settings, load_settings
 
 _log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def run(context: typer.Context) -> None:
 
 
 def _run(settings: Settings) -> None:
-    from utils import process  # loads discord.py, which takes its time
+    from utils.bot import process  # loads discord.py, which takes its time
 
     try:
         process.run(settings)
@@ -70,7 +70,7 @@ def demo(
 @new.command("cog")
 def new_cog(name: Annotated[str, typer.Argument(help="Its short name: tally makes cogs/tally.py.")]) -> None:
     """Write a cog that works, its table and its test."""
-    from utils import scaffold
+    from utils.operations.development import scaffold
 
     try:
         paths = scaffold.new_cog(name)

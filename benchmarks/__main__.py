@@ -14,12 +14,12 @@ from pathlib import Path
 
 from benchmarks import backup, framework, live, merge, wire
 from benchmarks.report import Row, table
-from utils import migrations
-from utils.database import Database
+from utils.database import Pool
 from utils.database.embedded import EmbeddedServer
+from utils.operations import migrations
 
 RESULTS = Path(__file__).parent / "results"
-PARTS: dict[str, Callable[[Database], Awaitable[list[Row]]]] = {
+PARTS: dict[str, Callable[[Pool], Awaitable[list[Row]]]] = {
     "merge": merge.measure,
     "wire": wire.measure,
     "live": live.measure,
@@ -38,7 +38,7 @@ TABLES = {
 }
 
 
-def _machine(database: Database) -> str:
+def _machine(database: Pool) -> str:
     server = database.server_version_num
     return (
         f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores ({platform.machine()}, {platform.system()}), "
@@ -55,7 +55,7 @@ async def run(names: list[str]) -> int:
     await server.start()
     try:
         await migrations.upgrade(server.target())
-        database = Database(server.target())
+        database = Pool(server.target())
         await database.connect()
         figures: dict[str, list[Row]] = {}
         for name in names or ("merge", "wire", "live", "framework"):

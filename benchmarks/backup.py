@@ -18,14 +18,14 @@ from typing import Any
 import psutil
 
 from benchmarks.report import Row
-from utils.actions import silent
-from utils.backup import loading, tools
-from utils.backup.create import COMPRESSION, Wanted
-from utils.backup.restore import bring_back
-from utils.backup.scratch import connected, quoted
-from utils.backup.vault import Vault
-from utils.database import ConnectTarget, Database
+from utils.database import ConnectTarget, Pool
 from utils.database.partitions import ensure_partitions
+from utils.operations.action import silent
+from utils.operations.backup import loading, tools
+from utils.operations.backup.create import COMPRESSION, Wanted
+from utils.operations.backup.restore import bring_back
+from utils.operations.backup.scratch import connected, quoted
+from utils.operations.backup.service import BackupService
 from utils.settings import Settings
 
 ROUNDS = 5
@@ -90,7 +90,7 @@ async def _run(*arguments: str, environment: dict[str, str]) -> None:
         raise RuntimeError(f"{Path(arguments[0]).name} ended with {code}")
 
 
-async def _timed(database: Database, work: Callable[[], Awaitable[Any]]) -> tuple[float, Any]:
+async def _timed(database: Pool, work: Callable[[], Awaitable[Any]]) -> tuple[float, Any]:
     """Return seconds and result; what was written before is on the disk when it begins."""
     await database.execute("CHECKPOINT")
     await asyncio.to_thread(os.sync)  # in a thread: it may take longer than any stall that is looked for
@@ -99,7 +99,7 @@ async def _timed(database: Database, work: Callable[[], Awaitable[Any]]) -> tupl
     return time.perf_counter() - started, result
 
 
-async def _forced(database: Database) -> float:
+async def _forced(database: Pool) -> float:
     """Return the seconds that it takes until all that was written is on the disk."""
     started = time.perf_counter()
     await database.execute("CHECKPOINT")
@@ -129,7 +129,7 @@ async def _no_safety() -> tuple[None, str]:
     return None, ""
 
 
-async def measure(database: Database, rounds: int = ROUNDS) -> list[Row]:
+async def measure(database: Pool, rounds: int = ROUNDS) -> list[Row]:
     """Fill the tables, then make and bring back backups in turn with `pg_dump` and `pg_restore`."""
     async with database.acquire() as connection:
         await ensure_partitions(connection, database.now())  # as every start of the bot does
@@ -138,7 +138,7 @@ async def measure(database: Database, rounds: int = ROUNDS) -> list[Row]:
     for table in ("users", "members", "changes"):
         await database.execute(f"VACUUM ANALYZE {table}")
     room = Path(tempfile.mkdtemp(prefix="guildbook-bench-backup-"))
-    vault = Vault(Settings(_env_file=None, data_dir=room))  # type: ignore[call-arg]
+    vault = BackupService(Settings(_env_file=None, data_dir=room))  # type: ignore[call-arg]
     directory = await tools.found(database.server_version_num // 10_000)
     id, size = "", 0
     made: list[float] = []

@@ -22,12 +22,12 @@ from discord.gateway import DiscordWebSocket
 from discord.http import Route
 
 from benchmarks.data import memory_queue
-from utils.database import Database
+from utils.database import Pool
 from utils.database.urls import parse
 from utils.mirror import Mirror
-from utils.mirror.source import DiscordSource
-from utils.mirror.tap import install
-from utils.mirror.writer import Rhythm
+from utils.mirror.discord.source import DiscordSource
+from utils.mirror.discord.tap import install
+from utils.mirror.write.writer import FlushPolicy
 from utils.service import lease
 from utils.service.heap import settle
 
@@ -94,7 +94,7 @@ async def bare(token: str, gateway: str, *, settled: bool = False) -> dict[str, 
 
 async def mirror(token: str, gateway: str, dsn: str) -> dict[str, Any]:
     """Mirror all guilds, then the largest one again with nothing changed."""
-    database = Database(parse(dsn, source="benchmark"))
+    database = Pool(parse(dsn, source="benchmark"))
     await database.connect()
     client = discord.AutoShardedClient(
         intents=discord.Intents(guilds=True, members=True),
@@ -104,7 +104,7 @@ async def mirror(token: str, gateway: str, dsn: str) -> dict[str, Any]:
     )
     source = DiscordSource(client)
     fence = await lease.seize(database, lease.holder())
-    kept = Mirror(database, source, fence, memory_queue(), shards=1, rhythm=Rhythm(), page_timeout=30, cooldown=0)
+    kept = Mirror(database, source, fence, memory_queue(), shards=1, rhythm=FlushPolicy(), page_timeout=30, cooldown=0)
     install(client, kept)
     stall = _Stall()
     figures: dict[str, Any] = {}
@@ -143,7 +143,7 @@ async def mirror(token: str, gateway: str, dsn: str) -> dict[str, Any]:
     return figures
 
 
-async def _seconds_of_last_run(database: Database, guild_id: int) -> float:
+async def _seconds_of_last_run(database: Pool, guild_id: int) -> float:
     return float(
         await database.fetchval(
             "SELECT extract(epoch FROM finished_at - started_at) FROM sync_runs WHERE guild_id = $1 "

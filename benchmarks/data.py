@@ -6,10 +6,10 @@ import random
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
-from utils.database import Database
-from utils.mirror.pages import Page, Record
-from utils.mirror.queue import EventQueue
-from utils.mirror.writer import MirrorWriter, Rhythm
+from utils.database import Pool
+from utils.mirror.spool.queue import EventQueue
+from utils.mirror.translate.pages import Page, Record
+from utils.mirror.write.writer import FlushPolicy, MirrorWriter
 from utils.service import lease
 
 GUILD_ID = 81_384_788_765_712_384
@@ -50,7 +50,9 @@ def memory_queue() -> EventQueue:
     return EventQueue(None, spool="off", max_rows=15_000)
 
 
-async def writer_of(database: Database) -> MirrorWriter:
+async def writer_of(database: Pool) -> MirrorWriter:
     """Return the writer of a process that acts."""
     fence = await lease.seize(database, "a benchmark")
-    return MirrorWriter(database, fence, memory_queue(), Rhythm(), on_lost=lambda: None, on_dropped=lambda guilds: None)
+    return MirrorWriter(
+        database, fence, memory_queue(), FlushPolicy(), on_lost=lambda: None, on_dropped=lambda guilds: None
+    )

@@ -14,8 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 
 from benchmarks.report import Row
 from models import User
-from utils.database import Database
-from utils.database.access import Access
+from utils.database import Pool
+from utils.database.access import Database
 from utils.database.cache import QueryCache
 
 USERS = 1_000
@@ -30,7 +30,7 @@ QUERY = "SELECT id, username, bot FROM users WHERE id = $1"
 Read = Callable[[int], Awaitable[Any]]
 
 
-async def measure(database: Database) -> list[Row]:
+async def measure(database: Pool) -> list[Row]:
     """Read users one by one in every way."""
     await database.execute(
         "INSERT INTO users (id, username, bot) SELECT n, 'user ' || n, false FROM generate_series(1, $1::bigint) n",
@@ -63,11 +63,11 @@ async def measure(database: Database) -> list[Row]:
 
 
 @contextlib.asynccontextmanager
-async def _ways(database: Database) -> AsyncIterator[dict[str, tuple[Read, int, int]]]:
+async def _ways(database: Pool) -> AsyncIterator[dict[str, tuple[Read, int, int]]]:
     """Lend every way to read a user, with how many do it at once and how often."""
     cache = QueryCache()
     await cache.load(database)
-    access = Access(database, cache=cache)
+    access = Database(database, cache=cache)
     await access.connect()
     engine = create_async_engine(
         database.target.sqlalchemy_url(), connect_args=database.target.sqlalchemy_connect_args()

@@ -18,10 +18,10 @@ from typing import Any
 
 from benchmarks.report import Row
 from simulator.remote import SimulatorProcess
-from utils import migrations
-from utils.database import Database
+from utils.database import Pool
 from utils.database.embedded import EmbeddedServer
 from utils.demo.proof import TABLES, compare
+from utils.operations import migrations
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 1_800.0
@@ -101,13 +101,13 @@ async def _burst(way: str, simulator: SimulatorProcess, *arguments: str) -> dict
         return await running.answered()
 
 
-async def _all_counted(database: Database, told: int) -> None:
+async def _all_counted(database: Pool, told: int) -> None:
     counted = await database.fetchval("SELECT coalesce(sum(message_count), 0)::bigint FROM member_stats")
     if counted != told:
         raise RuntimeError(f"{told} messages were told and {counted} counted: the time measured is not worth anything")
 
 
-async def _throughput(database: Database) -> list[Row]:
+async def _throughput(database: Pool) -> list[Row]:
     dsn = database.target.libpq_url()
     runs: dict[str, list[dict[str, Any]]] = {"default": [], "bare": [], "outage": [], "always": []}
     async with SimulatorProcess("--guild", "5000", "--no-limits", "--present", call_timeout=PATIENCE) as simulator:
@@ -134,7 +134,7 @@ async def _throughput(database: Database) -> list[Row]:
     ]  # fmt: skip
 
 
-async def _latency(database: Database) -> list[Row]:
+async def _latency(database: Pool) -> list[Row]:
     await database.execute(f"TRUNCATE {EMPTIED}")
     dsn = database.target.libpq_url()
     async with (
@@ -156,7 +156,7 @@ async def _latency(database: Database) -> list[Row]:
     ]
 
 
-async def _memory(database: Database) -> list[Row]:
+async def _memory(database: Pool) -> list[Row]:
     await database.execute(f"TRUNCATE {EMPTIED}")
     grown = {}
     for way, arguments in (("bare", ()), ("mirror", (database.target.libpq_url(), "outage"))):
@@ -218,7 +218,7 @@ async def _caught_up(server: EmbeddedServer, simulator: SimulatorProcess, told: 
     """Wait until tables and counts agree with what was told; return by how many messages and rows they do not."""
     expected = Counter((guild, user) for _, guild, user in told)
     shown = {table: await simulator.rows(table) for table in TABLES}
-    database = Database(server.target(), pool_max=1)
+    database = Pool(server.target(), pool_max=1)
     await database.connect()
     ends_at = time.monotonic() + CAUGHT_UP_SECONDS
     while True:
@@ -235,7 +235,7 @@ async def _caught_up(server: EmbeddedServer, simulator: SimulatorProcess, told: 
     return wrong, different
 
 
-async def measure(database: Database) -> list[Row]:
+async def measure(database: Pool) -> list[Row]:
     """Measure the live path; the outage in its short form."""
     rows = await _throughput(database)
     rows += await _latency(database)
@@ -244,6 +244,6 @@ async def measure(database: Database) -> list[Row]:
     return rows + await outage(seconds)
 
 
-async def measure_outage(database: Database) -> list[Row]:
+async def measure_outage(database: Pool) -> list[Row]:
     """Measure ten minutes without a database."""
     return await outage(LONG_OUTAGE)

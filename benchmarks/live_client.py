@@ -26,15 +26,15 @@ import yarl
 from discord.gateway import DiscordWebSocket
 from discord.http import Route
 
-from utils.database import Database
+from utils.database import Pool
 from utils.database.urls import parse
 from utils.mirror import Mirror
-from utils.mirror.events import Event
-from utils.mirror.journal import Journal
-from utils.mirror.queue import EventQueue
-from utils.mirror.source import DiscordSource
-from utils.mirror.tap import install
-from utils.mirror.writer import Rhythm
+from utils.mirror.discord.source import DiscordSource
+from utils.mirror.discord.tap import install
+from utils.mirror.records.events import Event
+from utils.mirror.spool.journal import Journal
+from utils.mirror.spool.queue import EventQueue
+from utils.mirror.write.writer import FlushPolicy
 from utils.service import lease
 from utils.service.heap import settle
 
@@ -148,12 +148,12 @@ async def run(way: str, gateway: str, token: str, dsn: str | None, mode: Any, di
     mirror = queue = None
     if way == "mirror":
         assert dsn is not None
-        database = Database(parse(dsn, source="benchmark"))
+        database = Pool(parse(dsn, source="benchmark"))
         await database.connect()
         fence = await lease.seize(database, lease.holder())
         queue = TimedQueue(await Journal.open(directory, fence.holder, max_bytes=2**30), spool=mode, max_rows=15_000)
         mirror = Mirror(
-            database, DiscordSource(client), fence, queue, shards=1, rhythm=Rhythm(), page_timeout=30, cooldown=0
+            database, DiscordSource(client), fence, queue, shards=1, rhythm=FlushPolicy(), page_timeout=30, cooldown=0
         )
         install(client, mirror)
     async with client, asyncio.timeout(PATIENCE):

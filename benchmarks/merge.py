@@ -15,15 +15,14 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from benchmarks.data import GUILD_ID, pages, records, writer_of
 from benchmarks.report import Row
 from models import Member, User
-from utils.database import Database
-from utils.errors import ValidationError
-from utils.mirror.apply import Run
-from utils.mirror.listing import Listing
-from utils.mirror.pages import Page, Record
-from utils.mirror.rows import COUNTER_BITS, key_columns
-from utils.mirror.staging import StagedListing
-from utils.mirror.touched import Touched
-from utils.mirror.translate import LISTED_MEMBER, LISTED_USER
+from utils.database import Pool
+from utils.exceptions import ValidationError
+from utils.mirror.reconcile.listing import Listing
+from utils.mirror.reconcile.staging import StagedListing
+from utils.mirror.records.rows import COUNTER_BITS, Run, key_columns
+from utils.mirror.translate.objects import LISTED_MEMBER, LISTED_USER
+from utils.mirror.translate.pages import Page, Record
+from utils.mirror.write.overlay import LiveOverlay
 
 MEMBERS = 100_000
 #: The slow ways get a tenth of the rows; their times are per row.
@@ -35,7 +34,7 @@ MEMBER_COLUMNS = (*key_columns("members"), *LISTED_MEMBER, "stamp")
 class _Received(Listing):
     """A listing whose pages have all come."""
 
-    def __init__(self, stamp: int, received: Sequence[Page], database: Database, touched: Touched) -> None:
+    def __init__(self, stamp: int, received: Sequence[Page], database: Pool, touched: LiveOverlay) -> None:
         super().__init__(
             GUILD_ID, stamp=stamp, source="gateway", reason="request", started_at=database.now(),
             touched=touched, refuse=_refuse,
@@ -50,24 +49,24 @@ def _refuse(error: ValidationError) -> None:
     raise error
 
 
-async def _empty(database: Database) -> None:
+async def _empty(database: Pool) -> None:
     await database.execute("TRUNCATE users, members, sync_runs, changes, user_changes")
     await database.execute("CHECKPOINT")
 
 
-async def _raw_copy(database: Database, users: Sequence[Record], members: Sequence[Record]) -> None:
+async def _raw_copy(database: Pool, users: Sequence[Record], members: Sequence[Record]) -> None:
     async with database.acquire() as connection:
         await connection.copy_records_to_table("users", records=users, columns=USER_COLUMNS)
         await connection.copy_records_to_table("members", records=members, columns=MEMBER_COLUMNS)
 
 
-async def _ours(database: Database, users: Sequence[Record], members: Sequence[Record], stamp: int) -> Run:
+async def _ours(database: Pool, users: Sequence[Record], members: Sequence[Record], stamp: int) -> Run:
     writer = await writer_of(database)
     listing = _Received(stamp, list(pages(users, members)), database, writer.touched)
     return await StagedListing(writer, listing, page_timeout=60).write([])
 
 
-async def _sqlalchemy(database: Database, users: Sequence[Record], members: Sequence[Record]) -> None:
+async def _sqlalchemy(database: Pool, users: Sequence[Record], members: Sequence[Record]) -> None:
     """Upsert by INSERT … VALUES of 1,000 rows, as bots built on SQLAlchemy do."""
     engine = create_async_engine(
         database.target.sqlalchemy_url(), connect_args=database.target.sqlalchemy_connect_args()
@@ -87,7 +86,7 @@ async def _sqlalchemy(database: Database, users: Sequence[Record], members: Sequ
         await engine.dispose()
 
 
-async def _executemany(database: Database, users: Sequence[Record], members: Sequence[Record]) -> None:
+async def _executemany(database: Pool, users: Sequence[Record], members: Sequence[Record]) -> None:
     for table, columns, rows in (("users", USER_COLUMNS, users), ("members", MEMBER_COLUMNS, members)):
         keys = key_columns(table)
         places = ", ".join(f"${number}" for number in range(1, len(columns) + 1))
@@ -107,7 +106,7 @@ async def _timed(work: Callable[[], Awaitable[object]]) -> float:
     return time.perf_counter() - started
 
 
-async def _dead_tuples(database: Database) -> int:
+async def _dead_tuples(database: Pool) -> int:
     await database.execute("SELECT pg_stat_force_next_flush()")
     await asyncio.sleep(0.5)
     dead: int = await database.fetchval(
@@ -117,7 +116,7 @@ async def _dead_tuples(database: Database) -> int:
     return dead
 
 
-async def measure(database: Database, rounds: int = 5) -> list[Row]:
+async def measure(database: Pool, rounds: int = 5) -> list[Row]:
     """Time everything in turn, `rounds` times, and compare medians."""
     epoch = 1 << COUNTER_BITS
     users, members = records(MEMBERS, epoch)

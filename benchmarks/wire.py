@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.report import Row
 from simulator.remote import SimulatorProcess
-from utils.database import Database
+from utils.database import Pool
 
 ROOT = Path(__file__).parent.parent
 #: Nothing may take longer than this, in seconds.
@@ -39,12 +39,12 @@ async def _client(way: str, simulator: SimulatorProcess, *arguments: str) -> dic
     return figures
 
 
-async def _mirror(database: Database, simulator: SimulatorProcess) -> dict[str, Any]:
+async def _mirror(database: Pool, simulator: SimulatorProcess) -> dict[str, Any]:
     await database.execute(f"TRUNCATE {EMPTIED}")
     return await _client("mirror", simulator, database.target.libpq_url())
 
 
-async def _mirror_with_stopped_database(database: Database, simulator: SimulatorProcess) -> dict[str, Any]:
+async def _mirror_with_stopped_database(database: Pool, simulator: SimulatorProcess) -> dict[str, Any]:
     """Mirror while nothing can be written for a time: the gateway has to be made to wait, not memory to hold it all."""
 
     async def stop() -> None:
@@ -59,7 +59,7 @@ async def _mirror_with_stopped_database(database: Database, simulator: Simulator
     return figures
 
 
-async def measure(database: Database, rounds: int = 3) -> list[Row]:
+async def measure(database: Pool, rounds: int = 3) -> list[Row]:
     """Run both ways in turn beside one simulator, then the mirror alone on larger, on slower and on many guilds."""
     bare: list[dict[str, Any]] = []
     settled: list[dict[str, Any]] = []

@@ -8,12 +8,12 @@ from collections.abc import Awaitable, Callable
 import discord
 from discord import app_commands
 
-from utils import operators
-from utils.bot import Guildbook
-from utils.cog import BaseCog
-from utils.errors import GuildbookError
-from utils.loader import CogState
-from utils.operators import Reply
+from utils.base_cog import BaseCog
+from utils.bot.client import Guildbook
+from utils.bot.loader import CogState
+from utils.exceptions import GuildbookError
+from utils.operations import slash
+from utils.operations.slash import Reply
 
 #: Choices that Discord shows at most (API reference, "Autocomplete").
 CHOICES = 25
@@ -33,7 +33,7 @@ class CogCommands(BaseCog):
         async def work(reply: Reply) -> str:
             return "\n".join(map(_line, self.bot.loader.states())) or "There are none."
 
-        await operators.operate(interaction, "cogs list", work)
+        await slash.operate(interaction, "cogs list", work)
 
     @cogs.command(name="load", description="Load a cog that is not loaded")
     @app_commands.describe(name="Its short name: tally for cogs/tally.py")
@@ -82,7 +82,7 @@ class CogCommands(BaseCog):
         async def work(reply: Reply) -> str:
             return _line(await act(name.strip().removeprefix("cogs.")))
 
-        await operators.operate(interaction, f"cogs {verb}", work, name=name)
+        await slash.operate(interaction, f"cogs {verb}", work, name=name)
 
 
 def _line(state: CogState) -> str:
@@ -94,4 +94,4 @@ def _line(state: CogState) -> str:
 
 async def setup(bot: Guildbook) -> None:
     """Add the cog where operators are."""
-    await operators.add_cog(bot, CogCommands(bot))
+    await slash.add_cog(bot, CogCommands(bot))

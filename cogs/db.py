@@ -10,21 +10,21 @@ from typing import Any, Literal
 import discord
 from discord import app_commands
 
-from utils import maintenance, operators
-from utils.actions import Outcome
-from utils.backup.vault import Vault
-from utils.bot import Guildbook
-from utils.cog import BaseCog
-from utils.database import Database
-from utils.doctor import examine
-from utils.doctor.patient import Patient
-from utils.errors import GuildbookError, MigrationError, ValidationError
-from utils.importing import exporting, importer
-from utils.migrations import admin
-from utils.migrations.preview import preview as written
-from utils.operators import Reply, Shown
-from utils.statistics import picture
-from utils.statistics.collect import Statistics, collect, figures, human
+from utils.base_cog import BaseCog
+from utils.bot.client import Guildbook
+from utils.database import Pool
+from utils.exceptions import GuildbookError, MigrationError, ValidationError
+from utils.operations import slash
+from utils.operations.action import Outcome
+from utils.operations.backup.service import BackupService
+from utils.operations.doctor import examine
+from utils.operations.doctor.context import DoctorContext
+from utils.operations.importing import exporting, importer
+from utils.operations.migrations import admin
+from utils.operations.migrations.preview import preview as written
+from utils.operations.slash import Reply, Shown
+from utils.operations.upkeep import maintain, picture
+from utils.operations.upkeep.statistics import Statistics, collect, figures, human
 
 #: Discord's bounds of an embed's field (API reference, "Embed Limits").
 FIELD = 1_024
@@ -59,7 +59,7 @@ class DatabaseCommands(BaseCog):
                 drawn = None
             return _embedded(found, drawn)
 
-        await operators.operate(interaction, "db stats", work)
+        await slash.operate(interaction, "db stats", work)
 
     @db_group.command(name="health", description="Check settings, database, rights, disk, clock and tools")
     async def health(self, interaction: discord.Interaction[Guildbook]) -> None:
@@ -76,9 +76,9 @@ class DatabaseCommands(BaseCog):
         """Show what would be done, ask, and do it."""
 
         async def work(reply: Reply) -> Outcome:
-            would = await maintenance.preview(self._database)
+            would = await maintain.preview(self._database)
             await reply.confirm(f"This would be done:\n{would.text}", "Do it")
-            return await maintenance.maintain(self._database, progress=reply.step)
+            return await maintain.maintain(self._database, progress=reply.step)
 
         await self._run(interaction, "db maintain", work)
 
@@ -269,30 +269,30 @@ class DatabaseCommands(BaseCog):
         await self._run(interaction, "db backup prune", work)
 
     @property
-    def _database(self) -> Database:
+    def _database(self) -> Pool:
         return self.db.database
 
-    def _vault(self) -> Vault:
-        return Vault(self.bot.settings)
+    def _vault(self) -> BackupService:
+        return BackupService(self.bot.settings)
 
     async def _run(
         self, interaction: discord.Interaction[Guildbook], command: str, work: Action, **arguments: Any
     ) -> None:
-        await operators.operate(interaction, command, work, **arguments)
+        await slash.operate(interaction, command, work, **arguments)
 
 
-class _InTheBot(Patient):
+class _InTheBot(DoctorContext):
     """The bot that asks is well enough to ask: its own database is looked at, and left alone afterwards."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Pool) -> None:
         super().__init__()
         self._bots = database
 
-    async def _connect(self) -> Database:
+    async def _connect(self) -> Pool:
         return self._bots
 
 
-def _together(database: Database) -> contextlib.AbstractAsyncContextManager[None]:
+def _together(database: Pool) -> contextlib.AbstractAsyncContextManager[None]:
     """Let the schema be taken down while a bot acts: it is the one that was asked to."""
     return contextlib.nullcontext()
 
@@ -312,4 +312,4 @@ def _embedded(found: Statistics, drawn: bytes | None) -> Shown:
 
 async def setup(bot: Guildbook) -> None:
     """Add the cog where operators are."""
-    await operators.add_cog(bot, DatabaseCommands(bot))
+    await slash.add_cog(bot, DatabaseCommands(bot))

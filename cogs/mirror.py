@@ -9,12 +9,11 @@ from discord import app_commands
 from discord.ext import commands
 
 from models import mirrored_tables
-from utils import operators
-from utils.bot import Guildbook
-from utils.errors import GuildbookError, SyncError, ValidationError
-from utils.mirror.apply import Run
-from utils.mirror.rows import tombstone_column
-from utils.operators import Reply
+from utils.bot.client import Guildbook
+from utils.exceptions import GuildbookError, SyncError, ValidationError
+from utils.mirror.records.rows import Run, tombstone_column
+from utils.operations import slash
+from utils.operations.slash import Reply
 
 #: Guilds that `/mirror sync` has in work at once; the reconcile's own lanes do the rest.
 AT_ONCE = 8
@@ -34,7 +33,7 @@ class MirrorCommands(commands.Cog):
     @mirror.command(name="status", description="How far the mirror has come, and what is in the database")
     async def status(self, interaction: discord.Interaction[Guildbook]) -> None:
         """Show progress, the last reconciles and the row counts."""
-        await operators.operate(interaction, "mirror status", self._status)
+        await slash.operate(interaction, "mirror status", self._status)
 
     @mirror.command(name="sync", description="Compare with Discord now, and write what differs")
     @app_commands.describe(guild="The guild's id; without it, every guild")
@@ -44,7 +43,7 @@ class MirrorCommands(commands.Cog):
         async def work(reply: Reply) -> str:
             return await (self._sync_all(reply) if guild is None else self._sync_one(reply, self._known(guild)))
 
-        await operators.operate(interaction, "mirror sync", work, guild=guild)
+        await slash.operate(interaction, "mirror sync", work, guild=guild)
 
     async def _status(self, reply: Reply) -> str:
         ready, progress = self.bot.mirror.is_ready()
@@ -151,4 +150,4 @@ class MirrorCommands(commands.Cog):
 
 async def setup(bot: Guildbook) -> None:
     """Add the cog where operators are."""
-    await operators.add_cog(bot, MirrorCommands(bot))
+    await slash.add_cog(bot, MirrorCommands(bot))

@@ -9,11 +9,11 @@ from typing import Literal
 import discord
 from discord import app_commands
 
-from utils import preferences
-from utils.bot import Guildbook
-from utils.cog import BaseCog
-from utils.errors import ValidationError
-from utils.preferences import UNCHANGED, Preferences
+from utils.base_cog import BaseCog
+from utils.bot.client import Guildbook
+from utils.documents import preferences
+from utils.documents.preferences import UNCHANGED, Preferences
+from utils.exceptions import ValidationError
 
 #: What takes a choice back.
 DEFAULT = "default"

@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from utils.migrations.environment import run_offline, run_online
+from utils.operations.migrations.environment import run_offline, run_online
 
 if context.is_offline_mode():
     run_offline()

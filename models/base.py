@@ -83,7 +83,7 @@ class Mirrored:
     stamp: Mapped[int] = mapped_column(
         BigInteger, nullable=False, server_default="0", info={"erase": Erase.KEEP, "part": Part.STAMP}, sort_order=90
     )
-    #: Database time of the last change to the row.
+    #: Pool time of the last change to the row.
     updated_at: Mapped[datetime] = mapped_column(
         nullable=False, server_default=func.now(), info={"erase": Erase.KEEP, "part": Part.TOUCHED}, sort_order=91
     )

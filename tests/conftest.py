@@ -17,9 +17,10 @@ import asyncpg
 import pytest
 from hypothesis import HealthCheck, settings
 
-from utils import migrations
-from utils.database import ConnectTarget, Database
+from simulator import Limits, Simulator, World
+from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
+from utils.operations import migrations
 
 settings.register_profile(
     "guildbook", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -94,9 +95,9 @@ async def empty_target(server: EmbeddedServer) -> AsyncIterator[ConnectTarget]:
 
 
 @pytest.fixture
-async def database(target: ConnectTarget) -> AsyncIterator[Database]:
+async def database(target: ConnectTarget) -> AsyncIterator[Pool]:
     """A pool on a fresh migrated database."""
-    db = Database(target, pool_max=8, connect_timeout=10, acquire_timeout=10)
+    db = Pool(target, pool_max=8, connect_timeout=10, acquire_timeout=10)
     await db.connect()
     yield db
     await db.close()
@@ -106,6 +107,34 @@ async def database(target: ConnectTarget) -> AsyncIterator[Database]:
 def database_url(target: ConnectTarget) -> str:
     """What DATABASE_URL would hold for the fresh migrated database."""
     return target.libpq_url()
+
+
+@pytest.fixture
+def world() -> World:
+    """Two guilds: one of several pages, and a small one."""
+    world = World(seed=11)
+    world.add_guild(members=3_500, name="Large")
+    world.add_guild(members=40, name="Small")
+    return world
+
+
+@pytest.fixture
+async def simulator(world: World) -> AsyncIterator[Simulator]:
+    """The world served without limits."""
+    async with Simulator(world, limits=Limits.none()) as running:
+        yield running
+
+
+@pytest.fixture
+def large(world: World) -> int:
+    """The id of the guild with several pages."""
+    return next(iter(world.guilds))
+
+
+@pytest.fixture
+def small(world: World) -> int:
+    """The id of the small guild."""
+    return list(world.guilds)[1]
 
 
 @contextlib.asynccontextmanager

@@ -16,7 +16,7 @@ set, keyword arguments win. They are not bound to a session; compare them with w
 As fixtures:
 
     @pytest.fixture
-    async def people(database: Database) -> Population:
+    async def people(database: Pool) -> Population:
         return await populate(database, guilds=1, members=10)
 """
 
@@ -30,9 +30,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from models import DISCORD_EPOCH_MS, Base, Channel, Guild, Member, Role, User
-from utils.database import Database
-from utils.mirror.apply import Batch, apply
-from utils.mirror.rows import COUNTER_BITS, Entry, Key, key_columns, value_columns
+from utils.database import Pool
+from utils.mirror.records.rows import COUNTER_BITS, Entry, Key, key_columns, value_columns
+from utils.mirror.write.apply import Batch, apply
 from utils.service import lease
 from utils.service.lease import Fence
 
@@ -215,14 +215,14 @@ def _person(rng: random.Random, ids: Snowflakes) -> User:
     )
 
 
-async def populate(database: Database, guilds: int = 1, members: int = 10, *, seed: int = 0) -> Population:
+async def populate(database: Pool, guilds: int = 1, members: int = 10, *, seed: int = 0) -> Population:
     """Write what `imagine` returns the mirror's own way, and return it."""
     made = imagine(guilds=guilds, members=members, seed=seed)
     await write(database, *made.rows)
     return made
 
 
-async def write(database: Database, *rows: Model) -> None:
+async def write(database: Pool, *rows: Model) -> None:
     """Write rows, new ones or those that changed, as the mirror writes what Discord tells it."""
     fence = await _fence(database)
     stamp = await _last_stamp(database, fence) + 1
@@ -239,13 +239,13 @@ def _entries(rows: Iterable[Model], stamp: int) -> Iterable[tuple[tuple[str, Key
         yield (table, tuple(getattr(row, name) for name in key_columns(table))), Entry(given, True, stamp)
 
 
-async def _fence(database: Database) -> Fence:
+async def _fence(database: Pool) -> Fence:
     """Return the fence of whoever acts; a test's own where nobody does."""
     acting = await database.fetchrow("SELECT holder, epoch FROM ops.leases WHERE epoch > 0")
     return await lease.seize(database, "factories") if acting is None else Fence(acting["holder"], acting["epoch"])
 
 
-async def _last_stamp(database: Database, fence: Fence) -> int:
+async def _last_stamp(database: Pool, fence: Fence) -> int:
     tables = (Guild, User, Member, Role, Channel)
     newest = [await database.fetchval(f"SELECT max(stamp) FROM {model.__tablename__}") for model in tables]  # noqa: S608
     return max(fence.epoch << COUNTER_BITS, *(stamp or 0 for stamp in newest))

@@ -20,8 +20,8 @@ from tests.factories import (
     values_of,
     write,
 )
-from utils.database import Database
-from utils.mirror.rows import key_columns
+from utils.database import Pool
+from utils.mirror.records.rows import key_columns
 
 
 def test_ids_are_unique_and_in_the_order_in_which_they_were_made() -> None:
@@ -76,11 +76,11 @@ def test_people_are_shared_between_guilds_and_every_guild_has_an_owner() -> None
 
 
 @pytest.fixture
-async def people(database: Database) -> Population:
+async def people(database: Pool) -> Population:
     return await populate(database, guilds=2, members=10)
 
 
-async def test_a_population_is_in_the_tables_as_it_was_returned(database: Database, people: Population) -> None:
+async def test_a_population_is_in_the_tables_as_it_was_returned(database: Pool, people: Population) -> None:
     for row in people.rows:
         table = row.__tablename__
         where = " AND ".join(f"{name} = ${number}" for number, name in enumerate(key_columns(table), start=1))
@@ -92,7 +92,7 @@ async def test_a_population_is_in_the_tables_as_it_was_returned(database: Databa
     assert await database.fetchval("SELECT count(*) FROM changes") == 0
 
 
-async def test_writing_what_changed_leaves_its_history(database: Database, people: Population) -> None:
+async def test_writing_what_changed_leaves_its_history(database: Pool, people: Population) -> None:
     member = people.members[0]
     before, member.nick = member.nick, "somebody else"
     await write(database, member)
@@ -101,13 +101,13 @@ async def test_writing_what_changed_leaves_its_history(database: Database, peopl
     assert tuple(record) == ("update", {"nick": before}, {"nick": "somebody else"}, False)
 
 
-async def test_two_populations_lie_side_by_side(database: Database) -> None:
+async def test_two_populations_lie_side_by_side(database: Pool) -> None:
     await populate(database, seed=1)
     await populate(database, seed=2)
     assert await database.fetchval("SELECT count(*) FROM members") == 20
 
 
-async def test_a_row_is_given_once(database: Database) -> None:
+async def test_a_row_is_given_once(database: Pool) -> None:
     guild = make_guild()
     with pytest.raises(ValueError, match="given twice"):
         await write(database, guild, guild)

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils import logs
-from utils.database import Database
+from utils.database import Pool
 from utils.database.target import ConnectTarget
-from utils.errors import DatabaseUnavailable
+from utils.exceptions import DatabaseUnavailable
 
 TOKEN = "MTIzNDU2Nzg5MDEyMzQ1Njc4.GabcDE.abcdefghijklmnopqrstuvwxyz0123456789AB"
 SECRET = 'hush"5u/p3r ü'
@@ -145,7 +145,7 @@ def test_an_unexpected_error_keeps_its_traceback(lines: Callable[..., Any]) -> N
 
 
 async def test_a_database_out_of_reach_is_one_sentence_without_a_traceback(lines: Callable[..., Any]) -> None:
-    db = Database(ConnectTarget(("/nowhere",), (5432,), password=SECRET), connect_timeout=0.05)
+    db = Pool(ConnectTarget(("/nowhere",), (5432,), password=SECRET), connect_timeout=0.05)
     try:
         await db.connect()
     except DatabaseUnavailable:

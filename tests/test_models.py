@@ -70,12 +70,12 @@ def test_what_an_erase_clears_may_be_empty(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["threads"])
 def test_the_history_of_what_a_person_owns_can_be_found_by_that_person(name: str) -> None:
-    from utils.mirror import sql
-    from utils.mirror.rows import Mode, value_columns
+    from utils.mirror.records.rows import Mode, value_columns
+    from utils.mirror.write import merge_sql
 
     clears = [column.name for column in MIRRORED[name].columns if column.info["erase"] is Erase.CLEAR]
     assert clears
-    inserted = sql.merge(name, value_columns(name), Mode.MERGE).split("INSERT INTO changes ", 1)[1]
+    inserted = merge_sql.merge(name, value_columns(name), Mode.MERGE).split("INSERT INTO changes ", 1)[1]
     assert "user_id" in inserted.split(")", 1)[0]
 
 

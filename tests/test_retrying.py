@@ -8,8 +8,8 @@ import pytest
 
 from tests.database.access import PRICE, PUT, accessed
 from utils import retrying as module
-from utils.database import Database
-from utils.errors import DatabaseError, DatabaseUnavailable
+from utils.database import Pool
+from utils.exceptions import DatabaseError, DatabaseUnavailable
 from utils.retrying import retrying
 
 
@@ -18,7 +18,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FIRST_SECONDS", 0.01)
 
 
-async def test_two_transactions_in_each_others_way_both_come_to_their_end(database: Database) -> None:
+async def test_two_transactions_in_each_others_way_both_come_to_their_end(database: Pool) -> None:
     async with accessed(database) as db:
         await db.execute(PUT, "apple", 0)
         has_read = asyncio.Barrier(2)
@@ -39,7 +39,7 @@ async def test_two_transactions_in_each_others_way_both_come_to_their_end(databa
         assert tries > 2
 
 
-async def test_what_cannot_be_mended_is_raised_at_once(database: Database) -> None:
+async def test_what_cannot_be_mended_is_raised_at_once(database: Pool) -> None:
     tries = 0
 
     @retrying()
@@ -67,7 +67,7 @@ async def test_attempts_are_bounded_and_the_last_error_is_raised() -> None:
     assert tries == 3
 
 
-async def test_inside_a_transaction_there_is_one_attempt(database: Database) -> None:
+async def test_inside_a_transaction_there_is_one_attempt(database: Pool) -> None:
     tries = 0
 
     @retrying()

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.errors import SettingsError
+from utils.exceptions import SettingsError
 from utils.settings import Settings, load_settings, variables
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,7 +16,7 @@ import stamina.instrumentation
 import structlog
 from structlog.typing import EventDict, Processor
 
-from utils.errors import is_transient, translate
+from utils.exceptions import is_transient, translate
 
 HIDDEN = "[hidden]"
 #: What secrets look like wherever they come from: Discord's tokens (API reference, "Authentication"; the shape is

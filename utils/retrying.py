@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 import stamina
 
 from utils.database.transactions import joined
-from utils.errors import is_transient
+from utils.exceptions import is_transient
 
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from utils.errors import SettingsError
+from utils.exceptions import SettingsError
 
 #: Where a token comes from, for the message that says it is missing.
 DEVELOPER_PORTAL = "https://discord.com/developers/applications"

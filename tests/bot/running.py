@@ -15,8 +15,8 @@ import pytest
 from discord import gateway, http
 
 from simulator import Simulator
-from utils.bot import Guildbook
-from utils.database import Database
+from utils.bot.client import Guildbook
+from utils.database import Pool
 from utils.demo.child import ENTRY, environment, free_port
 from utils.demo.proof import TABLES, compare
 from utils.service.lease import Lease, holder
@@ -41,7 +41,7 @@ def settings_for(simulator: Simulator, **given: Any) -> Settings:
 
 @asynccontextmanager
 async def running(
-    database: Database,
+    database: Pool,
     simulator: Simulator,
     monkeypatch: pytest.MonkeyPatch,
     *,
@@ -71,13 +71,13 @@ async def running(
                 await lease.release(5)
 
 
-async def differences(database: Database, simulator: Simulator) -> list[str]:
+async def differences(database: Pool, simulator: Simulator) -> list[str]:
     """Return what is wrong in the tables, as lines."""
     proofs = [await compare(database, table, simulator.world.expected_rows(table)) for table in TABLES]
     return [line for proof in proofs for line in proof.lines()]
 
 
-async def until_equal(database: Database, simulator: Simulator) -> None:
+async def until_equal(database: Pool, simulator: Simulator) -> None:
     """Wait until the tables equal the simulator's world; fail with what differs."""
     try:
         async with asyncio.timeout(PATIENCE):

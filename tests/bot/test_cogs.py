@@ -10,19 +10,19 @@ from discord.ext import commands
 
 from simulator import Simulator
 from tests.bot.running import running, until_equal
-from utils.database import Database
-from utils.loader import found_extensions
+from utils.bot.loader import found_extensions
+from utils.database import Pool
 
 
 async def test_a_broken_cog_costs_itself_alone(
-    database: Database, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     extensions = ("tests.bot.cogs.unreadable", "tests.bot.cogs.failing", "tests.bot.cogs.missing", "cogs.mirror")
-    with caplog.at_level(logging.ERROR, "utils.loader"):
+    with caplog.at_level(logging.ERROR, "utils.bot.loader"):
         async with running(database, simulator, monkeypatch, extensions=extensions) as bot:
             assert list(bot.cogs) == ["MirrorCommands"]
             await until_equal(database, simulator)
-    told = sorted(record.getMessage() for record in caplog.records if record.name == "utils.loader")
+    told = sorted(record.getMessage() for record in caplog.records if record.name == "utils.bot.loader")
     for name, line in zip(sorted(extensions[:3]), told, strict=True):
         assert line.startswith(f"{name} is left out")
     assert "broken at its loading" in told[0]
@@ -30,7 +30,7 @@ async def test_a_broken_cog_costs_itself_alone(
 
 
 async def test_every_cog_loads_and_no_two_have_the_same_command_or_listener_name(
-    database: Database, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running(database, simulator, monkeypatch) as bot:
         assert sorted(bot.extensions) == found_extensions()

@@ -13,12 +13,12 @@ from models import Base
 from simulator import Simulator, World
 from tests.bot.running import running, until
 from tests.bot.written import WrittenCogs
-from utils import loader
-from utils.bot import Guildbook
-from utils.database import Database
-from utils.errors import ValidationError
-from utils.loader import CogError, found_extensions
-from utils.traces import Traces
+from utils.bot import loader
+from utils.bot.client import Guildbook
+from utils.bot.loader import found_extensions
+from utils.bot.registrations import Registrations
+from utils.database import Pool
+from utils.exceptions import CogError, ValidationError
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def registered(simulator: Simulator) -> list[str]:
 
 def on(bot: Guildbook) -> dict[str, Any]:
     """Return what is on a bot, tasks of discord.py's own and the mirror's aside."""
-    traces = Traces.of(bot)
+    traces = Registrations.of(bot)
     tasks = {task.get_name() for task in traces.tasks if "left behind" in task.get_name()}
     listeners = {event: found for event, found in traces.listeners.items() if found}
     return {
@@ -74,7 +74,7 @@ BROKEN = {
 
 
 async def test_whatever_is_wrong_with_one_cog_costs_that_one_alone(
-    database: Database, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
+    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
 ) -> None:
     monkeypatch.setattr(loader, "COG_SECONDS", 1.0)
     for name, (text, _) in BROKEN.items():
@@ -153,7 +153,7 @@ async def rest(interaction: discord.Interaction) -> None: ...
     "end", ["await bot.add_cog(Conflict(bot))", "raise RuntimeError", "await asyncio.Event().wait()"]
 )
 async def test_a_load_that_fails_half_way_leaves_nothing_behind(
-    database: Database, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs, end: str
+    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs, end: str
 ) -> None:
     cogs.plain("good", "well")
     cogs.write("leaving", LEAVING.replace("END", "pass"))
@@ -176,7 +176,7 @@ async def test_a_load_that_fails_half_way_leaves_nothing_behind(
 
 
 async def test_the_slash_commands_follow_the_cogs(
-    database: Database, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
+    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
 ) -> None:
     cogs.plain("one", "first")
     cogs.plain("two", "second")
@@ -206,7 +206,7 @@ async def test_the_slash_commands_follow_the_cogs(
     ],
 )
 async def test_a_reload_that_fails_brings_the_former_code_back_and_says_so(
-    database: Database,
+    database: Pool,
     simulator: Simulator,
     monkeypatch: pytest.MonkeyPatch,
     cogs: WrittenCogs,
@@ -244,7 +244,7 @@ class Member(Base):  # the name of one of the framework's, on purpose
 
 
 async def test_a_cog_that_declares_its_table_can_be_reloaded(
-    database: Database, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
+    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
 ) -> None:
     setup = "async def setup(bot): pass"
     cogs.write("own", TABLE.replace("COLUMN", "") + setup)
@@ -261,7 +261,7 @@ async def test_a_cog_that_declares_its_table_can_be_reloaded(
 
 
 async def test_a_package_is_reloaded_with_its_parts(
-    database: Database, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
+    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
 ) -> None:
     package = cogs.directory / "large"
     package.mkdir()
@@ -279,7 +279,7 @@ async def test_a_package_is_reloaded_with_its_parts(
 
 
 async def test_an_end_that_fails_or_hangs_does_not_keep_a_cog(
-    database: Database, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
+    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
 ) -> None:
     ends = {"fails": "raise RuntimeError", "hangs": "await asyncio.Event().wait()"}
     for name, end in ends.items():
@@ -297,7 +297,7 @@ async def test_an_end_that_fails_or_hangs_does_not_keep_a_cog(
 
 
 async def test_a_set_up_that_was_given_up_and_ends_later_is_no_obstacle(
-    database: Database, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
+    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
 ) -> None:
     monkeypatch.setattr(loader, "COG_SECONDS", 0.1)
     monkeypatch.setattr(loader, "CANCEL_SECONDS", 0.1)
@@ -319,7 +319,7 @@ async def test_a_set_up_that_was_given_up_and_ends_later_is_no_obstacle(
 
 
 async def test_one_thing_is_done_at_a_time(
-    database: Database, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
+    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
 ) -> None:
     cogs.write("slow", "async def setup(bot):\n    bot.at_work = getattr(bot, 'at_work', 0) + 1\n"
                "    assert bot.at_work == 1\n    await asyncio.sleep(0.05)\n    bot.at_work = 0\n")  # fmt: skip
@@ -329,7 +329,7 @@ async def test_one_thing_is_done_at_a_time(
 
 
 async def test_what_cannot_be_done_is_one_clear_line(
-    database: Database, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
+    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
 ) -> None:
     cogs.plain("one", "first")
     async with running(database, simulator, monkeypatch, extensions=cogs.extensions) as bot:
@@ -354,7 +354,7 @@ def waiting(bot: Guildbook) -> int:
 
 
 async def test_what_waits_to_be_written_is_written_whatever_happens_to_a_cog(
-    database: Database, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
+    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
 ) -> None:
     cogs.plain("one", "first")
     guild_id = next(iter(simulator.world.guilds))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from simulator import Simulator
 from tests.bot.running import PATIENCE, BotProcess, until, until_equal
-from utils.database import Database
+from utils.database import Pool
 
 #: The low bits of a stamp count; the high ones are the epoch.
 COUNTER_BITS = 40
@@ -25,7 +25,7 @@ class Pair:
         return BotProcess(self._directory, **self._settings, DATA_DIR=str(self._directory / disk), FLUSH_SECONDS="0.1")
 
 
-async def epoch(database: Database) -> int:
+async def epoch(database: Pool) -> int:
     return int(await database.fetchval("SELECT epoch FROM ops.leases"))
 
 
@@ -64,7 +64,7 @@ async def stops(bot: BotProcess) -> None:
 
 
 async def test_the_second_process_is_healthy_but_not_ready_and_does_not_connect(
-    tmp_path: Path, simulator: Simulator, database: Database, database_url: str, small: int
+    tmp_path: Path, simulator: Simulator, database: Pool, database_url: str, small: int
 ) -> None:
     pair = Pair(tmp_path, simulator, database_url)
     async with pair.process("one") as first:
@@ -86,7 +86,7 @@ async def test_the_second_process_is_healthy_but_not_ready_and_does_not_connect(
 
 
 async def test_two_that_start_at_once_on_an_empty_database_do_not_both_act(
-    tmp_path: Path, simulator: Simulator, database: Database, database_url: str
+    tmp_path: Path, simulator: Simulator, database: Pool, database_url: str
 ) -> None:
     pair = Pair(tmp_path, simulator, database_url)
     async with pair.process("one") as one, pair.process("two") as two:
@@ -99,7 +99,7 @@ async def test_two_that_start_at_once_on_an_empty_database_do_not_both_act(
 
 
 async def test_a_process_that_is_stopped_hands_over(
-    tmp_path: Path, simulator: Simulator, database: Database, database_url: str, small: int
+    tmp_path: Path, simulator: Simulator, database: Pool, database_url: str, small: int
 ) -> None:
     pair = Pair(tmp_path, simulator, database_url)
     async with pair.process("one") as first, pair.process("two") as second:
@@ -115,19 +115,19 @@ async def test_a_process_that_is_stopped_hands_over(
 
 
 async def test_a_process_that_is_killed_is_followed_from_another_machine(
-    tmp_path: Path, simulator: Simulator, database: Database, database_url: str, small: int
+    tmp_path: Path, simulator: Simulator, database: Pool, database_url: str, small: int
 ) -> None:
     await killed_and_followed(Pair(tmp_path, simulator, database_url), ("one", "two"), simulator, database, small)
 
 
 async def test_a_process_that_is_killed_is_followed_on_the_same_disk(
-    tmp_path: Path, simulator: Simulator, database: Database, database_url: str, small: int
+    tmp_path: Path, simulator: Simulator, database: Pool, database_url: str, small: int
 ) -> None:
     await killed_and_followed(Pair(tmp_path, simulator, database_url), ("one", "one"), simulator, database, small)
 
 
 async def killed_and_followed(
-    pair: Pair, disks: tuple[str, str], simulator: Simulator, database: Database, guild: int
+    pair: Pair, disks: tuple[str, str], simulator: Simulator, database: Pool, guild: int
 ) -> None:
     async with pair.process(disks[0]) as first, pair.process(disks[1]) as second:
         bots = await in_order(first, second)
@@ -142,7 +142,7 @@ async def killed_and_followed(
 
 
 async def test_a_process_that_was_frozen_leaves_the_gateway_and_stands_by_until_it_is_its_turn_again(
-    tmp_path: Path, simulator: Simulator, database: Database, database_url: str, small: int
+    tmp_path: Path, simulator: Simulator, database: Pool, database_url: str, small: int
 ) -> None:
     world = simulator.world
     pair = Pair(tmp_path, simulator, database_url)

@@ -14,11 +14,11 @@ from discord import gateway, http
 from simulator import Simulator
 from simulator.proxy import Proxy
 from tests.bot.running import PATIENCE, BotProcess, settings_for, until, until_equal
-from utils.bot import SPOOL, Guildbook
-from utils.database import ConnectTarget, Database
+from utils.bot.client import SPOOL, Guildbook
+from utils.bot.process import Process
+from utils.database import ConnectTarget, Pool
 from utils.database.embedded import PORT, EmbeddedServer
-from utils.errors import DatabaseUnavailable, LeaseLost
-from utils.process import Process
+from utils.exceptions import DatabaseUnavailable, LeaseLost
 from utils.service import heap
 from utils.service.lease import seize
 
@@ -49,7 +49,7 @@ def is_ready(process: Process) -> bool:
 async def test_a_takeover_before_the_gateway_leads_back_to_standing_by(
     tmp_path: Path,
     simulator: Simulator,
-    database: Database,
+    database: Pool,
     database_url: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -75,7 +75,7 @@ async def test_a_takeover_before_the_gateway_leads_back_to_standing_by(
 async def test_an_outage_in_the_middle_of_the_start_is_waited_out(
     tmp_path: Path,
     simulator: Simulator,
-    database: Database,
+    database: Pool,
     database_url: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -100,7 +100,7 @@ async def test_an_outage_in_the_middle_of_the_start_is_waited_out(
 async def test_whoever_stands_by_makes_no_partitions(
     tmp_path: Path,
     simulator: Simulator,
-    database: Database,
+    database: Pool,
     database_url: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -143,7 +143,7 @@ async def test_a_second_process_joins_the_embedded_server_stands_by_and_survives
         await other.ready()
         assert lock_file.read_text().split()[0] == postmaster, "somebody was left to use it"
         await server.start()
-        database = Database(server.target(), pool_max=2)
+        database = Pool(server.target(), pool_max=2)
         await database.connect()
         try:
             await until_equal(database, simulator)
@@ -159,7 +159,7 @@ async def test_a_second_process_joins_the_embedded_server_stands_by_and_survives
 async def test_an_end_without_a_database_leaves_events_to_the_disk_and_the_next_start_writes_them(
     tmp_path: Path,
     simulator: Simulator,
-    database: Database,
+    database: Pool,
     target: ConnectTarget,
     database_url: str,
     small: int,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from simulator import Simulator
 from tests.bot.running import BotProcess, differences, until, until_equal
-from utils.database import Connection, ConnectTarget, Database
+from utils.database import Connection, ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
 
 
@@ -25,7 +25,7 @@ async def is_blocked(connection: Connection) -> bool:
 
 
 async def test_a_start_mirrors_every_guild_and_tells_so(
-    tmp_path: Path, simulator: Simulator, database: Database, database_url: str
+    tmp_path: Path, simulator: Simulator, database: Pool, database_url: str
 ) -> None:
     async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url)) as bot:
         await bot.ready()
@@ -40,7 +40,7 @@ async def test_a_start_mirrors_every_guild_and_tells_so(
 
 
 async def test_sigterm_writes_what_still_waits_and_exits_with_0(
-    tmp_path: Path, simulator: Simulator, database: Database, database_url: str, small: int
+    tmp_path: Path, simulator: Simulator, database: Pool, database_url: str, small: int
 ) -> None:
     async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url, FLUSH_SECONDS="3600")) as bot:
         await bot.ready()
@@ -66,7 +66,7 @@ async def test_ctrl_c_ends_it_as_cleanly(tmp_path: Path, simulator: Simulator, d
 
 
 async def test_a_second_signal_hurries_an_end_that_waits_for_the_database(
-    tmp_path: Path, simulator: Simulator, database: Database, database_url: str, small: int
+    tmp_path: Path, simulator: Simulator, database: Pool, database_url: str, small: int
 ) -> None:
     settings = on_discord(simulator, DATABASE_URL=database_url, SHUTDOWN_SECONDS="3600", FLUSH_SECONDS="0.1")
     async with BotProcess(tmp_path, **settings) as bot:
@@ -99,7 +99,7 @@ async def test_a_killed_bot_finds_its_embedded_server_again(tmp_path: Path, simu
         await second.ready()
         assert lock_file.read_text().split()[0] == postmaster
         await server.start()
-        database = Database(server.target(), pool_max=2)
+        database = Pool(server.target(), pool_max=2)
         await database.connect()
         try:
             await until_equal(database, simulator)
@@ -214,7 +214,7 @@ async def test_a_schema_that_is_behind_stops_a_bot_that_may_not_migrate(
 
 
 async def test_a_reconnecting_gateway_does_not_end_the_bot(
-    tmp_path: Path, simulator: Simulator, database: Database, database_url: str, small: int
+    tmp_path: Path, simulator: Simulator, database: Pool, database_url: str, small: int
 ) -> None:
     async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url)) as bot:
         await bot.ready()

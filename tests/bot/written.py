@@ -17,9 +17,9 @@ import asyncio
 import discord
 from discord import app_commands
 from discord.ext import commands, tasks
-from utils.answers import Declined
-from utils.bot import Guildbook
-from utils.cog import BaseCog
+from utils.bot.command_errors import Declined
+from utils.bot.client import Guildbook
+from utils.base_cog import BaseCog
 """
 #: A cog with one command, `/NAME`, that answers TEXT.
 PLAIN = """

@@ -1,4 +1,4 @@
-"""What the tests of `Access` share."""
+"""What the tests of `Database` share."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-from utils.database import Database
-from utils.database.access import Access
+from utils.database import Pool
+from utils.database.access import Database
 from utils.database.cache import QueryCache
 
 
 @contextlib.asynccontextmanager
-async def accessed(database: Database, *, cached: bool = True, **given: Any) -> AsyncIterator[Access]:
+async def accessed(database: Pool, *, cached: bool = True, **given: Any) -> AsyncIterator[Database]:
     """Lend what a cog has, with a table `shelf(item, price)` to use."""
     await database.execute("CREATE TABLE IF NOT EXISTS shelf (item text PRIMARY KEY, price bigint, extra jsonb)")
     cache = QueryCache() if cached else None
     if cache is not None:
         await cache.load(database)
-    access = Access(database, cache=cache, **given)
+    access = Database(database, cache=cache, **given)
     try:
         yield access
     finally:

@@ -11,18 +11,18 @@ import pytest
 
 from models import User
 from tests.database.access import COUNT, PRICE, PUT, accessed
-from utils.database import Database
-from utils.database.access import Access
-from utils.errors import DatabaseError
+from utils.database import Pool
+from utils.database.access import Database
+from utils.exceptions import DatabaseError
 
 
 @pytest.fixture
-async def db(database: Database) -> AsyncIterator[Access]:
+async def db(database: Pool) -> AsyncIterator[Database]:
     async with accessed(database, orm_connections=1) as access:
         yield access
 
 
-async def test_every_verb_does_what_it_says(db: Access) -> None:
+async def test_every_verb_does_what_it_says(db: Database) -> None:
     assert await db.execute(PUT, "apple", 1) == "INSERT 0 1"
     await db.execute_many(PUT, [("pear", 2), ("plum", 3)])
     assert await db.copy_records_to_table("shelf", records=[("fig", 4)], columns=["item", "price"]) == "COPY 1"
@@ -40,7 +40,7 @@ async def test_every_verb_does_what_it_says(db: Access) -> None:
 
 
 @pytest.mark.parametrize("way", ["execute", "many", "copy", "transaction", "session", "borrowed", "borrowed copy"])
-async def test_whatever_writes_is_seen_at_once_by_cached_reads(db: Access, way: str) -> None:
+async def test_whatever_writes_is_seen_at_once_by_cached_reads(db: Database, way: str) -> None:
     assert await db.fetchval(COUNT) == 0
     assert await db.fetchval(COUNT) == 0
     assert db.get_cache_stats()["hits"] == 1
@@ -67,7 +67,7 @@ async def test_whatever_writes_is_seen_at_once_by_cached_reads(db: Access, way: 
     assert await db.fetchval(COUNT) == 1
 
 
-async def test_objects_of_sqlalchemy_make_cached_reads_go_too(db: Access) -> None:
+async def test_objects_of_sqlalchemy_make_cached_reads_go_too(db: Database) -> None:
     names = "SELECT username FROM users ORDER BY id"
     assert await db.fetch(names) == []
     async with db.sessions() as session:
@@ -83,7 +83,7 @@ async def test_objects_of_sqlalchemy_make_cached_reads_go_too(db: Access) -> Non
     assert len(await db.fetch(names)) == 48
 
 
-async def test_what_is_rolled_back_is_never_read(db: Access) -> None:
+async def test_what_is_rolled_back_is_never_read(db: Database) -> None:
     with pytest.raises(RuntimeError):
         async with db.transaction():
             await db.execute(PUT, "apple", 1)
@@ -92,7 +92,7 @@ async def test_what_is_rolled_back_is_never_read(db: Access) -> None:
     assert await db.fetchval(COUNT) == 0
 
 
-async def test_the_cache_can_be_passed_by_or_asked_anew(db: Access, database: Database) -> None:
+async def test_the_cache_can_be_passed_by_or_asked_anew(db: Database, database: Pool) -> None:
     await db.execute(PUT, "apple", 1)
     assert await db.fetchval(PRICE, "apple") == 1
     await database.execute(PUT, "apple", 2)  # from elsewhere, and nobody says so
@@ -115,7 +115,7 @@ LEAKS = {
 @pytest.mark.parametrize("way", ["verb", "transaction", "borrowed"])
 async def test_nothing_leaks_to_the_next_user_of_a_connection(target: Any, leak: str, way: str) -> None:
     do, ask, leaked = LEAKS[leak]
-    database = Database(target, pool_max=1)
+    database = Pool(target, pool_max=1)
     await database.connect()
     async with accessed(database, orm_connections=1) as db:
         if way == "verb":
@@ -138,7 +138,7 @@ async def test_nothing_leaks_to_the_next_user_of_a_connection(target: Any, leak:
 
 
 async def test_a_transaction_that_a_borrower_leaves_open_is_rolled_back(target: Any) -> None:
-    database = Database(target, pool_max=1)
+    database = Pool(target, pool_max=1)
     await database.connect()
     async with accessed(database) as db:
         async with db.acquire() as connection:
@@ -149,7 +149,7 @@ async def test_a_transaction_that_a_borrower_leaves_open_is_rolled_back(target: 
     await database.close()
 
 
-async def test_a_named_statement_outlives_its_connections(db: Access) -> None:
+async def test_a_named_statement_outlives_its_connections(db: Database) -> None:
     statement = await db.prepare_statement("price of", PRICE)
     await db.execute(PUT, "apple", 1)
     assert await statement.fetchval("apple") == 1
@@ -168,7 +168,7 @@ async def test_a_named_statement_outlives_its_connections(db: Access) -> None:
 
 
 async def test_a_slow_statement_is_logged_with_who_asked_and_without_its_arguments(
-    database: Database, caplog: pytest.LogCaptureFixture
+    database: Pool, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with accessed(database, slow_ms=50) as db:
         with caplog.at_level(logging.WARNING, "utils.database.slow"):
@@ -182,21 +182,21 @@ async def test_a_slow_statement_is_logged_with_who_asked_and_without_its_argumen
     assert "secret" not in str(record.__dict__)
 
 
-async def test_in_development_every_statement_is_logged(database: Database, caplog: pytest.LogCaptureFixture) -> None:
+async def test_in_development_every_statement_is_logged(database: Pool, caplog: pytest.LogCaptureFixture) -> None:
     async with accessed(database, log_queries=True) as db:
         with caplog.at_level(logging.INFO, "utils.database.slow"):
             await db.fetchval("SELECT   1")
     assert "SELECT 1" in [record.__dict__.get("sql") for record in caplog.records]
 
 
-async def test_a_plan_can_be_had_and_analysing_changes_nothing(db: Access) -> None:
+async def test_a_plan_can_be_had_and_analysing_changes_nothing(db: Database) -> None:
     assert "shelf" in await db.explain(PRICE, "apple")
     plan = await db.explain(PUT, "apple", 1, analyze=True)
     assert "actual" in plan
     assert await db.fetchval(COUNT) == 0
 
 
-async def test_health_says_whether_the_database_answers(db: Access) -> None:
+async def test_health_says_whether_the_database_answers(db: Database) -> None:
     health = await db.check_connection_health()
     assert health["healthy"]
     assert health["error"] is None
@@ -209,7 +209,7 @@ async def test_health_says_whether_the_database_answers(db: Access) -> None:
 
 
 async def test_materialized_views_are_refreshed_in_their_order_and_one_that_fails_costs_itself_alone(
-    db: Access,
+    db: Database,
 ) -> None:
     for statement in (
         "CREATE MATERIALIZED VIEW zebra AS SELECT item, price FROM shelf",
@@ -229,7 +229,7 @@ async def test_materialized_views_are_refreshed_in_their_order_and_one_that_fail
         await db.refresh_materialized_views(["nowhere"])
 
 
-async def test_statistics_tell_pools_cache_and_transactions(db: Access) -> None:
+async def test_statistics_tell_pools_cache_and_transactions(db: Database) -> None:
     async with db.transaction("counting"):
         stats = db.get_stats()
         assert [entry["name"] for entry in stats["transactions"]] == ["counting"]
@@ -238,7 +238,7 @@ async def test_statistics_tell_pools_cache_and_transactions(db: Access) -> None:
     assert {"created", "active", "idle", "waiting"} <= set(stats["pool"])
 
 
-async def test_after_a_change_of_the_schema_everything_goes_on(db: Access) -> None:
+async def test_after_a_change_of_the_schema_everything_goes_on(db: Database) -> None:
     await db.execute(PUT, "apple", 1)
     every = "SELECT * FROM shelf"
     assert len(await db.fetch(every)) == 1
@@ -249,7 +249,7 @@ async def test_after_a_change_of_the_schema_everything_goes_on(db: Access) -> No
     assert "weight" in (await db.fetch(every))[0].keys()  # noqa: SIM118 - a record's `in` looks at values
 
 
-async def test_cancelling_one_of_many_readers_does_not_cost_the_others_their_answer(db: Access) -> None:
+async def test_cancelling_one_of_many_readers_does_not_cost_the_others_their_answer(db: Database) -> None:
     slow = "SELECT item, (SELECT count(*) FROM generate_series(1, 300000)) FROM shelf"
     await db.execute(PUT, "apple", 1)
     readers = [asyncio.create_task(db.fetch(slow)) for _ in range(5)]

@@ -18,10 +18,10 @@ import asyncpg
 import psutil
 import pytest
 
-from utils.database import Database
+from utils.database import Pool
 from utils.database.embedded import EmbeddedServer
 from utils.database.wheel import binaries
-from utils.errors import DatabaseError, DatabaseUnavailable
+from utils.exceptions import DatabaseError, DatabaseUnavailable
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,7 +49,7 @@ async def embedded(data_dir: Path) -> AsyncIterator[Callable[..., EmbeddedServer
 
 
 async def rows(server: EmbeddedServer) -> list[int]:
-    db = Database(server.target())
+    db = Pool(server.target())
     await db.connect()
     try:
         return [row["n"] for row in await db.fetch("SELECT n FROM kept ORDER BY n")]
@@ -153,7 +153,7 @@ async def test_the_server_stays_while_someone_else_is_connected(embedded: Callab
     await first.start()
     await second.start()
     pid = postmaster(first)
-    db = Database(second.target())
+    db = Pool(second.target())
     await db.connect()
     await first.stop()
     assert psutil.pid_exists(pid)

@@ -7,20 +7,20 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from utils import migrations
-from utils.database import Database
+from utils.database import Pool
 from utils.database.partitions import ensure_partitions, id_at, month_start, partitioned_tables
-from utils.errors import DatabaseUnavailable
+from utils.exceptions import DatabaseUnavailable
+from utils.operations import migrations
 
 NOVEMBER = datetime(2026, 11, 20, tzinfo=UTC)
 
 
-async def ensure(database: Database, now: datetime = NOVEMBER, months_ahead: int = 2) -> list[str]:
+async def ensure(database: Pool, now: datetime = NOVEMBER, months_ahead: int = 2) -> list[str]:
     async with database.acquire() as conn:
         return await ensure_partitions(conn, now, months_ahead)
 
 
-async def note(database: Database, *moments: datetime) -> None:
+async def note(database: Pool, *moments: datetime) -> None:
     async with database.acquire() as conn:
         await conn.executemany(
             "INSERT INTO changes (guild_id, id, table_name, key, action) VALUES (1, $1, 'members', $2, 'update')",
@@ -28,7 +28,7 @@ async def note(database: Database, *moments: datetime) -> None:
         )
 
 
-async def where(database: Database) -> dict[str, int]:
+async def where(database: Pool) -> dict[str, int]:
     rows = await database.fetch("SELECT tableoid::regclass::text AS place, count(*) AS n FROM changes GROUP BY 1")
     return {row["place"]: row["n"] for row in rows}
 
@@ -42,31 +42,31 @@ def test_ids_count_from_discords_epoch_as_in_its_documentation() -> None:
     assert id_at(datetime(2016, 4, 30, 11, 18, 25, 796_000, tzinfo=UTC)) == example >> 22 << 22
 
 
-async def test_this_month_and_the_next_ones_are_made_across_the_turn_of_the_year(database: Database) -> None:
+async def test_this_month_and_the_next_ones_are_made_across_the_turn_of_the_year(database: Pool) -> None:
     made = await ensure(database)
     assert made == [f"{t}_{m}" for t in ("changes", "user_changes") for m in ("y2026m11", "y2026m12", "y2027m01")]
     assert await migrations.check_drift(database) == []
 
 
-async def test_asking_again_makes_nothing(database: Database) -> None:
+async def test_asking_again_makes_nothing(database: Pool) -> None:
     await ensure(database)
     assert await ensure(database) == []
     assert await ensure(database, month_start(2026, 12)) == ["changes_y2027m02", "user_changes_y2027m02"]
 
 
-async def test_rows_land_in_the_month_of_their_id_to_the_millisecond(database: Database) -> None:
+async def test_rows_land_in_the_month_of_their_id_to_the_millisecond(database: Pool) -> None:
     await ensure(database)
     start, instant = month_start(2026, 12), timedelta(milliseconds=1)
     await note(database, start - instant, start, month_start(2027, 1) - instant, month_start(2027, 2))
     assert await where(database) == {"changes_y2026m11": 1, "changes_y2026m12": 2, "changes_default": 1}
 
 
-async def test_the_clocks_zone_does_not_move_the_months(database: Database) -> None:
+async def test_the_clocks_zone_does_not_move_the_months(database: Pool) -> None:
     eve = datetime(2026, 12, 31, 20, tzinfo=timezone(timedelta(hours=-5)))
     assert (await ensure(database, eve, 0))[0] == "changes_y2027m01"
 
 
-async def test_rows_that_waited_in_the_default_partition_are_moved(database: Database) -> None:
+async def test_rows_that_waited_in_the_default_partition_are_moved(database: Pool) -> None:
     await note(database, month_start(2026, 10), NOVEMBER, NOVEMBER + timedelta(days=1), month_start(2026, 12))
     await ensure(database, months_ahead=0)
     assert await where(database) == {"changes_y2026m11": 2, "changes_default": 2}
@@ -74,7 +74,7 @@ async def test_rows_that_waited_in_the_default_partition_are_moved(database: Dat
     assert await migrations.check_drift(database) == []
 
 
-async def test_what_is_written_later_to_a_moved_month_goes_there_and_duplicates_are_refused(database: Database) -> None:
+async def test_what_is_written_later_to_a_moved_month_goes_there_and_duplicates_are_refused(database: Pool) -> None:
     await note(database, NOVEMBER)
     await ensure(database, months_ahead=0)
     with pytest.raises(Exception, match="duplicate key"):
@@ -83,7 +83,7 @@ async def test_what_is_written_later_to_a_moved_month_goes_there_and_duplicates_
     assert await where(database) == {"changes_y2026m11": 2}
 
 
-async def test_two_processes_at_once_make_each_month_once(database: Database) -> None:
+async def test_two_processes_at_once_make_each_month_once(database: Pool) -> None:
     await note(database, NOVEMBER)
     results = await asyncio.gather(*(ensure(database) for _ in range(4)))
     assert sorted(name for made in results for name in made) == sorted(set(await names(database)))
@@ -91,7 +91,7 @@ async def test_two_processes_at_once_make_each_month_once(database: Database) ->
 
 
 async def test_a_table_that_stays_locked_is_left_for_the_next_call(
-    database: Database, monkeypatch: pytest.MonkeyPatch
+    database: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("utils.database.partitions.LOCK_TIMEOUT", "100ms")
     async with database.transaction() as holder:
@@ -102,7 +102,7 @@ async def test_a_table_that_stays_locked_is_left_for_the_next_call(
     assert len(await ensure(database)) == 6
 
 
-async def names(database: Database) -> list[str]:
+async def names(database: Pool) -> list[str]:
     rows = await database.fetch(
         "SELECT relname FROM pg_class WHERE relispartition AND relname ~ '_y[0-9]{4}m[0-9]{2}$'"
     )

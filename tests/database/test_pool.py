@@ -13,14 +13,14 @@ from datetime import UTC, datetime, timedelta
 import asyncpg
 import pytest
 
-from utils.database import Connection, ConnectTarget, Database
+from utils.database import Connection, ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
-from utils.errors import DatabaseError, DatabaseUnavailable, is_transient, translate
+from utils.exceptions import DatabaseError, DatabaseUnavailable, is_transient, translate
 
 
 @contextlib.asynccontextmanager
-async def pool(target: ConnectTarget, **options: float) -> AsyncIterator[Database]:
-    db = Database(target, **{"connect_timeout": 10, **options})  # type: ignore[arg-type]
+async def pool(target: ConnectTarget, **options: float) -> AsyncIterator[Pool]:
+    db = Pool(target, **{"connect_timeout": 10, **options})  # type: ignore[arg-type]
     await db.connect()
     try:
         yield db
@@ -28,7 +28,7 @@ async def pool(target: ConnectTarget, **options: float) -> AsyncIterator[Databas
         await db.close()
 
 
-async def test_jsonb_and_json_are_python_objects_both_ways_in_copy_too(database: Database) -> None:
+async def test_jsonb_and_json_are_python_objects_both_ways_in_copy_too(database: Pool) -> None:
     value = {"a": [1, 2.5, None, "ü🙂"], "b": {"c": True}}
     async with database.acquire(temp=True) as conn:
         await conn.execute("CREATE TEMP TABLE t (n int, j json, b jsonb)")
@@ -40,7 +40,7 @@ async def test_jsonb_and_json_are_python_objects_both_ways_in_copy_too(database:
     assert arrays == [value, [value]]
 
 
-async def test_the_verbs_do_what_they_say(database: Database) -> None:
+async def test_the_verbs_do_what_they_say(database: Pool) -> None:
     assert await database.execute("INSERT INTO users (id) VALUES ($1), ($2)", 1, 2) == "INSERT 0 2"
     assert [row["id"] for row in await database.fetch("SELECT id FROM users ORDER BY id")] == [1, 2]
     row = await database.fetchrow("SELECT id, username FROM users WHERE id = $1", 1)
@@ -50,7 +50,7 @@ async def test_the_verbs_do_what_they_say(database: Database) -> None:
     assert await database.fetchval("SELECT count(*) FROM users") == 2
 
 
-async def test_a_transaction_is_all_or_nothing(database: Database) -> None:
+async def test_a_transaction_is_all_or_nothing(database: Pool) -> None:
     async with database.transaction() as conn:
         await conn.execute("INSERT INTO users (id) VALUES (1)")
     with contextlib.suppress(ZeroDivisionError):
@@ -100,7 +100,7 @@ async def test_waiting_for_a_connection_is_bounded_and_says_how_many_are_in_use(
                 pass
 
 
-async def test_a_driver_error_becomes_ours_with_its_code_and_its_cause(database: Database) -> None:
+async def test_a_driver_error_becomes_ours_with_its_code_and_its_cause(database: Pool) -> None:
     await database.execute("INSERT INTO users (id) VALUES (1)")
     with pytest.raises(DatabaseError, match="duplicate key") as caught:
         await database.execute("INSERT INTO users (id) VALUES (1)")
@@ -110,7 +110,7 @@ async def test_a_driver_error_becomes_ours_with_its_code_and_its_cause(database:
     assert not is_transient(caught.value)
 
 
-async def test_inside_the_block_the_drivers_own_errors_can_be_caught(database: Database) -> None:
+async def test_inside_the_block_the_drivers_own_errors_can_be_caught(database: Pool) -> None:
     async with database.transaction() as conn:
         with contextlib.suppress(asyncpg.UndefinedTableError):
             async with conn.transaction():
@@ -118,7 +118,7 @@ async def test_inside_the_block_the_drivers_own_errors_can_be_caught(database: D
         assert await conn.fetchval("SELECT 1") == 1
 
 
-async def test_a_file_that_is_missing_is_no_database_error(database: Database) -> None:
+async def test_a_file_that_is_missing_is_no_database_error(database: Pool) -> None:
     with pytest.raises(FileNotFoundError):
         async with database.acquire():
             raise FileNotFoundError("members.csv")
@@ -185,7 +185,7 @@ async def test_foreign_ddl_costs_nothing_after_renew(target: ConnectTarget) -> N
         assert await db.fetchval("SELECT pg_backend_pid()") != pid
 
 
-async def test_now_is_the_databases_clock(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_now_is_the_databases_clock(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     before = await database.fetchval("SELECT clock_timestamp()")
     now = database.now()
     after = await database.fetchval("SELECT clock_timestamp()")
@@ -198,7 +198,7 @@ async def test_now_is_the_databases_clock(database: Database, monkeypatch: pytes
     assert database.now() >= before
 
 
-async def test_the_version_is_known(database: Database, server: EmbeddedServer) -> None:
+async def test_the_version_is_known(database: Pool, server: EmbeddedServer) -> None:
     assert database.server_version_num // 10_000 == server.version
 
 
@@ -210,7 +210,7 @@ async def test_a_server_that_comes_up_late_is_waited_for_and_said_so(
         reserved.bind(("127.0.0.1", 0))
         port = reserved.getsockname()[1]
     late = ConnectTarget(("127.0.0.1",), (port,), user="postgres", database=target.database, sslmode="disable")
-    db = Database(late, connect_timeout=30)
+    db = Pool(late, connect_timeout=30)
     waiting = asyncio.Event()
 
     class Notice(logging.Handler):
@@ -232,7 +232,7 @@ async def test_a_server_that_comes_up_late_is_waited_for_and_said_so(
 
 async def test_a_server_that_never_comes_is_given_up_with_advice() -> None:
     nowhere = ConnectTarget(("/nowhere",), (5432,), user="amy", password="s3cr3t", database="guilds")
-    db = Database(nowhere, connect_timeout=0.3)
+    db = Pool(nowhere, connect_timeout=0.3)
     with pytest.raises(DatabaseUnavailable) as caught:
         await db.connect()
     assert "No such file or directory" in str(caught.value)
@@ -244,7 +244,7 @@ async def test_a_server_that_never_comes_is_given_up_with_advice() -> None:
 
 
 async def test_what_waiting_cannot_mend_is_said_at_once(server: EmbeddedServer) -> None:
-    db = Database(server.target("nobody_made_this"), connect_timeout=3600)
+    db = Pool(server.target("nobody_made_this"), connect_timeout=3600)
     with pytest.raises(DatabaseError, match="does not exist") as caught:
         await asyncio.wait_for(db.connect(), 20)
     assert not isinstance(caught.value, DatabaseUnavailable)
@@ -259,12 +259,12 @@ async def test_a_server_without_tls_is_not_waited_for_when_tls_is_demanded(
     demanding = ConnectTarget(("127.0.0.1",), (port,), user="postgres", database=target.database, sslmode="require")
     async with door(port, server):
         with pytest.raises(DatabaseError, match="has no TLS") as caught:
-            await asyncio.wait_for(Database(demanding, connect_timeout=3600).connect(), 20)
+            await asyncio.wait_for(Pool(demanding, connect_timeout=3600).connect(), 20)
     assert not isinstance(caught.value, DatabaseUnavailable)
 
 
 async def test_closing_cuts_those_who_do_not_let_go(target: ConnectTarget) -> None:
-    db = Database(target)
+    db = Pool(target)
     await db.connect()
     async with contextlib.AsyncExitStack() as stack:
         conn = await stack.enter_async_context(db.acquire())

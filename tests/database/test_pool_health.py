@@ -11,19 +11,19 @@ import asyncpg
 import pytest
 
 from simulator.proxy import Proxy
-from utils.database import ConnectTarget, Database
-from utils.database.access import Access
+from utils.database import ConnectTarget, Pool
+from utils.database.access import Database
 from utils.database.embedded import PORT, EmbeddedServer
-from utils.errors import DatabaseUnavailable
+from utils.exceptions import DatabaseUnavailable
 
 #: Nothing here may take longer, in seconds.
 PATIENCE = 20.0
 
 
 @contextlib.asynccontextmanager
-async def warm(target: ConnectTarget, connections: int) -> AsyncIterator[Database]:
+async def warm(target: ConnectTarget, connections: int) -> AsyncIterator[Pool]:
     """Lend a pool with so many idle connections."""
-    db = Database(target, pool_max=connections, connect_timeout=10, command_timeout=10, acquire_timeout=10)
+    db = Pool(target, pool_max=connections, connect_timeout=10, command_timeout=10, acquire_timeout=10)
     await db.connect()
     try:
         async with contextlib.AsyncExitStack() as stack:
@@ -36,7 +36,7 @@ async def warm(target: ConnectTarget, connections: int) -> AsyncIterator[Databas
 
 
 @contextlib.asynccontextmanager
-async def behind_a_network(target: ConnectTarget, connections: int) -> AsyncIterator[tuple[Database, Proxy]]:
+async def behind_a_network(target: ConnectTarget, connections: int) -> AsyncIterator[tuple[Pool, Proxy]]:
     async with Proxy(f"{target.hosts[0]}/.s.PGSQL.{PORT}") as network:
         reached = replace(target, hosts=("127.0.0.1",), ports=(network.port,), sslmode="disable")
         async with warm(reached, connections) as db:
@@ -134,15 +134,15 @@ async def test_a_check_that_is_cancelled_leaves_no_connection_lent(target: Conne
 
 
 async def test_without_a_pool_nothing_is_checked(target: ConnectTarget) -> None:
-    assert await Database(target).validate_connections() == {"checked": 0, "replaced": 0}
+    assert await Pool(target).validate_connections() == {"checked": 0, "replaced": 0}
 
 
 async def test_a_database_that_is_renamed_for_a_moment_may_be_asked_again(
     target: ConnectTarget, server: EmbeddedServer
 ) -> None:
-    database = Database(target, pool_min=0, pool_max=2)  # which makes no connection by itself
+    database = Pool(target, pool_min=0, pool_max=2)  # which makes no connection by itself
     await database.connect()
-    access = Access(database)
+    access = Database(database)
     home = await asyncpg.connect(**server.target("postgres").connect_kwargs())
     name = target.database
     try:
@@ -163,7 +163,7 @@ async def test_a_database_that_is_renamed_for_a_moment_may_be_asked_again(
         await database.close()
 
 
-async def until_asked_anew(database: Database) -> None:
+async def until_asked_anew(database: Pool) -> None:
     """Ask until the answer comes, or does not, on a new connection: those that were ended are noticed one by one."""
     for _ in range(20):
         try:

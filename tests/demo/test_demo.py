@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from utils.demo.child import ENTRY, Place, environment
-from utils.errors import SettingsError
+from utils.exceptions import SettingsError
 
 PATIENCE = 90.0
 

@@ -6,7 +6,7 @@ import pytest
 
 from simulator import Simulator, World
 from tests.bot.running import running, until_equal
-from utils.database import Database
+from utils.database import Pool
 from utils.demo.proof import TABLES, compare
 from utils.demo.story import Story
 
@@ -20,26 +20,26 @@ def world() -> World:
 
 
 @pytest.fixture
-async def mirrored(database: Database, simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> Database:
+async def mirrored(database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> Pool:
     """The database after a bot has mirrored the world into it."""
     async with running(database, simulator, monkeypatch):
         await until_equal(database, simulator)
     return database
 
 
-async def found(database: Database, world: World, table: str) -> list[str]:
+async def found(database: Pool, world: World, table: str) -> list[str]:
     """Return the lines that the proof of one table has to say."""
     return (await compare(database, table, world.expected_rows(table))).lines()
 
 
-async def test_every_row_is_compared(mirrored: Database, world: World) -> None:
+async def test_every_row_is_compared(mirrored: Pool, world: World) -> None:
     proofs = {table: await compare(mirrored, table, world.expected_rows(table)) for table in TABLES}
     assert proofs["members"].compared == 60
     assert all(proof.compared == len(list(world.expected_rows(table))) for table, proof in proofs.items())
     assert sum(proof.differences for proof in proofs.values()) == 0
 
 
-async def test_a_missing_row_an_extra_row_and_a_wrong_value_are_found(mirrored: Database, world: World) -> None:
+async def test_a_missing_row_an_extra_row_and_a_wrong_value_are_found(mirrored: Pool, world: World) -> None:
     guild_id = next(iter(world.guilds))
     first, second, *_ = world.guild(guild_id).ordered_member_ids()
     await mirrored.execute("DELETE FROM members WHERE user_id = $1", first)
@@ -51,12 +51,12 @@ async def test_a_missing_row_an_extra_row_and_a_wrong_value_are_found(mirrored: 
     assert any(line.startswith(f"members {guild_id}/{second}: nick is 'someone', not ") for line in lines)
 
 
-async def test_a_row_that_is_tombstoned_although_it_is_there_is_missing(mirrored: Database, world: World) -> None:
+async def test_a_row_that_is_tombstoned_although_it_is_there_is_missing(mirrored: Pool, world: World) -> None:
     await mirrored.execute("UPDATE roles SET deleted_at = now() WHERE id = (SELECT max(id) FROM roles)")
     assert [line.rpartition(" ")[2] for line in await found(mirrored, world, "roles")] == ["missing"]
 
 
-async def test_what_nobody_can_know_is_left_alone(mirrored: Database, world: World) -> None:
+async def test_what_nobody_can_know_is_left_alone(mirrored: Pool, world: World) -> None:
     guild_id = next(iter(world.guilds))
     hidden = await mirrored.fetchval("SELECT id FROM channels WHERE hidden")
     await mirrored.execute("UPDATE channels SET name = 'as it was once' WHERE id = $1", hidden)
@@ -68,7 +68,7 @@ async def test_what_nobody_can_know_is_left_alone(mirrored: Database, world: Wor
     assert len(await found(mirrored, world, "channels")) == 1
 
 
-async def test_one_guild_can_be_compared_by_itself(mirrored: Database, world: World) -> None:
+async def test_one_guild_can_be_compared_by_itself(mirrored: Pool, world: World) -> None:
     guild_id = next(iter(world.guilds))
     for table in TABLES:
         assert (await compare(mirrored, table, world.expected_rows(table, guild_id), guild_id=guild_id)).lines() == []
@@ -87,7 +87,7 @@ def test_the_same_seed_tells_the_same_story() -> None:
 
 
 async def test_a_story_ends_in_equal_tables(
-    database: Database, simulator: Simulator, world: World, monkeypatch: pytest.MonkeyPatch
+    database: Pool, simulator: Simulator, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running(database, simulator, monkeypatch):
         for _ in Story(world, seed=9).minute(400):

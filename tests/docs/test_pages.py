@@ -19,8 +19,8 @@ import pytest
 from simulator import Limits, Simulator, World
 from tests.bot.running import running, typed, until_equal
 from tests.docs.blocks import PAGES, ROOT, Block, blocks
-from utils.database import Database
-from utils.migrations.batches import in_batches
+from utils.database import Pool
+from utils.operations.migrations.batches import in_batches
 from utils.settings import load_settings, variables
 
 #: Railway reads these itself.
@@ -109,7 +109,7 @@ def test_every_variable_that_is_named_is_read(block: Block) -> None:
         assert line.partition("=")[0] in (*variables(), *RAILWAYS), f"{block}: {line}"
 
 
-async def test_every_query_runs(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_every_query_runs(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(seed=3)
     guild_id = world.add_guild(members=50)
     async with Simulator(world, limits=Limits.none()) as simulator, running(database, simulator, monkeypatch):
@@ -125,7 +125,7 @@ async def test_every_query_runs(database: Database, monkeypatch: pytest.MonkeyPa
                     pytest.fail(f"{block}: {exc}: {statement}")
 
 
-async def test_every_cog_works(database: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_every_cog_works(database: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     world = World(seed=3)
     guild_id = world.add_guild(members=50)
     package = tmp_path / "cogs_of_the_docs"

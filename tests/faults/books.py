@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from simulator.remote import SimulatorProcess
-from utils.database import Database
+from utils.database import Pool
 from utils.demo.proof import TABLES, compare
 
 #: Differences named in a verdict.
@@ -32,7 +32,7 @@ class Books:
         self.messages += [tuple(it) for it in told["messages"]]
         self.moves += [tuple(it) for it in told["moves"]]
 
-    async def check(self, database: Database, simulator: SimulatorProcess) -> list[str]:
+    async def check(self, database: Pool, simulator: SimulatorProcess) -> list[str]:
         """Compare the tables with the books; return what is wrong, as lines."""
         await self.read(simulator)
         wrong: list[str] = []
@@ -41,7 +41,7 @@ class Books:
         wrong += await self._messages(database) + await self._moves(database)
         return wrong + await _letters(database) + await _fenced(database)
 
-    async def _messages(self, database: Database) -> list[str]:
+    async def _messages(self, database: Pool) -> list[str]:
         told = {id: (guild, user) for id, guild, user in self.messages}
         counted = {row["id"] for row in await database.fetch("SELECT id FROM ops.counted_messages")}
         excused = {id for first, last in self.unheard for id, _, _ in self.messages[first:last]} - self.kept
@@ -60,7 +60,7 @@ class Books:
         ][:MOST]
         return wrong
 
-    async def _moves(self, database: Database) -> list[str]:
+    async def _moves(self, database: Pool) -> list[str]:
         """Each move that was heard stands there once, live or inferred; what nobody heard may be missing."""
         told = Counter((guild, user, kind) for guild, user, kind, _ in self.moves)
         unheard = Counter(
@@ -110,7 +110,7 @@ def _doubled(rows: list[Any], gone: set[tuple[int, int]]) -> list[str]:
     return wrong
 
 
-async def _fenced(database: Database) -> list[str]:
+async def _fenced(database: Pool) -> list[str]:
     """Nothing carries an earlier epoch's stamp that was written after the present holder took over.
 
     Members and threads are left out: a deleted role, a deleted channel change them without a stamp of their own.
@@ -126,6 +126,6 @@ async def _fenced(database: Database) -> list[str]:
     return wrong
 
 
-async def _letters(database: Database) -> list[str]:
+async def _letters(database: Pool) -> list[str]:
     letters = await database.fetch("SELECT table_name, key, error FROM ops.dead_letters LIMIT $1", MOST)
     return [f"dead letter: {row['table_name']} {row['key']}: {row['error']}" for row in letters]

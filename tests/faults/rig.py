@@ -15,15 +15,15 @@ from simulator.proxy import Proxy
 from simulator.remote import SimulatorProcess
 from tests.faults.books import Books
 from tests.faults.bot import PATIENCE, Bot
-from utils import migrations
-from utils.bot import SPOOL
-from utils.database import ConnectTarget, Database
+from utils.bot.client import SPOOL
+from utils.database import ConnectTarget, Pool
 from utils.database.embedded import PORT, EmbeddedServer
-from utils.errors import DatabaseError
-from utils.mirror.events import Message
-from utils.mirror.journal import found
-from utils.mirror.queue import read_events
-from utils.mirror.segments import Segments
+from utils.exceptions import DatabaseError
+from utils.mirror.records.events import Message
+from utils.mirror.spool.journal import found
+from utils.mirror.spool.queue import read_events
+from utils.mirror.spool.segments import Segments
+from utils.operations import migrations
 
 RATE = 500.0
 #: One guild of several pages, one of one page, and small ones.
@@ -55,7 +55,7 @@ class Rig:
         self.looks: list[Look] = []
         self.bots: list[Bot] = []
         self.proxies: dict[str, Proxy] = {}
-        self.database: Database
+        self.database: Pool
         #: From where on nobody hears; None while a bot does.
         self.silent_since: Look | None = Look(0.0, 0, 0)
         #: Seconds from the end of the one that acted to the moment in which another one acts.
@@ -188,7 +188,7 @@ class Rig:
         """Connect for ourselves, past the network that can be broken."""
         with contextlib.suppress(AttributeError):
             await self.database.close(timeout=1)
-        self.database = Database(self.server.target(), pool_max=2, connect_timeout=PATIENCE)
+        self.database = Pool(self.server.target(), pool_max=2, connect_timeout=PATIENCE)
         await self.database.connect()
 
     # --- the verdict

@@ -12,8 +12,8 @@ import pytest
 from simulator import Simulator, World
 from simulator.malformed import malformed_events
 from tests.mirror.harness import TABLES, Mirrored, differences, mirrored, removals, small_world
-from utils.database import Database
-from utils.errors import DatabaseError, GuildbookError
+from utils.database import Pool
+from utils.exceptions import DatabaseError, GuildbookError
 
 Step = tuple[str, int, int]
 SIZES = (45, 32, 14, 6)
@@ -24,7 +24,7 @@ REST = ("/members", "GET /guilds", "/channels", "/threads/archived")
 class Driver:
     """One world, one bot that comes and goes, and the list of all who ever really went."""
 
-    def __init__(self, database: Database, monkeypatch: pytest.MonkeyPatch, seed: int, guilds: int) -> None:
+    def __init__(self, database: Pool, monkeypatch: pytest.MonkeyPatch, seed: int, guilds: int) -> None:
         self.database = database
         self.monkeypatch = monkeypatch
         self.simulator: Simulator
@@ -300,7 +300,7 @@ class Driver:
 STEPS: list[str] = [name for name, it in vars(Driver).items() if callable(it) and name[0] != "_" and name != "run"]
 
 
-async def empty(database: Database) -> None:
+async def empty(database: Pool) -> None:
     """Empty every table between two runs."""
     tables: Any = await database.fetch(
         "SELECT format('%I.%I', schemaname, tablename) FROM pg_tables WHERE schemaname IN ('public', 'ops') "

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import asyncpg
 
 from tests.mirror.tables import GUILD
-from utils.database import ConnectTarget, Database
-from utils.mirror.changes import ChangeFeed, MirrorChange
+from utils.database import ConnectTarget, Pool
+from utils.mirror.change_feed import ChangeFeed, MirrorChange
 
 INSERT = (
     "INSERT INTO changes (guild_id, table_name, key, action, user_id, before, after) "
@@ -35,7 +35,7 @@ class Heard:
     def ids(self) -> list[int]:
         return [change.id for change in self.changes]
 
-    def feed(self, database: Database) -> ChangeFeed:
+    def feed(self, database: Pool) -> ChangeFeed:
         return ChangeFeed(database, self.changes.append, wanted=lambda: self.wanted)
 
 
@@ -67,6 +67,6 @@ async def drained(feed: ChangeFeed) -> None:
             await asyncio.sleep(0.001)
 
 
-async def write(database: Database, row: int = 1, *, guild_id: int = GUILD) -> int:
+async def write(database: Pool, row: int = 1, *, guild_id: int = GUILD) -> int:
     written: int = await database.fetchval(INSERT, guild_id, f'{{"id": {row}}}')
     return written

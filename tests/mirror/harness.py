@@ -15,17 +15,19 @@ import yarl
 from discord import backoff, gateway, http
 
 from simulator import Limits, Simulator, World
-from utils.database import Database
-from utils.errors import DatabaseError
-from utils.mirror import Mirror, archived, guilds, reconcile, source, staging
+from utils.database import Pool
+from utils.exceptions import DatabaseError
+from utils.mirror import Mirror
 from utils.mirror import mirror as mirror_module
-from utils.mirror.journal import Journal
-from utils.mirror.listing import Listing
-from utils.mirror.queue import EventQueue, Spool
-from utils.mirror.rows import key_columns, tombstone_column
-from utils.mirror.source import DiscordSource
-from utils.mirror.tap import install
-from utils.mirror.writer import Rhythm
+from utils.mirror.discord import source
+from utils.mirror.discord.source import DiscordSource
+from utils.mirror.discord.tap import install
+from utils.mirror.reconcile import archived_threads, guild_queue, reconciler, staging
+from utils.mirror.reconcile.listing import Listing
+from utils.mirror.records.rows import key_columns, tombstone_column
+from utils.mirror.spool.journal import Journal
+from utils.mirror.spool.queue import EventQueue, Spool
+from utils.mirror.write.writer import FlushPolicy
 from utils.service import lease
 
 TABLES = ("guilds", "users", "members", "roles", "channels", "threads")
@@ -120,7 +122,7 @@ def small_world(
     monkeypatch: pytest.MonkeyPatch, *sizes: int, seed: int = 1, pages_per_second: float | None = None, **limits: Any
 ) -> tuple[Simulator, list[int]]:
     """Return a simulator with guilds of these sizes, whose member pages are `PAGE` long, and the guilds' ids."""
-    for module in (source, guilds):
+    for module in (source, guild_queue):
         monkeypatch.setattr(module, "MEMBERS_PAGE", PAGE)
     monkeypatch.setattr(staging, "USER_BATCH_PAGES", 2)
     world = World(seed=seed)
@@ -131,9 +133,9 @@ def small_world(
 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten waits of minutes and seconds, our own and discord.py's, that no test is about."""
-    monkeypatch.setattr(archived, "REQUESTS_A_SECOND", 1_000)  # the simulator has its own limits
-    monkeypatch.setattr(archived, "RETRY_SECONDS", 0.05)
-    monkeypatch.setattr(reconcile, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(archived_threads, "REQUESTS_A_SECOND", 1_000)  # the simulator has its own limits
+    monkeypatch.setattr(archived_threads, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(reconciler, "RETRY_SECONDS", 0.05)
     monkeypatch.setattr(mirror_module, "ARRIVAL_SECONDS", 0.2)
     monkeypatch.setattr(http, "asyncio", _Impatient())
     monkeypatch.setattr(backoff.ExponentialBackoff, "delay", lambda self: 0.01)
@@ -141,7 +143,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def mirrored(
-    database: Database,
+    database: Pool,
     simulator: Simulator,
     monkeypatch: pytest.MonkeyPatch,
     *,
@@ -172,7 +174,7 @@ async def mirrored(
         fence,
         EventQueue(journal, spool=mode, max_rows=max_rows),
         shards=1,
-        rhythm=Rhythm(flush_seconds=flush_seconds),
+        rhythm=FlushPolicy(flush_seconds=flush_seconds),
         page_timeout=page_timeout,
         cooldown=cooldown,
         spool=spool,
@@ -196,7 +198,7 @@ async def mirrored(
             await journal.close(5)
 
 
-async def differences(database: Database, simulator: Simulator, tables: Iterable[str] = TABLES) -> list[str]:
+async def differences(database: Pool, simulator: Simulator, tables: Iterable[str] = TABLES) -> list[str]:
     """Return what is wrong in the tables, as lines; an empty list means that they equal the simulator's world.
 
     Of guilds that the bot is no longer in nothing is known, and so nothing is compared but that it left.
@@ -228,7 +230,7 @@ async def differences(database: Database, simulator: Simulator, tables: Iterable
     return wrong
 
 
-async def changes(database: Database, **where: Any) -> list[tuple[Any, ...]]:
+async def changes(database: Pool, **where: Any) -> list[tuple[Any, ...]]:
     """Return the history in order: table, key (guilds aside), action, before, after."""
     records = await database.fetch("SELECT * FROM changes ORDER BY id")
     told = []
@@ -239,13 +241,13 @@ async def changes(database: Database, **where: Any) -> list[tuple[Any, ...]]:
     return told
 
 
-async def removals(database: Database) -> set[tuple[str, int]]:
+async def removals(database: Pool) -> set[tuple[str, int]]:
     """Return every (table, id) that was ever taken for gone."""
     records = await database.fetch("SELECT table_name, key FROM changes WHERE action = 'remove'")
     return {(record["table_name"], record["key"].get("user_id", record["key"].get("id"))) for record in records}
 
 
-async def versions(database: Database) -> dict[str, set[tuple[Any, ...]]]:
+async def versions(database: Pool) -> dict[str, set[tuple[Any, ...]]]:
     """Return where each row version lies, of the mirrored tables and their history: a write moves it."""
     found = {}
     for table in (*TABLES, "changes", "user_changes"):
@@ -254,7 +256,7 @@ async def versions(database: Database) -> dict[str, set[tuple[Any, ...]]]:
     return found
 
 
-async def runs(database: Database, guild_id: int) -> list[tuple[str, str]]:
+async def runs(database: Pool, guild_id: int) -> list[tuple[str, str]]:
     """Return the state and source of the guild's reconciles, in order."""
     records = await database.fetch("SELECT state, source FROM sync_runs WHERE guild_id = $1 ORDER BY id", guild_id)
     return [(record["state"], record["source"]) for record in records]

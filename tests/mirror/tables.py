@@ -7,16 +7,16 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from utils.database import Database
-from utils.errors import SyncError, ValidationError
-from utils.mirror.apply import Batch, Run, Written, apply
-from utils.mirror.listing import Listing
-from utils.mirror.pages import Page, Record
-from utils.mirror.queue import EventQueue
-from utils.mirror.rows import Absence, Entry, Group, Key, key_columns
-from utils.mirror.touched import Touched
-from utils.mirror.translate import LISTED_MEMBER, LISTED_USER
-from utils.mirror.writer import MirrorWriter, Rhythm
+from utils.database import Pool
+from utils.exceptions import SyncError, ValidationError
+from utils.mirror.reconcile.listing import Listing
+from utils.mirror.records.rows import Absence, Entry, Group, Key, Run, key_columns
+from utils.mirror.spool.queue import EventQueue
+from utils.mirror.translate.objects import LISTED_MEMBER, LISTED_USER
+from utils.mirror.translate.pages import Page, Record
+from utils.mirror.write.apply import Batch, Written, apply
+from utils.mirror.write.overlay import LiveOverlay
+from utils.mirror.write.writer import FlushPolicy, MirrorWriter
 from utils.service import lease
 from utils.service.lease import Fence
 
@@ -37,37 +37,39 @@ def said(table: str, key: Key, stamp: int, *, appears: bool = True, **values: An
     return (table, key), Entry(values, appears, stamp)
 
 
-async def fence_of(database: Database) -> Fence:
+async def fence_of(database: Pool) -> Fence:
     """Return the fence of the process that acts, of a test's where none does."""
     epoch = await database.fetchval("SELECT epoch FROM ops.leases")
     return await lease.seize(database, "a test") if epoch is None else Fence("a test", epoch)
 
 
-async def applied(database: Database, batch: Batch) -> Written:
+async def applied(database: Pool, batch: Batch) -> Written:
     """Write a batch as the process that acts."""
     return await apply(database, batch, await fence_of(database))
 
 
-async def writer_of(database: Database, **rhythm: Any) -> MirrorWriter:
+async def writer_of(database: Pool, **rhythm: Any) -> MirrorWriter:
     """Return a writer of a process that acts, with a queue that is in memory alone."""
     fence = await fence_of(database)
     queue = EventQueue(None, spool="off", max_rows=20_000)
-    return MirrorWriter(database, fence, queue, Rhythm(**rhythm), on_lost=lambda: None, on_dropped=lambda guilds: None)
+    return MirrorWriter(
+        database, fence, queue, FlushPolicy(**rhythm), on_lost=lambda: None, on_dropped=lambda guilds: None
+    )
 
 
-async def write(database: Database, *entries: tuple[tuple[str, Key], Entry]) -> Written:
+async def write(database: Pool, *entries: tuple[tuple[str, Key], Entry]) -> Written:
     """Write observations as one batch."""
     batch = dict(entries)
     assert len(batch) == len(entries), "a batch holds one entry a row"
     return await applied(database, Batch(entries=batch))
 
 
-async def write_groups(database: Database, *groups: Group, absences: Sequence[Absence] = ()) -> Written:
+async def write_groups(database: Pool, *groups: Group, absences: Sequence[Absence] = ()) -> Written:
     """Write what a listing showed, as one batch."""
     return await applied(database, Batch(groups=list(groups), absences=list(absences)))
 
 
-async def rows(database: Database, table: str) -> dict[Key, dict[str, Any]]:
+async def rows(database: Pool, table: str) -> dict[Key, dict[str, Any]]:
     """Return a table by key, without the moment of the last change."""
     keys = key_columns(table)
     records = await database.fetch(f"SELECT * FROM {table}")  # noqa: S608
@@ -79,19 +81,19 @@ async def rows(database: Database, table: str) -> dict[Key, dict[str, Any]]:
     }
 
 
-async def row(database: Database, table: str, key: Key) -> dict[str, Any]:
+async def row(database: Pool, table: str, key: Key) -> dict[str, Any]:
     """Return one row."""
     return (await rows(database, table))[key]
 
 
-async def versions(database: Database, table: str) -> dict[Key, tuple[Any, Any]]:
+async def versions(database: Pool, table: str) -> dict[Key, tuple[Any, Any]]:
     """Return where each row of a table lies and which transaction wrote it: an update that changes nothing shows."""
     keys = key_columns(table)
     records = await database.fetch(f"SELECT {', '.join(keys)}, ctid::text, xmin::text FROM {table}")  # noqa: S608
     return {tuple(record[key] for key in keys): (record["ctid"], record["xmin"]) for record in records}
 
 
-async def history(database: Database, table: str = "changes") -> list[tuple[Any, ...]]:
+async def history(database: Pool, table: str = "changes") -> list[tuple[Any, ...]]:
     """Return the history as (table, key, action, user id, before, after), oldest first."""
     records = await database.fetch(f"SELECT * FROM {table} ORDER BY id")  # noqa: S608
     return [
@@ -107,7 +109,7 @@ async def history(database: Database, table: str = "changes") -> list[tuple[Any,
     ]
 
 
-async def empty(database: Database) -> None:
+async def empty(database: Pool) -> None:
     """Make every mirrored table and the history empty, between the examples of a property."""
     await database.execute(
         "TRUNCATE guilds, users, members, roles, channels, threads, changes, user_changes, sync_runs"
@@ -142,11 +144,11 @@ class Received(Listing):
 
     def __init__(
         self,
-        database: Database,
+        database: Pool,
         pages: Iterable[Page],
         stamp: int,
         *,
-        touched: Touched,
+        touched: LiveOverlay,
         guild_id: int = GUILD,
         source: str = "gateway",
         breaks: SyncError | None = None,

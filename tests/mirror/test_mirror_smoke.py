@@ -8,11 +8,11 @@ import pytest
 
 from simulator import Limits, Simulator, World
 from tests.mirror.harness import differences, mirrored
-from utils.database import Database
+from utils.database import Pool
 
 
 async def test_a_world_is_mirrored_and_stays_equal_while_it_changes(
-    database: Database, monkeypatch: pytest.MonkeyPatch
+    database: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = World(seed=3)
     world.add_guild(members=2500)

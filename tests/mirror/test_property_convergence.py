@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import cloned
 from tests.mirror.driver import STEPS, Driver, Step, empty
-from utils.database import Database
+from utils.database import Pool
 from utils.database.embedded import EmbeddedServer
 
 EXAMPLES = int(os.environ.get("GUILDBOOK_PROPERTY_EXAMPLES", "40"))
@@ -24,11 +24,11 @@ _step = st.tuples(_common | st.sampled_from(STEPS), st.integers(0, 9_999), st.in
 
 
 @pytest.fixture
-def runner(server: EmbeddedServer, template: str) -> Iterator[tuple[asyncio.Runner, Database]]:
+def runner(server: EmbeddedServer, template: str) -> Iterator[tuple[asyncio.Runner, Pool]]:
     """One event loop and one database for all examples."""
     with asyncio.Runner() as loop:
         lent = cloned(server, template)
-        database = Database(loop.run(lent.__aenter__()), pool_max=8, connect_timeout=10, acquire_timeout=10)
+        database = Pool(loop.run(lent.__aenter__()), pool_max=8, connect_timeout=10, acquire_timeout=10)
         loop.run(database.connect())
         yield loop, database
         loop.run(database.close())
@@ -44,7 +44,7 @@ def runner(server: EmbeddedServer, template: str) -> Iterator[tuple[asyncio.Runn
     pooled=st.booleans(),
 )
 def test_the_tables_equal_the_world_after_any_interleaving(
-    runner: tuple[asyncio.Runner, Database], seed: int, guilds: int, steps: list[Step], pooled: bool
+    runner: tuple[asyncio.Runner, Pool], seed: int, guilds: int, steps: list[Step], pooled: bool
 ) -> None:
     loop, database = runner
 

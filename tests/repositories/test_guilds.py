@@ -8,15 +8,13 @@ import pytest
 
 from models import Guild, User
 from tests.repositories.conftest import NOW
-from utils.errors import ValidationError
+from utils.exceptions import Conflict, NotFound, ValidationError
 from utils.repositories import (
     ChannelRepository,
-    Conflict,
     GuildRepository,
     GuildStatistics,
     GuildTotals,
     MemberRepository,
-    NotFound,
     RoleRepository,
     Sessions,
     ThreadRepository,

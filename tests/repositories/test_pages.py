@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sqlalchemy import select
 
 from models import Member
-from utils.database import Database
+from utils.database import Pool
 from utils.repositories import GuildRepository, MemberRepository, Sessions
 
 KEYS = st.sets(st.tuples(st.integers(1, 4), st.integers(1, 2**63 - 1) | st.integers(1, 40)), max_size=60)
@@ -16,7 +16,7 @@ KEYS = st.sets(st.tuples(st.integers(1, 4), st.integers(1, 2**63 - 1) | st.integ
 @settings(max_examples=40)
 @given(keys=KEYS, limit=st.integers(1, 70), gone=st.integers(2, 5))
 async def test_every_row_comes_exactly_once_whatever_the_limit(
-    sessions: Sessions, database: Database, keys: set[tuple[int, int]], limit: int, gone: int
+    sessions: Sessions, database: Pool, keys: set[tuple[int, int]], limit: int, gone: int
 ) -> None:
     await database.execute("TRUNCATE members")
     members = MemberRepository(sessions)
@@ -63,7 +63,7 @@ async def test_rows_that_come_and_go_meanwhile_shift_no_page(sessions: Sessions)
     assert [row.id for row in second.items] == [55, 60, 70, 80]
 
 
-async def test_a_late_page_of_a_guild_reads_no_more_than_an_early_one(sessions: Sessions, database: Database) -> None:
+async def test_a_late_page_of_a_guild_reads_no_more_than_an_early_one(sessions: Sessions, database: Pool) -> None:
     await database.execute("INSERT INTO members (guild_id, user_id) SELECT 1, id FROM generate_series(1, 20000) AS id")
     await database.execute("VACUUM ANALYZE members")
     repository = MemberRepository(sessions)

@@ -10,15 +10,9 @@ from sqlalchemy import select
 
 from models import Member
 from tests.repositories.conftest import NOW
-from utils.database import Database
-from utils.errors import ValidationError
-from utils.repositories import (
-    GuildRepository,
-    MemberRepository,
-    MemberStatsRepository,
-    Sessions,
-    UserRepository,
-)
+from utils.database import Pool
+from utils.exceptions import ValidationError
+from utils.repositories import GuildRepository, MemberRepository, MemberStatsRepository, Sessions, UserRepository
 from utils.repositories.people import holds
 
 
@@ -74,7 +68,7 @@ async def test_members_are_found_by_role_boost_and_day(sessions: Sessions) -> No
         await members.joined_between(1, datetime(2024, 1, 1), NOW)  # noqa: DTZ001 - what is refused
 
 
-async def test_the_holders_of_a_role_are_found_by_the_index(sessions: Sessions, database: Database) -> None:
+async def test_the_holders_of_a_role_are_found_by_the_index(sessions: Sessions, database: Pool) -> None:
     await database.execute(
         "INSERT INTO members (guild_id, user_id, roles) SELECT 1 + id % 3, id, ARRAY[id % 400, 1000 + id % 7]"
         " FROM generate_series(1, 30000) AS id"

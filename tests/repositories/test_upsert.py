@@ -11,11 +11,10 @@ import pytest
 
 from models import Channel, Guild, Member
 from tests.repositories.conftest import NOW
-from utils.database import Database
-from utils.errors import DatabaseError, ValidationError
+from utils.database import Pool
+from utils.exceptions import Conflict, DatabaseError, ValidationError
 from utils.repositories import (
     ChannelRepository,
-    Conflict,
     GuildRepository,
     MemberRepository,
     MemberStatsRepository,
@@ -39,7 +38,7 @@ def rows_of(count: int) -> list[dict[str, Any]]:
     return rows
 
 
-async def test_rows_are_written_once_and_counted_only_when_they_differ(sessions: Sessions, database: Database) -> None:
+async def test_rows_are_written_once_and_counted_only_when_they_differ(sessions: Sessions, database: Pool) -> None:
     members = MemberRepository(sessions)
     rows = rows_of(250)
     assert await members.upsert_many(rows, chunk=100) == 250
@@ -86,7 +85,7 @@ async def test_keys_alone_add_what_is_missing(sessions: Sessions) -> None:
     assert (await stats.get((1, 1))).xp == 5
 
 
-async def test_arrays_and_json_arrive_as_they_were_given(sessions: Sessions, database: Database) -> None:
+async def test_arrays_and_json_arrive_as_they_were_given(sessions: Sessions, database: Pool) -> None:
     odd = ["", "NULL", 'a "b" \\ {c},d', "ä\n\t'", "null"]
     guilds, channels = GuildRepository(sessions), ChannelRepository(sessions)
     await guilds.upsert_many([{"id": 1, "features": odd}, {"id": 2, "features": []}, {"id": 3, "features": None}])

@@ -16,14 +16,12 @@ from sqlalchemy.orm import selectinload
 
 from models import Guild, Member, MemberStats, Role, Thread, User
 from tests.repositories.conftest import NOW
-from utils.database import Database
-from utils.errors import DatabaseError, DatabaseUnavailable, ValidationError, translate
+from utils.database import Pool
+from utils.exceptions import Conflict, DatabaseError, DatabaseUnavailable, NotFound, ValidationError, translate
 from utils.repositories import (
-    Conflict,
     GuildRepository,
     MemberRepository,
     MemberStatsRepository,
-    NotFound,
     RoleRepository,
     Sessions,
     ThreadRepository,
@@ -84,7 +82,7 @@ async def test_what_has_gone_is_hidden_unless_it_is_asked_for(sessions: Sessions
     assert await roles.exists((1, 10))
 
 
-async def test_what_keeps_nothing_that_is_gone_is_removed(sessions: Sessions, database: Database) -> None:
+async def test_what_keeps_nothing_that_is_gone_is_removed(sessions: Sessions, database: Pool) -> None:
     users = UserRepository(sessions)
     await users.add(User(id=1, username="ada"))
     await users.delete(1)
@@ -114,7 +112,7 @@ async def test_an_update_of_what_cannot_be_set_is_refused(sessions: Sessions, va
         await guilds.update(5, **values)
 
 
-async def test_no_json_is_null_in_sql_however_it_was_written(sessions: Sessions, database: Database) -> None:
+async def test_no_json_is_null_in_sql_however_it_was_written(sessions: Sessions, database: Pool) -> None:
     roles = RoleRepository(sessions)
     assert (await roles.add(Role(guild_id=1, id=1, tags=None))).tags is None
     await roles.add(Role(guild_id=1, id=2, tags={"bot_id": "3"}))
@@ -163,7 +161,7 @@ async def test_sessions_that_translate_already_change_nothing(sessions: Sessions
         await guilds.get(2)
 
 
-async def test_what_the_driver_refuses_is_our_own_error(sessions: Sessions, database: Database) -> None:
+async def test_what_the_driver_refuses_is_our_own_error(sessions: Sessions, database: Pool) -> None:
     guilds = GuildRepository(sessions)
     with pytest.raises(DatabaseError, match="out of int16 range"):
         await guilds.upsert_many([{"id": 1, "nsfw_level": 1 << 40}])

@@ -13,9 +13,9 @@ import asyncpg
 import pytest
 
 from simulator.proxy import Proxy
-from utils.database import ConnectTarget, Database
+from utils.database import ConnectTarget, Pool
 from utils.database.embedded import PORT
-from utils.errors import LeaseLost
+from utils.exceptions import LeaseLost
 from utils.service import lease as module
 from utils.service.lease import Fence, Lease, holder, seize
 
@@ -65,7 +65,7 @@ async def won(task: asyncio.Task[Fence]) -> Fence:
         return await task
 
 
-async def renewed_times(database: Database, times: int) -> None:
+async def renewed_times(database: Pool, times: int) -> None:
     query = "SELECT expires_at > $1 FROM ops.leases"
     for _ in range(times):
         before = await database.fetchval("SELECT expires_at FROM ops.leases")
@@ -86,7 +86,7 @@ def upstream(target: ConnectTarget) -> str:
 
 
 async def test_a_transaction_under_way_is_seen_out_by_whoever_seizes_the_lease(
-    database: Database, target: ConnectTarget
+    database: Pool, target: ConnectTarget
 ) -> None:
     fence = await seize(database, "one")
     async with connected(target) as former:
@@ -97,7 +97,7 @@ async def test_a_transaction_under_way_is_seen_out_by_whoever_seizes_the_lease(
         assert (await won(seizing)).epoch == fence.epoch + 1
 
 
-async def test_an_epoch_that_a_failover_gives_out_twice_is_good_for_one_of_them_only(database: Database) -> None:
+async def test_an_epoch_that_a_failover_gives_out_twice_is_good_for_one_of_them_only(database: Pool) -> None:
     fence = await seize(database, "one")
     await database.execute("UPDATE ops.leases SET holder = 'two'")
     async with database.transaction() as connection:
@@ -107,7 +107,7 @@ async def test_an_epoch_that_a_failover_gives_out_twice_is_good_for_one_of_them_
 
 
 async def test_takers_that_wait_together_do_not_end_one_another(
-    database: Database, target: ConnectTarget, caplog: pytest.LogCaptureFixture
+    database: Pool, target: ConnectTarget, caplog: pytest.LogCaptureFixture
 ) -> None:
     fence = await seize(database, "the-former")
     leases = [Lease(target, holder()) for _ in range(3)]
@@ -128,7 +128,7 @@ async def test_takers_that_wait_together_do_not_end_one_another(
 
 
 async def test_who_holds_the_whole_table_is_waited_for_not_ended(
-    database: Database, target: ConnectTarget, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    database: Pool, target: ConnectTarget, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.0)
     monkeypatch.setattr(module, "LOCK_SECONDS", 0.3)
@@ -146,7 +146,7 @@ async def test_who_holds_the_whole_table_is_waited_for_not_ended(
 
 
 async def test_a_transaction_that_may_not_be_ended_is_told_and_waited_for(
-    database: Database, target: ConnectTarget, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    database: Pool, target: ConnectTarget, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fence = await seize(database, "the-former")
     role = f"somebody_{target.database}"
@@ -206,7 +206,7 @@ async def whose_take_went_unanswered(target: ConnectTarget, monkeypatch: pytest.
 
 
 async def test_a_take_whose_answer_was_lost_is_not_waited_out(
-    database: Database, target: ConnectTarget, monkeypatch: pytest.MonkeyPatch
+    database: Pool, target: ConnectTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with whose_take_went_unanswered(target, monkeypatch) as lease, asyncio.timeout(PATIENCE):
         fence = await lease.wait()
@@ -216,7 +216,7 @@ async def test_a_take_whose_answer_was_lost_is_not_waited_out(
 
 
 async def test_a_take_whose_answer_was_lost_is_given_back_at_the_end(
-    database: Database, target: ConnectTarget, monkeypatch: pytest.MonkeyPatch
+    database: Pool, target: ConnectTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with whose_take_went_unanswered(target, monkeypatch) as lease:
         with pytest.raises(Exception, match="reset"):
@@ -225,7 +225,7 @@ async def test_a_take_whose_answer_was_lost_is_given_back_at_the_end(
     assert await database.fetchval("SELECT expires_at IS NULL FROM ops.leases")
 
 
-async def test_what_was_given_back_is_not_held_any_more(database: Database, target: ConnectTarget) -> None:
+async def test_what_was_given_back_is_not_held_any_more(database: Pool, target: ConnectTarget) -> None:
     lease = Lease(target, holder())
     await lease.wait()
     assert lease.is_sure()
@@ -236,7 +236,7 @@ async def test_what_was_given_back_is_not_held_any_more(database: Database, targ
 
 @pytest.mark.parametrize("how", ["reset", "silent"])
 async def test_a_holder_that_was_cut_off_and_comes_back_finds_it_lost(
-    database: Database, target: ConnectTarget, monkeypatch: pytest.MonkeyPatch, how: str
+    database: Pool, target: ConnectTarget, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """It was in the middle of a transaction, which the other one had to end, and cannot commit it afterwards."""
     monkeypatch.setattr(module, "TTL_SECONDS", 0.5)
@@ -272,7 +272,7 @@ async def is_unsure(lease: Lease) -> bool:
     return bool(lease.describe()["state"] == "unsure")
 
 
-async def test_behind_a_slow_network_it_is_taken_and_kept(database: Database, target: ConnectTarget) -> None:
+async def test_behind_a_slow_network_it_is_taken_and_kept(database: Pool, target: ConnectTarget) -> None:
     """Also when a transaction has to be ended first."""
     fence = await seize(database, "the-former")
     async with connected(target) as former, Proxy(upstream(target), latency=0.1) as network:
@@ -288,7 +288,7 @@ async def test_behind_a_slow_network_it_is_taken_and_kept(database: Database, ta
 
 
 async def test_one_that_stands_by_says_who_acts_once(
-    database: Database, target: ConnectTarget, caplog: pytest.LogCaptureFixture
+    database: Pool, target: ConnectTarget, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     acting = Lease(target, "the-one-that-acts")

@@ -76,7 +76,7 @@ async def test_members_need_their_intent(world: World, small: int) -> None:
     async with Simulator(world, privileged_intents=0) as simulator, aiohttp.ClientSession() as session:
         rest = Rest(session, simulator.api_base)
         session.headers["Authorization"] = f"Bot {simulator.token}"
-        assert (await rest.get(f"/guilds/{small}/members"))[1] == {"message": "Missing Access", "code": 50001}
+        assert (await rest.get(f"/guilds/{small}/members"))[1] == {"message": "Missing Database", "code": 50001}
 
 
 async def test_the_gateway_and_the_application_are_told(rest: Rest, simulator: Simulator, world: World) -> None:

@@ -6,25 +6,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from utils.actions import Outcome, Progress
 from utils.cli import restore
 from utils.cli.common import AsJson, DataDir, act
-from utils.database import Database
+from utils.database import Pool
+from utils.operations.action import Outcome, Progress
 from utils.settings import Settings
 
 if TYPE_CHECKING:
-    from utils.backup.vault import Vault
+    from utils.operations.backup.service import BackupService
 
 app = typer.Typer(help="Backups: make, list, verify, restore, drill, prune.", no_args_is_help=True)
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="A backup's id; without it the newest full one.")]
 
 
-def vault(settings: Settings) -> Vault:
+def vault(settings: Settings) -> BackupService:
     """Return the backups that the settings lead to."""
-    from utils.backup.vault import Vault
+    from utils.operations.backup.service import BackupService
 
-    return Vault(settings)
+    return BackupService(settings)
 
 
 @app.command("create")
@@ -36,7 +36,7 @@ def create(
 ) -> None:
     """Back the database up."""
 
-    async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
+    async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
         return await vault(settings).create(database, tables=tables or (), schema_only=schema_only, progress=progress)
 
     arguments = {"tables": tables or [], "schema_only": schema_only}
@@ -47,7 +47,7 @@ def create(
 def list_(as_json: AsJson = False, data_dir: DataDir = None) -> None:
     """List the backups, and how their last drills went."""
 
-    async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
+    async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
         return await vault(settings).listing()
 
     act("backup list", work, data_dir=data_dir, as_json=as_json)
@@ -57,7 +57,7 @@ def list_(as_json: AsJson = False, data_dir: DataDir = None) -> None:
 def verify(id: Id = "latest", as_json: AsJson = False, data_dir: DataDir = None) -> None:
     """Check that a backup is what it was when it was made."""
 
-    async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
+    async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
         return await vault(settings).verify(id, progress=progress)
 
     act("backup verify", work, data_dir=data_dir, as_json=as_json, arguments={"id": id})
@@ -71,7 +71,7 @@ def prune(
 ) -> None:
     """Delete the backups that BACKUP_KEEP and its like do not keep."""
 
-    async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
+    async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
         return await vault(settings).prune(dry_run=dry_run)
 
     act("backup prune", work, data_dir=data_dir, as_json=as_json, arguments={"dry_run": dry_run})

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from utils.actions import Outcome, Progress
 from utils.cli.common import AsJson, DataDir, act
-from utils.database import Database
+from utils.database import Pool
+from utils.operations.action import Outcome, Progress
 from utils.settings import Settings
 
 
@@ -26,9 +26,9 @@ def stats(
 ) -> None:
     """Show how large the tables are, how they grow, and how the server fares."""
 
-    async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
-        from utils.statistics.collect import collect, outcome
-        from utils.statistics.picture import draw
+    async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
+        from utils.operations.upkeep.picture import draw
+        from utils.operations.upkeep.statistics import collect, outcome
 
         found = await collect(database)
         if picture is not None:
@@ -45,9 +45,9 @@ def maintain(
 ) -> None:
     """Analyse, rebuild bloated indexes, refresh views, make partitions."""
 
-    async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
-        from utils import maintenance
+    async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
+        from utils.operations.upkeep import maintain as upkeep
 
-        return await (maintenance.maintain(database, progress=progress) if yes else maintenance.preview(database))
+        return await (upkeep.maintain(database, progress=progress) if yes else upkeep.preview(database))
 
     act("db maintain", work, data_dir=data_dir, as_json=as_json, arguments={"yes": yes})

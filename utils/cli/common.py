@@ -12,11 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from utils.actions import Outcome, Progress, Step, silent, write_down
 from utils.cli import shell
-from utils.database import Database
-from utils.errors import DatabaseError, GuildbookError, SettingsError, ValidationError
+from utils.database import Pool
+from utils.exceptions import DatabaseError, GuildbookError, SettingsError, ValidationError
 from utils.logs import hide
+from utils.operations.action import Outcome, Progress, Step, silent, write_down
 from utils.settings import Settings, load_settings
 
 #: Connections of a command line: the work, what goes on beside it, and the books.
@@ -30,7 +30,7 @@ DataDir = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 #: The work of an action: the settings, the database, and whom to tell how it goes.
-Work = Callable[[Settings, Database, Progress], Awaitable[Outcome]]
+Work = Callable[[Settings, Pool, Progress], Awaitable[Outcome]]
 
 
 @contextmanager
@@ -82,7 +82,7 @@ async def _act(
     progress: Progress,
 ) -> Outcome:
     async with shell.reached(settings, data_dir) as target:
-        database = Database(target, pool_max=CONNECTIONS)
+        database = Pool(target, pool_max=CONNECTIONS)
         try:
             await database.connect()
             outcome = await work(settings, database, progress)
@@ -96,7 +96,7 @@ async def _act(
             await database.close()
 
 
-async def _note(database: Database, command: str, arguments: Mapping[str, Any], result: str) -> None:
+async def _note(database: Pool, command: str, arguments: Mapping[str, Any], result: str) -> None:
     if not database.is_connected:
         return  # nothing was done to it
     try:

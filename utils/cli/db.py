@@ -12,11 +12,11 @@ from typing import Annotated
 
 import typer
 
-from utils.actions import Outcome, Progress
 from utils.cli import shell
 from utils.cli.common import AsJson, DataDir, act, plain_errors
-from utils.database import Database
-from utils.errors import GuildbookError
+from utils.database import Pool
+from utils.exceptions import GuildbookError
+from utils.operations.action import Outcome, Progress
 from utils.settings import Settings, load_settings
 
 app = typer.Typer(help="The database: schema, psql, and made-up data.", no_args_is_help=True)
@@ -29,8 +29,8 @@ Revision = Annotated[str | None, typer.Argument(help="A revision, like 0002; wit
 def status(as_json: AsJson = False, data_dir: DataDir = None) -> None:
     """Say which revision the database is at, what waits, and what differs; exit code 1 when anything does."""
 
-    async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
-        from utils.migrations import admin
+    async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
+        from utils.operations.migrations import admin
 
         return await admin.status(database, progress=progress)
 
@@ -41,8 +41,8 @@ def status(as_json: AsJson = False, data_dir: DataDir = None) -> None:
 def history(as_json: AsJson = False, data_dir: DataDir = None) -> None:
     """List the revisions, oldest first: which are applied, and when, where that is known."""
 
-    async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
-        from utils.migrations import admin
+    async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
+        from utils.operations.migrations import admin
 
         return await admin.history(database, progress=progress)
 
@@ -59,8 +59,8 @@ def preview(
 ) -> None:
     """Write the SQL of an upgrade or a downgrade into a file, with what it locks, rewrites or drops; run nothing."""
 
-    async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
-        from utils.migrations.preview import preview
+    async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
+        from utils.operations.migrations.preview import preview
 
         outcome = await preview(database, revision, down=down, progress=progress)
         if outcome.file is None:
@@ -79,8 +79,8 @@ def preview(
 def upgrade(revision: Revision = None, as_json: AsJson = False, data_dir: DataDir = None) -> None:
     """Bring the schema up to date, or to a revision."""
 
-    async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
-        from utils.migrations import admin
+    async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
+        from utils.operations.migrations import admin
 
         return await admin.upgrade(database, revision, progress=progress)
 
@@ -101,8 +101,8 @@ def downgrade(
     with plain_errors(as_json=as_json):
         name = yes_destroy or _confirmed(load_settings(), data_dir, revision)
 
-    async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
-        from utils.migrations import admin
+    async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
+        from utils.operations.migrations import admin
 
         found = await database.fetchval("SELECT current_database()")
         if name != found:
@@ -116,7 +116,7 @@ def downgrade(
 
 def _confirmed(settings: Settings, data_dir: Path | None, revision: str) -> str:
     """Show what a downgrade takes away, return the name that is typed. Raises `GuildbookError` without a terminal."""
-    from utils.migrations.preview import preview
+    from utils.operations.migrations.preview import preview
 
     if not sys.stdin.isatty():
         raise GuildbookError(
@@ -124,7 +124,7 @@ def _confirmed(settings: Settings, data_dir: Path | None, revision: str) -> str:
             f" python bot.py db preview {revision} --down, then say so with --yes-destroy and the database's name"
         )
 
-    async def look(database: Database) -> tuple[str, str]:
+    async def look(database: Pool) -> tuple[str, str]:
         outcome = await preview(database, revision, down=True)
         return outcome.text, await database.fetchval("SELECT current_database()")
 
@@ -134,11 +134,11 @@ def _confirmed(settings: Settings, data_dir: Path | None, revision: str) -> str:
     return typed.strip()
 
 
-def _backup(settings: Settings, database: Database, progress: Progress) -> Callable[[], Awaitable[str]]:
+def _backup(settings: Settings, database: Pool, progress: Progress) -> Callable[[], Awaitable[str]]:
     """Return what makes a backup and says which."""
 
     async def make() -> str:
-        from utils.backup.kept import Kept
+        from utils.operations.backup.kept import Kept
 
         return await Kept(settings).save(database, "before downgrade", progress)
 
@@ -153,8 +153,8 @@ def stamp(
 ) -> None:
     """Write down that the schema is at a revision, if it is just that."""
 
-    async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
-        from utils.migrations import admin
+    async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
+        from utils.operations.migrations import admin
 
         return await admin.stamp(database, revision, progress=progress)
 
@@ -193,7 +193,7 @@ def seed(
     data_dir: DataDir = None,
 ) -> None:
     """Fill an empty database with made-up guilds, to write cogs against."""
-    from utils import development
+    from utils.operations.development import seed as development
 
     with plain_errors():
         written = asyncio.run(
@@ -215,7 +215,7 @@ def reset(
     data_dir: DataDir = None,
 ) -> None:
     """Drop every table of ours and make it anew; refused while a bot runs."""
-    from utils import development
+    from utils.operations.development import seed as development
 
     with plain_errors():
         settings = load_settings()
@@ -236,17 +236,17 @@ def describe(
     data_dir: DataDir = None,
 ) -> None:
     """Show tables, columns, keys, indexes and sizes."""
-    from utils import describing
+    from utils.operations.upkeep import describe
 
     with plain_errors():
         tables = asyncio.run(
-            shell.on_database(load_settings(), data_dir, lambda database: describing.describe(database, table))
+            shell.on_database(load_settings(), data_dir, lambda database: describe.describe(database, table))
         )
         if as_json:
             typer.echo(json.dumps(tables, indent=2))
         elif sys.stdout.isatty():
             from rich.console import Console
 
-            Console().print(describing.pretty(tables))
+            Console().print(describe.pretty(tables))
         else:
-            typer.echo(describing.plain(tables))
+            typer.echo(describe.plain(tables))

@@ -16,12 +16,12 @@ from utils.cli.common import INTERRUPTED, AsJson, DataDir
 
 def doctor(as_json: AsJson = False, data_dir: DataDir = None) -> None:
     """Look whether everything that the bot needs is there, and say what to do; exit code 1 when something fails."""
-    from utils.doctor import examine
-    from utils.doctor.patient import Patient
+    from utils.operations.doctor import examine
+    from utils.operations.doctor.context import DoctorContext
 
     logging.disable(logging.CRITICAL)  # what they would say is among the findings
     try:
-        found = asyncio.run(examine(Patient(data_dir=data_dir)))
+        found = asyncio.run(examine(DoctorContext(data_dir=data_dir)))
     except KeyboardInterrupt:
         typer.echo("called off", err=True)
         raise typer.Exit(INTERRUPTED) from None

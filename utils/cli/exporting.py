@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from utils.actions import Outcome, Progress, write_down
 from utils.cli import shell
 from utils.cli.common import AsJson, DataDir, act, plain_errors
-from utils.database import Database
-from utils.errors import ValidationError
+from utils.database import Pool
+from utils.exceptions import ValidationError
+from utils.operations.action import Outcome, Progress, write_down
 from utils.settings import Settings, load_settings
 
 app = typer.Typer(help="Write documents or a table to a file.", subcommand_metavar="")
@@ -37,14 +37,14 @@ def export(
     """Export documents or a table, as they are at one moment."""
     arguments = {"what": what, "to": str(to) if to else None, "format": form, "guild_id": guild}
 
-    async def work(_: Settings, database: Database, progress: Progress) -> Outcome:
-        from utils.importing import exporting
+    async def work(_: Settings, database: Pool, progress: Progress) -> Outcome:
+        from utils.operations.importing import exporting
 
         assert to is not None, "standard output goes another way"
         return await exporting.export(database, what, to, form=_form(form), guild_id=guild, progress=progress)
 
-    async def pour(database: Database) -> Outcome:
-        from utils.importing import exporting
+    async def pour(database: Pool) -> Outcome:
+        from utils.operations.importing import exporting
 
         outcome = await exporting.export(database, what, sys.stdout.buffer, form=_form(form), guild_id=guild)
         await write_down(database, "export", arguments, outcome.text)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from utils.actions import Outcome, Progress
 from utils.cli.common import AsJson, DataDir, act
-from utils.database import Database
+from utils.database import Pool
+from utils.operations.action import Outcome, Progress
 from utils.settings import Settings
 
 app = typer.Typer(help="Bring JSON files into the database.", subcommand_metavar="")
@@ -29,8 +29,8 @@ def import_(
 ) -> None:
     """Import JSON files: checked, repaired, copied away first, each in one transaction."""
 
-    async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
-        from utils.importing import importer
+    async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
+        from utils.operations.importing import importer
 
         if data_dir is not None:  # the originals go where the database is
             settings = settings.model_copy(update={"data_dir": data_dir})

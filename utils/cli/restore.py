@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from utils.actions import Outcome, Progress
 from utils.cli import shell
 from utils.cli.common import AsJson, DataDir, act, plain_errors
-from utils.database import Database
-from utils.errors import ValidationError
+from utils.database import Pool
+from utils.exceptions import ValidationError
+from utils.operations.action import Outcome, Progress
 from utils.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from utils.backup.source import Backups
+    from utils.operations.backup.source import Backups
 
 Which = Annotated[str, typer.Argument(metavar="[ID]", help="The backup's id, or latest.")]
 
 
 def _kept(settings: Settings) -> Backups:
-    from utils.backup.kept import Kept
+    from utils.operations.backup.kept import Kept
 
     return Kept(settings)
 
@@ -41,8 +41,8 @@ def register(app: typer.Typer, backups: Callable[[Settings], Backups] = _kept) -
     ) -> None:
         """Put a backup in the live database's place, after a backup of what is there; a bot may go on running."""
 
-        async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
-            from utils.backup import restore
+        async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
+            from utils.operations.backup import restore
 
             return await restore.restore(
                 database, backups(_at(settings, data_dir)), which, drop_old=drop_old, progress=progress
@@ -58,8 +58,8 @@ def register(app: typer.Typer, backups: Callable[[Settings], Backups] = _kept) -
     def drill(which: Which = "latest", as_json: AsJson = False, data_dir: DataDir = None) -> None:
         """Restore a backup beside the live database, look at it, and drop it; exit code 1 when it is not whole."""
 
-        async def work(settings: Settings, database: Database, progress: Progress) -> Outcome:
-            from utils.backup import drill
+        async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
+            from utils.operations.backup import drill
 
             return await drill.drill(database, backups(_at(settings, data_dir)), which, progress=progress)
 

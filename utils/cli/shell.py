@@ -12,10 +12,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from utils.database import ConnectTarget, Database
+from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
 from utils.database.urls import resolve, resolve_direct
-from utils.errors import DatabaseError
+from utils.exceptions import DatabaseError
 from utils.settings import Settings
 
 ResultT = TypeVar("ResultT")
@@ -41,12 +41,10 @@ async def reached(settings: Settings, data_dir: Path | None) -> AsyncIterator[Co
         await server.stop()
 
 
-async def on_database(
-    settings: Settings, data_dir: Path | None, work: Callable[[Database], Awaitable[ResultT]]
-) -> ResultT:
+async def on_database(settings: Settings, data_dir: Path | None, work: Callable[[Pool], Awaitable[ResultT]]) -> ResultT:
     """Return what `work` returns, given a small pool on the database."""
     async with reached(settings, data_dir) as target:
-        database = Database(target, pool_max=2)
+        database = Pool(target, pool_max=2)
         await database.connect()
         try:
             return await work(database)
@@ -56,7 +54,7 @@ async def on_database(
 
 async def upgrade(settings: Settings, data_dir: Path | None) -> str:
     """Bring the schema up to date and say what was done."""
-    from utils import migrations
+    from utils.operations import migrations
 
     async with reached(settings, data_dir) as target:
         waiting = await migrations.pending(target)
@@ -66,7 +64,7 @@ async def upgrade(settings: Settings, data_dir: Path | None) -> str:
 
 async def current(settings: Settings, data_dir: Path | None) -> str:
     """Say which revision the database is at, and which ones wait."""
-    from utils import migrations
+    from utils.operations import migrations
 
     async with reached(settings, data_dir) as target:
         revision, waiting = await migrations.current(target), await migrations.pending(target)
@@ -76,7 +74,7 @@ async def current(settings: Settings, data_dir: Path | None) -> str:
 
 async def check(settings: Settings, data_dir: Path | None) -> list[str]:
     """Return what differs between the database and the models, one line each."""
-    from utils import migrations
+    from utils.operations import migrations
 
     async with reached(settings, data_dir) as target:
         return await migrations.check_drift(target)

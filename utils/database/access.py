@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from utils.database import views
-from utils.database.borrowed import Borrowed
+from utils.database.borrowed import TrackedConnection
 from utils.database.orm import Orm
-from utils.database.pool import Database, Record
-from utils.database.prepared import Prepared
+from utils.database.pool import Pool, Record
 from utils.database.slow import SlowLog
+from utils.database.statements import PreparedStatement
 from utils.database.transactions import Isolation, Root, Transaction, current, end_all, joined
-from utils.errors import DatabaseError, driver_error
+from utils.exceptions import DatabaseError, driver_error
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 HEALTH_SECONDS = 5.0
 
 
-class Access:
+class Database:
     """The database as cogs see it.
 
     A statement runs in the transaction that is open in its context, or else on a connection of the pool. Results of
@@ -42,7 +42,7 @@ class Access:
 
     def __init__(
         self,
-        database: Database,
+        database: Pool,
         *,
         cache: QueryCache | None = None,
         slow_ms: int = 500,
@@ -50,7 +50,7 @@ class Access:
         orm_connections: int = 3,
     ) -> None:
         """`cache` None: every SELECT is asked. `slow_ms`: milliseconds from which a statement is logged as slow."""
-        self.database: Database = database
+        self.database: Pool = database
         self.cache: QueryCache | None = cache
         self.slow: SlowLog = SlowLog(slow_ms, log_all=log_queries)
         self.open_transactions: set[Root] = set()
@@ -61,10 +61,10 @@ class Access:
             on_committed=self.committed,
             on_doubt=self.doubted,
         )
-        self._prepared: dict[str, Prepared] = {}
+        self._prepared: dict[str, PreparedStatement] = {}
 
     def __repr__(self) -> str:
-        return f"<Access {self.database!r}>"
+        return f"<Database {self.database!r}>"
 
     async def connect(self) -> None:
         """Connect the pool, unless it is connected."""
@@ -172,7 +172,7 @@ class Access:
         borrowed = None
         try:
             async with self.database.acquire(timeout, temp=True) as connection:
-                borrowed = Borrowed(connection)
+                borrowed = TrackedConnection(connection)
                 connection.add_query_logger(borrowed.note)
                 try:
                     yield borrowed
@@ -185,7 +185,7 @@ class Access:
                 end(borrowed.texts)
                 self._wrote(self._copied(borrowed.copied))
 
-    def prepare_statement(self, name: str, sql: str) -> Prepared:
+    def prepare_statement(self, name: str, sql: str) -> PreparedStatement:
         """Name a statement, to be run with `.fetch`, `.fetchrow`, `.fetchval` and `.execute`; it may also be awaited.
 
         Each connection prepares it with its first use, new ones too. Raises `DatabaseError` for a name that stands for
@@ -193,7 +193,7 @@ class Access:
         """
         known = self._prepared.get(name)
         if known is None:
-            known = self._prepared[name] = Prepared(self, name, sql)
+            known = self._prepared[name] = PreparedStatement(self, name, sql)
         elif known.sql != sql:
             raise DatabaseError(f"a statement called {name!r} is there already, and it is another one: choose a name")
         return known

@@ -7,7 +7,7 @@ from typing import Any
 import asyncpg
 
 
-class Borrowed:
+class TrackedConnection:
     """An asyncpg connection that notes what is written with it."""
 
     def __init__(self, connection: Any) -> None:
@@ -20,7 +20,7 @@ class Borrowed:
         self.is_doubtful: bool = False
 
     def __repr__(self) -> str:
-        return f"<Borrowed {self._connection!r}>"
+        return f"<TrackedConnection {self._connection!r}>"
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._connection, name)

@@ -23,7 +23,7 @@ import asyncpg
 
 from utils.database.target import ConnectTarget
 from utils.database.wheel import Account, account_for_server, binaries, open_up, run
-from utils.errors import DatabaseError, DatabaseUnavailable
+from utils.exceptions import DatabaseError, DatabaseUnavailable
 
 _log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from utils.database.codecs import set_codecs
 from utils.database.target import ConnectTarget
-from utils.errors import DatabaseUnavailable, translate
+from utils.exceptions import DatabaseUnavailable, translate
 
 #: Texts of what SQLAlchemy was asked to run, for whoever wants to know what was written; None: nobody does.
 statements: ContextVar[set[str] | None] = ContextVar("statements", default=None)

@@ -15,10 +15,11 @@ import stamina
 
 from utils.database.codecs import set_codecs
 from utils.database.target import ConnectTarget
-from utils.errors import DatabaseError, DatabaseUnavailable, driver_error, is_transient, translate
+from utils.exceptions import DatabaseError, DatabaseUnavailable, driver_error, is_transient, translate
 
 if TYPE_CHECKING:
-    from asyncpg.pool import Pool, PoolConnectionProxy
+    from asyncpg.pool import Pool as AsyncpgPool
+    from asyncpg.pool import PoolConnectionProxy
 
     Record = asyncpg.Record
     Connection = asyncpg.Connection[Record] | PoolConnectionProxy[Record]
@@ -36,7 +37,7 @@ ATTEMPT_SECONDS = 10.0
 _DRIVERS_OWN = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 
-class Database:
+class Pool:
     """A bounded pool of connections to one database.
 
     `jsonb` is Python objects both ways. No connection goes back with an open transaction, changed settings, advisory
@@ -65,7 +66,7 @@ class Database:
         self.acquire_timeout: float = acquire_timeout
         #: PostgreSQL's version as a number, 180004 for 18.4; 0 before `connect`.
         self.server_version_num: int = 0
-        self._pool: Pool[Record] | None = None
+        self._pool: AsyncpgPool[Record] | None = None
         self._waiting: int = 0
         self._lent: int = 0
         self._created: int = 0
@@ -75,7 +76,7 @@ class Database:
         self._clock: tuple[datetime, float] | None = None
 
     def __repr__(self) -> str:
-        return f"<Database {self.target} {self.pool_stats()}>"
+        return f"<Pool {self.target} {self.pool_stats()}>"
 
     @property
     def is_connected(self) -> bool:
@@ -201,12 +202,12 @@ class Database:
         finally:
             await self._take_back(pool, conn)
 
-    def _connected(self) -> Pool[Record]:
+    def _connected(self) -> AsyncpgPool[Record]:
         if self._pool is None:
             raise DatabaseUnavailable("the database is not connected: it was closed, or never opened")
         return self._pool
 
-    async def _lend(self, pool: Pool[Record], wait: float) -> PoolConnectionProxy[Record]:
+    async def _lend(self, pool: AsyncpgPool[Record], wait: float) -> PoolConnectionProxy[Record]:
         """Lend a connection within `wait` seconds."""
         is_free = self._lent < self.pool_max  # then nobody is waited for, and making a connection has its own bound
         self._lent += 1
@@ -224,7 +225,7 @@ class Database:
         finally:
             self._waiting -= 1
 
-    async def _take_back(self, pool: Pool[Record], conn: PoolConnectionProxy[Record]) -> None:
+    async def _take_back(self, pool: AsyncpgPool[Record], conn: PoolConnectionProxy[Record]) -> None:
         try:
             await pool.release(conn)
         except _DRIVERS_OWN as exc:  # the pool has thrown the connection away already
@@ -326,7 +327,7 @@ class Database:
             _log.warning("connections were dead: they are replaced", extra={"replaced": replaced})
         return {"checked": len(answered), "replaced": replaced}
 
-    async def _open(self) -> Pool[Record]:
+    async def _open(self) -> AsyncpgPool[Record]:
         return await asyncpg.create_pool(
             **self.target.connect_kwargs(),
             min_size=self.pool_min,

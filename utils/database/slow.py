@@ -11,7 +11,7 @@ from typing import Any
 
 _log = logging.getLogger(__name__)
 
-#: Slow statements that are kept for `Access.get_stats`.
+#: Slow statements that are kept for `Database.get_stats`.
 KEPT = 50
 #: Characters of a statement that are shown.
 SHOWN = 1_000

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import asyncpg
 
 from utils.database.orm import statements
-from utils.errors import DatabaseError, DatabaseUnavailable, translate
+from utils.exceptions import DatabaseError, DatabaseUnavailable, translate
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from utils.database.access import Access
+    from utils.database.access import Database
 
 Isolation = Literal["read_committed", "repeatable_read", "serializable"]
 
@@ -102,7 +102,7 @@ class Transaction:
     rolls back. Inside another one it is a savepoint.
     """
 
-    def __init__(self, access: Access, name: str | None, isolation: Isolation | None, *, readonly: bool) -> None:
+    def __init__(self, access: Database, name: str | None, isolation: Isolation | None, *, readonly: bool) -> None:
         self._access = access
         self._isolation = isolation
         self._readonly = readonly

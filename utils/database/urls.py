@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote
 
 from utils.database.target import DEFAULT_PORT, SSL_MODES, ConnectTarget
-from utils.errors import SettingsError
+from utils.exceptions import SettingsError
 
 _SCHEMES = ("postgres", "postgresql", "postgresql+asyncpg")
 #: Files and switches of TLS that asyncpg reads from a URL, as libpq does (PostgreSQL manual, 34.1.2).

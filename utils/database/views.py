@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from utils.errors import DatabaseError
+from utils.exceptions import DatabaseError
 
 if TYPE_CHECKING:
-    from utils.database.access import Access
+    from utils.database.access import Database
 
 _log = logging.getLogger(__name__)
 
@@ -43,8 +43,8 @@ GROUP BY name, quoted, is_gentle ORDER BY steps, name
 """
 
 
-async def refresh(access: Access, names: Iterable[str] | None) -> dict[str, float]:
-    """Do what `Access.refresh_materialized_views` says."""
+async def refresh(access: Database, names: Iterable[str] | None) -> dict[str, float]:
+    """Do what `Database.refresh_materialized_views` says."""
     views = await access.fetch(VIEWS, use_cache=False)
     if names is not None:
         wanted = {name if "." in name else f"public.{name}" for name in names}

@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.errors import DatabaseError
+from utils.exceptions import DatabaseError
 
 _log = logging.getLogger(__name__)
 

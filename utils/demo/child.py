@@ -17,7 +17,7 @@ from typing import IO, Any
 import aiohttp
 
 from utils.database.embedded import EmbeddedServer
-from utils.errors import GuildbookError, SettingsError
+from utils.exceptions import GuildbookError, SettingsError
 from utils.settings import variables
 
 ENTRY = Path(__file__).resolve().parents[2] / "bot.py"

@@ -9,8 +9,8 @@ from typing import Any
 import asyncpg
 
 from models import mirrored_tables
-from utils.database import Database
-from utils.mirror.rows import tombstone_column
+from utils.database import Pool
+from utils.mirror.records.rows import tombstone_column
 
 Key = tuple[Any, ...]
 Row = Mapping[str, object]
@@ -49,7 +49,7 @@ def _text(key: Key) -> str:
     return "/".join(map(str, key))
 
 
-async def compare(db: Database, table: str, expected: Iterable[Row], *, guild_id: int | None = None) -> Proof:
+async def compare(db: Pool, table: str, expected: Iterable[Row], *, guild_id: int | None = None) -> Proof:
     """Compare what is there (tombstoned rows are not) with `expected`, of one guild or of all the bot is in.
 
     Columns that an expected row does not name may hold anything: those of a hidden channel are what was last seen.
@@ -79,7 +79,7 @@ _KNOWN = {
 }
 
 
-async def _rows(db: Database, table: str, guild_id: int | None) -> list[asyncpg.Record]:
+async def _rows(db: Pool, table: str, guild_id: int | None) -> list[asyncpg.Record]:
     known = _KNOWN.get(table, "true").format(guild="($1::bigint IS NULL OR m.guild_id = $1)")
     column = {"guilds": "id", "users": None}.get(table, "guild_id")
     conditions = ["($1::bigint IS NULL OR true)"]  # so that every statement has its parameter

@@ -11,7 +11,7 @@ import asyncpg
 from rich.table import Table
 from rich.text import Text
 
-from utils.database import Database
+from utils.database import Pool
 from utils.demo.proof import TABLES, Proof
 
 #: Lines of history.
@@ -77,7 +77,7 @@ def plain(value: object) -> str:
     return shown if len(shown) <= LENGTH else f"{shown[: LENGTH - 1]}…"
 
 
-async def contents(db: Database) -> Table:
+async def contents(db: Pool) -> Table:
     """Return how many rows each guild has in each table."""
     table = Table(**_LOOKS)
     table.add_column("guild")
@@ -91,7 +91,7 @@ async def contents(db: Database) -> Table:
     return table
 
 
-async def history(db: Database) -> Table:
+async def history(db: Pool) -> Table:
     """Return some lines of the history, of as many kinds as there are."""
     table = Table(**_LOOKS)
     for column, width in (("at (UTC)", 8), ("where", 16), ("what", 24), ("change", 0)):

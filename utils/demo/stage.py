@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from simulator import Limits, Simulator, World
-from utils.database import Database
+from utils.database import Pool
 from utils.demo import show
 from utils.demo.child import ENTRY, Bot, Place
 from utils.demo.proof import TABLES, Proof, compare
 from utils.demo.story import Story
-from utils.errors import DatabaseError, GuildbookError
+from utils.exceptions import DatabaseError, GuildbookError
 
 GUILDS = (("Guildbook Plaza", 25_000), ("Tea House", 300), ("Chess Club", 40))
 EVENTS = 240
@@ -135,18 +135,18 @@ class Demo:
                 await db.close()
         return good
 
-    async def _reach_database(self, session: aiohttp.ClientSession) -> Database:
+    async def _reach_database(self, session: aiohttp.ClientSession) -> Pool:
         """Wait until the bot has its database, and connect to it beside the bot."""
         async with _bounded(READY_SECONDS, "the bot does not answer on its health port", self.bot):
             while "database" not in (await self.bot.readiness(session) or {}):  # noqa: ASYNC110 - another process
                 await asyncio.sleep(LOOK_SECONDS)
         await self.place.server.start()  # joins the one that the bot has started
-        db = Database(self.place.server.target(), pool_max=3)
+        db = Pool(self.place.server.target(), pool_max=3)
         await db.connect()
         self.say(f"PostgreSQL {db.server_version_num // 10_000} runs, the schema is made")
         return db
 
-    async def _watch_sync(self, session: aiohttp.ClientSession, db: Database) -> None:
+    async def _watch_sync(self, session: aiohttp.ClientSession, db: Pool) -> None:
         name, figures = (
             TextColumn("         {task.description:<16}"),
             TextColumn("{task.completed:,} of {task.total:,}"),
@@ -180,7 +180,7 @@ class Demo:
         self.say(f"{self.story.told.total()} live events: {told}")
         await self.bot.readiness(session)  # raises when it did not survive them
 
-    async def _until_equal(self, db: Database) -> list[Proof]:
+    async def _until_equal(self, db: Pool) -> list[Proof]:
         """Compare until the last events have been written; what differs by then is wrong."""
         deadline = time.monotonic() + EQUAL_SECONDS
         while True:

@@ -10,23 +10,22 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from utils.database import Database
-from utils.errors import SyncError
+from utils.database import Pool
+from utils.exceptions import SyncError
 from utils.logs import once
-from utils.mirror import translate, upkeep
-from utils.mirror.apply import Run
-from utils.mirror.archived import ArchivedThreads
-from utils.mirror.events import MEMBERSHIPS, message
-from utils.mirror.guilds import GuildState
-from utils.mirror.live import EVENTS
-from utils.mirror.observation import Observation
-from utils.mirror.queue import EventQueue
-from utils.mirror.reconcile import Reconciler
-from utils.mirror.rows import Stamps
-from utils.mirror.snapshots import checked, snapshot
-from utils.mirror.source import DiscordSource
-from utils.mirror.translate import MISSHAPEN, Payload
-from utils.mirror.writer import MirrorWriter, Rhythm
+from utils.mirror.discord.source import DiscordSource
+from utils.mirror.reconcile.archived_threads import ArchivedThreads
+from utils.mirror.reconcile.guild_queue import GuildState
+from utils.mirror.reconcile.reconciler import Reconciler
+from utils.mirror.records.rows import Observation, Run, Stamps
+from utils.mirror.spool.queue import EventQueue
+from utils.mirror.translate import objects
+from utils.mirror.translate.live import EVENTS
+from utils.mirror.translate.memberships import MEMBERSHIPS, message
+from utils.mirror.translate.objects import MISSHAPEN, Payload
+from utils.mirror.translate.snapshots import checked, snapshot
+from utils.mirror.write import replay
+from utils.mirror.write.writer import FlushPolicy, MirrorWriter
 from utils.service import metrics
 from utils.service.lease import Fence
 
@@ -48,13 +47,13 @@ class Mirror:
 
     def __init__(
         self,
-        database: Database,
+        database: Pool,
         source: DiscordSource,
         fence: Fence,
         queue: EventQueue,
         *,
         shards: int,
-        rhythm: Rhythm,
+        rhythm: FlushPolicy,
         page_timeout: float,
         cooldown: float,
         spool: Path | None = None,
@@ -91,11 +90,11 @@ class Mirror:
         self.writer.start()
         self.reconciler.start()
         self.reconciler.spawn(self.archived.run())
-        self.reconciler.spawn(upkeep.keep_pruning(self.database, self.fence))
+        self.reconciler.spawn(replay.keep_pruning(self.database, self.fence))
         if self._spool is not None:
             writer = self.writer
             self.reconciler.spawn(
-                upkeep.keep_replaying(self.database, self.fence, self._spool, writer.writing, writer.flush)
+                replay.keep_replaying(self.database, self.fence, self._spool, writer.writing, writer.flush)
             )
 
     async def replay(self) -> int:
@@ -106,7 +105,7 @@ class Mirror:
         if self._spool is None:
             return 0
         writer = self.writer
-        return await upkeep.replay_all(self.database, self.fence, self._spool, writer.writing, writer.flush)
+        return await replay.replay_all(self.database, self.fence, self._spool, writer.writing, writer.flush)
 
     async def stop(self, timeout: float, *, flush: bool = True) -> None:
         """Stop reconciling, write what waits for at most `timeout` seconds; without `flush` nothing more is written."""
@@ -237,7 +236,7 @@ class Mirror:
     def _on_ready(self, data: Payload, shard_id: int, stamp: int) -> None:
         ids = {int(guild["id"]) for guild in data["guilds"]}
         self._last_arrival = time.monotonic()
-        self._put([checked(translate.user(data["user"], own=True))], stamp)
+        self._put([checked(objects.user(data["user"], own=True))], stamp)
         guilds = self.reconciler.guilds
         asked = {state.id: state.asked_at for state in guilds.values()}
         self.reconciler.queue.remove_shard(shard_id)

@@ -32,7 +32,7 @@ from sqlalchemy.orm.interfaces import ORMOption
 
 import models.relations  # noqa: F401 - adds the relationships of users and members
 from models import Base, Part
-from utils.errors import DatabaseError, GuildbookError, ValidationError, driver_error, translate
+from utils.exceptions import Conflict, GuildbookError, NotFound, ValidationError, driver_error, translate
 from utils.repositories import upsert
 
 ModelT = TypeVar("ModelT", bound=Base)
@@ -47,19 +47,6 @@ With = str | Sequence[str | ORMOption]
 MAX_PAGE = 1_000
 #: Rows that one statement writes. Building it keeps the event loop for some 10 ms, however many rows follow.
 CHUNK = 2_000
-
-
-class NotFound(GuildbookError):
-    """There is no such row, or it has gone."""
-
-
-class Conflict(DatabaseError):
-    """A row contradicts a constraint: its key is taken, a value is missing, or not allowed."""
-
-    def __init__(self, message: str, *, sqlstate: str | None = None, constraint: str | None = None) -> None:
-        super().__init__(message, sqlstate=sqlstate)
-        #: The constraint's name; None where the rule has none (NOT NULL).
-        self.constraint: str | None = constraint
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from sqlalchemy import Integer, and_, func, select
 from sqlalchemy import cast as sql_cast
 
 from models import Channel, Guild, Member, Role, User
-from utils.errors import ValidationError
+from utils.exceptions import NotFound, ValidationError
 from utils.repositories import upsert
-from utils.repositories.base import NotFound, Page, Repository, With
+from utils.repositories.base import Page, Repository, With
 
 
 @dataclass(frozen=True, slots=True)

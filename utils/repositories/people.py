@@ -10,7 +10,7 @@ from sqlalchemy import BigInteger, ColumnElement, func, or_, select, type_coerce
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 
 from models import Guild, Member, MemberStats, User
-from utils.errors import ValidationError
+from utils.exceptions import ValidationError
 from utils.repositories.base import MAX_PAGE, Page, Repository, With
 from utils.repositories.guilds import GuildRepository
 

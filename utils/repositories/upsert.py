@@ -12,7 +12,7 @@ from sqlalchemy import ARRAY, JSON, Column, Table, Text, and_, bindparam, cast, 
 from sqlalchemy.dialects.postgresql import Insert, insert
 
 from models import Part, part_of
-from utils.errors import ValidationError
+from utils.exceptions import ValidationError
 
 Row = Mapping[str, Any]
 

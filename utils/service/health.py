@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from utils.errors import SettingsError
+from utils.exceptions import SettingsError
 from utils.service import metrics
 
 _log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from typing import Any
 
 import asyncpg
 
-from utils.database import Connection, ConnectTarget, Database
-from utils.errors import DatabaseUnavailable, LeaseLost, translate
+from utils.database import Connection, ConnectTarget, Pool
+from utils.exceptions import DatabaseUnavailable, LeaseLost, translate
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class Fence:
             raise LeaseLost(f"another process acts now: the lease's epoch is {epoch}, ours is {self.epoch}")
 
 
-async def seize(database: Database, name: str) -> Fence:
+async def seize(database: Pool, name: str) -> Fence:
     """Take the lease without waiting until it is free: for tests and benchmarks.
 
     Transactions that have checked the former epoch are waited for.

@@ -65,7 +65,7 @@ loop_stall_max = Gauge(
     "guildbook_loop_stall_max_seconds", "Longest time that the event loop was held, since the start.", registry=registry
 )
 pool_connections = Gauge(
-    "guildbook_pool_connections", "Database connections, by state.", ["state"], registry=registry
+    "guildbook_pool_connections", "Pool connections, by state.", ["state"], registry=registry
 )  # fmt: skip
 
 

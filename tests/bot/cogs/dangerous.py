@@ -5,10 +5,10 @@ from __future__ import annotations
 import discord
 from discord import app_commands
 
-from utils import operators
-from utils.bot import Guildbook
-from utils.cog import BaseCog
-from utils.operators import Reply
+from utils.base_cog import BaseCog
+from utils.bot.client import Guildbook
+from utils.operations import slash
+from utils.operations.slash import Reply
 
 
 class Dangerous(BaseCog):
@@ -27,9 +27,9 @@ class Dangerous(BaseCog):
             self.done += 1
             return "done"
 
-        await operators.operate(interaction, "danger", work)
+        await slash.operate(interaction, "danger", work)
 
 
 async def setup(bot: Guildbook) -> None:
     """Add the cog where operators are."""
-    await operators.add_cog(bot, Dangerous(bot))
+    await slash.add_cog(bot, Dangerous(bot))

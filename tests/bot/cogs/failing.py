@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from discord.ext import commands
 
-from utils.bot import Guildbook
+from utils.bot.client import Guildbook
 
 
 class Failing(commands.Cog):

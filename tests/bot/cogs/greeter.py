@@ -8,7 +8,7 @@ import discord
 from discord import app_commands
 from discord.ext import commands
 
-from utils.bot import Guildbook
+from utils.bot.client import Guildbook
 
 #: Holds the command's description; the module is imported anew at each start, so it cannot be set on it.
 VARIABLE = "GREETER_DESCRIPTION"

@@ -11,8 +11,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from utils.database import ConnectTarget, Database
-from utils.database.access import Access
+from utils.database import ConnectTarget, Pool
+from utils.database.access import Database
 from utils.database.cache import Channel, QueryCache
 
 #: Nothing here may take longer, in seconds.
@@ -24,7 +24,7 @@ UPDATE = "UPDATE counter SET value = value + 1 WHERE id = $1 RETURNING value"
 lateness: ContextVar[float] = ContextVar("lateness", default=0.0)
 
 
-class LateAccess(Access):
+class LateAccess(Database):
     """What a cog has, with answers that may come late."""
 
     async def _run(self, *given: Any) -> Any:
@@ -41,9 +41,9 @@ class Process:
     """What stands between a cog and the database."""
 
     def __init__(self, target: ConnectTarget) -> None:
-        self.database = Database(target, pool_max=4, connect_timeout=10, acquire_timeout=10)
+        self.database = Pool(target, pool_max=4, connect_timeout=10, acquire_timeout=10)
         #: Kills what the pool's own connections may be waiting for.
-        self.operator = Database(target, pool_max=2, connect_timeout=10, acquire_timeout=10)
+        self.operator = Pool(target, pool_max=2, connect_timeout=10, acquire_timeout=10)
         self.cache = QueryCache()
         self.access = LateAccess(self.database, cache=self.cache)
         self.channel = Channel(self.cache, target, self.database)

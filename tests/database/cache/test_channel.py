@@ -13,10 +13,10 @@ import orjson
 import pytest
 
 from tests.database.cache.conftest import PATIENCE, UPDATE, Process, started, until
-from utils.database import ConnectTarget, Database
+from utils.database import ConnectTarget, Pool
 from utils.database.cache import Channel, QueryCache
 from utils.database.cache.channel import CHANNEL
-from utils.errors import DatabaseError
+from utils.exceptions import DatabaseError
 
 READ = "SELECT value FROM counter WHERE id = $1"
 THROUGH_VIEW = "SELECT sum(value)::bigint FROM counted"
@@ -185,7 +185,7 @@ async def test_a_process_that_ends_in_order_says_its_last_writes_and_is_not_miss
 
 
 async def test_behind_a_pooler_only_the_time_to_live_is_left_and_one_line_says_so(
-    target: ConnectTarget, database: Database, caplog: pytest.LogCaptureFixture
+    target: ConnectTarget, database: Pool, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = QueryCache()
     await cache.load(database)

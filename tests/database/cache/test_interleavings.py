@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.database.cache.conftest import UPDATE, Process, until
 from utils.database.cache import QueryCache
-from utils.errors import DatabaseError
+from utils.exceptions import DatabaseError
 
 #: Seconds that another process's write may stay unseen, and what a busy machine may add.
 UNSEEN_SECONDS = 1.0

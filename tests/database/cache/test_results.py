@@ -10,7 +10,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from utils.database import Database
+from utils.database import Pool
 from utils.database.cache.results import MOST_ROWS, keep, key_of
 
 UTC = datetime.UTC
@@ -51,7 +51,7 @@ def test_a_key_does_not_change_with_the_list_that_it_was_made_of() -> None:
     assert key == key_of("fetch", "q", ([1, 2],))
 
 
-async def test_no_reader_can_change_what_another_gets(database: Database) -> None:
+async def test_no_reader_can_change_what_another_gets(database: Pool) -> None:
     rows = await database.fetch(
         "SELECT n, jsonb_build_object('a', jsonb_build_array(n)) AS j, ARRAY[n, 2] AS l, ROW(n, ARRAY[3]) AS r,"
         " NULL AS nothing FROM generate_series(1, 3) n"
@@ -73,7 +73,7 @@ async def test_no_reader_can_change_what_another_gets(database: Database) -> Non
     assert second[0].get("nothing", "missing") is None
 
 
-async def test_rows_without_lists_or_dicts_are_the_same_objects_in_a_list_of_ones_own(database: Database) -> None:
+async def test_rows_without_lists_or_dicts_are_the_same_objects_in_a_list_of_ones_own(database: Pool) -> None:
     rows = await database.fetch(
         "SELECT n, n::text AS t, now() AS at, 1.5 AS x, int4range(1, 2) FROM generate_series(1, 2) n"
     )
@@ -84,7 +84,7 @@ async def test_rows_without_lists_or_dicts_are_the_same_objects_in_a_list_of_one
     assert taken[0] is rows[0]
 
 
-async def test_an_array_of_rows_with_gaps_is_kept(database: Database) -> None:
+async def test_an_array_of_rows_with_gaps_is_kept(database: Pool) -> None:
     await database.execute("CREATE TYPE pair AS (a int, b int[])")
     array = await database.fetchval("SELECT ARRAY[ROW(1, ARRAY[2])::pair, NULL]")
     kept = keep(array, 0, frozenset())
@@ -103,7 +103,7 @@ def test_single_values_are_kept_and_their_containers_copied(value: Any) -> None:
         assert kept.take() is not kept.take()
 
 
-async def test_what_cannot_be_handed_out_safely_is_not_kept(database: Database) -> None:
+async def test_what_cannot_be_handed_out_safely_is_not_kept(database: Pool) -> None:
     twice = await database.fetchrow("SELECT 1 AS a, ARRAY[1] AS a")
     assert keep(twice, 0, frozenset()) is None
     assert keep(object(), 0, frozenset()) is None

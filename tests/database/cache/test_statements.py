@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from utils.database import Database
+from utils.database import Pool
 from utils.database.cache import QueryCache, Statement
 from utils.database.cache.statements import LONGEST
 
@@ -44,7 +44,7 @@ CREATE TABLE heir (extra int) INHERITS (base);
 
 
 @pytest.fixture
-async def cache(database: Database) -> QueryCache:
+async def cache(database: Pool) -> QueryCache:
     await database.execute(SCHEMA)
     made = QueryCache()
     await made.load(database)
@@ -216,7 +216,7 @@ async def test_what_cannot_be_told_may_have_written_anything(cache: QueryCache, 
     assert not told.is_cacheable
 
 
-async def test_nothing_is_told_before_the_catalogue_is_loaded_nor_remembered(database: Database) -> None:
+async def test_nothing_is_told_before_the_catalogue_is_loaded_nor_remembered(database: Pool) -> None:
     cache = QueryCache()
     assert cache.statement("SELECT 1") == Statement(None, None, False)
     await cache.load(database)

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from utils.database import Database
+from utils.database import Pool
 from utils.database.cache import QueryCache
 from utils.database.cache.store import DISTRUST_SECONDS
-from utils.errors import DatabaseError
+from utils.exceptions import DatabaseError
 
 #: Nothing here may take longer, in seconds.
 PATIENCE = 20.0
@@ -66,7 +66,7 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-async def cache(database: Database, clock: Clock) -> QueryCache:
+async def cache(database: Pool, clock: Clock) -> QueryCache:
     await database.execute("CREATE TABLE a (id int PRIMARY KEY, v int); CREATE TABLE b (id int PRIMARY KEY)")
     made = QueryCache(max_results=3, clock=clock)
     await made.load(database)
@@ -132,7 +132,7 @@ async def test_a_result_whose_tables_were_written_meanwhile_is_not_kept_nor_shar
     assert await cache.fetch("fetchval", READ, (1,), asked) == "new"
 
 
-async def test_ten_thousand_who_ask_the_same_at_once_make_one_query(cache: QueryCache, database: Database) -> None:
+async def test_ten_thousand_who_ask_the_same_at_once_make_one_query(cache: QueryCache, database: Pool) -> None:
     asked = 0
 
     async def run() -> Any:
@@ -235,7 +235,7 @@ async def test_tables_whose_write_has_no_known_end_bypass_the_cache_for_a_while(
 
 
 async def test_a_write_that_cannot_be_told_empties_the_cache_until_the_catalogue_is_known_again(
-    cache: QueryCache, database: Database
+    cache: QueryCache, database: Pool
 ) -> None:
     await cache.fetch("fetchval", "SELECT * FROM seen", (), answering(1))
     await database.execute("CREATE VIEW seen AS SELECT * FROM a")
@@ -249,7 +249,7 @@ async def test_a_write_that_cannot_be_told_empties_the_cache_until_the_catalogue
     assert await cache.fetch("fetchval", READ, (1,), answering(5)) == 4
 
 
-async def test_loading_again_empties_and_closing_keeps_nothing(cache: QueryCache, database: Database) -> None:
+async def test_loading_again_empties_and_closing_keeps_nothing(cache: QueryCache, database: Pool) -> None:
     await cache.fetch("fetchval", READ, (1,), answering(1))
     await cache.load(database)
     assert await cache.fetch("fetchval", READ, (1,), answering(2)) == 2

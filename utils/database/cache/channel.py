@@ -13,9 +13,9 @@ import asyncpg
 import orjson
 
 from utils.database.cache.store import QueryCache
-from utils.database.pool import Database
+from utils.database.pool import Pool
 from utils.database.target import ConnectTarget
-from utils.errors import DatabaseError, translate
+from utils.exceptions import DatabaseError, translate
 
 _log = logging.getLogger(__name__)
 
@@ -47,11 +47,11 @@ class Channel:
     silent without a farewell may have written something that it did not tell.
     """
 
-    def __init__(self, cache: QueryCache, direct: ConnectTarget, database: Database) -> None:
+    def __init__(self, cache: QueryCache, direct: ConnectTarget, database: Pool) -> None:
         """`direct` is an address around any pooler; when it is pooled nothing can be heard, and the TTL must do."""
         self.cache: QueryCache = cache
         self.direct: ConnectTarget = direct
-        self.database: Database = database
+        self.database: Pool = database
         self.sender: str = uuid.uuid4().hex[:16]
         self._connection: asyncpg.Connection[asyncpg.Record] | None = None
         self._tasks: list[asyncio.Task[None]] = []

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from utils.database.cache.catalogue import Action, Catalogue
-from utils.database.cache.words import Judgement, Token, parsable, shortened, tokens_of
+from utils.database.cache.catalog import Action, Catalog
+from utils.database.cache.tokens import Judgement, Token, parsable, shortened, tokens_of
 
 #: Characters of a text that is still parsed: it takes up to 4 µs for each, and the event loop waits.
 LONGEST = 8_000
@@ -47,7 +47,7 @@ def parser() -> Any:
     return sqlglot
 
 
-def analyse(sql: str, catalogue: Catalogue) -> Statement:
+def analyse(sql: str, catalogue: Catalog) -> Statement:
     """Find out what a text reads and writes; a text of more than `LONGEST` characters cannot be told."""
     sql = shortened(sql)
     if len(sql) > LONGEST:
@@ -74,7 +74,7 @@ def analyse(sql: str, catalogue: Catalogue) -> Statement:
     return UNKNOWN
 
 
-def _parsed(tokens: list[Token], words: set[str], judgement: Judgement, catalogue: Catalogue) -> Statement:
+def _parsed(tokens: list[Token], words: set[str], judgement: Judgement, catalogue: Catalog) -> Statement:
     sqlglot = parser()
     try:
         trees = sqlglot.parse(parsable(tokens), dialect="postgres")
@@ -102,7 +102,7 @@ def _parsed(tokens: list[Token], words: set[str], judgement: Judgement, catalogu
     return Statement(told, writes, plain and judgement.is_steady and told is not None and writes == _NOTHING)
 
 
-def _written(tree: Any, catalogue: Catalogue) -> frozenset[str] | None:
+def _written(tree: Any, catalogue: Catalog) -> frozenset[str] | None:
     exp = parser().exp
     written: set[str] = set()
     for node in tree.find_all(exp.Insert, exp.Update, exp.Delete, exp.Merge, exp.TruncateTable, exp.Into):
@@ -131,7 +131,7 @@ def _written(tree: Any, catalogue: Catalogue) -> frozenset[str] | None:
     return frozenset(written)
 
 
-def _refreshed(tokens: list[Token], catalogue: Catalogue) -> frozenset[str] | None:
+def _refreshed(tokens: list[Token], catalogue: Catalog) -> frozenset[str] | None:
     """REFRESH MATERIALIZED VIEW [CONCURRENTLY] [schema.]name [WITH [NO] DATA]."""
     rest = tokens[4 if len(tokens) > 3 and tokens[3].text == "concurrently" else 3 :]
     names = [token.name for token in rest[:3]]
@@ -142,7 +142,7 @@ def _refreshed(tokens: list[Token], catalogue: Catalogue) -> frozenset[str] | No
     return None if oid is None else catalogue.written([oid], "TRUNCATE")
 
 
-def _find(table: Any, catalogue: Catalogue) -> int | None:
+def _find(table: Any, catalogue: Catalog) -> int | None:
     if not isinstance(table, parser().exp.Table) or table.args.get("catalog") is not None:
         return None
     schema = table.args.get("db")

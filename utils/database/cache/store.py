@@ -14,11 +14,11 @@ from typing import Any, TypeVar, cast
 
 from cachetools import LRUCache
 
-from utils.database.cache.catalogue import Catalogue, load_catalogue
+from utils.database.cache.catalog import Catalog, load_catalog
 from utils.database.cache.results import Kept, Key, keep, key_of
 from utils.database.cache.statements import UNKNOWN, Statement, analyse, parser
-from utils.database.pool import Database
-from utils.errors import DatabaseError
+from utils.database.pool import Pool
+from utils.exceptions import DatabaseError
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -53,8 +53,8 @@ class QueryCache:
         self._results: _Results = _Results(max_results)
         self._flights: dict[Key, _Flight] = {}
         self._texts: LRUCache[str, Statement] = LRUCache(_MOST_TEXTS)
-        self._catalogue: Catalogue | None = None
-        self._database: Database | None = None
+        self._catalogue: Catalog | None = None
+        self._database: Pool | None = None
         self._reload: asyncio.Task[None] | None = None
         self._is_outdated: bool = False
         self._schema_changes: int = 0
@@ -73,7 +73,7 @@ class QueryCache:
     def __repr__(self) -> str:
         return f"<QueryCache {self.stats()}>"
 
-    async def load(self, database: Database) -> None:
+    async def load(self, database: Pool) -> None:
         """Read the catalogue and empty the cache: at the start and after every migration.
 
         Raises `DatabaseError` when the database does not answer; nothing is kept then until it has been read.
@@ -82,7 +82,7 @@ class QueryCache:
         self._is_outdated = True
         await asyncio.to_thread(parser)
         changes = self._schema_changes
-        catalogue = await load_catalogue(database)
+        catalogue = await load_catalog(database)
         if catalogue != self._catalogue:
             self._catalogue = catalogue
             self._texts.clear()

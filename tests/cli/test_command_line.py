@@ -1,0 +1,78 @@
+"""`python bot.py db …`, for operators."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from simulator import Simulator
+from tests.bot.running import running, typed, until_equal
+from utils.bot.client import cache_flags
+from utils.database import ConnectTarget, Pool
+from utils.database.embedded import EmbeddedServer
+from utils.operations import migrations
+
+
+async def db(directory: Path, *arguments: str, **settings: str) -> tuple[int, str]:
+    """Run `python bot.py db …` and return its exit code and all that it prints."""
+    return await typed(directory, "db", *arguments, **settings)
+
+
+async def test_the_schema_is_brought_up_to_date_and_compared(tmp_path: Path, empty_target: ConnectTarget) -> None:
+    url, waiting = empty_target.libpq_url(), ", ".join(await migrations.pending(empty_target))
+    assert await db(tmp_path, "current", DATABASE_URL=url) == (
+        0,
+        f"no revision: {waiting} not applied (python bot.py db upgrade)\n",
+    )
+    assert (await db(tmp_path, "check", DATABASE_URL=url))[0] == 1
+    assert await db(tmp_path, "upgrade", DATABASE_URL=url) == (0, f"applied: {waiting}\n")
+    assert await db(tmp_path, "upgrade", DATABASE_URL=url) == (0, "the schema is up to date\n")
+    assert await db(tmp_path, "current", DATABASE_URL=url) == (0, f"{waiting[-4:]}: up to date\n")
+    assert (await db(tmp_path, "check", DATABASE_URL=url))[0] == 0
+
+
+async def test_psql_opens_the_database_of_the_settings(tmp_path: Path, database_url: str) -> None:
+    code, output = await db(tmp_path, "psql", "-Atc", "SELECT count(*) FROM guilds", DATABASE_URL=database_url)
+    assert (code, output) == (0, "0\n")
+    assert (await db(tmp_path, "psql", "-Atc", "SELECT wrong", DATABASE_URL=database_url))[0] == 1
+
+
+async def test_psql_starts_the_embedded_server_for_as_long_as_it_runs(tmp_path: Path) -> None:
+    code, output = await db(tmp_path, "upgrade", "--data-dir", "data")
+    assert code == 0
+    assert output.splitlines()[-1].startswith("applied: 0001, ")
+    foreign = "postgresql://someone@/elsewhere?host=/nowhere"  # an explicit directory wins over it
+    arguments = ("psql", "--data-dir", "data", "-Atc", "SELECT count(*) FROM members")
+    assert await db(tmp_path, *arguments, DATABASE_URL=foreign) == (0, "0\n")
+    assert not (EmbeddedServer(tmp_path / "data").cluster / "postmaster.pid").exists()
+
+
+async def test_psql_makes_no_database_where_there_is_none(tmp_path: Path) -> None:
+    code, output = await db(tmp_path, "psql", "--data-dir", "data")
+    assert code == 1
+    assert output.count("\n") == 1
+    assert "make demo" in output
+    assert os.listdir(tmp_path) == []
+
+
+async def test_a_wrong_setting_is_a_line_here_too(tmp_path: Path) -> None:
+    code, output = await db(tmp_path, "current", DATABASE_URL="mysql://here/db")
+    assert (code, output.count("\n")) == (2, 1)
+    assert output.startswith("DATABASE_URL: ")
+
+
+@pytest.mark.parametrize("kept", ["none", "voice", "all"])
+async def test_the_mirror_is_the_same_whatever_discord_py_keeps_in_memory(
+    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, kept: str, small: int
+) -> None:
+    async with running(database, simulator, monkeypatch, member_cache=kept) as bot:
+        await until_equal(database, simulator)
+        simulator.world.join(small)
+        await until_equal(database, simulator)
+        guild = bot.get_guild(small)
+        assert guild is not None
+        in_voice = len(simulator.world.guild(small).voice)
+        assert len(guild.members) == {"none": 1, "voice": 1 + in_voice, "all": 1 + in_voice + 1}[kept]
+    assert not cache_flags("none").joined

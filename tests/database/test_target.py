@@ -1,0 +1,284 @@
+"""Every form of address ends in the same place, and no password is ever seen."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import quote
+
+import asyncpg
+import pytest
+from asyncpg.connect_utils import _parse_connect_dsn_and_args  # type: ignore[attr-defined]
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from utils.database import ConnectTarget
+from utils.database.urls import parse, resolve, resolve_direct
+from utils.exceptions import SettingsError
+
+PASSWORD = "s3cr3t-p/a:s@s?w#rd%"
+QUOTED = "s3cr3t-p%2Fa%3As%40s%3Fw%23rd%25"
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+asyncpg", "POSTGRES"])
+def test_the_schemes_that_hosts_hand_out_mean_the_same(scheme: str) -> None:
+    target = parse(f"{scheme}://amy:{QUOTED}@db.example.net:6000/guilds")
+    assert (target.hosts, target.ports) == (("db.example.net",), (6000,))
+    assert (target.user, target.password, target.database) == ("amy", PASSWORD, "guilds")
+
+
+def test_an_at_sign_in_the_password_needs_no_escape() -> None:
+    target = parse("postgresql://amy:p@ss@h/d")
+    assert (target.user, target.password, target.hosts) == ("amy", "p@ss", ("h",))
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts", "ports"),
+    [
+        ("postgresql://u@h/d", ("h",), (5432,)),
+        ("postgresql://u@[::1]:6000/d", ("::1",), (6000,)),
+        ("postgresql://u@[fd12::1]/d", ("fd12::1",), (5432,)),
+        ("postgresql:///d?host=/run/postgresql", ("/run/postgresql",), (5432,)),
+        ("postgresql:///d?host=/run/postgresql&port=6000", ("/run/postgresql",), (6000,)),
+        ("postgresql://u@%2Frun%2Fpostgresql/d", ("/run/postgresql",), (5432,)),
+        ("postgresql://u@%2Frun%2Fpostgresql:6000/d", ("/run/postgresql",), (6000,)),
+        (
+            "postgresql://u:p@localhost/d?host=/cloudsql/project:region:name",
+            ("/cloudsql/project:region:name",),
+            (5432,),
+        ),
+        ("postgresql://u@a:1,b:2,c/d", ("a", "b", "c"), (1, 2, 5432)),
+        ("postgresql://u@/d?host=a,b&port=1,2", ("a", "b"), (1, 2)),
+        ("postgresql:///d", (), ()),
+    ],
+)
+def test_hosts_sockets_ipv6_and_lists_are_read_as_libpq_reads_them(
+    url: str, hosts: tuple[str, ...], ports: tuple[int, ...]
+) -> None:
+    target = parse(url)
+    assert (target.hosts, target.ports, target.database) == (hosts, ports, "d")
+
+
+@pytest.mark.parametrize("mode", ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"])
+def test_every_sslmode_reaches_asyncpg(mode: str, tmp_path: Path) -> None:
+    authority = tmp_path / "root.crt"
+    authority.write_text(CERTIFICATE)
+    target = parse(f"postgresql://u:{QUOTED}@h/d?sslmode={mode}&sslrootcert={authority}")
+    _, params = _read_by_asyncpg(target)
+    assert params.sslmode.name == mode.replace("-", "_")
+    assert bool(params.ssl) == (mode != "disable")
+    if mode == "verify-full":
+        assert params.ssl.check_hostname
+        assert params.ssl.get_ca_certs()
+    assert (params.user, params.password, params.database) == ("u", PASSWORD, "d")
+
+
+def test_a_root_certificate_that_is_not_there_is_said_without_the_password() -> None:
+    target = parse(f"postgresql://u:{QUOTED}@h/d?sslmode=verify-full&sslrootcert=/nowhere.crt")
+    with pytest.raises((asyncpg.ClientConfigurationError, OSError)) as caught:
+        _read_by_asyncpg(target)
+    assert PASSWORD not in str(caught.value)
+
+
+def test_options_of_other_drivers_do_not_become_settings_that_the_server_refuses() -> None:
+    target = parse("postgresql://u@h/d?connect_timeout=10&channel_binding=require&sslmode=require&schema=public")
+    assert target.connect_kwargs()["server_settings"] == {"application_name": "guildbook"}
+
+
+def test_settings_of_the_server_go_with_the_connection() -> None:
+    target = parse("postgresql://u@h/d?application_name=mine&options=-c%20search_path%3Dx&work_mem=64MB")
+    assert target.connect_kwargs()["server_settings"] == {
+        "application_name": "mine",
+        "options": "-c search_path=x",
+        "work_mem": "64MB",
+    }
+    assert "work_mem%3D64MB" in target.libpq_url()
+
+
+def test_precedence_is_as_documented() -> None:
+    values = {
+        "DATABASE_URL": "postgresql://u@first/d",
+        "PGHOST": "second",
+        "DB_HOST": "third",
+        "DATABASE_PUBLIC_URL": "postgresql://u@fourth/d",
+    }
+    seen = []
+    for name in list(values):
+        target = resolve(values)
+        assert target is not None
+        seen.append(target.hosts[0])
+        values[name] = "  "
+    assert seen == ["first", "second", "third", "fourth"]
+    assert resolve(values) is None
+
+
+def test_parts_are_read_from_libpqs_variables_and_from_the_other_ones() -> None:
+    pg = resolve(
+        {
+            "PGHOST": "h",
+            "PGPORT": "6000",
+            "PGUSER": "u",
+            "PGPASSWORD": PASSWORD,
+            "PGDATABASE": "d",
+            "PGSSLMODE": "allow",
+        }
+    )
+    db = resolve(
+        {"DB_HOST": "h", "DB_PORT": "6000", "DB_USER": "u", "DB_PASSWORD": PASSWORD, "DB_NAME": "d", "DB_SSL": "true"}
+    )
+    for target, mode in ((pg, "allow"), (db, "require")):
+        assert target is not None
+        assert (target.hosts, target.ports, target.user) == (("h",), (6000,), "u")
+        assert (target.password, target.database, target.sslmode) == (PASSWORD, "d", mode)
+
+
+def test_an_unpooled_address_beside_the_other_makes_that_one_pooled() -> None:
+    values = {"DATABASE_URL": "postgresql://u@pooler/d", "DATABASE_UNPOOLED_URL": "postgresql://u@server/d"}
+    pooled, direct = resolve(values), resolve_direct(values)
+    assert pooled is not None
+    assert direct is not None
+    assert pooled.pooled
+    assert pooled.connect_kwargs()["statement_cache_size"] == 0
+    assert "server_settings" not in pooled.connect_kwargs()
+    arguments = pooled.sqlalchemy_connect_args()
+    assert arguments["prepared_statement_cache_size"] == 0
+    assert arguments["prepared_statement_name_func"]() != arguments["prepared_statement_name_func"]()
+    assert (direct.hosts, direct.pooled) == (("server",), False)
+
+
+def test_the_same_address_twice_is_not_pooled() -> None:
+    values = dict.fromkeys(("DATABASE_URL", "DATABASE_UNPOOLED_URL"), "postgresql://u@server/d")
+    target = resolve(values)
+    assert target is not None
+    assert not target.pooled
+    assert resolve_direct(values) is None
+
+
+def test_a_pooler_can_be_declared_in_the_address() -> None:
+    assert parse("postgresql://u@h:6543/d?pgbouncer=true").pooled
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("mysql://u:{}@h/d", "begins with none of"),
+        ("h/d", "begins with none of"),
+        ("postgresql://u:{}@h:port/d", "port"),
+        ("postgresql://u:{}@h:70000/d", "port"),
+        ("postgresql://u:{}@h/d?sslmode=always", "sslmode"),
+        ("postgresql://u:{}@a,b/d?port=1,2,3", "2 hosts but 3 ports"),
+        ("postgresql://u:{}@h/d?nonsense", "name=value"),
+        ("postgresql://u:12/34@h/d", "%2F"),
+        ("postgresql://u:12#34@h/d", "%23"),
+        ("postgresql://u:12?34@h/d", "%3F"),
+        ("postgresql://u:%FF@h/d", "UTF-8"),
+        ("postgresql://u:{}@exa mple/d", "host"),
+        ("postgresql://u:{}@%s/d" % ("x" * 70), "host"),
+    ],
+)
+def test_a_wrong_address_is_explained_without_being_shown(url: str, says: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse(url.format(QUOTED))
+    message = str(caught.value)
+    assert message.startswith("DATABASE_URL: ")
+    assert says in message
+    for secret in (PASSWORD, QUOTED, "12", "34"):
+        assert secret not in message.replace("5432", "")
+
+
+def test_db_variables_without_a_host_are_not_silently_ignored() -> None:
+    with pytest.raises(SettingsError, match="DB_HOST"):
+        resolve({"DB_NAME": "guilds"})
+
+
+def test_pguser_alone_as_shells_have_it_means_nothing() -> None:
+    assert resolve({"PGUSER": "amy", "PGPASSWORD": PASSWORD}) is None
+
+
+async def test_sqlalchemy_psql_and_asyncpg_all_reach_the_same_database(target: ConnectTarget) -> None:
+    again = parse(target.libpq_url())
+    for one in (target, again):
+        engine = create_async_engine(one.sqlalchemy_url(), connect_args=one.sqlalchemy_connect_args())
+        async with engine.connect() as connection:
+            assert (await connection.execute(text("SELECT current_database()"))).scalar() == target.database
+        await engine.dispose()
+        raw = await asyncpg.connect(**one.connect_kwargs())
+        assert await raw.fetchval("SELECT current_setting('application_name')") == "guildbook"
+        await raw.close()
+
+
+secret_text = st.text(alphabet=st.characters(exclude_characters="\0", codec="utf-8"), min_size=6, max_size=20).map(
+    lambda tail: f"Zq{tail.strip()}9Xk"
+)
+names = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=10).filter(
+    str.strip
+)
+hosts = st.one_of(
+    st.from_regex(r"[a-z][a-z0-9]{0,10}(\.[a-z]{2,5})?", fullmatch=True),
+    st.ip_addresses().map(str),
+    st.from_regex(r"/[a-z]{1,8}(/[a-z.-]{1,8})?", fullmatch=True),
+)
+places = st.lists(st.tuples(hosts, st.integers(1, 65_535)), min_size=1, max_size=3).map(
+    lambda pairs: zip(*pairs, strict=True)
+)
+targets = st.builds(
+    lambda places, **rest: ConnectTarget(*places, **rest),
+    places,
+    user=names,
+    password=secret_text,
+    database=names,
+    sslmode=st.sampled_from([None, "disable", "prefer", "verify-full"]),
+    source=st.just("DATABASE_URL"),
+)
+
+
+@given(targets)
+def test_an_address_survives_the_way_to_a_url_and_back(target: ConnectTarget) -> None:
+    back = parse(target.libpq_url())
+    assert replace(back, password=target.password) == target
+    assert target.libpq_environment() == {"PGPASSWORD": target.password}
+
+
+@given(targets)
+def test_no_text_form_holds_the_password(target: ConnectTarget) -> None:
+    password = target.password
+    assert password is not None
+    record = logging.LogRecord("x", 20, "", 1, "%s %r", (target, target), None)
+    for shown in (str(target), repr(target), f"{target}", record.getMessage(), repr([target]), repr({"t": target})):
+        assert password not in shown
+
+
+@given(secret_text, st.text(max_size=5), st.sampled_from(["@h:5432/d", "@h/d?sslmode=x", ":x@h/d", "@/", "", "@[h/d"]))
+def test_no_error_holds_the_password_however_it_is_written(password: str, user: str, rest: str) -> None:
+    shown = ""
+    try:
+        shown = repr(parse(f"postgresql://{user}:{password}{rest}"))
+    except SettingsError as exc:
+        shown = "".join(traceback.format_exception(exc.with_traceback(None)))
+    assert password not in shown
+    assert quote(password, safe="") not in shown
+
+
+def _read_by_asyncpg(target: ConnectTarget):  # type: ignore[no-untyped-def]
+    kwargs = target.connect_kwargs()
+    given = dict.fromkeys(inspect.signature(_parse_connect_dsn_and_args).parameters)
+    return _parse_connect_dsn_and_args(**{**given, **{k: v for k, v in kwargs.items() if k in given}})
+
+
+# A certificate of nobody's, made for this test with openssl req -x509; its key was thrown away.
+CERTIFICATE = """-----BEGIN CERTIFICATE-----
+MIIBeTCCAR+gAwIBAgIUFpV9wEzZaFrfytBpU7vBNFMwlYAwCgYIKoZIzj0EAwIw
+ETEPMA0GA1UEAwwGbm9ib2R5MCAXDTI2MTEyMTAyMjI1M1oYDzIxMjYxMDI4MDIy
+MjUzWjARMQ8wDQYDVQQDDAZub2JvZHkwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNC
+AAS0EaGhzNNgXvqG1BlCBJeWmxiqhiKmEMuab3ggMqlNV82zouhAwcPsObiEzVTX
+A8qndZyo0Pqb00EzAGhfF7wvo1MwUTAdBgNVHQ4EFgQUbxwgmH3LeY0jnGq2imNd
+4ViSZDIwHwYDVR0jBBgwFoAUbxwgmH3LeY0jnGq2imNd4ViSZDIwDwYDVR0TAQH/
+BAUwAwEB/zAKBggqhkjOPQQDAgNIADBFAiBUGfKfoeQDXLXdlLIPXvOyPJL2ZGRP
+tfPWZ+eukNf2mAIhAM51v/Q1G2fwnLDaGnKblk41SAF4l4yhuB0cfEAcjUQc
+-----END CERTIFICATE-----
+"""

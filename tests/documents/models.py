@@ -1,0 +1,55 @@
+"""What the tests of documents share: a pool with the verbs of `bot.db`, and a model that has grown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import asyncpg
+from pydantic import BaseModel
+
+from utils.database import Pool
+
+
+class Verbs:
+    """The verbs of `bot.db` on a pool, without a cache."""
+
+    def __init__(self, database: Pool) -> None:
+        self.database: Pool = database
+        self.statements: int = 0
+
+    async def fetch(self, sql: str, /, *args: Any) -> list[asyncpg.Record]:
+        """Return all rows."""
+        self.statements += 1
+        return await self.database.fetch(sql, *args)
+
+    async def fetchrow(self, sql: str, /, *args: Any, use_cache: bool = True) -> asyncpg.Record | None:
+        """Return the first row."""
+        self.statements += 1
+        return await self.database.fetchrow(sql, *args)
+
+    async def fetchval(self, sql: str, /, *args: Any, use_cache: bool = True) -> Any:
+        """Return the first column of the first row."""
+        self.statements += 1
+        return await self.database.fetchval(sql, *args)
+
+
+class Item(BaseModel):
+    """Something in a shop."""
+
+    name: str
+    price: int = 1
+
+
+class Shop(BaseModel):
+    """A shop's settings."""
+
+    title: str = "Shop"
+    tax: float = 0.0
+    items: list[Item] = []
+    sold: dict[str, int] = {}
+
+
+class Counter(BaseModel):
+    """A number."""
+
+    count: int = 0

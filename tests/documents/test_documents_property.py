@@ -1,0 +1,126 @@
+"""Documents under a generator's hands: no update is lost, and whatever is JSON comes back."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from tests.documents.models import Verbs
+from utils.database import Pool
+from utils.documents import Documents
+from utils.text import scrubbed
+
+
+class Ledger(BaseModel):
+    """Numbers that were added."""
+
+    entries: list[int] = []
+
+
+class Anything(BaseModel):
+    """A model that takes everything."""
+
+    value: Any = None
+
+
+KEYS = st.sampled_from(["x", "y"])
+NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+TEXTS = st.text(st.characters(exclude_categories=()))
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXTS,
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(TEXTS, inner, max_size=5),
+    max_leaves=20,
+)
+
+
+def floated(found: Any, wanted: Any) -> Any:
+    """Return what was found, with the numbers as floats that were some: `jsonb` writes 1e22 without an exponent."""
+    if isinstance(found, list):
+        return [floated(*pair) for pair in zip(found, wanted, strict=True)]
+    if isinstance(found, dict):
+        return {key: floated(value, wanted[key]) for key, value in found.items()}
+    return float(found) if isinstance(wanted, float) else found
+
+
+@settings(max_examples=25)
+@given(adds=st.lists(KEYS, max_size=40), spoilt=st.sets(KEYS), begun=st.sets(KEYS))
+async def test_updates_at_once_never_lose_one(
+    database: Pool, adds: list[str], spoilt: set[str], begun: set[str]
+) -> None:
+    await database.execute("TRUNCATE documents")
+    stores = [Documents(Verbs(database), "ledger", Ledger) for _ in range(3)]
+    for key in begun | spoilt:
+        await stores[0].set(key, Ledger())
+    if spoilt:
+        await database.execute(
+            "UPDATE documents SET value = '{\"entries\": 5}' WHERE key = ANY($1::text[])", sorted(spoilt)
+        )
+
+    async def add(number: int, key: str) -> None:
+        def append(ledger: Ledger) -> None:
+            ledger.entries.append(number)
+
+        await stores[number % len(stores)].update(key, append)
+
+    await asyncio.gather(*(add(number, key) for number, key in enumerate(adds)))
+    for key in ("x", "y"):
+        expected = [number for number, chosen in enumerate(adds) if chosen == key]
+        assert sorted((await stores[0].get(key)).entries) == expected
+
+
+@settings(max_examples=25)
+@given(steps=st.lists(st.sampled_from(["add", "add", "delete", "replace"]), max_size=30))
+async def test_with_deletions_and_replacements_between_every_update_builds_on_one_that_was_there(
+    database: Pool, steps: list[str]
+) -> None:
+    """Each value is made of the one before it: what an update returns extends something that was stored."""
+    await database.execute("TRUNCATE documents")
+    store = Documents(Verbs(database), "ledger", Ledger)
+    results: list[list[int]] = [[]]
+
+    async def step(number: int, kind: str) -> None:
+        if kind == "delete":
+            await store.delete("x")
+        elif kind == "replace":
+            results.append([-number])
+            await store.set("x", Ledger(entries=[-number]))
+        else:
+            changed = await store.update("x", lambda ledger: Ledger(entries=[*ledger.entries, number]))
+            results.append(changed.entries)
+
+    await asyncio.gather(*(step(number, kind) for number, kind in enumerate(steps)))
+    assert all(entries[:-1] in results for entries in results[1:])
+    # Nobody builds twice on the same value; on none at all as often as it was absent.
+    built = [tuple(entries[:-1]) for entries in results[1:] if len(entries) > 1]
+    assert len(built) == len(set(built))
+
+
+@settings(max_examples=150)
+@given(value=JSON)
+async def test_whatever_is_json_comes_back_as_it_was(database: Pool, value: Any) -> None:
+    store = Documents(Verbs(database), "any", Anything)
+    await store.set("x", Anything(value=value))
+    found = (await store.get("x")).value
+    assert floated(found, scrubbed(value)) == scrubbed(value)
+    assert dict(await store.list())["x"].value == found
+
+
+@settings(max_examples=60)
+@given(keys=st.sets(st.text(min_size=1, max_size=6), max_size=15), prefix=st.text(max_size=2), limit=st.integers(1, 4))
+async def test_pages_are_the_sorted_keys_with_the_prefix(
+    database: Pool, keys: set[str], prefix: str, limit: int
+) -> None:
+    await database.execute("TRUNCATE documents")
+    store = Documents(Verbs(database), "any", Anything)
+    keys = {key for key in keys if "\0" not in key}
+    prefix = prefix.replace("\0", "")
+    for key in keys:
+        await store.set(key, Anything())
+    seen: list[str] = []
+    while page := await store.list(prefix, seen[-1] if seen else None, limit):
+        seen += [key for key, _ in page]
+    assert seen == sorted(key for key in keys if key.startswith(prefix))

@@ -1,0 +1,287 @@
+"""What happens while a listing is under way beats its pages, in what it spoke of and in nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from simulator import Simulator
+from simulator.payloads import member_payload
+from simulator.state import Intent
+from tests.mirror.harness import Mirrored, changes, differences, mirrored, removals, small_world, until
+from utils.database import Pool
+
+SIZE = 60
+#: Members of page 0 have been sent once two pages have come; those of the last page have not.
+EARLY, LATE = slice(0, 5), slice(-6, -1)
+
+
+def people(simulator: Simulator, guild_id: int) -> list[int]:
+    """Return the members in the order of the pages, those left out whom the world treats specially."""
+    world = simulator.world
+    special = (world.bot.id, world.guild(guild_id).owner_id)
+    return [id for id in world.guild(guild_id).ordered_member_ids() if id not in special]
+
+
+async def in_the_middle(bot: Mirrored, guild_id: int, happening: Callable[[], None]) -> None:
+    """Let something happen after the first two of six pages have come, and see that it was heard before the last."""
+    listing = await bot.listing(guild_id, pages=2)
+    happening()
+    heard = bot.mirror.stamps.last
+    assert listing.pages < 6
+    await until(lambda: listing.pages == 6 and bot.mirror.stamps.last > heard)
+    await bot.settled()
+
+
+@pytest.fixture(params=["staged", "page by page", "over REST"])
+def way(request: pytest.FixtureRequest, database: Pool, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The three ways that a large listing takes."""
+    if request.param == "page by page":
+        monkeypatch.setattr(database, "target", replace(database.target, pooled=True))
+    return str(request.param)
+
+
+def slowed(monkeypatch: pytest.MonkeyPatch, way: str) -> tuple[Simulator, int]:
+    """Return a simulator whose pages come slowly enough for things to happen between them, and its guild."""
+    simulator, (guild_id,) = small_world(monkeypatch, SIZE, pages_per_second=15)
+    if way == "over REST":
+        simulator.lies.rest_delay("/members", 0.06)
+    return simulator, guild_id
+
+
+def lie_about(simulator: Simulator, guild_id: int, way: str) -> None:
+    """Make the next listing come over REST where that is asked for."""
+    if way == "over REST":
+        simulator.lies.rate_limit_next(guild_id)
+
+
+async def listing_by(bot: Mirrored, guild_id: int, way: str) -> None:
+    """Wait until the listing of the right kind is under way."""
+    wanted = "rest" if way == "over REST" else "gateway"
+
+    def found() -> bool:
+        state = bot.mirror.reconciler.guilds.get(guild_id)
+        return state is not None and state.listing is not None and state.listing.source == wanted
+
+    await until(found)
+
+
+async def test_who_leaves_joins_or_is_renamed_during_the_first_sync_is_as_they_are(
+    database: Pool, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    simulator, guild_id = slowed(monkeypatch, way)
+    world, crowd = simulator.world, people(simulator, guild_id)
+    joined: list[int] = []
+
+    def happening() -> None:
+        for part in (crowd[EARLY], crowd[LATE]):
+            world.leave(guild_id, part[0])
+            world.leave(guild_id, part[1])
+            world.join(guild_id, part[1])  # and comes back
+            world.rename_user(part[2], global_name="renamed")
+            world.update_member(guild_id, part[3], nick="renicked")
+            world.update_member(guild_id, part[4], roles=[])
+        joined.append(world.join(guild_id))
+
+    lie_about(simulator, guild_id, way)
+    async with simulator, mirrored(database, simulator, monkeypatch) as bot:
+        await listing_by(bot, guild_id, way)
+        await in_the_middle(bot, guild_id, happening)
+    assert await differences(database, simulator) == []
+    assert {id for table, id in await removals(database)} <= {crowd[i] for i in (0, 1, -6, -5)}
+    assert await database.fetchval("SELECT count(*) FROM members WHERE user_id = $1", joined[0]) == 1
+
+
+async def test_a_live_event_beats_an_older_page_even_when_it_changed_nothing_in_the_table(
+    database: Pool, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """While the bot is away a nick changes, so the pages show the new one; live it changes back to what is stored."""
+    simulator, guild_id = slowed(monkeypatch, way)
+    world, crowd = simulator.world, people(simulator, guild_id)
+    async with simulator:
+        early, late = crowd[0], crowd[-2]
+        for id in (early, late):
+            world.update_member(guild_id, id, nick="stored")
+            world.rename_user(id, global_name="stored")
+        async with mirrored(database, simulator, monkeypatch) as bot:
+            await bot.settled()
+        for id in (early, late):
+            world.update_member(guild_id, id, nick="meanwhile")
+            world.rename_user(id, global_name="meanwhile")
+
+        def happening() -> None:
+            for id in (early, late):
+                world.update_member(guild_id, id, nick="stored")
+                world.rename_user(id, global_name="stored")
+
+        lie_about(simulator, guild_id, way)
+        async with mirrored(database, simulator, monkeypatch, flush_seconds=0.5) as bot:
+            await listing_by(bot, guild_id, way)
+            await in_the_middle(bot, guild_id, happening)
+    assert await differences(database, simulator) == []
+    assert await database.fetchval("SELECT count(*) FROM changes WHERE table_name = 'members'") == 0
+    assert await database.fetchval("SELECT count(*) FROM user_changes") == 0
+
+
+async def test_a_partial_event_keeps_the_page_from_its_own_columns_alone(
+    database: Pool, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Nicks changed while the bot was away; live events without nick and pending must not hide that."""
+    simulator, guild_id = slowed(monkeypatch, way)
+    world, crowd = simulator.world, people(simulator, guild_id)
+    async with simulator:
+        async with mirrored(database, simulator, monkeypatch) as bot:
+            await bot.settled()
+        for number, id in enumerate(crowd):
+            world.update_member(guild_id, id, nick=f"meanwhile {number}", pending=bool(number % 2))
+        newcomers = [world.join(guild_id) for _ in range(4)]
+        for id in newcomers:
+            world.update_member(guild_id, id, nick="newcomer")
+        roles = sorted(world.guild(guild_id).roles.keys() - {guild_id})
+
+        def happening() -> None:
+            for id in (*crowd, *newcomers):
+                world.update_member(guild_id, id, roles=roles[:3])
+
+        lie_about(simulator, guild_id, way)
+        async with mirrored(database, simulator, monkeypatch) as bot:
+            await listing_by(bot, guild_id, way)
+            await in_the_middle(bot, guild_id, happening)
+    assert await differences(database, simulator) == []
+    assert await removals(database) == set()
+
+
+@pytest.mark.parametrize("size", [6, 15, SIZE], ids=["one REST page", "two pages", "large"])
+async def test_who_comes_back_during_a_listing_just_as_they_are_stored_is_not_taken_for_gone(
+    database: Pool, monkeypatch: pytest.MonkeyPatch, way: str, size: int
+) -> None:
+    """They left while the bot was away, so no page shows them, and their return changes nothing in the table."""
+    simulator, (guild_id,) = small_world(monkeypatch, size, pages_per_second=15)
+    world = simulator.world
+    guild, back = world.guild(guild_id), people(simulator, guild_id)[1]
+    async with simulator:
+        async with mirrored(database, simulator, monkeypatch) as bot:
+            await bot.settled()
+        member = guild.members[back]
+        world.leave(guild_id, back)
+        lie_about(simulator, guild_id, way)
+        simulator.lies.rest_delay("/members", 0.15)
+        over_rest = size == 6 or way == "over REST"
+        delayed, asked = simulator.lies.done["rest_delay"], len(simulator.gateway.member_requests)
+        async with mirrored(database, simulator, monkeypatch) as bot:
+            if over_rest:
+                await until(lambda: simulator.lies.done["rest_delay"] > delayed)
+            else:
+                await until(lambda: len(simulator.gateway.member_requests) > asked)
+            guild.add_member(member)
+            member.user.guild_ids.append(guild_id)
+            world.emit(
+                "GUILD_MEMBER_ADD", guild, member_payload(member) | {"guild_id": str(guild_id)}, Intent.GUILD_MEMBERS
+            )
+            await bot.settled()
+    assert await differences(database, simulator) == []
+    assert await removals(database) == set()
+
+
+async def test_a_role_deleted_during_a_listing_leaves_every_members_roles_and_nothing_else_behind(
+    database: Pool, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Its members changed, and some left, while the bot was away: taking the role away must not hide that."""
+    simulator, guild_id = slowed(monkeypatch, way)
+    world, crowd = simulator.world, people(simulator, guild_id)
+    role, given = world.create_role(guild_id), world.create_role(guild_id)
+    for id in crowd:
+        world.update_member(guild_id, id, roles=[role])
+    async with simulator:
+        async with mirrored(database, simulator, monkeypatch) as bot:
+            await bot.settled()
+        for id in crowd[::2]:
+            world.update_member(guild_id, id, nick="meanwhile", roles=[role, given])
+        left = [crowd[5], crowd[-5]]
+        for id in left:
+            world.leave(guild_id, id)
+
+        def happening() -> None:
+            world.delete_role(guild_id, role)
+            world.delete_role(guild_id, given)  # members whose page came have it in their arrays, others never had
+
+        lie_about(simulator, guild_id, way)
+        async with mirrored(database, simulator, monkeypatch) as bot:
+            await listing_by(bot, guild_id, way)
+            await in_the_middle(bot, guild_id, happening)
+    assert await differences(database, simulator) == []
+    assert await database.fetchval("SELECT count(*) FROM members WHERE roles && $1::bigint[]", [role, given]) == 0
+    assert await removals(database) == {("roles", role), ("roles", given), *(("members", id) for id in left)}
+
+
+async def test_a_role_that_comes_and_goes_during_the_first_sync_is_in_nobodys_roles(
+    database: Pool, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    simulator, guild_id = slowed(monkeypatch, way)
+    world, crowd = simulator.world, people(simulator, guild_id)
+    roles: list[int] = []
+
+    async def comes_and_goes(bot: Mirrored) -> None:
+        listing = await bot.listing(guild_id, pages=1)
+        roles.append(world.create_role(guild_id))
+        for id in (*crowd[EARLY], *crowd[25:35], *crowd[LATE]):
+            world.update_member(guild_id, id, roles=roles)
+        await until(lambda: listing.pages >= 4)
+        world.delete_role(guild_id, roles[0])
+        assert listing.pages < 6
+        await bot.settled()
+
+    lie_about(simulator, guild_id, way)
+    async with simulator, mirrored(database, simulator, monkeypatch) as bot:
+        await listing_by(bot, guild_id, way)
+        await comes_and_goes(bot)
+    assert await differences(database, simulator) == []
+    assert await database.fetchval("SELECT count(*) FROM members WHERE roles @> $1::bigint[]", roles) == 0
+
+
+async def test_the_first_sync_of_a_guild_is_one_copy_and_live_rows_wait_for_it(
+    database: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the guild's members may be there before the COPY commits, or it would fail on them."""
+    simulator, guild_id = slowed(monkeypatch, "staged")
+    world, crowd = simulator.world, people(simulator, guild_id)
+    held: list[int] = []
+    async with simulator, mirrored(database, simulator, monkeypatch) as bot:
+        listing = await bot.listing(guild_id, pages=3)
+        await until(lambda: guild_id in bot.mirror.writer.buffer.held)
+        world.update_member(guild_id, crowd[0], nick="live")
+        world.join(guild_id)
+        world.leave(guild_id, crowd[1])
+        await until(lambda: len(bot.mirror.writer.buffer) >= 3)
+        await bot.mirror.writer.flush()
+        held.append(await database.fetchval("SELECT count(*) FROM members"))
+        assert listing.pages < 6
+        await bot.settled()
+    assert held == [0]
+    assert await differences(database, simulator) == []
+    assert [tuple(row) for row in await database.fetch("SELECT state, rows_inserted, rows_left FROM sync_runs")] == [
+        ("complete", SIZE, 0)
+    ]
+    told = {change[1]: change[2] for change in await changes(database, table_name="members")}
+    assert told == {crowd[0]: "update", crowd[1]: "remove"}
+
+
+async def test_a_request_for_a_sync_while_one_runs_makes_a_second_one_after_it(
+    database: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulator, guild_id = slowed(monkeypatch, "staged")
+    async with simulator, mirrored(database, simulator, monkeypatch) as bot:
+        await bot.settled()
+        first = asyncio.create_task(bot.mirror.sync(guild_id))
+        listing = await bot.listing(guild_id, pages=1)
+        second = asyncio.create_task(bot.mirror.sync(guild_id))
+        state = bot.mirror.reconciler.guilds[guild_id]
+        await until(lambda: state.reason is not None)
+        assert state.listing is listing  # the second one waits for its turn
+        await asyncio.gather(first, second)
+        await bot.settled()
+    assert await database.fetchval("SELECT count(*) FROM sync_runs WHERE state = 'complete'") == 3
+    assert await differences(database, simulator) == []

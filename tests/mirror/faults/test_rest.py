@@ -1,0 +1,192 @@
+"""REST answers that fail, come late or are stale; and the history that every way of writing leaves."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.mirror.faults.test_live import people
+from tests.mirror.harness import changes, differences, mirrored, removals, runs, small_world, until
+from utils.database import Pool
+from utils.exceptions import SyncError
+
+
+@pytest.mark.parametrize("status", [500, 502, 429])
+async def test_a_member_list_that_fails_is_asked_for_again(
+    database: Pool, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    simulator, (small, large) = small_world(monkeypatch, 6, 45)
+    simulator.lies.rest_fail("/members", status, times=12, retry_after=0.01)
+    simulator.lies.rate_limit_next(large)
+    async with simulator, mirrored(database, simulator, monkeypatch) as bot:
+        await bot.settled()
+    assert simulator.lies.done["rest_fail"] == 12
+    assert (await runs(database, small))[-1] == ("complete", "rest")
+    assert (await runs(database, large))[-1][0] == "complete"
+    assert await differences(database, simulator) == []
+    assert await removals(database) == set()
+
+
+async def test_a_member_list_that_fails_after_some_pages_proves_nothing(
+    database: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulator, (guild_id,) = small_world(monkeypatch, 60)
+    async with simulator:
+        async with mirrored(database, simulator, monkeypatch) as bot:
+            await bot.settled()
+        simulator.lies.rate_limit_next(guild_id)
+        simulator.lies.rest_delay("/members", 0.05)
+        async with mirrored(database, simulator, monkeypatch) as bot:
+            listing = await bot.listing(guild_id, pages=2)
+            assert listing.source == "rest"
+            simulator.lies.rest_fail("/members", 500, times=5)
+            await bot.settled()
+        assert simulator.lies.done["rest_fail"] == 5
+    assert ("failed", "rest") in await runs(database, guild_id)
+    assert (await runs(database, guild_id))[-1][0] == "complete"
+    assert await differences(database, simulator) == []
+    assert await removals(database) == set()
+
+
+async def test_a_sync_that_cannot_be_done_says_so_to_whoever_asked(
+    database: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulator, (guild_id,) = small_world(monkeypatch, 6)
+    async with simulator, mirrored(database, simulator, monkeypatch) as bot:
+        await bot.settled()
+        for pattern, status in (("GET /guilds", 500), ("GET /guilds", 403), ("/members", 500)):
+            simulator.lies.rest_fail(pattern, status, times=1_000)
+            with pytest.raises(SyncError):
+                await bot.mirror.sync(guild_id)
+            simulator.lies.clear()
+            await bot.settled()
+        with pytest.raises(SyncError):
+            await bot.mirror.sync(1)
+    assert await differences(database, simulator) == []
+
+
+async def test_an_answer_that_comes_late_is_older_than_what_happened_meanwhile(
+    database: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer shows what lay between: names that changed before the request and changed back after it.
+
+    Both events wait in the buffer, where they cancel each other out, so that no stamp in the table tells.
+    """
+    simulator, (guild_id,) = small_world(monkeypatch, 6)
+    world = simulator.world
+    channel = next(c.id for c in world.guild(guild_id).channels.values() if not c.hidden)
+    role, person = world.create_role(guild_id), people(simulator, guild_id)[0]
+
+    def call(name: str) -> None:
+        world.update_channel(guild_id, channel, name=name)
+        world.update_role(guild_id, role, name=name)
+        world.update_guild(guild_id, name=name)
+
+    def call_person(name: str) -> None:
+        world.update_member(guild_id, person, nick=name)
+        world.rename_user(person, global_name=name)
+
+    async with simulator:
+        call("stored")
+        call_person("stored")
+        async with mirrored(database, simulator, monkeypatch, flush_seconds=60) as bot:
+            await bot.settled()
+            simulator.lies.rest_delay("GET /guilds", 0.15, times=3)
+            asked = dict(simulator.rules.requests)
+            call("between")
+            await until(bot.has_heard_all)
+            sync = asyncio.create_task(bot.mirror.sync(guild_id))
+            channels, members = f"GET /guilds/{guild_id}/channels", f"GET /guilds/{guild_id}/members"
+            await until(lambda: simulator.rules.requests[channels] > asked.get(channels, 0))
+            call("stored")
+            created = world.create_role(guild_id), world.create_channel(guild_id), world.join(guild_id)
+            call_person("between")
+            await until(bot.has_heard_all)
+            await until(lambda: simulator.rules.requests[members] > asked.get(members, 0))
+            call_person("stored")
+            await until(bot.has_heard_all)
+            await sync
+            await bot.settled()
+        assert simulator.lies.done["rest_delay"] == 3
+    assert await differences(database, simulator) == []
+    assert await removals(database) == set()
+    assert all(created)
+
+
+async def test_an_answer_from_before_a_new_session_is_not_written(
+    database: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events between the answer and the new session were missed: only what the new one shows counts."""
+    simulator, (guild_id,) = small_world(monkeypatch, 6)
+    world = simulator.world
+    channel = next(c.id for c in world.guild(guild_id).channels.values() if not c.hidden)
+    async with simulator, mirrored(database, simulator, monkeypatch) as bot:
+        await bot.settled()
+        simulator.lies.rest_delay(f"/guilds/{guild_id}/channels", 0.5, times=1)
+        sync = asyncio.create_task(bot.mirror.sync(guild_id))
+        await until(lambda: simulator.lies.done["rest_delay"])
+        stored = world.channel(guild_id, channel).name
+        world.update_channel(guild_id, channel, name="never stored")
+        world.update_channel(guild_id, channel, name=stored)
+        simulator.lies.refuse_resume()
+        simulator.lies.drop_socket()
+        await until(lambda: simulator.gateway.identifies == 2)
+        with pytest.raises(SyncError, match="anew"):
+            await sync
+        await bot.settled()
+    assert await differences(database, simulator) == []
+
+
+@pytest.mark.parametrize("size", [6, 15, 45], ids=["one REST page", "two pages", "staged"])
+async def test_every_change_removal_and_return_is_kept_and_a_first_appearance_is_not(
+    database: Pool, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """By a reconcile and live alike: what changed, from what to what."""
+    simulator, (guild_id,) = small_world(monkeypatch, size)
+    world = simulator.world
+    one, two = people(simulator, guild_id)[:2]
+    async with simulator:
+        world.update_member(guild_id, one, nick="a")
+        world.rename_user(one, global_name="a")
+        async with mirrored(database, simulator, monkeypatch) as bot:
+            await bot.settled()
+        assert await changes(database) == []
+        assert await database.fetchval("SELECT count(*) FROM user_changes") == 0
+        world.update_member(guild_id, one, nick="b")
+        world.rename_user(one, global_name="b")
+        world.leave(guild_id, two)
+        async with mirrored(database, simulator, monkeypatch) as bot:  # learned by a listing
+            await bot.settled()
+            told = await changes(database)
+            assert {change[:3] for change in told} == {("members", one, "update"), ("members", two, "remove")}
+            for _, _, action, before, after in told:
+                if action == "update":
+                    assert (before, after) == ({"nick": "a"}, {"nick": "b"})
+                else:
+                    assert before == {"left_at": None}
+                    assert after["left_at"] is not None
+            world.join(guild_id, two)
+            await bot.settled()
+            world.update_member(guild_id, one, nick=None)
+            world.rename_user(one, global_name=None)
+            await bot.settled()
+            world.leave(guild_id, two)
+            await bot.settled()
+            newcomer = world.join(guild_id)
+            await bot.settled()
+        world.join(guild_id, two)
+        async with mirrored(database, simulator, monkeypatch) as bot:
+            await bot.settled()
+    told = await changes(database)
+    actions = [(change[1], change[2]) for change in told[2:]]
+    assert actions == [(two, "return"), (one, "update"), (two, "remove"), (two, "return")]
+    assert told[3][3:] == ({"nick": "b"}, {"nick": None})
+    assert all(change[1] != newcomer for change in told)
+    of_users = await database.fetch("SELECT user_id, table_name, action, before, after FROM user_changes ORDER BY id")
+    assert [tuple(row) for row in of_users] == [
+        (one, "users", "update", {"global_name": "a"}, {"global_name": "b"}),
+        (one, "users", "update", {"global_name": "b"}, {"global_name": None}),
+    ]
+    assert {row["user_id"] for row in await database.fetch("SELECT user_id FROM changes")} == {one, two}
+    assert await differences(database, simulator) == []

@@ -1,0 +1,245 @@
+"""Payloads turned into rows: every event in the shape that Discord's API reference gives it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from tests.mirror.tables import GUILD, when
+from utils.database import Pool
+from utils.mirror import Mirror
+from utils.mirror.discord.tap import decode
+from utils.mirror.records.rows import Row
+from utils.mirror.spool.queue import EventQueue
+from utils.mirror.translate import objects
+from utils.mirror.translate.live import EVENTS
+from utils.mirror.translate.objects import Payload
+from utils.mirror.translate.snapshots import checked, snapshot
+from utils.mirror.write.writer import FlushPolicy
+from utils.service.lease import Fence
+
+G, AT = str(GUILD), when(99)
+USER: Payload = {
+    "id": "7", "username": "ann", "discriminator": "0", "global_name": "Ann", "avatar": None, "public_flags": 64,
+    "avatar_decoration_data": None, "primary_guild": None, "collectibles": None,
+}  # fmt: skip
+MEMBER: Payload = {
+    "user": USER, "nick": None, "avatar": None, "banner": None, "roles": ["30", "4"], "deaf": False, "mute": False,
+    "joined_at": "2024-05-01T00:00:10.123000+00:00", "premium_since": None, "pending": False, "flags": 0,
+    "communication_disabled_until": None,
+}  # fmt: skip
+ROLE: Payload = {
+    "id": "4", "name": "admin", "color": 255, "colors": {"primary_color": 255}, "hoist": True, "icon": None,
+    "unicode_emoji": None, "position": 1, "permissions": "9007199254740993", "managed": False, "mentionable": True,
+    "flags": 0,
+}  # fmt: skip
+CHANNEL: Payload = {
+    "id": "5", "guild_id": G, "type": 0, "name": "general", "position": 2, "topic": None, "nsfw": False,
+    "parent_id": "6", "rate_limit_per_user": 5, "last_message_id": "99", "flags": 0,
+    "permission_overwrites": [
+        {"id": "9", "type": 0, "allow": "0", "deny": "1"}, {"id": "8", "type": 1, "allow": "1", "deny": "0"},
+    ],
+}  # fmt: skip
+THREAD: Payload = {
+    "id": "50", "guild_id": G, "parent_id": "5", "owner_id": "7", "type": 11, "name": "t", "flags": 0,
+    "rate_limit_per_user": 0, "message_count": 3, "member_count": 2, "total_message_sent": 3, "last_message_id": "51",
+    "thread_metadata": {
+        "archived": False, "auto_archive_duration": 1440, "archive_timestamp": "2024-05-01T00:00:00+00:00",
+        "locked": False, "create_timestamp": "2024-05-01T00:00:00+00:00",
+    },
+}  # fmt: skip
+GUILD_UPDATE: Payload = {
+    "id": G, "name": "g", "icon": None, "splash": None, "discovery_splash": None, "owner_id": "7", "banner": None,
+    "afk_channel_id": None, "afk_timeout": 300, "verification_level": 1, "default_message_notifications": 0,
+    "explicit_content_filter": 0, "roles": [ROLE], "emojis": [], "features": ["NEWS", "COMMUNITY"], "mfa_level": 0,
+    "application_id": None, "system_channel_id": "5", "system_channel_flags": 0, "rules_channel_id": None,
+    "vanity_url_code": None, "description": None, "premium_tier": 0, "premium_subscription_count": 0,
+    "preferred_locale": "en-US", "public_updates_channel_id": None, "nsfw_level": 0, "max_members": 500000,
+}  # fmt: skip
+GUILD_CREATE: Payload = GUILD_UPDATE | {
+    "joined_at": "2024-05-01T00:00:00+00:00", "large": False, "unavailable": False, "member_count": 2, "members": [],
+    "channels": [CHANNEL], "threads": [THREAD], "voice_states": [], "presences": [], "stage_instances": [],
+}  # fmt: skip
+
+#: Event, payload (Discord API reference, "Gateway Events"), rows: (table, key, whether it can make a row).
+SHAPES: list[tuple[str, Payload, list[tuple[str, tuple[int, ...], bool]]]] = [
+    ("USER_UPDATE", USER | {"locale": "de", "verified": True, "flags": 0}, [("users", (7,), True)]),
+    ("GUILD_UPDATE", GUILD_UPDATE, [("guilds", (GUILD,), False)]),
+    ("GUILD_DELETE", {"id": G, "unavailable": True}, [("guilds", (GUILD,), False)]),
+    ("GUILD_DELETE", {"id": G}, [("guilds", (GUILD,), False)]),
+    ("GUILD_MEMBER_ADD", MEMBER | {"guild_id": G}, [("users", (7,), True), ("members", (GUILD, 7), True)]),
+    ("GUILD_MEMBER_UPDATE", MEMBER | {"guild_id": G}, [("users", (7,), True), ("members", (GUILD, 7), True)]),
+    (
+        "GUILD_MEMBER_UPDATE",
+        {"guild_id": G, "user": USER, "roles": [], "joined_at": None, "avatar": None, "banner": None},
+        [("users", (7,), True), ("members", (GUILD, 7), False)],
+    ),
+    ("GUILD_MEMBER_REMOVE", {"guild_id": G, "user": USER}, [("users", (7,), True), ("members", (GUILD, 7), False)]),
+    ("GUILD_ROLE_CREATE", {"guild_id": G, "role": ROLE}, [("roles", (GUILD, 4), True)]),
+    ("GUILD_ROLE_UPDATE", {"guild_id": G, "role": ROLE}, [("roles", (GUILD, 4), True)]),
+    ("GUILD_ROLE_DELETE", {"guild_id": G, "role_id": "4"}, [("roles", (GUILD, 4), False)]),
+    ("CHANNEL_CREATE", CHANNEL, [("channels", (GUILD, 5), True)]),
+    ("CHANNEL_UPDATE", CHANNEL, [("channels", (GUILD, 5), True)]),
+    ("CHANNEL_DELETE", CHANNEL, [("channels", (GUILD, 5), False)]),
+    ("CHANNEL_CREATE", {"id": "5", "type": 1, "recipients": [USER]}, []),
+    ("CHANNEL_DELETE", {"id": "5", "type": 1}, []),
+    ("THREAD_CREATE", THREAD | {"newly_created": True}, [("threads", (GUILD, 50), True)]),
+    ("THREAD_UPDATE", THREAD, [("threads", (GUILD, 50), True)]),
+    ("THREAD_DELETE", {"id": "50", "guild_id": G, "parent_id": "5", "type": 11}, [("threads", (GUILD, 50), False)]),
+    (
+        "THREAD_LIST_SYNC",
+        {"guild_id": G, "channel_ids": ["5"], "threads": [THREAD, THREAD | {"id": "51"}], "members": []},
+        [("threads", (GUILD, 50), True), ("threads", (GUILD, 51), True)],
+    ),
+]  # fmt: skip
+
+
+def read(event: str, payload: Payload) -> list[Row]:
+    return [checked(row) for row in EVENTS[event](payload, AT)]
+
+
+@pytest.mark.parametrize(("event", "payload", "expected"), SHAPES)
+def test_every_event_becomes_the_rows_it_speaks_of(
+    event: str, payload: Payload, expected: list[tuple[str, tuple[int, ...], bool]]
+) -> None:
+    assert [(row.table, row.key, row.appears) for row in read(event, payload)] == expected
+
+
+def test_every_event_that_is_taken_is_in_the_table_of_shapes() -> None:
+    assert {event for event, _, _ in SHAPES} == EVENTS.keys()
+
+
+def test_a_member_is_read_with_sorted_numbers_and_moments() -> None:
+    values = read("GUILD_MEMBER_ADD", MEMBER | {"guild_id": G})[1].values
+    assert values["roles"] == [4, 30]
+    assert values["joined_at"] == datetime(2024, 5, 1, 0, 0, 10, 123000, tzinfo=UTC)
+    assert values["left_at"] is None
+
+
+def test_what_is_absent_from_a_join_is_none_and_from_an_update_unchanged() -> None:
+    bare: Payload = {"guild_id": G, "user": USER, "roles": [], "joined_at": None}
+    assert read("GUILD_MEMBER_ADD", bare)[1].values.keys() >= {"nick", "pending", "flags", "timed_out_until"}
+    assert read("GUILD_MEMBER_UPDATE", bare)[1].values.keys() == {"roles", "joined_at", "left_at"}
+    assert read("GUILD_MEMBER_UPDATE", bare | {"nick": None})[1].values["nick"] is None
+
+
+def test_a_partial_user_changes_what_it_speaks_of_and_makes_no_row() -> None:
+    row = checked(objects.user({"id": "7", "avatar": None}))
+    assert (row.values, row.appears) == ({"avatar": None}, False)
+
+
+def test_only_the_bots_own_account_shows_what_discord_shows_of_nobody_else() -> None:
+    payload = USER | {"locale": "de", "verified": True, "banner": "b", "accent_color": 3}
+    assert not objects.user(payload).values.keys() & {"locale", "verified", "banner", "accent_color"}
+    assert objects.user(payload, own=True).values["locale"] == "de"
+    assert "banner" not in objects.user(USER, own=True).values
+
+
+def test_a_flag_that_is_false_is_left_out_by_discord() -> None:
+    assert (objects.user(USER).values["bot"], objects.user(USER).values["system"]) == (False, False)
+    assert objects.user(USER | {"bot": True}).values["bot"] is True
+
+
+def test_permissions_beyond_what_a_float_holds_stay_exact_and_tags_may_be_absent() -> None:
+    values = read("GUILD_ROLE_CREATE", {"guild_id": G, "role": ROLE})[0].values
+    assert (values["permissions"], values["tags"], values["deleted_at"]) == (9007199254740993, None, None)
+    tagged = read("GUILD_ROLE_UPDATE", {"guild_id": G, "role": ROLE | {"tags": {"premium_subscriber": None}}})
+    assert tagged[0].values["tags"] == '{"premium_subscriber":null}'
+
+
+def test_what_discord_sends_in_any_order_is_sorted() -> None:
+    other = CHANNEL | {"permission_overwrites": CHANNEL["permission_overwrites"][::-1]}
+    assert read("CHANNEL_UPDATE", CHANNEL) == read("CHANNEL_UPDATE", other)
+    assert read("GUILD_UPDATE", GUILD_UPDATE)[0].values["features"] == ["COMMUNITY", "NEWS"]
+
+
+def test_a_hidden_channel_says_only_that_it_is_there() -> None:
+    hidden = CHANNEL | {
+        "name": "___hidden___", "flags": 1 << 17, "topic": None, "parent_id": None,
+        "permission_overwrites": [{"id": G, "type": 0, "allow": "0", "deny": "1024"}],
+    }  # fmt: skip
+    values = read("CHANNEL_UPDATE", hidden)[0].values
+    assert values == {"type": 0, "position": 2, "hidden": True, "deleted_at": None}
+    assert read("CHANNEL_UPDATE", CHANNEL)[0].values["hidden"] is False
+
+
+def test_a_channel_that_does_not_speak_of_a_field_leaves_it_alone() -> None:
+    values = read("CHANNEL_UPDATE", {"id": "5", "guild_id": G, "name": "n", "topic": None})[0].values
+    assert values == {"name": "n", "topic": None, "hidden": False, "deleted_at": None}
+
+
+def test_a_thread_has_a_moment_of_archiving_only_while_it_is_archived() -> None:
+    assert read("THREAD_UPDATE", THREAD)[0].values["archived_at"] is None
+    archived = THREAD | {"thread_metadata": THREAD["thread_metadata"] | {"archived": True, "invitable": False}}
+    values = read("THREAD_UPDATE", archived)[0].values
+    assert (values["archived"], values["archived_at"], values["invitable"]) == (True, when(0), False)
+
+
+def test_an_outage_is_not_a_removal() -> None:
+    (outage,) = read("GUILD_DELETE", {"id": G, "unavailable": True})
+    (removal,) = read("GUILD_DELETE", {"id": G, "unavailable": False})
+    assert outage.values == {"unavailable": True}
+    assert removal.values == {"left_at": AT, "unavailable": False}
+
+
+async def test_guild_create_names_what_there_is_and_over_rest_channels_prove_nothing() -> None:
+    for is_gateway, proven in ((True, {"roles", "channels"}), (False, {"roles"})):
+        seen = snapshot(GUILD_CREATE, 5, _never, is_gateway=is_gateway)
+        assert {group.table for group in seen.groups} == {"guilds", "roles", "channels", "threads"}
+        assert {absence.table for absence in seen.absences} == proven
+
+
+async def test_a_part_that_cannot_be_read_costs_that_part_and_its_proof() -> None:
+    refused: list[Exception] = []
+    payload = GUILD_CREATE | {"roles": [ROLE, {"name": "no id"}, ROLE | {"id": "6", "color": "red"}]}
+    seen = snapshot(payload, 5, refused.append, is_gateway=True)
+    assert len(refused) == 2
+    assert {absence.table for absence in seen.absences} == {"channels"}
+    assert [group.records[0][1] for group in seen.groups if group.table == "roles"] == [4]
+
+
+async def test_a_thread_that_cannot_be_read_does_not_cost_its_guild(database: Pool) -> None:
+    mirror = unstarted(database)
+    mirror.receive("GUILD_CREATE", GUILD_CREATE | {"threads": [THREAD, {"name": "no id"}]}, 0, "s")
+    assert mirror.reconciler.guilds.keys() == {GUILD}
+    await mirror.stop(5)
+
+
+JUNK: list[Any] = [
+    None,
+    [],
+    "text",
+    7,
+    {},
+    {"id": None},
+    {"id": []},
+    {"id": "x", "guild_id": {}},
+]
+
+
+@pytest.mark.parametrize(
+    "event", [*EVENTS, "READY", "GUILD_CREATE", "GUILD_MEMBERS_CHUNK", "RATE_LIMITED", "SOMETHING_NEW"]
+)
+async def test_no_payload_makes_the_receiver_raise(database: Pool, event: str) -> None:
+    mirror = unstarted(database)
+    listed = [{"user": item, "guild_id": G, "role": item, "meta": item, "guilds": item} for item in JUNK]
+    for payload in (*JUNK, *listed):
+        mirror.receive(event, payload, 0, "s")
+    await mirror.stop(5)
+
+
+async def test_a_number_beyond_all_bounds_does_not_make_the_receiver_raise(database: Pool) -> None:
+    unstarted(database).receive("GUILD_UPDATE", decode('{"id": 1e999}'), 0, "s")
+
+
+def unstarted(database: Pool) -> Mirror:
+    return Mirror(
+        database, None, Fence("nobody", 1), EventQueue(None, spool="off", max_rows=1_000), shards=1,  # type: ignore[arg-type]
+        rhythm=FlushPolicy(), page_timeout=1.0, cooldown=0.0,
+    )  # fmt: skip
+
+
+def _never(error: Exception) -> None:
+    raise AssertionError(f"a valid part was refused: {error}")

@@ -1,0 +1,96 @@
+"""A restore under a bot that acts: it goes on, and what it mirrors is the world again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from simulator import Limits, Simulator, World
+from tests.bot.running import BotProcess, running, until, until_equal
+from tests.operations.backup.restoring import cleaned, dumped, until_true
+from utils.database import Pool
+from utils.database.embedded import EmbeddedServer
+from utils.operations.backup.restore import bring_back
+
+
+async def none() -> tuple[None, str]:
+    return None, "There was nothing to back up."
+
+
+@pytest.fixture
+def world() -> World:
+    world = World(seed=11)
+    world.add_guild(members=1_500, name="Large")
+    world.add_guild(members=40, name="Small")
+    return world
+
+
+@pytest.fixture
+async def simulator(world: World) -> AsyncIterator[Simulator]:
+    async with Simulator(world, limits=Limits.none()) as running:
+        yield running
+
+
+async def test_a_bot_that_acts_keeps_its_lease_and_reconciles_what_the_backup_did_not_know(
+    tmp_path: Path,
+    server: EmbeddedServer,
+    database: Pool,
+    world: World,
+    simulator: Simulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = list(world.guilds)[1]
+    async with cleaned(database.target), running(database, simulator, monkeypatch, extensions=()) as bot:
+        await until_equal(database, simulator)
+        archive = await dumped(server, database.target, tmp_path / "dump")
+        since = [world.join(small) for _ in range(20)]
+        rng = random.Random(7)
+        for _ in range(200):
+            world.step(rng)
+        await until_equal(database, simulator)
+
+        async def reconcile() -> None:
+            assert await database.fetchval("SELECT count(*) FROM members WHERE user_id = ANY($1)", since) == 0
+            # A listing is not enough: threads, for one, come with a session's beginning alone.
+            assert simulator.lies.invalidate_session(resumable=False) == 1
+
+        done = await bring_back(database, archive, safety=none, after=reconcile)
+        assert done.ok, done.text
+        for _ in range(5):
+            world.join(small)
+        await until_equal(database, simulator)
+        assert bot.mirror.fence.epoch == await database.fetchval("SELECT epoch FROM ops.leases")
+        assert await database.fetchval("SELECT count(*) FROM ops.dead_letters") == 0
+        await until(lambda: bot.readiness()[0])
+
+
+async def test_a_bot_in_another_process_begins_anew_by_itself(
+    tmp_path: Path, server: EmbeddedServer, database: Pool, world: World, simulator: Simulator
+) -> None:
+    small = list(world.guilds)[1]
+    settings = {
+        "DISCORD_TOKEN": simulator.token,
+        "DISCORD_API_BASE": simulator.api_base,
+        "DATABASE_URL": database.target.libpq_url(),
+        "DATA_DIR": str(tmp_path / "data"),
+    }
+    async with cleaned(database.target), BotProcess(tmp_path, **settings) as bot:
+        await bot.ready()
+        await until_equal(database, simulator)
+        archive = await dumped(server, database.target, tmp_path / "dump")
+        rng = random.Random(7)
+        for _ in range(200):
+            world.step(rng)
+        await until_equal(database, simulator)
+        epoch = await database.fetchval("SELECT epoch FROM ops.leases")
+        done = await bring_back(database, archive, safety=none)
+        assert done.ok, done.text
+        for _ in range(5):
+            world.join(small)
+        await until_true(database.target, "SELECT epoch = $1 + 2 FROM ops.leases", epoch)
+        await until_equal(database, simulator)
+        await bot.ready()
+        assert await database.fetchval("SELECT count(*) FROM ops.dead_letters") == 0

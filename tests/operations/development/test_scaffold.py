@@ -1,0 +1,132 @@
+"""`python bot.py new cog NAME` writes code that needs nothing done to it before it is run, checked and committed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from models import Base
+from tests.docs.test_first_cog import cloned_sources
+from utils.bot.registrations import forget_tables
+from utils.demo.child import environment
+from utils.exceptions import MigrationError, ValidationError
+from utils.operations.development.scaffold import new_cog
+from utils.operations.migrations.environment import declare
+
+#: The first in the alphabet and of two words, so that the order of imports and the making of class names show.
+NAME = "a_counter"
+FILES = [f"cogs/{NAME}.py", f"models/{NAME}.py", f"tests/test_{NAME}.py"]
+
+
+def run(directory: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run something with our Python in a directory."""
+    return subprocess.run(
+        [sys.executable, *command], cwd=directory, env=environment(), capture_output=True, text=True, timeout=240,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone with a new cog in it."""
+    clone = cloned_sources(tmp_path_factory.mktemp("scaffold") / "clone")
+    done = run(clone, "bot.py", "new", "cog", NAME)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[:3] == [f"wrote {path}" for path in FILES]
+    return clone
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "check", ["ruff check", "ruff format --check", "mypy --strict", "pytest"], ids=lambda check: check.partition(" ")[0]
+)
+def test_what_is_written_passes(clone: Path, check: str) -> None:
+    module, *options = check.split()
+    done = run(clone, "-m", module, *options, *(FILES if module != "pytest" else FILES[2:]))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_nothing_is_written_over(clone: Path) -> None:
+    before = (clone / FILES[0]).read_text()
+    done = run(clone, "bot.py", "new", "cog", NAME)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"'{NAME}' is taken: cogs/{NAME}.py, models/{NAME}.py, tests/test_{NAME}.py exists already;"
+        " choose another name\n"
+    )
+    assert (clone / FILES[0]).read_text() == before
+
+
+@pytest.mark.parametrize(
+    "name", ["class", "2fast", "", "Tally", "my-cog", "_shared", "a" * 33, "../x", "naïve", "x\n", "x y"]
+)
+def test_a_name_that_python_or_discord_would_refuse_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValidationError, match="cannot be the name of a cog") as caught:
+        new_cog(name, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("taken", ["cogs/tally/__init__.py", "models/tally.py", "tests/test_tally.py"])
+def test_one_file_that_is_there_is_enough_to_write_none(tmp_path: Path, taken: str) -> None:
+    for directory in ("cogs", "models", "tests"):
+        (tmp_path / directory).mkdir()
+    (tmp_path / taken).parent.mkdir(exist_ok=True)
+    (tmp_path / taken).touch()
+    with pytest.raises(ValidationError, match="'tally' is taken: "):
+        new_cog("tally", tmp_path)
+    assert list(tmp_path.rglob("*.py")) == [tmp_path / taken]
+
+
+TABLE = """
+from sqlalchemy.orm import Mapped
+from models.base import Base, snowflake
+
+class Found(Base):
+    __tablename__ = "found_in_a_cog"
+    guild_id: Mapped[int] = snowflake(primary_key=True)
+"""
+
+
+def test_tables_of_cogs_are_known_when_a_migration_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "cogs_with_tables"
+    (package / "large").mkdir(parents=True)
+    for path in ("__init__.py", "large/__init__.py"):
+        (package / path).touch()
+    (package / "large" / "tables.py").write_text(TABLE)
+    (package / "broken_but_without.py").write_text("raise RuntimeError")
+    try:
+        declare(package)
+        assert "found_in_a_cog" in Base.metadata.tables
+    finally:
+        forget_tables(package.name)
+    (package / "broken.py").write_text(TABLE + "raise RuntimeError('no')")
+    message = "cogs_with_tables.broken declares tables, but cannot be imported: RuntimeError: no"
+    try:
+        with pytest.raises(MigrationError, match=message):
+            declare(package)
+    finally:
+        forget_tables(package.name)
+
+
+def test_a_table_that_cannot_be_read_stops_the_migration_with_one_line(clone: Path) -> None:
+    broken = clone / "models" / "broken.py"
+    broken.write_text("raise RuntimeError('no')")
+    done = run(clone, "-m", "alembic", "revision", "--autogenerate", "-m", "x")
+    broken.unlink()
+    assert done.returncode != 0
+    output = (done.stdout + done.stderr).strip().splitlines()
+    assert output[-1].endswith("models.broken declares tables, but cannot be imported: RuntimeError: no")
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_write_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
+    for directory in ("cogs", "models"):
+        (tmp_path / directory).mkdir()
+    with pytest.raises(ValidationError, match="cannot be written: No such file or directory"):
+        new_cog("tally", tmp_path)
+    assert list(tmp_path.rglob("*.py")) == []

@@ -1,0 +1,175 @@
+"""Changing rows in batches: whatever ends a migration, and wherever, each row is changed exactly once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from tests.operations.migrations.test_admin import HEAD, older
+from utils.database import ConnectTarget, Pool
+from utils.exceptions import MigrationError
+from utils.operations import migrations
+from utils.operations.migrations.batches import TABLE, Batched, walk
+from utils.operations.migrations.preview import preview
+
+ROWS = 40
+
+
+async def committing(target: ConnectTarget, work: Any) -> Any:
+    """Run `work` on a connection that commits every statement, as inside an autocommit_block."""
+    engine = create_async_engine(
+        target.sqlalchemy_url(),
+        connect_args=target.sqlalchemy_connect_args(),
+        poolclass=NullPool,
+        isolation_level="AUTOCOMMIT",
+    )
+    try:
+        async with engine.connect() as connection:
+            return await connection.run_sync(work)
+    finally:
+        await engine.dispose()
+
+
+#: A row whose turn it is ends the session that changes it, as a kill in the middle of a statement does; once.
+KILLER = """
+CREATE TABLE things (a int, "B b" timestamptz, value int NOT NULL, PRIMARY KEY (a, "B b"));
+CREATE TABLE kills (a int PRIMARY KEY);
+CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); PERFORM pg_sleep(5); RETURN NEW; END $$;
+CREATE FUNCTION is_deadly(x int) RETURNS boolean LANGUAGE sql STABLE AS 'SELECT EXISTS (SELECT FROM kills WHERE a = x)';
+CREATE TRIGGER killer BEFORE UPDATE ON things FOR EACH ROW WHEN (is_deadly(OLD.a)) EXECUTE FUNCTION die();
+"""
+
+
+@given(
+    size=st.integers(1, ROWS + 2),
+    kills=st.sets(st.integers(0, ROWS - 1), max_size=3),
+    stops=st.lists(st.integers(0, ROWS), max_size=3),
+)
+@settings(max_examples=25)
+async def test_any_kill_point_gives_the_same_end(
+    empty_target: ConnectTarget, size: int, kills: set[int], stops: list[int]
+) -> None:
+    """`kills`: rows on which the session dies; `stops`: numbers of batches after which the process does."""
+    conn = await asyncpg.connect(**empty_target.connect_kwargs())
+    await conn.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public;" + KILLER)
+    await conn.execute(
+        "INSERT INTO things SELECT i % 7 * 10 + i / 7, timestamptz '2026-01-01 00:00:00.123456Z' + i * interval '1 s',"
+        " i FROM generate_series(0, $1::int - 1) AS i",
+        ROWS,
+    )
+    await conn.executemany("INSERT INTO kills VALUES ($1)", [(kill % 7 * 10 + kill // 7,) for kill in kills])
+    wanted = [3 * i + 1 if i % 3 else i for i in range(ROWS)]
+    left = list(stops)
+
+    def run(connection: Connection) -> Batched:
+        seen = 0
+
+        def after(state: Batched) -> None:
+            nonlocal seen
+            seen += 1
+            if left and seen > left[0]:
+                left.pop(0)
+                raise KeyboardInterrupt
+
+        return walk(
+            connection, "things", revision="9", size=size, after_batch=after,
+            set_sql="value = value * 3 + length('1:2') - 2", where="t.value % 3 <> 0",
+        )  # fmt: skip
+
+    done: Batched | None = None
+    for _ in range(len(kills) + len(stops) + 1):
+        try:
+            done = await committing(empty_target, run)
+            break
+        except KeyboardInterrupt:
+            pass
+        except DBAPIError:
+            await conn.execute("DELETE FROM kills WHERE a = (SELECT min(a) FROM kills WHERE is_deadly(a))")
+    while done is None:  # each row of `kills` that was not the one that killed
+        try:
+            done = await committing(empty_target, run)
+        except DBAPIError:
+            await conn.execute("DELETE FROM kills WHERE a = (SELECT min(a) FROM kills)")
+        except KeyboardInterrupt:
+            pass
+    values = sorted(row["value"] for row in await conn.fetch("SELECT value FROM things"))
+    await conn.close()
+    assert values == sorted(wanted)
+    assert done == Batched(visited=ROWS, changed=sum(bool(i % 3) for i in range(ROWS)), is_done=True)
+
+
+FILL = """from utils.operations.migrations.batches import in_batches
+
+def upgrade():
+    in_batches(op, "users", revision=revision, set_sql="public_flags = public_flags * 10", size=7)
+    {then}
+
+def downgrade():
+    pass
+"""
+
+
+async def test_a_revision_that_is_killed_after_its_last_batch_does_not_begin_again(
+    database: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    await database.execute(
+        "INSERT INTO users (id, username, public_flags) SELECT i, 'amy', 1 FROM generate_series(1, 30) i"
+    )
+    older(monkeypatch, tmp_path, FILL.format(then='op.execute("SELECT no_such_thing()")'))
+    for _ in range(2):
+        with pytest.raises(MigrationError, match="no_such_thing"):
+            await migrations.upgrade(database)
+    assert await migrations.current(database) == HEAD
+    (migrations.SCRIPTS / "versions" / "9000_extra.py").write_text(
+        (migrations.SCRIPTS / "versions" / "9000_extra.py").read_text().replace("SELECT no_such_thing()", "SELECT 1")
+    )
+    assert await migrations.check_drift(database) == []  # what it remembers is no part of the models
+    await migrations.upgrade(database)
+    assert await migrations.current(database) == "9000"
+    rows = await database.fetch("SELECT DISTINCT public_flags FROM users")
+    assert [row[0] for row in rows] == [10]
+    assert await database.fetchval("SELECT to_regclass($1)", TABLE) is None
+
+
+async def test_the_preview_shows_what_the_batches_amount_to(
+    database: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    older(monkeypatch, tmp_path, FILL.format(then="pass"))
+    outcome = await preview(database)
+    assert outcome.file is not None
+    assert "UPDATE users AS t SET public_flags = public_flags * 10 WHERE true;" in outcome.file[1]
+    assert "changes rows: 1" in outcome.text
+
+
+async def test_a_table_without_a_primary_key_is_refused(empty_target: ConnectTarget) -> None:
+    conn = await asyncpg.connect(**empty_target.connect_kwargs())
+    await conn.execute("CREATE TABLE plain (id int)")
+    await conn.close()
+    for table in ("plain", "nowhere"):
+        with pytest.raises(MigrationError, match=f"{table} cannot be changed in batches"):
+            await committing(empty_target, lambda c, table=table: walk(c, table, revision="9", set_sql="id = 1"))
+    with pytest.raises(MigrationError, match="at least 1"):
+        await committing(empty_target, lambda c: walk(c, "plain", revision="9", set_sql="id = 1", size=0))
+
+
+async def test_a_batch_waits_only_for_rows_that_it_changes(database: Pool) -> None:
+    await database.execute("INSERT INTO users (id, username) SELECT i, 'amy' FROM generate_series(1, 20) i")
+    other = await asyncpg.connect(**database.target.connect_kwargs())
+    async with other.transaction():
+        await other.execute("SELECT 1 FROM users WHERE id = 3 FOR UPDATE")
+        done = await committing(
+            database.target,
+            lambda c: walk(c, "users", revision="9", set_sql="username = 'ben'", where="t.id <> 3", size=5),
+        )
+    await other.close()
+    assert done.changed == 19

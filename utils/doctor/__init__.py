@@ -1,6 +1,0 @@
-"""`python bot.py doctor`: is everything that the bot needs there, and if not, what is to be done."""
-
-from utils.doctor.report import Check, Finding, State, examined
-from utils.doctor.table import CHECKS, examine
-
-__all__ = ["CHECKS", "Check", "Finding", "State", "examine", "examined"]

@@ -1,0 +1,5 @@
+"""Documents: typed settings and small stores for cogs, in one table; and what members chose."""
+
+from utils.documents.documents import Documents
+
+__all__ = ["Documents"]

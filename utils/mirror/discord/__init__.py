@@ -1,0 +1,1 @@
+"""The edge to discord.py: raw gateway payloads in, member requests and listings out."""

@@ -1,0 +1,1 @@
+"""Reconciling guilds: complete listings compared with the tables."""

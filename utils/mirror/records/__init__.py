@@ -1,0 +1,1 @@
+"""What the mirror works on: rows, observations and events, and the checks that they can be stored."""

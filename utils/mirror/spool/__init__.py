@@ -1,0 +1,1 @@
+"""Events that are accepted but not committed: a queue in memory, and a journal on disk."""

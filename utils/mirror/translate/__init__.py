@@ -1,0 +1,1 @@
+"""Discord's payloads translated into rows. Nothing here does I/O."""

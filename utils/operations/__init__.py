@@ -1,0 +1,1 @@
+"""What operators and developers do: back up, migrate, look after, examine, import."""

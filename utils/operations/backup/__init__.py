@@ -1,0 +1,1 @@
+"""Backups: make, store, verify, restore, drill, prune."""

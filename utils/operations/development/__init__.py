@@ -1,0 +1,1 @@
+"""For developers: a filled database, and new cogs."""

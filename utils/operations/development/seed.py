@@ -1,0 +1,214 @@
+"""What `python bot.py db seed|reset|describe` does: a database to write cogs against, and a look at one."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from models import DISCORD_EPOCH_MS
+from utils.database import Connection, Pool
+from utils.database.partitions import id_at
+from utils.exceptions import GuildbookError
+from utils.operations import migrations
+from utils.operations.migrations.admin import nobody_acts
+
+#: The low bits of every seeded id: worker and process 31, the first of its millisecond. It tells them from Discord's.
+SEEDED = 0x3FF000
+#: What is seeded first was made then, and each thing thereafter up to so many milliseconds later.
+FIRST = datetime(2019, 3, 1, tzinfo=UTC)
+STEP_MS = 60_000
+#: Seconds for one COPY or one look; a guild of a million members takes less.
+SECONDS = 600.0
+
+_ADJECTIVES = (
+    "amber", "brave", "calm", "dusty", "early", "faint", "gentle", "hollow", "icy", "jolly", "keen", "lucky", "mellow",
+    "noble", "odd", "proud", "quiet", "rusty", "silent", "tiny", "upper", "vivid", "wild", "young", "zesty",
+)  # fmt: skip
+_NOUNS = (
+    "anchor", "badger", "comet", "drummer", "engine", "falcon", "garden", "harbour", "island", "jester", "kettle",
+    "lantern", "meadow", "needle", "otter", "pilot", "quarry", "raven", "sailor", "teapot", "urchin", "valley",
+    "walrus", "yeti", "zephyr",
+)  # fmt: skip
+_CLUBS = ("Book Club", "Chess", "Gardeners", "Kitchen", "Makers", "Night Shift", "Photography", "Radio", "Runners")
+_TOPICS = (None, "Say hello", "Off topic, within reason", "Questions and answers", "What are you working on?")
+_CHANNELS = (
+    ("Information", 4), ("announcements", 5), ("rules", 0), ("Talk", 4), ("general", 0), ("introductions", 0),
+    ("help", 15), ("off-topic", 0), ("Voices", 4), ("Lounge", 2), ("Stage", 13),
+)  # fmt: skip
+_ROLES = ("Newcomer", "Regular", "Artist", "Helper", "Event crew", "Moderator", "Admin")
+#: Discord's numbers of permissions: view channels, send messages, read their history; the last role may do everything.
+_EVERYONE_MAY, _ADMIN_MAY = 1 << 10 | 1 << 11 | 1 << 16, 1 << 3
+
+_COLUMNS: dict[str, tuple[str, ...]] = {
+    "guilds": (
+        "id", "name", "owner_id", "preferred_locale", "afk_timeout", "verification_level",
+        "default_message_notifications", "explicit_content_filter", "mfa_level", "nsfw_level", "joined_at", "large",
+        "member_count", "max_members", "premium_tier", "premium_subscription_count", "features",
+    ),
+    "users": ("id", "username", "discriminator", "global_name", "avatar", "bot", "system", "public_flags"),
+    "members": ("guild_id", "user_id", "nick", "roles", "joined_at", "premium_since", "pending", "flags", "left_at"),
+    "roles": ("guild_id", "id", "name", "color", "hoist", "position", "permissions", "managed", "mentionable", "flags"),
+    "channels": (
+        "guild_id", "id", "name", "type", "parent_id", "position", "topic", "nsfw", "slowmode",
+        "permission_overwrites", "flags",
+    ),
+    "threads": (
+        "guild_id", "id", "name", "type", "parent_id", "owner_id", "archived", "locked", "auto_archive_duration",
+        "archived_at", "slowmode", "flags", "applied_tags",
+    ),
+    "member_stats": ("guild_id", "user_id", "message_count", "last_active_at"),
+}  # fmt: skip
+
+
+async def seed(
+    database: Pool, *, guilds: int = 3, members: int = 200, seed: int = 0, more: bool = False
+) -> dict[str, int]:
+    """Fill the database with made-up guilds of so many members each, and return how many rows, by table.
+
+    One seed gives the same people, ids included; times reach up to now. All or nothing is written, and no history. The
+    rows' stamps are 0: whatever Discord says later wins, and a bot that starts on this database finds that it has left
+    these guilds. Raises
+    `GuildbookError` when guilds are there already, unless `more` asks for further ones beside them.
+    """
+    if guilds < 1 or members < 1:
+        raise GuildbookError(f"{guilds} guilds of {members} members cannot be seeded: at least 1 of each")
+    written: Counter[str] = Counter()
+    async with database.transaction() as connection:
+        await connection.execute("LOCK TABLE guilds IN SHARE ROW EXCLUSIVE MODE")  # nobody seeds at the same time
+        there = await connection.fetchval("SELECT count(*) FROM guilds")
+        if there and not more:
+            raise GuildbookError(
+                f"guilds are in this database already ({there}): seed an empty one (python bot.py db reset empties it),"
+                " or add to them with --more"
+            )
+        made = _Invention(random.Random(seed), await _last_seeded(connection), database.now())
+        for _ in range(guilds):
+            for table, records in made.guild(members).items():
+                await connection.copy_records_to_table(table, records=records, columns=_COLUMNS[table], timeout=SECONDS)
+                written[table] += len(records)
+    for table in written:  # the planner knows nothing of them yet, and would read whole tables for one row
+        await database.execute("ANALYZE " + table, timeout=SECONDS)
+    return dict(written)
+
+
+async def _last_seeded(connection: Connection) -> int:
+    """Return the greatest id that a seeding has given out, or the one before the first."""
+    last = await connection.fetchval(
+        "SELECT max(id) FROM (SELECT id FROM guilds UNION ALL SELECT id FROM users UNION ALL SELECT id FROM roles"
+        " UNION ALL SELECT id FROM channels UNION ALL SELECT id FROM threads) AS ids WHERE id & 4194303 = $1",
+        SEEDED,
+        timeout=SECONDS,
+    )
+    return last if last is not None else id_at(FIRST) + SEEDED
+
+
+class _Invention:
+    """Makes guilds up: people that some of them share, roles, channels, threads, and who wrote how much."""
+
+    def __init__(self, rng: random.Random, last: int, now: datetime) -> None:
+        self._rng = rng
+        self._last = last
+        self._now = now
+        self._known: list[int] = []
+
+    def guild(self, size: int) -> dict[str, list[tuple[Any, ...]]]:
+        """Return the rows of one more guild, by table, in the order of `_COLUMNS`."""
+        rng, guild_id = self._rng, self._id()
+        users = list(self._users(size - min(size // 4, len(self._known))))
+        shared = rng.sample(self._known, size - len(users))
+        people = sorted([*shared, *(user[0] for user in users)])
+        self._known += [user[0] for user in users][: max(1, size // 2)]
+        owner_id = rng.choice(people)
+        founded = _made_at(guild_id)
+        joined = founded + (self._now - founded) * 0.1
+        roles = [(guild_id, guild_id, "@everyone", 0, False, 0, _EVERYONE_MAY, False, False, 0)]
+        for position, name in enumerate(_ROLES, start=1):
+            may = _ADMIN_MAY if name == _ROLES[-1] else 0
+            colour, is_shown = rng.getrandbits(24), position > 3
+            roles.append((guild_id, self._id(), name, colour, is_shown, position, may, False, not is_shown, 0))
+        channels = list(self._channels(guild_id))
+        members = [self._member(guild_id, id, roles[1:], joined, is_owner=id == owner_id) for id in people]
+        stats = [self._stats(member) for member in members if rng.random() < 0.6]
+        here = sum(member[-1] is None for member in members)
+        name = f"{rng.choice(_ADJECTIVES).title()} {rng.choice(_NOUNS).title()} {rng.choice(_CLUBS)}"
+        row = (guild_id, name, owner_id, "en-US", 300, rng.randrange(4), 1, 0, 0, 0, joined, here > 250, here, 500_000,
+               rng.randrange(4), rng.randrange(20), ["COMMUNITY", "NEWS"])  # fmt: skip
+        threads = list(self._threads(guild_id, [channel[1] for channel in channels if channel[3] == 0], people))
+        return {"guilds": [row], "users": users, "members": members, "roles": roles, "channels": channels,
+                "threads": threads, "member_stats": stats}  # fmt: skip
+
+    def _id(self) -> int:
+        self._last += self._rng.randrange(1, STEP_MS) << 22
+        return self._last
+
+    def _users(self, count: int) -> Iterator[tuple[Any, ...]]:
+        rng = self._rng
+        for _ in range(count):
+            first, second, is_bot = rng.choice(_ADJECTIVES), rng.choice(_NOUNS), rng.random() < 0.02
+            shown = None if is_bot or rng.random() < 0.3 else f"{first.title()} {second.title()}"
+            avatar = f"{rng.getrandbits(128):032x}" if rng.random() < 0.8 else None
+            discriminator = f"{rng.randrange(1, 9999):04d}" if is_bot else "0"
+            name = f"{first}_{second}{rng.randrange(10_000)}"
+            yield self._id(), name, discriminator, shown, avatar, is_bot, False, 64 if rng.random() < 0.1 else 0
+
+    def _channels(self, guild_id: int) -> Iterator[tuple[Any, ...]]:
+        category: int | None = None
+        for position, (name, kind) in enumerate(_CHANNELS):
+            id = self._id()
+            if kind == 4:
+                category = id
+            parent, topic = None if kind == 4 else category, self._rng.choice(_TOPICS) if kind == 0 else None
+            yield guild_id, id, name, kind, parent, position, topic, False, 0, [], 0
+
+    def _threads(self, guild_id: int, channels: Sequence[int], people: Sequence[int]) -> Iterator[tuple[Any, ...]]:
+        rng = self._rng
+        for _ in range(6):
+            archived_at = self._now - timedelta(days=rng.randrange(1, 90)) if rng.random() < 0.5 else None
+            name = f"the {rng.choice(_ADJECTIVES)} {rng.choice(_NOUNS)}"
+            yield (guild_id, self._id(), name, 11, rng.choice(channels), rng.choice(people), archived_at is not None,
+                   False, 1_440, archived_at, 0, 0, [])  # fmt: skip
+
+    def _member(
+        self, guild_id: int, user_id: int, roles: Sequence[tuple[Any, ...]], opened: datetime, *, is_owner: bool
+    ) -> tuple[Any, ...]:
+        rng = self._rng
+        earliest = max(opened, _made_at(user_id))
+        joined = earliest + (self._now - earliest) * rng.random()
+        left = joined + (self._now - joined) * rng.random() if not is_owner and rng.random() < 0.05 else None
+        boosts = joined + (self._now - joined) * rng.random() if rng.random() < 0.03 else None
+        held = sorted(role[1] for role in rng.sample(roles, rng.choice((0, 1, 1, 2, 3))))
+        nick = rng.choice(_NOUNS).title() if rng.random() < 0.15 else None
+        return guild_id, user_id, nick, held, joined, boosts, rng.random() < 0.02, 0, left
+
+    def _stats(self, member: tuple[Any, ...]) -> tuple[Any, ...]:
+        joined, until = member[4], member[-1] or self._now
+        return *member[:2], int(self._rng.paretovariate(0.8)) % 50_000, joined + (until - joined) * self._rng.random()
+
+
+def _made_at(snowflake: int) -> datetime:
+    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=(snowflake >> 22) + DISCORD_EPOCH_MS)
+
+
+async def reset(database: Pool, *, name: str | None, environment: str) -> str:
+    """Drop all tables of ours with everything in them, make them anew, and return the database's name.
+
+    Outside `environment` 'development' only when `name` is the database's name. What cogs keep in tables of their own
+    stays; one that refers to ours by a foreign key makes it fail. Raises `GuildbookError` when it may not be done,
+    always while a bot acts on the database, and `MigrationError` when it could not: `db upgrade` then makes what is
+    missing.
+    """
+    found: str = await database.fetchval("SELECT current_database()")
+    if name is not None and name != found:
+        raise GuildbookError(f"the database at {database.target} is called {found}, not {name}: nothing was dropped")
+    if environment != "development" and name is None:
+        raise GuildbookError(
+            f"ENVIRONMENT is {environment}: to drop everything in {found} at {database.target}, say so with"
+            f" --yes-destroy {found}"
+        )
+    async with nobody_acts(database):
+        await migrations.downgrade(database, "base")
+        await migrations.upgrade(database)
+    return found

@@ -1,0 +1,79 @@
+"""The whole schema as PostgreSQL itself spells it, to compare what the migrations make with what the models make.
+
+Alembic compares tables, columns, types and indexes. This adds defaults, generated columns, check constraints, index
+predicates, partition keys, sequences and views; it needs an empty database for the models' side, so it is for tests
+and `python -m utils.operations.migrations check`.
+"""
+
+from __future__ import annotations
+
+import asyncpg
+from sqlalchemy import Connection, MetaData, text
+
+from models import Base
+from models.views import ROLE_MEMBERSHIP
+from utils.database.target import ConnectTarget
+from utils.operations.migrations.environment import declare, on_connection
+
+_RELATIONS = (
+    "SELECT c.oid, format('%s.%s', n.nspname, c.relname) AS name, c.relkind FROM pg_class AS c"
+    " JOIN pg_namespace AS n ON n.oid = c.relnamespace"
+    " WHERE n.nspname IN ('public', 'ops') AND NOT c.relispartition AND c.relname <> 'alembic_version'"
+)
+_QUERIES: tuple[str, ...] = (
+    f"WITH r AS ({_RELATIONS})"  # noqa: S608 - constants
+    " SELECT format('column %s.%s', r.name, a.attname) AS thing, concat_ws(' ', format_type(a.atttypid, a.atttypmod),"
+    " CASE WHEN a.attnotnull THEN 'NOT NULL' END, nullif(a.attgenerated::text, ''), nullif(a.attidentity::text, ''),"
+    " pg_get_expr(d.adbin, d.adrelid)) AS definition"
+    " FROM r JOIN pg_attribute AS a ON a.attrelid = r.oid AND a.attnum > 0 AND NOT a.attisdropped"
+    " LEFT JOIN pg_attrdef AS d ON d.adrelid = a.attrelid AND d.adnum = a.attnum WHERE r.relkind IN ('r', 'p', 'v')",
+    f"WITH r AS ({_RELATIONS})"  # noqa: S608 - constants
+    " SELECT format('constraint %s on %s', c.conname, r.name), pg_get_constraintdef(c.oid)"
+    " FROM r JOIN pg_constraint AS c ON c.conrelid = r.oid WHERE c.contype <> 'n'",
+    f"WITH r AS ({_RELATIONS})"  # noqa: S608 - constants
+    " SELECT format('index %s', i.indexrelid::regclass), concat_ws(' ', pg_get_indexdef(i.indexrelid),"
+    " CASE WHEN NOT i.indisvalid THEN 'INVALID' END) FROM r JOIN pg_index AS i ON i.indrelid = r.oid",
+    f"WITH r AS ({_RELATIONS})"  # noqa: S608 - constants
+    " SELECT format('view %s', r.name), pg_get_viewdef(r.oid) FROM r WHERE r.relkind IN ('v', 'm')",
+    f"WITH r AS ({_RELATIONS})"  # noqa: S608 - constants
+    " SELECT format('partitions of %s', r.name), pg_get_partkeydef(r.oid) FROM r WHERE r.relkind = 'p'",
+    f"WITH r AS ({_RELATIONS})"  # noqa: S608 - constants
+    " SELECT format('sequence %s', r.name), concat_ws(' ', format_type(s.seqtypid, NULL), s.seqstart, s.seqincrement,"
+    " s.seqmax, s.seqmin, s.seqcache, s.seqcycle) FROM r JOIN pg_sequence AS s ON s.seqrelid = r.oid",
+)
+
+
+async def read(target: ConnectTarget) -> dict[str, str]:
+    """Return what there is in the database, by name, with the definition as PostgreSQL gives it back."""
+    connection = await asyncpg.connect(**target.connect_kwargs(), timeout=30, command_timeout=60)
+    try:
+        rows = [row for query in _QUERIES for row in await connection.fetch(query)]
+    finally:
+        await connection.close(timeout=5)
+    return {row[0]: row[1] for row in rows}
+
+
+async def build_from_models(target: ConnectTarget, metadata: MetaData = Base.metadata) -> None:
+    """Make everything in `models/` in an empty database, without the migrations."""
+
+    def build(connection: Connection) -> None:
+        if metadata is Base.metadata:
+            declare()
+        connection.execute(text("CREATE SCHEMA ops"))
+        metadata.create_all(connection)
+        connection.execute(text(ROLE_MEMBERSHIP))
+        connection.commit()
+
+    await on_connection(target, build)
+
+
+def differences(migrated: dict[str, str], wanted: dict[str, str]) -> list[str]:
+    """Return one line for each thing that the migrations make otherwise than the models."""
+    lines = [f"not in the models: {name}" for name in sorted(migrated.keys() - wanted.keys())]
+    lines += [f"not in the migrations: {name}" for name in sorted(wanted.keys() - migrated.keys())]
+    lines += [
+        f"differs: {name}: migrations {migrated[name]!r}, models {wanted[name]!r}"
+        for name in sorted(migrated.keys() & wanted.keys())
+        if migrated[name] != wanted[name]
+    ]
+    return lines

@@ -1,0 +1,1 @@
+"""Looking after the database: its tables described, measured and maintained."""

@@ -1,0 +1,219 @@
+"""What `python bot.py db describe` shows: the tables as PostgreSQL knows them, for people and as JSON."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from models import Base
+from utils.database import Pool
+from utils.database.pool import Record
+from utils.exceptions import GuildbookError
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+
+class Column(TypedDict):
+    """One column."""
+
+    name: str
+    type: str
+    nullable: bool
+    #: The default's SQL, of a generated column the expression; None without.
+    default: str | None
+    generated: bool
+    comment: str | None
+
+
+class Index(TypedDict):
+    """One index, also what is behind a primary key."""
+
+    name: str
+    definition: str
+    bytes: int
+
+
+class Table(TypedDict):
+    """One table or view; partitions are counted with their table."""
+
+    schema: str
+    name: str
+    #: table, partitioned table, view or materialized view.
+    kind: str
+    comment: str | None
+    #: What the planner believes; None when it was never analysed, and of a view.
+    estimated_rows: int | None
+    #: With indexes and what is kept aside (TOAST); of a view 0.
+    bytes: int
+    partitions: int
+    columns: list[Column]
+    #: Primary key, unique, foreign key and check constraints by name.
+    keys: dict[str, str]
+    indexes: list[Index]
+
+
+_TABLES = """
+SELECT c.oid::bigint, n.nspname AS schema, c.relname AS name, c.relispartition,
+    CASE c.relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view'
+        ELSE 'materialized view' END AS kind,
+    obj_description(c.oid, 'pg_class') AS comment, leaves.estimated_rows, coalesce(leaves.bytes, 0)::bigint AS bytes,
+    CASE WHEN c.relkind = 'p' THEN leaves.number ELSE 0 END AS partitions
+FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+CROSS JOIN LATERAL (
+    SELECT count(*) AS number, sum(l.reltuples::numeric) FILTER (WHERE l.reltuples >= 0)::bigint AS estimated_rows,
+        sum(pg_total_relation_size(l.oid)) AS bytes
+    FROM pg_class AS l WHERE l.relkind IN ('r', 'm')
+        AND (l.oid = c.oid OR l.oid IN (SELECT relid FROM pg_partition_tree(c.oid) WHERE isleaf))
+) AS leaves
+WHERE c.relkind IN ('r', 'p', 'v', 'm')
+    AND CASE WHEN $1::text IS NULL
+        THEN NOT c.relispartition AND n.nspname <> 'information_schema' AND n.nspname NOT LIKE 'pg\\_%'
+        ELSE c.oid = to_regclass($1) END
+ORDER BY n.nspname <> 'public', n.nspname, c.relname
+"""
+_COLUMNS = """
+SELECT a.attrelid::bigint AS oid, a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type,
+    NOT a.attnotnull AS nullable, pg_get_expr(d.adbin, d.adrelid) AS default, a.attgenerated <> '' AS generated,
+    col_description(a.attrelid, a.attnum) AS comment
+FROM pg_attribute AS a LEFT JOIN pg_attrdef AS d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+WHERE a.attrelid = ANY($1::bigint[]) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attrelid, a.attnum
+"""
+_KEYS = """
+SELECT conrelid::bigint AS oid, conname AS name, pg_get_constraintdef(oid) AS definition
+FROM pg_constraint WHERE conrelid = ANY($1::bigint[]) AND contype IN ('p', 'u', 'f', 'c', 'x')
+ORDER BY conrelid, contype <> 'p', conname
+"""
+_INDEXES = """
+SELECT i.indrelid::bigint AS oid, c.relname AS name, pg_get_indexdef(i.indexrelid) AS definition,
+    (SELECT sum(pg_relation_size(l.oid)) FROM pg_class AS l WHERE l.relkind = 'i'
+        AND (l.oid = c.oid OR l.oid IN (SELECT relid FROM pg_partition_tree(c.oid) WHERE isleaf)))::bigint AS bytes
+FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid
+WHERE i.indrelid = ANY($1::bigint[]) ORDER BY i.indrelid, NOT i.indisprimary, c.relname
+"""
+
+
+async def describe(database: Pool, table: str | None = None) -> list[Table]:
+    """Return what there is: every table and view, or the one that `table` names, with a schema or without.
+
+    All of it is plain JSON. Raises `GuildbookError` when there is no such table.
+    """
+    async with database.transaction(isolation="repeatable_read", readonly=True) as connection:
+        found = await connection.fetch(_TABLES, table)
+        ids = [record["oid"] for record in found]
+        columns, keys, indexes = [
+            _by_table(await connection.fetch(query, ids)) for query in (_COLUMNS, _KEYS, _INDEXES)
+        ]
+        if table is not None and not found:
+            everything = await connection.fetch(_TABLES, None)
+            names = [_short(record["schema"], record["name"]) for record in everything]
+            near = difflib.get_close_matches(table, names) or names
+            raise GuildbookError(f"{table}: no such table in {database.target}; there is {', '.join(near) or 'none'}")
+    comments = _comments()
+    return [
+        Table(
+            schema=record["schema"],
+            name=record["name"],
+            kind=record["kind"],
+            comment=record["comment"] or comments.get((record["schema"], record["name"])),
+            estimated_rows=record["estimated_rows"],
+            bytes=record["bytes"],
+            partitions=record["partitions"],
+            columns=[Column(**row) for row in columns.get(record["oid"], [])],  # type: ignore[typeddict-item]
+            keys={row["name"]: row["definition"] for row in keys.get(record["oid"], [])},
+            indexes=[Index(**row) for row in indexes.get(record["oid"], [])],  # type: ignore[typeddict-item]
+        )
+        for record in found
+    ]
+
+
+def _by_table(records: Sequence[Record]) -> dict[int, list[dict[str, Any]]]:
+    tables: dict[int, list[dict[str, Any]]] = {}
+    for record in records:
+        row = dict(record)
+        tables.setdefault(row.pop("oid"), []).append(row)
+    return tables
+
+
+def _comments() -> dict[tuple[str, str], str]:
+    """Return what the models say of their tables, where the database has no comment."""
+    classes = [mapper.class_ for mapper in Base.registry.mappers]
+    return {
+        (model.__table__.schema or "public", model.__table__.name): (model.__doc__ or "").split("\n")[0]
+        for model in classes
+    }
+
+
+def _short(schema: str, name: str) -> str:
+    return name if schema == "public" else f"{schema}.{name}"
+
+
+def size(count: int) -> str:
+    """Return a number of bytes for people."""
+    figure, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if figure < 1024 or unit == "TB":
+            break
+        figure /= 1024
+    return f"{figure:.0f} {unit}" if unit == "B" or figure >= 10 else f"{figure:.1f} {unit}"
+
+
+def _headline(table: Table) -> str:
+    rows = "rows not counted yet" if table["estimated_rows"] is None else f"about {table['estimated_rows']:,} rows"
+    parts = [f"{_short(table['schema'], table['name'])} ({table['kind']}"]
+    if table["kind"] != "view":
+        parts += [rows, size(table["bytes"])]
+    if table["partitions"]:
+        parts.append(f"partitions: {table['partitions']}")
+    return ", ".join(parts) + ")"
+
+
+def _about(column: Column) -> tuple[str, str, str]:
+    """Return what stands beside a column's name and type: whether it may be empty, the default, the comment."""
+    default = column["default"] or ""
+    if column["generated"]:
+        default = f"generated: {default}"
+    return "" if column["nullable"] else "not null", default, column["comment"] or ""
+
+
+def plain(tables: Sequence[Table]) -> str:
+    """Return tables as text, one line for each column, key and index."""
+    lines: list[str] = []
+    for table in tables:
+        lines += [_headline(table)] + ([f"  {table['comment']}"] if table["comment"] else [])
+        widths = [max((len(column[part]) for column in table["columns"]), default=0) for part in ("name", "type")]
+        for column in table["columns"]:
+            about = "  ".join(filter(None, _about(column)))
+            lines.append(f"  {column['name']:<{widths[0]}}  {column['type']:<{widths[1]}}  {about}".rstrip())
+        lines += [f"  key    {name}: {definition}" for name, definition in table["keys"].items()]
+        lines += [f"  index  {index['definition']} ({size(index['bytes'])})" for index in table["indexes"]]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def pretty(tables: Sequence[Table]) -> Group:
+    """Return tables for `rich.console.Console.print`."""
+    from rich.console import Group
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    parts: list[Grid | Text] = []
+    for table in tables:
+        caption = "\n".join(
+            [f"{name}: {definition}" for name, definition in table["keys"].items()]
+            + [f"{index['definition']} ({size(index['bytes'])})" for index in table["indexes"]]
+        )
+        parts.append(Text(_headline(table), style="bold"))
+        if table["comment"]:
+            parts.append(Text(table["comment"]))
+        grid = Grid("column", "type", "", "default", *(["comment"] if _has_comments(table) else []))
+        for column in table["columns"]:
+            cells = [column["name"], column["type"], *_about(column)][: len(grid.columns)]
+            grid.add_row(*(Text(cell) for cell in cells))
+        parts += [grid, Text(caption + "\n", style="dim")]
+    return Group(*parts)
+
+
+def _has_comments(table: Table) -> bool:
+    return any(column["comment"] for column in table["columns"])
