@@ -24,7 +24,8 @@ from utils.operations.migrations import admin
 from utils.operations.migrations.preview import preview as written
 from utils.operations.slash import Reply, Shown
 from utils.operations.upkeep import maintain, picture
-from utils.operations.upkeep.statistics import Statistics, collect, figures, human
+from utils.operations.upkeep.statistics import Statistics, collect, figures
+from utils.text import format_bytes
 
 #: Discord's bounds of an embed's field (API reference, "Embed Limits").
 FIELD = 1_024
@@ -300,13 +301,13 @@ def _together(database: Pool) -> contextlib.AbstractAsyncContextManager[None]:
 def _embedded(found: Statistics, drawn: bytes | None) -> Shown:
     lines = figures(found)
     embed = discord.Embed(
-        title=f"PostgreSQL {found.server['version']}, {human(found.server['bytes'])}", timestamp=found.at
+        title=f"PostgreSQL {found.server['version']}, {format_bytes(found.server['bytes'])}", timestamp=found.at
     )
     for name, value in lines.items():
         embed.add_field(name=name, value=discord.utils.escape_markdown(value)[:FIELD], inline=len(value) < 60)
     if drawn is not None:
         embed.set_image(url="attachment://statistics.png")
-    text = f"{len(found.tables)} tables, {human(found.server['bytes'])}"
+    text = f"{len(found.tables)} tables, {format_bytes(found.server['bytes'])}"
     return Shown(text, embed, None if drawn is None else ("statistics.png", drawn))
 
 

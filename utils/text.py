@@ -1,26 +1,37 @@
-"""Discord's text is data: made storable where it enters."""
+"""Text helpers: strings that PostgreSQL can store, and sizes for people."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-#: What Postgres cannot store in `text`: NUL, and surrogates, which UTF-8 does not have.
+#: What a PostgreSQL `text` value cannot hold: NUL, and surrogates, which UTF-8 cannot encode.
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 REPLACEMENT = "\ufffd"
 
 
 def storable(text: str) -> str:
-    """Return the text with NUL and lone surrogates replaced by U+FFFD."""
+    """Replace NUL and lone surrogates with U+FFFD."""
     return _UNSTORABLE.sub(REPLACEMENT, text)
 
 
-def scrubbed(value: Any) -> Any:
-    """Return a decoded payload with every string in it made storable."""
+def scrub_payload(value: Any) -> Any:
+    """Return a copy of decoded JSON in which every string, keys included, is `storable`."""
     if isinstance(value, str):
         return storable(value)
     if isinstance(value, list):
-        return [scrubbed(item) for item in value]
+        return [scrub_payload(item) for item in value]
     if isinstance(value, dict):
-        return {storable(key): scrubbed(item) for key, item in value.items()}
+        return {storable(key): scrub_payload(item) for key, item in value.items()}
     return value
+
+
+def format_bytes(count: float) -> str:
+    """Format a number of bytes in decimal units: `999 B`, `1.5 kB`, `15.0 MB`."""
+    if abs(count) < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if abs(count) < 999.95:  # 999.95 would be rounded up to 1000.0
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} TB"

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from tests.documents.models import Verbs
 from utils.database import Pool
 from utils.documents import Documents
-from utils.text import scrubbed
+from utils.text import scrub_payload
 
 
 class Ledger(BaseModel):
@@ -105,7 +105,7 @@ async def test_whatever_is_json_comes_back_as_it_was(database: Pool, value: Any)
     store = Documents(Verbs(database), "any", Anything)
     await store.set("x", Anything(value=value))
     found = (await store.get("x")).value
-    assert floated(found, scrubbed(value)) == scrubbed(value)
+    assert floated(found, scrub_payload(value)) == scrub_payload(value)
     assert dict(await store.list())["x"].value == found
 
 

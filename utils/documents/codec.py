@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticSerializationError
 
-from utils.text import scrubbed, storable
+from utils.text import scrub_payload, storable
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -87,7 +87,7 @@ class Codec(Generic[T]):
         return None
 
     def _plain(self, value: T) -> Any:
-        return scrubbed(value.model_dump(mode="json", by_alias=False, round_trip=True, warnings=False))
+        return scrub_payload(value.model_dump(mode="json", by_alias=False, round_trip=True, warnings=False))
 
 
 def _told(exc: ValidationError) -> str:

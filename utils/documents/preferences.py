@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import asyncpg
 
 from utils.exceptions import ValidationError
-from utils.text import scrubbed
+from utils.text import scrub_payload
 
 #: Language, script and region of BCP 47 (RFC 5646, 2.1), which covers Discord's locales: `de`, `pt-BR`, `zh-Hans`.
 _LANGUAGE = re.compile(r"([a-z]{2,3})(?:-([a-z]{4}))?(?:-([a-z]{2}|[0-9]{3}))?", re.IGNORECASE | re.ASCII)
@@ -94,7 +94,7 @@ async def put(
 
 async def put_extra(db: Verbs, guild_id: int, user_id: int, name: str, value: Any) -> Preferences:
     """Store one choice of a cog's own, anything that is JSON, and return all of them."""
-    row = await db.fetchrow(_SET_EXTRA, guild_id, user_id, scrubbed(name), scrubbed(value))
+    row = await db.fetchrow(_SET_EXTRA, guild_id, user_id, scrub_payload(name), scrub_payload(value))
     assert row is not None, "an upsert returns its row"
     return Preferences(**row)
 

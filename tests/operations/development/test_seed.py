@@ -222,10 +222,3 @@ def rendered(tables: list[describing.Table]) -> str:
     console = Console(file=io.StringIO(), width=200)
     console.print(describing.pretty(tables))
     return str(console.file.getvalue())  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 kB"), (15_000_000, "14 MB"), (5 * 2**50, "5120 TB")]
-)
-def test_sizes_are_for_people(count: int, text: str) -> None:
-    assert describing.size(count) == text

@@ -14,7 +14,7 @@ from tests.cli.test_command_line import db
 from utils.database import Pool
 from utils.exceptions import GuildbookError
 from utils.operations.upkeep import picture, sizes
-from utils.operations.upkeep.statistics import collect, figures, human, outcome
+from utils.operations.upkeep.statistics import collect, figures, outcome
 
 
 async def filled(database: Pool) -> None:
@@ -70,11 +70,6 @@ async def test_the_figures_name_what_an_operator_looks_for(database: Pool) -> No
     told = outcome(found)
     assert "member_stats" in told.text
     assert json.loads(json.dumps(told.data, default=str))["tables"][0].keys() == {"name", "rows", "bytes", "dead"}
-
-
-@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (999, "999 B"), (1_500, "1.5 kB"), (2.5e12, "2.5 TB")])
-def test_sizes_read_as_people_say_them(size: float, text: str) -> None:
-    assert human(size) == text
 
 
 async def test_the_picture_is_one_with_and_without_samples(database: Pool) -> None:

@@ -21,7 +21,7 @@ from discord.gateway import DiscordWebSocket, ReconnectWebSocket
 from discord.shard import Shard
 
 from utils.logs import once
-from utils.text import scrubbed
+from utils.text import scrub_payload
 
 _log = logging.getLogger(__name__)
 
@@ -83,11 +83,11 @@ def decode(text: str | bytes | dict[str, Any]) -> Any:
         decoded = orjson.loads(text)
     except ValueError:
         try:
-            return scrubbed(json.loads(text))
+            return scrub_payload(json.loads(text))
         except RecursionError as error:
             raise ValueError("it is nested to a depth that no payload has") from error
     escaped_nul = b"\\u0000" if isinstance(text, bytes) else "\\u0000"
-    return scrubbed(decoded) if escaped_nul in text else decoded  # type: ignore[operator]
+    return scrub_payload(decoded) if escaped_nul in text else decoded  # type: ignore[operator]
 
 
 def install(client: discord.Client, receiver: Receiver) -> None:

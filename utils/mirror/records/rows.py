@@ -95,7 +95,6 @@ class Absence(NamedTuple):
     present: Iterable[int]
 
 
-@cache
 @dataclass(slots=True)
 class Run:
     """What becomes a row of `sync_runs`."""

@@ -13,6 +13,7 @@ import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from utils.exceptions import BackupError
+from utils.text import format_bytes
 
 #: Says whose backup it is: anything else is refused.
 PROJECT = "guildbook"
@@ -81,7 +82,7 @@ class Manifest:
         what = {"full": "", "tables": ", some tables only", "schema": ", without rows"}[self.kind]
         sealed = ", encrypted" if self.recipient else ""
         return (
-            f"{self.id}: {self.size / 1e6:,.1f} MB, {self.total:,} rows in {len(self.rows)} tables, PostgreSQL"
+            f"{self.id}: {format_bytes(self.size)}, {self.total:,} rows in {len(self.rows)} tables, PostgreSQL"
             f" {self.server.split()[0]}, schema {self.revision or 'none'}, {self.reason}{what}{sealed}"
         )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from utils.operations.doctor.context import DoctorContext
 from utils.operations.doctor.report import Finding, in_thread
+from utils.text import format_bytes
 
 #: Bytes below which the disk is as good as full: PostgreSQL's write-ahead log alone grows in pieces of 16 MB.
 LEAST_BYTES = 200 * 2**20
@@ -27,7 +28,7 @@ async def check_disk(patient: DoctorContext) -> Sequence[Finding]:
     if refused is not None:
         todo = "give the directory to the user that the bot runs as, or set DATA_DIR to another"
         return [Finding("fail", "disk", f"{directory} cannot be written: {refused}", todo)]
-    seen = f"{free / 2**30:,.1f} GB free under {directory}"
+    seen = f"{format_bytes(free)} free under {directory}"
     if free < LEAST_BYTES:
         return [Finding("fail", "disk", seen, "make room, or set DATA_DIR to a larger disk")]
     spool = patient.settings.spool_max_mb * 2**20 if patient.settings.spool != "off" else 0
@@ -83,6 +84,6 @@ async def check_spool(patient: DoctorContext) -> Sequence[Finding]:
 
     total, dead, size = await in_thread(look)
     if dead:
-        seen = f"{dead} journals of processes that have ended, {size / 2**20:,.1f} MB"
+        seen = f"{dead} journals of processes that have ended, {format_bytes(size)}"
         return [Finding("warn", "spool", seen, "start the bot: it writes them into the database")]
     return [Finding("ok", "spool", f"{total} in use" if total else "nothing is left over")]

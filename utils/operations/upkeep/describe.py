@@ -10,6 +10,7 @@ from models import Base
 from utils.database import Pool
 from utils.database.pool import Record
 from utils.exceptions import GuildbookError
+from utils.text import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -149,21 +150,11 @@ def _short(schema: str, name: str) -> str:
     return name if schema == "public" else f"{schema}.{name}"
 
 
-def size(count: int) -> str:
-    """Return a number of bytes for people."""
-    figure, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if figure < 1024 or unit == "TB":
-            break
-        figure /= 1024
-    return f"{figure:.0f} {unit}" if unit == "B" or figure >= 10 else f"{figure:.1f} {unit}"
-
-
 def _headline(table: Table) -> str:
     rows = "rows not counted yet" if table["estimated_rows"] is None else f"about {table['estimated_rows']:,} rows"
     parts = [f"{_short(table['schema'], table['name'])} ({table['kind']}"]
     if table["kind"] != "view":
-        parts += [rows, size(table["bytes"])]
+        parts += [rows, format_bytes(table["bytes"])]
     if table["partitions"]:
         parts.append(f"partitions: {table['partitions']}")
     return ", ".join(parts) + ")"
@@ -187,7 +178,7 @@ def plain(tables: Sequence[Table]) -> str:
             about = "  ".join(filter(None, _about(column)))
             lines.append(f"  {column['name']:<{widths[0]}}  {column['type']:<{widths[1]}}  {about}".rstrip())
         lines += [f"  key    {name}: {definition}" for name, definition in table["keys"].items()]
-        lines += [f"  index  {index['definition']} ({size(index['bytes'])})" for index in table["indexes"]]
+        lines += [f"  index  {index['definition']} ({format_bytes(index['bytes'])})" for index in table["indexes"]]
         lines.append("")
     return "\n".join(lines).rstrip()
 
@@ -202,7 +193,7 @@ def pretty(tables: Sequence[Table]) -> Group:
     for table in tables:
         caption = "\n".join(
             [f"{name}: {definition}" for name, definition in table["keys"].items()]
-            + [f"{index['definition']} ({size(index['bytes'])})" for index in table["indexes"]]
+            + [f"{index['definition']} ({format_bytes(index['bytes'])})" for index in table["indexes"]]
         )
         parts.append(Text(_headline(table), style="bold"))
         if table["comment"]:

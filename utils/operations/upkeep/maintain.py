@@ -14,6 +14,7 @@ from utils.database.partitions import ensure_partitions
 from utils.database.views import REFRESH_SECONDS, VIEWS
 from utils.exceptions import GuildbookError, MigrationError, translate
 from utils.operations.action import Outcome, Progress, Step, silent
+from utils.text import format_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ async def plan(database: Pool) -> list[Job]:
         jobs.append(Job("analyze", row["name"], why))
     for row in await database.fetch(_INDEXES):
         if row["bytes"] > BLOATED * row["needed"] and row["bytes"] - row["needed"] > WASTED:
-            why = f"{row['bytes'] / 1e6:,.1f} MB where {row['needed'] / 1e6:,.1f} MB would do"
+            why = f"{format_bytes(row['bytes'])} where {format_bytes(row['needed'])} would do"
             jobs.append(Job("reindex", row["name"], why))
     for row in await database.fetch(VIEWS):
         how = (

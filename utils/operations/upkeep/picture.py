@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.exceptions import GuildbookError
-from utils.operations.upkeep.statistics import Statistics, human
+from utils.operations.upkeep.statistics import Statistics
+from utils.text import format_bytes
 
 #: Seconds for drawing; a cold start of matplotlib builds its cache of fonts.
 DRAW_SECONDS = 60.0
@@ -58,12 +59,14 @@ def render(given: dict[str, Any], out: Any) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    sized = FuncFormatter(lambda value, _: human(value))
+    sized = FuncFormatter(lambda value, _: format_bytes(value))
     figure = Figure(figsize=(9, 4), dpi=120, facecolor=_GROUND, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     tables = list(reversed(given["tables"]))
     bars = left.barh([name for name, _, _ in tables], [size for _, size, _ in tables], color=_ACCENT, height=0.7)
-    left.bar_label(bars, [f"{human(size)}, {rows:,} rows" for _, size, rows in tables], color=_INK, padding=4, size=8)
+    left.bar_label(
+        bars, [f"{format_bytes(size)}, {rows:,} rows" for _, size, rows in tables], color=_INK, padding=4, size=8
+    )
     left.set_title("Largest tables", color=_INK, loc="left", size=11)
     left.margins(x=0.45)
     left.xaxis.set_visible(False)

@@ -10,6 +10,7 @@ from typing import Any
 from utils.database import Pool
 from utils.operations.action import Outcome
 from utils.operations.upkeep.sizes import Sample, Size, growth, sizes
+from utils.text import format_bytes
 
 #: Tables shown to people, the largest; `--json` has all.
 SHOWN = 12
@@ -72,9 +73,9 @@ async def collect(
 
 def outcome(found: Statistics) -> Outcome:
     """Return the figures in plain lines and as JSON."""
-    heading = f"PostgreSQL {found.server['version']}, {human(found.server['bytes'])}"
+    heading = f"PostgreSQL {found.server['version']}, {format_bytes(found.server['bytes'])}"
     lines = [heading, *(f"{name}: {value}" for name, value in figures(found).items()), ""]
-    lines += [f"{one.name:<28} {one.rows:>14,} rows {human(one.bytes):>10}" for one in found.tables[:SHOWN]]
+    lines += [f"{one.name:<28} {one.rows:>14,} rows {format_bytes(one.bytes):>10}" for one in found.tables[:SHOWN]]
     return Outcome("\n".join(lines), data=asdict(found))
 
 
@@ -101,7 +102,7 @@ def _of_bot(bot: Mapping[str, Any]) -> dict[str, str]:
         shown["Cache"] = f"{cache['hit_rate'] * 100:.1f} % hits, {cache['size']:,} results"
     if bot.get("buffer"):
         queue, spool = bot["queue"], bot["spool"]
-        on_disk = "no spool" if spool is None else f"spool {human(spool['bytes'])}"
+        on_disk = "no spool" if spool is None else f"spool {format_bytes(spool['bytes'])}"
         shown["Waiting"] = f"{bot['buffer']['rows']:,} rows, {queue['events']:,} events, {on_disk}"
     latest = "; ".join(f"{one['ms']:.0f} ms {one['sql'][:STATEMENT]} ({one['caller']})" for one in slow[-LAST:])
     shown["Slow queries"] = f"{data['slow_count']}" + (f": {latest}" if latest else "")
@@ -115,7 +116,7 @@ def _growth(samples: list[Sample]) -> str:
     first, last = samples[0], samples[-1]
     days = max((last.at - first.at).total_seconds() / 86_400, 1 / 24)
     change = last.bytes - first.bytes
-    return f"{'+' if change >= 0 else '-'}{human(abs(change))} in {days:.1f} days"
+    return f"{'+' if change >= 0 else '-'}{format_bytes(abs(change))} in {days:.1f} days"
 
 
 def _sync(run: Mapping[str, Any]) -> str:
@@ -125,12 +126,3 @@ def _sync(run: Mapping[str, Any]) -> str:
 
 def _backup(backup: Mapping[str, Any]) -> str:
     return str(backup.get("line") or backup.get("id"))
-
-
-def human(size: float) -> str:
-    """Return a number of bytes as people say it."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size) < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
