@@ -7,12 +7,15 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 READY := $(VENV)/.installed
+# More workers than cores: tests wait for servers and processes most of the time.
+WORKERS ?= 4
+PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test bench soak lint format psql migration lock
+.PHONY: help setup demo run test test-all bench soak lint format psql migration lock
 
 help: ## Show what there is
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 setup: $(READY) ## Make .venv from the lock file
 
@@ -32,8 +35,11 @@ demo: setup ## See the real bot at work, without token or database (ARGS=--keep:
 run: setup ## Run the bot with the settings of .env
 	@$(RUN) bot.py $(ARGS)
 
-test: setup ## Run every test (ARGS="tests/bot -k sync" for some)
-	@$(RUN) -m pytest $(ARGS)
+test: setup ## Run the tests in parallel (ARGS="-m quick" for two minutes, ARGS="tests/bot -k sync" for some)
+	@$(PYTEST) $(ARGS)
+
+test-all: setup ## Run the tests, long histories, soaks and fuzzing included
+	@$(PYTEST) -m "" $(ARGS)
 
 bench: setup ## Measure, and write benchmarks/results/
 	@$(RUN) -m benchmarks $(ARGS)

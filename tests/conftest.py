@@ -1,4 +1,12 @@
-"""One throwaway PostgreSQL for the whole run, and a fresh migrated database for each test that asks for it."""
+"""Fixtures for every test: one throwaway PostgreSQL per worker, a fresh migrated database per test, a simulator.
+
+The suite runs in several processes (`make test` passes `-n`). A test must not depend on another one, on a fixed port
+or on a shared directory. Marks decide which run a test belongs to:
+
+- `slow`: restarts a server, kills a process or takes more than about two seconds.
+- `exhaustive`: long histories, soaks and fuzzing; runs with `make test-all` only.
+- `quick` is set here on every test that carries neither: `make test ARGS="-m quick"`.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +16,8 @@ import itertools
 import os
 import shutil
 import tempfile
-import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,31 +38,65 @@ settings.load_profile("ci" if os.environ.get("CI") else "guildbook")
 
 TEMPLATE = "guildbook_template"
 _numbers = itertools.count(1)
+#: Peak memory in MB per process, by the worker's name.
+_peak_memory: dict[str, int] = {}
 Result = TypeVar("Result")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in ("slow", "exhaustive")):
+            item.add_marker("quick")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Escape lone surrogates: execnet, which carries reports between processes, refuses them and ends the whole run."""
+    return _without_surrogates((yield))
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_without_surrogates, value))
+    return value
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    with contextlib.suppress(FileNotFoundError):  # Linux only
+        status = Path("/proc/self/status").read_text()
+        peak = next(int(line.split()[1]) // 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["peak_memory"] = peak
+        else:
+            _peak_memory["main"] = peak
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker sent when it ended; one that crashed sent nothing."""
+    if "peak_memory" in (output := getattr(node, "workeroutput", {})):
+        _peak_memory[node.gateway.id] = output["peak_memory"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _peak_memory:
+        peaks = ", ".join(f"{name} {peak} MB" for name, peak in sorted(_peak_memory.items()))
+        terminalreporter.write_line(f"peak memory: {peaks}")
+
+
 def in_thread(work: Coroutine[Any, Any, Result]) -> Result:
-    """Run a coroutine to its end from a synchronous fixture, away from the tests' own loops."""
-    results: list[Result] = []
-    errors: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            results.append(asyncio.run(work))
-        except BaseException as exc:
-            errors.append(exc)
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
+    """Run a coroutine to completion from a synchronous fixture, apart from the event loops of the tests."""
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(asyncio.run, work).result()
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[EmbeddedServer]:
-    """The session's server: fast because nothing on it has to survive."""
+    """The PostgreSQL server of this worker: without fsync, because nothing on it has to survive."""
     directory = Path(tempfile.mkdtemp(prefix="guildbook-"))
     version = int(os.environ.get("GUILDBOOK_TEST_PG", "18"))
     embedded = EmbeddedServer(directory, version, durable=False)
@@ -68,12 +110,12 @@ def server() -> Iterator[EmbeddedServer]:
 
 @pytest.fixture(scope="session")
 def template(server: EmbeddedServer) -> str:
-    """The name of a migrated database without rows, to be cloned."""
+    """The name of a migrated database without rows, which tests get clones of."""
 
     async def make() -> None:
         await _admin(server, f"CREATE DATABASE {TEMPLATE}")
         await migrations.upgrade(server.target(TEMPLATE))
-        # Nobody may be connected while it is cloned, an autovacuum worker included.
+        # CREATE DATABASE fails while anything is connected to the template, even an autovacuum worker.
         await _admin(server, f"ALTER DATABASE {TEMPLATE} WITH ALLOW_CONNECTIONS false")
 
     in_thread(make())
@@ -82,14 +124,14 @@ def template(server: EmbeddedServer) -> str:
 
 @pytest.fixture
 async def target(server: EmbeddedServer, template: str) -> AsyncIterator[ConnectTarget]:
-    """The address of a fresh migrated database, dropped after the test."""
+    """Connection parameters of a fresh migrated database, which is dropped after the test."""
     async with cloned(server, template) as fresh:
         yield fresh
 
 
 @pytest.fixture
 async def empty_target(server: EmbeddedServer) -> AsyncIterator[ConnectTarget]:
-    """The address of a fresh database without any table."""
+    """Connection parameters of a fresh database without tables, which is dropped after the test."""
     async with cloned(server, "template1") as fresh:
         yield fresh
 
@@ -97,21 +139,21 @@ async def empty_target(server: EmbeddedServer) -> AsyncIterator[ConnectTarget]:
 @pytest.fixture
 async def database(target: ConnectTarget) -> AsyncIterator[Pool]:
     """A pool on a fresh migrated database."""
-    db = Pool(target, pool_max=8, connect_timeout=10, acquire_timeout=10)
-    await db.connect()
-    yield db
-    await db.close()
+    pool = Pool(target, pool_max=8, connect_timeout=10, acquire_timeout=10)
+    await pool.connect()
+    yield pool
+    await pool.close()
 
 
 @pytest.fixture
 def database_url(target: ConnectTarget) -> str:
-    """What DATABASE_URL would hold for the fresh migrated database."""
+    """The fresh migrated database as a value for DATABASE_URL."""
     return target.libpq_url()
 
 
 @pytest.fixture
 def world() -> World:
-    """Two guilds: one of several pages, and a small one."""
+    """Two guilds: one of several pages of members, and a small one."""
     world = World(seed=11)
     world.add_guild(members=3_500, name="Large")
     world.add_guild(members=40, name="Small")
@@ -120,7 +162,7 @@ def world() -> World:
 
 @pytest.fixture
 async def simulator(world: World) -> AsyncIterator[Simulator]:
-    """The world served without limits."""
+    """A simulator that serves `world` without rate limits."""
     async with Simulator(world, limits=Limits.none()) as running:
         yield running
 
@@ -139,7 +181,10 @@ def small(world: World) -> int:
 
 @contextlib.asynccontextmanager
 async def cloned(server: EmbeddedServer, template: str) -> AsyncIterator[ConnectTarget]:
-    """Lend a copy of a database (without fsync, copying its files takes a fifth of the time of logging them)."""
+    """Clone a database, and drop the clone at the end.
+
+    Without fsync, copying the files takes a fifth of the time of the default strategy, which writes them to the WAL.
+    """
     name = f"test_{os.getpid()}_{next(_numbers)}"
     await _admin(server, f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
     try:
