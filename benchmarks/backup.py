@@ -20,7 +20,7 @@ import psutil
 from benchmarks.report import Row
 from utils.database import ConnectTarget, Pool
 from utils.database.partitions import ensure_partitions
-from utils.operations.action import silent
+from utils.operations.action import ignore_progress
 from utils.operations.backup import loading, tools
 from utils.operations.backup.create import COMPRESSION, Wanted
 from utils.operations.backup.restore import bring_back
@@ -160,7 +160,7 @@ async def measure(database: Pool, rounds: int = ROUNDS) -> list[Row]:
         await _run(str(directory / "pg_dump"), *arguments, environment=target.libpq_environment())
 
     async def bring() -> None:
-        async with vault.opened(id, database.server_version_num // 10_000, silent) as one:
+        async with vault.opened(id, database.server_version_num // 10_000, ignore_progress) as one:
             done = await bring_back(database, one, safety=_no_safety)
             if not done.ok:
                 raise RuntimeError(done.text)

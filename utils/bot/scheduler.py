@@ -12,7 +12,7 @@ from typing import Any
 from utils.database import Pool
 from utils.exceptions import DatabaseError, GuildbookError
 from utils.logs import hide
-from utils.operations.action import Outcome, write_down
+from utils.operations.action import Outcome, record_action
 from utils.operations.backup.drill import last_drill
 from utils.operations.backup.service import BackupService
 from utils.operations.upkeep import sizes
@@ -153,7 +153,7 @@ class Scheduler:
 
     async def _note(self, command: str, result: str, **arguments: Any) -> None:
         try:
-            await write_down(self._database, command, {"by": "the bot itself", **arguments}, result)
+            await record_action(self._database, command, {"by": "the bot itself", **arguments}, result)
         except DatabaseError as exc:
             _log.warning("%s was not written down: %s", command, exc)
 

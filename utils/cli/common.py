@@ -16,7 +16,7 @@ from utils.cli import shell
 from utils.database import Pool
 from utils.exceptions import DatabaseError, GuildbookError, SettingsError, ValidationError
 from utils.logs import hide
-from utils.operations.action import Outcome, Progress, Step, silent, write_down
+from utils.operations.action import Outcome, Progress, Step, ignore_progress, record_action
 from utils.settings import Settings, load_settings
 
 #: Connections of a command line: the work, what goes on beside it, and the books.
@@ -102,13 +102,13 @@ async def _note(database: Pool, command: str, arguments: Mapping[str, Any], resu
     try:
         if await database.fetchval("SELECT to_regclass('ops.admin_actions') IS NULL"):
             return  # no schema of ours: there are no books
-        await write_down(database, command, arguments, result)
+        await record_action(database, command, arguments, result)
     except DatabaseError as exc:
         typer.echo(f"this was not written down in ops.admin_actions: {hide(str(exc))}", err=True)
 
 
 def _shown(as_json: bool) -> AbstractContextManager[Progress]:
-    return nullcontext(silent) if as_json or not sys.stderr.isatty() else _bars()
+    return nullcontext(ignore_progress) if as_json or not sys.stderr.isatty() else _bars()
 
 
 @contextmanager

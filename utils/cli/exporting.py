@@ -13,7 +13,7 @@ from utils.cli import shell
 from utils.cli.common import AsJson, DataDir, act, plain_errors
 from utils.database import Pool
 from utils.exceptions import ValidationError
-from utils.operations.action import Outcome, Progress, write_down
+from utils.operations.action import Outcome, Progress, record_action
 from utils.settings import Settings, load_settings
 
 app = typer.Typer(help="Write documents or a table to a file.", subcommand_metavar="")
@@ -47,7 +47,7 @@ def export(
         from utils.operations.importing import exporting
 
         outcome = await exporting.export(database, what, sys.stdout.buffer, form=_form(form), guild_id=guild)
-        await write_down(database, "export", arguments, outcome.text)
+        await record_action(database, "export", arguments, outcome.text)
         return outcome
 
     if to is not None:

@@ -1,4 +1,4 @@
-"""An operator's action, whichever way it was asked for: how far it has come, what came of it, and a line in the books.
+"""An operator's action, run by a slash command or the command line: its progress, its outcome, and the audit log.
 
 A slash command (`utils.operations.slash`) and a command line (`utils.cli`) run the same function: it takes a `Pool` and
 a `Progress` and returns an `Outcome`.
@@ -10,17 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-_WRITE_DOWN = "INSERT INTO ops.admin_actions (user_id, command, arguments, result) VALUES ($1, $2, $3, $4)"
+_INSERT = "INSERT INTO ops.admin_actions (user_id, command, arguments, result) VALUES ($1, $2, $3, $4)"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """How far an action has come."""
+    """How far an action has got."""
 
     #: What is being done: "restoring", "counting rows".
     text: str
     done: int = 0
-    #: None: nobody knows.
+    #: None if the total is unknown.
     total: int | None = None
     #: What is counted: rows, bytes, …
     unit: str = "rows"
@@ -31,39 +31,39 @@ class Step:
         return f"{self.text}: {self.done:,} of {self.total:,} {self.unit}"
 
 
-#: Told of every step as it comes; it returns at once and raises nothing. Called on the event loop.
+#: Called on the event loop with each step; must return at once and must not raise.
 Progress = Callable[[Step], None]
 
 
-def silent(step: Step) -> None:
-    """Tell nobody."""
+def ignore_progress(step: Step) -> None:
+    """Report progress to nobody."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of an action."""
+    """The result of an action."""
 
-    #: For people, plain lines.
+    #: For people: plain lines.
     text: str
-    #: For programs: what `--json` prints. Only what JSON has, times as ISO 8601.
+    #: For programs: what `--json` prints. JSON types only, times as ISO 8601.
     data: Mapping[str, Any] = field(default_factory=dict)
-    #: False: it was done, and something is not as it should be. The command line then ends with exit code 1.
+    #: False if the action completed but found a problem; the command line then exits with code 1.
     ok: bool = True
-    #: A file that goes with it, name and content; None: there is none. Never people's data: it is shown in Discord.
+    #: Name and content of an attached file. It is shown in Discord, so it never contains personal data.
     file: tuple[str, str] | None = None
 
 
-class Executes(Protocol):
-    """What a line is written with: `Pool` and `Database` both do."""
+class Executor(Protocol):
+    """What can run a statement; `Pool` and `Database` do."""
 
     async def execute(self, sql: str, /, *args: Any, timeout: float | None = None) -> str: ...
 
 
-async def write_down(
-    database: Executes, command: str, arguments: Mapping[str, Any], result: str, *, user_id: int | None = None
+async def record_action(
+    executor: Executor, command: str, arguments: Mapping[str, Any], result: str, *, user_id: int | None = None
 ) -> None:
-    """Write into `ops.admin_actions` who did what; `user_id` None: the command line, or the bot by itself.
+    """Record in `ops.admin_actions` who ran which command, with what result.
 
-    Raises `DatabaseError`.
+    `user_id` is None for the command line and for the bot itself. Raises `DatabaseError`.
     """
-    await database.execute(_WRITE_DOWN, user_id, command, dict(arguments), result)
+    await executor.execute(_INSERT, user_id, command, dict(arguments), result)

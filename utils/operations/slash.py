@@ -16,7 +16,7 @@ from discord.ext import commands
 
 from utils.exceptions import GuildbookError
 from utils.logs import hide
-from utils.operations.action import Outcome, Step, write_down
+from utils.operations.action import Outcome, Step, record_action
 from utils.operations.confirm import Confirmations
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ async def _run(bot: Guildbook, user_id: int, command: str, work: Work, reply: Re
         text = result = f"Failed: an unexpected {type(exc).__name__}; the log says more"
     _log.info("/%s of user %s: %s", command, user_id, result)
     try:
-        await write_down(bot.db, command, arguments, result, user_id=user_id)
+        await record_action(bot.db, command, arguments, result, user_id=user_id)
     except GuildbookError as exc:
         _log.error("/%s of user %s was not written down: %s (%s)", command, user_id, result, exc)
         text += "\n(This use could not be written down: the database does not take it.)"

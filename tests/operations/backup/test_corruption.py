@@ -17,7 +17,7 @@ from tests.operations.backup.making import filled, vault_in
 from tests.operations.backup.restoring import sums
 from utils.database import Pool
 from utils.exceptions import BackupError
-from utils.operations.action import silent
+from utils.operations.action import ignore_progress
 from utils.operations.backup.create import Wanted
 from utils.operations.backup.manifest import Manifest, _seal, unpacked
 from utils.operations.backup.service import BackupService
@@ -127,7 +127,7 @@ async def refused(vault: BackupService, database: Pool, id: str) -> list[str]:
         await vault.restore(database, id)
     reasons.append(str(told.value))
     with pytest.raises(BackupError):
-        async with vault.opened(id, 18, silent):
+        async with vault.opened(id, 18, ignore_progress):
             pass
     await vault.listing()
     await vault.prune(dry_run=True)

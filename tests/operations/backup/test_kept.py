@@ -9,7 +9,7 @@ import pytest
 from tests.operations.backup.restoring import cleaned, sums
 from utils.database import Pool
 from utils.exceptions import BackupError
-from utils.operations.action import silent
+from utils.operations.action import ignore_progress
 from utils.operations.backup import create, drill
 from utils.operations.backup.kept import Kept
 from utils.operations.backup.restore import restore
@@ -25,7 +25,7 @@ def settings(directory: Path, **given: object) -> Settings:
 async def saved(tmp_path: Path, database: Pool) -> str:
     """The id of a backup of two guilds."""
     await seed.seed(database, guilds=2, members=60)
-    return await Kept(settings(tmp_path)).save(database, "manual", silent)
+    return await Kept(settings(tmp_path)).save(database, "manual", ignore_progress)
 
 
 async def test_a_backup_that_was_made_comes_back_and_is_drilled(tmp_path: Path, database: Pool, saved: str) -> None:
@@ -71,7 +71,7 @@ async def test_a_partial_backup_and_one_of_a_newer_server_are_refused(
     with pytest.raises(BackupError, match="partial"):
         await restore(database, kept, partial.id)
     with pytest.raises(BackupError, match="newer"):
-        async with kept.opened(saved, 15, silent):
+        async with kept.opened(saved, 15, ignore_progress):
             pass
     with pytest.raises(BackupError, match="no backup nothing"):
         await restore(database, kept, "nothing")
@@ -83,7 +83,7 @@ async def test_an_encrypted_backup_needs_the_identity(tmp_path: Path, database: 
     identity = pyrage.x25519.Identity.generate()
     (tmp_path / "key").write_text(f"# mine\n{identity}\n")
     sealed = settings(tmp_path, backup_age_recipient=str(identity.to_public()))
-    saved = await Kept(sealed).save(database, "manual", silent)
+    saved = await Kept(sealed).save(database, "manual", ignore_progress)
     with pytest.raises(BackupError, match="BACKUP_AGE_IDENTITY_FILE"):
         await drill.drill(database, Kept(sealed), saved)
     able = sealed.model_copy(update={"backup_age_identity_file": tmp_path / "key"})

@@ -15,7 +15,7 @@ from tests.operations.backup.restoring import cleaned, sums
 from tests.operations.backup.s3 import SECRET_KEY, StandIn
 from utils.database import Pool
 from utils.exceptions import BackupError
-from utils.operations.action import silent
+from utils.operations.action import ignore_progress
 from utils.operations.backup import store
 from utils.operations.backup.create import Wanted
 from utils.operations.backup.manifest import SUFFIX
@@ -120,7 +120,7 @@ async def test_a_large_archive_goes_in_pieces_and_comes_in_pieces(tmp_path: Path
     assert s3.largest == PIECE
     assert f"of/mine/{made.file}" in s3.objects
     shutil.rmtree(vault.local.path)
-    async with vault.opened(made.id, 18, silent) as archive:
+    async with vault.opened(made.id, 18, ignore_progress) as archive:
         assert archive.file.stat().st_size == made.size
 
 
@@ -175,9 +175,9 @@ async def test_while_the_store_is_away_what_is_here_serves(tmp_path: Path, datab
     made = await vault.make(database, Wanted())
     await s3.stop()
     assert (await vault.drill(database)).ok
-    async with vault.opened(made.id, 18, silent) as archive:
+    async with vault.opened(made.id, 18, ignore_progress) as archive:
         assert archive.id == made.id
-    saved = await vault.save(database, "before restore", silent)
+    saved = await vault.save(database, "before restore", ignore_progress)
     assert saved in {entry.id for entry in await vault.known()}, "a restore need not wait for the store"
 
 
@@ -188,7 +188,7 @@ async def test_a_damaged_copy_here_gives_way_to_the_one_elsewhere(database: Pool
         path = both.local.path / (made.file if damage == "archive" else f"{made.id}.json")
         path.unlink() if damage == "archive" else path.write_bytes(b"{}")
         for which in ("latest", made.id):
-            async with both.opened(which, 18, silent) as archive:
+            async with both.opened(which, 18, ignore_progress) as archive:
                 assert archive.id == made.id != older.id
                 assert archive.file.name == "fetched"
 
@@ -202,7 +202,7 @@ async def test_a_large_object_may_take_longer_than_one_request(
     remote, content = Remote(SecretStr(URL)), os.urandom(3_500)
     s3.objects["of/mine/x"] = content
     s3.drips = 3
-    passed = await remote.fetch("x", tmp_path / "x", silent)
+    passed = await remote.fetch("x", tmp_path / "x", ignore_progress)
     assert (tmp_path / "x").read_bytes() == content
     assert passed.size == len(content)
     assert s3.asked["GET"] == 4
@@ -213,7 +213,7 @@ async def test_an_archive_that_is_gone_elsewhere_is_told(tmp_path: Path, databas
     shutil.rmtree(both.local.path)
     await remote_of(both).delete(made.file)
     with pytest.raises(BackupError, match=f"{made.file} is not there"):
-        async with both.opened(made.id, 18, silent):
+        async with both.opened(made.id, 18, ignore_progress):
             pass
     with pytest.raises(BackupError, match=f"{made.file} is not in"):
         await both.verify(made.id)

@@ -18,7 +18,7 @@ from utils.database.embedded import EmbeddedServer
 from utils.demo.child import ENTRY, environment
 from utils.exceptions import DatabaseError, GuildbookError, MigrationError
 from utils.operations import migrations
-from utils.operations.action import Step, write_down
+from utils.operations.action import Step, record_action
 from utils.operations.migrations import admin, invalid, schema_catalog, switch
 from utils.settings import Settings
 
@@ -92,9 +92,9 @@ async def test_history_knows_when_operators_applied_what(database: Pool) -> None
         (revision, True, None) for revision in KNOWN
     ]
     down = await admin.downgrade(database, KNOWN[0], backup=None)
-    await write_down(database, "db downgrade", {}, down.text)
+    await record_action(database, "db downgrade", {}, down.text)
     up = await admin.upgrade(database, KNOWN[1])
-    await write_down(database, "db upgrade", {}, up.text)
+    await record_action(database, "db upgrade", {}, up.text)
     rows = (await admin.history(database)).data["revisions"]
     assert [row["applied"] for row in rows] == [True, True] + [False] * (len(KNOWN) - 2)
     assert [row["at"] is not None for row in rows] == [False, True] + [False] * (len(KNOWN) - 2)

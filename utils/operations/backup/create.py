@@ -18,7 +18,7 @@ import asyncpg
 from utils.database import ConnectTarget, Pool
 from utils.database.pool import ATTEMPT_SECONDS
 from utils.exceptions import BackupError, translate
-from utils.operations.action import Progress, Step, silent
+from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup import encryption, tools
 from utils.operations.backup.manifest import ARCHIVE, ENCRYPTED, SUFFIX, Kind, Manifest, new_id
 from utils.operations.backup.pipeline import Command, Passed, run
@@ -82,7 +82,7 @@ class Places:
     keeps_plain: bool = False
 
 
-async def create(database: Pool, places: Places, wanted: Wanted, *, progress: Progress = silent) -> Manifest:
+async def create(database: Pool, places: Places, wanted: Wanted, *, progress: Progress = ignore_progress) -> Manifest:
     """Back the database up and return the manifest.
 
     Raises `BackupError`; nothing is left of a backup that failed or was called off, unless all that failed was to store

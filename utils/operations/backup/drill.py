@@ -30,7 +30,7 @@ from utils.database.embedded import EmbeddedServer
 from utils.database.wheel import binaries
 from utils.exceptions import BackupError, DatabaseError, ForbiddenHere
 from utils.mirror.write.merge_sql import sql_type
-from utils.operations.action import Outcome, Progress, Step, silent
+from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.backup import loading, scratch
 from utils.operations.backup.scratch import Connection, connected, quoted, told
 from utils.operations.backup.source import Archive, Backups
@@ -88,7 +88,9 @@ class Drill:
         return [*lines, *self.problems]
 
 
-async def drill(database: Pool, backups: Backups, which: str = "latest", *, progress: Progress = silent) -> Outcome:
+async def drill(
+    database: Pool, backups: Backups, which: str = "latest", *, progress: Progress = ignore_progress
+) -> Outcome:
     """Restore a backup (its id, or "latest") where it touches nothing, look at it, and keep what came of it beside it.
 
     Raises `BackupError` when the backup cannot be had, or there is no place to restore it.
@@ -120,7 +122,7 @@ def _note(id: str) -> str:
     return f"{id}.drill.json"
 
 
-async def rehearse(database: Pool, archive: Archive, *, progress: Progress = silent) -> Drill:
+async def rehearse(database: Pool, archive: Archive, *, progress: Progress = ignore_progress) -> Drill:
     """Restore a backup beside the live database, or where that is forbidden on a server of its own, and look at it.
 
     Nothing of it is left afterwards. Raises `BackupError` when there is no place to restore it, and

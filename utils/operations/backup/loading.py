@@ -12,7 +12,7 @@ from typing import Any
 
 from utils.database import ConnectTarget
 from utils.exceptions import BackupError
-from utils.operations.action import Progress, Step, silent
+from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup import tools
 from utils.operations.backup.scratch import connected, quoted, told
 from utils.operations.backup.source import Archive
@@ -43,7 +43,7 @@ def jobs() -> int:
     return max(fewest, min(most, os.cpu_count() or fewest))
 
 
-async def load_and_check(archive: Archive, target: ConnectTarget, *, progress: Progress = silent) -> None:
+async def load_and_check(archive: Archive, target: ConnectTarget, *, progress: Progress = ignore_progress) -> None:
     """Load an archive into an empty database. Raises `BackupError` unless each table has the rows that it should."""
     progress(Step("restoring", 0, len(archive.counts), "tables"))
     await load(archive, target, progress=progress)
@@ -68,7 +68,7 @@ async def _revision(target: ConnectTarget) -> str | None:
             return revision
 
 
-async def load(archive: Archive, target: ConnectTarget, *, progress: Progress = silent) -> None:
+async def load(archive: Archive, target: ConnectTarget, *, progress: Progress = ignore_progress) -> None:
     """Load an archive into an empty database with pg_restore.
 
     Raises `BackupError` with its last words when it fails; it is ended when the caller is cancelled.
@@ -132,7 +132,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 
 async def count(
-    target: ConnectTarget, tables: Sequence[tuple[str, str]], *, progress: Progress = silent
+    target: ConnectTarget, tables: Sequence[tuple[str, str]], *, progress: Progress = ignore_progress
 ) -> dict[tuple[str, str], int | None]:
     """Return how many rows each table (schema and name) has, exactly; None: there is no such table.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from utils.exceptions import BackupError
-from utils.operations.action import Progress, Step, silent
+from utils.operations.action import Progress, Step, ignore_progress
 
 #: Bytes in hand at a time.
 CHUNK = 1 << 20
@@ -54,7 +54,7 @@ async def run(
     *,
     source: Path | None = None,
     copy: Path | None = None,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     what: str = "dumping",
 ) -> list[Passed]:
     """Run programs as a pipe from `source` (None: the first one makes it all up) into a new file, made durable.

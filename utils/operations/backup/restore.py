@@ -17,7 +17,7 @@ from utils.database import ConnectTarget, Pool
 from utils.database.partitions import ensure_partitions
 from utils.exceptions import BackupError, ForbiddenHere, GuildbookError
 from utils.operations import migrations
-from utils.operations.action import Outcome, Progress, Step, silent
+from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.backup import loading, recover, scratch, swap
 from utils.operations.backup.source import Archive, Backups
 
@@ -34,7 +34,7 @@ async def restore(
     which: str = "latest",
     *,
     drop_old: bool = False,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     after: Callable[[], Awaitable[None]] | None = None,
 ) -> Outcome:
     """Put a backup (its id, or "latest") in the live database's place, after a backup of what is there.
@@ -65,7 +65,7 @@ async def bring_back(
     *,
     safety: Safety,
     drop_old: bool = False,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     after: Callable[[], Awaitable[None]] | None = None,
 ) -> Outcome:
     """Do what `restore` does with a backup that has been checked."""

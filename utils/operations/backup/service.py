@@ -10,7 +10,7 @@ from typing import Any
 
 from utils.database import Pool
 from utils.exceptions import BackupError
-from utils.operations.action import Outcome, Progress, Step, silent
+from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.backup.create import PLAIN, Places, Wanted, create
 from utils.operations.backup.drill import drill, last_drill
 from utils.operations.backup.kept import SECOND, Kept, private_room
@@ -59,7 +59,7 @@ class BackupService(Kept):
 
     # --- making
 
-    async def make(self, database: Pool, wanted: Wanted, progress: Progress = silent) -> Manifest:
+    async def make(self, database: Pool, wanted: Wanted, progress: Progress = ignore_progress) -> Manifest:
         """Make a backup, and return its manifest. Raises `BackupError`."""
         settings = self._settings
         keeps_plain = settings.drill_every is not None and settings.backup_age_identity_file is None
@@ -73,7 +73,7 @@ class BackupService(Kept):
         tables: Sequence[str] = (),
         schema_only: bool = False,
         reason: str = "manual",
-        progress: Progress = silent,
+        progress: Progress = ignore_progress,
     ) -> Outcome:
         """Make a backup, of some `tables` only or without rows where that is asked for. Raises `BackupError`."""
         manifest = await self.make(database, Wanted(reason, tables, schema_only), progress)
@@ -138,7 +138,7 @@ class BackupService(Kept):
         ]
         return Outcome("\n".join([*lines, *wrong]), {"backups": data, "problems": wrong}, ok=not wrong)
 
-    async def verify(self, id: str, *, progress: Progress = silent) -> Outcome:
+    async def verify(self, id: str, *, progress: Progress = ignore_progress) -> Outcome:
         """Check a backup in every place that has it. Raises `BackupError` with what is wrong."""
         entry = await self.find(id)
         stores = [store for store in self.stores if store.name in entry.places]
@@ -170,13 +170,13 @@ class BackupService(Kept):
         id: str,
         *,
         drop_old: bool = False,
-        progress: Progress = silent,
+        progress: Progress = ignore_progress,
         after: Callable[[], Awaitable[None]] | None = None,
     ) -> Outcome:
         """Put a backup in the database's place; see `utils.operations.backup.restore`."""
         return await restore(database, self, id, drop_old=drop_old, progress=progress, after=after)
 
-    async def drill(self, database: Pool, id: str = "latest", *, progress: Progress = silent) -> Outcome:
+    async def drill(self, database: Pool, id: str = "latest", *, progress: Progress = ignore_progress) -> Outcome:
         """Restore a backup where it touches nothing, and compare; see `utils.operations.backup.drill`."""
         return await drill(database, self, id, progress=progress)
 

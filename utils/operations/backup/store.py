@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr
 
 from utils.exceptions import BackupError
-from utils.operations.action import Progress, Step, silent
+from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup.pipeline import Passed
 
 ResultT = TypeVar("ResultT")
@@ -233,7 +233,7 @@ class Remote:
         """Bring a large file, in pieces, and return what it was."""
         return await self._passed(name, to, progress)
 
-    async def checksum(self, name: str, progress: Progress = silent) -> Passed:
+    async def checksum(self, name: str, progress: Progress = ignore_progress) -> Passed:
         """Read a large file, keep nothing of it, and return what it was."""
         return await self._passed(name, None, progress)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from utils.exceptions import BackupError
-from utils.operations.action import Progress, Step, silent
+from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup import encryption, tools
 from utils.operations.backup.manifest import LARGEST, SUFFIX, Manifest, unpacked
 from utils.operations.backup.pipeline import Command, Passed, checksum, run
@@ -41,7 +41,7 @@ def in_place(store: Directory | Remote, manifest: Manifest, names: Mapping[str, 
 
 
 async def checked(
-    store: Directory | Remote, manifest: Manifest, *, keep: Path | None = None, progress: Progress = silent
+    store: Directory | Remote, manifest: Manifest, *, keep: Path | None = None, progress: Progress = ignore_progress
 ) -> None:
     """Read the stored archive and compare it with the manifest; `keep`: where a remote one is brought to as well.
 
@@ -69,7 +69,9 @@ async def _checksum(path: Path) -> Passed:
         raise BackupError(f"{path} cannot be read: {exc.strerror}") from exc
 
 
-async def decrypted(manifest: Manifest, file: Path, identity: Path, out: Path, *, progress: Progress = silent) -> None:
+async def decrypted(
+    manifest: Manifest, file: Path, identity: Path, out: Path, *, progress: Progress = ignore_progress
+) -> None:
     """Decrypt an archive into a new file. Raises `BackupError` when it is not what was encrypted."""
     command = Command(encryption.decryption(identity), dict(os.environ))
     passed = await run([command], out, source=file, progress=progress, what="decrypting")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from utils.exceptions import DatabaseError
-from utils.operations.action import write_down
+from utils.operations.action import record_action
 from utils.operations.doctor import configuration, machine, outside, server
 from utils.operations.doctor.context import CONNECT_SECONDS, START_SECONDS, DoctorContext
 from utils.operations.doctor.report import Check, Finding, examined
@@ -53,6 +53,6 @@ async def _write_down(patient: DoctorContext, found: Sequence[Finding]) -> None:
     wrong = ", ".join(dict.fromkeys(f"{one.name} {one.state}" for one in found if one.state != "ok"))
     try:
         if not await database.fetchval("SELECT to_regclass('ops.admin_actions') IS NULL", timeout=5.0):
-            await write_down(database, "doctor", {}, sums + (f": {wrong}" if wrong else ""))
+            await record_action(database, "doctor", {}, sums + (f": {wrong}" if wrong else ""))
     except DatabaseError:  # it is the patient: a check has said why
         return

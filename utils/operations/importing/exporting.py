@@ -21,7 +21,7 @@ from models import Base
 from utils.database import Connection, Pool
 from utils.documents.documents import NAMESPACE
 from utils.exceptions import GuildbookError, ValidationError
-from utils.operations.action import Outcome, Progress, Step, silent
+from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.importing.entries import KINDS, PREFIX
 from utils.operations.importing.escaping import original_json, original_key
 
@@ -73,7 +73,7 @@ async def export(
     *,
     form: Format = "json",
     guild_id: int | None = None,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> Outcome:
     """Write documents or a table to a file; see docs/importing.md.
 

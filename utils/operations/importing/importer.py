@@ -15,7 +15,7 @@ from typing import Any
 
 from utils.database import Pool
 from utils.exceptions import DatabaseError, GuildbookError, ValidationError
-from utils.operations.action import Outcome, Progress, Step, silent
+from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.importing import originals
 from utils.operations.importing.entries import KINDS, Rows, checked_namespace, kind_of, namespace_of
 from utils.operations.importing.merging import Counts, Merge, remembered
@@ -92,7 +92,7 @@ async def import_files(
     *,
     kind: str | None = None,
     namespace: str | None = None,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> Outcome:
     """Import files, or all in a directory, each in one transaction; see docs/importing.md.
 
@@ -111,7 +111,9 @@ async def import_files(
     return await _import(database, files, settings.data_dir, dry_run, kind, namespace, progress)
 
 
-async def at_start(database: Pool, directory: Path, progress: Progress = silent, *, data_dir: Path) -> Outcome | None:
+async def at_start(
+    database: Pool, directory: Path, progress: Progress = ignore_progress, *, data_dir: Path
+) -> Outcome | None:
     """Import what a directory has that was never imported before; None: nothing, or it is empty.
 
     For the first start (IMPORT_JSON); `data_dir` is where the originals are copied to. A file counts as known by its

@@ -16,7 +16,7 @@ import asyncpg
 from utils.database import ConnectTarget, Pool
 from utils.exceptions import DatabaseError, GuildbookError, MigrationError, translate
 from utils.operations import migrations
-from utils.operations.action import Outcome, Progress, Step, silent
+from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.migrations import invalid, schema_catalog, switch
 from utils.operations.migrations.preview import aim
 
@@ -36,7 +36,7 @@ _APPLIED, _TAKEN_BACK = "applied", "taken back"
 _TOLD = re.compile(rf"^({_APPLIED}|{_TAKEN_BACK}): ([\w, -]+)$", re.MULTILINE)
 
 
-async def status(database: Pool, *, progress: Progress = silent) -> Outcome:
+async def status(database: Pool, *, progress: Progress = ignore_progress) -> Outcome:
     """Say where the schema is, what waits, and what differs from the models; not ok when anything does.
 
     Raises `MigrationError` for a revision that this version does not know.
@@ -68,7 +68,7 @@ async def status(database: Pool, *, progress: Progress = silent) -> Outcome:
     return Outcome(_cut(lines), data=data, ok=not (waiting or drift or broken))
 
 
-async def history(database: Pool, *, progress: Progress = silent) -> Outcome:
+async def history(database: Pool, *, progress: Progress = ignore_progress) -> Outcome:
     """List the revisions, oldest first: which are applied, and when, where the books know it. Raises like `status`."""
     progress(Step("reading the books", unit="revisions"))
     waiting = set(await migrations.pending(database))
@@ -110,7 +110,7 @@ async def _when(database: Pool) -> dict[str, datetime]:
     return when
 
 
-async def upgrade(database: Pool, revision: str | None = None, *, progress: Progress = silent) -> Outcome:
+async def upgrade(database: Pool, revision: str | None = None, *, progress: Progress = ignore_progress) -> Outcome:
     """Bring the schema up to a revision, None: the newest; then AUTO_MIGRATE is on again. Raises `MigrationError`."""
     at = await migrations.current(database)
     goal = aim(at, revision, down=False)
@@ -185,7 +185,7 @@ async def downgrade(
     *,
     backup: Backup | None,
     alone: Alone = nobody_acts,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> Outcome:
     """Take the schema down to a revision (`base`: nothing of ours is left) and switch AUTO_MIGRATE off.
 
@@ -227,7 +227,7 @@ async def _is_still_at(database: Pool, revision: str | None) -> bool:
     return False
 
 
-async def stamp(database: Pool, revision: str, *, progress: Progress = silent) -> Outcome:
+async def stamp(database: Pool, revision: str, *, progress: Progress = ignore_progress) -> Outcome:
     """Write down that the schema is at a revision, once everything that the revision makes is found to be there.
 
     It is compared with what the migrations make in an empty database beside it; where we may make none, the newest

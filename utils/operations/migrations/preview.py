@@ -14,7 +14,7 @@ from collections import Counter
 from utils.database import ConnectTarget, Pool
 from utils.exceptions import MigrationError
 from utils.operations import migrations
-from utils.operations.action import Outcome, Progress, Step, silent
+from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.migrations import switch
 from utils.operations.migrations.statements import Statement, read
 
@@ -32,7 +32,11 @@ _HEAD = """\
 
 
 async def preview(
-    where: Pool | ConnectTarget, revision: str | None = None, *, down: bool = False, progress: Progress = silent
+    where: Pool | ConnectTarget,
+    revision: str | None = None,
+    *,
+    down: bool = False,
+    progress: Progress = ignore_progress,
 ) -> Outcome:
     """Return the SQL from where the database is to a revision, as the outcome's file; nothing is run.
 

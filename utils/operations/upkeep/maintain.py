@@ -13,7 +13,7 @@ from utils.database import Pool
 from utils.database.partitions import ensure_partitions
 from utils.database.views import REFRESH_SECONDS, VIEWS
 from utils.exceptions import GuildbookError, MigrationError, translate
-from utils.operations.action import Outcome, Progress, Step, silent
+from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.text import format_bytes
 
 _log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ async def preview(database: Pool) -> Outcome:
     return Outcome("\n".join(job.line for job in jobs), data={"jobs": [asdict(job) for job in jobs]})
 
 
-async def maintain(database: Pool, *, progress: Progress = silent) -> Outcome:
+async def maintain(database: Pool, *, progress: Progress = ignore_progress) -> Outcome:
     """Do what `plan` says, one after the other; what fails is told, and the rest is done all the same.
 
     Raises `MigrationError` when another process is at it, and `DatabaseError`.
