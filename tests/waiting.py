@@ -6,16 +6,18 @@ import asyncio
 import inspect
 import textwrap
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, overload
 
 #: Seconds that a test waits by default. Generous, because it costs nothing unless the test fails.
 TIMEOUT = 20.0
 Value = TypeVar("Value")
 
 
-async def until(
-    condition: Callable[[], Value | Awaitable[Value]], timeout: float = TIMEOUT, *, interval: float = 0.005
-) -> Value:
+@overload
+async def until(condition: Callable[[], Awaitable[Value]], timeout: float = ..., *, interval: float = ...) -> Value: ...
+@overload
+async def until(condition: Callable[[], Value], timeout: float = ..., *, interval: float = ...) -> Value: ...
+async def until(condition: Callable[[], Any], timeout: float = TIMEOUT, *, interval: float = 0.005) -> Any:
     """Evaluate a condition, which may be a coroutine function, until it returns something true, and return that.
 
     Raises `AssertionError` with the condition's source and its last value if it does not hold within `timeout` seconds.
@@ -32,7 +34,7 @@ async def until(
                 if inspect.isawaitable(value):
                     value = await value
                 if value:
-                    return cast(Value, value)
+                    return value
                 await asyncio.sleep(interval)
     except TimeoutError:
         if not scope.expired():
