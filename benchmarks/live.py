@@ -196,7 +196,7 @@ async def outage(seconds: float) -> list[Row]:
             during = await running.ask("sample")
             await server.start()
             await simulator.call("traffic.stop")
-            told = (await simulator.call("world.told.since"))["messages"]
+            told = (await simulator.call("world.ledger.since"))["messages"]
             wrong, different = await _caught_up(server, simulator, told)
             after = await running.ask("sample")
             resumes, identifies = await simulator.call("gateway.resumes"), await simulator.call("gateway.identifies")

@@ -1,9 +1,9 @@
 """A Discord stand-in on real localhost sockets: REST v10 and Gateway v10, written from Discord's documentation."""
 
+from .faults import FaultInjector
 from .interactions import InteractionResult
-from .lies import Lies
 from .limits import Limits
 from .server import Simulator
 from .world import World
 
-__all__ = ["InteractionResult", "Lies", "Limits", "Simulator", "World"]
+__all__ = ["FaultInjector", "InteractionResult", "Limits", "Simulator", "World"]

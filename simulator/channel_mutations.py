@@ -184,7 +184,7 @@ class ChannelMutations(WorldState):
         # A bot reads what it wrote itself, intent or not.
         redacted = None if user_id == self.bot.id else payload | {"content": ""}
         if self.emit("MESSAGE_CREATE", guild, payload, Intent.GUILD_MESSAGES, redacted=redacted):
-            self.told.message(message_id, guild_id, user_id)
+            self.ledger.record_message(message_id, guild_id, user_id)
         return message_id
 
     def react(self, guild_id: int, channel_id: int, message_id: int, user_id: int, emoji: str = "👍") -> None:

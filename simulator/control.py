@@ -51,33 +51,33 @@ def decode(value: Any) -> Any:
 
 
 class Control:
-    """Calls and reads what a simulator has, by dotted name: `world.join`, `lies.done`, `play`, `run_command`."""
+    """Calls and reads a simulator's attributes by dotted name: `world.join`, `faults.injected`, `random_events`."""
 
     def __init__(self, simulator: Simulator) -> None:
         self._simulator = simulator
         self._dice: dict[int, random.Random] = {}
         self._roots: dict[str, Any] = {
             "world": simulator.world,
-            "lies": simulator.lies,
+            "faults": simulator.faults,
             "gateway": simulator.gateway,
             "rules": simulator.rules,
             "interactions": simulator.interactions,
             "request_reconnect": simulator.request_reconnect,
             "traffic": simulator.traffic,
             "run_command": self.run_command,
-            "play": self.play,
+            "random_events": self.random_events,
         }
 
     def routes(self) -> list[web.RouteDef]:
         """List the routes this class answers."""
         return [web.post("/control", self._call), web.get("/control/rows/{table}", self._rows)]
 
-    async def play(self, events: int, seed: int = 1, seconds: float = 0.0) -> list[str]:
+    async def random_events(self, events: int, seed: int = 1, seconds: float = 0.0) -> list[str]:
         """Let random events happen, spread over some seconds, going on where the same seed left off."""
         dice = self._dice.setdefault(seed, random.Random(seed))
         told = []
         for number in range(events):
-            told.append(self._simulator.world.step(dice))
+            told.append(self._simulator.world.random_event(dice))
             if seconds or number % 100 == 99:
                 await asyncio.sleep(seconds / events)
         return told

@@ -54,7 +54,7 @@ class Connection:
 
     async def send(self, message: bytes) -> None:
         """Send a message and wait until the socket has room again."""
-        running = self._gateway.lies.running
+        running = self._gateway.faults.running
         if not running.is_set():
             await running.wait()
         data = self._transport.encode(message)
@@ -93,7 +93,7 @@ class Connection:
                 task.cancel()
         if self.session is not None and self.session.socket is self:
             self.session.socket = None
-            self.session.left_at = self.session.delivery.left_at = time.monotonic()
+            self.session.disconnected_at = self.session.delivery.disconnected_at = time.monotonic()
 
 
 class Gateway:
@@ -103,7 +103,7 @@ class Gateway:
         self._simulator = simulator
         self.world = simulator.world
         self.limits = simulator.limits
-        self.lies = simulator.lies
+        self.faults = simulator.faults
         self.sessions: dict[str, Session] = {}
         self.connections: set[Connection] = set()
         self.identifies = 0
@@ -187,7 +187,7 @@ class Gateway:
             connection.last_heartbeat = time.monotonic()
             if connection.session is not None:
                 connection.session.delivery.acknowledge(data)
-            if self.lies.running.is_set():
+            if self.faults.running.is_set():
                 connection.send_soon({"op": 11})
         elif opcode == 2:
             await self._identify(connection, data)
@@ -219,7 +219,7 @@ class Gateway:
         session_id = f"{self.world.seed:08x}{self._session_number:024x}"
         pace = self.limits.pages_per_second
         threshold = min(250, max(50, int(data.get("large_threshold") or 50)))
-        session = Session(self.world, self.lies, session_id, intents, (shard_id, shard_count), pace, threshold)
+        session = Session(self.world, self.faults, session_id, intents, (shard_id, shard_count), pace, threshold)
         session.introduce(self._ready(session, connection.url, sharded="shard" in data))
         self.sessions[session_id] = session
         self._attach(connection, session)
@@ -250,7 +250,7 @@ class Gateway:
             raise CloseGateway(4004, "Authentication failed.")
         session = self.sessions.get(str(data.get("session_id")))
         sequence = data.get("seq")
-        refused = self.lies.take_refusal()
+        refused = self.faults.take_refused_resume()
         if session is None or refused or not isinstance(sequence, int) or not session.can_resume(sequence):
             if session is not None:
                 session.forget()
@@ -267,7 +267,7 @@ class Gateway:
     def _attach(self, connection: Connection, session: Session, replay_after: int | None = None) -> None:
         connection.session = session
         session.socket = connection
-        session.delivery.left_at = None
+        session.delivery.disconnected_at = None
         if replay_after is not None:
             session.delivery.acknowledge(replay_after)
 
@@ -284,7 +284,7 @@ class Gateway:
     def _forget_old_sessions(self) -> None:
         now = time.monotonic()
         for session in list(self.sessions.values()):
-            stale = session.socket is None and now - session.left_at > RESUME_WINDOW_S
+            stale = session.socket is None and now - session.disconnected_at > RESUME_WINDOW_S
             if session.dead or stale or len(self.sessions) >= _MAX_SESSIONS:
                 session.forget()
                 del self.sessions[session.id]
@@ -315,7 +315,7 @@ class Gateway:
         guild_id = request.guild.id
         self.member_requests.append(guild_id)
         del self.member_requests[:-10_000]
-        refused = self.lies.take_rate_limit(guild_id)
+        refused = self.faults.take_rate_limit(guild_id)
         now = time.monotonic()
         if refused is None:
             left = self._last_full.get(guild_id, float("-inf")) + self.limits.chunk_cooldown - now
@@ -326,7 +326,7 @@ class Gateway:
             session.enqueue("RATE_LIMITED", to_bytes(limited))
             return
         self._last_full[guild_id] = now
-        if self.lies.take_silence(guild_id):
+        if self.faults.take_ignored_request(guild_id):
             return
-        request.follow(self.lies.take_plan(guild_id, request.count))
+        request.follow(self.faults.take_page_order(guild_id, request.count))
         session.request_members(request)

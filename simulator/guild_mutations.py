@@ -7,7 +7,7 @@ from typing import Any
 from .entities import GUILD_SETTINGS, Guild, Role
 from .payloads import guild_payload, role_payload, to_bytes
 from .populate import draw_member
-from .state import Emission, Intent, UnknownThing, WorldState
+from .state import Emission, Intent, UnknownEntity, WorldState
 
 LARGE_THRESHOLD = 250
 _ROLE_FIELDS = frozenset(
@@ -116,11 +116,11 @@ class GuildMutations(WorldState):
             raise ValueError(f"the bot is in guild {guild_id} already")
         guild.joined_at = self.tick()
         guild.present = guild.available = True
-        self.seat_bot(guild)
+        self.add_bot_member(guild)
         guild.large = len(guild.members) > LARGE_THRESHOLD
         self._tell(guild, "GUILD_CREATE", {}, newly_joined=True)
 
-    def seat_bot(self, guild: Guild) -> None:
+    def add_bot_member(self, guild: Guild) -> None:
         """Make the bot a member of a guild, with its own role where there is one."""
         own = tuple(r.id for r in guild.roles.values() if r.tags and r.tags.get("bot_id") == str(self.bot.id))
         member = draw_member(self.rng, self.bot, guild.id, [own], self.now_us, self.now_us)
@@ -133,7 +133,7 @@ class GuildMutations(WorldState):
         try:
             return self.guild(guild_id).roles[role_id]
         except KeyError:
-            raise UnknownThing(f"guild {guild_id} has no role {role_id}") from None
+            raise UnknownEntity(f"guild {guild_id} has no role {role_id}") from None
 
     def _tell(self, guild: Guild, name: str, payload: dict[str, Any], *, newly_joined: bool = False) -> None:
         if guild.present:

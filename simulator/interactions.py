@@ -128,8 +128,8 @@ class InteractionRoutes:
         self._by_token: dict[str, InteractionResult] = {}
         self._number = 0
         self.syncs: Counter[int | None] = Counter()
-        self.first_answer_s = FIRST_ANSWER_S
-        self.token_life_s = TOKEN_LIFE_S
+        self.response_deadline = FIRST_ANSWER_S
+        self.token_lifetime = TOKEN_LIFE_S
 
     def routes(self) -> list[web.RouteDef]:
         """List the routes this class answers."""
@@ -256,7 +256,7 @@ class InteractionRoutes:
             raise ApiError(*UNKNOWN_INTERACTION)
         if result.type is not None:
             raise ApiError(*ALREADY_ACKNOWLEDGED)
-        if now - result.started > self.first_answer_s:
+        if now - result.started > self.response_deadline:
             raise ApiError(*UNKNOWN_INTERACTION)
         data = body.get("data") or {}
         result.type = int(body["type"])
@@ -335,7 +335,7 @@ class InteractionRoutes:
         result = self._by_token.get(request.match_info["token"])
         if result is None:
             raise ApiError(*UNKNOWN_WEBHOOK)
-        if time.monotonic() - result.started > self.token_life_s:
+        if time.monotonic() - result.started > self.token_lifetime:
             raise ApiError(*INVALID_WEBHOOK_TOKEN)
         return result
 

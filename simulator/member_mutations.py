@@ -10,7 +10,7 @@ from .entities import Guild, Json, Member, User
 from .ids import iso, to_micros
 from .payloads import member_payload, own_user_payload, user_payload
 from .populate import draw_member, draw_user
-from .state import Intent, UnknownThing, WorldState
+from .state import Intent, UnknownEntity, WorldState
 
 
 class Unset:
@@ -45,7 +45,7 @@ class MemberMutations(WorldState):
         guild.add_member(member)
         payload = member_payload(member) | {"guild_id": str(guild.id)}
         if self.emit("GUILD_MEMBER_ADD", guild, payload, Intent.GUILD_MEMBERS):
-            self.told.move(guild.id, user.id, "join", now)
+            self.ledger.record_member_event(guild.id, user.id, "join", now)
         return user.id
 
     def leave(self, guild_id: int, user_id: int) -> None:
@@ -66,7 +66,7 @@ class MemberMutations(WorldState):
         guild.bans.add(user_id)
         payload = {"guild_id": str(guild_id), "user": user_payload(user)}
         if self.emit("GUILD_BAN_ADD", guild, payload, Intent.GUILD_MODERATION):
-            self.told.move(guild_id, user_id, "ban")
+            self.ledger.record_member_event(guild_id, user_id, "ban")
         if user_id in guild.members:
             self._remove(guild, user_id)
 
@@ -74,12 +74,12 @@ class MemberMutations(WorldState):
         """Lift a ban."""
         guild, user = self.guild(guild_id), self.user(user_id)
         if user_id not in guild.bans:
-            raise UnknownThing(f"user {user_id} is not banned from guild {guild_id}")
+            raise UnknownEntity(f"user {user_id} is not banned from guild {guild_id}")
         self.tick()
         guild.bans.discard(user_id)
         payload = {"guild_id": str(guild_id), "user": user_payload(user)}
         if self.emit("GUILD_BAN_REMOVE", guild, payload, Intent.GUILD_MODERATION):
-            self.told.move(guild_id, user_id, "unban")
+            self.ledger.record_member_event(guild_id, user_id, "unban")
 
     def rename_user(
         self,
@@ -144,7 +144,7 @@ class MemberMutations(WorldState):
         wanted = tuple(dict.fromkeys(roles))
         for role_id in wanted:
             if role_id not in guild.roles or role_id == guild.id:
-                raise UnknownThing(f"guild {guild.id} has no role {role_id} that a member could be given")
+                raise UnknownEntity(f"guild {guild.id} has no role {role_id} that a member could be given")
         return wanted
 
     def _know(self, user: User) -> None:
@@ -166,7 +166,7 @@ class MemberMutations(WorldState):
         member.user.guild_ids.remove(guild.id)
         payload = {"guild_id": str(guild.id), "user": user_payload(member.user)}
         if self.emit("GUILD_MEMBER_REMOVE", guild, payload, Intent.GUILD_MEMBERS):
-            self.told.move(guild.id, user_id, "leave")
+            self.ledger.record_member_event(guild.id, user_id, "leave")
 
     def _member_update(self, guild: Guild, member: Member, told: dict[str, bool] | None = None) -> None:
         payload: Json = member_payload(member) | {"guild_id": str(guild.id)}

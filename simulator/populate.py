@@ -237,6 +237,6 @@ def draw_thread(rng: random.Random, parent: Channel, thread_id: int, owner_id: i
     return thread
 
 
-def threadable(guild: Guild) -> list[Channel]:
+def thread_parents(guild: Guild) -> list[Channel]:
     """List the visible channels that can hold threads."""
     return [c for c in guild.channels.values() if c.type in THREADED_TYPES and not c.hidden]

@@ -42,7 +42,7 @@ UNKNOWN_USER = (404, 10013, "Unknown User")
 UNKNOWN_WEBHOOK = (404, 10015, "Unknown Webhook")
 UNKNOWN_INTERACTION = (404, 10062, "Unknown interaction")
 ALREADY_ACKNOWLEDGED = (400, 40060, "Interaction has already been acknowledged.")
-MISSING_ACCESS = (403, 50001, "Missing Database")
+MISSING_ACCESS = (403, 50001, "Missing Access")
 INVALID_WEBHOOK_TOKEN = (401, 50027, "Invalid Webhook Token")
 INVALID_FORM = (400, 50035, "Invalid Form Body")
 NOT_FOUND = (404, 0, "404: Not Found")
@@ -100,13 +100,13 @@ class RestRules:
         self.requests[asked] += 1
         if len(self.requests) > _MAX_BUCKETS:
             del self.requests[next(iter(self.requests))]
-        fault, delay = simulator.lies.take_rest(asked)
+        fault, delay = simulator.faults.take_rest_fault(asked)
         if simulator.limits.rest_latency:
             await asyncio.sleep(simulator.limits.rest_latency)
         if fault is not None and fault.status == 429:
             return self._too_many(fault.retry_after, scope="user")
         if fault is not None:
-            return answer({"message": f"{fault.status}: lie", "code": 0}, fault.status or 500)
+            return answer({"message": f"{fault.status}: fault", "code": 0}, fault.status or 500)
         headers: dict[str, str] = {}
         if not _TOKENLESS.match(request.path):
             if request.headers.get("Authorization") != f"Bot {simulator.token}":

@@ -7,9 +7,9 @@ from typing import Any
 
 from aiohttp import web
 
+from .faults import FaultInjector
 from .gateway import Gateway
 from .interactions import InteractionResult, InteractionRoutes
-from .lies import Lies
 from .limits import Limits
 from .rest import API, NOT_FOUND, ApiError, RestRules
 from .rest_channels import ChannelRoutes
@@ -48,7 +48,7 @@ class Simulator:
         self._port = port
         self._runner: web.AppRunner | None = None
         self.traffic = Traffic(world, waiting=lambda: self.gateway.waiting)
-        self.lies = Lies(world, lambda: list(self.gateway.sessions.values()))
+        self.faults = FaultInjector(world, lambda: list(self.gateway.sessions.values()))
         self.gateway = Gateway(self)
         self.rules = RestRules(self)
         self.channels = ChannelRoutes(self)
@@ -104,7 +104,7 @@ class Simulator:
             return
         await self.traffic.stop()
         self.world.listeners.remove(self.gateway.receive)
-        self.lies.resume()
+        self.faults.resume()
         for connection in list(self.gateway.connections):
             connection.abort()
         await self._runner.cleanup()

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from .chunks import MemberRequest
 from .entities import Json
+from .faults import FaultInjector
 from .ledger import Delivery
-from .lies import Lies
 from .payloads import guild_create_payload, to_bytes
 from .state import Emission, Intent, WorldState
 
@@ -38,7 +38,7 @@ class Session:
     def __init__(
         self,
         world: WorldState,
-        lies: Lies,
+        faults: FaultInjector,
         session_id: str,
         intents: int,
         shard: tuple[int, int],
@@ -51,9 +51,9 @@ class Session:
         self.socket: Socket | None = None
         self.sequence = 0
         self.dead = False
-        self.left_at = time.monotonic()
+        self.disconnected_at = time.monotonic()
         self._world = world
-        self._lies = lies
+        self._faults = faults
         self._pace = pace
         self._large_threshold = large_threshold
         self._next_page_at = 0.0
@@ -62,7 +62,7 @@ class Session:
         self._outbox_bytes = 0
         self._replay: deque[tuple[int, bytes]] = deque()
         self._replay_bytes = 0
-        self.delivery = world.told.deliveries[session_id] = Delivery()
+        self.delivery = world.ledger.deliveries[session_id] = Delivery()
         # Guilds whose GUILD_CREATE is still to be sent, and whether the bot has only just joined them.
         self._backlog: dict[int, bool] = {}
         self._requests: deque[MemberRequest] = deque()
@@ -72,7 +72,7 @@ class Session:
         return f"<Session {self.id} shard={self.shard} sequence={self.sequence} connected={self.socket is not None}>"
 
     @property
-    def held_bytes(self) -> int:
+    def buffered_bytes(self) -> int:
         """How much it holds for its client: what waits to be sent and what could be replayed."""
         return self._outbox_bytes + self._replay_bytes
 
@@ -175,11 +175,11 @@ class Session:
             self.sequence += 1
             message = b'{"t":"%s","s":%d,"op":0,"d":%s}' % (name.encode(), self.sequence, body)
             self._remember(message)
-            self.delivery.sent(name, self.sequence, body)
+            self.delivery.record(name, self.sequence, body)
             await socket.send(message)
             await self._echo(socket, name, message)
-            dropped = self._lies.take_event_drop()
-            if request is not None and self._lies.take_page_drop(request.guild.id):
+            dropped = self._faults.take_drop_after_event()
+            if request is not None and self._faults.take_drop_after_page(request.guild.id):
                 dropped = True
             if dropped:
                 socket.abort()
@@ -259,7 +259,7 @@ class Session:
         self._echoes = [(left - 1, echo) for left, echo in self._echoes if left > 1]
         for echo in due:
             await socket.send(echo)
-        delay = None if name in _NEVER_DOUBLED else self._lies.take_echo()
+        delay = None if name in _NEVER_DOUBLED else self._faults.take_duplicate_delay()
         if delay == 0:
             await socket.send(message)
         elif delay is not None:

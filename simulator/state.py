@@ -47,7 +47,7 @@ class Emission:
     newly_joined: bool = False
 
 
-class UnknownThing(LookupError):
+class UnknownEntity(LookupError):
     """Something was asked of the world that is not in it."""
 
 
@@ -66,7 +66,7 @@ class WorldState:
         self.users: dict[int, User] = {}
         self.user_ids: list[int] = []
         self.listeners: list[Callable[[Emission], None]] = []
-        self.told = Ledger()
+        self.ledger = Ledger()
         self.mutations = 0
         self._increment = 0
         # Far in the past, so that every account is older than every guild.
@@ -109,35 +109,35 @@ class WorldState:
         try:
             return self.guilds[guild_id]
         except KeyError:
-            raise UnknownThing(f"the world has no guild {guild_id}") from None
+            raise UnknownEntity(f"the world has no guild {guild_id}") from None
 
     def user(self, user_id: int) -> User:
         """Find a user."""
         try:
             return self.users[user_id]
         except KeyError:
-            raise UnknownThing(f"the world has no user {user_id}") from None
+            raise UnknownEntity(f"the world has no user {user_id}") from None
 
     def member(self, guild_id: int, user_id: int) -> Member:
         """Find a member of a guild."""
         try:
             return self.guild(guild_id).members[user_id]
         except KeyError:
-            raise UnknownThing(f"user {user_id} is no member of guild {guild_id}") from None
+            raise UnknownEntity(f"user {user_id} is no member of guild {guild_id}") from None
 
     def channel(self, guild_id: int, channel_id: int) -> Channel:
         """Find a channel of a guild."""
         try:
             return self.guild(guild_id).channels[channel_id]
         except KeyError:
-            raise UnknownThing(f"guild {guild_id} has no channel {channel_id}") from None
+            raise UnknownEntity(f"guild {guild_id} has no channel {channel_id}") from None
 
     def thread(self, guild_id: int, thread_id: int) -> Thread:
         """Find a thread of a guild."""
         try:
             return self.guild(guild_id).threads[thread_id]
         except KeyError:
-            raise UnknownThing(f"guild {guild_id} has no thread {thread_id}") from None
+            raise UnknownEntity(f"guild {guild_id} has no thread {thread_id}") from None
 
     def find_channel(self, channel_id: int) -> tuple[Guild, Channel | Thread] | None:
         """Find the guild that holds a channel or thread id."""
@@ -179,7 +179,7 @@ class WorldState:
         """Yield what a faithful mirror's table must hold for what is present now."""
         return expected_rows(self, table, guild_id)
 
-    def unknowable_thread_ids(self, guild_id: int) -> set[int]:
+    def hidden_thread_ids(self, guild_id: int) -> set[int]:
         """List the threads in hidden channels: no event, listing or request shows them to the bot."""
         guild = self.guild(guild_id)
         return {thread_id for thread_id in guild.threads if not guild.sees(thread_id)}

@@ -54,7 +54,7 @@ class Traffic:
             due = int((time.monotonic() - started) * rate)
             for _ in range(due - done):
                 if rng.random() >= messages or not self._message(rng):
-                    self._world.step(rng)
+                    self._world.random_event(rng)
                 self.emitted += 1
             done = due
             await asyncio.sleep(_BATCH_S)
@@ -90,7 +90,7 @@ class Traffic:
         for number in range(count):
             author, rest = halves[number % _AUTHORS]
             id = world.new_id()
-            world.told.message(id, guild.id, author)
+            world.ledger.record_message(id, guild.id, author)
             world.publish(Emission("MESSAGE_CREATE", guild.id, b'{"id":"%d"' % id + rest, int(Intent.GUILD_MESSAGES)))
             if number % _SLICE == _SLICE - 1:
                 await self._room()

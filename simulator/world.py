@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from .chance import random_event
+from . import random_events
 from .channel_mutations import ChannelMutations
 from .entities import Guild, Member, User
 from .guild_mutations import LARGE_THRESHOLD, GuildMutations
@@ -21,7 +21,7 @@ from .populate import (
     draw_roles,
     draw_thread,
     draw_user,
-    threadable,
+    thread_parents,
 )
 
 _YEAR_US = 365 * 86_400 * 1_000_000
@@ -56,9 +56,9 @@ class World(MemberMutations, GuildMutations, ChannelMutations):
         self._settle(guild)
         draw_roles(rng, guild, [self.new_id() for _ in range(roles)], self.bot.id)
         self._people(guild, members - 1, shared_users, founded)
-        self.seat_bot(guild)
+        self.add_bot_member(guild)
         draw_channels(rng, guild, [self.new_id() for _ in range(channels)], hidden_channels)
-        places = threadable(guild)
+        places = thread_parents(guild)
         for number in range((threads + archived_threads) if places else 0):
             self.now_us += 1000
             thread = draw_thread(rng, places[number % len(places)], self.new_id(), guild.owner_id, self.now_us)
@@ -74,11 +74,9 @@ class World(MemberMutations, GuildMutations, ChannelMutations):
         self._arrive(guild, now)
         return guild.id
 
-    def step(self, rng: random.Random) -> str:
-        """Let one random thing happen and describe it in a few words."""
-        return random_event(self, rng)
-
-    random_event = step
+    def random_event(self, rng: random.Random) -> str:
+        """Apply one random mutation and describe it in a few words."""
+        return random_events.random_event(self, rng)
 
     def prerender(self) -> None:
         """Render every member now, so that the first member request is as fast as the second."""

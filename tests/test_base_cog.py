@@ -188,7 +188,7 @@ async def test_an_answer_that_cannot_be_given_is_logged(
     caplog: pytest.LogCaptureFixture,
     faulty: WrittenCogs,
 ) -> None:
-    simulator.interactions.first_answer_s = 0.0
+    simulator.interactions.response_deadline = 0.0
     async with running(database, simulator, monkeypatch, extensions=faulty.extensions):
         guild = next(iter(simulator.world.guilds.values()))
         await simulator.run_command("crash", user_id=guild.owner_id, guild_id=guild.id)

@@ -59,7 +59,7 @@ async def test_an_emptied_guild_loses_its_commands(
 async def test_a_refused_registration_is_logged_and_tried_again_at_the_next_start(
     database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    simulator.lies.rest_fail("PUT /applications", status=403)
+    simulator.faults.rest_fail("PUT /applications", status=403)
     with caplog.at_level(logging.WARNING, "utils.bot.command_sync"):
         async with running(database, simulator, monkeypatch, extensions=COGS):
             assert simulator.interactions.commands() == []

@@ -156,7 +156,7 @@ async def test_a_missing_privileged_intent_is_one_line_that_names_the_switch(
 async def test_a_discord_that_fails_is_one_line_and_exit_code_1(
     tmp_path: Path, simulator: Simulator, database_url: str
 ) -> None:
-    simulator.lies.rest_fail("GET /users/@me", status=403, times=100)
+    simulator.faults.rest_fail("GET /users/@me", status=403, times=100)
     async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url, LOG_LEVEL="ERROR")) as bot:
         assert await bot.ended() == 1
     assert bot.output.count("\n") == 1
@@ -218,10 +218,10 @@ async def test_a_reconnecting_gateway_does_not_end_the_bot(
 ) -> None:
     async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url)) as bot:
         await bot.ready()
-        simulator.lies.refuse_resume()
-        simulator.lies.drop_socket()
+        simulator.faults.refuse_resume()
+        simulator.faults.drop_socket()
         simulator.world.join(small)
-        await until(lambda: simulator.lies.done["refuse_resume"] or bot.process.returncode is not None)
+        await until(lambda: simulator.faults.injected["refuse_resume"] or bot.process.returncode is not None)
         await until_equal(database, simulator)
         bot.send(signal.SIGTERM)
         assert await bot.ended() == 0

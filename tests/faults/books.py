@@ -28,9 +28,9 @@ class Books:
 
     async def read(self, simulator: SimulatorProcess) -> None:
         """Take over what was told since the last time."""
-        told = await simulator.call("world.told.since", len(self.messages), len(self.moves))
+        told = await simulator.call("world.ledger.since", len(self.messages), len(self.moves))
         self.messages += [tuple(it) for it in told["messages"]]
-        self.moves += [tuple(it) for it in told["moves"]]
+        self.moves += [tuple(it) for it in told["member_events"]]
 
     async def check(self, database: Pool, simulator: SimulatorProcess) -> list[str]:
         """Compare the tables with the books; return what is wrong, as lines."""

@@ -121,7 +121,7 @@ class Rig:
     async def look(self) -> Look:
         """Note how far things have come."""
         at = asyncio.get_running_loop().time()
-        self.looks.append(Look(at, *await self.simulator.call("world.told.sizes")))
+        self.looks.append(Look(at, *await self.simulator.call("world.ledger.sizes")))
         return self.looks[-1]
 
     async def keep_looking(self) -> None:

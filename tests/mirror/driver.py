@@ -117,59 +117,59 @@ class Driver:
 
     def lose_page(self, n: int) -> None:
         if (id := self._guild(n)) is not None:
-            self.simulator.lies.drop_page(id, PAGES[n % 3])  # type: ignore[arg-type]
+            self.simulator.faults.drop_page(id, PAGES[n % 3])  # type: ignore[arg-type]
 
     def shuffle_pages(self, n: int) -> None:
         if (id := self._guild(n)) is not None:
-            self.simulator.lies.reorder_pages(id)
-            self.simulator.lies.duplicate_page(id, PAGES[n % 3])  # type: ignore[arg-type]
+            self.simulator.faults.reorder_pages(id)
+            self.simulator.faults.duplicate_page(id, PAGES[n % 3])  # type: ignore[arg-type]
 
     def silence(self, n: int) -> None:
         if (id := self._guild(n)) is not None:
-            self.simulator.lies.silence(id)
+            self.simulator.faults.ignore_member_request(id)
 
     def rate_limit(self, n: int) -> None:
         if (id := self._guild(n)) is not None:
-            self.simulator.lies.rate_limit_next(id)
+            self.simulator.faults.rate_limit_next(id)
 
     def drop_after_pages(self, n: int) -> None:
         if (id := self._guild(n)) is not None:
-            self.simulator.lies.drop_socket_after_pages(id, 1 + n % 4)
+            self.simulator.faults.drop_socket_after_pages(id, 1 + n % 4)
 
     def drop_after_events(self, n: int) -> None:
-        self.simulator.lies.drop_socket_after_events(1 + n % 6)
+        self.simulator.faults.drop_socket_after_events(1 + n % 6)
 
     def drop_socket(self, n: int) -> None:
-        self.simulator.lies.drop_socket()
+        self.simulator.faults.drop_socket()
 
     def refuse_resume(self, n: int) -> None:
-        self.simulator.lies.refuse_resume()
-        self.simulator.lies.drop_socket()
+        self.simulator.faults.refuse_resume()
+        self.simulator.faults.drop_socket()
 
     def invalidate(self, n: int) -> None:
-        self.simulator.lies.invalidate_session(resumable=bool(n % 2))
+        self.simulator.faults.invalidate_session(resumable=bool(n % 2))
 
     def reconnect(self, n: int) -> None:
         self.simulator.request_reconnect()
 
     def echo(self, n: int) -> None:
-        self.simulator.lies.duplicate_events((0.0, 0.5)[n % 2])
+        self.simulator.faults.duplicate_events((0.0, 0.5)[n % 2])
 
     def malformed(self, n: int) -> None:
         guild = next(iter(self.world.guilds.values()))
         kinds = [*malformed_events(guild), "nul", "lone_surrogate"]
-        self.simulator.lies.malformed(kinds[n % len(kinds)], guild.id)
+        self.simulator.faults.send_malformed(kinds[n % len(kinds)], guild.id)
 
     def rest_fault(self, n: int) -> None:
         status = (500, 429, 502)[n % 3]
-        self.simulator.lies.rest_fail(REST[n % len(REST)], status, times=1 + n % 7, retry_after=0.01)
+        self.simulator.faults.rest_fail(REST[n % len(REST)], status, times=1 + n % 7, retry_after=0.01)
 
     def forbid(self, n: int) -> None:
-        self.simulator.lies.rest_fail("/threads/archived", 403, times=1 + n % 9)
+        self.simulator.faults.rest_fail("/threads/archived", 403, times=1 + n % 9)
         self.wants_restart = True  # what Discord does not show is not asked for again in this session
 
     def rest_late(self, n: int) -> None:
-        self.simulator.lies.rest_delay(REST[n % len(REST)], (0.02, 0.1)[n % 2], times=1 + n % 5)
+        self.simulator.faults.rest_delay(REST[n % len(REST)], (0.02, 0.1)[n % 2], times=1 + n % 5)
 
     def sync(self, n: int) -> None:
         if self.bot is not None and (id := self._guild(n)) is not None:
@@ -215,7 +215,7 @@ class Driver:
                 await self._stack.aclose()
 
     async def _verdict(self) -> list[str]:
-        self.simulator.lies.clear()
+        self.simulator.faults.clear()
         while any(guild.present and not guild.available for guild in self.world.guilds.values()):
             self.restore(0)
         if self.wants_restart:

@@ -206,7 +206,7 @@ async def differences(database: Pool, simulator: Simulator, tables: Iterable[str
     wrong: list[str] = []
     world = simulator.world
     present = set(world.guild_ids())
-    unknowable = {thread_id for guild_id in present for thread_id in world.unknowable_thread_ids(guild_id)}
+    unknowable = {thread_id for guild_id in present for thread_id in world.hidden_thread_ids(guild_id)}
     for table in tables:
         keys = key_columns(table)
         tombstone = tombstone_column(table)

@@ -44,7 +44,7 @@ async def test_a_sync_writes_what_differs_and_says_how_much(
     async with running(database, simulator, monkeypatch):
         one, *_ = [id for id in simulator.world.guild(large).ordered_member_ids() if id != simulator.world.bot.id]
         await database.execute("UPDATE members SET nick = 'wrong' WHERE guild_id = $1 AND user_id = $2", large, one)
-        simulator.lies.rest_delay(f"GET /guilds/{large}", 0.6, times=1)  # long enough to be seen waiting
+        simulator.faults.rest_delay(f"GET /guilds/{large}", 0.6, times=1)  # long enough to be seen waiting
         result = await run(simulator, simulator.world.operator_id, "sync", options={"guild": str(large)})
         assert result.final_content is not None
         assert result.final_content.startswith(
@@ -71,7 +71,7 @@ async def test_progress_is_edited_in_at_most_every_two_seconds(
     assert slash.EDIT_SECONDS == 2
     monkeypatch.setattr(slash, "EDIT_SECONDS", 3_600.0)
     async with running(database, simulator, monkeypatch):
-        simulator.lies.rest_delay(f"GET /guilds/{large}", 1.2, times=1)
+        simulator.faults.rest_delay(f"GET /guilds/{large}", 1.2, times=1)
         result = await run(simulator, simulator.world.operator_id, "sync", options={"guild": str(large)})
     assert [edit.content.partition(" ")[0] for edit in result.edits] == ["Syncing", "Synced"]
 

@@ -142,11 +142,11 @@ async def test_a_channel_whose_archive_may_not_be_read_keeps_its_threads(
             await bot.settled()
         world.archive_thread(guild_id, archived)
         world.archive_thread(guild_id, unknown)
-        simulator.lies.rest_fail("/threads/archived", 403, times=1_000)
-        simulator.lies.rest_fail(f"/channels/{unknown}", 403, times=1_000)
+        simulator.faults.rest_fail("/threads/archived", 403, times=1_000)
+        simulator.faults.rest_fail(f"/channels/{unknown}", 403, times=1_000)
         async with mirrored(database, simulator, monkeypatch) as bot:
             await bot.settled()
-        assert simulator.lies.done["rest_fail"] > 2
+        assert simulator.faults.injected["rest_fail"] > 2
     rows = await database.fetch("SELECT id, archived, deleted_at FROM threads WHERE parent_id = $1", channel_id)
     assert {tuple(row) for row in rows} == {(archived, True, None), (unknown, False, None)}
     assert await removals(database) == set()
@@ -154,10 +154,10 @@ async def test_a_channel_whose_archive_may_not_be_read_keeps_its_threads(
 
 async def test_an_archive_that_could_not_be_read_is_read_again(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, _ = small_world(monkeypatch, 6)
-    simulator.lies.rest_fail("/threads/archived", 500, times=11)  # discord.py tries five times each
+    simulator.faults.rest_fail("/threads/archived", 500, times=11)  # discord.py tries five times each
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
         await bot.settled()
-    assert simulator.lies.done["rest_fail"] == 11
+    assert simulator.faults.injected["rest_fail"] == 11
     assert await differences(database, simulator) == []
 
 
@@ -172,7 +172,7 @@ async def test_a_thread_deleted_while_the_archive_is_read_stays_deleted(
     for id in (doomed, inside):
         world.archive_thread(guild_id, id)
     for parent in (channel_id, buried):
-        simulator.lies.rest_delay(f"/channels/{parent}/threads/archived", 0.2, times=2)
+        simulator.faults.rest_delay(f"/channels/{parent}/threads/archived", 0.2, times=2)
     asked = simulator.rules.requests
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
         await bot.ready()

@@ -216,14 +216,14 @@ async def test_rows_that_wait_since_before_a_listing_never_lie_over_it(
 
     monkeypatch.setattr("utils.mirror.write.writer.apply", refused)
     monkeypatch.setattr("utils.mirror.reconcile.staging.USER_BATCH_PAGES", 25)
-    simulator.lies.silence(guild_id)
+    simulator.faults.ignore_member_request(guild_id)
     async with simulator, mirrored(database, simulator, monkeypatch, page_timeout=20.0) as bot:
-        await until(lambda: simulator.lies.done["silence"])
+        await until(lambda: simulator.faults.injected["ignore_member_request"])
         for id in crowd:
             world.update_member(guild_id, id, nick="before")
         await until(lambda: len(bot.mirror.writer.buffer) > len(crowd))
-        simulator.lies.refuse_resume()
-        simulator.lies.drop_socket()
+        simulator.faults.refuse_resume()
+        simulator.faults.drop_socket()
         for id in crowd:
             world.update_member(guild_id, id, nick="unheard")
         await until(lambda: simulator.gateway.identifies == 2)
@@ -234,7 +234,7 @@ async def test_rows_that_wait_since_before_a_listing_never_lie_over_it(
         await until(lambda: guild_id in bot.mirror.writer.buffer.held or state.failures)
         is_down[0] = False
         await bot.settled()
-    assert simulator.lies.done["refuse_resume"] == 1
+    assert simulator.faults.injected["refuse_resume"] == 1
     assert await differences(database, simulator) == []
 
 

@@ -38,7 +38,7 @@ async def counted(database: Pool) -> Counter[tuple[int, int]]:
 
 
 def told(simulator: Simulator) -> Counter[tuple[int, int]]:
-    return Counter((it.guild_id, it.user_id) for it in simulator.world.told.messages)
+    return Counter((it.guild_id, it.user_id) for it in simulator.world.ledger.messages)
 
 
 async def moves(database: Pool, *, inferred: bool | None = None) -> list[tuple[int, str]]:

@@ -94,7 +94,7 @@ async def test_a_guild_that_arrives_as_unavailable_has_an_outage(
     simulator, (guild_id,) = small_world(monkeypatch, 12)
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
         await bot.settled()
-        simulator.lies.inject_raw({"t": "GUILD_CREATE", "d": {"id": str(guild_id), "unavailable": True}})
+        simulator.faults.inject_raw({"t": "GUILD_CREATE", "d": {"id": str(guild_id), "unavailable": True}})
         await bot.settled()
         assert await guild_row(database, guild_id) == (True, False)
     assert await removals(database) == set()

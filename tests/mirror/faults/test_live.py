@@ -48,14 +48,14 @@ def slowed(monkeypatch: pytest.MonkeyPatch, way: str) -> tuple[Simulator, int]:
     """Return a simulator whose pages come slowly enough for things to happen between them, and its guild."""
     simulator, (guild_id,) = small_world(monkeypatch, SIZE, pages_per_second=15)
     if way == "over REST":
-        simulator.lies.rest_delay("/members", 0.06)
+        simulator.faults.rest_delay("/members", 0.06)
     return simulator, guild_id
 
 
 def lie_about(simulator: Simulator, guild_id: int, way: str) -> None:
     """Make the next listing come over REST where that is asked for."""
     if way == "over REST":
-        simulator.lies.rate_limit_next(guild_id)
+        simulator.faults.rate_limit_next(guild_id)
 
 
 async def listing_by(bot: Mirrored, guild_id: int, way: str) -> None:
@@ -168,12 +168,12 @@ async def test_who_comes_back_during_a_listing_just_as_they_are_stored_is_not_ta
         member = guild.members[back]
         world.leave(guild_id, back)
         lie_about(simulator, guild_id, way)
-        simulator.lies.rest_delay("/members", 0.15)
+        simulator.faults.rest_delay("/members", 0.15)
         over_rest = size == 6 or way == "over REST"
-        delayed, asked = simulator.lies.done["rest_delay"], len(simulator.gateway.member_requests)
+        delayed, asked = simulator.faults.injected["rest_delay"], len(simulator.gateway.member_requests)
         async with mirrored(database, simulator, monkeypatch) as bot:
             if over_rest:
-                await until(lambda: simulator.lies.done["rest_delay"] > delayed)
+                await until(lambda: simulator.faults.injected["rest_delay"] > delayed)
             else:
                 await until(lambda: len(simulator.gateway.member_requests) > asked)
             guild.add_member(member)

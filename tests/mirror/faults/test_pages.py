@@ -8,25 +8,25 @@ from dataclasses import replace
 import pytest
 
 from simulator import Simulator
-from simulator.lies import Lies
+from simulator.faults import FaultInjector
 from tests.mirror.harness import changes, differences, mirrored, removals, runs, small_world, until, versions
 from utils.database import Pool
 
-Lie = Callable[[Lies, int], None]
+Fault = Callable[[FaultInjector, int], None]
 
-#: Lies that break the first listing: what they are called when told, and how they are told.
-BREAKING: dict[str, tuple[str, Lie]] = {
-    "a lost middle page": ("drop_page", lambda lies, id: lies.drop_page(id, "middle")),
-    "a lost last page": ("drop_page", lambda lies, id: lies.drop_page(id, "last")),
-    "a lost first page": ("drop_page", lambda lies, id: lies.drop_page(id, "first")),
-    "silence": ("silence", lambda lies, id: lies.silence(id)),
-    "a rate limit": ("rate_limit_next", lambda lies, id: lies.rate_limit_next(id, retry_after=5.0)),
+#: Faults that break the first listing: the counter's key, and how to inject them.
+BREAKING: dict[str, tuple[str, Fault]] = {
+    "a lost middle page": ("drop_page", lambda faults, id: faults.drop_page(id, "middle")),
+    "a lost last page": ("drop_page", lambda faults, id: faults.drop_page(id, "last")),
+    "a lost first page": ("drop_page", lambda faults, id: faults.drop_page(id, "first")),
+    "silence": ("ignore_member_request", lambda faults, id: faults.ignore_member_request(id)),
+    "a rate limit": ("rate_limit_next", lambda faults, id: faults.rate_limit_next(id, retry_after=5.0)),
 }
-HARMLESS: dict[str, tuple[str, Lie]] = {
-    "shuffled pages": ("reorder_pages", lambda lies, id: lies.reorder_pages(id)),
-    "a doubled page": ("duplicate_page", lambda lies, id: lies.duplicate_page(id, "middle")),
-    "a doubled last page": ("duplicate_page", lambda lies, id: lies.duplicate_page(id, "last")),
-    "a doubled first page": ("duplicate_page", lambda lies, id: lies.duplicate_page(id, "first")),
+HARMLESS: dict[str, tuple[str, Fault]] = {
+    "shuffled pages": ("reorder_pages", lambda faults, id: faults.reorder_pages(id)),
+    "a doubled page": ("duplicate_page", lambda faults, id: faults.duplicate_page(id, "middle")),
+    "a doubled last page": ("duplicate_page", lambda faults, id: faults.duplicate_page(id, "last")),
+    "a doubled first page": ("duplicate_page", lambda faults, id: faults.duplicate_page(id, "first")),
 }
 
 
@@ -49,16 +49,16 @@ async def test_a_broken_listing_tombstones_nobody_and_the_next_one_is_whole(
     simulator, (guild_id,) = small_world(monkeypatch, size)
     kind, tell = BREAKING[lie]
     async with simulator:
-        tell(simulator.lies, guild_id)
+        tell(simulator.faults, guild_id)
         async with mirrored(database, simulator, monkeypatch, page_timeout=0.3) as bot:  # the first sync of all
             await bot.settled()
-        assert simulator.lies.done[kind] == 1
+        assert simulator.faults.injected[kind] == 1
         assert await runs(database, guild_id) == [("failed", "gateway"), ("complete", "rest")]
         assert await differences(database, simulator) == []
         gone = _meanwhile(simulator, guild_id)
-        tell(simulator.lies, guild_id)
+        tell(simulator.faults, guild_id)
         async with mirrored(database, simulator, monkeypatch, page_timeout=0.3) as bot:  # a sync of what is known
-            await until(lambda: simulator.lies.done[kind] == 2)
+            await until(lambda: simulator.faults.injected[kind] == 2)
             await bot.settled()
     assert (await runs(database, guild_id))[2:] == [("failed", "gateway"), ("complete", "rest")]
     assert await differences(database, simulator) == []
@@ -72,16 +72,16 @@ async def test_pages_in_any_order_and_number_make_one_whole_listing(
     simulator, (guild_id,) = small_world(monkeypatch, 45)
     kind, tell = HARMLESS[lie]
     async with simulator:
-        tell(simulator.lies, guild_id)
+        tell(simulator.faults, guild_id)
         async with mirrored(database, simulator, monkeypatch) as bot:
             await bot.settled()
-        assert simulator.lies.done[kind] == 1
+        assert simulator.faults.injected[kind] == 1
         assert await differences(database, simulator) == []
         gone = _meanwhile(simulator, guild_id)
-        tell(simulator.lies, guild_id)
+        tell(simulator.faults, guild_id)
         async with mirrored(database, simulator, monkeypatch) as bot:
             await bot.settled()
-    assert simulator.lies.done[kind] == 2
+    assert simulator.faults.injected[kind] == 2
     assert await runs(database, guild_id) == [("complete", "gateway")] * 2
     seen = await database.fetch("SELECT pages, rows_seen FROM sync_runs WHERE guild_id = $1", guild_id)
     assert [tuple(row) for row in seen] == [(5, 45)] * 2
@@ -94,11 +94,11 @@ async def test_a_doubled_page_proves_no_other_page(database: Pool, monkeypatch: 
     async with simulator:
         async with mirrored(database, simulator, monkeypatch) as bot:
             await bot.settled()
-        simulator.lies.drop_page(guild_id, 3)
-        simulator.lies.duplicate_page(guild_id, 1)  # five pages come in all, and one of them is missing
+        simulator.faults.drop_page(guild_id, 3)
+        simulator.faults.duplicate_page(guild_id, 1)  # five pages come in all, and one of them is missing
         async with mirrored(database, simulator, monkeypatch, page_timeout=0.3) as bot:
             await bot.settled()
-    assert simulator.lies.done["drop_page"] == simulator.lies.done["duplicate_page"] == 1
+    assert simulator.faults.injected["drop_page"] == simulator.faults.injected["duplicate_page"] == 1
     assert (await runs(database, guild_id))[1:] == [("failed", "gateway"), ("complete", "rest")]
     assert await removals(database) == set()
     assert await differences(database, simulator) == []

@@ -60,7 +60,7 @@ async def test_a_malformed_event_costs_that_event_alone(
         await bot.settled()
         caplog.clear()
         for _ in range(3):
-            simulator.lies.malformed(kind, guild_id)
+            simulator.faults.send_malformed(kind, guild_id)
             world.join(guild_id)
         await bot.settled()
         await until(lambda: malformed_count() - before == expected)
@@ -70,7 +70,7 @@ async def test_a_malformed_event_costs_that_event_alone(
         assert await differences(database, simulator) == []
         assert simulator.gateway.identifies == 1
     assert simulator.gateway.resumes == 0
-    assert simulator.lies.done[f"malformed {kind}"] == 3
+    assert simulator.faults.injected[f"malformed {kind}"] == 3
     assert await removals(database) == set()
     assert await database.fetchval("SELECT count(*) FROM users WHERE username = 'broken'") == 0
 
@@ -85,7 +85,7 @@ async def test_names_that_postgres_cannot_store_are_stored_with_a_mark(
     async with simulator:
         async with mirrored(database, simulator, monkeypatch) as bot:
             await bot.settled()
-            simulator.lies.malformed(kind, guild_id)
+            simulator.faults.send_malformed(kind, guild_id)
             world.update_guild(guild_id, name=hard, description=hard)
             role, channel = world.create_role(guild_id, hard), world.create_channel(guild_id, hard, topic=hard)
             world.create_thread(guild_id, channel, hard)
@@ -122,7 +122,7 @@ async def test_a_member_whom_a_page_shows_unreadably_is_neither_changed_nor_gone
             kept.pop(json.loads(field))
             member.rendered = json.dumps(kept).encode()[:-1] + b"," + broken.encode() + b"}"
         if source == "rest":
-            simulator.lies.rate_limit_next(guild_id)
+            simulator.faults.rate_limit_next(guild_id)
         before = malformed_count()
         async with mirrored(database, simulator, monkeypatch) as bot:
             await bot.settled()
@@ -176,7 +176,7 @@ async def test_broken_pages_and_answers_end_a_listing_and_not_the_bot(
     simulator, (guild_id,) = small_world(monkeypatch, 45)
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
         await bot.settled()
-        simulator.lies.silence(guild_id)
+        simulator.faults.ignore_member_request(guild_id)
         sync = bot.mirror.sync(guild_id)
         nonces: list[str] = []
 
@@ -185,14 +185,14 @@ async def test_broken_pages_and_answers_end_a_listing_and_not_the_bot(
             nonces.extend(bot.mirror.reconciler.listings)
             chunk: dict[str, Any] = {"guild_id": str(guild_id), "nonce": nonces[0], "chunk_index": 0}
             for members in (None, 5, [None], [{"user": None}]):
-                simulator.lies.inject_raw({"t": "GUILD_MEMBERS_CHUNK", "d": chunk | {"members": members}})
-            simulator.lies.inject_raw({"t": "GUILD_MEMBERS_CHUNK", "d": None})
-            simulator.lies.inject_raw({"t": "RATE_LIMITED", "d": None})
+                simulator.faults.inject_raw({"t": "GUILD_MEMBERS_CHUNK", "d": chunk | {"members": members}})
+            simulator.faults.inject_raw({"t": "GUILD_MEMBERS_CHUNK", "d": None})
+            simulator.faults.inject_raw({"t": "RATE_LIMITED", "d": None})
 
         run, _ = await asyncio.gather(sync, broken())
         assert run.source == "rest"
         await bot.settled()
         assert simulator.gateway.identifies == 1
-    assert simulator.lies.done["silence"] == 1
+    assert simulator.faults.injected["ignore_member_request"] == 1
     assert await differences(database, simulator) == []
     assert await removals(database) == set()

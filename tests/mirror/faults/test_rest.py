@@ -17,11 +17,11 @@ async def test_a_member_list_that_fails_is_asked_for_again(
     database: Pool, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
     simulator, (small, large) = small_world(monkeypatch, 6, 45)
-    simulator.lies.rest_fail("/members", status, times=12, retry_after=0.01)
-    simulator.lies.rate_limit_next(large)
+    simulator.faults.rest_fail("/members", status, times=12, retry_after=0.01)
+    simulator.faults.rate_limit_next(large)
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
         await bot.settled()
-    assert simulator.lies.done["rest_fail"] == 12
+    assert simulator.faults.injected["rest_fail"] == 12
     assert (await runs(database, small))[-1] == ("complete", "rest")
     assert (await runs(database, large))[-1][0] == "complete"
     assert await differences(database, simulator) == []
@@ -35,14 +35,14 @@ async def test_a_member_list_that_fails_after_some_pages_proves_nothing(
     async with simulator:
         async with mirrored(database, simulator, monkeypatch) as bot:
             await bot.settled()
-        simulator.lies.rate_limit_next(guild_id)
-        simulator.lies.rest_delay("/members", 0.05)
+        simulator.faults.rate_limit_next(guild_id)
+        simulator.faults.rest_delay("/members", 0.05)
         async with mirrored(database, simulator, monkeypatch) as bot:
             listing = await bot.listing(guild_id, pages=2)
             assert listing.source == "rest"
-            simulator.lies.rest_fail("/members", 500, times=5)
+            simulator.faults.rest_fail("/members", 500, times=5)
             await bot.settled()
-        assert simulator.lies.done["rest_fail"] == 5
+        assert simulator.faults.injected["rest_fail"] == 5
     assert ("failed", "rest") in await runs(database, guild_id)
     assert (await runs(database, guild_id))[-1][0] == "complete"
     assert await differences(database, simulator) == []
@@ -56,10 +56,10 @@ async def test_a_sync_that_cannot_be_done_says_so_to_whoever_asked(
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
         await bot.settled()
         for pattern, status in (("GET /guilds", 500), ("GET /guilds", 403), ("/members", 500)):
-            simulator.lies.rest_fail(pattern, status, times=1_000)
+            simulator.faults.rest_fail(pattern, status, times=1_000)
             with pytest.raises(SyncError):
                 await bot.mirror.sync(guild_id)
-            simulator.lies.clear()
+            simulator.faults.clear()
             await bot.settled()
         with pytest.raises(SyncError):
             await bot.mirror.sync(1)
@@ -92,7 +92,7 @@ async def test_an_answer_that_comes_late_is_older_than_what_happened_meanwhile(
         call_person("stored")
         async with mirrored(database, simulator, monkeypatch, flush_seconds=60) as bot:
             await bot.settled()
-            simulator.lies.rest_delay("GET /guilds", 0.15, times=3)
+            simulator.faults.rest_delay("GET /guilds", 0.15, times=3)
             asked = dict(simulator.rules.requests)
             call("between")
             await until(bot.has_heard_all)
@@ -108,7 +108,7 @@ async def test_an_answer_that_comes_late_is_older_than_what_happened_meanwhile(
             await until(bot.has_heard_all)
             await sync
             await bot.settled()
-        assert simulator.lies.done["rest_delay"] == 3
+        assert simulator.faults.injected["rest_delay"] == 3
     assert await differences(database, simulator) == []
     assert await removals(database) == set()
     assert all(created)
@@ -123,14 +123,14 @@ async def test_an_answer_from_before_a_new_session_is_not_written(
     channel = next(c.id for c in world.guild(guild_id).channels.values() if not c.hidden)
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
         await bot.settled()
-        simulator.lies.rest_delay(f"/guilds/{guild_id}/channels", 0.5, times=1)
+        simulator.faults.rest_delay(f"/guilds/{guild_id}/channels", 0.5, times=1)
         sync = asyncio.create_task(bot.mirror.sync(guild_id))
-        await until(lambda: simulator.lies.done["rest_delay"])
+        await until(lambda: simulator.faults.injected["rest_delay"])
         stored = world.channel(guild_id, channel).name
         world.update_channel(guild_id, channel, name="never stored")
         world.update_channel(guild_id, channel, name=stored)
-        simulator.lies.refuse_resume()
-        simulator.lies.drop_socket()
+        simulator.faults.refuse_resume()
+        simulator.faults.drop_socket()
         await until(lambda: simulator.gateway.identifies == 2)
         with pytest.raises(SyncError, match="anew"):
             await sync

@@ -21,9 +21,9 @@ async def test_a_socket_that_drops_mid_listing_is_resumed_and_the_listing_goes_o
         if known:
             async with mirrored(database, simulator, monkeypatch) as bot:
                 await bot.settled()
-        simulator.lies.drop_socket_after_pages(guild_id, 3)
+        simulator.faults.drop_socket_after_pages(guild_id, 3)
         async with mirrored(database, simulator, monkeypatch) as bot:
-            await until(lambda: simulator.lies.done["drop_socket_after_pages"])
+            await until(lambda: simulator.faults.injected["drop_socket_after_pages"])
             simulator.world.leave(guild_id, gone := people(simulator, guild_id)[0])
             await bot.settled()
     assert simulator.gateway.resumes == 1
@@ -43,17 +43,17 @@ async def test_a_refused_resume_ends_the_listing_and_the_new_session_makes_a_who
             async with mirrored(database, simulator, monkeypatch) as bot:
                 await bot.settled()
         before = simulator.gateway.identifies
-        simulator.lies.drop_socket_after_pages(guild_id, 3)
-        simulator.lies.refuse_resume()
+        simulator.faults.drop_socket_after_pages(guild_id, 3)
+        simulator.faults.refuse_resume()
         async with mirrored(database, simulator, monkeypatch) as bot:
-            await until(lambda: simulator.lies.done["drop_socket_after_pages"])
+            await until(lambda: simulator.faults.injected["drop_socket_after_pages"])
             crowd = people(simulator, guild_id)
             world.leave(guild_id, crowd[0])  # while nobody listens
             world.update_member(guild_id, crowd[1], nick="unheard")
             world.join(other)
             await until(lambda: simulator.gateway.identifies == before + 2)
             await bot.settled()
-    assert simulator.lies.done["refuse_resume"] == 1
+    assert simulator.faults.injected["refuse_resume"] == 1
     assert (await runs(database, guild_id))[-1][0] == "complete"
     assert ("failed", "gateway") in await runs(database, guild_id)
     assert await differences(database, simulator) == []
@@ -67,14 +67,14 @@ async def test_an_invalidated_session_is_followed_by_a_reconcile_of_every_guild(
     world = simulator.world
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
         await bot.settled()
-        simulator.lies.pause()  # events of the old session that never come
+        simulator.faults.pause()  # events of the old session that never come
         gone = people(simulator, large)[0]
         world.leave(large, gone)
         world.join(small)
         for session in simulator.gateway.sessions.values():
             session._outbox.clear()
-        assert simulator.lies.invalidate_session(resumable=False) == 1
-        simulator.lies.resume()
+        assert simulator.faults.invalidate_session(resumable=False) == 1
+        simulator.faults.resume()
         await until(lambda: simulator.gateway.identifies == 2)
         await bot.settled()
         assert len(await runs(database, large)) == len(await runs(database, small)) == 2
@@ -88,8 +88,8 @@ async def test_whoever_waits_for_a_sync_hears_that_its_session_ended(
     simulator, (guild_id,) = small_world(monkeypatch, SIZE, pages_per_second=30)
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
         await bot.settled()
-        simulator.lies.drop_socket_after_pages(guild_id, 2)
-        simulator.lies.refuse_resume()
+        simulator.faults.drop_socket_after_pages(guild_id, 2)
+        simulator.faults.refuse_resume()
         with pytest.raises(SyncError, match="session is new"):
             await bot.mirror.sync(guild_id)
         await bot.settled()
@@ -129,10 +129,10 @@ async def test_events_that_come_twice_count_once(database: Pool, monkeypatch: py
     """The doubled event is older than what came since: taken a second time it would bring the past back."""
     simulator, (guild_id,) = small_world(monkeypatch, 45)
     world = simulator.world
-    monkeypatch.setattr(simulator.lies.rng, "choice", lambda _: 0 if echo == "at once" else 3)
+    monkeypatch.setattr(simulator.faults.rng, "choice", lambda _: 0 if echo == "at once" else 3)
     async with simulator, mirrored(database, simulator, monkeypatch, flush_seconds=0.001) as bot:
         await bot.settled()
-        simulator.lies.duplicate_events(1.0)
+        simulator.faults.duplicate_events(1.0)
         crowd = people(simulator, guild_id)
         for number in range(10):
             world.update_member(guild_id, crowd[0], nick=f"nick {number}")
@@ -143,7 +143,7 @@ async def test_events_that_come_twice_count_once(database: Pool, monkeypatch: py
         for number in range(5):
             world.rename_user(crowd[3], global_name=f"the last {number}")
         await bot.settled()
-    assert simulator.lies.done["duplicate_events"] > 10
+    assert simulator.faults.injected["duplicate_events"] > 10
     assert await differences(database, simulator) == []
     nicks = [change[4]["nick"] for change in await changes(database, table_name="members", user_id=crowd[0])]
     assert nicks == sorted(nicks)
@@ -160,11 +160,11 @@ async def test_events_replayed_after_a_resume_are_heard_once_and_in_order(
         crowd = people(simulator, guild_id)
         for number in range(40):
             if number % 10 == 0:
-                simulator.lies.drop_socket_after_events(4)
+                simulator.faults.drop_socket_after_events(4)
             world.update_member(guild_id, crowd[number % 3], nick=f"nick {number}")
             await until(bot.has_heard_all) if number % 7 == 0 else None
         await bot.settled()
-    assert simulator.lies.done["drop_socket_after_events"] >= 2
+    assert simulator.faults.injected["drop_socket_after_events"] >= 2
     assert simulator.gateway.resumes >= 2
     assert simulator.gateway.identifies == 1
     assert await differences(database, simulator) == []

@@ -49,13 +49,13 @@ async def test_a_bot_that_acts_keeps_its_lease_and_reconciles_what_the_backup_di
         since = [world.join(small) for _ in range(20)]
         rng = random.Random(7)
         for _ in range(200):
-            world.step(rng)
+            world.random_event(rng)
         await until_equal(database, simulator)
 
         async def reconcile() -> None:
             assert await database.fetchval("SELECT count(*) FROM members WHERE user_id = ANY($1)", since) == 0
             # A listing is not enough: threads, for one, come with a session's beginning alone.
-            assert simulator.lies.invalidate_session(resumable=False) == 1
+            assert simulator.faults.invalidate_session(resumable=False) == 1
 
         done = await bring_back(database, archive, safety=none, after=reconcile)
         assert done.ok, done.text
@@ -83,7 +83,7 @@ async def test_a_bot_in_another_process_begins_anew_by_itself(
         archive = await dumped(server, database.target, tmp_path / "dump")
         rng = random.Random(7)
         for _ in range(200):
-            world.step(rng)
+            world.random_event(rng)
         await until_equal(database, simulator)
         epoch = await database.fetchval("SELECT epoch FROM ops.leases")
         done = await bring_back(database, archive, safety=none)

@@ -21,7 +21,7 @@ def test_one_seed_and_the_same_events_make_the_same_world() -> None:
         for members in (300, 40):
             world.add_guild(members=members)
         rng = random.Random(5)
-        return world, [world.step(rng) for _ in range(500)]
+        return world, [world.random_event(rng) for _ in range(500)]
 
     (first, told), (second, told_again), (other, _) = live(1), live(1), live(2)
     assert told == told_again
@@ -78,12 +78,12 @@ def test_threads_of_hidden_channels_are_unknowable() -> None:
     place = next(thread.parent_id for thread in world.guild(gid).threads.values())
     world.hide_channel(gid, place)
     inside = {thread.id for thread in world.guild(gid).threads.values() if thread.parent_id == place}
-    assert world.unknowable_thread_ids(gid) == inside
+    assert world.hidden_thread_ids(gid) == inside
     assert not inside & {row["id"] for row in world.expected_rows("threads", gid)}
     hidden = next(row for row in world.expected_rows("channels", gid) if row["id"] == place)
     assert hidden.keys() == {"guild_id", "id", "type", "position", "hidden"}
     world.reveal_channel(gid, place)
-    assert not world.unknowable_thread_ids(gid)
+    assert not world.hidden_thread_ids(gid)
 
 
 def test_a_user_of_two_guilds_stays_when_one_is_left() -> None:

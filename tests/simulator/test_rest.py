@@ -76,7 +76,7 @@ async def test_members_need_their_intent(world: World, small: int) -> None:
     async with Simulator(world, privileged_intents=0) as simulator, aiohttp.ClientSession() as session:
         rest = Rest(session, simulator.api_base)
         session.headers["Authorization"] = f"Bot {simulator.token}"
-        assert (await rest.get(f"/guilds/{small}/members"))[1] == {"message": "Missing Database", "code": 50001}
+        assert (await rest.get(f"/guilds/{small}/members"))[1] == {"message": "Missing Access", "code": 50001}
 
 
 async def test_the_gateway_and_the_application_are_told(rest: Rest, simulator: Simulator, world: World) -> None:
@@ -124,20 +124,20 @@ async def test_a_route_can_have_its_own_bucket(world: World) -> None:
 
 
 async def test_routes_fail_as_often_as_told(rest: Rest, simulator: Simulator, small: int) -> None:
-    simulator.lies.rest_fail("/members", status=502, times=2)
-    simulator.lies.rest_fail("/roles", status=429, retry_after=0.5)
+    simulator.faults.rest_fail("/members", status=502, times=2)
+    simulator.faults.rest_fail("/roles", status=429, retry_after=0.5)
     assert [(await rest.get(f"/guilds/{small}/members"))[0] for _ in range(3)] == [502, 502, 200]
     status, body = await rest.get(f"/guilds/{small}/roles")
     assert (status, body["retry_after"]) == (429, 0.5)
-    assert simulator.lies.done["rest_fail"] == 3
+    assert simulator.faults.injected["rest_fail"] == 3
 
 
 async def test_a_late_answer_tells_what_was_true_when_it_was_asked(
     rest: Rest, simulator: Simulator, world: World, small: int
 ) -> None:
-    simulator.lies.rest_delay(f"/guilds/{small}/roles", 0.2, times=1)
+    simulator.faults.rest_delay(f"/guilds/{small}/roles", 0.2, times=1)
     asked = asyncio.create_task(rest.get(f"/guilds/{small}/roles"))
-    await until(lambda: simulator.lies.done["rest_delay"] == 1)
+    await until(lambda: simulator.faults.injected["rest_delay"] == 1)
     await until(lambda: simulator.rules.answered > 0)
     role_id = world.create_role(small)
     assert str(role_id) not in {role["id"] for role in (await asked)[1]}

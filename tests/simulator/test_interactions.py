@@ -53,13 +53,13 @@ async def test_a_late_answer_and_an_old_token_are_refused(simulator: Simulator, 
     await register(simulator)
     owner = world.guild(small).owner_id
     async with bare_client(simulator):
-        simulator.interactions.first_answer_s = 0
+        simulator.interactions.response_deadline = 0
         late = await simulator.run_command("ask", user_id=owner, guild_id=small)
         assert (await answer(simulator, late, {"type": 5}))[1]["code"] == 10062
-        simulator.interactions.first_answer_s = 3
+        simulator.interactions.response_deadline = 3
         result = await simulator.run_command("ask", user_id=owner, guild_id=small)
         await answer(simulator, result, {"type": 5})
-        simulator.interactions.token_life_s = 0
+        simulator.interactions.token_lifetime = 0
         assert (await original(simulator, result.token, "PATCH", json={"content": "x"}))[1]["code"] == 50027
 
 

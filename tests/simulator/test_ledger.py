@@ -10,10 +10,8 @@ from collections import Counter
 from urllib.parse import urlsplit
 
 import aiohttp
-import pytest
 
 from simulator import Limits, Simulator, World
-from simulator.ledger import SAFE_AFTER_S
 from simulator.proxy import Proxy
 from simulator.remote import SimulatorProcess
 from tests.simulator.clients import bare_client, until
@@ -29,14 +27,14 @@ def chat(world: World, guild_id: int, count: int) -> list[int]:
 
 async def test_the_ledger_counts_by_guild_and_author(world: World, simulator: Simulator, small: int) -> None:
     ids = chat(world, small, 20)
-    told = world.told
+    told = world.ledger
     assert told.counts == Counter((message.guild_id, message.user_id) for message in told.messages)
     assert told.counts.total() == told.sizes()[0] == 20
     assert max(told.newest.values()) == ids[-1]
 
 
 async def test_a_delivery_lists_what_was_sent_to_a_session_and_what_its_client_has_taken(
-    world: World, simulator: Simulator, small: int, monkeypatch: pytest.MonkeyPatch
+    world: World, simulator: Simulator, small: int
 ) -> None:
     before = chat(world, small, 3)
     async with bare_client(simulator) as client:
@@ -44,18 +42,20 @@ async def test_a_delivery_lists_what_was_sent_to_a_session_and_what_its_client_h
         joined = world.join(small)
         world.ban(small, joined)
         await client.wait_for("GUILD_MEMBER_REMOVE")
-        (delivery,) = world.told.deliveries.values()
+        (delivery,) = world.ledger.deliveries.values()
         assert delivery.message_ids.tolist() == ids
         assert not set(before) & set(delivery.message_ids)
-        assert [move.kind for move in delivery.moves] == ["join", "ban", "leave"] == [m.kind for m in world.told.moves]
-        assert delivery.moves == world.told.moves
+        assert (
+            [event.kind for event in delivery.member_events]
+            == ["join", "ban", "leave"]
+            == [e.kind for e in world.ledger.member_events]
+        )
+        assert delivery.member_events == world.ledger.member_events
         await client.send(1, client.sequence - 3)  # a heartbeat: the join and what followed is not taken yet
         await until(lambda: delivery.acknowledged)
         assert delivery.report()["safe_messages"] == 0
-        monkeypatch.setattr("simulator.ledger.SAFE_AFTER_S", 0.0)
-        told = delivery.report(messages=4)
-        assert (told["messages"], told["safe_messages"], told["safe_moves"]) == (ids[4:], 5, 0)
-    assert SAFE_AFTER_S > 0.5
+        report = delivery.report(messages=4, margin=0.0)
+        assert (report["messages"], report["safe_messages"], report["safe_member_events"]) == (ids[4:], 5, 0)
 
 
 async def test_a_resumed_session_is_sent_what_it_missed_and_the_delivery_has_it_once(
@@ -93,11 +93,11 @@ async def test_the_ledger_is_read_from_another_process_piece_by_piece() -> None:
         async with asyncio.timeout(10):
             while not await simulator.call("gateway.has_sent_all"):  # noqa: ASYNC110 - it is another process
                 await asyncio.sleep(0.01)
-        told = await simulator.call("world.told.since")
-        (delivery,) = (await simulator.call("world.told.delivered")).values()
+        told = await simulator.call("world.ledger.since")
+        (delivery,) = (await simulator.call("world.ledger.delivered")).values()
         assert 100 < len(told["messages"]) < emitted
         assert delivery["messages"] == [id for id, _, _ in told["messages"]]
-        assert delivery["moves"] == told["moves"]
+        assert delivery["member_events"] == told["member_events"]
 
 
 async def test_a_world_with_a_clock_keeps_its_time_and_never_repeats_an_id() -> None:

@@ -110,9 +110,9 @@ async def test_after_random_events_the_cache_equals_the_oracle(
             assert guild is not None
             await guild.chunk()
         for number in range(300):
-            world.step(rng)
+            world.random_event(rng)
             if number in (100, 200):
-                assert simulator.lies.drop_socket() == 1
+                assert simulator.faults.drop_socket() == 1
         # Order holds, so what comes last proves that all came.
         last = world.join(large)
         await until(lambda: guilds[0] is not None and guilds[0].get_member(last) is not None)
@@ -145,7 +145,7 @@ async def test_a_dropped_socket_resumes_and_replays_what_was_missed(
     async with discord_client(simulator, monkeypatch) as client:
         guild = client.get_guild(small)
         assert guild is not None
-        assert simulator.lies.drop_socket() == 1
+        assert simulator.faults.drop_socket() == 1
         joined = [world.join(small) for _ in range(20)]
         await until(lambda: all(guild.get_member(user_id) for user_id in joined))
         assert (simulator.gateway.identifies, simulator.gateway.resumes) == (1, 1)
@@ -157,10 +157,10 @@ async def test_reconnect_requests_and_invalid_sessions_are_understood(
     async with discord_client(simulator, monkeypatch):
         assert simulator.request_reconnect() == 1
         await until(lambda: simulator.gateway.resumes == 1)
-        assert simulator.lies.invalidate_session(resumable=True) == 1
+        assert simulator.faults.invalidate_session(resumable=True) == 1
         await until(lambda: simulator.gateway.resumes == 2)
-        simulator.lies.refuse_resume()
-        simulator.lies.drop_socket()
+        simulator.faults.refuse_resume()
+        simulator.faults.drop_socket()
         await until(lambda: simulator.gateway.identifies == 2)
 
 

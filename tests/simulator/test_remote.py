@@ -19,16 +19,16 @@ async def test_a_simulator_process_is_driven_and_read_from_outside() -> None:
             here.add_guild(members=members)
         gid = next(iter(here.guilds))
         assert await simulator.rows("members", gid) == list(here.expected_rows("members", gid))
-        assert await simulator.call("play", 50, seed=9) == [
-            here.step(rng) for rng in [random.Random(9)] for _ in range(50)
+        assert await simulator.call("random_events", 50, seed=9) == [
+            here.random_event(rng) for rng in [random.Random(9)] for _ in range(50)
         ]
         user_id = await simulator.call("world.join", gid)
         until = datetime(2027, 1, 1, tzinfo=UTC)
         await simulator.call("world.update_member", gid, user_id, timed_out_until=until, nick="a\0\ud800")
         row = next(row for row in await simulator.rows("members", gid) if row["user_id"] == user_id)
         assert (row["timed_out_until"], row["nick"]) == (until, "a\ufffd\ufffd")
-        await simulator.call("lies.drop_page", gid, "last")
-        assert await simulator.call("lies.done") == {}
+        await simulator.call("faults.drop_page", gid, "last")
+        assert await simulator.call("faults.injected") == {}
         assert await simulator.call("gateway.identifies") == 0
         with pytest.raises(RuntimeError, match="the world has no guild 5"):
             await simulator.call("world.join", 5)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .entities import ChannelType, Guild
 from .ids import to_datetime
-from .populate import DISPLAY_NAMES, NICKS, TOPICS, WORDS, threadable
+from .populate import DISPLAY_NAMES, NICKS, TOPICS, WORDS, thread_parents
 
 if TYPE_CHECKING:
     from .world import World
@@ -143,7 +143,7 @@ def _channel(world: World, rng: random.Random, guild: Guild) -> str | None:
 
 def _thread(world: World, rng: random.Random, guild: Guild) -> str | None:
     kind = rng.randrange(6)
-    places = threadable(guild)
+    places = thread_parents(guild)
     if kind <= 1 and places and len(guild.threads) < 100:
         return f"thread {world.create_thread(guild.id, rng.choice(places).id, _name(rng))} came up in {guild.id}"
     if not guild.threads:

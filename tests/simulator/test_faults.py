@@ -15,25 +15,25 @@ async def page_order(client: BareClient, guild_id: int, count: int) -> list[int]
 
 
 async def test_pages_are_lost_doubled_and_shuffled_as_told(simulator: Simulator, large: int) -> None:
-    lies = simulator.lies
+    faults = simulator.faults
     async with bare_client(simulator) as client:
-        lies.drop_page(large, "last")
+        faults.drop_page(large, "last")
         assert await page_order(client, large, 3) == [0, 1, 2]
-        lies.drop_page(large, "middle", times=2)
+        faults.drop_page(large, "middle", times=2)
         assert await page_order(client, large, 3) == [0, 1, 3]
         assert await page_order(client, large, 3) == [0, 1, 3]
-        lies.duplicate_page(large, 1)
+        faults.duplicate_page(large, 1)
         assert await page_order(client, large, 5) == [0, 1, 1, 2, 3]
-        lies.reorder_pages(large)
+        faults.reorder_pages(large)
         shuffled = await page_order(client, large, 4)
         assert sorted(shuffled) == [0, 1, 2, 3] != shuffled
         assert await page_order(client, large, 4) == [0, 1, 2, 3]
-    assert dict(lies.done) == {"drop_page": 3, "duplicate_page": 1, "reorder_pages": 1}
+    assert dict(faults.injected) == {"drop_page": 3, "duplicate_page": 1, "reorder_pages": 1}
 
 
 async def test_a_request_can_be_met_with_silence_or_a_rate_limit(simulator: Simulator, large: int) -> None:
-    simulator.lies.silence(large)
-    simulator.lies.rate_limit_next(large, retry_after=0.5)
+    simulator.faults.ignore_member_request(large)
+    simulator.faults.rate_limit_next(large, retry_after=0.5)
     async with bare_client(simulator) as client:
         await client.request_members(large, nonce="a")
         assert (await client.wait_for("RATE_LIMITED"))[0]["d"]["retry_after"] == 0.5
@@ -41,22 +41,22 @@ async def test_a_request_can_be_met_with_silence_or_a_rate_limit(simulator: Simu
         await client.request_members(large, nonce="c")
         pages = await client.wait_for("GUILD_MEMBERS_CHUNK", 4)
         assert {page["d"]["nonce"] for page in pages} == {"c"}
-    assert simulator.lies.done["silence"] == 1
+    assert simulator.faults.injected["ignore_member_request"] == 1
 
 
 async def test_the_socket_drops_after_so_many_events(simulator: Simulator, world: World, small: int) -> None:
     async with bare_client(simulator) as client:
-        simulator.lies.drop_socket_after_events(3)
+        simulator.faults.drop_socket_after_events(3)
         for _ in range(5):
             world.join(small)
         with pytest.raises((ConnectionError, TypeError)):
             await client.wait_for("GUILD_MEMBER_ADD", 4)
-    assert simulator.lies.done["drop_socket_after_events"] == 1
+    assert simulator.faults.injected["drop_socket_after_events"] == 1
 
 
 async def test_duplicates_carry_the_same_sequence_number(simulator: Simulator, world: World, small: int) -> None:
     async with bare_client(simulator) as client:
-        simulator.lies.duplicate_events(0.5)
+        simulator.faults.duplicate_events(0.5)
         for _ in range(100):
             world.join(small)
         await client.wait_for("GUILD_MEMBER_ADD", 100)
@@ -72,12 +72,12 @@ async def test_duplicates_carry_the_same_sequence_number(simulator: Simulator, w
 
 async def test_a_pause_withholds_events_and_acknowledgements(simulator: Simulator, world: World, small: int) -> None:
     async with bare_client(simulator) as client:
-        simulator.lies.pause()
+        simulator.faults.pause()
         user_id = world.join(small)
         await client.send(1, None)
         with pytest.raises(TimeoutError):
             await client.receive(timeout=0.2)
-        simulator.lies.resume()
+        simulator.faults.resume()
         assert (await client.wait_for("GUILD_MEMBER_ADD"))[0]["d"]["user"]["id"] == str(user_id)
         assert 11 not in {message["op"] for message in client.seen}
 
@@ -85,7 +85,7 @@ async def test_a_pause_withholds_events_and_acknowledgements(simulator: Simulato
 async def test_sessions_can_be_invalidated_and_resumes_refused(simulator: Simulator) -> None:
     async with bare_client(simulator) as client:
         session_id = client.seen[1]["d"]["session_id"]
-        assert simulator.lies.invalidate_session(resumable=False) == 1
+        assert simulator.faults.invalidate_session(resumable=False) == 1
         assert (await client.wait_for(9))[0]["d"] is False
     async with bare_client(simulator, identify=False) as client:
         await client.send(6, {"token": simulator.token, "session_id": session_id, "seq": 1})
@@ -96,14 +96,14 @@ async def test_every_kind_of_malformed_payload_can_be_sent(simulator: Simulator,
     kinds = malformed_events(world.guild(small))
     async with bare_client(simulator) as client:
         for kind in kinds:
-            simulator.lies.malformed(kind, small)
+            simulator.faults.send_malformed(kind, small)
             try:
                 await client.receive()
             except (ValueError, AttributeError):
                 assert kind in ("invalid_json", "not_an_object")
     with pytest.raises(ValueError, match="choose from invalid_json"):
-        simulator.lies.malformed("polite")
-    assert simulator.lies.done["inject_raw"] == len(kinds)
+        simulator.faults.send_malformed("polite")
+    assert simulator.faults.injected["inject_raw"] == len(kinds)
 
 
 async def test_nul_and_lone_surrogates_travel_as_escapes(simulator: Simulator, world: World, small: int) -> None:
@@ -118,8 +118,8 @@ async def test_nul_and_lone_surrogates_travel_as_escapes(simulator: Simulator, w
 
 async def test_sockets_drop_at_a_word(simulator: Simulator) -> None:
     async with bare_client(simulator) as client:
-        assert simulator.lies.drop_socket() == 1
+        assert simulator.faults.drop_socket() == 1
         with pytest.raises(ConnectionError):
             await client.receive()
     await until(lambda: not simulator.gateway.connections)
-    assert simulator.lies.drop_socket() == 0
+    assert simulator.faults.drop_socket() == 0

@@ -21,11 +21,11 @@ async def test_the_ledger_lists_what_was_told_and_nothing_else(world: World, sim
     message = world.message(small, channel, someone, "hi")
     world.guild_outage(small)
     world.join(small)
-    assert [move.kind for move in world.told.moves] == ["join", "leave"]
-    assert world.told.messages == [(message, small, someone)]
-    assert world.told.since(0, 1) == {
+    assert [event.kind for event in world.ledger.member_events] == ["join", "leave"]
+    assert world.ledger.messages == [(message, small, someone)]
+    assert world.ledger.since(0, 1) == {
         "messages": [[message, small, someone]],
-        "moves": [[small, joined, "leave", None]],
+        "member_events": [[small, joined, "leave", None]],
     }
 
 
@@ -33,14 +33,14 @@ async def test_traffic_goes_on_until_it_is_stopped_mostly_messages(world: World,
     simulator.traffic.start(2_000, seed=3)
     await until(lambda: simulator.traffic.emitted > 400)
     emitted = await simulator.traffic.stop()
-    assert 0.5 * emitted < len(world.told.messages) < 0.9 * emitted
+    assert 0.5 * emitted < len(world.ledger.messages) < 0.9 * emitted
     await asyncio.sleep(0.05)
     assert simulator.traffic.emitted == emitted
 
 
 async def test_a_burst_tells_of_each_message_once(world: World, simulator: Simulator) -> None:
     await simulator.traffic.burst(2_000)
-    assert len({message.id for message in world.told.messages}) == 2_000
+    assert len({message.id for message in world.ledger.messages}) == 2_000
 
 
 @asynccontextmanager

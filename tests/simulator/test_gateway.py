@@ -162,7 +162,7 @@ async def test_an_unknown_session_cannot_be_resumed_but_may_identify(simulator: 
 
 
 async def test_a_member_request_goes_on_after_a_resume(simulator: Simulator, world: World, large: int) -> None:
-    simulator.lies.drop_socket_after_pages(large, 2)
+    simulator.faults.drop_socket_after_pages(large, 2)
     async with bare_client(simulator) as client:
         session_id = client.seen[1]["d"]["session_id"]
         await client.request_members(large)
@@ -188,7 +188,7 @@ async def test_a_reader_that_stops_stalls_neither_memory_nor_others(
             assert len(ids) == 3500
         # 400 pages would be 180 MB; the socket's buffers take a few of them.
         assert session.sequence < 200
-        assert session.held_bytes < 64 << 20
+        assert session.buffered_bytes < 64 << 20
 
 
 async def test_paced_pages_leave_room_for_events(world: World, large: int) -> None:
