@@ -16,8 +16,9 @@ from discord.ext import commands
 
 from models import Role
 from simulator import InteractionResult, Simulator, World
-from tests.bot.running import running, until
+from tests.bot.running import running
 from tests.bot.written import WrittenCogs
+from tests.waiting import until
 from utils import base_cog
 from utils.base_cog import BaseCog
 from utils.bot import command_errors

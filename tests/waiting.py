@@ -5,18 +5,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 import textwrap
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar, overload
+from collections.abc import Callable
+from typing import Any
 
 #: Seconds that a test waits by default. Generous, because it costs nothing unless the test fails.
-TIMEOUT = 20.0
-Value = TypeVar("Value")
+TIMEOUT = 40.0
 
 
-@overload
-async def until(condition: Callable[[], Awaitable[Value]], timeout: float = ..., *, interval: float = ...) -> Value: ...
-@overload
-async def until(condition: Callable[[], Value], timeout: float = ..., *, interval: float = ...) -> Value: ...
 async def until(condition: Callable[[], Any], timeout: float = TIMEOUT, *, interval: float = 0.005) -> Any:
     """Evaluate a condition, which may be a coroutine function, until it returns something true, and return that.
 

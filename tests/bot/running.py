@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 from discord import gateway, http
 
 from simulator import Simulator
+from tests.waiting import until
 from utils.bot.client import Guildbook
 from utils.database import Pool
 from utils.demo.child import ENTRY, environment, free_port
@@ -24,13 +25,6 @@ from utils.settings import Settings
 
 #: Nothing here may take longer, in seconds.
 PATIENCE = 40.0
-
-
-async def until(condition: Callable[[], object], timeout: float = PATIENCE) -> None:
-    """Wait until a condition holds; it fails by TimeoutError, never by luck."""
-    async with asyncio.timeout(timeout):
-        while not condition():  # noqa: ASYNC110 - the conditions are other people's state, without an event
-            await asyncio.sleep(0.01)
 
 
 def settings_for(simulator: Simulator, **given: Any) -> Settings:

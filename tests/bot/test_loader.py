@@ -11,8 +11,9 @@ import pytest
 
 from models import Base
 from simulator import Simulator, World
-from tests.bot.running import running, until
+from tests.bot.running import running
 from tests.bot.written import WrittenCogs
+from tests.waiting import until
 from utils.bot import loader
 from utils.bot.client import Guildbook
 from utils.bot.loader import found_extensions
@@ -360,9 +361,7 @@ async def test_what_waits_to_be_written_is_written_whatever_happens_to_a_cog(
     guild_id = next(iter(simulator.world.guilds))
     async with running(database, simulator, monkeypatch, extensions=cogs.extensions, flush_seconds=3.0) as bot:
         joined = [simulator.world.join(guild_id) for _ in range(3)]
-        async with asyncio.timeout(10):
-            while not waiting(bot):  # noqa: ASYNC110 - somebody else's state
-                await asyncio.sleep(0.01)
+        await until(lambda: waiting(bot))
         before = waiting(bot)
         await bot.loader.reload("one")
         cogs.write("one", "raise RuntimeError")

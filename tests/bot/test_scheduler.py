@@ -13,6 +13,7 @@ import pytest
 from simulator import Simulator
 from tests.bot.running import BotProcess, running
 from tests.operations.backup.making import filled, vault_in
+from tests.waiting import until
 from utils.bot import scheduler
 from utils.bot.scheduler import Scheduler
 from utils.database import ConnectTarget, Pool
@@ -76,9 +77,7 @@ async def test_a_backup_that_is_young_enough_is_not_made_again_and_an_old_one_is
 
 
 async def until_sampled(database: Pool) -> None:
-    async with asyncio.timeout(20):
-        while not await database.fetchval("SELECT count(*) FROM ops.table_sizes"):  # noqa: ASYNC110 - a table
-            await asyncio.sleep(0.02)
+    await until(lambda: database.fetchval("SELECT count(*) FROM ops.table_sizes"))
 
 
 async def test_a_backup_that_fails_is_told_counted_and_tried_again(
@@ -93,9 +92,7 @@ async def test_a_backup_that_fails_is_told_counted_and_tried_again(
         results = await until_written(database, "backup create")
         assert results[0].startswith("Failed: ")
         (tmp_path / "backups").unlink()
-        async with asyncio.timeout(20):
-            while not await vault_in(tmp_path).newest():  # noqa: ASYNC110 - a file
-                await asyncio.sleep(0.02)
+        await until(vault_in(tmp_path).newest)
     finally:
         await one.stop(5)
     assert metrics.duty_failures.labels("backup")._value.get() > before

@@ -7,7 +7,8 @@ import signal
 from pathlib import Path
 
 from simulator import Simulator
-from tests.bot.running import PATIENCE, BotProcess, until, until_equal
+from tests.bot.running import PATIENCE, BotProcess, until_equal
+from tests.waiting import until
 from utils.database import Pool
 
 #: The low bits of a stamp count; the high ones are the epoch.

@@ -13,7 +13,8 @@ from discord import gateway, http
 
 from simulator import Simulator
 from simulator.proxy import Proxy
-from tests.bot.running import PATIENCE, BotProcess, settings_for, until, until_equal
+from tests.bot.running import PATIENCE, BotProcess, settings_for, until_equal
+from tests.waiting import until
 from utils.bot.client import SPOOL, Guildbook
 from utils.bot.process import Process
 from utils.database import ConnectTarget, Pool

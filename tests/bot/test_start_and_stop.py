@@ -6,7 +6,8 @@ import signal
 from pathlib import Path
 
 from simulator import Simulator
-from tests.bot.running import BotProcess, differences, until, until_equal
+from tests.bot.running import BotProcess, differences, until_equal
+from tests.waiting import until
 from utils.database import Connection, ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
 

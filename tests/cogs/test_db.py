@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from simulator import InteractionResult, Limits, Simulator, World
-from tests.bot.running import running, until, until_equal
+from tests.bot.running import running, until_equal
 from tests.operations.backup.restoring import cleaned
+from tests.waiting import until
 from utils.bot.client import Guildbook
 from utils.database import Pool
 from utils.exceptions import DatabaseUnavailable, MigrationError

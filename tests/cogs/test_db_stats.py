@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from simulator import Simulator, World
-from tests.bot.running import running, until
+from tests.bot.running import running
+from tests.waiting import until
 from utils.database import Pool
 from utils.service import metrics
 from utils.service.lease import Lease, holder

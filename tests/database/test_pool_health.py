@@ -11,6 +11,7 @@ import asyncpg
 import pytest
 
 from simulator.proxy import Proxy
+from tests.waiting import until
 from utils.database import ConnectTarget, Pool
 from utils.database.access import Database
 from utils.database.embedded import PORT, EmbeddedServer
@@ -48,9 +49,7 @@ async def test_the_figures_tell_what_was_created_is_active_idle_and_waited_for(t
         assert db.pool_stats() == {"created": 2, "active": 0, "idle": 2, "waiting": 0, "size": 2, "max": 2}
         async with db.acquire(), db.acquire() as conn:
             third = asyncio.create_task(db.fetchval("SELECT 3"))
-            async with asyncio.timeout(PATIENCE):
-                while not db.pool_stats()["waiting"]:  # noqa: ASYNC110 - it is counted, not announced
-                    await asyncio.sleep(0)
+            await until(lambda: db.pool_stats()["waiting"])
             assert db.pool_stats() == {"created": 2, "active": 2, "idle": 0, "waiting": 1, "size": 2, "max": 2}
             conn.terminate()
         assert await third == 3
@@ -96,9 +95,7 @@ async def test_connections_that_are_silent_are_thrown_away_and_replaced_once_the
             assert await db.validate_connections(timeout=0.3) == {"checked": 3, "replaced": 3}
         assert not await db.check(timeout=0.3)
         network.heal()
-        async with asyncio.timeout(PATIENCE):
-            while not await db.check():  # noqa: ASYNC110 - as the process does, only more often
-                await asyncio.sleep(0.05)
+        await until(db.check)
         assert await db.fetchval("SELECT 1") == 1
         assert db.pool_stats()["created"] > 3
 

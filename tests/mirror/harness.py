@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import yarl
 from discord import backoff, gateway, http
 
 from simulator import Limits, Simulator, World
+from tests.waiting import until
 from utils.database import Pool
 from utils.exceptions import DatabaseError
 from utils.mirror import Mirror
@@ -35,13 +36,6 @@ TABLES = ("guilds", "users", "members", "roles", "channels", "threads")
 PAGE = 10
 #: Seconds; a bound for what takes a few milliseconds, on a machine that does other things.
 PATIENCE = 30.0
-
-
-async def until(condition: Callable[[], object], timeout: float = PATIENCE) -> None:
-    """Wait until a condition holds; it fails by TimeoutError, never by luck."""
-    async with asyncio.timeout(timeout):
-        while not condition():  # noqa: ASYNC110 - the conditions are other people's state, without an event
-            await asyncio.sleep(0.005)
 
 
 class _Impatient:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
 from datetime import datetime
-from inspect import isawaitable
 from typing import Any, TypeAlias
 
 import asyncpg
@@ -16,6 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.waiting import until
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
 from utils.exceptions import DatabaseError, LeaseLost
@@ -75,13 +75,6 @@ async def candidates(target: ConnectTarget) -> AsyncIterator[Candidates]:
     made = Candidates(target)
     yield made
     await made.end()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait until a condition holds, awaited if need be; it fails by TimeoutError, never by luck."""
-    async with asyncio.timeout(PATIENCE):
-        while not (await met if isawaitable(met := condition()) else met):  # noqa: ASYNC110 - others' state
-            await asyncio.sleep(0.01)
 
 
 async def expires_at(database: Pool) -> datetime:

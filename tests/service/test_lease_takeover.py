@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ import asyncpg
 import pytest
 
 from simulator.proxy import Proxy
+from tests.waiting import until
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import PORT
 from utils.exceptions import LeaseLost
@@ -51,13 +52,6 @@ async def connected(target: ConnectTarget) -> AsyncIterator[Connection]:
         yield connection
     finally:
         connection.terminate()
-
-
-async def until(condition: Callable[[], Awaitable[object]]) -> None:
-    """Wait until a condition holds; it fails by TimeoutError, never by luck."""
-    async with asyncio.timeout(PATIENCE):
-        while not await condition():  # noqa: ASYNC110 - the conditions are other people's state, without an event
-            await asyncio.sleep(0.01)
 
 
 async def won(task: asyncio.Task[Fence]) -> Fence:

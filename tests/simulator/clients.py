@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,16 +18,10 @@ from discord import gateway, http
 
 from simulator import Simulator
 from simulator.state import Intent
+from tests.waiting import until
 
 ALL_INTENTS = 0x3FFFFFF
 _PAUSE_S = 0.01
-
-
-async def until(condition: Callable[[], object], timeout: float = 15.0) -> None:
-    """Wait until a condition holds; it fails by TimeoutError, never by luck."""
-    async with asyncio.timeout(timeout):
-        while not condition():  # noqa: ASYNC110 - the conditions are other people's state, without an event
-            await asyncio.sleep(_PAUSE_S)
 
 
 @asynccontextmanager

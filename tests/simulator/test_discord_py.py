@@ -11,7 +11,8 @@ from discord import app_commands
 
 from simulator import Simulator, World
 from tests.simulator.client_cache import differences
-from tests.simulator.clients import discord_client, until
+from tests.simulator.clients import discord_client
+from tests.waiting import until
 
 KEYS = {"members": "user_id", "users": "id", "roles": "id", "channels": "id", "threads": "id"}
 

@@ -6,7 +6,8 @@ import pytest
 
 from simulator import Simulator, World
 from simulator.malformed import malformed_events
-from tests.simulator.clients import BareClient, bare_client, until
+from tests.simulator.clients import BareClient, bare_client
+from tests.waiting import until
 
 
 async def page_order(client: BareClient, guild_id: int, count: int) -> list[int]:

@@ -9,7 +9,8 @@ import pytest
 from simulator import Limits, Simulator, World
 from simulator.state import Intent
 from simulator.throughput import measure
-from tests.simulator.clients import ALL_INTENTS, BareClient, bare_client, until
+from tests.simulator.clients import ALL_INTENTS, BareClient, bare_client
+from tests.waiting import until
 
 
 async def members_of(client: BareClient, guild_id: int, **how: Any) -> tuple[list[int], list[dict[str, Any]]]:

@@ -14,7 +14,8 @@ import aiohttp
 from simulator import Limits, Simulator, World
 from simulator.proxy import Proxy
 from simulator.remote import SimulatorProcess
-from tests.simulator.clients import bare_client, until
+from tests.simulator.clients import bare_client
+from tests.waiting import until
 
 
 def chat(world: World, guild_id: int, count: int) -> list[int]:
@@ -90,9 +91,7 @@ async def test_the_ledger_is_read_from_another_process_piece_by_piece() -> None:
         await simulator.call("traffic.start", 2_000, 5)
         await asyncio.sleep(0.2)
         emitted = await simulator.call("traffic.stop")
-        async with asyncio.timeout(10):
-            while not await simulator.call("gateway.has_sent_all"):  # noqa: ASYNC110 - it is another process
-                await asyncio.sleep(0.01)
+        await until(lambda: simulator.call("gateway.has_sent_all"))
         told = await simulator.call("world.ledger.since")
         (delivery,) = (await simulator.call("world.ledger.delivered")).values()
         assert 100 < len(told["messages"]) < emitted

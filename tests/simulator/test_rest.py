@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from simulator import Limits, Simulator, World
-from tests.simulator.clients import until
+from tests.waiting import until
 
 
 class Rest:

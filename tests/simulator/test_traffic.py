@@ -10,7 +10,7 @@ import pytest
 
 from simulator import Simulator, World
 from simulator.proxy import Proxy
-from tests.bot.running import until
+from tests.waiting import until
 
 
 async def test_the_ledger_lists_what_was_told_and_nothing_else(world: World, simulator: Simulator, small: int) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextvars import ContextVar
 from typing import Any
 
 import asyncpg
 import pytest
 
+from tests.waiting import until
 from utils.database import ConnectTarget, Pool
 from utils.database.access import Database
 from utils.database.cache import Channel, QueryCache
@@ -89,12 +90,6 @@ class Process:
         if connection is not None:
             with contextlib.suppress(asyncpg.InterfaceError):
                 await self.operator.execute("SELECT pg_terminate_backend($1)", connection.get_server_pid())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110 - nothing announces it
-            await asyncio.sleep(0.01)
 
 
 @contextlib.asynccontextmanager

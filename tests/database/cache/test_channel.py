@@ -12,7 +12,8 @@ import asyncpg
 import orjson
 import pytest
 
-from tests.database.cache.conftest import PATIENCE, UPDATE, Process, started, until
+from tests.database.cache.conftest import PATIENCE, UPDATE, Process, started
+from tests.waiting import until
 from utils.database import ConnectTarget, Pool
 from utils.database.cache import Channel, QueryCache
 from utils.database.cache.channel import CHANNEL

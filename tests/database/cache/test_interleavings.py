@@ -12,7 +12,8 @@ from typing import Literal
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.database.cache.conftest import UPDATE, Process, until
+from tests.database.cache.conftest import UPDATE, Process
+from tests.waiting import until
 from utils.database.cache import QueryCache
 from utils.exceptions import DatabaseError
 

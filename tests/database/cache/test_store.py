@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import until
 from utils.database import Pool
 from utils.database.cache import QueryCache
 from utils.database.cache.store import DISTRUST_SECONDS
@@ -52,12 +53,6 @@ def answering(value: Any) -> Callable[[], Awaitable[Any]]:
         return value
 
     return run
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110 - nothing announces it
-            await asyncio.sleep(0.001)
 
 
 @pytest.fixture

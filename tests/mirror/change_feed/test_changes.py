@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.mirror.feeding import INSERT_EVENT, INSERT_USER, Heard, drained, running, write
-from tests.mirror.harness import until
 from tests.mirror.tables import GUILD, OTHER_GUILD
+from tests.waiting import until
 from utils.database import Pool
 from utils.exceptions import DatabaseUnavailable
 from utils.mirror import change_feed

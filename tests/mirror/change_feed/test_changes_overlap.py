@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from models import DISCORD_EPOCH_MS
 from tests.mirror.feeding import INSERT, INSERT_EVENT, INSERT_USER, Heard, connected, drained, running, write
-from tests.mirror.harness import until
 from tests.mirror.tables import GUILD
+from tests.waiting import until
 from utils.database import ConnectTarget, Pool
 from utils.mirror import change_feed
 from utils.mirror.change_feed import ChangeFeed

@@ -8,7 +8,8 @@ import pytest
 
 from simulator import Simulator
 from simulator.entities import ChannelType
-from tests.mirror.harness import changes, differences, mirrored, removals, small_world, until, versions
+from tests.mirror.harness import changes, differences, mirrored, removals, small_world, versions
+from tests.waiting import until
 from utils.database import Pool
 
 

@@ -13,7 +13,8 @@ import asyncpg
 import pytest
 
 from tests.mirror.faults.test_live import people
-from tests.mirror.harness import changes, differences, mirrored, removals, runs, small_world, until, versions
+from tests.mirror.harness import changes, differences, mirrored, removals, runs, small_world, versions
+from tests.waiting import until
 from utils.database import Pool
 from utils.exceptions import DatabaseUnavailable
 from utils.mirror.records.rows import COUNTER_BITS
@@ -167,9 +168,7 @@ async def test_connections_that_end_in_the_middle_of_a_large_listing_cost_nobody
         for round_ in range(2):  # the first sync, then one of what is known
             async with mirrored(database, simulator, monkeypatch) as bot:
                 await bot.listing(guild_id, pages=4)
-                async with asyncio.timeout(20):
-                    while not await admin.fetchval(COPYING):  # noqa: ASYNC110 - the server has no event for it
-                        await asyncio.sleep(0.005)
+                await until(lambda: admin.fetchval(COPYING))
                 assert await end_connections(admin) > 1
                 await bot.settled()
                 states = [state for state, _ in await runs(database, guild_id)]

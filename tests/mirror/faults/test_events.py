@@ -13,7 +13,8 @@ import pytest
 from simulator import Simulator
 from tests.mirror.faults.test_database import administrator, failures, refusing
 from tests.mirror.faults.test_live import people
-from tests.mirror.harness import Mirrored, differences, mirrored, small_world, until
+from tests.mirror.harness import Mirrored, differences, mirrored, small_world
+from tests.waiting import until
 from utils.database import Pool
 from utils.exceptions import DatabaseUnavailable
 from utils.mirror.spool.queue import Spool

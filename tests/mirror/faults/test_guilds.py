@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.mirror.faults.test_live import people
-from tests.mirror.harness import changes, differences, mirrored, removals, runs, small_world, until
+from tests.mirror.harness import changes, differences, mirrored, removals, runs, small_world
+from tests.waiting import until
 from utils.database import Pool
 from utils.exceptions import SyncError
 

@@ -11,7 +11,8 @@ import pytest
 from simulator import Simulator
 from simulator.payloads import member_payload
 from simulator.state import Intent
-from tests.mirror.harness import Mirrored, changes, differences, mirrored, removals, small_world, until
+from tests.mirror.harness import Mirrored, changes, differences, mirrored, removals, small_world
+from tests.waiting import until
 from utils.database import Pool
 
 SIZE = 60

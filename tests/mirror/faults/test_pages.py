@@ -9,7 +9,8 @@ import pytest
 
 from simulator import Simulator
 from simulator.faults import FaultInjector
-from tests.mirror.harness import changes, differences, mirrored, removals, runs, small_world, until, versions
+from tests.mirror.harness import changes, differences, mirrored, removals, runs, small_world, versions
+from tests.waiting import until
 from utils.database import Pool
 
 Fault = Callable[[FaultInjector, int], None]

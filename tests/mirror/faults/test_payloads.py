@@ -13,7 +13,8 @@ import pytest
 from simulator import World
 from simulator.malformed import TOO_LARGE, malformed_events
 from tests.mirror.faults.test_live import people
-from tests.mirror.harness import differences, mirrored, removals, small_world, until
+from tests.mirror.harness import differences, mirrored, removals, small_world
+from tests.waiting import until
 from utils import logs
 from utils.database import Pool
 from utils.service import metrics

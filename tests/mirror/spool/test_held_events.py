@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.bot.running import until
 from tests.mirror.tables import when
+from tests.waiting import until
 from utils.mirror.records.events import Event, Membership, Message
 from utils.mirror.spool.held_events import MOST, HeldEvents
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import fcntl
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.waiting import until
 from utils.exceptions import SpoolError
 from utils.mirror.spool import journal as module
 from utils.mirror.spool.journal import LOCK, Journal, found, is_dead
@@ -92,12 +92,6 @@ async def left(journal: Journal) -> list[int]:
 
 def segments(journal: Journal) -> list[Path]:
     return sorted(journal.path.glob("*.journal"))
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(SOON):
-        while not condition():  # noqa: ASYNC110 - a file system sets no event
-            await asyncio.sleep(0.001)
 
 
 # --- the queue

@@ -18,18 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.mirror.spool.test_journal import (
-    SOON,
-    adopted,
-    fill,
-    impatient,
-    journal,
-    left,
-    segments,
-    stamps,
-    until,
-    write,
-)
+from tests.mirror.spool.test_journal import SOON, adopted, fill, impatient, journal, left, segments, stamps, write
+from tests.waiting import until
 from utils.exceptions import SpoolError
 from utils.mirror.spool import segments as files
 from utils.mirror.spool.journal import LOCK, Journal, is_dead

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from simulator import Limits, Simulator, World
-from tests.bot.running import BotProcess, running, until, until_equal
+from tests.bot.running import BotProcess, running, until_equal
 from tests.operations.backup.restoring import cleaned, dumped, until_true
+from tests.waiting import until
 from utils.database import Pool
 from utils.database.embedded import EmbeddedServer
 from utils.operations.backup.restore import bring_back

@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 
 from tests.operations.backup.making import filled, vault_in
+from tests.waiting import until
 from utils.database import ConnectTarget, Pool
 from utils.exceptions import BackupError, DatabaseError
 from utils.operations.backup import create
@@ -87,9 +88,7 @@ async def test_when_counting_fails_pg_dump_is_ended(
     tmp_path: Path, database: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fails(connection: Any, tables: Any) -> dict[str, int]:
-        async with asyncio.timeout(20):
-            while not await database.fetchval(_SESSIONS):  # noqa: ASYNC110 - it is another process
-                await asyncio.sleep(0.01)
+        await until(lambda: database.fetchval(_SESSIONS))
         raise asyncpg.DataCorruptedError("invalid page in block 7 of relation members")
 
     monkeypatch.setattr(create, "_counted", fails)
