@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -17,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.report import Row
+from benchmarks.figures import Figure, ratio
 from utils.database import ConnectTarget, Pool
 from utils.database.partitions import ensure_partitions
 from utils.operations.action import ignore_progress
@@ -28,7 +27,6 @@ from utils.operations.backup.scratch import connected, quoted
 from utils.operations.backup.service import BackupService
 from utils.settings import Settings
 
-ROUNDS = 5
 #: Rows of the tables that hold nearly all of a mirror.
 USERS, MEMBERS, CHANGES = 1_100_000, 1_200_000, 200_000
 #: Nothing may take longer than this, in seconds.
@@ -90,19 +88,19 @@ async def _run(*arguments: str, environment: dict[str, str]) -> None:
         raise RuntimeError(f"{Path(arguments[0]).name} ended with {code}")
 
 
-async def _timed(database: Pool, work: Callable[[], Awaitable[Any]]) -> tuple[float, Any]:
+async def _timed(pool: Pool, work: Callable[[], Awaitable[Any]]) -> tuple[float, Any]:
     """Return seconds and result; what was written before is on the disk when it begins."""
-    await database.execute("CHECKPOINT")
+    await pool.execute("CHECKPOINT")
     await asyncio.to_thread(os.sync)  # in a thread: it may take longer than any stall that is looked for
     started = time.perf_counter()
     result = await work()
     return time.perf_counter() - started, result
 
 
-async def _forced(database: Pool) -> float:
+async def _forced(pool: Pool) -> float:
     """Return the seconds that it takes until all that was written is on the disk."""
     started = time.perf_counter()
-    await database.execute("CHECKPOINT")
+    await pool.execute("CHECKPOINT")
     return time.perf_counter() - started
 
 
@@ -129,17 +127,17 @@ async def _no_safety() -> tuple[None, str]:
     return None, ""
 
 
-async def measure(database: Pool, rounds: int = ROUNDS) -> list[Row]:
+async def measure(pool: Pool, *, rounds: int = 5) -> list[Figure]:
     """Fill the tables, then make and bring back backups in turn with `pg_dump` and `pg_restore`."""
-    async with database.acquire() as connection:
-        await ensure_partitions(connection, database.now())  # as every start of the bot does
+    async with pool.acquire() as connection:
+        await ensure_partitions(connection, pool.now())  # as every start of the bot does
     for statement, number in zip(_FILL, ((), (USERS,), (MEMBERS,), (CHANGES,)), strict=True):
-        await database.execute(statement, *number)
+        await pool.execute(statement, *number)
     for table in ("users", "members", "changes"):
-        await database.execute(f"VACUUM ANALYZE {table}")
+        await pool.execute(f"VACUUM ANALYZE {table}")
     room = Path(tempfile.mkdtemp(prefix="guildbook-bench-backup-"))
     vault = BackupService(Settings(_env_file=None, data_dir=room))  # type: ignore[call-arg]
-    directory = await tools.found(database.server_version_num // 10_000)
+    directory = await tools.found(pool.server_version_num // 10_000)
     id, size = "", 0
     made: list[float] = []
     dumped: list[float] = []
@@ -151,17 +149,17 @@ async def measure(database: Pool, rounds: int = ROUNDS) -> list[Row]:
     while_made, while_back, while_drilled = Watch(), Watch(), Watch()
 
     async def make() -> str:
-        return (await vault.make(database, Wanted())).id
+        return (await vault.make(pool, Wanted())).id
 
     async def dump() -> None:
-        target = database.direct
+        target = pool.direct
         options = ["--format=custom", f"--compress={COMPRESSION}", "--no-owner", "--no-privileges"]
         arguments = [*options, "--file", str(room / "plain.dump"), "--dbname", target.libpq_url()]
         await _run(str(directory / "pg_dump"), *arguments, environment=target.libpq_environment())
 
     async def bring() -> None:
-        async with vault.opened(id, database.server_version_num // 10_000, ignore_progress) as one:
-            done = await bring_back(database, one, safety=_no_safety)
+        async with vault.opened(id, pool.server_version_num // 10_000, ignore_progress) as one:
+            done = await bring_back(pool, one, safety=_no_safety)
             if not done.ok:
                 raise RuntimeError(done.text)
             until_live.append(float(done.data["seconds_until_live"]))
@@ -170,48 +168,44 @@ async def measure(database: Pool, rounds: int = ROUNDS) -> list[Row]:
         for turn in range(rounds):
             ways: list[tuple[list[float], Callable[[], Awaitable[Any]]]] = [(made, make), (dumped, dump)]
             for seconds, work in ways if turn % 2 else ways[::-1]:
-                spent, result = await _timed(database, work)
+                spent, result = await _timed(pool, work)
                 seconds.append(spent)
                 id = result or id
             size = (room / "plain.dump").stat().st_size
         for turn in range(rounds):
             for is_ours in (True, False) if turn % 2 else (False, True):
                 if is_ours:
-                    back.append((await _timed(database, bring))[0])
-                    back_on_disk.append(back[-1] + await _forced(database))
+                    back.append((await _timed(pool, bring))[0])
+                    back_on_disk.append(back[-1] + await _forced(pool))
                     continue
-                async with _fresh(database.direct) as fresh:
+                async with _fresh(pool.direct) as fresh:
                     plainly = partial(_restored_plainly, fresh, directory, room / "plain.dump")
-                    restored.append((await _timed(database, plainly))[0])
-                    restored_on_disk.append(restored[-1] + await _forced(database))
+                    restored.append((await _timed(pool, plainly))[0])
+                    restored_on_disk.append(restored[-1] + await _forced(pool))
         # Not in the rounds before: who looks a thousand times a second takes time from one side only.
         async with while_made.watching():
             id = await make()
         async with while_back.watching():
             await bring()
         async with while_drilled.watching():
-            drill_seconds, drilled = await _timed(database, lambda: vault.drill(database, id))
+            drill_seconds, drilled = await _timed(pool, lambda: vault.drill(pool, id))
         if not drilled.ok:
             raise RuntimeError(drilled.text)
     finally:
         shutil.rmtree(room, ignore_errors=True)
     rows = USERS + MEMBERS + CHANGES
-    median = statistics.median
     return [
-        Row(f"making a backup of {rows:,} rows: time against `pg_dump -Fc`", median(made) / median(dumped), "≤", 1.15),
-        Row("`pg_dump -Fc` for that", median(dumped), unit=" s"),
-        Row("its archive", size / 1e6, unit=" MB"),
-        Row("bringing it back, counted: time against `pg_restore`", median(back) / median(restored), "≤", 1.3),
-        Row("the same until it is live, checksum not counted", median(until_live) / median(restored)),
-        Row(
-            "the first of these until all is on the disk, on both sides",
-            median(back_on_disk) / median(restored_on_disk),
-        ),
-        Row(f"`pg_restore -j {loading.jobs()}` for that", median(restored), unit=" s"),
-        Row("a drill of it", drill_seconds, unit=" s"),
-        Row("longest loop stall while a backup is made", while_made.stall * 1e3, "≤", 50, " ms"),
-        Row("longest loop stall while one is brought back", while_back.stall * 1e3, "≤", 50, " ms"),
-        Row("longest loop stall during a drill", while_drilled.stall * 1e3, "≤", 50, " ms"),
-        Row("memory growth while a backup is made", while_made.growth, unit=" MB"),
-        Row("memory growth while one is brought back", while_back.growth, unit=" MB"),
+        ratio(f"making a backup of {rows:,} rows: time against `pg_dump -Fc`", made, dumped, "≤", 1.15),
+        Figure("`pg_dump -Fc` for that", dumped, unit=" s"),
+        Figure("its archive", (size / 1e6,), unit=" MB"),
+        ratio("bringing it back, counted: time against `pg_restore`", back, restored, "≤", 1.3),
+        ratio("the same until it is live, checksum not counted", until_live[:rounds], restored),
+        ratio("the first of these until all is on the disk, on both sides", back_on_disk, restored_on_disk),
+        Figure(f"`pg_restore -j {loading.jobs()}` for that", restored, unit=" s"),
+        Figure("a drill of it", (drill_seconds,), unit=" s"),
+        Figure("longest loop stall while a backup is made", (while_made.stall * 1e3,), "≤", 50, " ms"),
+        Figure("longest loop stall while one is brought back", (while_back.stall * 1e3,), "≤", 50, " ms"),
+        Figure("longest loop stall during a drill", (while_drilled.stall * 1e3,), "≤", 50, " ms"),
+        Figure("memory growth while a backup is made", (while_made.growth,), unit=" MB"),
+        Figure("memory growth while one is brought back", (while_back.growth,), unit=" MB"),
     ]

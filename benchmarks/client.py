@@ -82,14 +82,14 @@ async def bare(token: str, gateway: str, *, settled: bool = False) -> dict[str, 
             gc.collect()
             before, stall = _resident(), _Stall()
             watch = asyncio.create_task(stall.watch())
-            started = time.perf_counter()
+            cpu, started = time.process_time(), time.perf_counter()
             members = await guild.chunk(cache=True)
-            seconds = time.perf_counter() - started
+            seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
             watch.cancel()
         grown = _peak() - before
         await client.close()
         running.cancel()
-    return {"members": len(members), "seconds": seconds, "megabytes": grown, "stall": stall.longest}
+    return {"members": len(members), "seconds": seconds, "cpu": cpu, "megabytes": grown, "stall": stall.longest}
 
 
 async def mirror(token: str, gateway: str, dsn: str) -> dict[str, Any]:
@@ -104,41 +104,43 @@ async def mirror(token: str, gateway: str, dsn: str) -> dict[str, Any]:
     )
     source = DiscordSource(client)
     fence = await lease.seize(database, lease.holder())
-    kept = Mirror(database, source, fence, memory_queue(), shards=1, rhythm=FlushPolicy(), page_timeout=30, cooldown=0)
-    install(client, kept)
+    mirrored = Mirror(
+        database, source, fence, memory_queue(), shards=1, rhythm=FlushPolicy(), page_timeout=30, cooldown=0
+    )
+    install(client, mirrored)
     stall = _Stall()
     figures: dict[str, Any] = {}
     async with client:
-        kept.start()
+        mirrored.start()
         settle()  # as the bot does
         before = _resident()
         watch = asyncio.create_task(stall.watch())
         started = time.perf_counter()
         running = await _login(client, token, gateway)
         async with asyncio.timeout(PATIENCE):
-            while not kept.reconciler.listings:  # noqa: ASYNC110 - measured from outside, on purpose
+            while not mirrored.reconciler.listings:  # noqa: ASYNC110 - measured from outside, on purpose
                 await asyncio.sleep(0.001)
-            stall.longest = 0.0
-            while not kept.is_ready()[0]:  # noqa: ASYNC110
+            stall.longest, cpu = 0.0, time.process_time()
+            while not mirrored.is_ready()[0]:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
+            figures["first_cpu"] = time.process_time() - cpu
             figures["ready_seconds"] = time.perf_counter() - started
             figures["first_megabytes"], figures["first_stall"] = _peak() - before, stall.longest
-            state = max(kept.reconciler.guilds.values(), key=lambda state: state.size or 0)
+            state = max(mirrored.reconciler.guilds.values(), key=lambda state: state.size or 0)
             figures["first_seconds"] = await _seconds_of_last_run(database, state.id)
             stall.longest = 0.0
             times = []
             for _ in range(2):
                 await asyncio.sleep(0.3)
-                run = await kept.reconciler.sync(state.id)
+                run = await mirrored.reconciler.sync(state.id)
                 times.append(await _seconds_of_last_run(database, state.id))
-            figures["times"] = times
             figures["again_seconds"], figures["again_stall"] = min(times), stall.longest
             figures["megabytes"], figures["members"] = _peak() - before, run.rows_seen
             figures["written_again"] = run.rows_inserted + run.rows_updated + run.rows_left
         watch.cancel()
         await client.close()
         running.cancel()
-        await kept.stop(10)
+        await mirrored.stop(10)
     await database.close()
     return figures
 

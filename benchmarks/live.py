@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -16,7 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import Row
+from benchmarks.figures import Figure, ratio
 from simulator.remote import SimulatorProcess
 from utils.database import Pool
 from utils.database.embedded import EmbeddedServer
@@ -24,10 +22,9 @@ from utils.demo.proof import TABLES, compare
 from utils.operations import migrations
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 1_800.0
-#: Messages of one round, and rounds of each way. What counts is a rate that lasts: the last commit, for which the clock
-#: waits as well, must not be a good part of it.
-BURST, ROUNDS = 200_000, 3
+CLIENT_SECONDS = 1_800.0
+#: Messages in one round: so many that the last commit, for which the clock waits as well, is a small part of the time.
+BURST = 200_000
 #: Messages in all for the measurement of memory, and after how many it is read first.
 MILLION, WARM = 1_000_000, 200_000
 #: What memory may differ by and count as flat: discord.py alone goes up and down by as much.
@@ -65,7 +62,7 @@ class Client:
     async def answered(self) -> dict[str, Any]:
         """Return the figures of the next answer."""
         assert self._process.stdout is not None
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(CLIENT_SECONDS):
             figures: dict[str, Any] = json.loads(await self._process.stdout.readline())
         return figures
 
@@ -101,42 +98,52 @@ async def _burst(way: str, simulator: SimulatorProcess, *arguments: str) -> dict
         return await running.answered()
 
 
-async def _all_counted(database: Pool, told: int) -> None:
-    counted = await database.fetchval("SELECT coalesce(sum(message_count), 0)::bigint FROM member_stats")
-    if counted != told:
-        raise RuntimeError(f"{told} messages were told and {counted} counted: the time measured is not worth anything")
+async def _check_counts(pool: Pool, sent: int) -> None:
+    counted = await pool.fetchval("SELECT coalesce(sum(message_count), 0)::bigint FROM member_stats")
+    if counted != sent:
+        raise RuntimeError(f"{sent} messages were sent but {counted} counted: the measured time is meaningless")
 
 
-async def _throughput(database: Pool) -> list[Row]:
-    dsn = database.target.libpq_url()
+async def _throughput(pool: Pool, rounds: int) -> list[Figure]:
+    dsn = pool.target.libpq_url()
     runs: dict[str, list[dict[str, Any]]] = {"default": [], "bare": [], "outage": [], "always": []}
-    async with SimulatorProcess("--guild", "5000", "--no-limits", "--present", call_timeout=PATIENCE) as simulator:
-        for _ in range(ROUNDS):
-            for way in ("default", "bare"):
-                runs[way].append(await _burst(way, simulator))
-            for mode in ("outage", "always"):
-                await database.execute(f"TRUNCATE {EMPTIED}")
-                runs[mode].append(await _burst("mirror", simulator, dsn, mode))
-                await _all_counted(database, BURST)
+    names = list(runs)
+    async with SimulatorProcess(
+        "--guild", "5000", "--no-limits", "--present", call_timeout=CLIENT_SECONDS
+    ) as simulator:
+        for turn in range(rounds):
+            start = turn % len(names)
+            for name in names[start:] + names[:start]:
+                if name in ("default", "bare"):
+                    runs[name].append(await _burst(name, simulator))
+                    continue
+                await pool.execute(f"TRUNCATE {EMPTIED}")
+                runs[name].append(await _burst("mirror", simulator, dsn, name))
+                await _check_counts(pool, BURST)
 
-    def median(way: str, figure: str) -> float:
-        return statistics.median(float(run[figure]) for run in runs[way])
+    def of(name: str, figure: str) -> list[float]:
+        return [float(run[figure]) for run in runs[name]]
 
-    cpu = {way: median(way, "cpu") / BURST * 1e6 for way in runs}
-    bare, kept, always = (median(way, "seconds") for way in ("bare", "outage", "always"))
+    def micro(name: str) -> list[float]:
+        return [value / BURST * 1e6 for value in of(name, "cpu")]
+
+    bare, mirrored, always = (of(name, "seconds") for name in ("bare", "outage", "always"))
     return [
-        Row("live, events a second: the mirror against a no-op listener", bare / kept, "≥", 0.8),
-        Row("the same with SPOOL=always", bare / always),
-        Row("the first of these against Python's default collector settings", median("default", "seconds") / kept),
-        Row("events a second with the no-op listener", BURST / bare, unit=" /s"),
-        Row("CPU time of the client's process for an event, no-op listener", cpu["bare"], unit=" µs"),
-        Row("the same with the mirror", cpu["outage"], unit=" µs"),
-    ]  # fmt: skip
+        ratio("live, events a second: the mirror against a no-op listener", bare, mirrored, "≥", 0.8),
+        ratio("the same with SPOOL=always", bare, always),
+        ratio("the first of these against Python's default collector settings", of("default", "seconds"), mirrored),
+        ratio(
+            "live, processor time an event: the mirror against a no-op listener", of("outage", "cpu"), of("bare", "cpu")
+        ),
+        Figure("events a second with the no-op listener", [BURST / value for value in bare], unit=" /s"),
+        Figure("CPU time of the client's process for an event, no-op listener", micro("bare"), unit=" µs"),
+        Figure("the same with the mirror", micro("outage"), unit=" µs"),
+    ]
 
 
-async def _latency(database: Pool) -> list[Row]:
-    await database.execute(f"TRUNCATE {EMPTIED}")
-    dsn = database.target.libpq_url()
+async def _latency(pool: Pool) -> list[Figure]:
+    await pool.execute(f"TRUNCATE {EMPTIED}")
+    dsn = pool.target.libpq_url()
     async with (
         SimulatorProcess("--guild", "5000", "--no-limits", "--present") as simulator,
         client("mirror", simulator, dsn, "outage") as running,
@@ -148,20 +155,20 @@ async def _latency(database: Pool) -> list[Row]:
         await asyncio.sleep(2 * FLUSH_SECONDS)
         took = (await running.ask("time"))["took"]  # what is not committed by now counts with its age
     return [
-        Row(
+        Figure(
             f"from event to commit at {RATE:g} events/s, half of them, against FLUSH_SECONDS",
-            took[len(took) // 2] / FLUSH_SECONDS,
+            (took[len(took) // 2] / FLUSH_SECONDS,),
         ),
-        Row("the same, 99 % of them", took[int(len(took) * 0.99)] / FLUSH_SECONDS, "≤", 2.0),
+        Figure("the same, 99 % of them", (took[int(len(took) * 0.99)] / FLUSH_SECONDS,), "≤", 2.0),
     ]
 
 
-async def _memory(database: Pool) -> list[Row]:
-    await database.execute(f"TRUNCATE {EMPTIED}")
+async def _memory(pool: Pool) -> list[Figure]:
+    await pool.execute(f"TRUNCATE {EMPTIED}")
     grown = {}
-    for way, arguments in (("bare", ()), ("mirror", (database.target.libpq_url(), "outage"))):
+    for way, arguments in (("bare", ()), ("mirror", (pool.target.libpq_url(), "outage"))):
         async with (
-            SimulatorProcess("--guild", "5000", "--no-limits", "--present", call_timeout=PATIENCE) as simulator,
+            SimulatorProcess("--guild", "5000", "--no-limits", "--present", call_timeout=CLIENT_SECONDS) as simulator,
             client(way, simulator, *arguments) as running,
         ):
             samples = []
@@ -171,12 +178,12 @@ async def _memory(database: Pool) -> list[Row]:
                 samples.append((await running.answered())["memory"])
         grown[way] = samples[-1] - samples[0]
     return [
-        Row(f"memory after {MILLION:,} events against {WARM:,}", grown["mirror"], "≤", FLAT_MB, " MB"),
-        Row("the same of discord.py with a no-op listener", grown["bare"], unit=" MB"),
+        Figure(f"memory after {MILLION:,} events against {WARM:,}", (grown["mirror"],), "≤", FLAT_MB, " MB"),
+        Figure("the same of discord.py with a no-op listener", (grown["bare"],), unit=" MB"),
     ]
 
 
-async def outage(seconds: float) -> list[Row]:
+async def outage(seconds: float) -> list[Figure]:
     """Stop a database for so long while events go on, and start it again."""
     directory = Path(tempfile.mkdtemp(prefix="guildbook-outage-"))
     server = EmbeddedServer(directory)
@@ -185,7 +192,7 @@ async def outage(seconds: float) -> list[Row]:
         await migrations.upgrade(server.target())
         dsn = server.target().libpq_url()
         async with (
-            SimulatorProcess("--guild", "20000", "--no-limits", "--present", call_timeout=PATIENCE) as simulator,
+            SimulatorProcess("--guild", "20000", "--no-limits", "--present", call_timeout=CLIENT_SECONDS) as simulator,
             client("mirror", simulator, dsn, "outage") as running,
         ):
             await simulator.call("traffic.start", RATE)
@@ -205,12 +212,12 @@ async def outage(seconds: float) -> list[Row]:
         shutil.rmtree(directory, ignore_errors=True)
     name = f"{seconds:g} s without a database at {RATE:g} events/s"
     return [
-        Row(f"{name}: memory growth at its peak", during["peak"] - before, "≤", 50, " MB"),
-        Row(f"{name}: the same while it catches up", after["peak"] - before, "≤", 50, " MB"),
-        Row(f"{name}: connections to the gateway that were lost", resumes + identifies - 1, "≤", 0),
-        Row(f"{name}: messages lost or doubled, of {len(told):,}", wrong, "≤", 0),
-        Row(f"{name}: rows that differ from Discord's afterwards", different, "≤", 0),
-        Row(f"{name}: rows dropped for want of memory, which a reconcile restored", after["dropped"]),
+        Figure(f"{name}: memory growth at its peak", (during["peak"] - before,), "≤", 50, " MB"),
+        Figure(f"{name}: the same while it catches up", (after["peak"] - before,), "≤", 50, " MB"),
+        Figure(f"{name}: connections to the gateway that were lost", (resumes + identifies - 1,), "≤", 0),
+        Figure(f"{name}: messages lost or doubled, of {len(told):,}", (wrong,), "≤", 0),
+        Figure(f"{name}: rows that differ from Discord's afterwards", (different,), "≤", 0),
+        Figure(f"{name}: rows dropped for want of memory, which a reconcile restored", (after["dropped"],)),
     ]
 
 
@@ -235,15 +242,14 @@ async def _caught_up(server: EmbeddedServer, simulator: SimulatorProcess, told: 
     return wrong, different
 
 
-async def measure(database: Pool) -> list[Row]:
-    """Measure the live path; the outage in its short form."""
-    rows = await _throughput(database)
-    rows += await _latency(database)
-    rows += await _memory(database)
-    seconds = float(os.environ.get("GUILDBOOK_OUTAGE_SECONDS", SHORT_OUTAGE))
-    return rows + await outage(seconds)
+async def measure(pool: Pool, *, rounds: int = 5) -> list[Figure]:
+    """Measure the live path, with a short outage."""
+    figures = await _throughput(pool, rounds)
+    figures += await _latency(pool)
+    figures += await _memory(pool)
+    return figures + await outage(SHORT_OUTAGE)
 
 
-async def measure_outage(database: Pool) -> list[Row]:
+async def measure_outage(pool: Pool, *, rounds: int = 1) -> list[Figure]:
     """Measure ten minutes without a database."""
     return await outage(LONG_OUTAGE)

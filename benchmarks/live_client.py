@@ -38,8 +38,8 @@ from utils.mirror.write.writer import FlushPolicy
 from utils.service import lease
 from utils.service.heap import settle
 
-#: Nothing may take longer than this, in seconds.
-PATIENCE = 1_800.0
+#: How long the client may run, in seconds.
+CLIENT_SECONDS = 1_800.0
 
 
 def memory(what: str) -> float:
@@ -156,7 +156,7 @@ async def run(way: str, gateway: str, token: str, dsn: str | None, mode: Any, di
             database, DiscordSource(client), fence, queue, shards=1, rhythm=FlushPolicy(), page_timeout=30, cooldown=0
         )
         install(client, mirror)
-    async with client, asyncio.timeout(PATIENCE):
+    async with client, asyncio.timeout(CLIENT_SECONDS):
         if mirror is not None:
             mirror.start()
         await client.login(token)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import statistics
-import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from benchmarks.data import GUILD_ID, pages, records, writer_of
-from benchmarks.report import Row
+from benchmarks.figures import Figure, ratio
+from benchmarks.rounds import ServerClock, Way, interleave
 from models import Member, User
 from utils.database import Pool
 from utils.exceptions import ValidationError
@@ -34,9 +32,9 @@ MEMBER_COLUMNS = (*key_columns("members"), *LISTED_MEMBER, "stamp")
 class _Received(Listing):
     """A listing whose pages have all come."""
 
-    def __init__(self, stamp: int, received: Sequence[Page], database: Pool, touched: LiveOverlay) -> None:
+    def __init__(self, stamp: int, received: Sequence[Page], pool: Pool, touched: LiveOverlay) -> None:
         super().__init__(
-            GUILD_ID, stamp=stamp, source="gateway", reason="request", started_at=database.now(),
+            GUILD_ID, stamp=stamp, source="gateway", reason="request", started_at=pool.now(),
             touched=touched, refuse=_refuse,
         )  # fmt: skip
         self._received = deque(received)
@@ -49,28 +47,26 @@ def _refuse(error: ValidationError) -> None:
     raise error
 
 
-async def _empty(database: Pool) -> None:
-    await database.execute("TRUNCATE users, members, sync_runs, changes, user_changes")
-    await database.execute("CHECKPOINT")
+async def _empty(pool: Pool) -> None:
+    await pool.execute("TRUNCATE users, members, sync_runs, changes, user_changes")
+    await pool.execute("CHECKPOINT")
 
 
-async def _raw_copy(database: Pool, users: Sequence[Record], members: Sequence[Record]) -> None:
-    async with database.acquire() as connection:
+async def _raw_copy(pool: Pool, users: Sequence[Record], members: Sequence[Record]) -> None:
+    async with pool.acquire() as connection:
         await connection.copy_records_to_table("users", records=users, columns=USER_COLUMNS)
         await connection.copy_records_to_table("members", records=members, columns=MEMBER_COLUMNS)
 
 
-async def _ours(database: Pool, users: Sequence[Record], members: Sequence[Record], stamp: int) -> Run:
-    writer = await writer_of(database)
-    listing = _Received(stamp, list(pages(users, members)), database, writer.touched)
+async def _ours(pool: Pool, users: Sequence[Record], members: Sequence[Record], stamp: int) -> Run:
+    writer = await writer_of(pool)
+    listing = _Received(stamp, list(pages(users, members)), pool, writer.touched)
     return await StagedListing(writer, listing, page_timeout=60).write([])
 
 
-async def _sqlalchemy(database: Pool, users: Sequence[Record], members: Sequence[Record]) -> None:
+async def _sqlalchemy(pool: Pool, users: Sequence[Record], members: Sequence[Record]) -> None:
     """Upsert by INSERT … VALUES of 1,000 rows, as bots built on SQLAlchemy do."""
-    engine = create_async_engine(
-        database.target.sqlalchemy_url(), connect_args=database.target.sqlalchemy_connect_args()
-    )
+    engine = create_async_engine(pool.target.sqlalchemy_url(), connect_args=pool.target.sqlalchemy_connect_args())
     try:
         for table, columns, rows in ((User, USER_COLUMNS, users), (Member, MEMBER_COLUMNS, members)):
             keys = key_columns(table.__tablename__)
@@ -86,12 +82,12 @@ async def _sqlalchemy(database: Pool, users: Sequence[Record], members: Sequence
         await engine.dispose()
 
 
-async def _executemany(database: Pool, users: Sequence[Record], members: Sequence[Record]) -> None:
+async def _executemany(pool: Pool, users: Sequence[Record], members: Sequence[Record]) -> None:
     for table, columns, rows in (("users", USER_COLUMNS, users), ("members", MEMBER_COLUMNS, members)):
         keys = key_columns(table)
         places = ", ".join(f"${number}" for number in range(1, len(columns) + 1))
         changes = ", ".join(f"{name} = excluded.{name}" for name in columns if name not in keys)
-        async with database.acquire() as connection:
+        async with pool.acquire() as connection:
             await connection.executemany(
                 f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places}) "  # noqa: S608
                 f"ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {changes}",
@@ -99,65 +95,68 @@ async def _executemany(database: Pool, users: Sequence[Record], members: Sequenc
             )
 
 
-async def _timed(work: Callable[[], Awaitable[object]]) -> float:
-    gc.collect()
-    started = time.perf_counter()
-    await work()
-    return time.perf_counter() - started
-
-
-async def _dead_tuples(database: Pool) -> int:
-    await database.execute("SELECT pg_stat_force_next_flush()")
+async def _dead_tuples(pool: Pool) -> int:
+    await pool.execute("SELECT pg_stat_force_next_flush()")
     await asyncio.sleep(0.5)
-    dead: int = await database.fetchval(
+    dead: int = await pool.fetchval(
         "SELECT sum(n_tup_upd + n_tup_del) FROM pg_stat_user_tables "
         "WHERE relname IN ('users', 'members', 'changes_default', 'user_changes_default')"
     )
     return dead
 
 
-async def measure(database: Pool, rounds: int = 5) -> list[Row]:
-    """Time everything in turn, `rounds` times, and compare medians."""
+async def measure(pool: Pool, *, rounds: int = 7) -> list[Figure]:
+    """Sync 100,000 members in every way, once a round."""
     epoch = 1 << COUNTER_BITS
     users, members = records(MEMBERS, epoch)
     changed_users, changed_members = records(MEMBERS, epoch, changed=0.01)
-    times: dict[str, list[float]] = {}
-
-    def note(name: str, seconds: float) -> None:
-        times.setdefault(name, []).append(seconds)
-
-    written, dead = -1, -1
-    for _ in range(rounds):
-        await _empty(database)
-        note("copy", await _timed(lambda: _raw_copy(database, users, members)))
-        await _empty(database)
-        note("first", await _timed(lambda: _ours(database, users, members, epoch)))
-        await database.execute("VACUUM ANALYZE users, members")
-        before = await _dead_tuples(database)
-        runs: list[Run] = []
-
-        async def again(into: list[Run] = runs) -> None:
-            into.append(await _ours(database, users, members, epoch))
-
-        note("unchanged", await _timed(again))
-        written = max(written, runs[0].rows_inserted + runs[0].rows_updated + runs[0].rows_left)
-        dead = max(dead, await _dead_tuples(database) - before)
-        note("1 % changed", await _timed(lambda: _ours(database, changed_users, changed_members, epoch)))
     few_users, few_members = users[:PEER_MEMBERS], members[:PEER_MEMBERS]
     share = MEMBERS / PEER_MEMBERS
-    await _empty(database)
-    slow = await _timed(lambda: _sqlalchemy(database, few_users, few_members)) * share
-    await _empty(database)
-    many = await _timed(lambda: _executemany(database, few_users, few_members)) * share
-    await _empty(database)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    floor = median["copy"]
+    written: list[int] = []
+    dead: list[int] = []
+    dead_before = 0
+
+    async def empty() -> None:
+        await _empty(pool)
+
+    async def synced() -> None:
+        nonlocal dead_before
+        await _empty(pool)
+        await _ours(pool, users, members, epoch)
+        await pool.execute("VACUUM ANALYZE users, members")
+        dead_before = await _dead_tuples(pool)
+
+    async def unchanged() -> None:
+        run = await _ours(pool, users, members, epoch)
+        written.append(run.rows_inserted + run.rows_updated + run.rows_left)
+
+    async def count_dead() -> None:
+        dead.append(await _dead_tuples(pool) - dead_before)
+
+    ways = {
+        "copy": Way(lambda: _raw_copy(pool, users, members), empty),
+        "first": Way(lambda: _ours(pool, users, members, epoch), empty),
+        "unchanged": Way(unchanged, synced, count_dead),
+        "1 % changed": Way(lambda: _ours(pool, changed_users, changed_members, epoch), synced),
+        "SQLAlchemy": Way(lambda: _sqlalchemy(pool, few_users, few_members), empty),
+        "executemany": Way(lambda: _executemany(pool, few_users, few_members), empty),
+    }
+    samples = await interleave(ways, await ServerClock.of(pool), rounds=rounds)
+    await _empty(pool)
+    seconds = {name: found.seconds for name, found in samples.items()}
+    cpu = {name: found.cpu for name, found in samples.items()}
+    slow = [value * share for value in seconds["SQLAlchemy"]]
+    many = [value * share for value in seconds["executemany"]]
+    per_member = [value / MEMBERS * 1e6 for value in cpu["first"]]
     return [
-        Row("first sync of 100,000 members, speed against raw COPY", floor / median["first"], "≥", 0.85),
-        Row("nothing changed, speed against that COPY", floor / median["unchanged"], "≥", 1.3),
-        Row("1 % changed, speed against that COPY", floor / median["1 % changed"], "≥", 1.1),
-        Row("rows written when nothing changed", written, "≤", 0),
-        Row("dead tuples when nothing changed", dead, "≤", 0),
-        Row("first sync, speed against SQLAlchemy's INSERT … VALUES … ON CONFLICT", slow / median["first"], "≥", 10),
-        Row("first sync, speed against executemany", many / median["first"], "≥", 2),
+        ratio("first sync of 100,000 members, speed against raw COPY", seconds["copy"], seconds["first"], "≥", 0.85),
+        ratio("nothing changed, speed against that COPY", seconds["copy"], seconds["unchanged"], "≥", 1.3),
+        ratio("1 % changed, speed against that COPY", seconds["copy"], seconds["1 % changed"], "≥", 1.1),
+        ratio("first sync, processor time against raw COPY", cpu["first"], cpu["copy"]),
+        ratio("nothing changed, processor time against raw COPY", cpu["unchanged"], cpu["copy"]),
+        Figure("first sync, processor time per member, client and server", per_member, unit=" µs"),
+        Figure("rows written when nothing changed", (max(written),), "≤", 0),
+        Figure("dead tuples when nothing changed", (max(dead),), "≤", 0),
+        ratio("first sync, speed against SQLAlchemy's INSERT … VALUES … ON CONFLICT", slow, seconds["first"], "≥", 10),
+        ratio("first sync, speed against executemany", many, seconds["first"], "≥", 2),
     ]
