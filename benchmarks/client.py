@@ -23,7 +23,7 @@ from discord.http import Route
 
 from benchmarks.data import memory_queue
 from utils.database import Pool
-from utils.database.urls import parse
+from utils.database.target import parse_url
 from utils.mirror import Mirror
 from utils.mirror.discord.source import DiscordSource
 from utils.mirror.discord.tap import install
@@ -94,7 +94,7 @@ async def bare(token: str, gateway: str, *, settled: bool = False) -> dict[str, 
 
 async def mirror(token: str, gateway: str, dsn: str) -> dict[str, Any]:
     """Mirror all guilds, then the largest one again with nothing changed."""
-    database = Pool(parse(dsn, source="benchmark"))
+    database = Pool(parse_url(dsn, source="benchmark"))
     await database.connect()
     client = discord.AutoShardedClient(
         intents=discord.Intents(guilds=True, members=True),

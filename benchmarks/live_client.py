@@ -27,7 +27,7 @@ from discord.gateway import DiscordWebSocket
 from discord.http import Route
 
 from utils.database import Pool
-from utils.database.urls import parse
+from utils.database.target import parse_url
 from utils.mirror import Mirror
 from utils.mirror.discord.source import DiscordSource
 from utils.mirror.discord.tap import install
@@ -148,7 +148,7 @@ async def run(way: str, gateway: str, token: str, dsn: str | None, mode: Any, di
     mirror = queue = None
     if way == "mirror":
         assert dsn is not None
-        database = Pool(parse(dsn, source="benchmark"))
+        database = Pool(parse_url(dsn, source="benchmark"))
         await database.connect()
         fence = await lease.seize(database, lease.holder())
         queue = TimedQueue(await Journal.open(directory, fence.holder, max_bytes=2**30), spool=mode, max_rows=15_000)

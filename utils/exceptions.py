@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import asyncpg
 
@@ -91,84 +91,73 @@ class NotConfirmed(GuildbookError):
     """The user cancelled the question, or did not answer in time. Nothing was done."""
 
 
-#: SQLSTATEs after which the same statement may succeed (PostgreSQL manual, appendix A), and what they mean for people.
-_TRANSIENT_STATES: dict[str, str] = {
-    "25006": "the server takes no writes just now (read-only: a standby, or a failover under way)",
-    "25P03": "the server ended a transaction that sat idle for too long",
-    "40001": "two transactions got into each other's way (serialization failure)",
-    "40P01": "two transactions waited for each other (deadlock)",
-    "53300": "the server has no connection left: lower DB_POOL_MAX or raise its max_connections",
-    "55P03": "a lock was not free in time",
-    "57014": "the statement was cancelled, mostly because it took too long",
-    "57P01": "the server is shutting down",
-    "57P02": "the server is restarting after a crash",
-    "57P03": "the server is still starting",
-    "57P05": "the server ended a connection that sat idle for too long",
-}
-_ADVICE: dict[str, str] = {
-    "28000": "the server refused the login: check user and sslmode of the database URL",
-    "28P01": "the password is wrong: check the database URL",
-    "3D000": "the database does not exist: create it, or correct the name in the database URL",
-    "42501": "the database user may not do this: grant the privilege, or use the database's owner",
-    "42P01": "a table is missing: run the migrations (AUTO_MIGRATE=true, or python bot.py db upgrade)",
-    "53100": "the server's disk is full: free some space",
-    "53200": "the server has no memory left",
-}
-#: What asyncpg says, as an error of its own, when a connection ends just as a statement goes out.
-_DYING_PHRASE = "cannot switch to state"
-#: What asyncpg says, with its general InterfaceError, about a connection or pool that is no more.
-_CLOSED_PHRASES = ("connection is closed", "pool is clos", "connection has been released", "connection was closed")
+#: What asyncpg, the socket and the clock raise about a connection or a statement.
+DRIVER_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
 
 
-#: What asyncpg says when TLS was demanded and the server has none: asking again changes nothing.
-_NO_TLS = "rejected SSL upgrade"
+class translate_errors:
+    """A context manager that turns driver, socket and timeout errors in its block into errors of this module.
 
+    The new error is a `DatabaseError`, or a `DatabaseUnavailable` if the same call may succeed later. The original is
+    its `__cause__`. Errors of this module, and errors that have nothing to do with the database, pass unchanged.
+    The block may contain `await`.
+    """
 
-def _causes(exc: BaseException) -> Iterator[BaseException]:
-    """Walk from an error to what it wraps: SQLAlchemy's `orig`, then `raise … from`."""
-    seen: set[int] = set()
-    current: BaseException | None = exc
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        wrapped = getattr(current, "orig", None)
-        current = wrapped if isinstance(wrapped, BaseException) else current.__cause__
+    __slots__ = ("_error", "_files", "_was_connected", "_what")
 
+    def __init__(
+        self,
+        what: str | None = None,
+        *,
+        error: Callable[[str], GuildbookError] | None = None,
+        files: bool = True,
+        was_connected: bool = False,
+    ) -> None:
+        """
+        what: what was being done, put before the message as "what: message". None: the message alone.
+        error: raise this class instead; it also replaces a `DatabaseError` raised in the block.
+        files: False lets OSErrors that are not about a connection pass: for blocks that run the caller's code.
+        was_connected: see `translate`.
+        """
+        self._what = what
+        self._error = error
+        self._files = files
+        self._was_connected = was_connected
 
-def driver_error(exc: BaseException) -> BaseException | None:
-    """Return the error of asyncpg, the socket or the clock behind `exc`, or None when there is none."""
-    for cause in _causes(exc):
-        if isinstance(
-            cause,
-            asyncpg.PostgresError | asyncpg.InterfaceError | asyncpg.InternalClientError | OSError | TimeoutError,
-        ):
-            return cause
-    return None
+    def __enter__(self) -> None:
+        return None
 
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: object) -> None:
+        if not isinstance(exc, Exception):
+            return
+        if isinstance(exc, GuildbookError) and not (self._error is not None and isinstance(exc, DatabaseError)):
+            return
+        translated = self.translated(exc)
+        if translated is not exc:
+            raise translated from exc
 
-def is_transient(exc: BaseException) -> bool:
-    """Tell whether the same call may succeed later: refused, reset, starting, overloaded, deadlocked, out of time."""
-    if isinstance(exc, DatabaseUnavailable):
-        return True
-    cause = driver_error(exc)
-    if isinstance(cause, asyncpg.PostgresError):
-        state = getattr(cause, "sqlstate", None) or ""
-        return state in _TRANSIENT_STATES or state.startswith("08")
-    if isinstance(cause, asyncpg.InterfaceError):
-        return any(phrase in str(cause) for phrase in _CLOSED_PHRASES)
-    if isinstance(cause, asyncpg.InternalClientError):
-        # A connection whose end came while a statement was on its way out: asyncpg takes it for its own fault.
-        return _DYING_PHRASE in str(cause)
-    if isinstance(cause, PermissionError | ssl.SSLCertVerificationError) or _NO_TLS in str(cause):
-        return False
-    return isinstance(cause, OSError | TimeoutError | asyncio.IncompleteReadError)
+    def translated(self, exc: Exception) -> Exception:
+        """Return what a block that raises `exc` raises."""
+        if not self._files:
+            cause = driver_error(exc)
+            if isinstance(cause, OSError) and not isinstance(cause, ConnectionError | TimeoutError):
+                return exc
+        error = translate(exc, was_connected=self._was_connected)
+        if error is None:
+            return exc
+        message = str(error) if self._what is None else f"{self._what}: {error}"
+        if self._error is not None:
+            return self._error(message)
+        if self._what is None or not isinstance(error, DatabaseError):
+            return error
+        return type(error)(message, sqlstate=error.sqlstate)
 
 
 def translate(exc: BaseException, *, was_connected: bool = False) -> GuildbookError | None:
-    """Return our own error for one of asyncpg's, the socket's or the clock's; None when `exc` is none of them.
+    """Return the error of this module for one of asyncpg, the socket or the clock; None when `exc` is none of them.
 
-    An error that is ours already comes back as it is. `was_connected`: the database has been there, so that one that
-    does not exist is being replaced just now, by a restore that renames it.
+    An error of this module is returned as it is. `was_connected`: the database existed before, so one that does not
+    exist is being replaced by a restore, and the error is transient.
     """
     if isinstance(exc, GuildbookError):
         return exc
@@ -179,15 +168,83 @@ def translate(exc: BaseException, *, was_connected: bool = False) -> GuildbookEr
     if isinstance(cause, asyncpg.PostgresError):
         state = getattr(cause, "sqlstate", None)
         if state == "3D000" and was_connected:
-            return DatabaseUnavailable("the database is gone: a restore may be replacing it", sqlstate=state)
+            return DatabaseUnavailable("the database does not exist: a restore may be replacing it", sqlstate=state)
         advice = _TRANSIENT_STATES.get(state or "") or _ADVICE.get(state or "")
-        told = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-        return kind(f"{told} [{state}]" + (f": {advice}" if advice else ""), sqlstate=state)
+        return kind(f"{_first_line(cause)} [{state}]" + (f": {advice}" if advice else ""), sqlstate=state)
     if isinstance(cause, TimeoutError):
-        return kind("the database did not answer in time: it is overloaded, locked or out of reach")
+        return kind("the database did not answer in time: it is overloaded, locked or unreachable")
     if isinstance(cause, OSError):
         reason = cause.strerror or str(cause) or type(cause).__name__
         if _NO_TLS in reason:
-            reason = "the server has no TLS, and sslmode demands it (sslmode=disable or prefer does without)"
+            reason = "the server has no TLS, but sslmode requires it (sslmode=disable or prefer connects without)"
         return kind(f"no connection to the database: {reason}")
-    return kind(str(cause).splitlines()[0] if str(cause) else type(cause).__name__)
+    return kind(_first_line(cause))
+
+
+def is_transient(exc: BaseException) -> bool:
+    """Return whether the same call may succeed later: refused, reset, starting, overloaded, deadlocked, timed out."""
+    if isinstance(exc, DatabaseUnavailable):
+        return True
+    cause = driver_error(exc)
+    if isinstance(cause, asyncpg.PostgresError):
+        state = getattr(cause, "sqlstate", None) or ""
+        return state in _TRANSIENT_STATES or state.startswith("08")
+    if isinstance(cause, asyncpg.InterfaceError):
+        return any(phrase in str(cause) for phrase in _CLOSED_PHRASES)
+    if isinstance(cause, asyncpg.InternalClientError):
+        return _DYING_PHRASE in str(cause)
+    if isinstance(cause, PermissionError | ssl.SSLCertVerificationError) or _NO_TLS in str(cause):
+        return False
+    return isinstance(cause, OSError | TimeoutError | asyncio.IncompleteReadError)
+
+
+def driver_error(exc: BaseException) -> BaseException | None:
+    """Return the error of asyncpg, the socket or the clock that `exc` is or wraps; None when there is none."""
+    return next((cause for cause in _causes(exc) if isinstance(cause, DRIVER_ERRORS)), None)
+
+
+def _causes(exc: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it wraps: SQLAlchemy's `orig`, then `raise … from`."""
+    seen: set[int] = set()
+    current: BaseException | None = exc
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        wrapped = getattr(current, "orig", None)
+        current = wrapped if isinstance(wrapped, BaseException) else current.__cause__
+
+
+def _first_line(exc: BaseException) -> str:
+    return str(exc).splitlines()[0] if str(exc) else type(exc).__name__
+
+
+#: SQLSTATEs after which the same statement may succeed (PostgreSQL manual, appendix A), and an explanation.
+_TRANSIENT_STATES: dict[str, str] = {
+    "25006": "the server is read-only at the moment (a standby, or a failover in progress)",
+    "25P03": "the server ended a transaction that was idle for too long",
+    "40001": "two transactions conflicted (serialization failure)",
+    "40P01": "two transactions waited for each other (deadlock)",
+    "53300": "the server has no free connection: lower DB_POOL_MAX or raise its max_connections",
+    "55P03": "a lock was not available in time",
+    "57014": "the statement was cancelled, usually because it took too long",
+    "57P01": "the server is shutting down",
+    "57P02": "the server is restarting after a crash",
+    "57P03": "the server is still starting",
+    "57P05": "the server ended a connection that was idle for too long",
+}
+_ADVICE: dict[str, str] = {
+    "28000": "the server refused the login: check user and sslmode of the database URL",
+    "28P01": "the password is wrong: check the database URL",
+    "3D000": "the database does not exist: create it, or correct the name in the database URL",
+    "42501": "the database user lacks this privilege: grant it, or use the database's owner",
+    "42P01": "a table is missing: run the migrations (AUTO_MIGRATE=true, or python bot.py db upgrade)",
+    "53100": "the server's disk is full: free some space",
+    "53200": "the server is out of memory",
+}
+# asyncpg has no type or code for the following conditions, only these texts.
+#: InternalClientError: the connection ended while a statement was being sent.
+_DYING_PHRASE = "cannot switch to state"
+#: InterfaceError: the connection or pool is closed.
+_CLOSED_PHRASES = ("connection is closed", "pool is clos", "connection has been released", "connection was closed")
+#: ConnectionError: TLS was required and the server has none, so a retry is pointless.
+_NO_TLS = "rejected SSL upgrade"

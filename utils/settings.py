@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from utils.database.target import ConnectTarget, resolve_targets
 from utils.exceptions import SettingsError
 
 #: Where a token comes from, for the message that says it is missing.
@@ -23,6 +25,13 @@ _SECRETS = frozenset(
         "DISCORD_TOKEN", "DATABASE_URL", "DATABASE_UNPOOLED_URL", "DATABASE_PUBLIC_URL", "PGPASSWORD", "DB_PASSWORD",
         "BACKUP_URL", "BACKUP_AGE_RECIPIENT",  # the identity is easily taken for the recipient
     )
+)  # fmt: skip
+
+#: The variables that say where the database is.
+TARGET_VARIABLES = (
+    "DATABASE_URL", "DATABASE_UNPOOLED_URL", "DATABASE_PUBLIC_URL",
+    "PGHOST", "PGPORT", "PGUSER", "PGPASSWORD", "PGDATABASE", "PGSSLMODE",
+    "DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME", "DB_SSL",
 )  # fmt: skip
 
 Snowflake = Annotated[int, Field(gt=0, lt=2**63)]
@@ -219,27 +228,32 @@ class Settings(BaseSettings):
         """Connections of DB_POOL_MAX for transactions and sessions of cogs; the pool of raw ones has the others."""
         return max(1, self.db_pool_max * 3 // 10)
 
-    def connection_values(self) -> dict[str, SecretStr | str | None]:
-        """Return the variables that say where the database is, as `utils.database.urls.resolve` reads them."""
-        names = ("database_url", "database_unpooled_url", "database_public_url")
-        fields = [name for name in type(self).model_fields if name.startswith(("pg", "db_")) and name not in _POOL]
-        return {name.upper(): getattr(self, name) for name in (*names, *fields)}
+    @property
+    def target(self) -> ConnectTarget | None:
+        """The database, perhaps behind a pooler; None: the embedded server. Resolved once, by `load_settings`."""
+        return self._targets[0]
+
+    @property
+    def direct_target(self) -> ConnectTarget | None:
+        """The database without a pooler, for migrations, LISTEN and pg_dump; None: the embedded server."""
+        return self._targets[1]
+
+    @cached_property
+    def _targets(self) -> tuple[ConnectTarget | None, ConnectTarget | None]:
+        return resolve_targets({name: getattr(self, name.lower()) for name in TARGET_VARIABLES})
+
+    def with_data_dir(self, data_dir: Path | None) -> Settings:
+        """Return a copy that uses the embedded server under `data_dir` and no other database; None: no change."""
+        if data_dir is None:
+            return self
+        copied = self.model_copy(update={"data_dir": data_dir})
+        copied.__dict__["_targets"] = (None, None)
+        return copied
 
     def secrets(self) -> list[str]:
-        """Return every secret value, for the logs to leave out: also the passwords inside the database URLs."""
-        from utils.database.urls import resolve, resolve_direct
-
+        """Return every secret value, including the passwords inside database URLs, to be redacted from the logs."""
         values = [value.get_secret_value() for _, value in self if isinstance(value, SecretStr)]
-        targets = (resolve(self), resolve_direct(self))
-        return values + [target.password for target in targets if target is not None and target.password]
-
-
-_POOL = frozenset(
-    (
-        "db_pool_min", "db_pool_max", "db_connect_timeout", "db_command_timeout", "db_retry_seconds",
-        "db_retry_max_seconds",
-    )
-)  # fmt: skip
+        return values + [target.password for target in self._targets if target is not None and target.password]
 
 
 def variables() -> list[str]:
@@ -270,8 +284,6 @@ def load_settings(env_file: str | Path | None = ".env") -> Settings:
 
 
 def _check(settings: Settings) -> None:
-    from utils.database.urls import resolve, resolve_direct
-
     wrong: list[str] = []
     if settings.db_retry_seconds > settings.db_retry_max_seconds:
         wrong.append(
@@ -283,8 +295,7 @@ def _check(settings: Settings) -> None:
             f"DB_POOL_MIN: {settings.db_pool_min} is more than DB_POOL_MAX ({settings.db_pool_max}); expected no more"
         )
     try:
-        embedded = resolve(settings) is None
-        resolve_direct(settings)
+        embedded = settings.target is None
     except SettingsError as exc:
         wrong.append(str(exc))
         embedded = False

@@ -7,6 +7,7 @@ import logging
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,8 @@ import discord
 from utils import logs
 from utils.bot.client import SPOOL, Guildbook
 from utils.database import Pool
-from utils.database.embedded import EmbeddedServer
+from utils.database.embedded import open_target
 from utils.database.partitions import ensure_partitions
-from utils.database.urls import resolve, resolve_direct
 from utils.exceptions import DatabaseUnavailable, GuildbookError, LeaseLost, MigrationError, SettingsError
 from utils.mirror.spool.journal import is_dead
 from utils.operations import migrations
@@ -54,7 +54,6 @@ class Process:
 
     def __init__(self, settings: Settings) -> None:
         self.settings: Settings = settings
-        self.server: EmbeddedServer | None = None
         self.db: Pool | None = None
         self.health: HealthServer | None = None
         self.lease: Lease | None = None
@@ -63,6 +62,9 @@ class Process:
         self._hurry = asyncio.Event()
         self._beside: set[asyncio.Task[None]] = set()
         self._ends_at = 0.0
+        #: Seconds that stopping the embedded server may take.
+        self._stop_timeout = settings.shutdown_seconds
+        self._opened = AsyncExitStack()
         self._db_answers = True
 
     async def run(self) -> None:
@@ -103,14 +105,12 @@ class Process:
     async def _work(self) -> None:
         settings = self.settings
         assert settings.discord_token is not None, "the command line has asked for it"
-        target = resolve(settings)
-        if target is None:
-            self.server = EmbeddedServer(settings.data_dir)
-            await self.server.start()
-            target = self.server.target()
+        target = await self._opened.enter_async_context(
+            open_target(settings.target, settings.data_dir, stop_timeout=lambda: self._stop_timeout)
+        )
         self.db = Pool(
             target,
-            direct=resolve_direct(settings),
+            direct=settings.direct_target,
             pool_min=settings.db_pool_min,
             pool_max=settings.db_pool_max - settings.orm_connections,
             connect_timeout=settings.db_connect_timeout,
@@ -282,7 +282,7 @@ class Process:
 
     async def _end(self, work: asyncio.Task[None]) -> None:
         self._ends_at = time.monotonic() + self.settings.shutdown_seconds
-        bot, health, db, server = self.bot, self.health, self.db, self.server
+        bot, health, db = self.bot, self.health, self.db
         if bot is not None:
             await self._step("leaving Discord", lambda _: bot.close())
         work.cancel()
@@ -299,8 +299,11 @@ class Process:
             await self._step("the health server", health.stop)
         if db is not None:
             await self._step("the connections", db.close)
-        if server is not None:
-            await self._step("the embedded server", server.stop, kept_back=0.0)
+        await self._step("the embedded server", self._close_target, kept_back=0.0)
+
+    async def _close_target(self, timeout: float) -> None:
+        self._stop_timeout = timeout
+        await self._opened.aclose()
 
     async def _step(self, what: str, work: Callable[[float], Awaitable[None]], *, kept_back: float = KEPT_BACK) -> bool:
         """Do one part of the end in the time that is left for it, and return whether it came to its own end.

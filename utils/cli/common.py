@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from utils.cli import shell
 from utils.database import Pool
+from utils.database.embedded import open_target
 from utils.exceptions import DatabaseError, GuildbookError, SettingsError, ValidationError
 from utils.logs import hide
 from utils.operations.action import Outcome, Progress, Step, ignore_progress, record_action
@@ -61,11 +61,9 @@ def act(
     secrets. With `as_json`, standard output is one JSON object: what the outcome holds, or `{"error": …}`.
     """
     with plain_errors(as_json=as_json):
-        settings = load_settings()
-        if data_dir is not None:  # backups and originals of imports are where the database is
-            settings = settings.model_copy(update={"data_dir": data_dir})
+        settings = load_settings().with_data_dir(data_dir)
         with _shown(as_json) as progress:
-            outcome = asyncio.run(_act(settings, command, work, data_dir, dict(arguments or {}), progress))
+            outcome = asyncio.run(_act(settings, command, work, dict(arguments or {}), progress))
         if as_json:
             typer.echo(json.dumps({"ok": outcome.ok, **outcome.data}, indent=2, default=str))
         else:
@@ -77,11 +75,10 @@ async def _act(
     settings: Settings,
     command: str,
     work: Work,
-    data_dir: Path | None,
     arguments: dict[str, Any],
     progress: Progress,
 ) -> Outcome:
-    async with shell.reached(settings, data_dir) as target:
+    async with open_target(settings.direct_target, settings.data_dir) as target:
         database = Pool(target, pool_max=CONNECTIONS)
         try:
             await database.connect()

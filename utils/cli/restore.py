@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from utils.cli import shell
 from utils.cli.common import AsJson, DataDir, act, plain_errors
 from utils.database import Pool
 from utils.exceptions import ValidationError
@@ -68,12 +67,12 @@ def register(app: typer.Typer, backups: Callable[[Settings], Backups] = _kept) -
 
 def _at(settings: Settings, data_dir: Path | None) -> Settings:
     """Return the settings with the backups of `data_dir`, where that is given."""
-    return settings if data_dir is None else settings.model_copy(update={"data_dir": data_dir})
+    return settings.with_data_dir(data_dir)
 
 
 def _confirm(settings: Settings, data_dir: Path | None) -> None:
     """Have the database's name typed. Raises `ValidationError` for any other, and where nobody can type."""
-    target = shell.address(settings, data_dir)
+    target = settings.with_data_dir(data_dir).direct_target
     name = "guildbook" if target is None else target.database or target.user or ""
     where = "of the embedded server" if target is None else f"at {target}"
     if not sys.stdin.isatty():

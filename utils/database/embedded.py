@@ -16,7 +16,7 @@ import os
 import shlex
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import asyncpg
@@ -59,6 +59,11 @@ class EmbeddedServer:
     def bin_dir(self) -> Path:
         """The directory of psql, pg_dump and the others of this major. Raises `DatabaseError` without the wheel."""
         return binaries(self.version)
+
+    @property
+    def has_data(self) -> bool:
+        """Whether a database was created under `data_dir` before."""
+        return (self.cluster / "PG_VERSION").exists()
 
     @property
     def psql(self) -> Path:
@@ -108,7 +113,7 @@ class EmbeddedServer:
             account = account_for_server(self.cluster)
             open_up(bin_dir, self.cluster, account)
             self._check_version()
-            if not (self.cluster / "PG_VERSION").exists():
+            if not self.has_data:
                 self._initialise(bin_dir, account)
             if self._running_pid() is None:
                 self._drop_stale_lock_file()
@@ -346,3 +351,26 @@ class EmbeddedServer:
         kwargs = self.target("postgres").connect_kwargs()
         connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(**kwargs, timeout=10, command_timeout=30)
         return connection
+
+
+@contextlib.asynccontextmanager
+async def open_target(
+    target: ConnectTarget | None,
+    data_dir: Path | str,
+    *,
+    start_timeout: float = START_SECONDS,
+    stop_timeout: Callable[[], float] = lambda: STOP_SECONDS,
+) -> AsyncIterator[ConnectTarget]:
+    """Yield `target`; if it is None, yield the embedded server's, which runs under `data_dir` during the block.
+
+    `stop_timeout` is called when the block ends and returns how many seconds the stop may take.
+    """
+    if target is not None:
+        yield target
+        return
+    server = EmbeddedServer(data_dir)
+    await server.start(start_timeout)
+    try:
+        yield server.target()
+    finally:
+        await server.stop(stop_timeout())

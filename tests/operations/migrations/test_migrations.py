@@ -106,8 +106,8 @@ async def test_processes_that_upgrade_at_once_run_every_revision_once(empty_targ
     await holder.execute("SELECT pg_advisory_lock($1)", LOCK_KEY)
     script = (
         "import asyncio, logging, sys; logging.basicConfig(level=logging.INFO)\n"
-        "from utils import migrations; from utils.database.urls import parse\n"
-        "asyncio.run(migrations.upgrade(parse(sys.argv[1]), timeout=60))"
+        "from utils.operations import migrations; from utils.database.target import parse_url\n"
+        "asyncio.run(migrations.upgrade(parse_url(sys.argv[1]), timeout=60))"
     )
     processes = [
         await asyncio.create_subprocess_exec(

@@ -28,11 +28,11 @@ from models import Part, mirrored_tables, part_of
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
 from utils.database.wheel import binaries
-from utils.exceptions import BackupError, DatabaseError, ForbiddenHere
+from utils.exceptions import BackupError, DatabaseError, ForbiddenHere, translate_errors
 from utils.mirror.write.merge_sql import sql_type
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.backup import loading, scratch
-from utils.operations.backup.scratch import Connection, connected, quoted, told
+from utils.operations.backup.scratch import Connection, connected, quoted
 from utils.operations.backup.source import Archive, Backups
 
 _log = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ async def sample(restored: ConnectTarget, live: ConnectTarget | None, tables: Se
     done = Sampled()
     mirrored = mirrored_tables()
     async with connected(restored) as there:
-        with told("reading rows"):
+        with translate_errors("reading rows"):
             for schema, name in tables:
                 table = mirrored.get(name) if schema == "public" else None
                 if table is None or live is None:

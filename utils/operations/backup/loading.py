@@ -11,10 +11,10 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from utils.database import ConnectTarget
-from utils.exceptions import BackupError
+from utils.exceptions import BackupError, translate_errors
 from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup import tools
-from utils.operations.backup.scratch import connected, quoted, told
+from utils.operations.backup.scratch import connected, quoted
 from utils.operations.backup.source import Archive
 
 #: Connections that pg_restore loads with, and that rows are counted with: at least, and at most.
@@ -61,7 +61,7 @@ async def load_and_check(archive: Archive, target: ConnectTarget, *, progress: P
 
 async def _revision(target: ConnectTarget) -> str | None:
     async with connected(target) as connection:
-        with told("reading the revision"):
+        with translate_errors("reading the revision"):
             if await connection.fetchval("SELECT to_regclass('public.alembic_version') IS NULL"):
                 return None
             revision: str | None = await connection.fetchval("SELECT version_num FROM public.alembic_version")
@@ -139,7 +139,7 @@ async def count(
     Large ones first, on a few connections.
     """
     async with connected(target) as connection:
-        with told("counting rows"):
+        with translate_errors("counting rows"):
             rows = await connection.fetch(
                 "SELECT w.schema, w.name, to_regclass(format('%I.%I', w.schema, w.name)) IS NOT NULL AS is_there,"
                 " pg_table_size(to_regclass(format('%I.%I', w.schema, w.name))) AS bytes"
@@ -156,7 +156,7 @@ async def count(
         async with connected(target) as connection:
             while waiting:
                 schema, name = table = waiting.popleft()
-                with told(f"counting {schema}.{name}"):
+                with translate_errors(f"counting {schema}.{name}"):
                     counts[table] = await connection.fetchval(
                         f"SELECT count(*) FROM {quoted(schema)}.{quoted(name)}",  # noqa: S608 - quoted
                         timeout=COUNT_SECONDS,
@@ -183,13 +183,13 @@ async def analyse(target: ConnectTarget) -> None:
     The largest tables first, on a few connections.
     """
     async with connected(target) as connection:
-        with told("gathering statistics"):
+        with translate_errors("gathering statistics"):
             waiting = deque(row["name"] for row in await connection.fetch(_LARGE, timeout=COUNT_SECONDS))
 
     async def work() -> None:
         async with connected(target) as connection:
             while waiting:
-                with told("gathering statistics"):
+                with translate_errors("gathering statistics"):
                     await connection.execute("ANALYZE " + waiting.popleft(), timeout=COUNT_SECONDS)
 
     await _side_by_side(work, min(jobs(), len(waiting)))

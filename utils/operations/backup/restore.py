@@ -15,7 +15,7 @@ from alembic.util import CommandError
 
 from utils.database import ConnectTarget, Pool
 from utils.database.partitions import ensure_partitions
-from utils.exceptions import BackupError, ForbiddenHere, GuildbookError
+from utils.exceptions import BackupError, ForbiddenHere, GuildbookError, translate_errors
 from utils.operations import migrations
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.backup import loading, recover, scratch, swap
@@ -103,7 +103,7 @@ async def bring_back(
             progress(Step("migrating", 0, len(steps), "revisions"))
             await migrations.upgrade(made.target)
         async with scratch.connected(made.target) as connection:
-            with scratch.told("making partitions"):
+            with translate_errors("making partitions"):
                 await ensure_partitions(connection, database.now())
         progress(Step("swapping"))
         with _unheard():
@@ -198,7 +198,7 @@ async def _drop_older(live: ConnectTarget, name: str) -> None:
     """
     try:
         async with scratch.connected(await scratch.home(live, name)) as connection:
-            with scratch.told("dropping the database of an earlier restore"):
+            with translate_errors("dropping the database of an earlier restore"):
                 for old in await scratch.there(connection, name, scratch.BEFORE):
                     await scratch.drop(connection, old)
     except GuildbookError as error:
@@ -208,7 +208,7 @@ async def _drop_older(live: ConnectTarget, name: str) -> None:
 async def _put_away(live: ConnectTarget, name: str, before: str, drop_old: bool) -> list[str]:
     """Say what is kept of the old database, or with `drop_old` drop it."""
     async with scratch.connected(await scratch.home(live, name)) as connection:
-        with scratch.told("dropping the old database"):
+        with translate_errors("dropping the old database"):
             if drop_old:
                 await scratch.drop(connection, before)
                 return ["The old database was dropped."]

@@ -14,7 +14,7 @@ import hashlib
 import logging
 import re
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import asyncpg
 
 from utils.database import ConnectTarget
-from utils.exceptions import BackupError, DatabaseError, ForbiddenHere, translate
+from utils.exceptions import BackupError, DatabaseError, ForbiddenHere, translate, translate_errors
 
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
@@ -118,25 +118,10 @@ async def there(connection: Connection, database: str, *purposes: str) -> list[s
     return [match[0] for match in sorted(filter(None, found), key=lambda match: match[1])]
 
 
-@contextlib.contextmanager
-def told(what: str) -> Iterator[None]:
-    """Turn the driver's errors into ours; `what` was being done."""
-    try:
-        yield
-    except DatabaseError:
-        raise
-    except Exception as exc:
-        error = translate(exc)
-        if error is None or error is exc:
-            raise
-        assert isinstance(error, DatabaseError)
-        raise type(error)(f"{what}: {error}", sqlstate=error.sqlstate) from exc
-
-
 @contextlib.asynccontextmanager
 async def connected(target: ConnectTarget) -> AsyncIterator[Connection]:
     """Lend a connection of our own to a database; an error in the block cuts it off, open transaction and all."""
-    with told(f"database {target.database}"):
+    with translate_errors(f"database {target.database}"):
         async with asyncio.timeout(CONNECT_SECONDS):
             connection: Connection = await asyncpg.connect(
                 **target.connect_kwargs(), timeout=CONNECT_SECONDS, command_timeout=STATEMENT_SECONDS

@@ -18,8 +18,8 @@ from typing import Any
 import asyncpg
 
 from utils.database import ConnectTarget
-from utils.exceptions import BackupError, DatabaseError, translate
-from utils.operations.backup.scratch import Connection, carry_over, connected, home, literal, quoted, told
+from utils.exceptions import BackupError, DatabaseError, translate, translate_errors
+from utils.operations.backup.scratch import Connection, carry_over, connected, home, literal, quoted
 from utils.service.lease import TTL_SECONDS
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ async def swap(
     """
     at = await home(live, database)
     async with connected(at) as connection:
-        with told("the database's settings"):
+        with translate_errors("the database's settings"):
             new = await connection.fetchval("SELECT oid FROM pg_database WHERE datname = $1", scratch)
             not_carried = await carry_over(connection, database, scratch)
     done = Swapped(not_carried=not_carried)
@@ -104,9 +104,9 @@ async def _try(
     live: ConnectTarget, at: ConnectTarget, database: str, scratch: str, before: str, comment: str, depose: bool
 ) -> tuple[dict[str, int], bool]:
     async with connected(at) as ender, connected(at) as renamer, connected(live) as keeper:
-        with told("the rows of ops"):
+        with translate_errors("the rows of ops"):
             kept = await _take_ops_over(keeper, live.with_database(scratch), depose)
-        with told("renaming"):
+        with translate_errors("renaming"):
             async with asyncio.timeout(2 * RENAME_SECONDS):
                 await _rename(ender, renamer, keeper, database, scratch, before, comment)
     return kept

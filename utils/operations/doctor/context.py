@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from utils.database import ConnectTarget, Pool
-from utils.database.embedded import EmbeddedServer
-from utils.database.urls import resolve, resolve_direct
+from utils.database.embedded import EmbeddedServer, open_target
 from utils.exceptions import GuildbookError, SettingsError
 from utils.logs import hide
 from utils.operations.doctor.report import CheckSkipped, in_thread
-from utils.settings import Settings, load_settings
+from utils.settings import TARGET_VARIABLES, Settings, load_settings
 
 #: Seconds for reaching the database, and for starting the embedded one.
 CONNECT_SECONDS, START_SECONDS = 5.0, 30.0
@@ -40,7 +39,7 @@ class DoctorContext:
         self._data_dir = data_dir
         self._settings: Settings | None = None
         self._database: Pool | None = None
-        self._server: EmbeddedServer | None = None
+        self._opened = contextlib.AsyncExitStack()
         self._connecting: asyncio.Task[Pool] | None = None
         self._read()
 
@@ -94,8 +93,8 @@ class DoctorContext:
 
     def target(self) -> ConnectTarget | None:
         """Return where the database is; None: it is the embedded one. Raises `CheckSkipped`."""
-        self.needs(*(name for name in self.settings.connection_values()), "RAILWAY_VOLUME_MOUNT_PATH", "DATA_DIR")
-        return None if self._data_dir is not None else resolve_direct(self.settings) or resolve(self.settings)
+        self.needs(*TARGET_VARIABLES, "RAILWAY_VOLUME_MOUNT_PATH", "DATA_DIR")
+        return self.settings.with_data_dir(self._data_dir).direct_target
 
     @property
     def data_dir(self) -> Path:
@@ -119,13 +118,9 @@ class DoctorContext:
 
     async def _connect(self) -> Pool:
         target = self.target()
-        if target is None:
-            server = EmbeddedServer(self.data_dir)
-            if not await in_thread((server.cluster / "PG_VERSION").exists):
-                raise CheckSkipped("the embedded database is made by the first start")
-            await server.start(START_SECONDS)
-            self._server = server
-            target = server.target()
+        if target is None and not await in_thread(lambda: EmbeddedServer(self.data_dir).has_data):
+            raise CheckSkipped("the embedded database is created by the first start")
+        target = await self._opened.enter_async_context(open_target(target, self.data_dir, start_timeout=START_SECONDS))
         database = Pool(
             target, pool_min=0, pool_max=CONNECTIONS, connect_timeout=CONNECT_SECONDS, acquire_timeout=CONNECT_SECONDS,
             command_timeout=10.0,
@@ -146,7 +141,6 @@ class DoctorContext:
             await asyncio.wait({self._connecting}, timeout=CONNECT_SECONDS)
         if self._database is not None:
             await self._database.close(CONNECT_SECONDS)
-        if self._server is not None:
-            with contextlib.suppress(GuildbookError, TimeoutError):
-                async with asyncio.timeout(START_SECONDS):
-                    await self._server.stop()
+        with contextlib.suppress(GuildbookError, TimeoutError):
+            async with asyncio.timeout(START_SECONDS):
+                await self._opened.aclose()

@@ -22,12 +22,14 @@ from sqlalchemy.pool import NullPool
 
 import models
 from models import Base
+from utils.database.embedded import open_target
 from utils.database.target import ConnectTarget
 from utils.exceptions import MigrationError
 from utils.operations.migrations.batches import TABLE as BATCHES
 from utils.operations.migrations.batches import forget
 from utils.operations.migrations.invalid import drop
 from utils.operations.migrations.switch import clear, read
+from utils.settings import load_settings
 
 _log = logging.getLogger(__name__)
 
@@ -98,21 +100,9 @@ async def on_connection(target: ConnectTarget, work: Callable[[Connection], Any]
 
 
 async def _with_settings(work: Callable[[Connection], Any]) -> None:
-    from utils.database.embedded import EmbeddedServer
-    from utils.database.urls import resolve, resolve_direct
-    from utils.settings import load_settings
-
     settings = load_settings()
-    target = resolve_direct(settings) or resolve(settings)
-    if target is not None:
+    async with open_target(settings.direct_target, settings.data_dir) as target:
         await on_connection(target, work)
-        return
-    server = EmbeddedServer(settings.data_dir)
-    await server.start()
-    try:
-        await on_connection(server.target(), work)
-    finally:
-        await server.stop()
 
 
 def _migrate(connection: Connection, attributes: dict[str, Any]) -> None:
