@@ -105,7 +105,7 @@ async def mirror(token: str, gateway: str, dsn: str) -> dict[str, Any]:
     source = DiscordSource(client)
     fence = await lease.seize(database, lease.holder())
     mirrored = Mirror(
-        database, source, fence, memory_queue(), shards=1, rhythm=FlushPolicy(), page_timeout=30, cooldown=0
+        database, source, fence, memory_queue(), shards=1, flush_policy=FlushPolicy(), page_timeout=30, cooldown=0
     )
     install(client, mirrored)
     stall = _Stall()

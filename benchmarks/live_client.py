@@ -72,12 +72,12 @@ class TimedQueue(EventQueue):
             self.heard[event.stamp] = time.monotonic()
         super().add(event)
 
-    async def forget(self, position: int) -> None:
+    async def discard(self, position: int) -> None:
         """Let go of what is committed, and note how long it took."""
         now = time.monotonic()
         for stamp in [stamp for stamp in self.heard if stamp <= position]:
             self.took.append(now - self.heard.pop(stamp))
-        await super().forget(position)
+        await super().discard(position)
 
     def taken(self) -> list[float]:
         """Return how long events took since the last call, shortest first, and time those to come."""
@@ -153,7 +153,14 @@ async def run(way: str, gateway: str, token: str, dsn: str | None, mode: Any, di
         fence = await lease.seize(database, lease.holder())
         queue = TimedQueue(await Journal.open(directory, fence.holder, max_bytes=2**30), spool=mode, max_rows=15_000)
         mirror = Mirror(
-            database, DiscordSource(client), fence, queue, shards=1, rhythm=FlushPolicy(), page_timeout=30, cooldown=0
+            database,
+            DiscordSource(client),
+            fence,
+            queue,
+            shards=1,
+            flush_policy=FlushPolicy(),
+            page_timeout=30,
+            cooldown=0,
         )
         install(client, mirror)
     async with client, asyncio.timeout(CLIENT_SECONDS):

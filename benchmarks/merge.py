@@ -18,15 +18,15 @@ from utils.exceptions import ValidationError
 from utils.mirror.reconcile.listing import Listing
 from utils.mirror.reconcile.staging import StagedListing
 from utils.mirror.records.rows import COUNTER_BITS, Run, key_columns
-from utils.mirror.translate.objects import LISTED_MEMBER, LISTED_USER
+from utils.mirror.translate.objects import LISTED_MEMBER_COLUMNS, LISTED_USER_COLUMNS
 from utils.mirror.translate.pages import Page, Record
 from utils.mirror.write.overlay import LiveOverlay
 
 MEMBERS = 100_000
 #: The slow ways get a tenth of the rows; their times are per row.
 PEER_MEMBERS = 10_000
-USER_COLUMNS = (*key_columns("users"), *LISTED_USER, "stamp")
-MEMBER_COLUMNS = (*key_columns("members"), *LISTED_MEMBER, "stamp")
+USER_COLUMNS = (*key_columns("users"), *LISTED_USER_COLUMNS, "stamp")
+MEMBER_COLUMNS = (*key_columns("members"), *LISTED_MEMBER_COLUMNS, "stamp")
 
 
 class _Received(Listing):

@@ -45,7 +45,7 @@ def lines() -> Iterator[Callable[..., list[dict[str, Any]]]]:
     for name, chatty in levels.items():
         logging.getLogger(name).setLevel(chatty)
     logging.captureWarnings(False)
-    logs.keep_secret(())
+    logs.set_secrets(())
     structlog.reset_defaults()
 
 
@@ -99,7 +99,7 @@ def test_secrets_are_hidden_wherever_they_are(lines: Callable[..., Any]) -> None
     except ValueError:
         log.exception("failed")
     for line in (text := lines()):
-        assert logs.HIDDEN in json.dumps(line)
+        assert logs.REDACTED in json.dumps(line)
     assert "other-p4ss" not in json.dumps(text)
     assert "abcdefghijklmnopqrstuvwxyz" not in json.dumps(text)
     assert "amy" in json.dumps(text)
@@ -107,7 +107,7 @@ def test_secrets_are_hidden_wherever_they_are(lines: Callable[..., Any]) -> None
 
 def test_a_short_secret_is_hidden_as_a_word_only(lines: Callable[..., Any]) -> None:
     log.info("abc and abcdef")
-    assert lines()[0]["event"] == f"{logs.HIDDEN} and abcdef"
+    assert lines()[0]["event"] == f"{logs.REDACTED} and abcdef"
 
 
 def test_a_message_about_a_setting_stays_readable(lines: Callable[..., Any]) -> None:
@@ -173,27 +173,27 @@ def test_a_stream_that_is_closed_stops_nothing(capsys: pytest.CaptureFixture[str
 
 def test_once_logs_the_first_time_and_counts_the_rest(lines: Callable[..., Any]) -> None:
     mine = logging.getLogger("guildbook.once")
-    logged = [logs.once(mine, "MESSAGE", "odd %s", "x", event_type="MESSAGE") for _ in range(3)]
+    logged = [logs.log_once(mine, "MESSAGE", "odd %s", "x", event_type="MESSAGE") for _ in range(3)]
     assert logged == [True, False, False]
-    assert logs.times(mine, "MESSAGE") == 3
+    assert logs.repeat_count(mine, "MESSAGE") == 3
     (line,) = lines()
     assert (line["event"], line["event_type"], line["level"]) == ("odd x", "MESSAGE", "warning")
 
 
 def test_once_remembers_a_bounded_number_of_things() -> None:
-    seen = logs.Once(limit=10)
-    assert sum(seen.first(number) for number in range(1_000)) == 11
-    assert not seen.first(5)
+    seen = logs.RepeatCounter(limit=10)
+    assert sum(seen.is_first(number) for number in range(1_000)) == 11
+    assert not seen.is_first(5)
     assert len(seen._counts) == 11
 
 
 @given(st.text(), st.text(min_size=8))
 def test_hiding_never_raises_and_always_hides(text: str, secret: str) -> None:
-    logs.keep_secret([secret])
+    logs.set_secrets([secret])
     try:
-        assert secret not in logs.hide(text + secret + text).replace(logs.HIDDEN, "")
+        assert secret not in logs.redact(text + secret + text).replace(logs.REDACTED, "")
     finally:
-        logs.keep_secret(())
+        logs.set_secrets(())
 
 
 def test_logging_goes_to_standard_error(lines: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,17 +18,17 @@ from structlog.typing import EventDict, Processor
 
 from utils.exceptions import is_transient, translate
 
-HIDDEN = "[hidden]"
+REDACTED = "[hidden]"
 #: What secrets look like wherever they come from: Discord's tokens (API reference, "Authentication"; the shape is
 #: known from its secret-scanning patterns), webhooks' and interactions' in addresses, passwords in URLs and in DSNs.
 _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"\b[A-Za-z0-9_-]{23,28}\.[A-Za-z0-9_-]{6,7}\.[A-Za-z0-9_-]{27,}"), HIDDEN),
-    (re.compile(r"\bmfa\.[A-Za-z0-9_-]{20,}"), HIDDEN),
-    (re.compile(r"((?:webhooks|interactions)/\d+/)[A-Za-z0-9_-]{20,}"), rf"\1{HIDDEN}"),
-    (re.compile(r"([a-z][a-z0-9+.-]*://[^\s:/?#@'\"]*:)[^\s/'\"]+(?=@)", re.IGNORECASE), rf"\1{HIDDEN}"),
-    (re.compile(r"((?:password|passwd|pwd|secret|token)=[\"']?)[^\s\"',&;)}\]]+", re.IGNORECASE), rf"\1{HIDDEN}"),
-    (re.compile(r"([\"'](?:\w*password|secret|\w*token)\\?[\"']:\s*\\?[\"'])[^\"']+", re.IGNORECASE), rf"\1{HIDDEN}"),
-    (re.compile(r"((?:Bot|Bearer)\s+)[A-Za-z0-9._-]{20,}"), rf"\1{HIDDEN}"),
+    (re.compile(r"\b[A-Za-z0-9_-]{23,28}\.[A-Za-z0-9_-]{6,7}\.[A-Za-z0-9_-]{27,}"), REDACTED),
+    (re.compile(r"\bmfa\.[A-Za-z0-9_-]{20,}"), REDACTED),
+    (re.compile(r"((?:webhooks|interactions)/\d+/)[A-Za-z0-9_-]{20,}"), rf"\1{REDACTED}"),
+    (re.compile(r"([a-z][a-z0-9+.-]*://[^\s:/?#@'\"]*:)[^\s/'\"]+(?=@)", re.IGNORECASE), rf"\1{REDACTED}"),
+    (re.compile(r"((?:password|passwd|pwd|secret|token)=[\"']?)[^\s\"',&;)}\]]+", re.IGNORECASE), rf"\1{REDACTED}"),
+    (re.compile(r"([\"'](?:\w*password|secret|\w*token)\\?[\"']:\s*\\?[\"'])[^\"']+", re.IGNORECASE), rf"\1{REDACTED}"),
+    (re.compile(r"((?:Bot|Bearer)\s+)[A-Za-z0-9._-]{20,}"), rf"\1{REDACTED}"),
 )
 #: Loggers whose INFO is of no use to operators.
 _CHATTY = {
@@ -41,16 +41,16 @@ _CHATTY = {
 _secrets: re.Pattern[str] | None = None
 
 
-def hide(text: str) -> str:
+def redact(text: str) -> str:
     """Return the text without anything secret in it."""
     if _secrets is not None:
-        text = _secrets.sub(HIDDEN, text)
+        text = _secrets.sub(REDACTED, text)
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
     return text
 
 
-def keep_secret(values: Iterable[str]) -> None:
+def set_secrets(values: Iterable[str]) -> None:
     """Say which values no log line may hold, in whatever way they are escaped; replaces what was said before."""
     global _secrets  # noqa: PLW0603 - the formatter of every handler reads it
     forms: set[str] = set()
@@ -74,7 +74,7 @@ def configure(
     `auto`: for people when the stream is a terminal, JSON lines elsewhere. `secrets` are kept out of every line.
     """
     out = stream if stream is not None else sys.stderr
-    keep_secret(secrets)
+    set_secrets(secrets)
     for_people = format == "console" or (format == "auto" and _is_terminal(out))
     handler = logging.StreamHandler(out)
     handler.setFormatter(_Formatter(for_people=for_people, colors=for_people and _is_terminal(out)))
@@ -129,10 +129,10 @@ class _Formatter(structlog.stdlib.ProcessorFormatter):
 
     def format(self, record: logging.LogRecord) -> str:
         try:
-            return hide(super().format(record))
+            return redact(super().format(record))
         except Exception as exc:  # whatever is wrong with a record, logging must go on
             fallback = {
-                "event": hide(_text(record.msg)[:2_000]),
+                "event": redact(_text(record.msg)[:2_000]),
                 "level": record.levelname.lower(),
                 "logger": record.name,
                 "log_error": f"the line could not be formatted: {type(exc).__name__}",
@@ -166,7 +166,7 @@ def _to_json(event: MutableMapping[str, Any], **_: Any) -> str:
         return json.dumps({str(key): value for key, value in event.items()}, default=_text)
 
 
-class Once:
+class RepeatCounter:
     """Counts what keeps happening, and lets its first time through: for what others may send us without end."""
 
     def __init__(self, limit: int = 1_000) -> None:
@@ -175,7 +175,7 @@ class Once:
         self._counts: dict[object, int] = {}
         self._lock = threading.Lock()
 
-    def first(self, key: object) -> bool:
+    def is_first(self, key: object) -> bool:
         """Count one more, and tell whether it was the first."""
         with self._lock:
             kept = key if key in self._counts or len(self._counts) < self.limit else _REST
@@ -193,19 +193,24 @@ class Once:
 
 
 _REST = object()
-_once = Once()
+_repeats = RepeatCounter()
 
 
-def once(
+def log_once(
     logger: logging.Logger, key: object, message: str, *args: Any, level: int = logging.WARNING, **fields: Any
 ) -> bool:
     """Log a message the first time that `key` comes up and only count it afterwards; tell whether it was logged."""
-    if not _once.first((logger.name, key)):
+    if not _repeats.is_first((logger.name, key)):
         return False
     logger.log(level, message, *args, extra=fields)
     return True
 
 
-def times(logger: logging.Logger, key: object) -> int:
+def repeat_count(logger: logging.Logger, key: object) -> int:
     """Return how often `once` was called with this key."""
-    return _once.count((logger.name, key))
+    return _repeats.count((logger.name, key))
+
+
+def reset_repeats() -> None:
+    """Forget which keys were logged: the next `log_once` of each is logged again."""
+    _repeats.clear()

@@ -20,8 +20,8 @@ from utils.database import ConnectTarget, Pool
 from utils.database.embedded import PORT, EmbeddedServer
 from utils.exceptions import DatabaseError
 from utils.mirror.records.events import Message
-from utils.mirror.spool.journal import found
-from utils.mirror.spool.queue import read_events
+from utils.mirror.spool.journal import list_journals
+from utils.mirror.spool.queue import decode_records
 from utils.mirror.spool.segments import Segments
 from utils.operations import migrations
 
@@ -149,9 +149,9 @@ class Rig:
 
         def read() -> set[int]:
             kept: set[int] = set()
-            for path in found(self.directory / "data" / SPOOL):
-                records = Segments.found(path).read(0, 10_000_000)
-                kept.update(event.id for event in read_events(records).events if isinstance(event, Message))
+            for path in list_journals(self.directory / "data" / SPOOL):
+                records = Segments.scan(path).read(0, 10_000_000)
+                kept.update(event.id for event in decode_records(records).events if isinstance(event, Message))
             return kept
 
         kept = await asyncio.to_thread(read)

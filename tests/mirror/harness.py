@@ -27,7 +27,7 @@ from utils.mirror.reconcile import archived_threads, guild_queue, reconciler, st
 from utils.mirror.reconcile.listing import Listing
 from utils.mirror.records.rows import key_columns, tombstone_column
 from utils.mirror.spool.journal import Journal
-from utils.mirror.spool.queue import EventQueue, Spool
+from utils.mirror.spool.queue import EventQueue, SpoolMode
 from utils.mirror.write.writer import FlushPolicy
 from utils.service import lease
 
@@ -145,7 +145,7 @@ async def mirrored(
     cooldown: float = 0.0,
     flush_seconds: float = 0.02,
     spool: Path | None = None,
-    mode: Spool = "always",
+    mode: SpoolMode = "always",
     max_rows: int = 20_000,
 ) -> AsyncIterator[Mirrored]:
     """Mirror a simulator's world into a database for the length of the block; a further block is the bot's restart."""
@@ -168,7 +168,7 @@ async def mirrored(
         fence,
         EventQueue(journal, spool=mode, max_rows=max_rows),
         shards=1,
-        rhythm=FlushPolicy(flush_seconds=flush_seconds),
+        flush_policy=FlushPolicy(flush_seconds=flush_seconds),
         page_timeout=page_timeout,
         cooldown=cooldown,
         spool=spool,

@@ -12,7 +12,7 @@ from utils.exceptions import SyncError, ValidationError
 from utils.mirror.reconcile.listing import Listing
 from utils.mirror.records.rows import Absence, Entry, Group, Key, Run, key_columns
 from utils.mirror.spool.queue import EventQueue
-from utils.mirror.translate.objects import LISTED_MEMBER, LISTED_USER
+from utils.mirror.translate.objects import LISTED_MEMBER_COLUMNS, LISTED_USER_COLUMNS
 from utils.mirror.translate.pages import Page, Record
 from utils.mirror.write.apply import Batch, Written, apply
 from utils.mirror.write.overlay import LiveOverlay
@@ -32,9 +32,9 @@ def when(seconds: int) -> datetime:
     return datetime(2024, 5, 1, tzinfo=UTC) + timedelta(seconds=seconds)
 
 
-def said(table: str, key: Key, stamp: int, *, appears: bool = True, **values: Any) -> tuple[tuple[str, Key], Entry]:
+def said(table: str, key: Key, stamp: int, *, may_insert: bool = True, **values: Any) -> tuple[tuple[str, Key], Entry]:
     """Return one observation as it waits in the buffer."""
-    return (table, key), Entry(values, appears, stamp)
+    return (table, key), Entry(values, may_insert, stamp)
 
 
 async def fence_of(database: Pool) -> Fence:
@@ -119,14 +119,14 @@ async def empty(database: Pool) -> None:
 def member_record(user_id: int, stamp: int, *, guild_id: int = GUILD, **values: Any) -> Record:
     """Return a member as a listing shows them."""
     given = {"roles": [], "joined_at": when(0), "pending": False, "flags": 0} | values
-    return (guild_id, user_id, *(given.get(name) for name in LISTED_MEMBER), stamp)
+    return (guild_id, user_id, *(given.get(name) for name in LISTED_MEMBER_COLUMNS), stamp)
 
 
 def user_record(user_id: int, stamp: int, **values: Any) -> Record:
     """Return a user as a listing shows them."""
     given = {"username": f"user {user_id}", "discriminator": "0", "bot": False, "system": False, "public_flags": 0}
     given |= values
-    return (user_id, *(given.get(name) for name in LISTED_USER), stamp)
+    return (user_id, *(given.get(name) for name in LISTED_USER_COLUMNS), stamp)
 
 
 def page(members: Iterable[Record], users: Iterable[Record] | None = None) -> Page:

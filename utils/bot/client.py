@@ -145,7 +145,7 @@ class Guildbook(commands.AutoShardedBot):
         queue = writer.queue
         spool = None
         if journal is not None:
-            spool = {"events": journal.records, "bytes": journal.size, "trouble": journal.trouble}
+            spool = {"events": journal.records, "bytes": journal.size, "trouble": journal.failure}
         return figures | {
             "mirror": self._mirror.is_ready()[1],
             "buffer": {"rows": len(writer.buffer), "oldest": writer.buffer.age, "dropped": writer.rows_dropped},
@@ -160,7 +160,7 @@ class Guildbook(commands.AutoShardedBot):
         """Set the gauges that GET /metrics shows."""
         if self._mirror is None:
             return
-        self._mirror.measure()
+        self._mirror.update_metrics()
         writer = self._mirror.writer
         metrics.buffer_rows.set(len(writer.buffer))
         metrics.queue_events.set(len(writer.queue))
@@ -188,7 +188,7 @@ class Guildbook(commands.AutoShardedBot):
             fence,
             queue,
             shards=shards,
-            rhythm=FlushPolicy(
+            flush_policy=FlushPolicy(
                 settings.flush_rows, settings.flush_seconds, settings.db_retry_seconds, settings.db_retry_max_seconds
             ),
             page_timeout=settings.chunk_timeout_seconds,

@@ -11,7 +11,7 @@ from typing import Any
 
 from utils.database import Pool
 from utils.exceptions import DatabaseError, GuildbookError
-from utils.logs import hide
+from utils.logs import redact
 from utils.operations.action import Outcome, record_action
 from utils.operations.backup.drill import last_drill
 from utils.operations.backup.service import BackupService
@@ -78,7 +78,7 @@ class Scheduler:
                 if last is not None:
                     wait = every - last
             except GuildbookError as exc:
-                _log.error("%s: %s", name, hide(str(exc)))
+                _log.error("%s: %s", name, redact(str(exc)))
                 metrics.duty_failures.labels(name).inc()
             except Exception:  # it comes round again
                 _log.exception("%s failed", name)
@@ -142,13 +142,13 @@ class Scheduler:
         try:
             outcome = await work()
         except GuildbookError as exc:
-            _log.error("%s: %s", command, hide(str(exc)))
-            await self._note(command, f"Failed: {hide(str(exc))}", **arguments)
+            _log.error("%s: %s", command, redact(str(exc)))
+            await self._note(command, f"Failed: {redact(str(exc))}", **arguments)
             raise
         if outcome is None:
             return Outcome("nothing to do")
-        _log.info("%s: %s", command, hide(outcome.text))
-        await self._note(command, hide(outcome.text), **arguments)
+        _log.info("%s: %s", command, redact(outcome.text))
+        await self._note(command, redact(outcome.text), **arguments)
         return outcome
 
     async def _note(self, command: str, result: str, **arguments: Any) -> None:

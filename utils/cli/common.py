@@ -15,7 +15,7 @@ import typer
 from utils.database import Pool
 from utils.database.embedded import open_target
 from utils.exceptions import DatabaseError, GuildbookError, SettingsError, ValidationError
-from utils.logs import hide
+from utils.logs import redact
 from utils.operations.action import Outcome, Progress, Step, ignore_progress, record_action
 from utils.settings import Settings, load_settings
 
@@ -42,7 +42,7 @@ def plain_errors(*, as_json: bool = False) -> Iterator[None]:
         typer.echo("called off", err=True)
         raise typer.Exit(INTERRUPTED) from None
     except GuildbookError as exc:
-        told = hide(str(exc))
+        told = redact(str(exc))
         typer.echo(json.dumps({"ok": False, "error": told}, indent=2) if as_json else told, err=not as_json)
         raise typer.Exit(2 if isinstance(exc, SettingsError | ValidationError) else 1) from None
 
@@ -67,7 +67,7 @@ def act(
         if as_json:
             typer.echo(json.dumps({"ok": outcome.ok, **outcome.data}, indent=2, default=str))
         else:
-            typer.echo(hide(outcome.text))
+            typer.echo(redact(outcome.text))
         raise typer.Exit(0 if outcome.ok else 1)
 
 
@@ -84,10 +84,10 @@ async def _act(
             await database.connect()
             outcome = await work(settings, database, progress)
         except GuildbookError as exc:
-            await _note(database, command, arguments, f"Failed: {hide(str(exc))}")
+            await _note(database, command, arguments, f"Failed: {redact(str(exc))}")
             raise
         else:
-            await _note(database, command, arguments, hide(outcome.text))
+            await _note(database, command, arguments, redact(outcome.text))
             return outcome
         finally:
             await database.close()
@@ -101,7 +101,7 @@ async def _note(database: Pool, command: str, arguments: Mapping[str, Any], resu
             return  # no schema of ours: there are no books
         await record_action(database, command, arguments, result)
     except DatabaseError as exc:
-        typer.echo(f"this was not written down in ops.admin_actions: {hide(str(exc))}", err=True)
+        typer.echo(f"this was not written down in ops.admin_actions: {redact(str(exc))}", err=True)
 
 
 def _shown(as_json: bool) -> AbstractContextManager[Progress]:

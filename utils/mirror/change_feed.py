@@ -14,7 +14,7 @@ from typing import Any, Literal
 from models import DISCORD_EPOCH_MS
 from utils.database import Pool
 from utils.exceptions import GuildbookError
-from utils.logs import once
+from utils.logs import log_once
 from utils.mirror.write import event_sql
 
 _log = logging.getLogger(__name__)
@@ -156,8 +156,11 @@ class ChangeFeed:
         position = self.position
         assert position is not None
         if present < position:
-            once(_log, "clock set back", "the database's clock was set back: changes made until it has caught up are "
-                 "not handed out")  # fmt: skip
+            log_once(
+                _log,
+                "clock set back",
+                "the database's clock was set back: changes made until it has caught up are not handed out",
+            )
         records = await database.fetch(_READ, position, horizon, BATCH) if wanted and position < horizon else []
         for record in records:
             self._hand_out(MirrorChange(*record.values()))

@@ -12,18 +12,18 @@ from typing import Any
 
 from utils.database import Pool
 from utils.exceptions import SyncError
-from utils.logs import once
+from utils.logs import log_once
 from utils.mirror.discord.source import DiscordSource
 from utils.mirror.reconcile.archived_threads import ArchivedThreads
 from utils.mirror.reconcile.guild_queue import GuildState
 from utils.mirror.reconcile.reconciler import Reconciler
-from utils.mirror.records.rows import Observation, Run, Stamps
+from utils.mirror.records.rows import Observation, ReadyGuilds, Run, Stamps
+from utils.mirror.records.validation import validate_row
 from utils.mirror.spool.queue import EventQueue
 from utils.mirror.translate import objects
-from utils.mirror.translate.live import EVENTS
-from utils.mirror.translate.memberships import MEMBERSHIPS, message
-from utils.mirror.translate.objects import MISSHAPEN, Payload
-from utils.mirror.translate.snapshots import checked, snapshot
+from utils.mirror.translate.live import MEMBERSHIP_PARSERS, ROW_PARSERS, parse_message
+from utils.mirror.translate.objects import MALFORMED, Payload
+from utils.mirror.translate.snapshots import read_snapshot
 from utils.mirror.write import replay
 from utils.mirror.write.writer import FlushPolicy, MirrorWriter
 from utils.service import metrics
@@ -53,7 +53,7 @@ class Mirror:
         queue: EventQueue,
         *,
         shards: int,
-        rhythm: FlushPolicy,
+        flush_policy: FlushPolicy,
         page_timeout: float,
         cooldown: float,
         spool: Path | None = None,
@@ -71,7 +71,7 @@ class Mirror:
         self.stamps = Stamps(fence.epoch)
         self.shards = shards
         self.writer = MirrorWriter(
-            database, fence, queue, rhythm, on_lost=on_lost, on_dropped=self._on_dropped, has_slept=has_slept,
+            database, fence, queue, flush_policy, on_lost=on_lost, on_dropped=self._on_dropped, has_slept=has_slept,
             on_written=on_written,
         )  # fmt: skip
         self.reconciler = Reconciler(self.writer, source, self.stamps, page_timeout=page_timeout, cooldown=cooldown)
@@ -127,7 +127,7 @@ class Mirror:
         )
         return ready, {"shards_ready": len(self._ready), **progress}
 
-    def measure(self) -> None:
+    def update_metrics(self) -> None:
         """Bring up to date what GET /metrics shows and is not counted there at once."""
         messages, self._messages = self._messages, 0
         metrics.events_received.labels("MESSAGE_CREATE").inc(messages)
@@ -142,8 +142,8 @@ class Mirror:
             if self.reconciler.guilds.get(guild_id) is not state:  # events were missed since, the answer may be older
                 raise SyncError(f"guild {guild_id}: it became available anew, which reconciles it by itself")
             try:
-                observation = snapshot(payload, stamp, self._refuse("GET /guilds"), is_gateway=False)
-            except MISSHAPEN as error:
+                observation = read_snapshot(payload, stamp, self._refuse("GET /guilds"), is_gateway=False)
+            except MALFORMED as error:
                 raise SyncError(f"guild {guild_id}: what Discord answers cannot be understood: {error!r}") from error
             done = self.writer.submit(observation)
         await done
@@ -166,9 +166,9 @@ class Mirror:
                 self._on_ready(data, shard_id, stamp)
             elif event == "GUILD_CREATE":
                 self._on_guild_create(data, stamp)
-            elif event in EVENTS or event in MEMBERSHIPS:
+            elif event in ROW_PARSERS or event in MEMBERSHIP_PARSERS:
                 self._live(event, data, stamp)
-        except MISSHAPEN as error:
+        except MALFORMED as error:
             self.malformed(event, error)
             return None
         return False
@@ -176,7 +176,7 @@ class Mirror:
     def malformed(self, event: str, error: Exception) -> None:
         """Count and log a payload that could not be understood; it costs that payload alone."""
         metrics.malformed_payloads.labels(event).inc()
-        once(
+        log_once(
             _log,
             ("malformed", event, type(error).__name__),
             "a %s from Discord cannot be understood and is left out (%s: %.200s); others like it are only counted",
@@ -219,7 +219,7 @@ class Mirror:
             return False
         try:
             listing.chunk(data)
-        except MISSHAPEN as error:
+        except MALFORMED as error:
             listing.fail(SyncError(f"guild {listing.guild_id}: a page cannot be understood: {error!r}"))
             self.malformed("GUILD_MEMBERS_CHUNK", error)
         return True
@@ -236,7 +236,7 @@ class Mirror:
     def _on_ready(self, data: Payload, shard_id: int, stamp: int) -> None:
         ids = {int(guild["id"]) for guild in data["guilds"]}
         self._last_arrival = time.monotonic()
-        self._put([checked(objects.user(data["user"], own=True))], stamp)
+        self._put([validate_row(objects.user(data["user"], own=True))], stamp)
         guilds = self.reconciler.guilds
         asked = {state.id: state.asked_at for state in guilds.values()}
         self.reconciler.queue.remove_shard(shard_id)
@@ -246,7 +246,7 @@ class Mirror:
         for id in ids:
             guilds[id] = GuildState(id, shard_id, asked_at=asked.get(id))
         self._ready[shard_id] = ids
-        observation = Observation(0, stamp, [], ready=(shard_id, self.shards, ids))
+        observation = Observation(0, stamp, [], ready=ReadyGuilds(shard_id, self.shards, ids))
         self.reconciler.spawn(self._until_written(self.writer.submit(observation), "the guilds of READY"))
 
     def _on_guild_create(self, data: Payload, stamp: int) -> None:
@@ -255,7 +255,7 @@ class Mirror:
             return
         guild_id = int(data["id"])
         self._last_arrival = time.monotonic()
-        observation = snapshot(data, stamp, self._refuse("GUILD_CREATE"), is_gateway=True)
+        observation = read_snapshot(data, stamp, self._refuse("GUILD_CREATE"), is_gateway=True)
         known = self.reconciler.guilds.get(guild_id)
         shard_id = (guild_id >> 22) % self.shards
         state = GuildState(guild_id, shard_id, size=data.get("member_count"), available=True)
@@ -288,15 +288,15 @@ class Mirror:
         return True
 
     def _message(self, data: Payload, stamp: int) -> None:
-        counted = message(data, stamp)
+        counted = parse_message(data, stamp)
         if counted is not None:
             self.writer.tell(counted)
         self._messages += 1
 
     def _live(self, event: str, data: Payload, stamp: int) -> None:
         now = self.database.now()
-        told = MEMBERSHIPS[event](data, stamp, now) if event in MEMBERSHIPS else None
-        rows = [checked(row) for row in EVENTS[event](data, now)] if event in EVENTS else []
+        told = MEMBERSHIP_PARSERS[event](data, stamp, now) if event in MEMBERSHIP_PARSERS else None
+        rows = [validate_row(row) for row in ROW_PARSERS[event](data, now)] if event in ROW_PARSERS else []
         if told is not None:  # not before the rows are read: a payload is taken whole or not at all
             self.writer.tell(told)
         self._put(rows, stamp)

@@ -15,7 +15,7 @@ from discord import app_commands
 from discord.ext import commands
 
 from utils.exceptions import GuildbookError
-from utils.logs import hide
+from utils.logs import redact
 from utils.operations.action import Outcome, Step, record_action
 from utils.operations.confirm import Confirmations
 
@@ -192,7 +192,7 @@ async def _run(bot: Guildbook, user_id: int, command: str, work: Work, reply: Re
         else:
             text, result = REFUSAL, "refused: no operator"
     except (GuildbookError, discord.DiscordException) as exc:
-        text = result = hide(f"Failed: {exc}")
+        text = result = redact(f"Failed: {exc}")
     except TimeoutError:
         text = result = f"Failed: not finished within {ACTION_SECONDS / 3600:g} hours"
     except Exception as exc:
@@ -214,7 +214,7 @@ def _shown(result: str | Outcome | Shown) -> Shown:
         return Shown(result)
     name_and_text = result.file
     file = None if name_and_text is None else (name_and_text[0], name_and_text[1].encode())
-    return Shown(hide(result.text), file=file)
+    return Shown(redact(result.text), file=file)
 
 
 async def add_cog(bot: Guildbook, cog: commands.Cog) -> None:

@@ -21,7 +21,7 @@ from tests.mirror.tables import (
 from utils.database import Pool
 from utils.mirror.reconcile.staging import StagedListing
 from utils.mirror.records.rows import Absence, Group, Mode
-from utils.mirror.translate.objects import LISTED_MEMBER, LISTED_USER
+from utils.mirror.translate.objects import LISTED_MEMBER_COLUMNS, LISTED_USER_COLUMNS
 from utils.mirror.write.apply import Batch, apply
 
 ANN, ROLE, CHANNEL, THREAD = 11, 21, 31, 41
@@ -62,8 +62,8 @@ async def test_what_a_live_event_told_was_not(furnished: Pool) -> None:
 async def test_what_a_small_listing_showed_was(furnished: Pool) -> None:
     await write_groups(
         furnished,
-        Group("users", LISTED_USER, Mode.MERGE, [user_record(ANN, 2, username="anne")]),
-        Group("members", LISTED_MEMBER, Mode.MERGE, [member_record(ANN, 2, nick="A")]),
+        Group("users", LISTED_USER_COLUMNS, Mode.MERGE, [user_record(ANN, 2, username="anne")]),
+        Group("members", LISTED_MEMBER_COLUMNS, Mode.MERGE, [member_record(ANN, 2, nick="A")]),
     )
     assert await told(furnished) == [("members", "update", True)]
     assert await told(furnished, "user_changes") == [("users", "update", True)]
@@ -89,8 +89,8 @@ async def test_what_a_listing_did_not_show_was_with_all_that_went_along(furnishe
 async def test_what_went_along_with_what_was_deleted_live_was_not(furnished: Pool) -> None:
     await write(
         furnished,
-        said("roles", (GUILD, ROLE), 2, appears=False, deleted_at=when(9)),
-        said("channels", (GUILD, CHANNEL), 2, appears=False, deleted_at=when(9)),
+        said("roles", (GUILD, ROLE), 2, may_insert=False, deleted_at=when(9)),
+        said("channels", (GUILD, CHANNEL), 2, may_insert=False, deleted_at=when(9)),
     )
     assert set(await told(furnished)) == {
         ("roles", "remove", False),

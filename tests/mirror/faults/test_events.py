@@ -17,7 +17,7 @@ from tests.mirror.harness import Mirrored, differences, mirrored, small_world
 from tests.waiting import until
 from utils.database import Pool
 from utils.exceptions import DatabaseUnavailable
-from utils.mirror.spool.queue import Spool
+from utils.mirror.spool.queue import SpoolMode
 from utils.mirror.write.apply import Written, apply
 
 
@@ -96,7 +96,7 @@ async def test_what_happened_while_nobody_was_connected_is_inferred(
 @pytest.mark.parametrize("mode", ["outage", "always", "off"])
 @pytest.mark.parametrize("how", ["read-only", "missing a table", "gone"])
 async def test_an_outage_loses_and_doubles_nothing(
-    database: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str, mode: Spool
+    database: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str, mode: SpoolMode
 ) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 12)
     spool = None if mode == "off" else tmp_path

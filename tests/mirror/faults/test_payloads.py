@@ -29,9 +29,9 @@ KINDS = sorted(malformed_events(_some_guild))
 @pytest.fixture(autouse=True)
 def _first_times() -> Iterator[None]:
     """Every test hears of what is logged but once."""
-    logs._once.clear()
+    logs.reset_repeats()
     yield
-    logs._once.clear()
+    logs.reset_repeats()
 
 
 def malformed_count() -> float:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.mirror.discord.source import MEMBERS_PAGE, DiscordSource, Pace
+from utils.mirror.discord.source import MEMBERS_PAGE, DiscordSource, RateLimiter
 from utils.mirror.reconcile.guild_queue import GuildState, Queue
 
 SMALL, LARGE = MEMBERS_PAGE - 1, MEMBERS_PAGE
@@ -146,9 +146,9 @@ async def test_a_guild_of_unknown_size_is_read_too() -> None:
 
 @pytest.mark.parametrize(("passed", "left"), [((), 3), ((0.0,), 2), ((61.0, 61.0, 0.0), 2), ((1.0, 1.0, 1.0), 0)])
 def test_a_pace_counts_what_went_through_in_its_window(passed: tuple[float, ...], left: int) -> None:
-    pace = Pace(3, 60.0)
+    pace = RateLimiter(3, 60.0)
     pace._times.extend(time.monotonic() - seconds for seconds in passed)
-    assert pace.left == left
+    assert pace.remaining == left
 
 
 async def test_a_pace_lets_so_many_through_and_makes_the_next_one_wait_for_the_oldest(
@@ -163,10 +163,10 @@ async def test_a_pace_lets_so_many_through_and_makes_the_next_one_wait_for_the_o
 
     monkeypatch.setattr("utils.mirror.discord.source.time.monotonic", lambda: now)
     monkeypatch.setattr("utils.mirror.discord.source.asyncio.sleep", sleep)
-    pace, passed = Pace(3, 60.0), list[float]()
+    pace, passed = RateLimiter(3, 60.0), list[float]()
     for step in (0.0, 10.0, 0.0, 0.0, 0.0, 0.0, 200.0):
         now += step
-        await pace.turn()
+        await pace.acquire()
         passed.append(now)
     assert passed == [100.0, 110.0, 110.0, 160.0, 170.0, 170.0, 370.0]
     assert slept == [50.0, 10.0]
@@ -174,7 +174,7 @@ async def test_a_pace_lets_so_many_through_and_makes_the_next_one_wait_for_the_o
 
 async def test_shards_have_paces_of_their_own_and_the_busiest_one_counts() -> None:
     source = DiscordSource(None)  # type: ignore[arg-type]
-    full = source.commands_left
+    full = source.commands_remaining
     for shard in (0, 0, 1):
-        await source.turn(shard)
-    assert source.commands_left == full - 2
+        await source.acquire_command(shard)
+    assert source.commands_remaining == full - 2

@@ -155,7 +155,7 @@ async def test_the_gateway_is_not_held_up_again_by_a_listing_that_no_page_is_tak
         found.chunk(chunk(index, 8, index + 1))
     mirror = module.Mirror(
         database, None, Fence("nobody", 1), EventQueue(None, spool="off", max_rows=1_000), shards=1,  # type: ignore[arg-type]
-        rhythm=FlushPolicy(), page_timeout=1.0, cooldown=0.0,
+        flush_policy=FlushPolicy(), page_timeout=1.0, cooldown=0.0,
     )  # fmt: skip
     mirror.reconciler.listings["nonce"] = found
     await mirror._pause()

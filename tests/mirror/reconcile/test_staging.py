@@ -31,7 +31,7 @@ from utils.database import Pool
 from utils.exceptions import DatabaseError, SyncError
 from utils.mirror.reconcile.staging import StagedListing
 from utils.mirror.records.rows import Absence, Group, Mode, Row, Run
-from utils.mirror.translate.objects import LISTED_MEMBER, LISTED_USER
+from utils.mirror.translate.objects import LISTED_MEMBER_COLUMNS, LISTED_USER_COLUMNS
 from utils.mirror.translate.pages import Page
 from utils.mirror.write.apply import Batch
 from utils.mirror.write.writer import MirrorWriter
@@ -85,7 +85,7 @@ async def test_the_same_listing_again_writes_nothing(database: Pool, writer: Mir
 
 async def test_who_changed_left_came_and_returned_is_told_apart(database: Pool, writer: MirrorWriter) -> None:
     await stage(writer, listed(range(1, 41), 10, nick="n"), 10)
-    await write(database, said("members", (GUILD, 40), 15, left_at=when(1), appears=False))
+    await write(database, said("members", (GUILD, 40), 15, left_at=when(1), may_insert=False))
     await write(database, said("members", (OTHER_GUILD, 2), 1, nick="elsewhere"))
     after = [
         page([member_record(1, 20, nick="changed")], [user_record(1, 20, username="renamed")]),
@@ -146,7 +146,8 @@ async def test_a_listing_that_breaks_leaves_the_members_as_they_were(
     database: Pool, writer: MirrorWriter, known: range
 ) -> None:
     await applied(
-        database, Batch(groups=[Group("members", LISTED_MEMBER, Mode.MERGE, [member_record(i, 1) for i in known])])
+        database,
+        Batch(groups=[Group("members", LISTED_MEMBER_COLUMNS, Mode.MERGE, [member_record(i, 1) for i in known])]),
     )
     before = await versions(database, "members")
     with pytest.raises(ExceptionGroup) as caught:
@@ -257,8 +258,8 @@ async def test_staging_and_a_small_batch_leave_the_same_tables(
             await stage(writer, [Page(users, records, len(records))], 20, source="rest")
         else:
             groups = [
-                Group("users", LISTED_USER, Mode.MERGE, list(users)),
-                Group("members", LISTED_MEMBER, Mode.MERGE, list(records)),
+                Group("users", LISTED_USER_COLUMNS, Mode.MERGE, list(users)),
+                Group("members", LISTED_MEMBER_COLUMNS, Mode.MERGE, list(records)),
             ]
             run = Run(GUILD, when(0), "rest", "request", 20)
             await applied(

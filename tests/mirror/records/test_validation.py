@@ -17,7 +17,7 @@ from tests.mirror.tables import GUILD, empty, rows, write_groups
 from utils.database import Pool
 from utils.exceptions import DatabaseError, ValidationError
 from utils.mirror.records.rows import Group, Mode, key_columns, value_columns
-from utils.mirror.records.validation import fits, require, sifted
+from utils.mirror.records.validation import all_valid, filter_valid, validate_record
 
 COLUMNS = [(table, column) for table in sorted(mirrored_tables()) for column in value_columns(table)]
 
@@ -59,31 +59,31 @@ def test_every_column_takes_its_own_values_and_no_others(table: str, column: str
     else:
         good, bad = GOOD[type(described.type)], BAD[type(described.type)]
     for value in good:
-        assert fits(table, (column,), [record(table, value)]), value
+        assert all_valid(table, (column,), [record(table, value)]), value
     for value in bad:
-        assert not fits(table, (column,), [record(table, value)]), value
+        assert not all_valid(table, (column,), [record(table, value)]), value
         with pytest.raises(ValidationError, match=f"{table}.{column} cannot hold"):
-            require(table, (column,), record(table, value))
-    assert fits(table, (column,), [record(table, None)]) is bool(described.nullable)
+            validate_record(table, (column,), record(table, value))
+    assert all_valid(table, (column,), [record(table, None)]) is bool(described.nullable)
 
 
 @pytest.mark.parametrize("key", [None, "1", 2**63, True, 1.0])
 def test_a_key_is_a_number_that_fits(key: Any) -> None:
-    assert not fits("members", ("nick",), [(GUILD, key, "n", 5)])
-    assert not fits("members", ("nick",), [(key, 1, "n", 5)])
+    assert not all_valid("members", ("nick",), [(GUILD, key, "n", 5)])
+    assert not all_valid("members", ("nick",), [(key, 1, "n", 5)])
 
 
 def test_one_bad_record_costs_that_record_alone() -> None:
     records = [(GUILD, number, number, 5) for number in (1, 2**31, 3)]
     refused: list[tuple[Any, ...]] = []
     bad = [(GUILD, 2, 2**31, 5)]
-    kept = sifted("members", ("flags",), [records[0], *bad, records[2]], lambda row, _: refused.append(row))
+    kept = filter_valid("members", ("flags",), [records[0], *bad, records[2]], lambda row, _: refused.append(row))
     assert (list(kept), refused) == ([records[0], records[2]], bad)
 
 
 def test_the_message_names_a_value_that_is_long_or_odd_without_printing_all_of_it() -> None:
     with pytest.raises(ValidationError) as caught:
-        require("members", ("nick",), (GUILD, 1, ["x" * 10_000]))
+        validate_record("members", ("nick",), (GUILD, 1, ["x" * 10_000]))
     assert len(str(caught.value)) < 300
 
 
@@ -134,7 +134,7 @@ async def test_a_moment_at_the_end_of_the_calendar_fits_only_if_it_is_stored(dat
 
 
 async def comes_back(database: Pool, table: str, column: str, value: Any) -> None:
-    if not fits(table, (column,), [record(table, value)]):
+    if not all_valid(table, (column,), [record(table, value)]):
         return
     await empty(database)
     key = record(table, value)[:-2]
@@ -154,7 +154,7 @@ async def test_what_does_not_fit_is_refused_by_copy_or_would_come_back_as_someth
     database: Pool, cell: tuple[str, str, Any]
 ) -> None:
     table, column, value = cell
-    if fits(table, (column,), [record(table, value)]):
+    if all_valid(table, (column,), [record(table, value)]):
         return
     await empty(database)
     try:

@@ -17,7 +17,7 @@ import pytest
 from tests.waiting import until
 from utils.exceptions import SpoolError
 from utils.mirror.spool import journal as module
-from utils.mirror.spool.journal import LOCK, Journal, found, is_dead
+from utils.mirror.spool.journal import LOCK, Journal, is_dead, list_journals  # _dead
 from utils.mirror.spool.segments import LONGEST
 
 ROOT = Path(__file__).parents[3]
@@ -62,7 +62,7 @@ def fill(journal: Journal, *stamps: int) -> None:
 
 async def write(journal: Journal, *stamps: int) -> None:
     fill(journal, *stamps)
-    assert await journal.settled(SOON), journal.trouble
+    assert await journal.wait_written(SOON), journal.failure
 
 
 async def stamps(journal: Journal, after: int = 0, limit: int = 10_000) -> list[int]:
@@ -173,7 +173,7 @@ async def test_what_no_reader_could_take_is_refused_at_once(journal: Journal) ->
         with pytest.raises(ValueError, match=str(stamp)):
             journal.append(stamp, content)
     journal.append(7, bytes(LONGEST))
-    assert await journal.settled(SOON)
+    assert await journal.wait_written(SOON)
     assert await journal.read(0, 9) == [(5, payload(5)), (7, bytes(LONGEST))]
     await journal.close(1.0)
     with pytest.raises(SpoolError, match="closed"):
@@ -183,18 +183,18 @@ async def test_what_no_reader_could_take_is_refused_at_once(journal: Journal) ->
 async def test_a_full_spool_keeps_events_in_memory_until_something_is_forgotten(tmp_path: Path) -> None:
     journal = await Journal.open(tmp_path, "ours", max_bytes=500, segment_bytes=200)
     fill(journal, *range(1, 101))
-    await until(lambda: journal.trouble)
+    await until(lambda: journal.failure)
     assert journal.is_full
-    assert "SPOOL_MAX_MB" in str(journal.trouble)
+    assert "SPOOL_MAX_MB" in str(journal.failure)
     written = 100 - journal.unwritten
     assert 10 < written < 40
-    assert not await journal.settled(0.01)
+    assert not await journal.wait_written(0.01)
     assert await stamps(journal) == [*range(1, 101)]
     await journal.trim(written - 5)
     await until(lambda: journal.unwritten < 100 - written)
     assert await stamps(journal) == [*range(written - 4, 101)]
     await journal.trim(100)
-    await until(lambda: journal.trouble is None)
+    await until(lambda: journal.failure is None)
     await write(journal, 101)
     assert await left(journal) == [101]
 
@@ -202,7 +202,7 @@ async def test_a_full_spool_keeps_events_in_memory_until_something_is_forgotten(
 async def test_a_spool_smaller_than_a_segment_takes_events_again_when_it_is_empty(tmp_path: Path) -> None:
     journal = await Journal.open(tmp_path, "ours", max_bytes=300)
     fill(journal, *range(1, 101))
-    assert await journal.settled(SOON)
+    assert await journal.wait_written(SOON)
     assert journal.is_full
     await journal.trim(100)
     await write(journal, 101)
@@ -250,13 +250,13 @@ async def test_a_journal_in_the_making_does_not_look_like_one_left_behind(
 
     def flock(descriptor: int, operation: int) -> None:
         monkeypatch.setattr(fcntl, "flock", real)
-        seen.extend([found(tmp_path), is_dead(tmp_path, "ours")])
+        seen.extend([list_journals(tmp_path), is_dead(tmp_path, "ours")])
         real(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)
     journal = await Journal.open(tmp_path, "ours", max_bytes=2**20)
     assert seen == [[], False]
-    assert found(tmp_path) == [journal.path]
+    assert list_journals(tmp_path) == [journal.path]
     await journal.close(1.0)
 
 
@@ -273,15 +273,15 @@ async def test_a_file_of_another_journal_is_not_read(journal: Journal, tmp_path:
 
 
 def test_journals_are_found_those_made_first_first(tmp_path: Path) -> None:
-    assert found(tmp_path / "missing") == []
+    assert list_journals(tmp_path / "missing") == []
     for number, name in enumerate(("c", "a", "d", "b")):
         (tmp_path / name).mkdir()
         (tmp_path / name / LOCK).touch()
         os.utime(tmp_path / name / LOCK, (number // 2, number // 2))
     (tmp_path / "no journal").mkdir()
     (tmp_path / "file").touch()
-    assert [path.name for path in found(tmp_path)] == ["a", "c", "b", "d"]
-    assert [path.name for path in found(tmp_path, except_id="c")] == ["a", "b", "d"]
+    assert [path.name for path in list_journals(tmp_path)] == ["a", "c", "b", "d"]
+    assert [path.name for path in list_journals(tmp_path, except_id="c")] == ["a", "b", "d"]
     assert is_dead(tmp_path, "a")
     for name in ("", ".", "../" + tmp_path.name + "/a", "file", "missing", "no journal"):
         assert not is_dead(tmp_path, name), name
@@ -333,7 +333,7 @@ async def main():
         if stamp % 3 == 0:
             await asyncio.sleep(0)
         if stamp % 2:
-            assert await journal.settled(20)
+            assert await journal.wait_written(20)
             print(stamp, flush=True)
 asyncio.run(main())
 """
@@ -375,10 +375,10 @@ async def main():
     for stamp in range(1, 301):
         journal.append(stamp, b"event %d" % stamp)
         if stamp % 50 == 0:
-            await journal.settled(0.05)
-    print(journal.trouble, journal.unwritten > 0)
+            await journal.wait_written(0.05)
+    print(journal.failure, journal.unwritten > 0)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    print(await journal.settled(20), journal.trouble, journal.unwritten)
+    print(await journal.wait_written(20), journal.failure, journal.unwritten)
 asyncio.run(main())
 """
 

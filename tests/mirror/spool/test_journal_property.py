@@ -81,7 +81,7 @@ async def test_what_comes_while_the_disk_works_is_written_at_once_afterwards_by_
         assert journal.unwritten == 1_000
         assert journal.unwritten_bytes == sum(len(f"event {stamp}") for stamp in range(1, 1_001))
         gate.release(2)
-        assert await journal.settled(SOON)
+        assert await journal.wait_written(SOON)
         assert len(callers) == 2
         assert threading.get_ident() not in callers
     assert (journal.unwritten, journal.unwritten_bytes) == (0, 0)
@@ -101,12 +101,12 @@ async def test_what_the_disk_refuses_waits_in_memory_and_is_tried_again(
         refusal = Refusal(name, number, patch)
         fill(journal, *range(16, 51))
         await until(lambda: refusal.calls > 4)
-        assert str(journal.trouble) == os.strerror(number)
-        assert not await journal.settled(0.01)
+        assert str(journal.failure) == os.strerror(number)
+        assert not await journal.wait_written(0.01)
         assert 20 < journal.unwritten <= 35  # an open segment may have had room
         assert journal.records == 50
-    assert await journal.settled(SOON)
-    assert (journal.trouble, journal.unwritten) == (None, 0)
+    assert await journal.wait_written(SOON)
+    assert (journal.failure, journal.unwritten) == (None, 0)
     assert await stamps(journal) == [*range(1, 51)]
     assert len(segments(journal)) < 12, "no try leaves a file behind"
     assert not journal.damage
@@ -122,13 +122,13 @@ async def test_what_waits_in_memory_is_read_and_forgotten_like_the_rest(
     await write(journal, 1, 2, 3)
     Refusal("write", errno.ENOSPC, monkeypatch)
     fill(journal, 4, 5, 6)
-    await until(lambda: journal.trouble)
+    await until(lambda: journal.failure)
     assert await stamps(journal) == [1, 2, 3, 4, 5, 6]
     assert await stamps(journal, after=2, limit=3) == [3, 4, 5]
     await journal.trim(4)
     assert (await stamps(journal), journal.records) == ([5, 6], 2)
     await journal.trim(6)
-    assert await journal.settled(SOON), "there is nothing left to write"
+    assert await journal.wait_written(SOON), "there is nothing left to write"
     assert (await stamps(journal), journal.records, journal.unwritten_bytes) == ([], 0, 0)
 
 
@@ -142,7 +142,7 @@ async def test_what_is_forgotten_while_it_is_written_takes_nothing_along(
         fill(journal, 4, 5)
         await journal.trim(2)
         gate.release(9)
-        assert await journal.settled(SOON)
+        assert await journal.wait_written(SOON)
     assert (await stamps(journal), await left(journal)) == ([3, 4, 5], [1, 2, 3, 4, 5])
 
 
@@ -158,7 +158,7 @@ async def test_what_a_failed_write_left_behind_is_neither_damage_nor_doubled(
         refusal = Refusal(name, errno.EIO, patch, times=3)
         fill(journal, 3, 4)
         await until(lambda: refusal.calls > 3)
-        assert await journal.settled(SOON)
+        assert await journal.wait_written(SOON)
     await write(journal, 5)
     assert await stamps(journal) == [1, 2, 3, 4, 5]
     # Goes on in its file only what could be cut off and was not to be forced to disk.
@@ -173,8 +173,8 @@ async def test_an_error_that_nobody_thought_of_does_not_end_the_writing(
     with monkeypatch.context() as patch:
         patch.setattr(Segments, "write", mock.Mock(side_effect=MemoryError("none left")))
         fill(journal, 1)
-        await until(lambda: journal.trouble)
-    assert await journal.settled(SOON)
+        await until(lambda: journal.failure)
+    assert await journal.wait_written(SOON)
     assert caplog.records[0].exc_info is not None
     assert await left(journal) == [1]
 
@@ -352,7 +352,7 @@ def test_whatever_is_done_in_whatever_order_it_is_a_list(steps: Steps, rest: Ste
                     model[stamp] = os.urandom(number)
                     journal.append(stamp, model[stamp])
             elif what == "settle":
-                assert await journal.settled(SOON)
+                assert await journal.wait_written(SOON)
                 assert (journal.unwritten, journal.unwritten_bytes) == (0, 0)
             elif what == "read":
                 after = journal.last - number
@@ -375,7 +375,7 @@ def test_whatever_is_done_in_whatever_order_it_is_a_list(steps: Steps, rest: Ste
         refusals = {name: Refusal(name, errno.EIO, patch, times=0) for name in REFUSING}
         await follow(journal, steps, model, refusals)
         assert await journal.read(0, 10_000) == list(model.items())
-        assert await journal.settled(SOON)
+        assert await journal.wait_written(SOON)
         patch.undo()
         await journal.close(SOON)
         assert not journal.damage

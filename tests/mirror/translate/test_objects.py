@@ -12,11 +12,12 @@ from utils.database import Pool
 from utils.mirror import Mirror
 from utils.mirror.discord.tap import decode
 from utils.mirror.records.rows import Row
+from utils.mirror.records.validation import validate_row
 from utils.mirror.spool.queue import EventQueue
 from utils.mirror.translate import objects
-from utils.mirror.translate.live import EVENTS
+from utils.mirror.translate.live import ROW_PARSERS
 from utils.mirror.translate.objects import Payload
-from utils.mirror.translate.snapshots import checked, snapshot
+from utils.mirror.translate.snapshots import read_snapshot
 from utils.mirror.write.writer import FlushPolicy
 from utils.service.lease import Fence
 
@@ -97,18 +98,18 @@ SHAPES: list[tuple[str, Payload, list[tuple[str, tuple[int, ...], bool]]]] = [
 
 
 def read(event: str, payload: Payload) -> list[Row]:
-    return [checked(row) for row in EVENTS[event](payload, AT)]
+    return [validate_row(row) for row in ROW_PARSERS[event](payload, AT)]
 
 
 @pytest.mark.parametrize(("event", "payload", "expected"), SHAPES)
 def test_every_event_becomes_the_rows_it_speaks_of(
     event: str, payload: Payload, expected: list[tuple[str, tuple[int, ...], bool]]
 ) -> None:
-    assert [(row.table, row.key, row.appears) for row in read(event, payload)] == expected
+    assert [(row.table, row.key, row.may_insert) for row in read(event, payload)] == expected
 
 
 def test_every_event_that_is_taken_is_in_the_table_of_shapes() -> None:
-    assert {event for event, _, _ in SHAPES} == EVENTS.keys()
+    assert {event for event, _, _ in SHAPES} == ROW_PARSERS.keys()
 
 
 def test_a_member_is_read_with_sorted_numbers_and_moments() -> None:
@@ -126,8 +127,8 @@ def test_what_is_absent_from_a_join_is_none_and_from_an_update_unchanged() -> No
 
 
 def test_a_partial_user_changes_what_it_speaks_of_and_makes_no_row() -> None:
-    row = checked(objects.user({"id": "7", "avatar": None}))
-    assert (row.values, row.appears) == ({"avatar": None}, False)
+    row = validate_row(objects.user({"id": "7", "avatar": None}))
+    assert (row.values, row.may_insert) == ({"avatar": None}, False)
 
 
 def test_only_the_bots_own_account_shows_what_discord_shows_of_nobody_else() -> None:
@@ -186,7 +187,7 @@ def test_an_outage_is_not_a_removal() -> None:
 
 async def test_guild_create_names_what_there_is_and_over_rest_channels_prove_nothing() -> None:
     for is_gateway, proven in ((True, {"roles", "channels"}), (False, {"roles"})):
-        seen = snapshot(GUILD_CREATE, 5, _never, is_gateway=is_gateway)
+        seen = read_snapshot(GUILD_CREATE, 5, _never, is_gateway=is_gateway)
         assert {group.table for group in seen.groups} == {"guilds", "roles", "channels", "threads"}
         assert {absence.table for absence in seen.absences} == proven
 
@@ -194,7 +195,7 @@ async def test_guild_create_names_what_there_is_and_over_rest_channels_prove_not
 async def test_a_part_that_cannot_be_read_costs_that_part_and_its_proof() -> None:
     refused: list[Exception] = []
     payload = GUILD_CREATE | {"roles": [ROLE, {"name": "no id"}, ROLE | {"id": "6", "color": "red"}]}
-    seen = snapshot(payload, 5, refused.append, is_gateway=True)
+    seen = read_snapshot(payload, 5, refused.append, is_gateway=True)
     assert len(refused) == 2
     assert {absence.table for absence in seen.absences} == {"channels"}
     assert [group.records[0][1] for group in seen.groups if group.table == "roles"] == [4]
@@ -220,7 +221,7 @@ JUNK: list[Any] = [
 
 
 @pytest.mark.parametrize(
-    "event", [*EVENTS, "READY", "GUILD_CREATE", "GUILD_MEMBERS_CHUNK", "RATE_LIMITED", "SOMETHING_NEW"]
+    "event", [*ROW_PARSERS, "READY", "GUILD_CREATE", "GUILD_MEMBERS_CHUNK", "RATE_LIMITED", "SOMETHING_NEW"]
 )
 async def test_no_payload_makes_the_receiver_raise(database: Pool, event: str) -> None:
     mirror = unstarted(database)
@@ -237,7 +238,7 @@ async def test_a_number_beyond_all_bounds_does_not_make_the_receiver_raise(datab
 def unstarted(database: Pool) -> Mirror:
     return Mirror(
         database, None, Fence("nobody", 1), EventQueue(None, spool="off", max_rows=1_000), shards=1,  # type: ignore[arg-type]
-        rhythm=FlushPolicy(), page_timeout=1.0, cooldown=0.0,
+        flush_policy=FlushPolicy(), page_timeout=1.0, cooldown=0.0,
     )  # fmt: skip
 
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from tests.mirror.tables import GUILD
 from utils.exceptions import ValidationError
 from utils.mirror.discord.tap import decode
+from utils.mirror.records.validation import validate_row
 from utils.mirror.translate import objects, pages
-from utils.mirror.translate.objects import LISTED_MEMBER, LISTED_USER, Payload
+from utils.mirror.translate.objects import LISTED_MEMBER_COLUMNS, LISTED_USER_COLUMNS, Payload
 from utils.mirror.translate.pages import Page, read_page
-from utils.mirror.translate.snapshots import checked
 
 STAMP = 77
 IDS = st.integers(1, 2**63 - 1).map(str)
@@ -73,11 +73,11 @@ def test_a_listing_says_of_a_member_what_a_join_says(payloads: list[Payload]) ->
     assert payloads == given, "a payload belongs to whoever reads it next"
     assert page.seen == len(page.users) == len(page.members) == len(payloads)
     for payload, user, listed in zip(payloads, page.users, page.members, strict=True):
-        one, other = (checked(row) for row in objects.member(GUILD, payload, joins=True))
-        assert user == (*one.key, *(one.values[name] for name in LISTED_USER), STAMP)
-        assert listed == (*other.key, *(other.values[name] for name in LISTED_MEMBER), STAMP)
-        assert one.appears
-        assert other.appears
+        one, other = (validate_row(row) for row in objects.member(GUILD, payload, is_join=True))
+        assert user == (*one.key, *(one.values[name] for name in LISTED_USER_COLUMNS), STAMP)
+        assert listed == (*other.key, *(other.values[name] for name in LISTED_MEMBER_COLUMNS), STAMP)
+        assert one.may_insert
+        assert other.may_insert
 
 
 @given(payloads=st.lists(MEMBERS, max_size=5))
@@ -153,7 +153,7 @@ def test_no_json_whatever_makes_a_page_raise(payload: Payload, where: list[str],
 
 def test_roles_are_sorted_and_left_members_come_back() -> None:
     page = read_page(GUILD, [member(1, roles=["30", "4"])], STAMP, never)
-    listed = dict(zip(LISTED_MEMBER, page.members[0][2:], strict=False))
+    listed = dict(zip(LISTED_MEMBER_COLUMNS, page.members[0][2:], strict=False))
     assert listed["roles"] == [4, 30]
     assert listed["left_at"] is None
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.mirror.tables import GUILD, OTHER_GUILD
-from utils.mirror.records.rows import Entry, Mode, Row, grouped
+from utils.mirror.records.rows import Entry, Mode, Row, group_entries
 from utils.mirror.write.buffer import Buffer, Entries
 
 
-def member(user_id: int, *, guild_id: int = GUILD, appears: bool = True, **values: Any) -> Row:
-    return Row("members", (guild_id, user_id), values, appears)
+def member(user_id: int, *, guild_id: int = GUILD, may_insert: bool = True, **values: Any) -> Row:
+    return Row("members", (guild_id, user_id), values, may_insert)
 
 
 def buffer(rows: int = 500, seconds: float = 60.0) -> Buffer:
@@ -24,7 +24,7 @@ def buffer(rows: int = 500, seconds: float = 60.0) -> Buffer:
 async def test_a_later_event_is_laid_over_an_earlier_one_column_by_column() -> None:
     waiting = buffer()
     waiting.put(member(1, nick="a", roles=[1]), 10)
-    waiting.put(member(1, appears=False, nick="b"), 11)
+    waiting.put(member(1, may_insert=False, nick="b"), 11)
     assert waiting.take() == {("members", (GUILD, 1)): Entry({"nick": "b", "roles": [1]}, True, 11)}
     assert len(waiting) == 0
 
@@ -109,7 +109,7 @@ async def test_rows_are_grouped_by_what_they_speak_of_with_keys_in_order() -> No
         ("members", (GUILD, 2)): Entry({"nick": "b"}, False, 2),
         ("users", (9,)): Entry({"username": "u"}, True, 4),
     }
-    groups = list(grouped(entries.items()))
+    groups = list(group_entries(entries.items()))
     assert [(group.table, group.columns, group.mode, group.records) for group in groups] == [
         ("members", ("nick",), Mode.MERGE, [(GUILD, 1, "a", 1), (GUILD, 3, "c", 3)]),
         ("members", ("nick",), Mode.UPDATE, [(GUILD, 2, "b", 2)]),

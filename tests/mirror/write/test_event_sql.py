@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from tests.mirror.tables import GUILD, complete_run, member_record, said, when
 from utils.database import Pool
-from utils.mirror.records.events import Event, Membership, Message, packed, unpacked
+from utils.mirror.records.events import Event, Membership, Message, decode_event, encode_event
 from utils.mirror.records.rows import COUNTER_BITS, Absence, Entry, Group, Mode
-from utils.mirror.translate.objects import LISTED_MEMBER
+from utils.mirror.translate.objects import LISTED_MEMBER_COLUMNS
 from utils.mirror.write import event_sql
 from utils.mirror.write.apply import Batch, Told, apply
 from utils.service import lease
@@ -47,7 +47,7 @@ async def listed(
     run = complete_run(at)
     run.started_at = when(counter)
     batch = Batch(
-        groups=[Group("members", LISTED_MEMBER, Mode.MERGE, records)],
+        groups=[Group("members", LISTED_MEMBER_COLUMNS, Mode.MERGE, records)],
         absences=[Absence("members", GUILD, at, set(present))],
         runs=[run],
     )
@@ -74,7 +74,7 @@ _times = st.datetimes(min_value=datetime(2015, 1, 1), max_value=datetime(2200, 1
     | st.builds(Membership, _ids, _ids, _ids, st.sampled_from(["join", "leave", "ban", "unban"]), _times, _times)
 )
 def test_an_event_comes_out_of_a_journal_as_it_went_in(event: Event) -> None:
-    assert unpacked(event.stamp, packed(event)) == event
+    assert decode_event(event.stamp, encode_event(event)) == event
 
 
 async def test_a_message_counts_once_whoever_tells_of_it(database: Pool, fence: Fence) -> None:
@@ -256,5 +256,5 @@ async def test_moves_closer_together_than_two_processes_hear_are_told_apart_by_t
 
 
 def _member(**values: Any) -> dict[str, Any]:
-    whole = dict.fromkeys(LISTED_MEMBER) | {"roles": [], "pending": False, "flags": 0}
+    whole = dict.fromkeys(LISTED_MEMBER_COLUMNS) | {"roles": [], "pending": False, "flags": 0}
     return whole | values

@@ -22,7 +22,7 @@ from tests.mirror.tables import (
 from utils.database import Pool
 from utils.exceptions import DatabaseUnavailable
 from utils.mirror.records.rows import Group, Mode
-from utils.mirror.translate.objects import LISTED_MEMBER
+from utils.mirror.translate.objects import LISTED_MEMBER_COLUMNS
 from utils.mirror.write import apply as apply_module
 from utils.mirror.write.apply import Batch
 
@@ -45,8 +45,8 @@ ODD = [
 ]
 
 
-def member(user_id: int, stamp: int, *, guild_id: int = GUILD, appears: bool = True, **values: Any) -> Any:
-    return said("members", (guild_id, user_id), stamp, appears=appears, **values)
+def member(user_id: int, stamp: int, *, guild_id: int = GUILD, may_insert: bool = True, **values: Any) -> Any:
+    return said("members", (guild_id, user_id), stamp, may_insert=may_insert, **values)
 
 
 async def test_a_first_appearance_is_inserted_and_leaves_no_history(database: Pool) -> None:
@@ -92,7 +92,7 @@ async def test_what_belongs_to_nobody_is_noted_without_a_user(database: Pool) ->
 
 async def test_a_removal_and_a_return_are_told_apart_from_an_update(database: Pool) -> None:
     await write(database, member(1, 10, nick="Ann", left_at=None))
-    await write(database, member(1, 20, left_at=when(5), appears=False))
+    await write(database, member(1, 20, left_at=when(5), may_insert=False))
     assert (await row(database, "members", (GUILD, 1)))["left_at"] == when(5)
     await write(database, member(1, 30, nick="Anna", left_at=None))
     assert (await row(database, "members", (GUILD, 1)))["left_at"] is None
@@ -139,7 +139,7 @@ async def test_equal_values_write_nothing_at_all(database: Pool) -> None:
 
 async def test_an_older_stamp_never_overwrites_a_newer_one(database: Pool) -> None:
     await write(database, member(1, 20, nick="new", left_at=None))
-    for late in (member(1, 19, nick="old", left_at=None), member(1, 5, left_at=when(1), appears=False)):
+    for late in (member(1, 19, nick="old", left_at=None), member(1, 5, left_at=when(1), may_insert=False)):
         written = await write(database, late)
         assert written.total == 0
     assert (await row(database, "members", (GUILD, 1)))["nick"] == "new"
@@ -150,9 +150,9 @@ async def test_an_older_stamp_never_overwrites_a_newer_one(database: Pool) -> No
 async def test_what_only_speaks_of_a_row_never_makes_one(database: Pool) -> None:
     written = await write(
         database,
-        member(1, 10, left_at=when(1), appears=False),
-        said("guilds", (GUILD,), 10, unavailable=True, appears=False),
-        said("roles", (GUILD, 3), 10, deleted_at=when(1), appears=False),
+        member(1, 10, left_at=when(1), may_insert=False),
+        said("guilds", (GUILD,), 10, unavailable=True, may_insert=False),
+        said("roles", (GUILD, 3), 10, deleted_at=when(1), may_insert=False),
     )
     assert written.total == 0
     assert [await rows(database, table) for table in ("members", "guilds", "roles")] == [{}, {}, {}]
@@ -163,7 +163,7 @@ async def test_what_may_only_fill_never_changes_a_row(database: Pool) -> None:
     records: list[tuple[Any, ...]] = [
         (GUILD, user_id, "listed", None, [], when(0), None, None, False, 0, None, 50) for user_id in (1, 2)
     ]
-    written = await applied(database, Batch(groups=[Group("members", LISTED_MEMBER, Mode.INSERT, records)]))
+    written = await applied(database, Batch(groups=[Group("members", LISTED_MEMBER_COLUMNS, Mode.INSERT, records)]))
     assert (written.inserted["members"], written.updated["members"]) == (1, 0)
     assert (await row(database, "members", (GUILD, 1)))["nick"] == "live"
     assert (await row(database, "members", (GUILD, 2)))["nick"] == "listed"
@@ -243,7 +243,7 @@ async def test_a_batch_larger_than_one_statement_is_written_whole(database: Pool
 
 async def test_guilds_are_written_apart_even_where_ids_are_the_same(database: Pool) -> None:
     await write(database, member(1, 1, nick="a", left_at=None), member(1, 1, guild_id=OTHER_GUILD, nick="b"))
-    await write(database, member(1, 2, left_at=when(1), appears=False))
+    await write(database, member(1, 2, left_at=when(1), may_insert=False))
     assert (await row(database, "members", (GUILD, 1)))["left_at"] == when(1)
     assert (await row(database, "members", (OTHER_GUILD, 1)))["left_at"] is None
 
@@ -273,7 +273,7 @@ async def test_a_batch_that_is_tried_again_counts_its_rows_once(
 
     monkeypatch.setattr(apply_module, "record", interrupted)
     listed: list[tuple[Any, ...]] = [(GUILD, 1, None, None, [], when(0), None, None, False, 0, None, 50)]
-    batch = Batch(groups=[Group("members", LISTED_MEMBER, Mode.MERGE, listed)], runs=[complete_run(50)])
+    batch = Batch(groups=[Group("members", LISTED_MEMBER_COLUMNS, Mode.MERGE, listed)], runs=[complete_run(50)])
     with pytest.raises(DatabaseUnavailable):
         await applied(database, batch)
     await applied(database, batch)

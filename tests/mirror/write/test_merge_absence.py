@@ -90,7 +90,7 @@ async def test_a_deleted_role_leaves_the_members_of_its_guild_alone(database: Po
         said("members", (GUILD, 3), 1, roles=[5]),
         said("members", (OTHER_GUILD, 1), 1, roles=[5]),
     )
-    await write(database, said("roles", (GUILD, 5), 2, deleted_at=when(1), appears=False))
+    await write(database, said("roles", (GUILD, 5), 2, deleted_at=when(1), may_insert=False))
     found = {key: value["roles"] for key, value in (await rows(database, "members")).items()}
     assert found == {(GUILD, 1): [6, 7], (GUILD, 2): [6], (GUILD, 3): [], (OTHER_GUILD, 1): [5]}
     notes = [note for note in await history(database) if note[0] == "members"]
@@ -124,7 +124,7 @@ async def test_a_deleted_channel_takes_its_own_threads_with_it(database: Pool) -
         said("threads", (GUILD, 12), 1, parent_id=5, deleted_at=when(1)),
         said("threads", (OTHER_GUILD, 10), 1, parent_id=5),
     )
-    await write(database, said("channels", (GUILD, 5), 2, deleted_at=when(2), appears=False))
+    await write(database, said("channels", (GUILD, 5), 2, deleted_at=when(2), may_insert=False))
     found = await rows(database, "threads")
     assert gone(found, "deleted_at") == {(GUILD, 10), (GUILD, 12)}
     assert found[GUILD, 12]["deleted_at"] == when(1)
@@ -162,5 +162,5 @@ async def test_a_guild_that_was_left_and_is_joined_again_returns(database: Pool)
 
 async def test_members_of_a_guild_that_was_left_stay_as_they_were(database: Pool) -> None:
     await write(database, said("guilds", (GUILD,), 1, name="g"), said("members", (GUILD, 1), 1, flags=0))
-    await write(database, said("guilds", (GUILD,), 2, left_at=when(1), appears=False))
+    await write(database, said("guilds", (GUILD,), 2, left_at=when(1), may_insert=False))
     assert (await row(database, "members", (GUILD, 1)))["left_at"] is None

@@ -27,7 +27,7 @@ class Model:
     def write(self, key: Key, entry: Entry) -> None:
         known = self.rows.get(key)
         if known is None:
-            if entry.appears:
+            if entry.may_insert:
                 blank: dict[str, Any] = dict.fromkeys(COLUMNS) | {"roles": []}
                 self.rows[key] = blank | entry.values | {"stamp": entry.stamp}
             return
@@ -54,7 +54,7 @@ VALUES = st.fixed_dictionaries(
         "left_at": st.sampled_from([None, moment(1), moment(2)]),
     },
 ).filter(bool)
-OBSERVATIONS = st.tuples(KEYS, st.builds(Entry, values=VALUES, appears=st.booleans(), stamp=st.integers(1, 6)))
+OBSERVATIONS = st.tuples(KEYS, st.builds(Entry, values=VALUES, may_insert=st.booleans(), stamp=st.integers(1, 6)))
 
 
 def _in_order(note: tuple[Key, str, set[str]]) -> tuple[Key, str, list[str]]:
@@ -98,7 +98,7 @@ async def test_events_in_the_order_received_end_as_the_newest_says_however_they_
     newest: dict[Key, dict[str, Any]] = {}
     for stamp, (key, entry) in enumerate(events, start=1):
         # What only speaks of a row finds one: the reconcile sees to that.
-        buffer.put(Row("members", key, entry.values, entry.appears or key not in newest), stamp)
+        buffer.put(Row("members", key, entry.values, entry.may_insert or key not in newest), stamp)
         known = newest.setdefault(key, dict.fromkeys(COLUMNS) | {"roles": []})
         known |= entry.values
         if data.draw(st.booleans(), label="flush"):

@@ -12,12 +12,12 @@ from tests.mirror.tables import GUILD, OTHER_GUILD, member_record, rows, said, w
 from utils.database import Pool
 from utils.exceptions import SyncError
 from utils.mirror.records.rows import Group, Mode, Observation, Row
-from utils.mirror.translate.objects import LISTED_MEMBER
+from utils.mirror.translate.objects import LISTED_MEMBER_COLUMNS
 from utils.mirror.write.overlay import LiveOverlay
 
 
-def member(user_id: int, *, guild_id: int = GUILD, appears: bool = True, **values: Any) -> Row:
-    return Row("members", (guild_id, user_id), values, appears)
+def member(user_id: int, *, guild_id: int = GUILD, may_insert: bool = True, **values: Any) -> Row:
+    return Row("members", (guild_id, user_id), values, may_insert)
 
 
 def test_nothing_is_remembered_while_no_observation_is_open() -> None:
@@ -103,12 +103,12 @@ def test_a_listing_that_waited_for_more_than_memory_holds_is_refused_and_a_later
 def test_what_could_not_make_a_row_and_what_went_is_said_again() -> None:
     touched = LiveOverlay()
     touched.open("a")
-    touched.add(member(1, appears=False, nick="old"), 5)
+    touched.add(member(1, may_insert=False, nick="old"), 5)
     touched.add(member(2, nick="joined"), 6)
-    touched.add(member(3, appears=False, left_at=when(1)), 7)
+    touched.add(member(3, may_insert=False, left_at=when(1)), 7)
     touched.add(Row("roles", (GUILD, 4), {"name": "r", "deleted_at": None}), 8)
-    touched.add(Row("roles", (GUILD, 4), {"deleted_at": when(2)}, appears=False), 9)
-    touched.add(member(9, guild_id=OTHER_GUILD, appears=False, nick="x"), 10)
+    touched.add(Row("roles", (GUILD, 4), {"deleted_at": when(2)}, may_insert=False), 9)
+    touched.add(member(9, guild_id=OTHER_GUILD, may_insert=False, nick="x"), 10)
     again = {slot: entry.values for slot, entry in touched.again(GUILD, 5)}
     assert again.keys() == {("members", (GUILD, 3)), ("roles", (GUILD, 4))}
     assert again["members", (GUILD, 3)] == {"left_at": when(1)}
@@ -124,7 +124,7 @@ def test_a_listing_keeps_every_member_and_every_column_that_nobody_spoke_of_sinc
     for stamp, (user_id, column) in enumerate(touches, start=15):
         touched.add(Row("members", (GUILD, user_id), {column: None}), stamp)
     records = [member_record(user_id, 20, nick="n", flags=3) for user_id in range(1, 5)]
-    groups = touched.behind(Group("members", LISTED_MEMBER, Mode.MERGE, records), GUILD, 20)
+    groups = touched.behind(Group("members", LISTED_MEMBER_COLUMNS, Mode.MERGE, records), GUILD, 20)
     ahead: dict[int, set[str]] = {}
     for stamp, (user_id, column) in enumerate(touches, start=15):
         if stamp > 20:
@@ -136,10 +136,10 @@ def test_a_listing_keeps_every_member_and_every_column_that_nobody_spoke_of_sinc
     for group in groups:
         if group.mode is Mode.UPDATE:
             for record in group.records:
-                assert set(group.columns) == set(LISTED_MEMBER) - ahead[record[1]]
+                assert set(group.columns) == set(LISTED_MEMBER_COLUMNS) - ahead[record[1]]
                 assert record[2:-1] == tuple(
                     value
-                    for name, value in zip(LISTED_MEMBER, records[record[1] - 1][2:-1], strict=True)
+                    for name, value in zip(LISTED_MEMBER_COLUMNS, records[record[1] - 1][2:-1], strict=True)
                     if name in group.columns
                 )
 
@@ -160,7 +160,7 @@ async def test_what_is_deleted_before_an_older_observation_shows_it_stays_delete
     writer = await writer_of(database)
     writer.start()
     done = writer.submit(Observation(GUILD, 10, [Group("roles", ("name",), Mode.MERGE, [(GUILD, 1, "r", 10)])]))
-    writer.put(Row("roles", (GUILD, 1), {"deleted_at": when(1)}, appears=False), 11)
+    writer.put(Row("roles", (GUILD, 1), {"deleted_at": when(1)}, may_insert=False), 11)
     await done
     await writer.stop(5)
     assert (await rows(database, "roles"))[GUILD, 1]["deleted_at"] == when(1)

@@ -13,7 +13,7 @@ import discord
 from discord.http import Route
 
 from utils.exceptions import SyncError
-from utils.mirror.translate.objects import Payload, id_of
+from utils.mirror.translate.objects import Payload, user_id_of
 
 #: Largest page of GET /guilds/{id}/members (Discord API reference, "List Guild Members").
 MEMBERS_PAGE = 1_000
@@ -25,7 +25,7 @@ COMMANDS_A_MINUTE = 100
 ThreadKind = Literal["public", "private"]
 
 
-class Pace:
+class RateLimiter:
     """Lets at most `count` through in any `seconds`, and makes the others wait their turn."""
 
     __slots__ = ("_lock", "_times", "count", "seconds")
@@ -37,12 +37,12 @@ class Pace:
         self._lock = asyncio.Lock()
 
     @property
-    def left(self) -> int:
+    def remaining(self) -> int:
         """How many would be let through at once."""
         past = time.monotonic() - self.seconds
         return self.count - sum(moment > past for moment in self._times)
 
-    async def turn(self) -> None:
+    async def acquire(self) -> None:
         """Return when one more is allowed; never longer than `seconds` for each one that waits before."""
         async with self._lock:
             if len(self._times) == self.count:
@@ -59,16 +59,16 @@ class DiscordSource:
         self._client = client
         #: Seconds that one REST request may take, discord.py's own retries included.
         self.timeout = timeout
-        self._paces: dict[int, Pace] = {}
+        self._paces: dict[int, RateLimiter] = {}
 
     @property
-    def commands_left(self) -> int:
+    def commands_remaining(self) -> int:
         """Gateway commands that the busiest shard may still send in this minute."""
-        return min((pace.left for pace in self._paces.values()), default=COMMANDS_A_MINUTE)
+        return min((pace.remaining for pace in self._paces.values()), default=COMMANDS_A_MINUTE)
 
-    async def turn(self, shard_id: int) -> None:
+    async def acquire_command(self, shard_id: int) -> None:
         """Wait until a shard may send one more gateway command."""
-        await self._paces.setdefault(shard_id, Pace(COMMANDS_A_MINUTE, 60.0)).turn()
+        await self._paces.setdefault(shard_id, RateLimiter(COMMANDS_A_MINUTE, 60.0)).acquire()
 
     async def request_members(self, guild_id: int, nonce: str) -> None:
         """Send op 8 for all members of a guild; the answer comes as GUILD_MEMBERS_CHUNK with this nonce."""
@@ -91,7 +91,7 @@ class DiscordSource:
             yield page, len(page) < MEMBERS_PAGE
             if len(page) < MEMBERS_PAGE:
                 return
-            last = max(filter(None, map(id_of, page)), default=0)
+            last = max(filter(None, map(user_id_of, page)), default=0)
             if last <= after:
                 raise SyncError(f"guild {guild_id}: the member list does not advance past {after}")
             after = last

@@ -20,7 +20,7 @@ from discord import utils as discord_utils
 from discord.gateway import DiscordWebSocket, ReconnectWebSocket
 from discord.shard import Shard
 
-from utils.logs import once
+from utils.logs import log_once
 from utils.text import scrub_payload
 
 _log = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ async def _received_message(ws: DiscordWebSocket, message: Any, /) -> None:
         receiver.malformed("unreadable", ValueError("a dispatch has a name, a number and, if it is READY, a session"))
         return None
     elif _is_duplicate(ws, tapped, decoded):
-        once(_log, "duplicate", "the gateway sent an event twice: the second one is dropped")
+        log_once(_log, "duplicate", "the gateway sent an event twice: the second one is dropped")
         return None
     session = decoded["d"]["session_id"] if event == "READY" else ws.session_id or ""
     taken = receiver.receive(event, decoded.get("d"), ws.shard_id or 0, session)

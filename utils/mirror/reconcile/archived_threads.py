@@ -10,13 +10,13 @@ from collections import Counter
 import discord
 
 from utils.exceptions import SyncError
-from utils.mirror.discord.source import DiscordSource, Pace, ThreadKind
+from utils.mirror.discord.source import DiscordSource, RateLimiter, ThreadKind
 from utils.mirror.reconcile.guild_queue import GuildState
 from utils.mirror.reconcile.reconciler import Reconciler
-from utils.mirror.records.rows import Entry, Observation, Row, Stamps, grouped
+from utils.mirror.records.rows import Entry, Observation, Row, Stamps, group_entries
+from utils.mirror.records.validation import validate_row
 from utils.mirror.translate import objects
-from utils.mirror.translate.objects import MISSHAPEN
-from utils.mirror.translate.snapshots import checked
+from utils.mirror.translate.objects import MALFORMED
 from utils.mirror.write.writer import MirrorWriter
 
 _log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class ArchivedThreads:
         self._reading: int | None = None
         #: Passes that failed in a row, by guild.
         self._failures: Counter[int] = Counter()
-        self._pace = Pace(REQUESTS_A_SECOND, 1.0)
+        self._pace = RateLimiter(REQUESTS_A_SECOND, 1.0)
         #: Guilds read since the start.
         self.finished: int = 0
 
@@ -143,14 +143,14 @@ class ArchivedThreads:
                 return
             except discord.NotFound:
                 gone_at = self._writer.database.now()
-                row = objects.removed("threads", (state.id, thread_id), "deleted_at", gone_at)
+                row = objects.tombstone("threads", (state.id, thread_id), "deleted_at", gone_at)
             if row is not None:
                 await self._write(state, [row], stamp)
 
     async def _turn(self) -> None:
         """Wait until no reconcile needs the requests, and until the lane may make one more."""
         await self._reconciler.quiet()
-        await self._pace.turn()
+        await self._pace.acquire()
 
     def _is_current(self, state: GuildState) -> bool:
         return self._reconciler.guilds.get(state.id) is state and state.available
@@ -158,13 +158,13 @@ class ArchivedThreads:
     async def _write(self, state: GuildState, rows: list[Row], stamp: int) -> None:
         if not self._is_current(state):
             raise SyncError(f"guild {state.id}: events were missed since the request")
-        entries = {(row.table, row.key): Entry(row.values, row.appears, stamp) for row in rows}
+        entries = {(row.table, row.key): Entry(row.values, row.may_insert, stamp) for row in rows}
         if entries:
-            await self._writer.submit(Observation(state.id, stamp, list(grouped(entries.items()))))
+            await self._writer.submit(Observation(state.id, stamp, list(group_entries(entries.items()))))
 
     def _row(self, guild_id: int, payload: objects.Payload) -> Row | None:
         try:
-            return checked(objects.thread(guild_id, payload))
-        except MISSHAPEN as error:
+            return validate_row(objects.thread(guild_id, payload))
+        except MALFORMED as error:
             _log.warning("an archived thread was left out: %s", error, extra={"guild_id": guild_id})
             return None

@@ -18,7 +18,7 @@ from utils.mirror.reconcile.guild_queue import GuildState, Queue
 from utils.mirror.reconcile.listing import Listing
 from utils.mirror.reconcile.staging import StagedListing
 from utils.mirror.records.rows import Absence, Group, Mode, Observation, Run, Stamps
-from utils.mirror.translate.objects import LISTED_MEMBER, LISTED_USER
+from utils.mirror.translate.objects import LISTED_MEMBER_COLUMNS, LISTED_USER_COLUMNS
 from utils.mirror.translate.pages import Page
 from utils.mirror.write.apply import HISTORY, record
 from utils.mirror.write.dead_letters import is_about_rows
@@ -146,7 +146,7 @@ class Reconciler:
             await self._reconcile(state, "gateway")
 
     def _may_help(self) -> bool:
-        return self._source.commands_left > KEPT_FOR_LARGE
+        return self._source.commands_remaining > KEPT_FOR_LARGE
 
     async def _reconcile(self, state: GuildState, source: str) -> None:
         reason, state.reason = state.reason or "request", None
@@ -156,7 +156,7 @@ class Reconciler:
                 if source == "gateway":
                     if not state.is_small:  # pages that nobody may write yet would keep the gateway from being read
                         await stack.enter_async_context(self._staging)
-                    await self._source.turn(state.shard_id)
+                    await self._source.acquire_command(state.shard_id)
                     state.asked_at = time.monotonic()
                 if self.guilds.get(state.id) is state and state.available:  # it may have gone while it waited
                     await self._list(state, source, reason)
@@ -357,8 +357,8 @@ def _observed(listing: Listing, pages: list[Page], absences: list[Absence], run:
         listing.guild_id,
         listing.stamp,
         [
-            Group("users", LISTED_USER, Mode.MERGE, [users[id] for id in sorted(users)]),
-            Group("members", LISTED_MEMBER, Mode.MERGE, [members[id] for id in sorted(members)]),
+            Group("users", LISTED_USER_COLUMNS, Mode.MERGE, [users[id] for id in sorted(users)]),
+            Group("members", LISTED_MEMBER_COLUMNS, Mode.MERGE, [members[id] for id in sorted(members)]),
         ],
         absences,
         run,

@@ -13,7 +13,7 @@ from utils.database import Connection, Pool
 from utils.exceptions import SyncError
 from utils.mirror.reconcile.listing import Listing
 from utils.mirror.records.rows import Group, Mode, Run, key_columns
-from utils.mirror.translate.objects import LISTED_MEMBER, LISTED_USER
+from utils.mirror.translate.objects import LISTED_MEMBER_COLUMNS, LISTED_USER_COLUMNS
 from utils.mirror.translate.pages import Page, Record
 from utils.mirror.write import merge_sql
 from utils.mirror.write.apply import Written, record, write_groups
@@ -38,7 +38,7 @@ COPY_SECONDS = 3_600.0
 #: Seconds that one statement of a merge may take: a guild of a million on a small host needs more than any other.
 MERGE_SECONDS = 600.0
 
-_MEMBER_COLUMNS = (*key_columns("members"), *LISTED_MEMBER, "stamp")
+_MEMBER_COLUMNS = (*key_columns("members"), *LISTED_MEMBER_COLUMNS, "stamp")
 #: Enough to hash a large guild without spilling; the pool sets it back when the connection returns.
 _WORK_MEM = "SET work_mem = '64MB'"
 #: A table that was never analysed looks empty, and a nested loop over staging, which has no index, would be chosen:
@@ -102,7 +102,7 @@ class StagedListing:
         await self._members.put(page.members)
 
     async def _write_users(self) -> None:
-        merge = merge_sql.staged("users", LISTED_USER)
+        merge = merge_sql.staged("users", LISTED_USER_COLUMNS)
         async with self._database.acquire(temp=True) as connection:
             await connection.execute(f"{merge.create}; {_WORK_MEM}")
             more = True
@@ -116,7 +116,7 @@ class StagedListing:
                     self._flushed.set()
                 async with self._writer.users_writing, connection.transaction():
                     await self._writer.fence.check(connection)
-                    await self._merge(connection, merge, LISTED_USER, None)
+                    await self._merge(connection, merge, LISTED_USER_COLUMNS, None)
                 await connection.execute(f"TRUNCATE {merge.staging}")
         self._users_done.set()
 
@@ -156,7 +156,7 @@ class StagedListing:
         metrics.rows_written.labels("members").inc(self.run.rows_inserted)
 
     async def _write_difference(self, connection: Connection) -> None:
-        merge = merge_sql.staged("members", LISTED_MEMBER)
+        merge = merge_sql.staged("members", LISTED_MEMBER_COLUMNS)
         guild_id, stamp = self._listing.guild_id, self._listing.stamp
         await connection.execute(f"{merge.create}; {_WORK_MEM}")
         await _copy(connection, merge.staging, merge.columns, _Stream(self._members))
@@ -168,7 +168,7 @@ class StagedListing:
                 await connection.execute(_NO_NESTED_LOOPS)
                 if await connection.fetchval(merge_sql.SUPERSEDED, guild_id, stamp):
                     raise SyncError(f"guild {guild_id}: a later listing has been completed meanwhile")
-                counts = await self._merge(connection, merge, LISTED_MEMBER, guild_id)
+                counts = await self._merge(connection, merge, LISTED_MEMBER_COLUMNS, guild_id)
                 self.run.rows_inserted, self.run.rows_updated = counts
                 spared = self._listing.spared()
                 if spared is None:

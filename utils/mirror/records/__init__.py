@@ -1,1 +1,1 @@
-"""What the mirror works on: rows, observations and events, and the checks that they can be stored."""
+"""Rows, observations and events that pass through the mirror, and their validation."""

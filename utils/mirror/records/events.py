@@ -1,4 +1,4 @@
-"""What Discord tells once and never again: joins, leaves, bans, and messages to be counted."""
+"""Events that the gateway sends once: joins, leaves, bans, and messages to be counted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MICROSECOND = timedelta(microseconds=1)
 
 
 class Message(NamedTuple):
-    """A message to be counted for its author, once."""
+    """A message to be counted once for its author."""
 
     stamp: int
     guild_id: int
@@ -23,38 +23,38 @@ class Message(NamedTuple):
 
 
 class Membership(NamedTuple):
-    """Somebody joined, left, was banned or unbanned."""
+    """A user joined, left, was banned or unbanned."""
 
     stamp: int
     guild_id: int
     user_id: int
     #: join, leave, ban or unban.
     kind: str
-    #: Of a join what Discord says, of the others when it was heard of.
+    #: Discord's timestamp for a join; for the other kinds the same as `received_at`.
     at: datetime
-    #: When it was heard of, on the database's clock: Discord's may differ.
-    heard: datetime
+    #: When this process received the event, on the database's clock, which may differ from Discord's.
+    received_at: datetime
 
 
 Event = Message | Membership
 
 
-def packed(event: Event) -> bytes:
-    """Return an event as it stands in a journal; the stamp is kept beside it."""
+def encode_event(event: Event) -> bytes:
+    """Serialize an event for the journal, which stores the stamp separately."""
     if isinstance(event, Message):
         return orjson.dumps(event[1:])
-    times = ((time - _EPOCH) // _MICROSECOND for time in (event.at, event.heard))
+    times = ((time - _EPOCH) // _MICROSECOND for time in (event.at, event.received_at))
     return orjson.dumps((*event[1:4], *times))
 
 
-def unpacked(stamp: int, payload: bytes) -> Event:
-    """Return the event that `packed` made these bytes of. Raises `ValidationError` for others."""
+def decode_event(stamp: int, payload: bytes) -> Event:
+    """Parse the output of `encode_event`. Raises `ValidationError` for anything else."""
     try:
         guild_id, user_id, *rest = orjson.loads(payload)
         if len(rest) == 1:
             return Message(stamp, guild_id, user_id, *rest)
         kind, *times = rest
-        at, heard = (_EPOCH + time * _MICROSECOND for time in times)
-        return Membership(stamp, guild_id, user_id, kind, at, heard)
+        at, received_at = (_EPOCH + time * _MICROSECOND for time in times)
+        return Membership(stamp, guild_id, user_id, kind, at, received_at)
     except (ValueError, TypeError, OverflowError) as error:
-        raise ValidationError(f"a journal holds {payload[:80]!r}, which is no event: {error}") from error
+        raise ValidationError(f"invalid event in the journal: {payload[:80]!r}: {error}") from error

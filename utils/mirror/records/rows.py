@@ -1,4 +1,4 @@
-"""What the mirror works on: rows of mirrored tables, each with the order in which it was observed."""
+"""Rows of mirrored tables, each with the stamp of its observation, and what a listing proves about them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,11 @@ from models import Part, mirrored_tables, part_of
 #: The receive counter takes the low 40 bits of a stamp: 10,000 events a second for 3.5 years in one epoch.
 COUNTER_BITS = 40
 
+#: Tables about people: far more rows than the tables about guilds.
+PEOPLE_TABLES = frozenset({"users", "members"})
+
+#: The values of a row's primary key, in the order of `key_columns`.
 Key = tuple[int, ...]
-
-
-#: Tables that are about people rather than about what guilds are made of.
-PEOPLE = frozenset({"users", "members"})
-
-
-class Mode(enum.Enum):
-    """What a group of rows may do to its table."""
-
-    MERGE = "merge"
-    #: Rows that only speak of what is there: removals, partial payloads.
-    UPDATE = "update"
-    #: Rows older than a live event about the same ones: good only where there is nothing yet.
-    INSERT = "insert"
 
 
 class Stamps:
@@ -44,41 +34,52 @@ class Stamps:
         self._last: int = epoch << COUNTER_BITS
 
     def next(self) -> int:
-        """Return a stamp later than every one before it."""
+        """Return a stamp greater than all earlier ones."""
         self._last += 1
         return self._last
 
     @property
     def last(self) -> int:
-        """The latest stamp handed out."""
+        """The stamp handed out last."""
         return self._last
 
 
 class Row(NamedTuple):
-    """One observation of one row: the columns that the payload spoke of, and nothing about the others."""
+    """One observation of one row: only the columns that the payload contained."""
 
     table: str
     key: Key
     values: dict[str, Any]
-    #: False for what may only change a row that is there (a removal, an outage, half a payload), never make one.
-    appears: bool = True
+    #: False if the observation may only update an existing row: a removal, an outage, a partial payload.
+    may_insert: bool = True
 
 
 class Entry(NamedTuple):
-    """A row as it waits to be written."""
+    """The values of a row that waits in the buffer."""
 
     values: dict[str, Any]
-    appears: bool
+    may_insert: bool
     stamp: int
 
-    def overlaid(self, later: Entry) -> Entry:
-        """Return this observation with a later one of the same row laid over it."""
-        return Entry(self.values | later.values, self.appears or later.appears, max(self.stamp, later.stamp))
+    def merged_with(self, later: Entry) -> Entry:
+        """Combine two observations of the same row; values of the later one win."""
+        return Entry(self.values | later.values, self.may_insert or later.may_insert, max(self.stamp, later.stamp))
+
+
+class Mode(enum.Enum):
+    """What a group of rows may do to its table."""
+
+    #: Insert or update.
+    MERGE = "merge"
+    #: Update existing rows only: removals, partial payloads.
+    UPDATE = "update"
+    #: Insert missing rows only: these are older than a live event about the same rows.
+    INSERT = "insert"
 
 
 @dataclass(slots=True)
 class Group:
-    """Rows of one table that speak of the same columns; each record is key, columns, stamp."""
+    """Rows of one table with the same columns; each record holds the key, the columns and the stamp."""
 
     table: str
     columns: tuple[str, ...]
@@ -87,7 +88,7 @@ class Group:
 
 
 class Absence(NamedTuple):
-    """A listing proven complete: rows of the guild with an older stamp that are not among `present` are gone."""
+    """The result of a complete listing: rows of the guild with an older stamp that are not in `present` are gone."""
 
     table: str
     guild_id: int
@@ -95,9 +96,17 @@ class Absence(NamedTuple):
     present: Iterable[int]
 
 
+class ReadyGuilds(NamedTuple):
+    """The guilds of a shard as listed by READY: all others of the shard were left."""
+
+    shard_id: int
+    shards: int
+    guild_ids: set[int]
+
+
 @dataclass(slots=True)
 class Run:
-    """What becomes a row of `sync_runs`."""
+    """One reconcile of a guild, stored as a row of `sync_runs`."""
 
     guild_id: int
     started_at: Any
@@ -114,27 +123,40 @@ class Run:
 
 @dataclass(eq=False, slots=True)
 class Observation:
-    """What Discord showed of one guild at one moment: rows, and what is gone if it is not among them."""
+    """What Discord showed of one guild at one moment: rows, and tables whose listing was complete."""
 
     guild_id: int
     stamp: int
     groups: list[Group]
     absences: list[Absence] = field(default_factory=list)
     run: Run | None = None
-    #: Guilds that the bot is in, by READY: (shard id, number of shards, ids).
-    ready: tuple[int, int, set[int]] | None = None
+    ready: ReadyGuilds | None = None
+    #: Resolved when the observation is committed, or with the error that prevented it.
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
     def size(self) -> int:
-        """Records in it."""
+        """The number of records."""
         return sum(len(group.records) for group in self.groups)
 
     @property
-    def shows_people(self) -> bool:
-        """Whether it shows members or users."""
+    def has_people(self) -> bool:
+        """Whether it contains members or users."""
         tables = {group.table for group in self.groups} | {absence.table for absence in self.absences}
-        return not PEOPLE.isdisjoint(tables)
+        return not PEOPLE_TABLES.isdisjoint(tables)
+
+
+def group_entries(entries: Iterable[tuple[tuple[str, Key], Entry]]) -> Iterator[Group]:
+    """Group buffered rows by table and columns, sorted by key: writers that lock in one order never deadlock."""
+    groups: dict[tuple[str, tuple[str, ...], Mode], Group] = {}
+    for (table, key), entry in sorted(entries, key=lambda item: item[0]):
+        columns = tuple(name for name in value_columns(table) if name in entry.values)
+        mode = Mode.MERGE if entry.may_insert else Mode.UPDATE
+        group = groups.get((table, columns, mode))
+        if group is None:
+            group = groups[table, columns, mode] = Group(table, columns, mode)
+        group.records.append((*key, *(entry.values[name] for name in columns), entry.stamp))
+    yield from groups.values()
 
 
 def table_of(name: str) -> Table:
@@ -150,7 +172,7 @@ def key_columns(name: str) -> tuple[str, ...]:
 
 @cache
 def value_columns(name: str) -> tuple[str, ...]:
-    """Return the columns that observations may speak of, in the table's order."""
+    """Return the columns that an observation can contain, in the table's order."""
     keys = key_columns(name)
     return tuple(
         column.name
@@ -163,18 +185,5 @@ def value_columns(name: str) -> tuple[str, ...]:
 
 @cache
 def tombstone_column(name: str) -> str | None:
-    """Return the column that says when a row of the table went away; None for `users`, who never do."""
+    """Return the column that holds the time of a row's removal; None for `users`, which are never removed."""
     return next((column.name for column in table_of(name).columns if part_of(column) is Part.TOMBSTONE), None)
-
-
-def grouped(entries: Iterable[tuple[tuple[str, Key], Entry]]) -> Iterator[Group]:
-    """Group waiting rows by table and columns, keys in order: writers that sort never deadlock one another."""
-    groups: dict[tuple[str, tuple[str, ...], Mode], Group] = {}
-    for (table, key), entry in sorted(entries, key=lambda item: item[0]):
-        columns = tuple(name for name in value_columns(table) if name in entry.values)
-        mode = Mode.MERGE if entry.appears else Mode.UPDATE
-        group = groups.get((table, columns, mode))
-        if group is None:
-            group = groups[table, columns, mode] = Group(table, columns, mode)
-        group.records.append((*key, *(entry.values[name] for name in columns), entry.stamp))
-    yield from groups.values()

@@ -1,4 +1,4 @@
-"""Checks that rows fit their tables, before a driver finds out in the middle of a batch."""
+"""Checks that rows fit their tables before they are sent: one bad value would make the driver refuse a whole batch."""
 
 from __future__ import annotations
 
@@ -12,53 +12,94 @@ from sqlalchemy import ARRAY, BigInteger, Boolean, DateTime, Integer, SmallInteg
 from sqlalchemy.types import TypeEngine
 
 from utils.exceptions import ValidationError
-from utils.mirror.records.rows import key_columns, table_of
+from utils.mirror.records.rows import Row, key_columns, table_of, value_columns
 
-_NONE = type(None)
-#: The calendar's first and last years are left out: moved to UTC they may leave what the driver can tell Postgres.
+#: Years accepted in timestamps. Years 1 and 9999 may leave Python's range when converted to UTC.
 _YEARS = (2, 9998)
-#: Largest values of Postgres's integer types (PostgreSQL documentation, "Numeric Types").
+#: Largest values of PostgreSQL's integer types (PostgreSQL documentation, "Numeric Types").
 _LIMITS: dict[type[TypeEngine[Any]], int] = {BigInteger: 2**63 - 1, Integer: 2**31 - 1, SmallInteger: 2**15 - 1}
 
 
-class _Column:
-    """Tells whether a whole column of values can be stored; sets of types keep it at a few nanoseconds a value."""
+def validate_row(row: Row) -> Row:
+    """Return the row unchanged. Raises `ValidationError` if its table cannot hold it."""
+    names = tuple(name for name in value_columns(row.table) if name in row.values)
+    validate_record(row.table, names, (*row.key, *(row.values[name] for name in names)))
+    return row
 
-    __slots__ = ("dated", "kinds", "limit", "listed", "name")
+
+def validate_record(table: str, columns: tuple[str, ...], record: tuple[Any, ...]) -> None:
+    """Check one record (key, then columns). Raises `ValidationError` that names the first invalid value."""
+    for column, value in zip(_validators(table, columns), record, strict=False):
+        if not column.accepts((value,)):
+            raise ValidationError(f"{table}.{column.name} cannot hold {value!r:.80}: Discord sent a malformed payload")
+
+
+def all_valid(table: str, columns: tuple[str, ...], records: Sequence[tuple[Any, ...]]) -> bool:
+    """Return whether the table can hold every record (key, then columns, then anything)."""
+    return all(
+        column.accepts(values)
+        for column, values in zip(_validators(table, columns), zip(*records, strict=True), strict=False)
+    )
+
+
+def filter_valid(
+    table: str,
+    columns: tuple[str, ...],
+    records: Sequence[tuple[Any, ...]],
+    on_invalid: Callable[[tuple[Any, ...], ValidationError], None],
+) -> Sequence[tuple[Any, ...]]:
+    """Return the records that the table can hold; `on_invalid` is called for each of the others."""
+    if not records or all_valid(table, columns, records):
+        return records
+    valid = []
+    for record in records:
+        try:
+            validate_record(table, columns, record)
+        except ValidationError as error:
+            on_invalid(record, error)
+        else:
+            valid.append(record)
+    return valid
+
+
+class _ColumnValidator:
+    """Checks a whole column of values at once; comparing sets of types costs a few nanoseconds a value."""
+
+    __slots__ = ("is_timestamp", "item_types", "limit", "name", "types")
 
     def __init__(self, name: str, type_: TypeEngine[Any], nullable: bool) -> None:
         self.name = name
+        #: The largest absolute value of integers; None for other types.
         self.limit: int | None = None
-        self.listed: frozenset[type] | None = None
-        self.dated = isinstance(type_, DateTime)
-        kinds: set[type] = {_NONE} if nullable else set()
+        #: Types of an array's items; None for other types.
+        self.item_types: frozenset[type] | None = None
+        self.is_timestamp = isinstance(type_, DateTime)
+        types: set[type] = {type(None)} if nullable else set()
         if isinstance(type_, ARRAY):
-            kinds.add(list)
+            types.add(list)
             item = type_.item_type
-            self.listed = frozenset({str} if isinstance(item, Text) else {int})
+            self.item_types = frozenset({str} if isinstance(item, Text) else {int})
             self.limit = None if isinstance(item, Text) else _LIMITS[type(item)]
         elif isinstance(type_, (SmallInteger, BigInteger, Integer)):
-            kinds.add(int)
+            types.add(int)
             self.limit = _LIMITS[type(type_)]
         elif isinstance(type_, Boolean):
-            kinds.add(bool)
+            types.add(bool)
         elif isinstance(type_, DateTime):
-            kinds.add(datetime)
-        elif isinstance(type_, Text):
-            kinds.add(str)
-        else:  # jsonb, handed over as text
-            kinds.add(str)
-        self.kinds = frozenset(kinds)
+            types.add(datetime)
+        else:  # text, and jsonb, which is passed as text
+            types.add(str)
+        self.types = frozenset(types)
 
-    def fits(self, values: Sequence[Any]) -> bool:
-        """Return whether every value can be stored in the column."""
-        if not set(map(type, values)) <= self.kinds:
+    def accepts(self, values: Sequence[Any]) -> bool:
+        """Return whether the column can hold every value."""
+        if not set(map(type, values)) <= self.types:
             return False
-        if self.listed is not None:
+        if self.item_types is not None:
             values = list(chain.from_iterable(filter(None, values)))
-            if not set(map(type, values)) <= self.listed:
+            if not set(map(type, values)) <= self.item_types:
                 return False
-        if self.dated:
+        if self.is_timestamp:
             return all(_YEARS[0] <= value.year <= _YEARS[1] for value in values if value is not None)
         if self.limit is None:
             return True
@@ -67,42 +108,7 @@ class _Column:
 
 
 @cache
-def _columns(table: str, columns: tuple[str, ...]) -> tuple[_Column, ...]:
+def _validators(table: str, columns: tuple[str, ...]) -> tuple[_ColumnValidator, ...]:
     described = table_of(table).columns
     names = (*key_columns(table), *columns)
-    return tuple(_Column(name, described[name].type, bool(described[name].nullable)) for name in names)
-
-
-def fits(table: str, columns: tuple[str, ...], records: Sequence[tuple[Any, ...]]) -> bool:
-    """Return whether every record (key, then columns, then anything) can be stored in the table."""
-    return all(
-        column.fits(values)
-        for column, values in zip(_columns(table, columns), zip(*records, strict=True), strict=False)
-    )
-
-
-def require(table: str, columns: tuple[str, ...], record: tuple[Any, ...]) -> None:
-    """Raise `ValidationError` naming the first value of one record that cannot be stored in the table."""
-    for column, value in zip(_columns(table, columns), record, strict=False):
-        if not column.fits((value,)):
-            raise ValidationError(f"{table}.{column.name} cannot hold {value!r:.80}: Discord sent a malformed payload")
-
-
-def sifted(
-    table: str,
-    columns: tuple[str, ...],
-    records: Sequence[tuple[Any, ...]],
-    refuse: Callable[[tuple[Any, ...], ValidationError], None],
-) -> Sequence[tuple[Any, ...]]:
-    """Return the records that can be stored; `refuse` is told of each of the others."""
-    if not records or fits(table, columns, records):
-        return records
-    kept = []
-    for record in records:
-        try:
-            require(table, columns, record)
-        except ValidationError as error:
-            refuse(record, error)
-        else:
-            kept.append(record)
-    return kept
+    return tuple(_ColumnValidator(name, described[name].type, bool(described[name].nullable)) for name in names)

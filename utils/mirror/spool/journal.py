@@ -54,7 +54,7 @@ class Journal:
         #: Payload bytes of the records that are in memory alone.
         self.unwritten_bytes: int = 0
         #: Why the disk refused what it was given last; None when it did not.
-        self.trouble: str | None = None
+        self.failure: str | None = None
         self._extra = {"path": str(path)}
         self._lock: int | None = lock
         self._segments = segments
@@ -109,7 +109,7 @@ class Journal:
         def take() -> tuple[int, Segments, array[int]]:
             lock = _locked(path)
             try:
-                segments = Segments.found(path)
+                segments = Segments.scan(path)
                 return lock, segments, segments.stamps()
             except BaseException:
                 os.close(lock)
@@ -181,7 +181,7 @@ class Journal:
             return ValueError(f"the record {stamp} has {size} bytes, expected at most {LONGEST}")
         return ValueError(f"the stamp {stamp} is not above that of the record before, {self.last}")
 
-    async def settled(self, timeout: float) -> bool:
+    async def wait_written(self, timeout: float) -> bool:
         """Wait until all that was appended is safe on disk; False when `timeout` seconds were not enough.
 
         A disk that refuses is tried at once, and again until then.
@@ -235,11 +235,11 @@ class Journal:
             return
         self._takes = False
         if self._writing is not None:
-            await self.settled(timeout)
+            await self.wait_written(timeout)
         await self._stop_writing()
         if self._pending:
             _log.error("%s events were not written to the spool: %s", len(self._pending),
-                       self.trouble or "the disk is slow", extra=self._extra)  # fmt: skip
+                       self.failure or "the disk is slow", extra=self._extra)  # fmt: skip
         try:
             async with asyncio.timeout(timeout + CLOSE_SECONDS):
                 # One that another process left, and that is damaged, is for whoever adopted it to remove.
@@ -275,7 +275,7 @@ class Journal:
         pause = RETRY_SECONDS
         while True:
             self._drop(bisect_right(self._pending, self._trimmed, key=_stamp_of))
-            if self.trouble == _FULL and not self.is_full:
+            if self.failure == _FULL and not self.is_full:
                 self._end_trouble()
             if not self._pending:
                 self._settled.set()
@@ -318,14 +318,14 @@ class Journal:
                 await self._wake.wait()
 
     def _begin_trouble(self, why: str, unknown: Exception | None = None) -> None:
-        if self.trouble is None:
+        if self.failure is None:
             _log.error("the spool takes nothing, events stay in memory: %s", why, extra=self._extra, exc_info=unknown)
-        self.trouble = why
+        self.failure = why
 
     def _end_trouble(self) -> None:
-        if self.trouble is not None:
+        if self.failure is not None:
             _log.info("the spool takes events again", extra=self._extra)
-            self.trouble = None
+            self.failure = None
 
     async def _stop_writing(self) -> None:
         if self._writing is not None:
@@ -342,7 +342,7 @@ class Journal:
         self._thread.shutdown(wait=False)
 
 
-def found(directory: Path, *, except_id: str | None = None) -> list[Path]:
+def list_journals(directory: Path, *, except_id: str | None = None) -> list[Path]:
     """Return the journals in a directory, those made first first; none where there is no such directory."""
     made: list[tuple[int, str, Path]] = []
     for lock in directory.glob(f"[!.]*/{LOCK}"):

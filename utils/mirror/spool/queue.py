@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from itertools import islice
 from typing import Literal, NamedTuple
 
 from utils.exceptions import ValidationError
-from utils.mirror.records.events import Event, packed, unpacked
+from utils.mirror.records.events import Event, Message, decode_event, encode_event
 from utils.mirror.spool.journal import Journal
 from utils.service import metrics
 
 _log = logging.getLogger(__name__)
 
-Spool = Literal["outage", "always", "off"]
+SpoolMode = Literal["outage", "always", "off"]
 #: How many times as much memory a disk that is slow, and not in trouble, may cost for a moment.
 SLOW = 3
 #: Seconds between two marks of when events came: the accuracy of `age`.
 _MARK_SECONDS = 0.1
 
 
-class Oldest(NamedTuple):
+class PendingEvents(NamedTuple):
     """The events at the front of the queue, and the stamp up to which they reach."""
 
     events: list[Event]
@@ -36,7 +38,7 @@ class EventQueue:
     `journal` None: all of them are in memory (`SPOOL=off`).
     """
 
-    def __init__(self, journal: Journal | None, *, spool: Spool, max_rows: int) -> None:
+    def __init__(self, journal: Journal | None, *, spool: SpoolMode, max_rows: int) -> None:
         self.journal: Journal | None = journal
         #: Events that memory may hold.
         self.max_rows: int = max_rows
@@ -66,7 +68,7 @@ class EventQueue:
         journal = self.journal
         if journal is None or (len(self._recent) + journal.unwritten) * 2 <= self.max_rows:
             return False
-        return journal.trouble is None
+        return journal.failure is None
 
     @property
     def age(self) -> float:
@@ -86,10 +88,10 @@ class EventQueue:
             self._marks.append((event.stamp, now))
         journal = self.journal
         if journal is not None and (self._always or self._spilled):
-            if journal.unwritten >= self.max_rows * (SLOW if journal.trouble is None else 1):
-                self._drop(f"memory is full, and the spool takes nothing ({journal.trouble or 'SPOOL_MAX_MB'})")
+            if journal.unwritten >= self.max_rows * (SLOW if journal.failure is None else 1):
+                self._drop(f"memory is full, and the spool takes nothing ({journal.failure or 'SPOOL_MAX_MB'})")
                 return
-            journal.append(event.stamp, packed(event))
+            journal.append(event.stamp, encode_event(event))
         if not self._spilled:
             self._recent.append(event)
             if len(self._recent) > self.max_rows:
@@ -102,20 +104,20 @@ class EventQueue:
             return
         if not self._always:
             for event in self._recent:
-                journal.append(event.stamp, packed(event))
+                journal.append(event.stamp, encode_event(event))
         self._recent.clear()
         self._spilled = True
 
-    async def oldest(self, limit: int, after: int = 0) -> Oldest:
+    async def peek(self, limit: int, after: int = 0) -> PendingEvents:
         """Return up to `limit` events with stamps after `after`; they stay in the queue until `forget`."""
         if self._spilled and self.journal is not None:
-            return read_events(await self.journal.read(after, limit))
+            return decode_records(await self.journal.read(after, limit))
         recent = self._recent
         later = iter(recent) if not recent or recent[0].stamp > after else (it for it in recent if it.stamp > after)
         events = list(islice(later, limit))
-        return Oldest(events, events[-1].stamp if events else 0)
+        return PendingEvents(events, events[-1].stamp if events else 0)
 
-    async def forget(self, position: int) -> None:
+    async def discard(self, position: int) -> None:
         """Let go of all events up to this stamp: they are committed."""
         recent, marks = self._recent, self._marks
         if recent and recent[-1].stamp <= position:
@@ -146,12 +148,71 @@ class EventQueue:
             _log.error("events are lost: %s; further ones are only counted", why)
 
 
-def read_events(records: list[tuple[int, bytes]]) -> Oldest:
+def decode_records(records: list[tuple[int, bytes]]) -> PendingEvents:
     """Return the events of a journal's records; what is none is logged and left out."""
     events: list[Event] = []
     for stamp, payload in records:
         try:
-            events.append(unpacked(stamp, payload))
+            events.append(decode_event(stamp, payload))
         except ValidationError as error:
             _log.error("%s: it is left out", error)
-    return Oldest(events, records[-1][0] if records else 0)
+    return PendingEvents(events, records[-1][0] if records else 0)
+
+
+#: Events kept back; beyond it memory counts more than the time of a leave.
+MOST = 20_000
+#: Seconds between two looks whether the lease has been asked for.
+LOOK_SECONDS = 0.1
+
+
+class HeldEvents:
+    """Keeps events back while it is open whether this process still acts.
+
+    If it does they are told as ever. If it does not, messages are told all the same: their ids say which are counted.
+    Joins and leaves are not: the time at which they were heard is wrong by as long as the process was stopped, which is
+    how two processes' leaves are told apart; the one that acts has heard them, or its listing proves them.
+    """
+
+    __slots__ = ("_events", "_has_slept", "_settled", "_tell", "_timer")
+
+    def __init__(self, tell: Callable[[Event], None], has_slept: Callable[[], bool]) -> None:
+        self._tell = tell
+        self._has_slept = has_slept
+        self._events: list[Event] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._settled = asyncio.Event()
+        self._settled.set()
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def add(self, event: Event) -> None:
+        """Tell of an event, now or when the doubt is settled."""
+        if not self._events and not self._has_slept():
+            self._tell(event)
+            return
+        self._events.append(event)
+        self._settled.clear()
+        if self._timer is None:
+            self._look()
+
+    def release(self, *, is_lost: bool) -> None:
+        """Settle it: `is_lost` when another process acts."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        events, self._events = self._events, []
+        for event in events:
+            if not is_lost or isinstance(event, Message):
+                self._tell(event)
+        self._settled.set()
+
+    async def wait_released(self) -> None:
+        """Wait until nothing is in doubt: for as long as the database does not answer, at most until memory is full."""
+        await self._settled.wait()
+
+    def _look(self) -> None:
+        if not self._has_slept() or len(self._events) >= MOST:
+            self.release(is_lost=False)
+        else:
+            self._timer = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look)

@@ -88,7 +88,7 @@ class Segments:
         self._passed = 0
 
     @classmethod
-    def found(cls, directory: Path) -> Segments:
+    def scan(cls, directory: Path) -> Segments:
         """Return the segments that another process left in a directory. Raises `OSError`."""
         segments = cls(directory)
         ends: dict[int, int] = {}

@@ -1,1 +1,1 @@
-"""Discord's payloads translated into rows. Nothing here does I/O."""
+"""Translates Discord's payloads into rows and events, without I/O."""

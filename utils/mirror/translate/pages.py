@@ -1,4 +1,4 @@
-"""Pages of member listings turned into records: the path that 100,000 members take, kept free of anything else."""
+"""Parses pages of member listings: the hot path for 100,000 members, so it builds records without `Row` objects."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from datetime import datetime
 from typing import Any
 
 from utils.exceptions import ValidationError
-from utils.mirror.records.validation import fits, sifted
-from utils.mirror.translate.objects import LISTED_MEMBER, LISTED_USER, MISSHAPEN, Payload, id_of
+from utils.mirror.records.validation import all_valid, filter_valid
+from utils.mirror.translate.objects import (
+    LISTED_MEMBER_COLUMNS,
+    LISTED_USER_COLUMNS,
+    MALFORMED,
+    Payload,
+    user_id_of,
+)
 
 Record = tuple[Any, ...]
 
@@ -20,20 +26,24 @@ class Page:
 
     users: list[Record] = field(default_factory=list)
     members: list[Record] = field(default_factory=list)
+    #: Members in the payload, unreadable ones included.
     seen: int = 0
-    #: Ids of members whose payload could not be understood; None among them: not even the id could be read.
+    #: User ids of malformed members; None stands for a member whose id is malformed too.
     unreadable: list[int | None] = field(default_factory=list)
 
 
-def read_page(guild_id: int, payloads: list[Payload], stamp: int, refuse: Callable[[ValidationError], None]) -> Page:
-    """Turn one page into records; `refuse` is told of every member that cannot be read."""
+def read_page(
+    guild_id: int, payloads: list[Payload], stamp: int, on_malformed: Callable[[ValidationError], None]
+) -> Page:
+    """Translate one page into records; `on_malformed` is called for each member that cannot be read."""
     page = Page(seen=len(payloads))
     try:
         page.users, page.members = _records(guild_id, payloads, stamp)
-    except MISSHAPEN:
-        _read_one_by_one(page, guild_id, payloads, stamp, refuse)
-    if not (fits("users", LISTED_USER, page.users) and fits("members", LISTED_MEMBER, page.members)):
-        _sift(page, refuse)
+    except MALFORMED:
+        _read_one_by_one(page, guild_id, payloads, stamp, on_malformed)
+    is_valid = all_valid("users", LISTED_USER_COLUMNS, page.users)
+    if not is_valid or not all_valid("members", LISTED_MEMBER_COLUMNS, page.members):
+        _drop_invalid(page, on_malformed)
     return page
 
 
@@ -44,36 +54,36 @@ def _records(guild_id: int, payloads: list[Payload], stamp: int) -> tuple[list[R
     for payload in payloads:
         user = payload["user"]
         user_id = int(user["id"])
-        get, ask = user.get, payload.get
+        of_user, of_member = user.get, payload.get
         users.append(
             (
                 user_id,
                 user["username"],
-                get("discriminator"),
-                get("global_name"),
-                get("avatar"),
-                get("bot", False),
-                get("system", False),
-                get("public_flags"),
+                of_user("discriminator"),
+                of_user("global_name"),
+                of_user("avatar"),
+                of_user("bot", False),
+                of_user("system", False),
+                of_user("public_flags"),
                 stamp,
             )
         )
         roles = payload["roles"]
-        joined = payload["joined_at"]
-        boosting = ask("premium_since")
-        silenced = ask("communication_disabled_until")
+        joined_at = payload["joined_at"]
+        premium_since = of_member("premium_since")
+        timed_out_until = of_member("communication_disabled_until")
         members.append(
             (
                 guild_id,
                 user_id,
-                ask("nick"),
-                ask("avatar"),
+                of_member("nick"),
+                of_member("avatar"),
                 sorted(map(int, roles)) if roles else [],
-                parse(joined) if joined is not None else None,
-                parse(boosting) if boosting is not None else None,
-                parse(silenced) if silenced is not None else None,
-                ask("pending"),
-                ask("flags"),
+                parse(joined_at) if joined_at is not None else None,
+                parse(premium_since) if premium_since is not None else None,
+                parse(timed_out_until) if timed_out_until is not None else None,
+                of_member("pending"),
+                of_member("flags"),
                 None,
                 stamp,
             )
@@ -82,32 +92,33 @@ def _records(guild_id: int, payloads: list[Payload], stamp: int) -> tuple[list[R
 
 
 def _read_one_by_one(
-    page: Page, guild_id: int, payloads: list[Payload], stamp: int, refuse: Callable[[ValidationError], None]
+    page: Page, guild_id: int, payloads: list[Payload], stamp: int, on_malformed: Callable[[ValidationError], None]
 ) -> None:
     page.users, page.members = [], []
     for payload in payloads:
         try:
             users, members = _records(guild_id, [payload], stamp)
-        except MISSHAPEN as error:
-            page.unreadable.append(id_of(payload))
-            refuse(ValidationError(f"a member of a listing cannot be read: {type(error).__name__}: {error}"))
+        except MALFORMED as error:
+            page.unreadable.append(user_id_of(payload))
+            on_malformed(ValidationError(f"malformed member in a listing: {type(error).__name__}: {error}"))
         else:
             page.users += users
             page.members += members
 
 
-def _sift(page: Page, refuse: Callable[[ValidationError], None]) -> None:
-    bad: set[int] = set()
+def _drop_invalid(page: Page, on_malformed: Callable[[ValidationError], None]) -> None:
+    """Remove every member whose own or whose user's record cannot be stored."""
+    invalid: set[int] = set()
 
-    def refused(position: int) -> Callable[[Record, ValidationError], None]:
-        def tell(record: Record, error: ValidationError) -> None:
-            bad.add(record[position])
-            refuse(error)
+    def collect(id_position: int) -> Callable[[Record, ValidationError], None]:
+        def on_invalid(record: Record, error: ValidationError) -> None:
+            invalid.add(record[id_position])
+            on_malformed(error)
 
-        return tell
+        return on_invalid
 
-    sifted("users", LISTED_USER, page.users, refused(0))
-    sifted("members", LISTED_MEMBER, page.members, refused(1))
-    page.users = [record for record in page.users if record[0] not in bad]
-    page.members = [record for record in page.members if record[1] not in bad]
-    page.unreadable += sorted(bad)
+    filter_valid("users", LISTED_USER_COLUMNS, page.users, collect(0))
+    filter_valid("members", LISTED_MEMBER_COLUMNS, page.members, collect(1))
+    page.users = [record for record in page.users if record[0] not in invalid]
+    page.members = [record for record in page.members if record[1] not in invalid]
+    page.unreadable += sorted(invalid)

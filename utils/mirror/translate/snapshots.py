@@ -1,60 +1,55 @@
-"""GUILD_CREATE turned into one observation: the guild, all its roles and channels, and its active threads."""
+"""Parses GUILD_CREATE into one observation: the guild, its roles and channels, and its active threads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from utils.mirror.records.rows import Absence, Entry, Key, Observation, Row, grouped, value_columns
-from utils.mirror.records.validation import require
+from utils.mirror.records.rows import Absence, Entry, Key, Observation, Row, group_entries
+from utils.mirror.records.validation import validate_row
 from utils.mirror.translate import objects
-from utils.mirror.translate.objects import MISSHAPEN, Payload
+from utils.mirror.translate.objects import MALFORMED, Payload
 
 
-def checked(row: Row) -> Row:
-    """Return the row; `ValidationError` when its table cannot hold it."""
-    names = tuple(name for name in value_columns(row.table) if name in row.values)
-    require(row.table, names, (*row.key, *(row.values[name] for name in names)))
-    return row
+def read_snapshot(
+    payload: Payload, stamp: int, on_malformed: Callable[[Exception], None], *, is_gateway: bool
+) -> Observation:
+    """Translate a guild's payload.
 
-
-def snapshot(payload: Payload, stamp: int, refuse: Callable[[Exception], None], *, is_gateway: bool) -> Observation:
-    """Return what a guild's payload shows.
-
-    From the gateway it names every channel, hidden ones included; over REST the hidden ones are left out, so that
-    there absence proves nothing. A part that cannot be understood costs that part alone, and then nothing is taken
-    for absent.
+    A gateway payload lists every channel. A REST payload omits the channels that are hidden from the bot, so a channel
+    missing there may still exist. A malformed part is reported to `on_malformed` and skipped; its table's listing then
+    counts as incomplete.
     """
     guild_id = int(payload["id"])
-    rows = [checked(objects.guild(payload, whole=is_gateway))]
+    rows = [validate_row(objects.guild(payload, is_complete=is_gateway))]
     absences = []
-    for name, table, read, proves in (
-        ("roles", "roles", objects.role, True),
-        ("channels", "channels", objects.channel, is_gateway),
-        ("threads", "threads", objects.thread, False),
+    for table, parse, lists_all in (
+        ("roles", objects.role, True),
+        ("channels", objects.channel, is_gateway),
+        ("threads", objects.thread, False),
     ):
-        if name not in payload:
+        if table not in payload:
             continue
-        found, whole = _read_all(guild_id, payload[name], read, refuse)
+        found, is_complete = _parse_all(guild_id, payload[table], parse, on_malformed)
         rows += found
-        if proves and whole:
+        if lists_all and is_complete:
             absences.append(Absence(table, guild_id, stamp, {row.key[-1] for row in found}))
     entries: dict[tuple[str, Key], Entry] = {
-        (row.table, row.key): Entry(row.values, row.appears, stamp) for row in rows
+        (row.table, row.key): Entry(row.values, row.may_insert, stamp) for row in rows
     }
-    return Observation(guild_id, stamp, list(grouped(entries.items())), absences)
+    return Observation(guild_id, stamp, list(group_entries(entries.items())), absences)
 
 
-def _read_all(
+def _parse_all(
     guild_id: int,
     payloads: Iterable[Payload],
-    read: Callable[[int, Payload], Row],
-    refuse: Callable[[Exception], None],
+    parse: Callable[[int, Payload], Row],
+    on_malformed: Callable[[Exception], None],
 ) -> tuple[list[Row], bool]:
-    rows, whole = [], True
+    rows, is_complete = [], True
     for payload in payloads:
         try:
-            rows.append(checked(read(guild_id, payload)))
-        except MISSHAPEN as error:
-            whole = False
-            refuse(error)
-    return rows, whole
+            rows.append(validate_row(parse(guild_id, payload)))
+        except MALFORMED as error:
+            is_complete = False
+            on_malformed(error)
+    return rows, is_complete

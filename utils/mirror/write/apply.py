@@ -22,7 +22,7 @@ from utils.mirror.records.rows import (
     Group,
     Key,
     Run,
-    grouped,
+    group_entries,
     key_columns,
     table_of,
     tombstone_column,
@@ -93,7 +93,7 @@ async def apply(database: Pool, batch: Batch, fence: Fence, users_writing: async
     written; None where nobody else writes any. Raises `LeaseLost` when another process acts now.
     """
     written = Written()
-    live = list(grouped(batch.entries.items()))
+    live = list(group_entries(batch.entries.items()))
     users = [group for group in live if group.table == "users"]
     listed_users = [group for group in batch.groups if group.table == "users"]
     rest = [group for group in live if group.table != "users"]

@@ -48,9 +48,9 @@ class Buffer:
         """Lay an observation over what already waits for the same row."""
         slot = (row.table, row.key)
         entries = self._home(slot)
-        entry = Entry(row.values, row.appears, stamp)
+        entry = Entry(row.values, row.may_insert, stamp)
         earlier = entries.get(slot)
-        entries[slot] = entry if earlier is None else earlier.overlaid(entry)
+        entries[slot] = entry if earlier is None else earlier.merged_with(entry)
         if self._since is None:
             self._since = time.monotonic()
         if len(self._entries) >= self.flush_rows:
@@ -70,10 +70,10 @@ class Buffer:
         for slot, entry in entries.items():
             home = self._home(slot)
             above = home.get(slot)  # only where it is held: the others are still to be laid over
-            home[slot] = entry if above is None else entry.overlaid(above)
+            home[slot] = entry if above is None else entry.merged_with(above)
         for slot, entry in later.items():
             below = self._entries.get(slot)
-            self._entries[slot] = entry if below is None else below.overlaid(entry)
+            self._entries[slot] = entry if below is None else below.merged_with(entry)
         self._since = self._taken_since or self._since or time.monotonic()
 
     def hold(self, guild_id: int) -> None:

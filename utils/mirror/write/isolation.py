@@ -66,7 +66,7 @@ async def _events(writer: Writer) -> None:
     newest = writer.queue.last
     while (told := await writer.told()) is not None:
         writer.count(Written(events=await write_told(writer.database, writer.fence, told)))
-        await writer.queue.forget(told.upto)
+        await writer.queue.discard(told.upto)
         if told.upto >= newest:
             return
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from utils.exceptions import SyncError
-from utils.mirror.records.rows import PEOPLE, Entry, Group, Key, Mode, Row, key_columns, tombstone_column
+from utils.mirror.records.rows import PEOPLE_TABLES, Entry, Group, Key, Mode, Row, key_columns, tombstone_column
 
 Slot = tuple[str, Key]
 
@@ -15,18 +15,18 @@ Slot = tuple[str, Key]
 class _Spoken:
     """What live events said of one row, each column with the stamp of the last event that spoke of it."""
 
-    __slots__ = ("appears", "stamp", "stamps", "values")
+    __slots__ = ("may_insert", "stamp", "stamps", "values")
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
         self.stamps: dict[str, int] = {}
-        self.appears = False
+        self.may_insert = False
         self.stamp = 0
 
     def add(self, row: Row, stamp: int) -> None:
         self.values |= row.values
         self.stamps |= dict.fromkeys(row.values, stamp)
-        self.appears = self.appears or row.appears
+        self.may_insert = self.may_insert or row.may_insert
         self.stamp = stamp
 
     def since(self, stamp: int) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class LiveOverlay:
         """Note that a live event spoke of a row."""
         if not self._open:
             return
-        is_person = row.table in PEOPLE
+        is_person = row.table in PEOPLE_TABLES
         if is_person and not self._open_people:
             return
         known = self._spoken.setdefault((row.table, _scope(row.table, row.key)), {})
@@ -113,7 +113,7 @@ class LiveOverlay:
         return stamp >= self._floor
 
     def _forget_people(self) -> None:
-        for scope in [scope for scope in self._spoken if scope[0] in PEOPLE]:
+        for scope in [scope for scope in self._spoken if scope[0] in PEOPLE_TABLES]:
             del self._spoken[scope]
         self._people = 0
 
@@ -122,7 +122,7 @@ class LiveOverlay:
 
         Raises `SyncError` when they are not known any more.
         """
-        if table in PEOPLE and not self.knows_since(stamp):
+        if table in PEOPLE_TABLES and not self.knows_since(stamp):
             raise SyncError(
                 f"guild {guild_id}: more members changed since they were asked for than memory holds: ask again"
             )
@@ -170,8 +170,8 @@ class LiveOverlay:
                 if spoken.stamp <= stamp:
                     continue
                 values = spoken.since(stamp)
-                if not spoken.appears or (tombstone is not None and values.get(tombstone) is not None):
-                    yield (table, key), Entry(values, appears=False, stamp=spoken.stamp)
+                if not spoken.may_insert or (tombstone is not None and values.get(tombstone) is not None):
+                    yield (table, key), Entry(values, may_insert=False, stamp=spoken.stamp)
 
 
 def _scope(table: str, key: Key) -> int:

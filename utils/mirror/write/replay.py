@@ -14,8 +14,8 @@ from utils.database.partitions import id_at
 from utils.exceptions import GuildbookError, LeaseLost
 from utils.mirror.records.events import Event, Membership
 from utils.mirror.records.rows import Entry, Key
-from utils.mirror.spool.journal import Journal, found
-from utils.mirror.spool.queue import read_events
+from utils.mirror.spool.journal import Journal, list_journals
+from utils.mirror.spool.queue import decode_records
 from utils.mirror.write import event_sql
 from utils.mirror.write.apply import Told
 from utils.mirror.write.told import write_told
@@ -41,7 +41,7 @@ async def replay_all(
     what was not written stays where it is.
     """
     written = 0
-    for path in await asyncio.to_thread(found, directory, except_id=fence.holder):
+    for path in await asyncio.to_thread(list_journals, directory, except_id=fence.holder):
         journal = await Journal.adopt(path)
         if journal is None:
             continue
@@ -57,7 +57,7 @@ async def _replay(database: Pool, fence: Fence, journal: Journal, lock: asyncio.
     position = seen = written = 0
     memberships = await _memberships(journal)
     while True:
-        oldest = read_events(await journal.read(position, REPLAYED_AT_ONCE))
+        oldest = decode_records(await journal.read(position, REPLAYED_AT_ONCE))
         if not oldest.upto:
             break
         people = {(event.guild_id, event.user_id) for event in oldest.events if isinstance(event, Membership)}
@@ -88,19 +88,19 @@ def _rows(events: Sequence[Event]) -> dict[tuple[str, Key], Entry]:
             values = {"joined_at": event.at, "left_at": None} if has_joined else {"left_at": event.at}
             slot = ("members", (event.guild_id, event.user_id))
             entry = Entry(values, has_joined, event.stamp)
-            rows[slot] = rows[slot].overlaid(entry) if slot in rows else entry
+            rows[slot] = rows[slot].merged_with(entry) if slot in rows else entry
     return rows
 
 
 async def _memberships(journal: Journal) -> dict[tuple[int, int], list[Membership]]:
     """Return a journal's joins, leaves and bans by person; they are few beside the messages."""
     found: dict[tuple[int, int], list[Membership]] = defaultdict(list)
-    oldest = read_events(await journal.read(0, REPLAYED_AT_ONCE))
+    oldest = decode_records(await journal.read(0, REPLAYED_AT_ONCE))
     while oldest.upto:
         for event in oldest.events:
             if isinstance(event, Membership):
                 found[event.guild_id, event.user_id].append(event)
-        oldest = read_events(await journal.read(oldest.upto, REPLAYED_AT_ONCE))
+        oldest = decode_records(await journal.read(oldest.upto, REPLAYED_AT_ONCE))
     return found
 
 

@@ -15,8 +15,7 @@ from utils.database import Pool
 from utils.exceptions import DatabaseUnavailable, GuildbookError, LeaseLost, SyncError
 from utils.mirror.records.events import Event
 from utils.mirror.records.rows import Absence, Group, Observation, Row
-from utils.mirror.spool.held_events import HeldEvents
-from utils.mirror.spool.queue import EventQueue
+from utils.mirror.spool.queue import EventQueue, HeldEvents
 from utils.mirror.write.apply import Batch, Told, Written, apply
 from utils.mirror.write.buffer import Buffer
 from utils.mirror.write.dead_letters import is_about_rows
@@ -85,7 +84,7 @@ class MirrorWriter:
         self.rows_dropped: int = 0
         self._doubtful = HeldEvents(self._queue, has_slept)
         #: Takes an event.
-        self.tell: Callable[[Event], None] = self._doubtful.tell
+        self.tell: Callable[[Event], None] = self._doubtful.add
         self._on_lost = on_lost
         self._on_dropped = on_dropped
         #: Called after each commit with the tables that may have changed.
@@ -118,7 +117,7 @@ class MirrorWriter:
         Without `flush` nothing more is written: another process acts.
         """
         self._stopping = True
-        self._doubtful.end(is_lost=not flush)
+        self._doubtful.release(is_lost=not flush)
         self.buffer.release_all()
         self.buffer.wake()
         if self._task is not None:
@@ -138,11 +137,11 @@ class MirrorWriter:
     async def _leave_to_disk(self) -> None:
         waiting, journal = len(self.queue), self.queue.journal
         self.queue.spill()
-        if journal is not None and await journal.settled(SPOOL_SECONDS):
+        if journal is not None and await journal.wait_written(SPOOL_SECONDS):
             _log.warning("%s events could not be written: they are in the spool, for the next start", waiting)
         else:
             lost = waiting if journal is None else journal.unwritten
-            why = "SPOOL is off" if journal is None else journal.trouble or "the disk is slow"
+            why = "SPOOL is off" if journal is None else journal.failure or "the disk is slow"
             _log.error("%s of %s events that could not be written are lost: %s", lost, waiting, why)
 
     def put(self, row: Row, stamp: int) -> None:
@@ -165,7 +164,7 @@ class MirrorWriter:
 
         What comes live from now on beats it.
         """
-        self.touched.open(observation, people=observation.shows_people)
+        self.touched.open(observation, people=observation.has_people)
         self._observations.append(observation)
         self.buffer.wake()
         return observation.done
@@ -253,7 +252,7 @@ class MirrorWriter:
         size = 0
         while self._observations and size < BATCH_RECORDS:
             observation = self._observations.popleft()
-            if observation.shows_people and not self.touched.knows_since(observation.stamp):
+            if observation.has_people and not self.touched.knows_since(observation.stamp):
                 self.end(observation, SyncError(f"guild {observation.guild_id}: too much changed while it waited"))
                 continue
             taken.append(observation)
@@ -273,7 +272,7 @@ class MirrorWriter:
             observation.done.set_exception(error)
 
     async def _commit(self, observations: list[Observation]) -> None:
-        await self._doubtful.settled()  # a row without the event that goes with it would prove what was heard
+        await self._doubtful.wait_released()  # a row without the event that goes with it would prove what was heard
         entries, newest = self.buffer.take(), self.queue.last
         try:
             told = await self.told()
@@ -281,7 +280,7 @@ class MirrorWriter:
                 # More than one transaction takes: rows wait for the events that go with them.
                 self.count(await apply(self.database, Batch(told=told), self.fence))
                 self._in_doubt = True
-                await self.queue.forget(told.upto)
+                await self.queue.discard(told.upto)
                 self._in_doubt = False
                 told = await self.told()
             batch = Batch(entries=entries, told=told)
@@ -303,7 +302,7 @@ class MirrorWriter:
         self.count(written)
         if batch.told is not None:
             self._in_doubt = True  # until it is forgotten
-            await self.queue.forget(batch.told.upto)
+            await self.queue.discard(batch.told.upto)
         self._in_doubt = False
 
     async def told(self) -> Told | None:
@@ -311,7 +310,7 @@ class MirrorWriter:
         if not len(self.queue):
             self._is_behind = False
             return None
-        oldest = await self.queue.oldest(BATCH_EVENTS)
+        oldest = await self.queue.peek(BATCH_EVENTS)
         self._is_behind = len(oldest.events) == BATCH_EVENTS
         return Told(self.fence.holder, oldest.events, oldest.upto, self._in_doubt) if oldest.upto else None
 

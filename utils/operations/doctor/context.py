@@ -12,7 +12,7 @@ from typing import Any
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer, open_target
 from utils.exceptions import GuildbookError, SettingsError
-from utils.logs import hide
+from utils.logs import redact
 from utils.operations.doctor.report import CheckSkipped, in_thread
 from utils.settings import TARGET_VARIABLES, Settings, load_settings
 
@@ -87,7 +87,7 @@ class DoctorContext:
             secrets = self.settings.secrets()
         for secret in sorted(filter(None, secrets), key=len, reverse=True):
             text = text.replace(secret, "***")
-        return hide(text)
+        return redact(text)
 
     # --- the database
 

@@ -77,7 +77,7 @@ async def check_spool(patient: DoctorContext) -> Sequence[Finding]:
     directory = patient.data_dir / SPOOL
 
     def look() -> tuple[int, int, int]:
-        found = journal.found(directory)
+        found = journal.list_journals(directory)
         dead = [path for path in found if journal.is_dead(directory, path.name)]
         size = sum(entry.stat().st_size for path in dead for entry in path.iterdir() if entry.is_file())
         return len(found), len(dead), size
