@@ -1,4 +1,4 @@
-"""Sessions as the bot gives them, and rows to look for."""
+"""A session factory like the bot's."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from utils.database import ConnectTarget
-from utils.repositories import Sessions
+from utils.repositories import SessionFactory
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 
 
 @pytest.fixture
-async def sessions(target: ConnectTarget) -> AsyncIterator[Sessions]:
-    """Sessions on a fresh migrated database; leaving one commits, an exception rolls back."""
+async def sessions(target: ConnectTarget) -> AsyncIterator[SessionFactory]:
+    """Sessions on a freshly migrated database: leaving the block commits, an exception rolls back."""
     engine = create_async_engine(target.sqlalchemy_url(), connect_args=target.sqlalchemy_connect_args())
     yield async_sessionmaker(engine, expire_on_commit=False).begin
     await engine.dispose()

@@ -1,4 +1,4 @@
-"""Users and members."""
+"""UserRepository, MemberRepository and MemberStatsRepository."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from models import Member
 from tests.repositories.conftest import NOW
 from utils.database import Pool
 from utils.exceptions import ValidationError
-from utils.repositories import GuildRepository, MemberRepository, MemberStatsRepository, Sessions, UserRepository
-from utils.repositories.people import holds
+from utils.repositories import GuildRepository, MemberRepository, MemberStatsRepository, SessionFactory, UserRepository
+from utils.repositories.people import has_role
 
 
-async def test_users_are_found_by_either_name_in_whatever_case(sessions: Sessions) -> None:
+async def test_finds_users_by_both_names_ignoring_case(sessions: SessionFactory) -> None:
     users = UserRepository(sessions)
     names = [(1, "zoe", "Ada"), (2, "ada", None), (3, None, "Älva"), (4, "ada_l", "100%"), (5, "adax", None)]
     await users.upsert_many({"id": id, "username": one, "global_name": two} for id, one, two in names)
@@ -24,24 +24,24 @@ async def test_users_are_found_by_either_name_in_whatever_case(sessions: Session
     assert [user.id for user in await users.by_name("ÄLVA")] == [3]
     assert await users.by_name("nobody") == []
     assert [user.id for user in await users.search("Ada")] == [2, 4, 5, 1]
-    assert [user.id for user in await users.search("ada_")] == [4], "a prefix is no pattern"
+    assert [user.id for user in await users.search("ada_")] == [4], "a prefix is not a LIKE pattern"
     assert [user.id for user in await users.search("100%")] == [4]
     assert [user.id for user in await users.search("ada", limit=2)] == [2, 4]
     with pytest.raises(ValidationError):
         await users.search("ada", limit=0)
 
 
-async def test_a_user_shares_the_guilds_where_both_are_now(sessions: Sessions) -> None:
+async def test_guilds_of_returns_only_present_guilds(sessions: SessionFactory) -> None:
     guilds, members = GuildRepository(sessions), MemberRepository(sessions)
     await guilds.upsert_many({"id": id, "owner_id": 7} for id in (1, 2, 3, 4))
     await members.upsert_many({"guild_id": id, "user_id": 7} for id in (1, 2, 3))
     await members.delete((2, 7))
     await guilds.delete(3)
-    shared = await UserRepository(sessions).guilds_of(7, with_="owner")
+    shared = await UserRepository(sessions).guilds_of(7, load="owner")
     assert [(guild.id, guild.owner) for guild in shared] == [(1, None)]
 
 
-async def test_members_are_found_by_role_boost_and_day(sessions: Sessions) -> None:
+async def test_finds_members_by_role_boost_and_join_date(sessions: SessionFactory) -> None:
     members = MemberRepository(sessions)
     await UserRepository(sessions).upsert_many([{"id": 1, "username": "ada"}])
     await members.upsert_many(
@@ -52,11 +52,11 @@ async def test_members_are_found_by_role_boost_and_day(sessions: Sessions) -> No
         for guild in (1, 2) for id in range(1, 6)
     )  # fmt: skip
     await members.delete((1, 5))
-    page = await members.of_guild(1, limit=3, with_="user")
+    page = await members.of_guild(1, limit=3, load="user")
     first: Any = page.items[0]
     assert (first.user.username, page.next) == ("ada", (1, 3))
     assert [row.user_id for row in (await members.of_guild(1, after=page.next)).items] == [4]
-    assert len((await members.of_guild(1, include_gone=True)).items) == 5
+    assert len((await members.of_guild(1, include_deleted=True)).items) == 5
     assert [row.user_id for row in (await members.with_role(1, 50)).items] == [1, 3]
     assert len((await members.with_role(1, 1)).items) == 4, "@everyone"
     assert (await members.with_role(1, 51)).items == []
@@ -65,18 +65,18 @@ async def test_members_are_found_by_role_boost_and_day(sessions: Sessions) -> No
     assert [row.user_id for row in (await members.joined_between(1, NOW - 3 * day, NOW - day)).items] == [2, 3]
     assert await members.count_present(1) == 4
     with pytest.raises(ValidationError, match="no time zone"):
-        await members.joined_between(1, datetime(2024, 1, 1), NOW)  # noqa: DTZ001 - what is refused
+        await members.joined_between(1, datetime(2024, 1, 1), NOW)  # noqa: DTZ001 - rejected
 
 
-async def test_the_holders_of_a_role_are_found_by_the_index(sessions: Sessions, database: Pool) -> None:
+async def test_with_role_uses_the_gin_index(sessions: SessionFactory, database: Pool) -> None:
     await database.execute(
         "INSERT INTO members (guild_id, user_id, roles) SELECT 1 + id % 3, id, ARRAY[id % 400, 1000 + id % 7]"
         " FROM generate_series(1, 30000) AS id"
     )
-    await database.execute("VACUUM ANALYZE members")  # merges the pending list of the index, as autovacuum does
+    await database.execute("VACUUM ANALYZE members")  # merges the index's pending list, as autovacuum does
     members = MemberRepository(sessions)
     assert len((await members.with_role(1, 399)).items) == 25
-    query = select(Member).where(*holds(1, 399), Member.left_at.is_(None))
+    query = select(Member).where(*has_role(1, 399), Member.left_at.is_(None))
     async with members.session() as session:
         connection = await session.connection()
         compiled = query.order_by(Member.guild_id, Member.user_id).limit(101).compile(dialect=connection.dialect)
@@ -85,14 +85,14 @@ async def test_the_holders_of_a_role_are_found_by_the_index(sessions: Sessions, 
     assert "Bitmap Index Scan on ix_members_roles" in plan, plan
 
 
-async def test_points_are_added_up_and_ranked_among_those_who_are_there(sessions: Sessions) -> None:
+async def test_add_xp_and_top_rank_present_members(sessions: SessionFactory) -> None:
     stats, members = MemberStatsRepository(sessions), MemberRepository(sessions)
     await members.upsert_many({"guild_id": 1, "user_id": id} for id in (1, 2, 3))
     assert [await stats.add_xp(1, 1, 5), await stats.add_xp(1, 1, 6), await stats.add_xp(1, 1, -1)] == [5, 11, 10]
     await stats.upsert_many({"guild_id": 1, "user_id": id, "xp": id * 10, "message_count": 9 - id} for id in (2, 3, 4))
     await members.delete((1, 3))
     assert [(row.user_id, row.xp) for row in await stats.top(1)] == [(2, 20), (1, 10)]
-    top: list[Any] = list(await stats.top(1, "message_count", limit=1, with_="user"))
+    top: list[Any] = list(await stats.top(1, "message_count", limit=1, load="user"))
     assert [(row.user_id, row.user) for row in top] == [(2, None)]
     with pytest.raises(ValidationError, match="'id'"):
         await stats.top(1, "id")  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""Typed rows for cogs: a repository for each table, over SQLAlchemy's sessions."""
+"""Repositories: typed access to the rows of one table each, through SQLAlchemy sessions."""
 
-from utils.repositories.base import Page, Repository, Sessions
+from utils.repositories.base import Page, Repository, SessionFactory
 from utils.repositories.channels import ChannelRepository, RoleRepository, ThreadRepository
 from utils.repositories.guilds import GuildRepository, GuildStatistics, GuildTotals
 from utils.repositories.people import MemberRepository, MemberStatsRepository, UserRepository
@@ -15,7 +15,7 @@ __all__ = [
     "Page",
     "Repository",
     "RoleRepository",
-    "Sessions",
+    "SessionFactory",
     "ThreadRepository",
     "UserRepository",
 ]

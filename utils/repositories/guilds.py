@@ -1,4 +1,4 @@
-"""Guilds, with their statistics and owners."""
+"""The repository of guilds, their owners and statistics."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from sqlalchemy import cast as sql_cast
 from models import Channel, Guild, Member, Role, User
 from utils.exceptions import NotFound, ValidationError
 from utils.repositories import upsert
-from utils.repositories.base import Page, Repository, With
+from utils.repositories.base import Load, Page, Repository
 
 
 @dataclass(frozen=True, slots=True)
 class GuildTotals:
-    """All guilds that the bot is in, added up from what Discord said last: `member_count` drifts a little."""
+    """Totals over all guilds the bot is in, based on `guilds.member_count`, which drifts slightly between events."""
 
     guilds: int
     members: int
-    #: None without guilds of known size; so are the next ones.
+    #: None if no guild has a known size.
     average_members: float | None
     boosts: int
-    #: Guilds that Discord calls large.
+    #: Number of guilds that Discord flags as large.
     large: int
-    #: Guilds with a boost level.
+    #: Number of guilds with a boost level (premium tier) above 0.
     premium: int
-    #: When the bot last joined a guild.
+    #: When the bot last joined a guild; None without guilds.
     last_joined_at: datetime | None
-    #: Days for which the bot has been in its guilds.
+    #: Average number of days since the bot joined; None without guilds.
     average_age_days: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class GuildStatistics:
-    """One guild, counted from its rows."""
+    """Statistics of one guild, counted from its rows."""
 
     guild_id: int
     members: int
     bots: int
     boosters: int
-    #: Members who joined in the last seven days and stayed.
+    #: Members who joined in the last seven days and are still there.
     joined_last_7_days: int
     roles: int
     #: Without threads.
@@ -51,43 +51,47 @@ class GuildStatistics:
 
 
 class GuildRepository(Repository[Guild, int]):
-    """The guilds that the bot is in. `member_count` is Discord's word; `MemberRepository.count_present` counts."""
+    """Reads and writes guilds; the key is the guild id.
+
+    `Guild.member_count` is the number Discord last sent; `MemberRepository.count_present` counts the rows.
+    """
 
     model = Guild
 
-    async def active(self, *, after: int | None = None, limit: int = 100, with_: With = ()) -> Page[Guild, int]:
-        """Return guilds that the bot is in and Discord can show: without those in an outage."""
-        return await self.list(Guild.unavailable.is_(False), after=after, limit=limit, with_=with_)
+    async def active(self, *, after: int | None = None, limit: int = 100, load: Load = ()) -> Page[Guild, int]:
+        """Return a page of the guilds that the bot is in, without those that are unavailable in an outage."""
+        return await self.list(Guild.unavailable.is_(False), after=after, limit=limit, load=load)
 
-    async def owned_by(self, user_id: int, *, with_: With = ()) -> Sequence[Guild]:
-        """Return the guilds that a user owns, by id."""
-        return await self._all(self._select(Guild.owner_id == user_id, with_=with_).order_by(Guild.id))
+    async def owned_by(self, user_id: int, *, load: Load = ()) -> Sequence[Guild]:
+        """Return the guilds that a user owns, ordered by id."""
+        return await self._fetch(self._select(Guild.owner_id == user_id, load=load).order_by(Guild.id))
 
-    async def shared_with(self, user_id: int, *, with_: With = ()) -> Sequence[Guild]:
-        """Return the guilds that a user is in as well, by id."""
-        query = self._select(Member.user_id == user_id, Member.left_at.is_(None), with_=with_)
-        return await self._all(query.join(Member, Member.guild_id == Guild.id).order_by(Guild.id))
+    async def shared_with(self, user_id: int, *, load: Load = ()) -> Sequence[Guild]:
+        """Return the guilds that the bot shares with a user, ordered by id."""
+        query = self._select(Member.user_id == user_id, Member.left_at.is_(None), load=load)
+        return await self._fetch(query.join(Member, Member.guild_id == Guild.id).order_by(Guild.id))
 
     async def with_owner(self, guild_id: int) -> Guild:
-        """Return a guild with its `owner` loaded (None when they were never seen); raises `NotFound`."""
-        return await self.get(guild_id, with_=("owner",))
+        """Return a guild with its `owner` loaded (None if the bot has never seen them). Raises `NotFound`."""
+        return await self.get(guild_id, load=("owner",))
 
     async def create_with_owner(self, guild: Mapping[str, Any], owner: Mapping[str, Any]) -> Guild:
-        """Write a new guild and its owner, known or not, in one transaction; return it with `owner` loaded.
+        """Insert a guild and insert or update its owner in one transaction; return the guild with `owner` loaded.
 
-        `owner_id` is filled in. Raises `Conflict` when the guild is there already: the owner then stays as they were.
+        `owner_id` is set from `owner`. Raises `Conflict`, and writes nothing, if the guild exists already, and
+        `ValidationError` if an id is missing or `guild["owner_id"]` is another one.
         """
         for values, table in ((guild, Guild.__tablename__), (owner, User.__tablename__)):
             if values.get("id") is None:
-                raise ValidationError(f"a row of {table} needs its id, got {', '.join(values) or 'nothing'}")
+                raise ValidationError(f"a row of {table} needs an id, got only {', '.join(values) or 'nothing'}")
         if guild.get("owner_id", owner["id"]) != owner["id"]:
-            raise ValidationError(f"the guild's owner_id is {guild['owner_id']}, the owner's id {owner['id']}")
+            raise ValidationError(f"owner_id of the guild is {guild['owner_id']}, but id of the owner is {owner['id']}")
         upsert.check_columns(self._table, guild)
-        people = User.metadata.tables[User.__tablename__]
-        names, rows = await upsert.in_key_order(people, [owner])
+        users = User.metadata.tables[User.__tablename__]
+        names, rows = await upsert.sort_by_key(users, [owner])
         row = Guild(**{**guild, "owner_id": owner["id"]})
         async with self.session() as session:
-            await session.execute(upsert.statement(people, names), upsert.arrays(people, names, rows))
+            await session.execute(upsert.upsert_statement(users, names), upsert.array_parameters(users, names, rows))
             session.add(row)
             await session.flush()
             await session.refresh(row)
@@ -95,13 +99,13 @@ class GuildRepository(Repository[Guild, int]):
         return row
 
     async def set_member_count(self, guild_id: int, count: int) -> Guild:
-        """Set what Discord says of a guild's size, and return the guild; raises `NotFound`."""
+        """Set a guild's `member_count` and return the guild. Raises `NotFound`, and `ValidationError` below zero."""
         if count < 0:
-            raise ValidationError(f"a guild cannot have {count} members")
+            raise ValidationError(f"member_count must not be negative, got {count}")
         return await self.update(guild_id, member_count=count)
 
     async def statistics(self) -> GuildTotals:
-        """Return the totals of all guilds that the bot is in."""
+        """Return totals over all guilds that the bot is in."""
         age = func.extract("epoch", func.now() - Guild.joined_at) / 86_400
         query = select(
             func.count(),
@@ -120,10 +124,10 @@ class GuildRepository(Repository[Guild, int]):
         )
 
     async def statistics_of(self, guild_id: int) -> GuildStatistics:
-        """Return what one guild has; raises `NotFound`."""
-        there = and_(Member.guild_id == guild_id, Member.left_at.is_(None))
+        """Return the statistics of one guild. Raises `NotFound` if the bot is not in it."""
+        is_present = and_(Member.guild_id == guild_id, Member.left_at.is_(None))
         week = func.now() - timedelta(days=7)
-        people = (
+        members = (
             select(
                 func.count().label("members"),
                 func.count().filter(User.bot.is_(True)).label("bots"),
@@ -132,18 +136,18 @@ class GuildRepository(Repository[Guild, int]):
             )
             .select_from(Member)
             .outerjoin(User, User.id == Member.user_id)
-            .where(there)
+            .where(is_present)
             .subquery()
         )
         roles = select(func.count()).where(Role.guild_id == guild_id, Role.deleted_at.is_(None)).scalar_subquery()
         channels = (
             select(func.count()).where(Channel.guild_id == guild_id, Channel.deleted_at.is_(None)).scalar_subquery()
         )
-        known = select(func.count()).where(Guild.id == guild_id, Guild.left_at.is_(None)).scalar_subquery()
+        is_known = select(func.count()).where(Guild.id == guild_id, Guild.left_at.is_(None)).scalar_subquery()
         async with self.session() as session:
-            found = (await session.execute(select(sql_cast(known, Integer), people, roles, channels))).one()
+            found = (await session.execute(select(sql_cast(is_known, Integer), members, roles, channels))).one()
         if not found[0]:
-            raise NotFound(f"the bot is in no guild {guild_id}")
+            raise NotFound(f"the bot is not in guild {guild_id}")
         return GuildStatistics(guild_id, *found[1:])
 
 

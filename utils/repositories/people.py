@@ -1,4 +1,4 @@
-"""Users, their memberships, and what they did in a guild."""
+"""Repositories of users, members and member statistics."""
 
 from __future__ import annotations
 
@@ -11,102 +11,107 @@ from sqlalchemy.dialects.postgresql import ARRAY, insert
 
 from models import Guild, Member, MemberStats, User
 from utils.exceptions import ValidationError
-from utils.repositories.base import MAX_PAGE, Page, Repository, With
+from utils.repositories.base import MAX_PAGE, Load, Page, Repository
 from utils.repositories.guilds import GuildRepository
 
 Key = tuple[int, int]
 
 
 class UserRepository(Repository[User, int]):
-    """The accounts that the bot has seen. Nothing tombstones them: they stay when their last guild is left."""
+    """Reads and writes users; the key is the user id. A user remains after leaving the last shared guild."""
 
     model = User
 
     async def by_name(self, name: str, *, limit: int = 100) -> Sequence[User]:
-        """Return who is called exactly so, in whatever case: by username (one at most nowadays) or display name.
+        """Return the users with this username or display name, ignoring case; matches by username come first.
 
-        Those whose username it is come first. Case is what the database's locale takes for it: `C` knows A to Z only.
+        Case folding follows the database's locale: with `C`, only A to Z are folded.
         """
-        username, wanted = func.lower(User.username), func.lower(name)
-        query = self._select(or_(username == wanted, func.lower(User.global_name) == wanted))
-        return await self._all(query.order_by((username == wanted).desc().nulls_last(), User.id).limit(_bounded(limit)))
+        username, lowered = func.lower(User.username), func.lower(name)
+        query = self._select(or_(username == lowered, func.lower(User.global_name) == lowered))
+        return await self._fetch(
+            query.order_by((username == lowered).desc().nulls_last(), User.id).limit(_check_limit(limit))
+        )
 
     async def search(self, prefix: str, *, limit: int = 25) -> Sequence[User]:
-        """Return users whose username or display name begins so, in whatever case, by username."""
-        wanted = func.lower(prefix)
+        """Return the users whose username or display name starts with `prefix`, ignoring case, ordered by username."""
+        lowered = func.lower(prefix)
         names = (func.lower(User.username), func.lower(User.global_name))
-        query = self._select(or_(*(func.starts_with(name, wanted) for name in names)))
-        return await self._all(query.order_by(func.lower(User.username), User.id).limit(_bounded(limit)))
+        query = self._select(or_(*(func.starts_with(name, lowered) for name in names)))
+        return await self._fetch(query.order_by(func.lower(User.username), User.id).limit(_check_limit(limit)))
 
-    async def guilds_of(self, user_id: int, *, with_: With = ()) -> Sequence[Guild]:
-        """Return the guilds that the bot shares with a user, by id; `with_`: relationships of the guilds."""
-        return await GuildRepository(self._sessions).shared_with(user_id, with_=with_)
+    async def guilds_of(self, user_id: int, *, load: Load = ()) -> Sequence[Guild]:
+        """Return the guilds that the bot shares with a user, ordered by id, with their relationships `load`."""
+        return await GuildRepository(self._sessions).shared_with(user_id, load=load)
 
 
 class MemberRepository(Repository[Member, Key]):
-    """Who is in which guild; a key is (guild id, user id)."""
+    """Reads and writes members; the key is (guild id, user id)."""
 
     model = Member
 
     async def of_guild(
-        self, guild_id: int, *, after: Key | None = None, limit: int = 100, with_: With = (),
-        include_gone: bool = False,
+        self, guild_id: int, *, after: Key | None = None, limit: int = 100, load: Load = (),
+        include_deleted: bool = False,
     ) -> Page[Member, Key]:  # fmt: skip
-        """Return a guild's members by user id."""
+        """Return a page of a guild's members, ordered by user id."""
         where = Member.guild_id == guild_id
-        return await self.list(where, after=after, limit=limit, with_=with_, include_gone=include_gone)
+        return await self.list(where, after=after, limit=limit, load=load, include_deleted=include_deleted)
 
     async def with_role(
-        self, guild_id: int, role_id: int, *, after: Key | None = None, limit: int = 100, with_: With = ()
+        self, guild_id: int, role_id: int, *, after: Key | None = None, limit: int = 100, load: Load = ()
     ) -> Page[Member, Key]:
-        """Return who holds a role, by user id; everybody for the role @everyone, whose id is the guild's."""
-        return await self.list(*holds(guild_id, role_id), after=after, limit=limit, with_=with_)
+        """Return a page of a role's members, ordered by user id; for @everyone (the guild's id), all members."""
+        return await self.list(*has_role(guild_id, role_id), after=after, limit=limit, load=load)
 
     async def boosters(
-        self, guild_id: int, *, after: Key | None = None, limit: int = 100, with_: With = ()
+        self, guild_id: int, *, after: Key | None = None, limit: int = 100, load: Load = ()
     ) -> Page[Member, Key]:
-        """Return who boosts a guild, by user id."""
+        """Return a page of the members who boost a guild, ordered by user id."""
         where = (Member.guild_id == guild_id, Member.premium_since.is_not(None))
-        return await self.list(*where, after=after, limit=limit, with_=with_)
+        return await self.list(*where, after=after, limit=limit, load=load)
 
     async def joined_between(
         self, guild_id: int, start: datetime, end: datetime, *, after: Key | None = None, limit: int = 100,
-        with_: With = (),
+        load: Load = (),
     ) -> Page[Member, Key]:  # fmt: skip
-        """Return who joined at or after `start` and before `end` and is there still; both need a time zone."""
+        """Return a page of the present members who joined at or after `start` and before `end`, ordered by user id.
+
+        Raises `ValidationError` for a time without a time zone.
+        """
         for name, moment in (("start", start), ("end", end)):
             if moment.tzinfo is None:
                 raise ValidationError(
                     f"{name}={moment} has no time zone: use discord.utils.utcnow() or datetime.now(UTC)"
                 )
         where = (Member.guild_id == guild_id, Member.joined_at >= start, Member.joined_at < end)
-        return await self.list(*where, after=after, limit=limit, with_=with_)
+        return await self.list(*where, after=after, limit=limit, load=load)
 
     async def count_present(self, guild_id: int) -> int:
-        """Return how many members a guild has, counted."""
+        """Count the present members of a guild."""
         return await self.count(Member.guild_id == guild_id)
 
 
 class MemberStatsRepository(Repository[MemberStats, Key]):
-    """What members did, added up; it stays when they leave. A key is (guild id, user id)."""
+    """Reads and writes member statistics, which remain when a member leaves; the key is (guild id, user id)."""
 
     model = MemberStats
 
     async def top(
-        self, guild_id: int, by: Literal["xp", "message_count"] = "xp", *, limit: int = 10, with_: With = ()
+        self, guild_id: int, by: Literal["xp", "message_count"] = "xp", *, limit: int = 10, load: Load = ()
     ) -> Sequence[MemberStats]:
-        """Return who has most, among those who are in the guild now."""
+        """Return the `limit` present members with the highest value of `by`, highest first."""
         if by not in ("xp", "message_count"):
-            raise ValidationError(f"a ranking is by xp or message_count, not by {by!r}")
+            raise ValidationError(f"by must be 'xp' or 'message_count', not {by!r}")
         column = MemberStats.xp if by == "xp" else MemberStats.message_count
-        there = select(Member.user_id).where(
+        membership = select(Member.user_id).where(
             Member.guild_id == guild_id, Member.user_id == MemberStats.user_id, Member.left_at.is_(None)
         )
-        query = self._select(MemberStats.guild_id == guild_id, there.exists(), with_=with_)
-        return await self._all(query.order_by(column.desc(), MemberStats.user_id).limit(_bounded(limit)))
+        query = self._select(MemberStats.guild_id == guild_id, membership.exists(), load=load)
+        return await self._fetch(query.order_by(column.desc(), MemberStats.user_id).limit(_check_limit(limit)))
 
     async def add_xp(self, guild_id: int, user_id: int, xp: int) -> int:
-        """Add points (or take them, below zero), first ones too, and return the sum."""
+        """Add `xp`, which may be negative, to a member's points and return the new total; create the row if needed."""
         row = insert(MemberStats).values(guild_id=guild_id, user_id=user_id, xp=xp)
         query = row.on_conflict_do_update(
             index_elements=["guild_id", "user_id"], set_={"xp": MemberStats.xp + row.excluded.xp}
@@ -115,15 +120,15 @@ class MemberStatsRepository(Repository[MemberStats, Key]):
             return (await session.execute(query)).scalar_one()
 
 
-def holds(guild_id: int, role_id: int) -> tuple[ColumnElement[bool], ...]:
-    """Return the conditions for the holders of a role, such that the index on `members.roles` serves."""
+def has_role(guild_id: int, role_id: int) -> tuple[ColumnElement[bool], ...]:
+    """Return conditions for the members with a role, in a form that can use the GIN index on `members.roles`."""
     in_guild = Member.guild_id == guild_id
     if role_id == guild_id:
         return (in_guild,)
     return in_guild, type_coerce(Member.roles, ARRAY(BigInteger)).contains([role_id])
 
 
-def _bounded(limit: int) -> int:
+def _check_limit(limit: int) -> int:
     if not 1 <= limit <= MAX_PAGE:
-        raise ValidationError(f"1 to {MAX_PAGE} rows can be asked for, not {limit}")
+        raise ValidationError(f"limit must be between 1 and {MAX_PAGE}, not {limit}")
     return limit

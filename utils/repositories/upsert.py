@@ -1,4 +1,4 @@
-"""Many rows in one statement: sorted by key, each column an array, and only what differs is written."""
+"""Bulk upserts: one statement for many rows, with one array parameter per column; unchanged rows are not written."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from utils.exceptions import ValidationError
 
 Row = Mapping[str, Any]
 
-#: Rows after which others get their turn: some 3 ms of work.
-PAUSE = 2_000
+#: Rows between two yields to the event loop, about 3 ms of work.
+YIELD_EVERY = 2_000
 
 
 def written_columns(table: Table) -> frozenset[str]:
-    """Return the columns that may be given: all but those that the database works out."""
+    """Return the names of all columns except generated ones."""
     return frozenset(column.name for column in table.columns if column.computed is None)
 
 
-def column_with(table: Table, part: Part) -> Column[Any] | None:
-    """Return the column that is this to the merge, None when the table has none."""
+def find_column(table: Table, part: Part) -> Column[Any] | None:
+    """Return the table's column with this part in the merge, or None if it has none."""
     return next((column for column in table.columns if part_of(column) is part), None)
 
 
-async def in_key_order(table: Table, rows: Iterable[Row]) -> tuple[tuple[str, ...], list[Row]]:
-    """Return the columns of the rows, and the rows by key; of two rows with one key the later stays.
+async def sort_by_key(table: Table, rows: Iterable[Row]) -> tuple[tuple[str, ...], list[Row]]:
+    """Return the column names and the rows sorted by key; of rows with the same key only the last is kept.
 
-    Raises `ValidationError` when rows differ in their columns, lack a key, or have a column that cannot be written.
+    Raises `ValidationError` if rows have different columns, no key, or a column that cannot be written.
     """
     keys = tuple(key.name for key in table.primary_key.columns)
     by_key: dict[tuple[Any, ...], Row] = {}
@@ -42,92 +42,94 @@ async def in_key_order(table: Table, rows: Iterable[Row]) -> tuple[tuple[str, ..
         if not number:
             names = tuple(row)
             check_columns(table, names)
-            if lacking := set(keys) - set(names):
-                raise ValidationError(f"rows of {table.name} lack {', '.join(sorted(lacking))}: the key must be given")
+            if missing := set(keys) - set(names):
+                raise ValidationError(f"rows of {table.name} have no {', '.join(sorted(missing))}: the key is required")
         elif row.keys() != set(names):
-            odd = ", ".join(sorted(set(names) ^ row.keys()))
+            different = ", ".join(sorted(set(names) ^ row.keys()))
             raise ValidationError(
-                f"row {number} of {table.name} differs from row 0 in the columns {odd}: give all alike"
+                f"row {number} of {table.name} and row 0 differ in the columns {different}: use the same for all"
             )
-        elif number % PAUSE == 0:
+        elif number % YIELD_EVERY == 0:
             await asyncio.sleep(0)
         by_key[tuple([row[key] for key in keys])] = row
     try:
         return names, [by_key[key] for key in sorted(by_key)]
     except TypeError as exc:
-        raise ValidationError(f"keys of {table.name} are whole numbers: {exc}") from exc
+        raise ValidationError(f"keys of {table.name} must be integers: {exc}") from exc
 
 
 def check_columns(table: Table, names: Iterable[str]) -> None:
-    """Raise `ValidationError` for names that are no columns, or columns that the database works out itself."""
+    """Raise `ValidationError` for names that are not columns, and for generated columns."""
     if unknown := set(names) - written_columns(table):
         raise ValidationError(
-            f"{', '.join(sorted(unknown))} cannot be written in {table.name}: its columns are"
+            f"{table.name} has no writable columns {', '.join(sorted(unknown))}: choose from"
             f" {', '.join(sorted(written_columns(table)))}"
         )
 
 
 @cache
-def statement(table: Table, names: tuple[str, ...]) -> Insert:
-    """Return the upsert of rows with these columns; its parameters are `arrays`' lists.
+def upsert_statement(table: Table, names: tuple[str, ...]) -> Insert:
+    """Return the upsert for rows with these columns; its parameters come from `array_parameters`.
 
-    Rows that are as given already are neither written nor locked. A row that had gone is there again, unless the rows
-    themselves say when it went.
+    Unchanged rows are neither written nor locked. Tombstones are cleared, unless the rows contain that column.
     """
     columns = [table.columns[name] for name in names]
-    kinds = [Text() if _as_text(one) is not None else one.type for one in columns]
-    lists = [bindparam(f"all_{name}", type_=ARRAY(kind)) for name, kind in zip(names, kinds, strict=True)]
+    types = [Text() if _text_encoder(col) is not None else col.type for col in columns]
+    parameters = [bindparam(f"all_{name}", type_=ARRAY(type_)) for name, type_ in zip(names, types, strict=True)]
     given = (
-        func.unnest(*lists)
-        .table_valued(*(column(name, kind) for name, kind in zip(names, kinds, strict=True)), name="given")
+        func.unnest(*parameters)
+        .table_valued(*(column(name, type_) for name, type_ in zip(names, types, strict=True)), name="given")
         .render_derived()
     )
     values = {
-        one.name: cast(given.c[one.name], one.type) if _as_text(one) is not None else given.c[one.name]
-        for one in columns
+        col.name: cast(given.c[col.name], col.type) if _text_encoder(col) is not None else given.c[col.name]
+        for col in columns
     }
     keys = list(table.primary_key.columns)
-    changing = [one for one in columns if not one.primary_key]
-    compared = [one for one in changing if part_of(one) is not Part.TOUCHED]
-    gone, touched = column_with(table, Part.TOMBSTONE), column_with(table, Part.TOUCHED)
-    returns = [gone.is_not(None)] if gone is not None and gone.name not in names else []
-    differs = [one.is_distinct_from(values[one.name]) for one in compared] + returns
-    wanted = (
+    updated = [col for col in columns if not col.primary_key]
+    compared = [col for col in updated if part_of(col) is not Part.TOUCHED]
+    tombstone, touched = find_column(table, Part.TOMBSTONE), find_column(table, Part.TOUCHED)
+    clears_tombstone = tombstone is not None and tombstone.name not in names
+    has_tombstone = [tombstone.is_not(None)] if tombstone is not None and clears_tombstone else []
+    differs = [col.is_distinct_from(values[col.name]) for col in compared] + has_tombstone
+    new_or_different = (
         select(*values.values())
         .select_from(given.outerjoin(table, and_(*(key == given.c[key.name] for key in keys))))
         .where(or_(keys[0].is_(None), *differs))
     )
-    upsert = insert(table).from_select(list(names), wanted, include_defaults=False)
+    upsert = insert(table).from_select(list(names), new_or_different, include_defaults=False)
     if not differs:
         return upsert.on_conflict_do_nothing(index_elements=keys)
-    changes: dict[str, Any] = {one.name: upsert.excluded[one.name] for one in changing}
-    if gone is not None and returns:
-        changes[gone.name] = None
+    changes: dict[str, Any] = {col.name: upsert.excluded[col.name] for col in updated}
+    if tombstone is not None and clears_tombstone:
+        changes[tombstone.name] = None
     if touched is not None:
         changes.setdefault(touched.name, func.now())
-    # Compared once more, for a row that somebody else wrote meanwhile.
-    still = [one.is_distinct_from(upsert.excluded[one.name]) for one in compared] + returns
-    return upsert.on_conflict_do_update(index_elements=keys, set_=changes, where=or_(*still))
+    # Compared again, because another transaction may have written the row in the meantime.
+    still_differs = [col.is_distinct_from(upsert.excluded[col.name]) for col in compared] + has_tombstone
+    return upsert.on_conflict_do_update(index_elements=keys, set_=changes, where=or_(*still_differs))
 
 
-def arrays(table: Table, names: tuple[str, ...], rows: list[Row]) -> dict[str, list[Any]]:
-    """Return the parameters of `statement` for these rows: a list for each column; raises `ValidationError`."""
-    given: dict[str, list[Any]] = {}
+def array_parameters(table: Table, names: tuple[str, ...], rows: list[Row]) -> dict[str, list[Any]]:
+    """Return the parameters of `upsert_statement` for these rows. Raises `ValidationError` for unfit values."""
+    parameters: dict[str, list[Any]] = {}
     for name in names:
-        encode = _as_text(table.columns[name])
+        encode = _text_encoder(table.columns[name])
         values = [row[name] for row in rows]
         try:
-            given[f"all_{name}"] = values if encode is None else [None if v is None else encode(v) for v in values]
+            parameters[f"all_{name}"] = (
+                values if encode is None else [None if value is None else encode(value) for value in values]
+            )
         except TypeError as exc:
-            raise ValidationError(f"a value of {table.name}.{name} cannot be written: {exc}") from exc
-    return given
+            raise ValidationError(f"{table.name}.{name} has a value that cannot be stored: {exc}") from exc
+    return parameters
 
 
-def _as_text(one: Column[Any]) -> Callable[[Any], str] | None:
-    """Return what writes a value as text: UNNEST would flatten arrays of arrays."""
-    if isinstance(one.type, ARRAY):
+def _text_encoder(col: Column[Any]) -> Callable[[Any], str] | None:
+    """Return the function that encodes this column's values as text, or None: UNNEST would flatten nested arrays."""
+    if isinstance(col.type, ARRAY):
         return _array_literal
-    if isinstance(one.type, JSON):
+    if isinstance(col.type, JSON):
         return lambda value: orjson.dumps(value).decode()
     return None
 
