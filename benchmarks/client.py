@@ -21,7 +21,7 @@ import yarl
 from discord.gateway import DiscordWebSocket
 from discord.http import Route
 
-from benchmarks.data import memory_queue
+from benchmarks.data import memory_queue, seize
 from utils.database import Pool
 from utils.database.target import parse_url
 from utils.mirror import Mirror
@@ -103,7 +103,7 @@ async def mirror(token: str, gateway: str, dsn: str) -> dict[str, Any]:
         shard_count=1,
     )
     source = DiscordSource(client)
-    fence = await lease.seize(database, lease.holder())
+    fence = await seize(database, lease.holder())
     mirrored = Mirror(
         database, source, fence, memory_queue(), shards=1, flush_policy=FlushPolicy(), page_timeout=30, cooldown=0
     )

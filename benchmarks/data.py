@@ -10,7 +10,7 @@ from utils.database import Pool
 from utils.mirror.spool.queue import EventQueue
 from utils.mirror.translate.pages import Page, Record
 from utils.mirror.write.writer import FlushPolicy, MirrorWriter
-from utils.service import lease
+from utils.service.lease import Fence
 
 GUILD_ID = 81_384_788_765_712_384
 PAGE = 1_000
@@ -52,7 +52,24 @@ def memory_queue() -> EventQueue:
 
 async def writer_of(database: Pool) -> MirrorWriter:
     """Return the writer of a process that acts."""
-    fence = await lease.seize(database, "a benchmark")
+    fence = await seize(database, "a benchmark")
     return MirrorWriter(
         database, fence, memory_queue(), FlushPolicy(), on_lost=lambda: None, on_dropped=lambda guilds: None
     )
+
+
+_FIRST = "INSERT INTO ops.leases (shard, holder, epoch) VALUES (0, '', 0) ON CONFLICT (shard) DO NOTHING"
+#: Waits for transactions that have checked the former epoch; the UPDATE alone would not.
+_LOCK = "SELECT FROM ops.leases WHERE shard = 0 FOR UPDATE"
+_SEIZE = """
+UPDATE ops.leases SET holder = $1, epoch = epoch + 1, taken_at = clock_timestamp(), expires_at = NULL
+WHERE shard = 0 RETURNING epoch
+"""
+
+
+async def seize(pool: Pool, name: str) -> Fence:
+    """Take the lease at once, whoever holds it."""
+    async with pool.transaction(isolation="read_committed") as connection:
+        await connection.execute(_FIRST)
+        await connection.execute(_LOCK)
+        return Fence(name, await connection.fetchval(_SEIZE, name))

@@ -26,6 +26,7 @@ import yarl
 from discord.gateway import DiscordWebSocket
 from discord.http import Route
 
+from benchmarks.data import seize
 from utils.database import Pool
 from utils.database.target import parse_url
 from utils.mirror import Mirror
@@ -150,7 +151,7 @@ async def run(way: str, gateway: str, token: str, dsn: str | None, mode: Any, di
         assert dsn is not None
         database = Pool(parse_url(dsn, source="benchmark"))
         await database.connect()
-        fence = await lease.seize(database, lease.holder())
+        fence = await seize(database, lease.holder())
         queue = TimedQueue(await Journal.open(directory, fence.holder, max_bytes=2**30), spool=mode, max_rows=15_000)
         mirror = Mirror(
             database,

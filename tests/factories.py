@@ -30,10 +30,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from models import DISCORD_EPOCH_MS, Base, Channel, Guild, Member, Role, User
+from tests.leases import seize
 from utils.database import Pool
 from utils.mirror.records.rows import COUNTER_BITS, Entry, Key, key_columns, value_columns
 from utils.mirror.write.apply import Batch, apply
-from utils.service import lease
 from utils.service.lease import Fence
 
 #: What exists first was made then.
@@ -242,7 +242,7 @@ def _entries(rows: Iterable[Model], stamp: int) -> Iterable[tuple[tuple[str, Key
 async def _fence(database: Pool) -> Fence:
     """Return the fence of whoever acts; a test's own where nobody does."""
     acting = await database.fetchrow("SELECT holder, epoch FROM ops.leases WHERE epoch > 0")
-    return await lease.seize(database, "factories") if acting is None else Fence(acting["holder"], acting["epoch"])
+    return await seize(database, "factories") if acting is None else Fence(acting["holder"], acting["epoch"])
 
 
 async def _last_stamp(database: Pool, fence: Fence) -> int:

@@ -14,6 +14,7 @@ from discord import gateway, http
 from simulator import Simulator
 from simulator.proxy import Proxy
 from tests.bot.running import PATIENCE, BotProcess, settings_for, until_equal
+from tests.leases import seize
 from tests.waiting import until
 from utils.bot.client import SPOOL, Guildbook
 from utils.bot.process import Process
@@ -21,7 +22,6 @@ from utils.database import ConnectTarget, Pool
 from utils.database.embedded import PORT, EmbeddedServer
 from utils.exceptions import DatabaseUnavailable, LeaseLost
 from utils.service import heap
-from utils.service.lease import seize
 
 
 @asynccontextmanager

@@ -47,10 +47,10 @@ async def test_a_process_that_was_stopped_is_in_doubt_until_it_has_asked(
     lease = Lease(database.target, holder())
     await lease.wait()
     try:
-        assert not lease.has_slept()
-        lease._pulse -= 60  # as long as nothing of this process ran
-        assert lease.has_slept()
-        await until(lambda: not lease.has_slept())
+        assert not lease.was_suspended()
+        lease._last_tick -= 60  # as long as nothing of this process ran
+        assert lease.was_suspended()
+        await until(lambda: not lease.was_suspended())
         assert lease.is_sure()
     finally:
         await lease.release(5)

@@ -15,6 +15,7 @@ import yarl
 from discord import backoff, gateway, http
 
 from simulator import Limits, Simulator, World
+from tests.leases import seize
 from tests.waiting import until
 from utils.database import Pool
 from utils.exceptions import DatabaseError
@@ -160,7 +161,7 @@ async def mirrored(
         shard_count=1,
         guild_ready_timeout=0.1,
     )
-    fence = await lease.seize(database, lease.holder())
+    fence = await seize(database, lease.holder())
     journal = None if spool is None else await Journal.open(spool, fence.holder, max_bytes=2**26)
     mirror = Mirror(
         database,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from tests.leases import seize
 from utils.database import Pool
 from utils.exceptions import SyncError, ValidationError
 from utils.mirror.reconcile.listing import Listing
@@ -17,7 +18,6 @@ from utils.mirror.translate.pages import Page, Record
 from utils.mirror.write.apply import Batch, Written, apply
 from utils.mirror.write.overlay import LiveOverlay
 from utils.mirror.write.writer import FlushPolicy, MirrorWriter
-from utils.service import lease
 from utils.service.lease import Fence
 
 GUILD = 81_384_788_765_712_384
@@ -40,7 +40,7 @@ def said(table: str, key: Key, stamp: int, *, may_insert: bool = True, **values:
 async def fence_of(database: Pool) -> Fence:
     """Return the fence of the process that acts, of a test's where none does."""
     epoch = await database.fetchval("SELECT epoch FROM ops.leases")
-    return await lease.seize(database, "a test") if epoch is None else Fence("a test", epoch)
+    return await seize(database, "a test") if epoch is None else Fence("a test", epoch)
 
 
 async def applied(database: Pool, batch: Batch) -> Written:

@@ -1,4 +1,4 @@
-"""The lease on a real PostgreSQL: who acts, who waits, and what a former holder can still do."""
+"""The lease on a real PostgreSQL: acquiring, standing by, and what a former holder can still do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, TypeAlias
 
@@ -15,12 +16,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.leases import seize
 from tests.waiting import until
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
 from utils.exceptions import DatabaseError, LeaseLost
 from utils.service import lease as module
-from utils.service.lease import SHARD, Fence, Lease, holder, seize
+from utils.service.lease import SHARD, Fence, Lease, LeaseTimings, holder
 
 #: Nothing here may take longer, in seconds.
 PATIENCE = 20.0
@@ -30,33 +32,31 @@ WRITE = "INSERT INTO ops.positions (journal, position) VALUES ($1, 1)"
 WRITTEN = "SELECT count(*) FROM ops.positions"
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looks and renewals that come often; a lease still lasts long enough not to run out by accident."""
-    monkeypatch.setattr(module, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(module, "RENEW_SECONDS", 0.05)
+#: Polls and renews often; the lease still lasts long enough not to expire by accident.
+QUICK = LeaseTimings(poll=0.02, renew_every=0.05)
 
 
 class Candidates:
-    """Makes leases on one database and lets go of them after the test."""
+    """Creates leases on one database and releases them after the test."""
 
-    def __init__(self, target: ConnectTarget) -> None:
+    def __init__(self, target: ConnectTarget, timings: LeaseTimings = QUICK) -> None:
         self._target = target
+        self.timings = timings
         self._made: list[Lease] = []
         self._waits: set[asyncio.Task[Fence]] = set()
 
     def new(self, name: str = "", **given: Any) -> Lease:
-        lease = Lease(self._target, name or holder(), **given)
+        lease = Lease(self._target, name or holder(), timings=self.timings, **given)
         self._made.append(lease)
         return lease
 
     async def acting(self, name: str = "") -> tuple[Lease, Fence]:
-        """Return a lease that was free to take."""
+        """Acquire a free lease."""
         lease = self.new(name)
         return lease, await asyncio.wait_for(lease.wait(), PATIENCE)
 
     def waiting(self, lease: Lease) -> asyncio.Task[Fence]:
-        """Let a lease stand by."""
+        """Stand by in a task."""
         task = asyncio.create_task(lease.wait())
         self._waits.add(task)
         return task
@@ -84,7 +84,7 @@ async def expires_at(database: Pool) -> datetime:
 
 
 async def renewed_times(database: Pool, times: int) -> None:
-    """Wait until the row's expiry has moved on so often: whoever stands by has looked several times meanwhile."""
+    """Wait for this many renewals, during which a process in standby polls several times."""
     query = "SELECT expires_at > $1 FROM ops.leases"
     for _ in range(times):
         before = await expires_at(database)
@@ -101,7 +101,7 @@ async def passes(database: Pool, fence: Fence) -> bool:
 
 
 async def dies(lease: Lease) -> None:
-    """End a holder's renewals without giving the lease back, as the end of its process would."""
+    """Stop renewing without a release, as the end of the process would."""
     assert lease._renewing is not None
     lease._renewing.cancel()
     await asyncio.wait({lease._renewing})
@@ -113,7 +113,7 @@ def pid_of(lease: Lease) -> int | None:
 
 
 async def until_one_waits_for(connections: list[Connection]) -> None:
-    """Wait until somebody waits for a lock that one of these connections holds; the first of them is asked."""
+    """Wait until a session waits for a lock of one of these connections, using the first of them."""
     query = "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND pg_blocking_pids(pid) && $1::int[])"
     pids = [connection.get_server_pid() for connection in connections]
     await until(lambda: connections[0].fetchval(query, pids))
@@ -128,13 +128,11 @@ async def connected(target: ConnectTarget) -> AsyncIterator[Connection]:
         connection.terminate()
 
 
-# --- who acts
+# --- acquiring
 
 
-async def test_of_two_one_wins_and_renews_and_the_other_follows_its_release(
-    database: Pool, candidates: Candidates, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "TTL_SECONDS", 2.0)
+async def test_standby_takes_over_after_a_release(database: Pool, candidates: Candidates) -> None:
+    candidates.timings = replace(QUICK, ttl=2.0)
     by_task = {candidates.waiting(lease): lease for lease in (candidates.new(), candidates.new())}
     done, pending = await asyncio.wait(by_task, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)
     (first,), (second,) = done, pending
@@ -148,10 +146,8 @@ async def test_of_two_one_wins_and_renews_and_the_other_follows_its_release(
     assert [await passes(database, task.result()) for task in (first, second)] == [False, True]
 
 
-async def test_a_holder_that_ends_without_release_is_followed_when_its_lease_has_run_out(
-    database: Pool, candidates: Candidates, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "TTL_SECONDS", 0.5)
+async def test_standby_takes_over_after_expiry(database: Pool, candidates: Candidates) -> None:
+    candidates.timings = replace(QUICK, ttl=0.5)
     lease, fence = await candidates.acting()
     await dies(lease)
     ran_out = await expires_at(database)
@@ -161,10 +157,10 @@ async def test_a_holder_that_ends_without_release_is_followed_when_its_lease_has
     assert not await passes(database, fence)
 
 
-async def test_who_is_provably_dead_is_not_waited_for_but_who_has_just_followed_is(
-    database: Pool, candidates: Candidates, target: ConnectTarget, monkeypatch: pytest.MonkeyPatch
+async def test_takes_a_dead_holders_lease_but_not_its_successors(
+    database: Pool, candidates: Candidates, target: ConnectTarget
 ) -> None:
-    monkeypatch.setattr(module, "TTL_SECONDS", 3600.0)
+    candidates.timings = replace(QUICK, ttl=3600.0)
     lease, fence = await candidates.acting("the-dead")
     await dies(lease)
     late = candidates.new(is_dead=lambda name: name == "the-dead")
@@ -178,7 +174,7 @@ async def test_who_is_provably_dead_is_not_waited_for_but_who_has_just_followed_
     assert (await asyncio.wait_for(late.wait(), PATIENCE)).epoch > fence.epoch
 
 
-async def test_a_host_whose_clock_is_five_minutes_off_changes_nothing(
+async def test_ignores_the_clock_of_the_host(
     database: Pool, candidates: Candidates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true_time, off = time.time, ContextVar("off", default=0.0)
@@ -197,14 +193,13 @@ async def test_a_host_whose_clock_is_five_minutes_off_changes_nothing(
         assert await database.fetchval(left)
 
 
-# --- what the former holder can still do
+# --- the former holder
 
 
-async def test_an_open_transaction_of_the_former_holder_is_waited_for(
-    database: Pool, candidates: Candidates, target: ConnectTarget, monkeypatch: pytest.MonkeyPatch
+async def test_waits_for_a_transaction_of_the_former_holder(
+    database: Pool, candidates: Candidates, target: ConnectTarget
 ) -> None:
-    monkeypatch.setattr(module, "PATIENCE_SECONDS", 60.0)
-    monkeypatch.setattr(module, "STEP_SECONDS", 20.0)
+    candidates.timings = replace(QUICK, grace=60.0, statement=20.0)
     lease, fence = await candidates.acting()
     await dies(lease)
     async with connected(target) as former:
@@ -220,9 +215,7 @@ async def test_an_open_transaction_of_the_former_holder_is_waited_for(
     assert await database.fetchval(WRITTEN) == 1, "committed before the epoch was raised"
 
 
-async def test_a_check_that_comes_while_the_lease_changes_hands_fails(
-    candidates: Candidates, target: ConnectTarget, database: Pool
-) -> None:
+async def test_a_check_during_a_takeover_fails(candidates: Candidates, target: ConnectTarget, database: Pool) -> None:
     _, fence = await candidates.acting()
     async with connected(target) as taker, connected(target) as former:
         await taker.execute("BEGIN")
@@ -232,11 +225,11 @@ async def test_a_check_that_comes_while_the_lease_changes_hands_fails(
         check = asyncio.create_task(fence.check(former))
         await until_one_waits_for([taker])
         await taker.execute("COMMIT")
-        with pytest.raises(LeaseLost, match=f"epoch is {fence.epoch + 1}, ours is {fence.epoch}"):
+        with pytest.raises(LeaseLost, match=f"lease is {fence.epoch + 1}, ours is {fence.epoch}"):
             await check
 
 
-async def test_stalled_transactions_of_the_former_holder_are_all_ended_and_none_can_commit(
+async def test_terminates_stalled_transactions_of_the_former_holder(
     database: Pool, candidates: Candidates, target: ConnectTarget, caplog: pytest.LogCaptureFixture
 ) -> None:
     lease, fence = await candidates.acting()
@@ -251,7 +244,9 @@ async def test_stalled_transactions_of_the_former_holder_are_all_ended_and_none_
         attempts = [candidates.new()._try_to_take() for _ in range(3)]
         (taken,) = [each for each in await asyncio.gather(*attempts) if each is not None]
         assert taken.epoch == fence.epoch + 1, "one attempt ends them all"
-        ended = {record.__dict__["pid"] for record in caplog.records if "was ended" in record.getMessage()}
+        ended = {
+            record.__dict__["pid"] for record in caplog.records if "terminated a transaction" in record.getMessage()
+        }
         assert ended <= {connection.get_server_pid() for connection in former}, "and no other taker"
         for connection in former:
             with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)):
@@ -259,7 +254,7 @@ async def test_stalled_transactions_of_the_former_holder_are_all_ended_and_none_
     assert await database.fetchval(WRITTEN) == 0
 
 
-async def test_a_taker_that_froze_with_the_row_locked_is_ended(candidates: Candidates, target: ConnectTarget) -> None:
+async def test_terminates_a_taker_that_froze_with_the_row_locked(candidates: Candidates, target: ConnectTarget) -> None:
     lease, fence = await candidates.acting()
     await lease.release(5)
     async with connected(target) as frozen:
@@ -270,7 +265,7 @@ async def test_a_taker_that_froze_with_the_row_locked_is_ended(candidates: Candi
             await frozen.execute("COMMIT")
 
 
-async def test_a_holder_that_finds_another_epoch_has_lost_it(database: Pool, candidates: Candidates) -> None:
+async def test_another_epoch_means_that_the_lease_is_lost(database: Pool, candidates: Candidates) -> None:
     lease, fence = await candidates.acting()
     assert await passes(database, fence)
     other = await seize(database, "another")
@@ -286,11 +281,10 @@ async def test_a_holder_that_finds_another_epoch_has_lost_it(database: Pool, can
     assert tuple(row) == ("another", other.epoch, False), "what another holds is not given back"
 
 
-async def test_renewals_refused_for_longer_than_the_lease_lasts_do_not_cost_it_when_nobody_takes_it(
-    database: Pool, candidates: Candidates, target: ConnectTarget, monkeypatch: pytest.MonkeyPatch
+async def test_an_expired_lease_that_nobody_took_is_kept(
+    database: Pool, candidates: Candidates, target: ConnectTarget
 ) -> None:
-    monkeypatch.setattr(module, "TTL_SECONDS", 0.5)
-    monkeypatch.setattr(module, "STEP_SECONDS", 0.2)
+    candidates.timings = replace(QUICK, ttl=0.5, statement=0.2)
     lease, fence = await candidates.acting()
     async with connected(target) as other, other.transaction():
         await other.execute("SELECT 1 FROM ops.leases FOR UPDATE")
@@ -302,9 +296,7 @@ async def test_renewals_refused_for_longer_than_the_lease_lasts_do_not_cost_it_w
     assert await passes(database, fence)
 
 
-async def test_who_acts_and_who_stands_by_survive_the_end_of_their_connections(
-    database: Pool, candidates: Candidates
-) -> None:
+async def test_survives_the_loss_of_connections(database: Pool, candidates: Candidates) -> None:
     lease, fence = await candidates.acting()
     other = candidates.new()
     taking = candidates.waiting(other)
@@ -323,9 +315,7 @@ async def test_who_acts_and_who_stands_by_survive_the_end_of_their_connections(
     assert (await asyncio.wait_for(taking, PATIENCE)).epoch > fence.epoch
 
 
-async def test_release_never_raises_with_the_row_locked_or_the_database_gone(
-    candidates: Candidates, server: EmbeddedServer, target: ConnectTarget
-) -> None:
+async def test_release_never_raises(candidates: Candidates, server: EmbeddedServer, target: ConnectTarget) -> None:
     lease, _ = await candidates.acting()
     async with connected(target) as other, other.transaction():
         await other.execute("SELECT 1 FROM ops.leases FOR UPDATE")
@@ -338,12 +328,12 @@ async def test_release_never_raises_with_the_row_locked_or_the_database_gone(
     await lease.release(5)
 
 
-async def test_what_waiting_cannot_mend_ends_the_wait(empty_target: ConnectTarget) -> None:
+async def test_a_missing_table_ends_the_wait(empty_target: ConnectTarget) -> None:
     with pytest.raises(DatabaseError, match="42P01"):
         await asyncio.wait_for(Lease(empty_target, holder()).wait(), PATIENCE)
 
 
-# --- whatever happens in whatever order
+# --- any order of events
 
 KINDS = st.sampled_from(["take", "take", "renew", "release", "seize", "expire"])
 STEPS = st.lists(st.tuples(KINDS, st.integers(0, 2)), min_size=1, max_size=20)
@@ -352,42 +342,41 @@ STEPS = st.lists(st.tuples(KINDS, st.integers(0, 2)), min_size=1, max_size=20)
 @settings(max_examples=25)
 @example(steps=[("take", 0), ("expire", 0), ("take", 1), ("release", 0), ("take", 2)])
 @given(steps=STEPS)
-async def test_in_whatever_order_things_happen_one_epoch_passes_and_epochs_only_grow(
+async def test_one_epoch_passes_and_epochs_only_grow(
     database: Pool, target: ConnectTarget, steps: list[tuple[str, int]]
 ) -> None:
     """Against a model of three lines: whose epoch it is, whether it is free, and every fence ever won."""
     await database.execute("DELETE FROM ops.leases")
-    leases = [Lease(target, f"holder-{number}") for number in range(3)]
+    timings = LeaseTimings(ttl=3600.0)  # a step makes it expire
+    leases = [Lease(target, f"holder-{number}", timings=timings) for number in range(3)]
     fences: list[Fence] = []
     is_free = True
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TTL_SECONDS", 3600.0)  # it runs out when a step says so
-        for step, number in steps:
-            lease = leases[number]
-            is_current = bool(fences) and lease.fence is fences[-1]
-            if step == "take":
-                fence = await lease._try_to_take()
-                assert (fence is not None) == is_free
-                is_free = False
-                lease.fence = fence or lease.fence
-                fences += [fence] if fence is not None else []
-            elif step == "seize":
-                lease.fence = await seize(database, lease.name)
-                fences.append(lease.fence)
-                is_free = True
-            elif step == "renew" and fences:
-                whose = fences[number - 3 :][0]  # an older one of the same holder, too
-                row = await database.fetchval(module._RENEW, SHARD, whose.holder, whose.epoch, 3600.0)
-                assert (row is not None) == (whose is fences[-1])
-                is_free = is_free and row is None
-            elif step == "release":
-                await lease.release(5)
-                is_free = is_free or is_current
-            elif step == "expire":
-                await database.execute(EXPIRE)
-                is_free = True
-            epochs = [fence.epoch for fence in fences]
-            assert epochs == sorted(set(epochs))
-            assert [fence for fence in fences if await passes(database, fence)] == fences[-1:]
+    for step, number in steps:
+        lease = leases[number]
+        is_current = bool(fences) and lease.fence is fences[-1]
+        if step == "take":
+            fence = await lease._try_to_take()
+            assert (fence is not None) == is_free
+            is_free = False
+            lease.fence = fence or lease.fence
+            fences += [fence] if fence is not None else []
+        elif step == "seize":
+            lease.fence = await seize(database, lease.name)
+            fences.append(lease.fence)
+            is_free = True
+        elif step == "renew" and fences:
+            whose = fences[number - 3 :][0]  # an older one of the same holder, too
+            row = await database.fetchval(module._RENEW, SHARD, whose.holder, whose.epoch, 3600.0)
+            assert (row is not None) == (whose is fences[-1])
+            is_free = is_free and row is None
+        elif step == "release":
+            await lease.release(5)
+            is_free = is_free or is_current
+        elif step == "expire":
+            await database.execute(EXPIRE)
+            is_free = True
+        epochs = [fence.epoch for fence in fences]
+        assert epochs == sorted(set(epochs))
+        assert [fence for fence in fences if await passes(database, fence)] == fences[-1:]
     for lease in leases:
         await lease.release(5)

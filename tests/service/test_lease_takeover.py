@@ -1,4 +1,4 @@
-"""What may go wrong in the middle of a takeover, on a real PostgreSQL and through a network that fails."""
+"""Failures in the middle of a takeover, on a real PostgreSQL and through a network that fails."""
 
 from __future__ import annotations
 
@@ -13,29 +13,27 @@ import asyncpg
 import pytest
 
 from simulator.proxy import Proxy
+from tests.leases import seize
 from tests.waiting import until
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import PORT
-from utils.exceptions import LeaseLost
-from utils.service import lease as module
-from utils.service.lease import Fence, Lease, holder, seize
+from utils.exceptions import DRIVER_ERRORS, LeaseLost
+from utils.service.lease import Fence, Lease, LeaseTimings, holder
 
 #: Nothing here may take longer, in seconds.
 PATIENCE = 20.0
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
-#: What a connection raises that the server has ended, or is just about to.
-ENDED = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
+#: What a connection raises that the server has terminated or is about to.
+ENDED = DRIVER_ERRORS
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(module, "RENEW_SECONDS", 0.05)
+#: Polls and renews often.
+QUICK = LeaseTimings(poll=0.02, renew_every=0.05)
 
 
 @contextlib.asynccontextmanager
 async def standing_by(lease: Lease) -> AsyncIterator[asyncio.Task[Fence]]:
-    """Let a lease wait in a task of its own, and let go of it afterwards."""
+    """Stand by in a task, and release the lease afterwards."""
     task = asyncio.create_task(lease.wait())
     try:
         yield task
@@ -79,9 +77,7 @@ def upstream(target: ConnectTarget) -> str:
     return f"{target.hosts[0]}/.s.PGSQL.{PORT}"
 
 
-async def test_a_transaction_under_way_is_seen_out_by_whoever_seizes_the_lease(
-    database: Pool, target: ConnectTarget
-) -> None:
+async def test_seizing_waits_for_an_open_transaction(database: Pool, target: ConnectTarget) -> None:
     fence = await seize(database, "one")
     async with connected(target) as former:
         async with former.transaction():
@@ -91,7 +87,7 @@ async def test_a_transaction_under_way_is_seen_out_by_whoever_seizes_the_lease(
         assert (await won(seizing)).epoch == fence.epoch + 1
 
 
-async def test_an_epoch_that_a_failover_gives_out_twice_is_good_for_one_of_them_only(database: Pool) -> None:
+async def test_an_epoch_assigned_twice_passes_for_one_holder(database: Pool) -> None:
     fence = await seize(database, "one")
     await database.execute("UPDATE ops.leases SET holder = 'two'")
     async with database.transaction() as connection:
@@ -100,11 +96,11 @@ async def test_an_epoch_that_a_failover_gives_out_twice_is_good_for_one_of_them_
             await fence.check(connection)
 
 
-async def test_takers_that_wait_together_do_not_end_one_another(
+async def test_takers_do_not_terminate_one_another(
     database: Pool, target: ConnectTarget, caplog: pytest.LogCaptureFixture
 ) -> None:
     fence = await seize(database, "the-former")
-    leases = [Lease(target, holder()) for _ in range(3)]
+    leases = [Lease(target, holder(), timings=QUICK) for _ in range(3)]
     async with connected(target) as former, contextlib.AsyncExitStack() as stack:
         await former.execute("BEGIN")
         await fence.check(former)
@@ -116,31 +112,30 @@ async def test_takers_that_wait_together_do_not_end_one_another(
         assert done.pop().result().epoch == fence.epoch + 1
         with pytest.raises(ENDED):
             await former.execute("COMMIT")
-    # Whoever won may have had the row before it heard that it had ended somebody.
-    ended = {vars(record)["pid"] for record in caplog.records if "was ended" in record.getMessage()}
+    # The winner may have had the row before it learnt that it had terminated a session.
+    ended = {vars(record)["pid"] for record in caplog.records if "terminated a transaction" in record.getMessage()}
     assert ended <= {pid}
 
 
-async def test_who_holds_the_whole_table_is_waited_for_not_ended(
-    database: Pool, target: ConnectTarget, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+async def test_waits_for_a_lock_on_the_whole_table(
+    database: Pool, target: ConnectTarget, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.0)
-    monkeypatch.setattr(module, "LOCK_SECONDS", 0.3)
     fence = await seize(database, "the-former")
-    async with connected(target) as migration, standing_by(Lease(target, holder())) as task:
+    lease = Lease(target, holder(), timings=replace(QUICK, grace=0.0, lock=0.3))
+    async with connected(target) as migration, standing_by(lease) as task:
         async with migration.transaction():
             await migration.execute("LOCK TABLE ops.leases IN EXCLUSIVE MODE")
 
             async def is_told() -> bool:
-                return any("keeps its row locked" in record.getMessage() for record in caplog.records)
+                return any("its row is locked" in record.getMessage() for record in caplog.records)
 
             await until(is_told)
             assert not task.done()
         assert (await won(task)).epoch == fence.epoch + 1
 
 
-async def test_a_transaction_that_may_not_be_ended_is_told_and_waited_for(
-    database: Pool, target: ConnectTarget, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+async def test_waits_for_a_transaction_that_it_may_not_terminate(
+    database: Pool, target: ConnectTarget, caplog: pytest.LogCaptureFixture
 ) -> None:
     fence = await seize(database, "the-former")
     role = f"somebody_{target.database}"
@@ -148,25 +143,26 @@ async def test_a_transaction_that_may_not_be_ended_is_told_and_waited_for(
     try:
         await database.execute(f"GRANT USAGE ON SCHEMA ops TO {role}")
         await database.execute(f"GRANT SELECT, INSERT, UPDATE ON ops.leases TO {role}")
-        async with connected(target) as former, standing_by(Lease(replace(target, user=role), holder())) as task:
+        lease = Lease(replace(target, user=role), holder(), timings=QUICK)
+        async with connected(target) as former, standing_by(lease) as task:
             await former.execute("BEGIN")
             await fence.check(former)  # as a superuser
 
             async def is_told() -> bool:
-                return any("is not to be ended" in record.getMessage() for record in caplog.records)
+                return any("cannot be terminated" in record.getMessage() for record in caplog.records)
 
             await until(is_told)
             assert not task.done()
             await former.execute("COMMIT")
             assert (await won(task)).epoch == fence.epoch + 1
-        assert sum("is not to be ended" in record.getMessage() for record in caplog.records) == 1, "told once"
+        assert sum("cannot be terminated" in record.getMessage() for record in caplog.records) == 1, "told once"
     finally:
         await database.execute(f"DROP OWNED BY {role}")
         await database.execute(f"DROP ROLE {role}")
 
 
 class Unanswered:
-    """A connection whose COMMIT is carried out, and whose answer gets lost."""
+    """A connection that loses the answer to a COMMIT."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -183,8 +179,7 @@ class Unanswered:
 
 @contextlib.asynccontextmanager
 async def whose_take_went_unanswered(target: ConnectTarget, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lease]:
-    monkeypatch.setattr(module, "TTL_SECONDS", 3600.0)
-    lease = Lease(target, holder())
+    lease = Lease(target, holder(), timings=replace(QUICK, ttl=3600.0))
     connect, commits = lease._connect, 0
 
     async def once_unanswered() -> Any:
@@ -199,7 +194,7 @@ async def whose_take_went_unanswered(target: ConnectTarget, monkeypatch: pytest.
         await lease.release(5)
 
 
-async def test_a_take_whose_answer_was_lost_is_not_waited_out(
+async def test_retakes_at_once_after_a_lost_answer(
     database: Pool, target: ConnectTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with whose_take_went_unanswered(target, monkeypatch) as lease, asyncio.timeout(PATIENCE):
@@ -209,7 +204,7 @@ async def test_a_take_whose_answer_was_lost_is_not_waited_out(
             await fence.check(connection)
 
 
-async def test_a_take_whose_answer_was_lost_is_given_back_at_the_end(
+async def test_releases_after_a_lost_answer(
     database: Pool, target: ConnectTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with whose_take_went_unanswered(target, monkeypatch) as lease:
@@ -219,8 +214,8 @@ async def test_a_take_whose_answer_was_lost_is_given_back_at_the_end(
     assert await database.fetchval("SELECT expires_at IS NULL FROM ops.leases")
 
 
-async def test_what_was_given_back_is_not_held_any_more(database: Pool, target: ConnectTarget) -> None:
-    lease = Lease(target, holder())
+async def test_a_released_lease_is_not_held(database: Pool, target: ConnectTarget) -> None:
+    lease = Lease(target, holder(), timings=QUICK)
     await lease.wait()
     assert lease.is_sure()
     await lease.release(5)
@@ -229,22 +224,18 @@ async def test_what_was_given_back_is_not_held_any_more(database: Pool, target: 
 
 
 @pytest.mark.parametrize("how", ["reset", "silent"])
-async def test_a_holder_that_was_cut_off_and_comes_back_finds_it_lost(
-    database: Pool, target: ConnectTarget, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
-    """It was in the middle of a transaction, which the other one had to end, and cannot commit it afterwards."""
-    monkeypatch.setattr(module, "TTL_SECONDS", 0.5)
-    monkeypatch.setattr(module, "STEP_SECONDS", 0.5)
-    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.5)
+async def test_a_holder_that_was_cut_off_finds_the_lease_lost(database: Pool, target: ConnectTarget, how: str) -> None:
+    """Its open transaction was terminated by the taker and cannot be committed."""
+    timings = replace(QUICK, ttl=0.5, statement=0.5, connect=0.5)
     async with Proxy(upstream(target)) as network:
-        cut_off = Lease(through(network, target), holder())
+        cut_off = Lease(through(network, target), holder(), timings=timings)
         fence = await cut_off.wait()
         async with connected(through(network, target)) as writer:
             await writer.execute("BEGIN")
             await fence.check(writer)
             await writer.execute("INSERT INTO ops.positions (journal, position) VALUES ('a-journal', 1)")
             (network.cut if how == "reset" else network.freeze)()
-            other = Lease(target, holder())
+            other = Lease(target, holder(), timings=timings)
             async with standing_by(other) as task:
                 taken = await won(task)
                 assert taken.epoch == fence.epoch + 1
@@ -266,13 +257,13 @@ async def is_unsure(lease: Lease) -> bool:
     return bool(lease.describe()["state"] == "unsure")
 
 
-async def test_behind_a_slow_network_it_is_taken_and_kept(database: Pool, target: ConnectTarget) -> None:
-    """Also when a transaction has to be ended first."""
+async def test_works_over_a_slow_network(database: Pool, target: ConnectTarget) -> None:
+    """Even when a transaction must be terminated first."""
     fence = await seize(database, "the-former")
     async with connected(target) as former, Proxy(upstream(target), latency=0.1) as network:
         await former.execute("BEGIN")
         await fence.check(former)
-        lease = Lease(through(network, target), holder())
+        lease = Lease(through(network, target), holder(), timings=QUICK)
         async with standing_by(lease) as task:
             taken = await won(task)
             await renewed_times(database, 2)
@@ -281,14 +272,14 @@ async def test_behind_a_slow_network_it_is_taken_and_kept(database: Pool, target
                 await taken.check(connection)
 
 
-async def test_one_that_stands_by_says_who_acts_once(
+async def test_standby_logs_the_active_holder_once(
     database: Pool, target: ConnectTarget, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    acting = Lease(target, "the-one-that-acts")
+    acting = Lease(target, "the-one-that-acts", timings=QUICK)
     await acting.wait()
-    async with standing_by(Lease(target, holder())):
+    async with standing_by(Lease(target, holder(), timings=QUICK)):
         await renewed_times(database, 5)
         await acting.release(5)
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("standing by")]
-    assert lines == ["standing by: the-one-that-acts acts"]
+    assert lines == ["standing by: the-one-that-acts is active"]

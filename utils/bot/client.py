@@ -195,7 +195,7 @@ class Guildbook(commands.AutoShardedBot):
             cooldown=settings.chunk_cooldown_seconds,
             spool=settings.data_dir / SPOOL if settings.spool != "off" else None,
             on_lost=self.lease.give_up,
-            has_slept=self.lease.has_slept,
+            has_slept=self.lease.was_suspended,
             on_written=lambda tables: self._on_written(tables, changes),
         )
         tap.install(self, self._mirror)

@@ -26,7 +26,7 @@ from utils.operations.backup import recover
 from utils.operations.backup.service import BackupService
 from utils.service import heap, metrics
 from utils.service.health import HealthServer
-from utils.service.lease import Lease, holder
+from utils.service.lease import Lease, has_table, holder
 from utils.settings import DEVELOPER_PORTAL, Settings
 
 _log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class Process:
             await self.health.start()  # before all that may take its time: whoever stands by is healthy
         await self.db.connect()
         await self._offer_recovery(self.db)
-        if not await self.db.fetchval("SELECT to_regclass('ops.leases') IS NOT NULL"):
+        if not await has_table(self.db):
             await self._bring_schema_up_to_date(self.db)  # without it there is no lease to wait for
         self._repeat("partitions", PARTITION_SECONDS, self._make_partitions_in_time)
         self._repeat("database check", CHECK_SECONDS, self._check_database)

@@ -1,8 +1,12 @@
-"""Which process acts: one row on the database's clock, whose epoch orders all that a process observes."""
+"""Which process acts: one row on the database's clock, whose epoch orders everything that a process observes.
+
+All SQL on `ops.leases` is in this module.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -12,47 +16,30 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import asyncpg
 
 from utils.database import Connection, ConnectTarget, Pool
-from utils.exceptions import DatabaseUnavailable, LeaseLost, translate
+from utils.exceptions import DatabaseError, DatabaseUnavailable, GuildbookError, LeaseLost, translate, translate_errors
 
 _log = logging.getLogger(__name__)
 
-#: One process serves all shards, so one row stands for them.
+#: One process serves all shards, so there is one row.
 SHARD = 0
-#: Seconds after the last renewal from which others may take the lease.
-TTL_SECONDS = 3.0
-RENEW_SECONDS = 1.0
-#: Seconds without a sign of life after which the process counts as having been stopped: half of what the lease lasts.
-SLEPT_SECONDS = 1.5
-#: How often a process that stands by looks.
-POLL_SECONDS = 0.5
-#: Seconds for one statement: a renewal has to come round in time.
-STEP_SECONDS = 1.5
-#: Seconds for one attempt to connect: with TLS and a password that is half a dozen answers.
-CONNECT_SECONDS = 3.0
-#: Seconds that the taker waits for the row in one try: enough to end who holds it, by a network that takes its time.
-LOCK_SECONDS = 5.0
-#: Seconds that the taker waits for transactions of the former holder before it ends them.
-PATIENCE_SECONDS = 0.3
-#: Seconds between two looks for more of them: PostgreSQL waits for those that hold a row one after the other.
-END_SECONDS = 0.02
-#: Seconds between two log lines that say the same.
-SAY_SECONDS = 60.0
+#: Seconds that an operator's lease lasts without renewal, and between two renewals.
+OPERATOR_TTL_SECONDS, OPERATOR_RENEW_SECONDS = 60.0, 15.0
+#: The holder while an operator changes the schema.
+OPERATOR = "db downgrade"
 
+_EXISTS = "SELECT to_regclass('ops.leases') IS NOT NULL"
 _CHECK = "SELECT holder, epoch FROM ops.leases WHERE shard = $1 FOR KEY SHARE"
-_LOOK = "SELECT holder, coalesce(expires_at < clock_timestamp(), true) AS is_free FROM ops.leases WHERE shard = $1"
-_FIRST = "INSERT INTO ops.leases (shard, holder, epoch) VALUES ($1, '', 0) ON CONFLICT (shard) DO NOTHING"
-#: Waits for every transaction that has checked the former epoch: none of them can commit afterwards. The UPDATE alone
-#: would not wait, as it changes no key.
-_LOCK = f"{_LOOK} FOR UPDATE"
-_SEIZE = """
-UPDATE ops.leases SET holder = $2, epoch = epoch + 1, taken_at = clock_timestamp(), expires_at = NULL
-WHERE shard = $1 RETURNING epoch
-"""
+_STATE = "SELECT holder, coalesce(expires_at < clock_timestamp(), true) AS is_free FROM ops.leases WHERE shard = $1"
+_INSERT = "INSERT INTO ops.leases (shard, holder, epoch) VALUES ($1, '', 0) ON CONFLICT (shard) DO NOTHING"
+#: Waits for every transaction that has checked the former epoch, so none of them can commit afterwards. The UPDATE
+#: alone would not wait, because it changes no key.
+_LOCK = f"{_STATE} FOR UPDATE"
 _TAKE = """
 UPDATE ops.leases SET holder = $2, epoch = epoch + 1, taken_at = clock_timestamp(),
 expires_at = clock_timestamp() + make_interval(secs => $3) WHERE shard = $1 RETURNING epoch
@@ -61,68 +48,112 @@ _RENEW = """
 UPDATE ops.leases SET expires_at = clock_timestamp() + make_interval(secs => $4)
 WHERE shard = $1 AND holder = $2 AND epoch = $3 RETURNING epoch
 """
-_PID = "SELECT pg_backend_pid()"
+_BACKEND_PID = "SELECT pg_backend_pid()"
 _COMMIT = "COMMIT"
-#: By these `pg_stat_activity` shows a taker; the first and the last because its view may be a moment old.
-_OF_TAKERS = (_PID, _LOCK, _TAKE, _COMMIT)
+#: The statements by which `pg_stat_activity` shows a process that takes the lease. It may lag, hence the neighbours.
+_TAKING = (_BACKEND_PID, _LOCK, _TAKE, _COMMIT)
 _RELEASE = "UPDATE ops.leases SET expires_at = NULL WHERE shard = $1 AND holder = $2"
-#: Ends what keeps backend $1 waiting for the row, but neither another taker that is at it (its query is one of $2)
-#: unless its process has said nothing for $3 seconds, nor whoever changes the table: a migration.
-_END_BLOCKERS = """
+#: Terminates what blocks backend $1 on the row, except another taker (its query is one of $2) that was active within
+#: $3 seconds, and except a session that locks the table: a migration.
+_TERMINATE_BLOCKERS = """
 SELECT activity.pid, pg_terminate_backend(activity.pid) AS ended
 FROM pg_stat_activity AS activity
 WHERE activity.pid = ANY(pg_blocking_pids($1))
 AND NOT coalesce(activity.query = ANY($2::text[]) AND (activity.state = 'active'
     OR activity.state_change > clock_timestamp() - make_interval(secs => $3)), false)
-AND EXISTS (SELECT FROM pg_locks AS wanted
-    WHERE wanted.pid = $1 AND NOT wanted.granted AND wanted.locktype <> 'relation')
+AND EXISTS (SELECT FROM pg_locks AS awaited
+    WHERE awaited.pid = $1 AND NOT awaited.granted AND awaited.locktype <> 'relation')
+"""
+_ACTING = "SELECT holder FROM ops.leases WHERE expires_at > clock_timestamp() LIMIT 1"
+_TAKE_FREE = """
+INSERT INTO ops.leases AS l (shard, holder, epoch, expires_at)
+VALUES ($1, $2, 1, clock_timestamp() + make_interval(secs => $3))
+ON CONFLICT (shard) DO UPDATE SET holder = excluded.holder, epoch = l.epoch + 1, expires_at = excluded.expires_at
+WHERE coalesce(l.expires_at <= clock_timestamp(), true) RETURNING true
+"""
+_EXTEND = "UPDATE ops.leases SET expires_at = clock_timestamp() + make_interval(secs => $2) WHERE holder = $1"
+_END = "UPDATE ops.leases SET expires_at = NULL WHERE holder = $1"
+_EPOCHS = "SELECT shard, epoch, taken_at FROM ops.leases WHERE epoch > 0"
+_LIVE = "SELECT shard FROM ops.leases WHERE expires_at > clock_timestamp()"
+_DEPOSE = "UPDATE ops.leases SET epoch = epoch + 1, expires_at = NULL"
+_REVIVE = """
+UPDATE ops.leases SET expires_at = clock_timestamp() + make_interval(secs => $2)
+WHERE shard = ANY($1::int[]) AND expires_at IS NOT NULL
 """
 
 
+@dataclass(frozen=True, slots=True)
+class LeaseTimings:
+    """How long everything about a lease takes, in seconds."""
+
+    #: From the last renewal until others may take the lease.
+    ttl: float = 3.0
+    renew_every: float = 1.0
+    #: Without a turn of the event loop the process counts as suspended: half of `ttl`.
+    suspended: float = 1.5
+    #: Between two attempts of a process in standby.
+    poll: float = 0.5
+    #: For one statement. A renewal must finish in time.
+    statement: float = 1.5
+    #: For one attempt to connect. TLS and a password take half a dozen round trips.
+    connect: float = 3.0
+    #: For the row lock in one attempt: enough to terminate its owner over a slow network.
+    lock: float = 5.0
+    #: For transactions of the former holder before they are terminated.
+    grace: float = 0.3
+    #: Between two searches for such transactions: PostgreSQL queues those that wait for a row one after another.
+    terminate_every: float = 0.02
+    #: Between two equal log lines.
+    repeat: float = 60.0
+
+
+DEFAULT_TIMINGS = LeaseTimings()
+
+
 def holder() -> str:
-    """Return a name for this process that no other one has, good for a directory too."""
+    """Return a unique name for this process, which is also a valid name of a directory."""
     host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:64]
     return f"{host}_{os.getpid()}_{secrets.token_hex(4)}"
 
 
+async def has_table(where: Pool | Connection) -> bool:
+    """Return whether `ops.leases` exists; without it there is no lease to wait for."""
+    return bool(await where.fetchval(_EXISTS))
+
+
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """What every writing transaction begins with."""
+    """The lease as a writing transaction sees it: it must still have this holder and this epoch."""
 
     holder: str
     epoch: int
 
     async def check(self, connection: Connection) -> None:
-        """Raise `LeaseLost` when another process acts; until the transaction's end nobody can take over."""
+        """Raise `LeaseLost` when another process acts. Nobody can take over before the end of the transaction."""
         row = await connection.fetchrow(_CHECK, SHARD)
-        # The holder as well: after a failover that lost the last takeover, its epoch is given out once more.
+        # The epoch alone does not do: after a failover that lost the last takeover it is assigned a second time.
         if row is None or (row["holder"], row["epoch"]) != (self.holder, self.epoch):
             epoch = None if row is None else row["epoch"]
-            raise LeaseLost(f"another process acts now: the lease's epoch is {epoch}, ours is {self.epoch}")
-
-
-async def seize(database: Pool, name: str) -> Fence:
-    """Take the lease without waiting until it is free: for tests and benchmarks.
-
-    Transactions that have checked the former epoch are waited for.
-    """
-    async with database.transaction(isolation="read_committed") as connection:
-        await connection.execute(_FIRST, SHARD)
-        await connection.execute(_LOCK, SHARD)
-        return Fence(name, await connection.fetchval(_SEIZE, SHARD, name))
+            raise LeaseLost(f"another process acts now: the epoch of the lease is {epoch}, ours is {self.epoch}")
 
 
 class Lease:
-    """Waits for the lease and keeps it, on connections of its own: a pool in trouble must not cost it.
+    """Acquires the lease and renews it, on connections of its own, so that a busy pool cannot cost it.
 
-    `is_dead` tells whether a holder's process has provably ended; whose lease need not expire.
+    `is_dead` returns whether the process of a holder has provably ended; its lease is taken before it expires.
     """
 
     def __init__(
-        self, target: ConnectTarget, name: str, *, is_dead: Callable[[str], bool] = lambda holder: False
+        self,
+        target: ConnectTarget,
+        name: str,
+        *,
+        is_dead: Callable[[str], bool] = lambda holder: False,
+        timings: LeaseTimings = DEFAULT_TIMINGS,
     ) -> None:
         self.name: str = name
-        #: None before it was won and after it was given back.
+        self.timings: LeaseTimings = timings
+        #: None before the lease was acquired and after it was released.
         self.fence: Fence | None = None
         #: Set when another process has taken it.
         self.lost: asyncio.Event = asyncio.Event()
@@ -130,35 +161,35 @@ class Lease:
         self._is_dead = is_dead
         self._connection: asyncpg.Connection[asyncpg.Record] | None = None
         self._renewing: asyncio.Task[None] | None = None
-        #: `time.monotonic()` just before the last renewal that succeeded was sent.
+        #: `time.monotonic()` just before the last successful renewal was sent.
         self._renewed: float | None = None
         self._ticking: asyncio.Task[None] | None = None
-        #: `time.monotonic()` of the event loop's last sign of life, and when it was found to have given none for long.
-        self._pulse: float = time.monotonic()
-        self._woke: float | None = None
-        #: Whether the answer to a take is missing: it may be ours.
+        #: `time.monotonic()` of the last turn of the event loop, and of the turn after the last suspension.
+        self._last_tick: float = time.monotonic()
+        self._resumed: float | None = None
+        #: Whether the answer to a take is missing: the lease may be ours.
         self._in_doubt: bool = False
-        #: By message, when it was logged last.
-        self._said: dict[str, float] = {}
+        #: When each message was last logged.
+        self._logged: dict[str, float] = {}
 
     def __repr__(self) -> str:
         return f"<Lease {self.describe()}>"
 
     def is_sure(self) -> bool:
-        """Whether nobody else can have taken it: by our own clock, counted from before the renewal was sent."""
+        """Return whether nobody else can have taken it, by the local clock since before the last renewal was sent."""
         held = self.fence is not None and not self.lost.is_set() and self._renewed is not None
-        return held and time.monotonic() - (self._renewed or 0.0) < TTL_SECONDS
+        return held and time.monotonic() - (self._renewed or 0.0) < self.timings.ttl
 
-    def has_slept(self) -> bool:
-        """Whether this process was stopped for a time, and has not asked since whether another one acts now."""
+    def was_suspended(self) -> bool:
+        """Return whether this process was suspended and has not renewed the lease since."""
         now = time.monotonic()
-        if now - self._pulse > SLEPT_SECONDS:
-            self._woke = now
-        self._pulse = now
-        return self._woke is not None
+        if now - self._last_tick > self.timings.suspended:
+            self._resumed = now
+        self._last_tick = now
+        return self._resumed is not None
 
     def describe(self) -> dict[str, Any]:
-        """Return holder, epoch (None in standby), state and the seconds since the last renewal, for people."""
+        """Return state, holder, epoch (None in standby) and the seconds since the last renewal."""
         state = "standby"
         if self.lost.is_set():
             state = "lost"
@@ -168,35 +199,36 @@ class Lease:
         return {"state": state, "holder": self.name, "epoch": self.fence and self.fence.epoch, "renewed_ago": since}
 
     async def wait(self) -> Fence:
-        """Stand by until the lease is ours, however long that takes, then keep it until `release` or until it is lost.
+        """Stand by until the lease is ours, then renew it until `release` or until it is lost.
 
-        Raises `DatabaseError` for what waiting cannot mend.
+        Raises `DatabaseError` for errors that a later attempt cannot mend.
         """
+        # Polled at a fixed interval, without stamina: backing off would delay the takeover.
         while True:
             try:
                 fence = await self._try_to_take()
             except DatabaseUnavailable as error:
-                self._say(logging.WARNING, "standing by, the database does not answer: %s", error)
+                self._log_once(logging.WARNING, "standing by, the database does not answer: %s", error)
                 fence = None
             if fence is not None:
                 break
-            await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(self.timings.poll)
         self.fence = fence
-        self._said.clear()
-        self._pulse = time.monotonic()
+        self._logged.clear()
+        self._last_tick = time.monotonic()
         self._renewing = asyncio.create_task(self._keep_renewing(fence), name="lease")
-        self._ticking = asyncio.create_task(self._keep_ticking(), name="lease-pulse")
-        _log.info("this process acts now", extra={"holder": fence.holder, "epoch": fence.epoch})
+        self._ticking = asyncio.create_task(self._keep_ticking(), name="lease tick")
+        _log.info("lease acquired: this process is active", extra={"holder": fence.holder, "epoch": fence.epoch})
         return fence
 
     def give_up(self) -> None:
-        """Take it for lost: a transaction has found another process's epoch."""
+        """Mark the lease as lost: a transaction found the epoch of another process."""
         if not self.lost.is_set():
-            _log.error("another process has taken over: this one writes nothing more")
+            _log.error("lease lost: another process has taken over, this one stops writing")
             self.lost.set()
 
     async def release(self, timeout: float) -> None:
-        """Give it back within `timeout` seconds, so that a process that stands by takes over at once; never raises."""
+        """Release it within `timeout` seconds, so that a process in standby takes over at once. Never raises."""
         ends_at = time.monotonic() + timeout
         for task in (self._ticking, self._renewing):
             if task is not None:
@@ -209,110 +241,113 @@ class Lease:
                 async with asyncio.timeout(max(0.0, ends_at - time.monotonic())), self._connected() as connection:
                     await connection.execute(_RELEASE, SHARD, self.name)
         except Exception as error:
-            _log.warning("the lease could not be given back, it expires in %g s: %s", TTL_SECONDS, _why(error))
+            reason = translate(error) or error
+            _log.warning("the lease was not released, it expires in %g s: %s", self.timings.ttl, reason)
         self._disconnect()
 
     # --- taking
 
     async def _try_to_take(self) -> Fence | None:
         try:
-            async with self._connected() as connection:
-                row = await connection.fetchrow(_LOOK, SHARD)
-                if row is None:
-                    await connection.execute(_FIRST, SHARD)
-                elif not self._may_take(row):
-                    self._say(logging.INFO, "standing by: %s acts", row["holder"])
-                    return None
-                return await self._take(connection)
-        except asyncpg.LockNotAvailableError:
-            self._say(logging.WARNING, "standing by: the lease is free, but somebody keeps its row locked")
-            return None
-        except Exception as error:
-            known = translate(error)
-            if known is None:
-                raise
-            raise known from error
+            with translate_errors():
+                async with self._connected() as connection:
+                    row = await connection.fetchrow(_STATE, SHARD)
+                    if row is None:
+                        await connection.execute(_INSERT, SHARD)
+                    elif not self._may_take(row):
+                        self._log_once(logging.INFO, "standing by: %s is active", row["holder"])
+                        return None
+                    return await self._take(connection)
+        except DatabaseUnavailable as error:
+            if error.sqlstate == "55P03":  # lock_not_available
+                self._log_once(logging.WARNING, "standing by: the lease is free, but its row is locked")
+                return None
+            raise
 
     def _may_take(self, row: asyncpg.Record) -> bool:
         former: str = row["holder"]
         return row["is_free"] or (self._in_doubt and former == self.name) or self._is_dead(former)
 
     async def _take(self, connection: asyncpg.Connection[asyncpg.Record]) -> Fence | None:
-        """Lock the row against the former holder's transactions, look again, and raise the epoch.
+        """Lock the row against transactions of the former holder, check it again, and increment the epoch.
 
-        An error leaves the transaction open: it costs the connection, and nothing else ends as surely.
+        An error leaves the transaction open; `_connected` then closes the connection, which surely ends it.
         """
         await connection.execute(
-            f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {round(LOCK_SECONDS * 1000)}"
+            f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {round(self.timings.lock * 1000)}"
         )
-        pid = await connection.fetchval(_PID)
-        ending = asyncio.create_task(self._end_blockers(pid), name="lease-blockers")
+        pid = await connection.fetchval(_BACKEND_PID)
+        terminating = asyncio.create_task(self._terminate_blockers(pid), name="lease blockers")
         try:
-            row = await connection.fetchrow(_LOCK, SHARD, timeout=LOCK_SECONDS + STEP_SECONDS)
+            row = await connection.fetchrow(_LOCK, SHARD, timeout=self.timings.lock + self.timings.statement)
         finally:
-            ending.cancel()
-            await asyncio.wait({ending})
+            terminating.cancel()
+            await asyncio.wait({terminating})
         if row is None or not self._may_take(row):
             await connection.execute("ROLLBACK")
             return None
-        asked = time.monotonic()
+        sent_at = time.monotonic()
         self._in_doubt = True
-        epoch = await connection.fetchval(_TAKE, SHARD, self.name, TTL_SECONDS)
+        epoch = await connection.fetchval(_TAKE, SHARD, self.name, self.timings.ttl)
         await connection.execute(_COMMIT)
-        self._in_doubt, self._renewed = False, asked
+        self._in_doubt, self._renewed = False, sent_at
         return Fence(self.name, epoch)
 
-    async def _end_blockers(self, pid: int) -> None:
-        """End the transactions that keep backend `pid` waiting: their process was stopped or cut off in the middle."""
-        await asyncio.sleep(PATIENCE_SECONDS)
+    async def _terminate_blockers(self, pid: int) -> None:
+        """Terminate transactions that block backend `pid`: their process was suspended or cut off in the middle."""
+        await asyncio.sleep(self.timings.grace)
         connection: asyncpg.Connection[asyncpg.Record] | None = None
         try:
             while True:
                 try:
                     connection = connection or await self._connect()
-                    for row in await connection.fetch(_END_BLOCKERS, pid, _OF_TAKERS, PATIENCE_SECONDS):
-                        _log.warning("a transaction of the former holder was ended", extra=dict(row))
+                    for row in await connection.fetch(_TERMINATE_BLOCKERS, pid, _TAKING, self.timings.grace):
+                        _log.warning("terminated a transaction of the former holder", extra=dict(row))
                 except Exception as error:
-                    self._say(logging.WARNING, "a transaction of the former holder is not to be ended: %s", _why(error))
+                    self._log_once(
+                        logging.WARNING,
+                        "a transaction of the former holder cannot be terminated: %s", translate(error) or error,
+                    )  # fmt: skip
                     if connection is not None and connection.is_closed():
                         connection = None
-                await asyncio.sleep(END_SECONDS)
+                await asyncio.sleep(self.timings.terminate_every)
         finally:
             if connection is not None:
                 connection.terminate()
 
-    # --- keeping
+    # --- renewing
 
     async def _keep_renewing(self, fence: Fence) -> None:
-        asked = time.monotonic()
+        # Driven by the deadline of the lease, without stamina: a back-off would let it expire.
+        sent_at = time.monotonic()
         while not self.lost.is_set():
-            await asyncio.sleep(max(0.0, asked + RENEW_SECONDS - time.monotonic()))
-            asked = time.monotonic()
+            await asyncio.sleep(max(0.0, sent_at + self.timings.renew_every - time.monotonic()))
+            sent_at = time.monotonic()
             try:
                 async with self._connected() as connection:
-                    renewed = await connection.fetchval(_RENEW, SHARD, fence.holder, fence.epoch, TTL_SECONDS)
+                    renewed = await connection.fetchval(_RENEW, SHARD, fence.holder, fence.epoch, self.timings.ttl)
             except Exception as error:
-                # Not renewing is not losing: when the database is back, the epoch tells.
-                self._say(logging.WARNING, "the lease could not be renewed: %s", _why(error))
+                # A failed renewal does not mean that the lease is lost: the epoch tells once the database is back.
+                self._log_once(logging.WARNING, "the lease could not be renewed: %s", translate(error) or error)
                 continue
             if renewed is None:
                 self.give_up()
                 continue
-            self._renewed = asked
-            if self._woke is not None and asked >= self._woke:
-                self._woke = None
-            if self._said:
-                self._said.clear()
+            self._renewed = sent_at
+            if self._resumed is not None and sent_at >= self._resumed:
+                self._resumed = None
+            if self._logged:
+                self._logged.clear()
                 _log.info("the lease is renewed again")
 
     async def _keep_ticking(self) -> None:
         while not self.lost.is_set():
-            self.has_slept()
-            await asyncio.sleep(SLEPT_SECONDS / 6)
+            self.was_suspended()
+            await asyncio.sleep(self.timings.suspended / 6)
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
-        """Lend the connection, made anew when it was lost; an error costs it."""
+        """Yield the connection, a new one if it was lost; an error in the block closes it."""
         if self._connection is None or self._connection.is_closed():
             self._connection = await self._connect()
         try:
@@ -322,23 +357,78 @@ class Lease:
             raise
 
     async def _connect(self) -> asyncpg.Connection[asyncpg.Record]:
-        # Behind a pooler no statement may count on the one before it: nothing is prepared under a name.
+        # Behind a pooler two statements may reach different backends, so nothing is prepared under a name.
         kwargs = self._target.connect_kwargs() | {"statement_cache_size": 0}
-        async with asyncio.timeout(CONNECT_SECONDS):
-            return await asyncpg.connect(**kwargs, timeout=CONNECT_SECONDS, command_timeout=STEP_SECONDS)
+        async with asyncio.timeout(self.timings.connect):
+            return await asyncpg.connect(**kwargs, timeout=self.timings.connect, command_timeout=self.timings.statement)
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.terminate()
 
-    def _say(self, level: int, message: str, *arguments: Any) -> None:
-        """Log a line that would come twice a second, once a minute."""
+    def _log_once(self, level: int, message: str, *arguments: Any) -> None:
+        """Log a message that would be repeated twice a second at most once a minute."""
         now = time.monotonic()
-        if now - self._said.get(message, -SAY_SECONDS) >= SAY_SECONDS:
-            self._said[message] = now
+        if now - self._logged.get(message, -self.timings.repeat) >= self.timings.repeat:
+            self._logged[message] = now
             _log.log(level, message, *arguments)
 
 
-def _why(error: BaseException) -> BaseException:
-    return translate(error) or error
+# --- operators and restores
+
+
+@asynccontextmanager
+async def hold_as_operator(pool: Pool) -> AsyncIterator[None]:
+    """Keep the lease from every bot during the block; without the table there is nothing to keep.
+
+    Raises `GuildbookError` when a bot holds it.
+    """
+    if not await has_table(pool):
+        yield
+        return
+    acting = await pool.fetchval(_ACTING)
+    taken = acting is None and await pool.fetchval(_TAKE_FREE, SHARD, OPERATOR, OPERATOR_TTL_SECONDS)
+    if not taken:
+        raise GuildbookError(
+            f"{acting or 'a bot'} acts on this database (it holds the lease): stop the bot, then try again"
+        )
+    renewing = asyncio.create_task(_keep_extending(pool), name="lease of an operator")
+    try:
+        yield
+    finally:
+        renewing.cancel()
+        await asyncio.wait({renewing}, timeout=5)
+        with contextlib.suppress(DatabaseError):  # a downgrade may have dropped the table; otherwise it expires
+            await pool.execute(_END, OPERATOR, timeout=5.0)
+
+
+async def _keep_extending(pool: Pool) -> None:
+    while True:
+        await asyncio.sleep(OPERATOR_RENEW_SECONDS)
+        with contextlib.suppress(DatabaseError):
+            await pool.execute(_EXTEND, OPERATOR, OPERATOR_TTL_SECONDS, timeout=5.0)
+
+
+async def list_epochs(connection: Connection) -> dict[int, tuple[int, datetime | None]]:
+    """Return the epoch of each shard that was ever leased, and when it was last taken."""
+    if not await has_table(connection):
+        return {}
+    return {row["shard"]: (row["epoch"], row["taken_at"]) for row in await connection.fetch(_EPOCHS)}
+
+
+async def list_live(connection: Connection) -> set[int]:
+    """Return the shards whose lease has not expired."""
+    if not await has_table(connection):
+        return set()
+    return {row["shard"] for row in await connection.fetch(_LIVE)}
+
+
+async def depose(connection: Connection) -> None:
+    """Increment every epoch, so that whoever acts finds that its lease is lost."""
+    await connection.execute(_DEPOSE)
+
+
+async def revive(connection: Connection, shards: set[int]) -> None:
+    """Extend the leases of these shards as if they had just been renewed, unless they were released."""
+    await connection.execute(_REVIVE, list(shards), DEFAULT_TIMINGS.ttl)

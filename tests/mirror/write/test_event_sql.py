@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.leases import seize
 from tests.mirror.tables import GUILD, complete_run, member_record, said, when
 from utils.database import Pool
 from utils.mirror.records.events import Event, Membership, Message, decode_event, encode_event
@@ -18,7 +19,6 @@ from utils.mirror.records.rows import COUNTER_BITS, Absence, Entry, Group, Mode
 from utils.mirror.translate.objects import LISTED_MEMBER_COLUMNS
 from utils.mirror.write import event_sql
 from utils.mirror.write.apply import Batch, Told, apply
-from utils.service import lease
 from utils.service.lease import Fence
 
 ANN, BOB = 1, 2
@@ -26,7 +26,7 @@ ANN, BOB = 1, 2
 
 @pytest.fixture
 async def fence(database: Pool) -> Fence:
-    return await lease.seize(database, "the process under test")
+    return await seize(database, "the process under test")
 
 
 def stamp(fence: Fence, counter: int, *, epochs_ago: int = 0) -> int:
@@ -102,7 +102,7 @@ async def test_what_is_at_or_below_the_position_is_left_out(database: Pool, fenc
 
 
 async def test_nothing_is_written_after_another_process_has_taken_over(database: Pool, fence: Fence) -> None:
-    await lease.seize(database, "the other one")
+    await seize(database, "the other one")
     with pytest.raises(Exception, match="another process"):
         await tell(database, fence, Message(stamp(fence, 1), GUILD, ANN, 1))
     with pytest.raises(Exception, match="another process"):
@@ -218,7 +218,7 @@ async def _replay(database: Pool, now: Fence, old: list[Membership], data: st.Da
 async def test_what_two_processes_heard_is_written_once(database: Pool, kinds: list[str], data: st.DataObject) -> None:
     """The one that lost its lease replays later, in pieces, what the other wrote some of already."""
     await database.execute("TRUNCATE member_events, ops.positions")
-    now = await lease.seize(database, "the one that acts now")
+    now = await seize(database, "the one that acts now")
     present, happened = True, list[str]()
     for kind in kinds:
         if kind == "move":
@@ -243,7 +243,7 @@ async def test_moves_closer_together_than_two_processes_hear_are_told_apart_by_t
 ) -> None:
     """Somebody joins and leaves within milliseconds, by which the two processes' times differ."""
     await database.execute("TRUNCATE member_events, ops.positions")
-    now = await lease.seize(database, "the one that acts now")
+    now = await seize(database, "the one that acts now")
     happened = [("join", "leave")[turn % 2] for turn in range(moves)]
     heard_by_it = data.draw(st.integers(0, moves), label="heard by the former holder")
     heard_since = data.draw(st.integers(0, heard_by_it), label="heard from there on by the new one")

@@ -20,6 +20,7 @@ from utils.exceptions import DatabaseError, GuildbookError, MigrationError
 from utils.operations import migrations
 from utils.operations.action import Step, record_action
 from utils.operations.migrations import admin, invalid, schema_catalog, switch
+from utils.service.lease import hold_as_operator
 from utils.settings import Settings
 
 KNOWN = [revision for revision, _ in migrations.revisions()]
@@ -138,11 +139,11 @@ async def test_a_downgrade_is_refused_while_a_bot_acts(database: Pool) -> None:
 
 
 async def test_nobody_gets_the_lease_while_an_operator_downgrades(database: Pool) -> None:
-    async with admin.nobody_acts(database):
+    async with hold_as_operator(database):
         with pytest.raises(GuildbookError, match="db downgrade acts"):
-            async with admin.nobody_acts(database):
+            async with hold_as_operator(database):
                 pytest.fail("two at once")
-    async with admin.nobody_acts(database):
+    async with hold_as_operator(database):
         pass
 
 

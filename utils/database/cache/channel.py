@@ -13,7 +13,7 @@ import asyncpg
 import orjson
 
 from utils.database.cache.store import QueryCache
-from utils.database.pool import Pool
+from utils.database.pool import Connection, Pool
 from utils.database.target import ConnectTarget
 from utils.exceptions import DatabaseError, translate
 
@@ -177,7 +177,7 @@ class Channel:
         self._sent[self._number] = self.cache.clock()
         while len(self._sent) > 100:
             del self._sent[next(iter(self._sent))]
-        payload = self._payload(written, distrusted, is_last=is_last)
+        payload = _encode(self.sender, self._number, is_last, written, distrusted)
         try:
             connection = self._connection
             if connection is not None:
@@ -198,15 +198,6 @@ class Channel:
     def _take_back(self, written: set[str] | None, distrusted: set[str] | None) -> None:
         self._written = _united(self._written, written)
         self._distrusted = _united(self._distrusted, distrusted)
-
-    def _payload(self, written: set[str] | None, distrusted: set[str] | None, *, is_last: bool) -> str:
-        def message(*tables: set[str] | list[str] | None) -> bytes:
-            return orjson.dumps([self.sender, self._number, is_last, *tables], default=sorted)
-
-        payload = message(written, distrusted)
-        if len(payload) >= _PAYLOAD_BYTES:
-            payload = message(None, None if distrusted != set() else [])
-        return payload.decode()
 
     def _heard(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
         now = self.cache.clock()
@@ -249,6 +240,24 @@ class Channel:
             self.cache.flush(distrust=True)
         if silent:
             self._judge()
+
+
+async def announce(connection: Connection, tables: Iterable[str]) -> None:
+    """Tell every process when this transaction commits that it wrote these tables ("schema.table").
+
+    For statements that run outside `Database`, on a connection of their own.
+    """
+    await connection.execute(_NOTIFY, CHANNEL, _encode("", 0, True, set(tables), set()))
+
+
+def _encode(sender: str, number: int, is_last: bool, written: set[str] | None, distrusted: set[str] | None) -> str:
+    def encode(*tables: set[str] | list[str] | None) -> bytes:
+        return orjson.dumps([sender, number, is_last, *tables], default=sorted)
+
+    payload = encode(written, distrusted)
+    if len(payload) >= _PAYLOAD_BYTES:
+        payload = encode(None, None if distrusted != set() else [])
+    return payload.decode()
 
 
 def _united(tables: set[str] | None, more: Iterable[str] | None) -> set[str] | None:

@@ -20,7 +20,7 @@ import asyncpg
 from utils.database import ConnectTarget
 from utils.exceptions import BackupError, DatabaseError, translate, translate_errors
 from utils.operations.backup.scratch import Connection, carry_over, connected, home, literal, quoted
-from utils.service.lease import TTL_SECONDS
+from utils.service import lease
 
 _log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ async def _try(
 async def _take_ops_over(keeper: Connection, target: ConnectTarget, depose: bool) -> tuple[dict[str, int], bool]:
     """Lock the tables of `ops` for as long as `keeper` is open, and put their rows in the place of `target`'s."""
     tables = await columns_of_ops(keeper)
-    alive = await _alive_leases(keeper)
+    alive = await lease.list_live(keeper)
     await keeper.execute(
         f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '{LOCK_SECONDS}s';"
         f" SET LOCAL idle_in_transaction_session_timeout = '{SILENT_SECONDS}s'"
@@ -127,29 +127,17 @@ async def _take_ops_over(keeper: Connection, target: ConnectTarget, depose: bool
         # Readers go on; whoever writes there, or checks the lease to write elsewhere, waits. Leases first: so do they.
         ordered = sorted(tables, key=lambda table: table != "leases")
         await keeper.execute(f"LOCK TABLE {', '.join(map(_in_ops, ordered))} IN EXCLUSIVE MODE")
-    alive |= await _alive_leases(keeper)
+    alive |= await lease.list_live(keeper)
     async with connected(target) as other, other.transaction():
         is_other = await _is_other(keeper, other)
         kept = await copy_ops(keeper, other, tables, add=is_other)
         if is_other or (depose and "leases" in kept):
             # Every later stamp has to be greater than those in the rows; nobody has this epoch, so whoever acts finds
             # that it does no more.
-            await other.execute("UPDATE ops.leases SET epoch = epoch + 1, expires_at = NULL")
+            await lease.depose(other)
         elif alive and "leases" in kept:  # who held it when we made them wait holds it afterwards
-            await other.execute(
-                "UPDATE ops.leases SET expires_at = clock_timestamp() + make_interval(secs => $2)"
-                " WHERE shard = ANY($1::int[]) AND expires_at IS NOT NULL",
-                list(alive),
-                TTL_SECONDS,
-            )
+            await lease.revive(other, alive)
     return kept, is_other
-
-
-async def _leases(connection: Connection) -> dict[int, tuple[int, Any]]:
-    if await connection.fetchval("SELECT to_regclass('ops.leases') IS NULL"):
-        return {}
-    rows = await connection.fetch("SELECT shard, epoch, taken_at FROM ops.leases WHERE epoch > 0")
-    return {row["shard"]: (row["epoch"], row["taken_at"]) for row in rows}
 
 
 async def _is_other(live: Connection, restored: Connection) -> bool:
@@ -158,8 +146,8 @@ async def _is_other(live: Connection, restored: Connection) -> bool:
     What the bot wrote there has lower stamps than the rows of the backup, and what people asked for before is not in
     its `ops`.
     """
-    now = await _leases(live)
-    for shard, (epoch, taken_at) in (await _leases(restored)).items():
+    now = await lease.list_epochs(live)
+    for shard, (epoch, taken_at) in (await lease.list_epochs(restored)).items():
         at, when = now.get(shard, (0, None))
         if at < epoch or (at == epoch and when != taken_at):
             return True
@@ -271,13 +259,6 @@ async def _pipe(
         taking.cancel()
         giving.cancel()
         await asyncio.wait({taking, giving}, timeout=5)
-
-
-async def _alive_leases(connection: Connection) -> set[int]:
-    if await connection.fetchval("SELECT to_regclass('ops.leases') IS NULL"):
-        return set()
-    rows = await connection.fetch("SELECT shard FROM ops.leases WHERE expires_at > clock_timestamp()")
-    return {row["shard"] for row in rows}
 
 
 def _in_ops(name: str) -> str:

@@ -13,7 +13,7 @@ from utils.database import Connection, Pool
 from utils.database.partitions import id_at
 from utils.exceptions import GuildbookError
 from utils.operations import migrations
-from utils.operations.migrations.admin import nobody_acts
+from utils.service.lease import hold_as_operator
 
 #: The low bits of every seeded id: worker and process 31, the first of its millisecond. It tells them from Discord's.
 SEEDED = 0x3FF000
@@ -208,7 +208,7 @@ async def reset(database: Pool, *, name: str | None, environment: str) -> str:
             f"ENVIRONMENT is {environment}: to drop everything in {found} at {database.target}, say so with"
             f" --yes-destroy {found}"
         )
-    async with nobody_acts(database):
+    async with hold_as_operator(database):
         await migrations.downgrade(database, "base")
         await migrations.upgrade(database)
     return found

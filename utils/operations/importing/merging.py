@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from utils.database import Connection
-from utils.database.cache.channel import CHANNEL
+from utils.database.cache.channel import announce
 from utils.exceptions import DatabaseError
 from utils.operations.importing.entries import COLUMNS
 
@@ -193,9 +193,7 @@ class Merge:
         await self._execute(_WRITE_DOCUMENTS, self._namespace)
         await self._execute(_WRITE_STATS)
         await self._execute(_WRITE_PREFERENCES)
-        # As one of the processes that write would say it: what they keep of these tables is outdated by the commit.
-        told = orjson.dumps(["import", 0, True, list(_WRITTEN), []]).decode()
-        await self._execute("SELECT pg_notify($1, $2)", CHANNEL, told)
+        await announce(self._connection, _WRITTEN)
 
     async def remember(self, sha256: str, about: dict[str, Any]) -> None:
         """Remember that a file was imported."""

@@ -14,16 +14,16 @@ from typing import Any
 import asyncpg
 
 from utils.database import ConnectTarget, Pool
-from utils.exceptions import DatabaseError, GuildbookError, MigrationError, translate
+from utils.exceptions import GuildbookError, MigrationError, translate
 from utils.operations import migrations
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.migrations import invalid, schema_catalog, switch
 from utils.operations.migrations.preview import aim
+from utils.service.lease import hold_as_operator
 
 #: Lines of one kind that are shown; `--json` has all.
 SHOWN = 12
 #: The name that holds the lease meanwhile, for how many seconds it does, and how often that is renewed.
-HOLDER, LEASE_SECONDS, RENEW_SECONDS = "db downgrade", 60.0, 15.0
 #: Seconds for a statement that makes or drops a database.
 SCRATCH_SECONDS = 60.0
 
@@ -140,51 +140,12 @@ async def upgrade(database: Pool, revision: str | None = None, *, progress: Prog
     return Outcome(_cut(lines), data=data, ok=not done.invalid.left)
 
 
-@contextlib.asynccontextmanager
-async def nobody_acts(database: Pool) -> AsyncIterator[None]:
-    """Keep the lease from the bots; nothing where there is none yet. Raises `GuildbookError` when one holds it."""
-    if await database.fetchval("SELECT to_regclass('ops.leases') IS NULL"):
-        yield
-        return
-    acting = await database.fetchval("SELECT holder FROM ops.leases WHERE expires_at > clock_timestamp() LIMIT 1")
-    taken = acting is None and await database.fetchval(
-        "INSERT INTO ops.leases AS l (shard, holder, epoch, expires_at)"
-        " VALUES (0, $1, 1, clock_timestamp() + make_interval(secs => $2)) ON CONFLICT (shard) DO UPDATE SET"
-        " holder = excluded.holder, epoch = l.epoch + 1, expires_at = excluded.expires_at"
-        " WHERE coalesce(l.expires_at <= clock_timestamp(), true) RETURNING true",
-        HOLDER,
-        LEASE_SECONDS,
-    )
-    if not taken:
-        raise GuildbookError(
-            f"{acting or 'a bot'} acts on this database (it holds the lease): stop the bot, then try again"
-        )
-    renewing = asyncio.create_task(_keep(database), name="lease of an operator")
-    try:
-        yield
-    finally:
-        renewing.cancel()
-        await asyncio.wait({renewing}, timeout=5)
-        with contextlib.suppress(DatabaseError):  # the table may be gone; otherwise it expires by itself
-            await database.execute("UPDATE ops.leases SET expires_at = NULL WHERE holder = $1", HOLDER, timeout=5.0)
-
-
-async def _keep(database: Pool) -> None:
-    while True:
-        await asyncio.sleep(RENEW_SECONDS)
-        with contextlib.suppress(DatabaseError):
-            await database.execute(
-                "UPDATE ops.leases SET expires_at = clock_timestamp() + make_interval(secs => $2) WHERE holder = $1",
-                HOLDER, LEASE_SECONDS, timeout=5.0,
-            )  # fmt: skip
-
-
 async def downgrade(
     database: Pool,
     revision: str,
     *,
     backup: Backup | None,
-    alone: Alone = nobody_acts,
+    alone: Alone = hold_as_operator,
     progress: Progress = ignore_progress,
 ) -> Outcome:
     """Take the schema down to a revision (`base`: nothing of ours is left) and switch AUTO_MIGRATE off.
