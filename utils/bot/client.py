@@ -9,10 +9,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal
 
 import discord
-import yarl
 from discord.ext import commands
-from discord.gateway import DiscordWebSocket
-from discord.http import Route
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from utils.bot.command_sync import register_commands
@@ -101,7 +98,7 @@ class Guildbook(commands.AutoShardedBot):
         self.ended_with: GuildbookError | None = None
         self._mirror: Mirror | None = None
         self._journal: Journal | None = None
-        Route.BASE = settings.discord_api_base
+        tap.set_api_base(settings.discord_api_base)
 
     @property
     def mirror(self) -> Mirror:
@@ -301,7 +298,7 @@ class Guildbook(commands.AutoShardedBot):
     async def _find_gateway(self) -> int:
         """Set the gateway's address, which sessions that cannot be resumed come back to, and return the shard count."""
         shards, url, _ = await self.http.get_bot_gateway()
-        DiscordWebSocket.DEFAULT_GATEWAY = yarl.URL(self.settings.discord_gateway_url or url)
+        tap.set_gateway(self.settings.discord_gateway_url or url)
         self.shard_count = shards  # so that discord.py does not ask again, and takes the address above
         return shards
 

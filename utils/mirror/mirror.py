@@ -169,11 +169,11 @@ class Mirror:
             elif event in ROW_PARSERS or event in MEMBERSHIP_PARSERS:
                 self._live(event, data, stamp)
         except MALFORMED as error:
-            self.malformed(event, error)
+            self.report_malformed(event, error)
             return None
         return False
 
-    def malformed(self, event: str, error: Exception) -> None:
+    def report_malformed(self, event: str, error: Exception) -> None:
         """Count and log a payload that could not be understood; it costs that payload alone."""
         metrics.malformed_payloads.labels(event).inc()
         log_once(
@@ -185,7 +185,7 @@ class Mirror:
             error,
         )
 
-    def room(self) -> Awaitable[None] | None:
+    def backpressure(self) -> Awaitable[None] | None:
         """None when there is room for more; otherwise what to await before the next message is read."""
         listings = self.reconciler.listings
         if listings and any(listing.waiting >= PAGES_WAITING for listing in listings.values()):
@@ -221,7 +221,7 @@ class Mirror:
             listing.chunk(data)
         except MALFORMED as error:
             listing.fail(SyncError(f"guild {listing.guild_id}: a page cannot be understood: {error!r}"))
-            self.malformed("GUILD_MEMBERS_CHUNK", error)
+            self.report_malformed("GUILD_MEMBERS_CHUNK", error)
         return True
 
     def _rate_limited(self, data: Payload) -> bool:
@@ -341,4 +341,4 @@ class Mirror:
                 self.reconciler.request(state, "dropped")
 
     def _refuse(self, where: str) -> Any:
-        return lambda error: self.malformed(where, error)
+        return lambda error: self.report_malformed(where, error)

@@ -169,5 +169,5 @@ async def test_op_8_asks_for_all_members_with_its_nonce() -> None:
 )
 async def test_an_op_8_that_cannot_be_sent_is_a_sync_error(websocket: Any) -> None:
     asked, _ = source(websocket=websocket)
-    with pytest.raises(SyncError, match="guild 5: the request for its members could not be sent"):
+    with pytest.raises(SyncError, match="guild 5: could not send the member request"):
         await asked.request_members(GUILD, "nonce")

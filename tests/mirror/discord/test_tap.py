@@ -112,10 +112,10 @@ class Receiver:
         self.received.append((event, data, shard_id, session))
         return event == "KEPT"
 
-    def malformed(self, event: str, error: Exception) -> None:
+    def report_malformed(self, event: str, error: Exception) -> None:
         self.bad.append((event, error))
 
-    def room(self) -> Awaitable[None] | None:
+    def backpressure(self) -> Awaitable[None] | None:
         return self._wait() if self.is_full else None
 
     async def _wait(self) -> None:
@@ -153,13 +153,13 @@ def test_discord_py_is_the_one_that_the_hook_was_written_against() -> None:
 
 
 def test_the_method_that_is_replaced_has_not_changed_by_a_letter() -> None:
-    source = inspect.getsource(tap._original)
+    source = inspect.getsource(tap._original_received_message)
     assert hashlib.sha256(source.encode()).hexdigest() == RECEIVED_MESSAGE
     reconnecting = inspect.getsource(Shard.reidentify) + inspect.getsource(tap._original_reconnect)
     assert hashlib.sha256(reconnecting.encode()).hexdigest() == RECONNECT
-    assert tap._original.__module__ == "discord.gateway"
-    assert list(inspect.signature(tap._original).parameters) == ["self", "msg"]
-    assert inspect.iscoroutinefunction(tap._original)
+    assert tap._original_received_message.__module__ == "discord.gateway"
+    assert list(inspect.signature(tap._original_received_message).parameters) == ["self", "msg"]
+    assert inspect.iscoroutinefunction(tap._original_received_message)
 
 
 def test_what_the_hook_leans_on_is_there() -> None:
@@ -352,5 +352,5 @@ def test_bytes_that_are_no_json_are_a_value_error(data: bytes) -> None:
 
 
 def test_payloads_nested_beyond_all_bounds_are_a_value_error() -> None:
-    with pytest.raises(ValueError, match="depth"):
+    with pytest.raises(ValueError, match="too deeply"):
         decode("[" * 100_000)

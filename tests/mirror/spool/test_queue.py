@@ -1,7 +1,8 @@
-"""The queue of events: in order, in memory or on disk, and never more than memory may hold."""
+"""The event queue keeps order in memory and on disk, and bounds its memory."""
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from pathlib import Path
 
@@ -9,12 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.mirror.spool.journals import TIMEOUT, adopt, open_journal
 from tests.mirror.tables import when
+from tests.waiting import until
 from utils.mirror.records.events import Event, Membership, Message
-from utils.mirror.spool.journal import Journal
-from utils.mirror.spool.queue import EventQueue, SpoolMode, decode_records
-
-BOUND = 20.0
+from utils.mirror.spool.queue import EventQueue, HeldEvents, SpoolMode, decode_records
 
 
 def event(stamp: int) -> Event:
@@ -23,62 +23,59 @@ def event(stamp: int) -> Event:
     return Membership(stamp, 1, 2, "leave", when(stamp), when(stamp))
 
 
-def told(first: int, last: int) -> list[Event]:
+def events(first: int, last: int) -> list[Event]:
     return [event(stamp) for stamp in range(first, last + 1)]
 
 
-async def test_without_a_spool_the_oldest_is_given_up_when_memory_is_full(caplog: pytest.LogCaptureFixture) -> None:
+async def test_without_a_spool_drops_the_oldest_when_full(caplog: pytest.LogCaptureFixture) -> None:
     queue = EventQueue(None, spool="off", max_rows=5)
-    for each in told(1, 8):
+    for each in events(1, 8):
         queue.add(each)
-    assert (await queue.peek(100)).events == told(4, 8)
+    assert (await queue.peek(100)).events == events(4, 8)
     assert (queue.dropped, len(queue), queue.is_spilled) == (3, 5, False)
     assert caplog.text.count("events are lost") == 1
     queue.spill()
-    assert (await queue.peek(100)).events == told(4, 8)
+    assert (await queue.peek(100)).events == events(4, 8)
 
 
 @pytest.mark.parametrize("spool", ["outage", "always"])
-async def test_what_memory_does_not_hold_is_on_disk_until_it_is_committed(tmp_path: Path, spool: SpoolMode) -> None:
-    journal = await Journal.open(tmp_path, "ours", max_bytes=2**20)
+async def test_spills_to_disk_until_committed(tmp_path: Path, spool: SpoolMode) -> None:
+    journal = await open_journal(tmp_path)
     queue = EventQueue(journal, spool=spool, max_rows=5)
-    for each in told(1, 9):
+    for each in events(1, 9):
         queue.add(each)
         assert queue.in_memory <= 6 + journal.unwritten
-    assert await journal.wait_written(BOUND)
+    assert await journal.wait_written(TIMEOUT)
     assert (queue.is_spilled, len(queue), queue.in_memory) == (True, 9, 0)
     assert queue.age > 0
-    assert await queue.peek(4) == (told(1, 4), 4)
+    assert await queue.peek(4) == (events(1, 4), 4)
     await queue.discard(4)
-    assert await queue.peek(100) == (told(5, 9), 9)
+    assert await queue.peek(100) == (events(5, 9), 9)
     await queue.discard(9)
     assert (queue.is_spilled, len(queue), queue.age) == (False, 0, 0.0)
     queue.add(event(10))
-    assert (await queue.peek(100)).events == told(10, 10)
+    assert (await queue.peek(100)).events == events(10, 10)
     assert journal.records == (1 if spool == "always" else 0)
-    await journal.close(BOUND)
+    await journal.close(TIMEOUT)
 
 
-async def test_what_is_spooled_always_is_there_after_a_kill(tmp_path: Path) -> None:
-    journal = await Journal.open(tmp_path, "ours", max_bytes=2**20)
+async def test_always_spooled_events_survive_a_crash(tmp_path: Path) -> None:
+    journal = await open_journal(tmp_path)
     queue = EventQueue(journal, spool="always", max_rows=100)
-    for each in told(1, 9):
+    for each in events(1, 9):
         queue.add(each)
-    assert await journal.wait_written(BOUND)
+    assert await journal.wait_written(TIMEOUT)
     await queue.discard(3)
-    await journal.close(BOUND)
-    left = await Journal.adopt(tmp_path / "ours")
-    assert left is not None
-    assert decode_records(await left.read(3, 100)) == (told(4, 9), 9)
-    await left.close(BOUND)
+    await journal.close(TIMEOUT)
+    left = await adopt(tmp_path / "ours")
+    assert decode_records(await left.read(3, 100)) == (events(4, 9), 9)
+    await left.close(TIMEOUT)
 
 
-async def test_events_are_given_up_only_when_neither_disk_nor_memory_takes_them(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    journal = await Journal.open(tmp_path, "ours", max_bytes=1)
+async def test_drops_events_only_if_disk_and_memory_are_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = await open_journal(tmp_path, max_bytes=1)
     queue = EventQueue(journal, spool="outage", max_rows=5)
-    for each in told(1, 20):
+    for each in events(1, 20):
         queue.add(each)
     assert queue.dropped > 0
     assert len(queue) + queue.dropped == 20
@@ -87,7 +84,7 @@ async def test_events_are_given_up_only_when_neither_disk_nor_memory_takes_them(
     await journal.close(0.1)
 
 
-def test_what_is_no_event_is_left_out_of_what_a_journal_holds(caplog: pytest.LogCaptureFixture) -> None:
+def test_skips_invalid_journal_records(caplog: pytest.LogCaptureFixture) -> None:
     assert decode_records([(1, b"no event"), (2, b"[1,2,3]"), (3, b"[]")]) == ([Message(2, 1, 2, 3)], 3)
     assert "invalid event in the journal" in caplog.text
 
@@ -98,9 +95,9 @@ def test_what_is_no_event_is_left_out_of_what_a_journal_holds(caplog: pytest.Log
     spool=st.sampled_from(["outage", "always", "off"]),
     data=st.data(),
 )
-async def test_every_event_comes_out_once_and_in_order(steps: list[str], spool: SpoolMode, data: st.DataObject) -> None:
+async def test_returns_every_event_once_and_in_order(steps: list[str], spool: SpoolMode, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:
-        journal = await Journal.open(Path(name), "ours", max_bytes=2**20, segment_bytes=100)
+        journal = await open_journal(Path(name), segment_bytes=100)
         queue = EventQueue(None if spool == "off" else journal, spool=spool, max_rows=1_000)
         stamp, written = 0, list[Event]()
         for step in steps:
@@ -110,7 +107,7 @@ async def test_every_event_comes_out_once_and_in_order(steps: list[str], spool: 
             elif step == "spill":
                 queue.spill()
             elif step == "settle":
-                assert await journal.wait_written(BOUND)
+                assert await journal.wait_written(TIMEOUT)
             else:
                 limit = data.draw(st.integers(1, 9), label="limit")
                 oldest = await queue.peek(limit)
@@ -121,5 +118,53 @@ async def test_every_event_comes_out_once_and_in_order(steps: list[str], spool: 
         while (oldest := await queue.peek(7)).upto:
             written += oldest.events
             await queue.discard(oldest.upto)
-        assert written == told(1, stamp)
-        await journal.close(BOUND)
+        assert written == events(1, stamp)
+        await journal.close(TIMEOUT)
+
+
+# --- events held after the process was suspended
+
+LEAVE = Membership(1, 1, 1, "leave", when(1), when(1))
+MESSAGE = Message(2, 1, 1, 1)
+
+
+async def test_delivers_at_once_if_the_lease_is_certain() -> None:
+    delivered: list[Event] = []
+    held = HeldEvents(delivered.append, lambda: False)
+    held.add(LEAVE)
+    assert delivered == [LEAVE]
+    await held.wait_released()
+
+
+async def test_delivers_held_events_in_order_once_the_lease_is_confirmed() -> None:
+    delivered: list[Event] = []
+    slept = [True]
+    held = HeldEvents(delivered.append, lambda: slept[0], check_seconds=0.001)
+    held.add(LEAVE)
+    slept[0] = False
+    held.add(MESSAGE)
+    assert (delivered, len(held)) == ([], 2)
+    await until(lambda: delivered)
+    assert delivered == [LEAVE, MESSAGE]
+    await held.wait_released()
+
+
+async def test_delivers_only_messages_if_the_lease_was_lost() -> None:
+    delivered: list[Event] = []
+    held = HeldEvents(delivered.append, lambda: True)
+    held.add(LEAVE)
+    held.add(MESSAGE)
+    held.release(is_lost=True)
+    assert delivered == [MESSAGE]
+    await held.wait_released()
+
+
+async def test_holds_a_bounded_number_of_events() -> None:
+    delivered: list[Event] = []
+    held = HeldEvents(delivered.append, lambda: True, max_held=20, check_seconds=0.001)
+    for number in range(19):
+        held.add(Message(number, 1, 1, number))
+    await asyncio.sleep(0.05)
+    assert delivered == []
+    held.add(Message(19, 1, 1, 19))
+    await until(lambda: len(delivered) == 20)

@@ -1,8 +1,6 @@
-"""The one private hook into discord.py: raw gateway payloads, before its own parsers see or choke on them.
+"""Hooks into discord.py's gateway: raw payloads for the mirror, and sessions that are resumed whenever possible.
 
-Written against discord.py 2.7.1, which is pinned; `tests/mirror/discord/test_tap.py` fails when an upgrade moves
-what it leans on: `DiscordWebSocket.received_message`, its `_decompressor`, `sequence`, `session_id` and `_keep_alive`,
-`discord.utils._from_json`, `Shard.reconnect`, `reidentify` and `ws`, and `ShardInfo._parent`.
+Written against discord.py 2.7.1; the package's docstring lists the private names used here.
 """
 
 from __future__ import annotations
@@ -16,8 +14,10 @@ from typing import Any, Protocol
 
 import discord
 import orjson
+import yarl
 from discord import utils as discord_utils
 from discord.gateway import DiscordWebSocket, ReconnectWebSocket
+from discord.http import Route
 from discord.shard import Shard
 
 from utils.logs import log_once
@@ -27,55 +27,72 @@ _log = logging.getLogger(__name__)
 
 #: Gateway opcode 0, "Dispatch" (Discord API reference, "Gateway Opcodes").
 DISPATCH = 0
+#: How long to retry RESUME, in seconds. The session's gateway may never come back, and Discord keeps missed events for
+#: a few minutes only.
+RESUME_SECONDS = 90.0
 
 
 class Receiver(Protocol):
-    """Takes what the gateway sends."""
+    """Receives every dispatch of a client's gateway connections."""
 
     def receive(self, event: str, data: Any, shard_id: int, session: str) -> bool | None:
-        """Take one dispatch. Never raises.
+        """Process one dispatch. Never raises.
 
-        True keeps it from discord.py's own parser; None: it was told to `malformed`, so that what discord.py makes of
-        it is no news.
+        Returns True to keep it from discord.py's own parser, None if it was malformed and already reported, so that an
+        error of discord.py's parser is not reported again.
         """
 
-    def malformed(self, event: str, error: Exception) -> None:
-        """Count and log a payload that could not be understood."""
+    def report_malformed(self, event: str, error: Exception) -> None:
+        """Count and log a payload that could not be parsed."""
 
-    def room(self) -> Awaitable[None] | None:
-        """None when there is room for more; otherwise what to await before the next message is read."""
+    def backpressure(self) -> Awaitable[None] | None:
+        """Return what to await before the next message is read; None if there is room for more."""
 
 
-class _Tapped:
-    """What is kept of a connection: who takes its dispatches, its session, and the highest sequence number seen."""
+class _Connection:
+    """Our state of a gateway connection: its receiver, its session, and the highest sequence number seen."""
 
-    __slots__ = ("last", "receiver", "session")
+    __slots__ = ("last_sequence", "receiver", "session")
 
     def __init__(self, receiver: Receiver) -> None:
         self.receiver: Receiver = receiver
         self.session: str | None = None
-        self.last: int = 0
+        self.last_sequence: int = 0
 
 
 _receivers: weakref.WeakKeyDictionary[object, Receiver] = weakref.WeakKeyDictionary()
-#: Where a connection keeps its `_Tapped`: looked up for each message, and a weak dictionary costs ten times as much.
-_TAPPED = "_guildbook_tapped"
-
-#: Seconds for which a session is tried to be resumed. Its gateway may be gone for good, and Discord keeps what it would
-#: send again for a few minutes at most.
-RESUME_SECONDS = 90.0
-#: By shard that is disconnected: the connection that broke, and when it was tried to be resumed first.
+#: Attribute of a websocket that holds its `_Connection`. A weak dictionary would cost ten times as much per message.
+_CONNECTION = "_guildbook_connection"
+#: By disconnected shard: the connection that broke, and the time of the first attempt to resume it.
 _resuming: weakref.WeakKeyDictionary[Shard, tuple[DiscordWebSocket, float]] = weakref.WeakKeyDictionary()
 
+_original_received_message: Callable[[DiscordWebSocket, Any], Awaitable[None]] = DiscordWebSocket.received_message
 _original_reconnect: Callable[[Shard], Awaitable[None]] = Shard.reconnect
-_original: Callable[[DiscordWebSocket, Any], Awaitable[None]] = DiscordWebSocket.received_message
+
+
+def install(client: discord.Client, receiver: Receiver) -> None:
+    """Pass every raw dispatch of this client's gateway connections to `receiver`."""
+    _receivers[client._connection] = receiver
+    discord_utils._from_json = decode  # type: ignore[assignment]
+    DiscordWebSocket.received_message = _received_message  # type: ignore[method-assign]
+    Shard.reconnect = _reconnect  # type: ignore[method-assign, assignment]
+
+
+def set_api_base(url: str) -> None:
+    """Send REST requests to this address instead of Discord's, from every client of the process."""
+    Route.BASE = url
+
+
+def set_gateway(url: str) -> None:
+    """Open new sessions at this address, in every client of the process."""
+    DiscordWebSocket.DEFAULT_GATEWAY = yarl.URL(url)
 
 
 def decode(text: str | bytes | dict[str, Any]) -> Any:
-    """Decode JSON as Discord sends it: NUL and lone surrogates become U+FFFD, what is decoded already passes through.
+    """Decode JSON from Discord, with NUL and lone surrogates replaced by U+FFFD; a decoded object passes through.
 
-    orjson refuses lone surrogates, the standard library does not; both together cost such a payload a millisecond
-    instead of the bot its life. Raises `ValueError` for what is not JSON.
+    orjson rejects lone surrogates and the standard library does not, so a payload with one is parsed again by the
+    latter. Raises `ValueError` for text that is not JSON.
     """
     if isinstance(text, dict):
         return text
@@ -85,23 +102,109 @@ def decode(text: str | bytes | dict[str, Any]) -> Any:
         try:
             return scrub_payload(json.loads(text))
         except RecursionError as error:
-            raise ValueError("it is nested to a depth that no payload has") from error
+            raise ValueError("the JSON is nested too deeply") from error
     escaped_nul = b"\\u0000" if isinstance(text, bytes) else "\\u0000"
     return scrub_payload(decoded) if escaped_nul in text else decoded  # type: ignore[operator]
 
 
-def install(client: discord.Client, receiver: Receiver) -> None:
-    """Show every raw dispatch of this client's gateway connections to `receiver`."""
-    _receivers[client._connection] = receiver
-    discord_utils._from_json = decode  # type: ignore[assignment]
-    DiscordWebSocket.received_message = _received_message  # type: ignore[method-assign]
-    Shard.reconnect = _reconnect  # type: ignore[method-assign, assignment]
+async def _received_message(ws: DiscordWebSocket, message: Any, /) -> None:
+    connection: _Connection | None = getattr(ws, _CONNECTION, None) or _connect(ws)
+    if connection is None:
+        return await _original_received_message(ws, message)
+    receiver = connection.receiver
+    if type(message) is bytes:
+        message = ws._decompressor.decompress(message)
+        if message is None:  # the payload continues in the next message
+            return None
+    try:
+        decoded = decode(message)
+    except ValueError as error:
+        receiver.report_malformed("unreadable", error)
+        return None
+    if not isinstance(decoded, dict):
+        receiver.report_malformed("unreadable", TypeError(f"not a JSON object but {type(decoded).__name__}"))
+        return None
+    if decoded.get("op") != DISPATCH:
+        return await _original_received_message(ws, decoded)
+    event: Any = decoded.get("t")
+    sequence: Any = decoded.get("s")
+    if (
+        type(sequence) is int
+        and sequence > connection.last_sequence
+        and connection.session == ws.session_id
+        and type(event) is str
+        and event != "READY"
+    ):  # the usual case, without the two calls below, which would come to the same result
+        connection.last_sequence = sequence
+    elif not _has_envelope(decoded):
+        receiver.report_malformed("unreadable", ValueError("the dispatch lacks a name, a sequence number or a session"))
+        return None
+    elif _is_duplicate(ws, connection, decoded):
+        log_once(_log, "duplicate", "duplicate gateway event dropped; further ones are dropped silently")
+        return None
+    session = decoded["d"]["session_id"] if event == "READY" else ws.session_id or ""
+    taken = receiver.receive(event, decoded.get("d"), ws.shard_id or 0, session)
+    if taken:
+        ws.sequence = ws.sequence if sequence is None else sequence
+        if ws._keep_alive:
+            ws._keep_alive.tick()
+    else:
+        try:
+            await _original_received_message(ws, decoded)
+        except (discord.DiscordException, ConnectionError):
+            raise  # about the connection, not about this payload
+        except Exception as error:
+            if taken is not None:
+                receiver.report_malformed(event, error)
+    waiting = receiver.backpressure()
+    if waiting is not None:
+        await waiting
+    return None
+
+
+def _connect(ws: DiscordWebSocket) -> _Connection | None:
+    receiver = _receivers.get(ws._connection)
+    if receiver is None:
+        return None
+    connection = _Connection(receiver)
+    setattr(ws, _CONNECTION, connection)
+    return connection
+
+
+def _has_envelope(message: dict[str, Any]) -> bool:
+    """Return whether a dispatch has the fields that discord.py and the code below use without checking."""
+    sequence, event = message.get("s"), message.get("t")
+    if type(event) is not str or not (type(sequence) is int or sequence is None):
+        return False
+    if event == "READY":
+        data = message.get("d")
+        return isinstance(data, dict) and isinstance(data.get("session_id"), str)
+    return True
+
+
+def _is_duplicate(ws: DiscordWebSocket, connection: _Connection, message: dict[str, Any]) -> bool:
+    """Return whether a dispatch repeats an earlier one: its sequence number is not higher than the last."""
+    sequence = message.get("s")
+    if message["t"] == "READY":
+        connection.session, connection.last_sequence = message["d"]["session_id"], sequence or 0
+        return False
+    if sequence is None:
+        return False
+    if connection.session != ws.session_id:  # a session resumed on a new connection
+        connection.session, connection.last_sequence = ws.session_id, ws.sequence or 0
+    if sequence <= connection.last_sequence:
+        return True
+    connection.last_sequence = sequence
+    return False
+
+
+# --- sessions
 
 
 async def _reconnect(shard: Shard) -> None:
-    """Resume the session also when the first try to do so has failed.
+    """Keep trying to resume the session.
 
-    discord.py begins a new one then, and all that Discord would have sent again is lost.
+    discord.py starts a new one after the first failed attempt, and the events missed in between are lost.
     """
     ws, now = shard.ws, time.monotonic()
     broken, since = _resuming.get(shard, (ws, now))
@@ -115,101 +218,10 @@ async def _reconnect(shard: Shard) -> None:
 
 
 async def begin_new_sessions(client: discord.AutoShardedClient) -> None:
-    """End every gateway session and begin a new one, so that Discord tells everything again from READY on.
+    """Start a new session on every shard, so that Discord sends its full state again, from READY on.
 
-    Raises what discord.py raises when the gateway cannot be reached; it then goes on trying by itself.
+    Raises discord.py's errors if the gateway is unreachable; discord.py then keeps reconnecting by itself.
     """
     for shard in client.shards.values():
-        shard._parent.ws.session_id = None  # not to be resumed
+        shard._parent.ws.session_id = None  # prevents RESUME
         await shard.reconnect()
-
-
-def _has_envelope(message: dict[str, Any]) -> bool:
-    """Return whether a dispatch has what discord.py and the code below read of it without asking."""
-    sequence, event = message.get("s"), message.get("t")
-    if type(event) is not str or not (type(sequence) is int or sequence is None):
-        return False
-    if event == "READY":
-        data = message.get("d")
-        return isinstance(data, dict) and isinstance(data.get("session_id"), str)
-    return True
-
-
-def _is_duplicate(ws: DiscordWebSocket, tapped: _Tapped, message: dict[str, Any]) -> bool:
-    """Return whether a number was seen already: a duplicate has one that is not higher."""
-    sequence = message.get("s")
-    if message["t"] == "READY":
-        tapped.session, tapped.last = message["d"]["session_id"], sequence or 0
-        return False
-    if sequence is None:
-        return False
-    if tapped.session != ws.session_id:  # a resumed session, on a new connection
-        tapped.session, tapped.last = ws.session_id, ws.sequence or 0
-    if sequence <= tapped.last:
-        return True
-    tapped.last = sequence
-    return False
-
-
-def _tap(ws: DiscordWebSocket) -> _Tapped | None:
-    receiver = _receivers.get(ws._connection)
-    if receiver is None:
-        return None
-    tapped = _Tapped(receiver)
-    setattr(ws, _TAPPED, tapped)
-    return tapped
-
-
-async def _received_message(ws: DiscordWebSocket, message: Any, /) -> None:
-    tapped: _Tapped | None = getattr(ws, _TAPPED, None) or _tap(ws)
-    if tapped is None:
-        return await _original(ws, message)
-    receiver = tapped.receiver
-    if type(message) is bytes:
-        message = ws._decompressor.decompress(message)
-        if message is None:  # the rest of the payload is still to come
-            return None
-    try:
-        decoded = decode(message)
-    except ValueError as error:
-        receiver.malformed("unreadable", error)
-        return None
-    if not isinstance(decoded, dict):
-        receiver.malformed("unreadable", TypeError(f"a payload is an object, not {type(decoded).__name__}"))
-        return None
-    if decoded.get("op") != DISPATCH:
-        return await _original(ws, decoded)
-    event: Any = decoded.get("t")
-    sequence: Any = decoded.get("s")
-    if (
-        type(sequence) is int
-        and sequence > tapped.last
-        and tapped.session == ws.session_id
-        and type(event) is str
-        and event != "READY"
-    ):  # nearly always: what follows would come to the same, and costs two calls
-        tapped.last = sequence
-    elif not _has_envelope(decoded):
-        receiver.malformed("unreadable", ValueError("a dispatch has a name, a number and, if it is READY, a session"))
-        return None
-    elif _is_duplicate(ws, tapped, decoded):
-        log_once(_log, "duplicate", "the gateway sent an event twice: the second one is dropped")
-        return None
-    session = decoded["d"]["session_id"] if event == "READY" else ws.session_id or ""
-    taken = receiver.receive(event, decoded.get("d"), ws.shard_id or 0, session)
-    if taken:
-        ws.sequence = ws.sequence if sequence is None else sequence
-        if ws._keep_alive:
-            ws._keep_alive.tick()
-    else:
-        try:
-            await _original(ws, decoded)
-        except (discord.DiscordException, ConnectionError):
-            raise  # the connection's own affairs
-        except Exception as error:
-            if taken is not None:  # or it is known already
-                receiver.malformed(event, error)
-    waiting = receiver.room()
-    if waiting is not None:
-        await waiting
-    return None

@@ -1,1 +1,1 @@
-"""Events that are accepted but not committed: a queue in memory, and a journal on disk."""
+"""The event queue, and the journal on disk that carries it through database outages and crashes."""

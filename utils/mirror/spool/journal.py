@@ -1,4 +1,4 @@
-"""The journal: an append-only queue of events on disk, one directory a process, which a crash does not take along."""
+"""The journal: an append-only queue of events on disk, one directory per process, that survives a crash."""
 
 from __future__ import annotations
 
@@ -16,100 +16,122 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from utils.exceptions import SpoolError
-from utils.mirror.spool.segments import LONGEST, Damage, Record, Segments, sync
+from utils.mirror.spool.segments import MAX_RECORD_BYTES, READ_BYTES, Damage, Record, Segments, sync_directory
 
 _log = logging.getLogger(__name__)
 
-#: Held by the process whose journal it is; the kernel lets go of it when a process ends, however that happens.
+#: Lock file, held by the process that owns the journal; the kernel releases it however the process ends.
 LOCK = "lock"
-#: Seconds before a disk that refused is tried again, doubled each time up to the second figure.
-RETRY_SECONDS, RETRY_SECONDS_MAX = 0.1, 5.0
-#: Records written and forced to disk at once.
-BATCH = 10_000
-#: Seconds that closing takes at most beyond its timeout, when the disk does not answer.
-CLOSE_SECONDS = 1.0
+#: Records written and flushed to disk at once.
+BATCH_RECORDS = 10_000
 
-_FULL = "it has as many bytes as it may (SPOOL_MAX_MB)"
+_FULL = "it has reached its size limit (SPOOL_MAX_MB)"
 _stamp_of = itemgetter(0)
 Result = TypeVar("Result")
 
 
-class Journal:
-    """Records with growing stamps: appended at the end, read in order, forgotten from the front.
+class DiskPolicy(NamedTuple):
+    """How to access the disk; times are seconds."""
 
-    Whatever touches a file happens in a thread of its own; appending never waits. What the disk does not take stays in
-    memory, and is tried again.
+    #: Pause after a failed write, doubled after each further one.
+    retry_seconds: float = 0.1
+    retry_max_seconds: float = 5.0
+    #: How much longer than its timeout closing may take if the disk does not respond.
+    close_seconds: float = 1.0
+    #: Bytes read from a segment at once.
+    read_bytes: int = READ_BYTES
+
+
+_DEFAULT_POLICY = DiskPolicy()
+
+
+class Journal:
+    """Records with increasing stamps: appended at the end, read in order, trimmed at the front.
+
+    All file access happens in a thread of its own, and appending never waits. Records that the disk refuses stay in
+    memory and are written again later.
     """
 
-    def __init__(self, path: Path, lock: int, segments: Segments, *, max_bytes: int, is_ours: bool) -> None:
-        """Use `open` or `adopt`."""
+    def __init__(
+        self, path: Path, lock: int, segments: Segments, *, max_bytes: int, is_ours: bool, policy: DiskPolicy
+    ) -> None:
+        """Use `open` or `adopt` instead."""
         self.id: str = path.name
         self.path: Path = path
         self.max_bytes: int = max_bytes
-        #: Stamp of the newest record appended; 0: none was.
+        #: Stamp of the newest record appended; 0 if there was none.
         self.last: int = 0
-        #: Payload bytes of the records that are in memory alone.
+        #: Payload bytes of the records that are in memory only.
         self.unwritten_bytes: int = 0
-        #: Why the disk refused what it was given last; None when it did not.
+        #: Why the last write failed; None if it succeeded.
         self.failure: str | None = None
         self._extra = {"path": str(path)}
         self._lock: int | None = lock
         self._segments = segments
+        self._policy = policy
         self._is_ours = is_ours
-        self._takes = is_ours
+        self._is_open = is_ours
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._pending: list[Record] = []
-        #: Records at the front of `_pending` that are being written.
+        #: Number of records at the front of `_pending` that are being written.
         self._in_flight = 0
-        #: Stamps of the records that are not forgotten, from `_first` on: eight bytes a record.
+        #: Stamps of the records; those before index `_first` are trimmed. Eight bytes per record.
         self._stamps: array[int] = array("q")
         self._first = 0
         self._trimmed = 0
         self._wake = asyncio.Event()
-        self._settled = asyncio.Event()
-        self._settled.set()
+        self._all_written = asyncio.Event()
+        self._all_written.set()
         self._writing: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"<Journal {self.id} records={self.records} unwritten={self.unwritten} bytes={self.size}>"
 
     @classmethod
-    async def open(cls, directory: Path, id: str, *, max_bytes: int, segment_bytes: int = 8 * 2**20) -> Journal:
-        """Make this process's journal, and hold its lock.
+    async def open(
+        cls,
+        directory: Path,
+        id: str,
+        *,
+        max_bytes: int,
+        segment_bytes: int = 8 * 2**20,
+        policy: DiskPolicy = _DEFAULT_POLICY,
+    ) -> Journal:
+        """Create this process's journal and lock it.
 
-        Raises `SpoolError` when the disk refuses that, or when there is a journal of this id.
+        Raises `SpoolError` if the disk refuses, or if a journal with this id exists.
         """
         path = directory / id
         try:
-            lock = await asyncio.to_thread(_made, directory, id)
+            lock = await asyncio.to_thread(_create, directory, id)
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
                 raise SpoolError(
-                    f"the journal {path} belongs to another process, or is left to be replayed: use another id"
+                    f"the journal {path} belongs to another process or waits to be replayed: use another id"
                 ) from error
             raise SpoolError(
-                f"no journal can be written under {directory}: {error.strerror}; expected a directory on a disk with"
-                " room that this user may write to (DATA_DIR), or SPOOL=off"
+                f"cannot create a journal under {directory}: {error.strerror}; point DATA_DIR to a writable directory"
+                " on a disk with free space, or set SPOOL=off"
             ) from error
-        journal = cls(path, lock, Segments(path, segment_bytes, max_bytes=max_bytes), max_bytes=max_bytes, is_ours=True)
+        segments = Segments(path, segment_bytes, max_bytes=max_bytes)
+        journal = cls(path, lock, segments, max_bytes=max_bytes, is_ours=True, policy=policy)
         journal._writing = asyncio.create_task(journal._keep_writing(), name="journal")
         return journal
 
     @classmethod
-    async def adopt(cls, path: Path) -> Journal | None:
+    async def adopt(cls, path: Path, *, policy: DiskPolicy = _DEFAULT_POLICY) -> Journal | None:
         """Take over a journal whose process has ended, to read, trim and remove it.
 
-        None when that process runs, when it is no journal any more, or, with a line in the log, when the system refuses
-        to read it just now.
+        Returns None if that process still runs, if the journal was removed, or (logged) if it cannot be read now.
         """
 
         def take() -> tuple[int, Segments, array[int]]:
-            lock = _locked(path)
+            lock = _acquire_lock(path)
             try:
-                segments = Segments.scan(path)
+                segments = Segments.scan(path, read_bytes=policy.read_bytes)
                 return lock, segments, segments.stamps()
             except BaseException:
                 os.close(lock)
@@ -120,10 +142,10 @@ class Journal:
         except (BlockingIOError, FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            _log.warning("a journal that was left behind cannot be read now, it stays: %s", error.strerror,
+            _log.warning("cannot read an abandoned journal now, leaving it: %s", error.strerror,
                          extra={"path": str(path)})  # fmt: skip
             return None
-        journal = cls(path, lock, segments, max_bytes=0, is_ours=False)
+        journal = cls(path, lock, segments, max_bytes=0, is_ours=False, policy=policy)
         journal._stamps = stamps
         journal.last = stamps[-1] if stamps else 0
         return journal
@@ -132,12 +154,12 @@ class Journal:
 
     @property
     def records(self) -> int:
-        """Records that are not forgotten, on disk or not."""
+        """Records that are not trimmed, on disk or in memory."""
         return len(self._stamps) - self._first
 
     @property
     def unwritten(self) -> int:
-        """Records that are in memory alone."""
+        """Records that are in memory only."""
         return len(self._pending)
 
     @property
@@ -147,72 +169,72 @@ class Journal:
 
     @property
     def is_full(self) -> bool:
-        """Whether the disk has as many bytes of it as it may; what is appended stays in memory."""
+        """Whether the journal has reached `max_bytes`; new records then stay in memory."""
         return self.size >= self.max_bytes
 
     @property
     def damage(self) -> list[Damage]:
-        """What reading found broken."""
+        """The damage found while reading."""
         return self._segments.damage
 
     # --- the queue
 
     def append(self, stamp: int, payload: bytes) -> None:
-        """Add a record; it is written as soon as the disk takes it.
+        """Add a record, to be written as soon as the disk accepts it.
 
-        Raises `ValueError` for a stamp that is not above `last` or a payload that is longer than any event is, and
-        `SpoolError` for a journal that is closed, or another process's.
+        Raises `ValueError` if the stamp is not greater than `last` or the payload exceeds `MAX_RECORD_BYTES`, and
+        `SpoolError` if the journal is closed or adopted.
         """
         size = len(payload)
-        if stamp <= self.last or size > LONGEST or not self._takes:
+        if stamp <= self.last or size > MAX_RECORD_BYTES or not self._is_open:
             raise self._refusal(stamp, size)
         self._stamps.append(stamp)
         self._pending.append((stamp, payload))
         self.last = stamp
         self.unwritten_bytes += size
-        if self._settled.is_set():
-            self._settled.clear()
+        if self._all_written.is_set():
+            self._all_written.clear()
             self._wake.set()
 
     def _refusal(self, stamp: int, size: int) -> Exception:
-        if not self._takes:
-            return SpoolError(f"the journal {self.path} is closed, or another process's: nothing is added to it")
-        if size > LONGEST:
-            return ValueError(f"the record {stamp} has {size} bytes, expected at most {LONGEST}")
-        return ValueError(f"the stamp {stamp} is not above that of the record before, {self.last}")
+        if not self._is_open:
+            return SpoolError(f"the journal {self.path} is closed or belongs to another process: cannot append to it")
+        if size > MAX_RECORD_BYTES:
+            return ValueError(f"record {stamp} has {size} bytes, the limit is {MAX_RECORD_BYTES}")
+        return ValueError(f"stamp {stamp} is not greater than the previous record's, {self.last}")
 
     async def wait_written(self, timeout: float) -> bool:
-        """Wait until all that was appended is safe on disk; False when `timeout` seconds were not enough.
+        """Wait until every record is on disk; return False if that takes longer than `timeout` seconds.
 
-        A disk that refuses is tried at once, and again until then.
+        A failing disk is retried at once.
         """
         self._wake.set()
         try:
             async with asyncio.timeout(timeout):
-                await self._settled.wait()
+                await self._all_written.wait()
         except TimeoutError:
             return False
         return True
 
     async def read(self, after: int, limit: int) -> list[Record]:
-        """Return up to `limit` records with stamps above `after`, oldest first; what is damaged is left out.
+        """Return up to `limit` records with stamps greater than `after`, oldest first, skipping damaged ones.
 
-        Raises `SpoolError` when the system is in the way (too many open files, no right to read).
+        Raises `SpoolError` if the system prevents reading (too many open files, missing permissions).
         """
         after = max(after, self._trimmed)
-        # Before the files are read: what is written meanwhile is among the files' records then.
+        # Taken before the files are read: records written meanwhile are then found in the files.
         start = bisect_right(self._pending, after, key=_stamp_of)
         waiting = self._pending[start : start + limit]
         try:
-            found = await self._in_thread(self._segments.read, after, limit)
+            records = await self._in_thread(self._segments.read, after, limit)
         except OSError as error:
-            raise SpoolError(f"the journal {self.path} cannot be read now: {error.strerror}") from error
-        newest = found[-1][0] if found else after
-        found += [record for record in waiting if record[0] > newest][: limit - len(found)]
-        return found
+            raise SpoolError(f"cannot read the journal {self.path}: {error.strerror}") from error
+        newest = records[-1][0] if records else after
+        records += [record for record in waiting if record[0] > newest][: limit - len(records)]
+        return records
 
     async def trim(self, upto: int) -> None:
-        """Forget the records up to this stamp; files that hold nothing newer are deleted."""
+        """Remove the records up to this stamp; segments without newer ones are deleted."""
         self._trimmed = max(self._trimmed, min(upto, self.last))
         self._first = bisect_right(self._stamps, upto, self._first)
         if self._first > 10_000 and self._first * 2 > len(self._stamps):
@@ -221,19 +243,19 @@ class Journal:
         if self._pending and not self._in_flight:
             self._drop(bisect_right(self._pending, upto, key=_stamp_of))
             if not self._pending:
-                self._wake.set()  # all that is left to write is nothing
+                self._wake.set()  # nothing is left to write
         if self._segments.can_trim(upto):
             await self._in_thread(self._segments.trim, upto)
             self._wake.set()  # there may be room again
 
     async def close(self, timeout: float) -> None:
-        """Write what is in memory within `timeout` seconds and let go of it; an empty journal is deleted.
+        """Write what is in memory within `timeout` seconds and release the lock; an empty journal is deleted.
 
-        Never raises; what could not be written is logged.
+        Never raises; records that could not be written are logged.
         """
         if self._lock is None:
             return
-        self._takes = False
+        self._is_open = False
         if self._writing is not None:
             await self.wait_written(timeout)
         await self._stop_writing()
@@ -241,8 +263,8 @@ class Journal:
             _log.error("%s events were not written to the spool: %s", len(self._pending),
                        self.failure or "the disk is slow", extra=self._extra)  # fmt: skip
         try:
-            async with asyncio.timeout(timeout + CLOSE_SECONDS):
-                # One that another process left, and that is damaged, is for whoever adopted it to remove.
+            async with asyncio.timeout(timeout + self._policy.close_seconds):
+                # Whoever adopted a damaged journal decides whether to remove it.
                 if not self.records and (self._is_ours or not self.damage):
                     await self.remove()
                 else:
@@ -250,55 +272,56 @@ class Journal:
         except SpoolError as error:
             _log.warning("%s", error)
         except TimeoutError:
-            # Its thread is in the middle of a write: the lock is kept, as long as this process lives.
-            _log.error("the spool's disk does not answer", extra=self._extra)
+            # The thread is still writing: the lock stays held as long as this process lives.
+            _log.error("the spool's disk does not respond", extra=self._extra)
             self._lock = None
-        self._let_go()
+        self._release()
 
     async def remove(self) -> None:
-        """Delete it all and let go of it. Raises `SpoolError` where the disk refuses: it is still held then."""
+        """Delete the journal and release the lock. Raises `SpoolError` if the disk refuses; it then stays locked."""
         if self._lock is None:
             return
-        self._takes = False
+        self._is_open = False
         await self._stop_writing()
         try:
             await self._in_thread(self._segments.remove, LOCK)
         except OSError as error:
-            raise SpoolError(f"the journal {self.path} cannot be deleted: {error.strerror}") from error
+            raise SpoolError(f"cannot delete the journal {self.path}: {error.strerror}") from error
         self._stamps, self._first = array("q"), 0
         self._drop(len(self._pending))
-        self._let_go()
+        self._release()
 
     # --- writing
 
     async def _keep_writing(self) -> None:
-        pause = RETRY_SECONDS
+        # Not stamina: the pause ends early if a record is trimmed or `wait_written` asks for another attempt.
+        pause = self._policy.retry_seconds
         while True:
             self._drop(bisect_right(self._pending, self._trimmed, key=_stamp_of))
             if self.failure == _FULL and not self.is_full:
-                self._end_trouble()
+                self._end_failure()
             if not self._pending:
-                self._settled.set()
-                await self._woken(None)
+                self._all_written.set()
+                await self._wait_for_wake(None)
             elif self.is_full:
-                self._begin_trouble(_FULL)
-                await self._woken(None)  # until something is forgotten
+                self._begin_failure(_FULL)
+                await self._wait_for_wake(None)  # until something is trimmed
             elif await self._write():
-                pause = RETRY_SECONDS
-                self._end_trouble()
+                pause = self._policy.retry_seconds
+                self._end_failure()
             else:
-                await self._woken(pause)
-                pause = min(2 * pause, RETRY_SECONDS_MAX)
+                await self._wait_for_wake(pause)
+                pause = min(2 * pause, self._policy.retry_max_seconds)
 
     async def _write(self) -> bool:
-        """Write what has waited longest; False when the disk refuses it."""
-        batch = self._pending[:BATCH]
+        """Write the oldest pending records; return False if the disk refuses."""
+        batch = self._pending[:BATCH_RECORDS]
         self._in_flight = len(batch)
         try:
             written = await self._in_thread(self._segments.write, batch)
-        except Exception as error:  # whatever it was, the records are here, and the next try may succeed
-            known = isinstance(error, OSError) and error.strerror
-            self._begin_trouble(known or repr(error), None if known else error)
+        except Exception as error:  # the records are still in memory, and the next attempt may succeed
+            expected = isinstance(error, OSError) and error.strerror
+            self._begin_failure(expected or repr(error), None if expected else error)
             return False
         finally:
             self._in_flight = 0
@@ -306,36 +329,36 @@ class Journal:
         return True
 
     def _drop(self, count: int) -> None:
-        """Take records off the front of what is in memory."""
+        """Remove records from the front of `_pending`."""
         if count:
             self.unwritten_bytes -= sum(len(payload) for _, payload in self._pending[:count])
             del self._pending[:count]
 
-    async def _woken(self, timeout: float | None) -> None:
+    async def _wait_for_wake(self, timeout: float | None) -> None:
         self._wake.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self._wake.wait()
 
-    def _begin_trouble(self, why: str, unknown: Exception | None = None) -> None:
+    def _begin_failure(self, why: str, unexpected: Exception | None = None) -> None:
         if self.failure is None:
-            _log.error("the spool takes nothing, events stay in memory: %s", why, extra=self._extra, exc_info=unknown)
+            _log.error("spool write failed, events stay in memory: %s", why, extra=self._extra, exc_info=unexpected)
         self.failure = why
 
-    def _end_trouble(self) -> None:
+    def _end_failure(self) -> None:
         if self.failure is not None:
-            _log.info("the spool takes events again", extra=self._extra)
+            _log.info("spool accepts events again", extra=self._extra)
             self.failure = None
 
     async def _stop_writing(self) -> None:
         if self._writing is not None:
             self._writing.cancel()
-            await asyncio.wait({self._writing}, timeout=CLOSE_SECONDS)
+            await asyncio.wait({self._writing}, timeout=self._policy.close_seconds)
 
     async def _in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -343,36 +366,36 @@ class Journal:
 
 
 def list_journals(directory: Path, *, except_id: str | None = None) -> list[Path]:
-    """Return the journals in a directory, those made first first; none where there is no such directory."""
-    made: list[tuple[int, str, Path]] = []
+    """Return the journals in a directory, oldest first; an empty list if the directory does not exist."""
+    journals: list[tuple[int, str, Path]] = []
     for lock in directory.glob(f"[!.]*/{LOCK}"):
         with contextlib.suppress(FileNotFoundError):  # removed just now
-            made.append((lock.stat().st_mtime_ns, lock.parent.name, lock.parent))
-    return [path for _, name, path in sorted(made) if name != except_id]
+            journals.append((lock.stat().st_mtime_ns, lock.parent.name, lock.parent))
+    return [path for _, name, path in sorted(journals) if name != except_id]
 
 
 def is_dead(directory: Path, id: str) -> bool:
-    """Return whether the process of a journal has provably ended, on this machine: nobody holds its lock."""
+    """Return whether the process of a journal on this machine has provably ended: nobody holds its lock."""
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", id):
         return False
     try:
-        os.close(_locked(directory / id))
-    except OSError:  # somebody holds it, or it is not here
+        os.close(_acquire_lock(directory / id))
+    except OSError:  # held, or not on this machine
         return False
     return True
 
 
-def _made(directory: Path, id: str) -> int:
-    """Make a journal's directory and return the descriptor of its lock, held. Raises `OSError`."""
-    # It takes its name with the lock already held: at no moment does it look like one whose process has ended.
+def _create(directory: Path, id: str) -> int:
+    """Create a journal's directory and return the descriptor of its lock, held. Raises `OSError`."""
+    # Renamed with the lock already held, so that it never looks like the journal of a process that has ended.
     draft = directory / f".{id}"
     draft.mkdir(parents=True, exist_ok=True)
     lock = None
     try:
         (draft / LOCK).touch(mode=0o600)
-        lock = _locked(draft)
+        lock = _acquire_lock(draft)
         draft.rename(directory / id)
-        sync(directory)
+        sync_directory(directory)
     except BaseException:
         if lock is not None:
             os.close(lock)
@@ -381,10 +404,10 @@ def _made(directory: Path, id: str) -> int:
     return lock
 
 
-def _locked(path: Path) -> int:
-    """Return the descriptor of a journal's lock, held.
+def _acquire_lock(path: Path) -> int:
+    """Lock a journal and return the lock's descriptor.
 
-    Raises `BlockingIOError` when a process has it, `FileNotFoundError` when there is none or it was deleted meanwhile.
+    Raises `BlockingIOError` if another process holds it, `FileNotFoundError` if it does not exist (any more).
     """
     descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CLOEXEC)
     try:

@@ -1,4 +1,4 @@
-"""The queue of events: oldest first, in memory while the database answers, on disk when it does not."""
+"""The event queue: oldest first, in memory while the database is reachable, on disk while it is not."""
 
 from __future__ import annotations
 
@@ -18,53 +18,55 @@ from utils.service import metrics
 _log = logging.getLogger(__name__)
 
 SpoolMode = Literal["outage", "always", "off"]
-#: How many times as much memory a disk that is slow, and not in trouble, may cost for a moment.
-SLOW = 3
-#: Seconds between two marks of when events came: the accuracy of `age`.
-_MARK_SECONDS = 0.1
+#: How many times `max_rows` a disk that is slow, but not failing, may keep in memory for a moment.
+SLOW_DISK_FACTOR = 3
+#: Seconds between two samples of when events were added: the accuracy of `age`.
+_AGE_SECONDS = 0.1
+#: Events that `HeldEvents` keeps; beyond that, saving memory matters more than the time of a leave.
+MAX_HELD = 20_000
+#: Seconds between two checks whether the lease has been confirmed.
+CHECK_SECONDS = 0.1
 
 
 class PendingEvents(NamedTuple):
-    """The events at the front of the queue, and the stamp up to which they reach."""
+    """Events at the front of the queue."""
 
     events: list[Event]
-    #: Stamp of the last one, readable or not; 0 when there is none.
+    #: Stamp of the last record read, valid event or not; 0 if there was none.
     upto: int
 
 
 class EventQueue:
-    """Events that were accepted and are not committed yet, in the order in which they came.
-
-    `journal` None: all of them are in memory (`SPOOL=off`).
-    """
+    """Accepted events that are not committed yet, in the order of their arrival."""
 
     def __init__(self, journal: Journal | None, *, spool: SpoolMode, max_rows: int) -> None:
+        """Create a queue; `journal` is None with `SPOOL=off`, and all events are then kept in memory."""
         self.journal: Journal | None = journal
         #: Events that memory may hold.
         self.max_rows: int = max_rows
-        #: Stamp of the newest event; 0 when none ever came.
+        #: Stamp of the newest event; 0 if there never was one.
         self.last: int = 0
-        #: Events given up because neither disk nor memory had room for them.
+        #: Events lost because neither disk nor memory had room for them.
         self.dropped: int = 0
         self._always: bool = spool == "always" and journal is not None
         self._recent: deque[Event] = deque()
-        #: True while the journal, and not memory, holds what waits.
+        #: True while the queue's contents are in the journal and not in `_recent`.
         self._spilled: bool = False
         self._is_dropping: bool = False
-        #: (stamp, `time.monotonic()`) of events, one every so often.
-        self._marks: deque[tuple[int, float]] = deque()
+        #: Samples of (stamp, `time.monotonic()`) of added events.
+        self._arrivals: deque[tuple[int, float]] = deque()
 
     def __len__(self) -> int:
         return self.journal.records if self._spilled and self.journal is not None else len(self._recent)
 
     @property
     def in_memory(self) -> int:
-        """Events in memory that no disk holds, and copies of those that it does."""
+        """Events in memory, including those that the journal has yet to write."""
         return len(self._recent) + (self.journal.unwritten if self.journal is not None else 0)
 
     @property
     def is_crowded(self) -> bool:
-        """Whether memory holds more than half of what it may, and the disk will take it: there is use in waiting."""
+        """Whether memory is more than half full and the disk accepts events, so that waiting helps."""
         journal = self.journal
         if journal is None or (len(self._recent) + journal.unwritten) * 2 <= self.max_rows:
             return False
@@ -72,24 +74,24 @@ class EventQueue:
 
     @property
     def age(self) -> float:
-        """Seconds that the oldest event has waited; 0 when none does."""
-        return time.monotonic() - self._marks[0][1] if self._marks else 0.0
+        """Seconds that the oldest event has waited; 0 if the queue is empty."""
+        return time.monotonic() - self._arrivals[0][1] if self._arrivals else 0.0
 
     @property
     def is_spilled(self) -> bool:
-        """Whether what waits is on disk."""
+        """Whether the queue's contents are on disk."""
         return self._spilled
 
     def add(self, event: Event) -> None:
-        """Accept an event."""
+        """Append an event; it is dropped and counted if neither disk nor memory has room."""
         self.last = event.stamp
         now = time.monotonic()
-        if not self._marks or now - self._marks[-1][1] > _MARK_SECONDS:
-            self._marks.append((event.stamp, now))
+        if not self._arrivals or now - self._arrivals[-1][1] > _AGE_SECONDS:
+            self._arrivals.append((event.stamp, now))
         journal = self.journal
         if journal is not None and (self._always or self._spilled):
-            if journal.unwritten >= self.max_rows * (SLOW if journal.failure is None else 1):
-                self._drop(f"memory is full, and the spool takes nothing ({journal.failure or 'SPOOL_MAX_MB'})")
+            if journal.unwritten >= self.max_rows * (SLOW_DISK_FACTOR if journal.failure is None else 1):
+                self._drop(f"memory is full, and the spool is not writable ({journal.failure or 'SPOOL_MAX_MB'})")
                 return
             journal.append(event.stamp, encode_event(event))
         if not self._spilled:
@@ -98,7 +100,7 @@ class EventQueue:
                 self._overflow()
 
     def spill(self) -> None:
-        """Leave to the disk what waits and what follows, until all of it is committed; nothing with `SPOOL=off`."""
+        """Move the queue to disk until all of it is committed; does nothing with `SPOOL=off`."""
         journal = self.journal
         if journal is None or self._spilled:
             return
@@ -109,7 +111,7 @@ class EventQueue:
         self._spilled = True
 
     async def peek(self, limit: int, after: int = 0) -> PendingEvents:
-        """Return up to `limit` events with stamps after `after`; they stay in the queue until `forget`."""
+        """Return up to `limit` events with stamps greater than `after`, oldest first, without removing them."""
         if self._spilled and self.journal is not None:
             return decode_records(await self.journal.read(after, limit))
         recent = self._recent
@@ -117,21 +119,21 @@ class EventQueue:
         events = list(islice(later, limit))
         return PendingEvents(events, events[-1].stamp if events else 0)
 
-    async def discard(self, position: int) -> None:
-        """Let go of all events up to this stamp: they are committed."""
-        recent, marks = self._recent, self._marks
-        if recent and recent[-1].stamp <= position:
+    async def discard(self, upto: int) -> None:
+        """Remove all events up to this stamp: they are committed."""
+        recent, arrivals = self._recent, self._arrivals
+        if recent and recent[-1].stamp <= upto:
             recent.clear()
-        while recent and recent[0].stamp <= position:
+        while recent and recent[0].stamp <= upto:
             recent.popleft()
         if self.journal is not None and self.journal.records:
-            await self.journal.trim(position)
+            await self.journal.trim(upto)
         if self._spilled and self.journal is not None and not self.journal.records:
             self._spilled = self._is_dropping = False
-        while len(marks) > 1 and marks[1][0] <= position:
-            marks.popleft()
+        while len(arrivals) > 1 and arrivals[1][0] <= upto:
+            arrivals.popleft()
         if not len(self):
-            marks.clear()
+            arrivals.clear()
 
     def _overflow(self) -> None:
         if self.journal is not None:
@@ -149,70 +151,73 @@ class EventQueue:
 
 
 def decode_records(records: list[tuple[int, bytes]]) -> PendingEvents:
-    """Return the events of a journal's records; what is none is logged and left out."""
+    """Decode a journal's records; invalid ones are logged and skipped."""
     events: list[Event] = []
     for stamp, payload in records:
         try:
             events.append(decode_event(stamp, payload))
         except ValidationError as error:
-            _log.error("%s: it is left out", error)
+            _log.error("journal record skipped: %s", error, extra={"stamp": stamp})
     return PendingEvents(events, records[-1][0] if records else 0)
 
 
-#: Events kept back; beyond it memory counts more than the time of a leave.
-MOST = 20_000
-#: Seconds between two looks whether the lease has been asked for.
-LOOK_SECONDS = 0.1
-
-
 class HeldEvents:
-    """Keeps events back while it is open whether this process still acts.
+    """Holds events back while it is unknown whether this process still owns the lease, after it was suspended.
 
-    If it does they are told as ever. If it does not, messages are told all the same: their ids say which are counted.
-    Joins and leaves are not: the time at which they were heard is wrong by as long as the process was stopped, which is
-    how two processes' leaves are told apart; the one that acts has heard them, or its listing proves them.
+    If it does, all of them are passed on. If another process took over, only messages are passed on: their ids prevent
+    double counting. Joins and leaves are dropped: the time at which this process received them is wrong by the length
+    of the suspension, and the other process has received them itself or finds them in its listing.
     """
 
-    __slots__ = ("_events", "_has_slept", "_settled", "_tell", "_timer")
+    __slots__ = ("_check_seconds", "_deliver", "_events", "_has_slept", "_max_held", "_released", "_timer")
 
-    def __init__(self, tell: Callable[[Event], None], has_slept: Callable[[], bool]) -> None:
-        self._tell = tell
+    def __init__(
+        self,
+        deliver: Callable[[Event], None],
+        has_slept: Callable[[], bool],
+        *,
+        max_held: int = MAX_HELD,
+        check_seconds: float = CHECK_SECONDS,
+    ) -> None:
+        self._deliver = deliver
         self._has_slept = has_slept
+        self._max_held = max_held
+        self._check_seconds = check_seconds
         self._events: list[Event] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._settled = asyncio.Event()
-        self._settled.set()
+        self._released = asyncio.Event()
+        self._released.set()
 
     def __len__(self) -> int:
         return len(self._events)
 
     def add(self, event: Event) -> None:
-        """Tell of an event, now or when the doubt is settled."""
+        """Deliver an event now, or hold it until `release`."""
         if not self._events and not self._has_slept():
-            self._tell(event)
+            self._deliver(event)
             return
         self._events.append(event)
-        self._settled.clear()
+        self._released.clear()
         if self._timer is None:
-            self._look()
+            self._check()
 
     def release(self, *, is_lost: bool) -> None:
-        """Settle it: `is_lost` when another process acts."""
+        """Deliver the held events; with `is_lost` (another process owns the lease) only messages."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         events, self._events = self._events, []
         for event in events:
             if not is_lost or isinstance(event, Message):
-                self._tell(event)
-        self._settled.set()
+                self._deliver(event)
+        self._released.set()
 
     async def wait_released(self) -> None:
-        """Wait until nothing is in doubt: for as long as the database does not answer, at most until memory is full."""
-        await self._settled.wait()
+        """Wait until no event is held: until the database answers, at most until `max_held` events wait."""
+        await self._released.wait()
 
-    def _look(self) -> None:
-        if not self._has_slept() or len(self._events) >= MOST:
+    def _check(self) -> None:
+        if not self._has_slept() or len(self._events) >= self._max_held:
             self.release(is_lost=False)
         else:
-            self._timer = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look)
+            self._timer = asyncio.get_running_loop().call_later(self._check_seconds, self._check)

@@ -1,4 +1,4 @@
-"""The files of a journal: segments of records with checksums. Nothing here knows an event loop."""
+"""The files of a journal: segments of checksummed records. Blocking code, to be run in a thread."""
 
 from __future__ import annotations
 
@@ -19,37 +19,35 @@ _log = logging.getLogger(__name__)
 #: Stamp and payload.
 Record = tuple[int, bytes]
 
-#: What a segment begins with: name of the format and its version; the journal's id and a newline follow.
+#: First bytes of a segment: name and version of the format; the journal's id and a newline follow.
 MAGIC = b"guildbook journal 1 "
-#: The rest of a segment's header: number of the segment before it and where its good part ends; CRC-32 of it all.
-_BEFORE = struct.Struct(">QQ")
+#: The rest of the header: number of the previous segment and where its valid part ends; CRC-32 of the whole header.
+_PREVIOUS = struct.Struct(">QQ")
 _CHECKSUM = struct.Struct(">I")
-#: A record: length of the payload, stamp; the payload; CRC-32 of them.
+#: A record: length of the payload and stamp; the payload; CRC-32 of both.
 _HEAD = struct.Struct(">Iq")
-#: No event is nearly as long, in bytes: a length above is a broken one.
-LONGEST = 2**20
+#: No event is nearly as long, so a greater length in a file is damage.
+MAX_RECORD_BYTES = 2**20
 #: Bytes read from a segment at once.
-CHUNK = 2**18
-#: Bytes after which a batch is forced to disk, though more waits.
+READ_BYTES = 2**18
+#: Bytes after which a batch is flushed to disk although more records wait.
 BATCH_BYTES = 2**21
-#: The segment that is written to is deleted early, when all of it is forgotten, from this part of a full one on.
+#: Fraction of its maximum size from which the newest segment is deleted once all of it is trimmed.
 EARLY = 1 / 8
-
-
-#: Last stamp of a segment that nobody has read: it may hold anything.
+#: Last stamp of a segment that has not been read: it may contain any.
 _UNKNOWN = 2**63 - 1
 
 
 class Damage(NamedTuple):
-    """What could not be read: from the first broken byte to the end of that segment."""
+    """An unreadable part of a segment: from the first broken byte to its end."""
 
     segment: Path
     bytes_lost: int
     why: str
 
 
-class _Broken(Exception):
-    """A record, or a header, is not as it was written: why, and at which offset it begins."""
+class _DamagedError(Exception):
+    """A record or header is damaged: why, and the offset where it starts."""
 
     def __init__(self, why: str, offset: int) -> None:
         super().__init__(why)
@@ -60,45 +58,53 @@ class _Broken(Exception):
 class _Segment:
     number: int
     path: Path
-    #: Bytes that are on disk for good; what may follow was never said to be written.
+    #: Bytes known to be on disk; bytes behind them were never confirmed.
     size: int
-    #: Where reading ends: before `size` when it is damaged.
+    #: Where reading ends: less than `size` if the segment is damaged.
     end: int
-    #: Stamp of its last record; 0 when it has none.
+    #: Stamp of the last record; 0 if there is none.
     last: int = 0
 
 
 class Segments:
-    """Writes records to one segment after the other, reads them in order, and deletes segments that are done with."""
+    """Writes records to one segment after the other, reads them in order, and deletes fully trimmed segments."""
 
-    def __init__(self, directory: Path, segment_bytes: int = 8 * 2**20, *, max_bytes: int = 2**63) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        segment_bytes: int = 8 * 2**20,
+        *,
+        max_bytes: int = 2**63,
+        read_bytes: int = READ_BYTES,
+    ) -> None:
         self.damage: list[Damage] = []
         self._directory = directory
         self._segment_bytes = segment_bytes
-        #: Bytes of the segment written to from which it may go: one that is full has to, however small it is.
+        self._read_bytes = read_bytes
+        #: Size from which the newest segment may be deleted; a full one must be, however small it is.
         self._early: float = min(segment_bytes * EARLY, max_bytes)
         self._segments: list[_Segment] = []
         self._number = 0
-        #: Descriptor of the last segment while it is written to.
+        #: Descriptor of the newest segment while it is open for writing.
         self._open: int | None = None
-        #: Where reading goes on: segment (None: to be looked for), offset, stamps before it in the segment and in all.
-        self._at: _Segment | None = None
+        #: Where reading continues: segment (None: unknown), offset, and the last stamp read in the segment and overall.
+        self._current: _Segment | None = None
         self._offset = 0
-        self._previous = 0
-        self._passed = 0
+        self._last_stamp = 0
+        self._last_read = 0
 
     @classmethod
-    def scan(cls, directory: Path) -> Segments:
-        """Return the segments that another process left in a directory. Raises `OSError`."""
-        segments = cls(directory)
+    def scan(cls, directory: Path, *, read_bytes: int = READ_BYTES) -> Segments:
+        """Open the segments that another process left in a directory. Raises `OSError`."""
+        segments = cls(directory, read_bytes=read_bytes)
         ends: dict[int, int] = {}
         for path in sorted(directory.glob("*.journal")):
             if path.stem.isdecimal():
                 size = path.stat().st_size
                 segments._segments.append(_Segment(int(path.stem), path, size, size, _UNKNOWN))
-                with contextlib.suppress(_Broken), path.open("rb") as file:
-                    before, end = segments._before(file.read(segments._header_size))
-                    ends[before] = end
+                with contextlib.suppress(_DamagedError), path.open("rb") as file:
+                    previous, end = segments._parse_header(file.read(segments._header_size))
+                    ends[previous] = end
         for segment in segments._segments:
             segment.size = segment.end = ends.get(segment.number, segment.size)
         return segments
@@ -111,12 +117,12 @@ class Segments:
     # --- writing
 
     def write(self, records: list[Record]) -> int:
-        """Append records from the first on and force them to disk; return how many it were, at least one.
+        """Append records, oldest first, and flush them to disk; return how many were written, at least one.
 
         Raises `OSError`; none of them counts as written then.
         """
         if self._open is None or self._segments[-1].size >= self._segment_bytes:
-            self._begin()
+            self._start_segment()
         assert self._open is not None
         frames: list[bytes] = []
         size = count = 0
@@ -131,15 +137,15 @@ class Segments:
         try:
             _write_all(self._open, b"".join(frames))
         except OSError:
-            self._take_back()
+            self._truncate()
             raise
         try:
             os.fdatasync(self._open)
         except OSError:
-            # The kernel may have dropped what it could not write, and it says so only once: this file is not to be
-            # trusted with more. The batch is written again, to a new segment, whose header says where the good part of
-            # this one ends; should that be unreadable, reading skips stamps that it has seen.
-            self._take_back()
+            # The kernel may have discarded the pages that it could not write, and reports that only once, so this file
+            # is not used any further. The batch goes to a new segment, whose header says where the valid part of this
+            # one ends; if that header becomes unreadable, reading skips stamps that it has seen.
+            self._truncate()
             self._abandon()
             raise
         segment = self._segments[-1]
@@ -147,8 +153,8 @@ class Segments:
         segment.last = records[count - 1][0]
         return count
 
-    def _take_back(self) -> None:
-        """Cut off what a failed write left; where that fails too, nothing may come behind it."""
+    def _truncate(self) -> None:
+        """Cut off what a failed write left behind; if that fails too, append nothing to this segment."""
         if self._open is not None:
             try:
                 os.ftruncate(self._open, self._segments[-1].size)
@@ -156,27 +162,27 @@ class Segments:
                 self._abandon()
 
     def _abandon(self) -> None:
-        """Write to the last segment no more; one without records goes, or every further try would leave one."""
+        """Stop writing to the newest segment; delete it if it has no records, or each retry would leave one behind."""
         self.close()
         if self._segments and not self._segments[-1].last:
             segment = self._segments.pop()
-            self._at = None if self._at is segment else self._at
+            self._current = None if self._current is segment else self._current
             _delete(segment.path)
 
-    def _begin(self) -> None:
-        """Begin a segment: whole with its header under its name, or not there at all."""
+    def _start_segment(self) -> None:
+        """Start a new segment atomically: it has its name only once its header is on disk."""
         self.close()
         self._number += 1
         path = self._directory / f"{self._number:020d}.journal"
         draft = path.with_suffix(".tmp")
-        before = self._segments[-1] if self._segments else None
-        header = self._header(before.number, before.size) if before is not None else self._header(0, 0)
+        previous = self._segments[-1] if self._segments else None
+        header = self._header(previous.number, previous.size) if previous is not None else self._header(0, 0)
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             _write_all(descriptor, header)
             os.fsync(descriptor)
             draft.rename(path)
-            sync(self._directory)
+            sync_directory(self._directory)
         except BaseException:
             os.close(descriptor)
             _delete(draft)
@@ -186,10 +192,10 @@ class Segments:
         self._segments.append(_Segment(self._number, path, len(header), len(header)))
 
     def close(self) -> None:
-        """Write to this segment no more."""
+        """Close the newest segment."""
         descriptor, self._open = self._open, None
         if descriptor is not None:
-            with contextlib.suppress(OSError):  # what counts was forced to disk before
+            with contextlib.suppress(OSError):  # everything confirmed was flushed before
                 os.close(descriptor)
 
     # --- headers
@@ -200,24 +206,24 @@ class Segments:
 
     @property
     def _header_size(self) -> int:
-        return len(self._prefix) + _BEFORE.size + _CHECKSUM.size
+        return len(self._prefix) + _PREVIOUS.size + _CHECKSUM.size
 
-    def _header(self, before: int, end: int) -> bytes:
-        header = self._prefix + _BEFORE.pack(before, end)
+    def _header(self, previous: int, end: int) -> bytes:
+        header = self._prefix + _PREVIOUS.pack(previous, end)
         return header + _CHECKSUM.pack(zlib.crc32(header))
 
-    def _before(self, header: bytes) -> tuple[int, int]:
-        """Return the number of the segment before that with this header, and where its good part ends."""
+    def _parse_header(self, header: bytes) -> tuple[int, int]:
+        """Return the number of the previous segment and where its valid part ends."""
         if len(header) == self._header_size:
-            before, end = _BEFORE.unpack_from(header, len(self._prefix))
-            if header == self._header(before, end):
-                return before, end
-        raise _Broken("it does not begin as a segment of this journal does", 0)
+            previous, end = _PREVIOUS.unpack_from(header, len(self._prefix))
+            if header == self._header(previous, end):
+                return previous, end
+        raise _DamagedError("invalid segment header", 0)
 
     # --- reading
 
     def stamps(self) -> array[int]:
-        """Read it all, and return the stamps of what is whole. Raises `OSError` like `read`."""
+        """Read everything and return the stamps of the intact records. Raises `OSError` like `read`."""
         stamps = array("q")
         for segment in self._segments:
             segment.last = 0
@@ -228,133 +234,133 @@ class Segments:
         return stamps
 
     def read(self, after: int, limit: int) -> list[Record]:
-        """Return up to `limit` records with stamps above `after`, oldest first.
+        """Return up to `limit` records with stamps greater than `after`, oldest first.
 
-        A broken record costs the rest of its segment, which is logged and noted in `damage`. Raises `OSError` where the
-        system, not the file, is in trouble (too many open files, no right to read): the same call may succeed later.
+        A damaged record ends its segment, which is logged and added to `damage`. Raises `OSError` if not the file but
+        the system fails (too many open files, missing permissions): the same call may succeed later.
         """
-        if after < self._passed:
-            self._at, self._passed = None, 0
-        found: list[Record] = []
-        if self._at is None:
-            self._go_to(next((segment for segment in self._segments if segment.last > after), None))
-        while self._at is not None:
-            self._read_on(self._at, after, limit, found)
-            if len(found) >= limit:
+        if after < self._last_read:
+            self._current, self._last_read = None, 0
+        records: list[Record] = []
+        if self._current is None:
+            self._seek(next((segment for segment in self._segments if segment.last > after), None))
+        while self._current is not None:
+            self._read_segment(self._current, after, limit, records)
+            if len(records) >= limit:
                 break
-            number = self._at.number
+            number = self._current.number
             following = next((segment for segment in self._segments if segment.number > number), None)
             if following is None:
                 break
-            self._go_to(following)
-        return found
+            self._seek(following)
+        return records
 
-    def _go_to(self, segment: _Segment | None) -> None:
-        self._at, self._offset, self._previous = segment, 0, 0
+    def _seek(self, segment: _Segment | None) -> None:
+        self._current, self._offset, self._last_stamp = segment, 0, 0
 
-    def _read_on(self, segment: _Segment, after: int, limit: int, found: list[Record]) -> None:
-        """Read on in a segment, to its end or until enough was found."""
-        with contextlib.closing(self._records(segment, self._offset, self._previous)) as records:
+    def _read_segment(self, segment: _Segment, after: int, limit: int, found: list[Record]) -> None:
+        """Continue reading a segment until its end or until `found` has `limit` records."""
+        with contextlib.closing(self._records(segment, self._offset, self._last_stamp)) as records:
             for stamp, payload, self._offset in records:
-                self._previous = stamp
-                if stamp <= self._passed:
+                self._last_stamp = stamp
+                if stamp <= self._last_read:
                     continue  # written twice, see `write`
-                self._passed = stamp
+                self._last_read = stamp
                 if stamp > after:
                     found.append((stamp, payload))
                     if len(found) >= limit:
                         return
 
     def _records(self, segment: _Segment, offset: int, previous: int) -> Generator[tuple[int, bytes, int], None, None]:
-        """Yield stamp, payload and end of a segment's records from `offset` on, as far as it is whole."""
+        """Yield stamp, payload and end offset of a segment's records from `offset` on, up to the first damaged one."""
         try:
             if offset < segment.end:
                 for stamp, payload, end in self._frames(segment, offset):
                     if stamp <= previous:
-                        raise _Broken("a record is older than the one before it", offset)  # noqa: TRY301
+                        raise _DamagedError("a record is older than its predecessor", offset)  # noqa: TRY301
                     previous, offset = stamp, end
                     yield stamp, payload, end
-        except _Broken as broken:
-            self._lose(segment, broken.offset, str(broken))
+        except _DamagedError as damaged:
+            self._note_damage(segment, damaged.offset, str(damaged))
         except OSError as error:
             if error.errno not in (errno.EIO, errno.ENOENT):
                 raise
-            self._lose(segment, offset, error.strerror or str(error))
+            self._note_damage(segment, offset, error.strerror or str(error))
 
     def _frames(self, segment: _Segment, offset: int) -> Generator[tuple[int, bytes, int], None, None]:
         with segment.path.open("rb", buffering=0) as file:
             if offset == 0:
-                self._before(file.read(self._header_size))
+                self._parse_header(file.read(self._header_size))
                 offset = self._header_size
             file.seek(offset)
             data, position = b"", 0
             while offset < segment.end:
                 if len(data) - position < _HEAD.size:
-                    data, position = data[position:] + file.read(CHUNK), 0
+                    data, position = data[position:] + file.read(self._read_bytes), 0
                     if len(data) < _HEAD.size:
-                        raise _Broken("it ends in the middle of a record", offset)
+                        raise _DamagedError("the segment ends in the middle of a record", offset)
                 length, stamp = _HEAD.unpack_from(data, position)
-                if length > LONGEST:
-                    raise _Broken(f"a record has a length of {length} bytes, which none has", offset)
-                whole = _HEAD.size + length + _CHECKSUM.size
-                while len(data) - position < whole:
-                    more = file.read(max(CHUNK, whole))
+                if length > MAX_RECORD_BYTES:
+                    raise _DamagedError(f"invalid record length: {length} bytes", offset)
+                record_size = _HEAD.size + length + _CHECKSUM.size
+                while len(data) - position < record_size:
+                    more = file.read(max(self._read_bytes, record_size))
                     if not more:
-                        raise _Broken("it ends in the middle of a record", offset)
+                        raise _DamagedError("the segment ends in the middle of a record", offset)
                     data, position = data[position:] + more, 0
-                checked = position + whole - _CHECKSUM.size
-                if zlib.crc32(data[position:checked]) != _CHECKSUM.unpack_from(data, checked)[0]:
-                    raise _Broken("a record's checksum is wrong", offset)
-                payload = data[position + _HEAD.size : checked]
-                position += whole
-                offset += whole
+                payload_end = position + record_size - _CHECKSUM.size
+                if zlib.crc32(data[position:payload_end]) != _CHECKSUM.unpack_from(data, payload_end)[0]:
+                    raise _DamagedError("checksum mismatch", offset)
+                payload = data[position + _HEAD.size : payload_end]
+                position += record_size
+                offset += record_size
                 yield stamp, payload, offset
 
-    def _lose(self, segment: _Segment, offset: int, why: str) -> None:
+    def _note_damage(self, segment: _Segment, offset: int, why: str) -> None:
         damage = Damage(segment.path, segment.size - offset, why)
         self.damage.append(damage)
         segment.end = offset
         _log.warning(
-            "a segment of a journal is damaged, its last %s bytes are lost: %s", damage.bytes_lost, why,
+            "journal segment damaged, its last %s bytes are lost: %s", damage.bytes_lost, why,
             extra={"segment": str(segment.path), "offset": offset},
         )  # fmt: skip
 
-    # --- forgetting
+    # --- deleting
 
     def can_trim(self, upto: int) -> bool:
-        """Return whether `trim` would delete anything; may be asked from any thread."""
+        """Return whether `trim` would delete anything; safe to call from any thread."""
         segments = self._segments[:2]
         if not segments or segments[0].last > upto:
             return False
         return len(segments) > 1 or self._open is None or segments[0].size >= self._early
 
     def trim(self, upto: int) -> None:
-        """Delete the segments at the front that hold nothing with a stamp above `upto`."""
+        """Delete the oldest segments, as far as they hold no stamp greater than `upto`."""
         while self.can_trim(upto):
             if len(self._segments) == 1:
                 self.close()
             segment = self._segments.pop(0)
-            self._at = None if self._at is segment else self._at
+            self._current = None if self._current is segment else self._current
             _delete(segment.path)
 
     def remove(self, lock: str) -> None:
         """Delete all segments and drafts, then the lock, then the directory. Raises `OSError`.
 
-        As long as a segment is there, the lock says whose it is.
+        The lock goes last because it marks the owner of the segments.
         """
         self.close()
         self._segments.clear()
-        self._at = None
+        self._current = None
         for path in (*self._directory.glob("*.journal"), *self._directory.glob("*.tmp")):
             path.unlink(missing_ok=True)
-        sync(self._directory)
+        sync_directory(self._directory)
         (self._directory / lock).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # somebody put something into it: without a lock it is no journal any more
+        with contextlib.suppress(OSError):  # contains foreign files; without a lock it is no longer a journal
             self._directory.rmdir()
 
 
-def sync(directory: Path) -> None:
-    """Force a directory's entries to disk. Raises `OSError`."""
+def sync_directory(directory: Path) -> None:
+    """Flush a directory's entries to disk. Raises `OSError`."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -369,5 +375,5 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 def _delete(path: Path) -> None:
-    with contextlib.suppress(OSError):  # what stays is older than the position: reading it again is without harm
+    with contextlib.suppress(OSError):  # its records are below the replay position, so reading them again is harmless
         path.unlink()
