@@ -52,7 +52,7 @@ async def test_a_language_that_is_none_is_one_clear_line_and_changes_nothing(
     someone = simulator.world.guild(small).owner_id
     async with running(database, simulator, monkeypatch, extensions=EXTENSIONS):
         seen = await run(simulator, "set", someone, small, notifications="on", language="klingonese")
-    told = "Nothing was changed: 'klingonese' is no language: expected a tag like en, de or pt-BR"
+    told = "Nothing was changed: 'klingonese' is not a language tag: use one like en, de or pt-BR"
     assert (seen.ephemeral, seen.final_content) == (True, told)
     assert await database.fetchval("SELECT count(*) FROM member_preferences") == 0
 
@@ -96,7 +96,7 @@ def test_a_language_is_written_as_usual(given: str, tag: str) -> None:
 
 @pytest.mark.parametrize("given", ["", "e", "english", "en-", "de-DE-1996", "дe", "en\n-US", "e1"])
 def test_what_is_no_language_is_refused(given: str) -> None:
-    with pytest.raises(ValidationError, match="is no language"):
+    with pytest.raises(ValidationError, match="is not a language tag"):
         preferences.language_tag(given)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of documents share: a pool with the verbs of `bot.db`, and a model that has grown."""
+"""Models of the tests, and a pool with the interface of `bot.db`."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from pydantic import BaseModel
 from utils.database import Pool
 
 
-class Verbs:
-    """The verbs of `bot.db` on a pool, without a cache."""
+class PoolQueries:
+    """The interface of `bot.db` on a pool, without a cache; counts statements."""
 
-    def __init__(self, database: Pool) -> None:
-        self.database: Pool = database
+    def __init__(self, pool: Pool) -> None:
+        self.pool: Pool = pool
         self.statements: int = 0
 
     async def fetch(self, sql: str, /, *args: Any) -> list[asyncpg.Record]:
         """Return all rows."""
         self.statements += 1
-        return await self.database.fetch(sql, *args)
+        return await self.pool.fetch(sql, *args)
 
     async def fetchrow(self, sql: str, /, *args: Any, use_cache: bool = True) -> asyncpg.Record | None:
         """Return the first row."""
         self.statements += 1
-        return await self.database.fetchrow(sql, *args)
+        return await self.pool.fetchrow(sql, *args)
 
     async def fetchval(self, sql: str, /, *args: Any, use_cache: bool = True) -> Any:
         """Return the first column of the first row."""
         self.statements += 1
-        return await self.database.fetchval(sql, *args)
+        return await self.pool.fetchval(sql, *args)
 
 
 class Item(BaseModel):

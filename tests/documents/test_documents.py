@@ -1,4 +1,4 @@
-"""Documents against a real server: what goes in comes out, defaults, versions, listings, and what is refused."""
+"""Documents: round trips, defaults, versions, listings and validation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, RootModel, computed_field
 
-from tests.documents.models import Counter, Item, Shop, Verbs
+from tests.documents.models import Counter, Item, PoolQueries, Shop
 from utils.database import Pool
 from utils.documents import Documents
 from utils.exceptions import DocumentConflict, DocumentError
@@ -19,18 +19,18 @@ GUILD = 81384788765712384
 
 @pytest.fixture
 def shops(database: Pool) -> Documents[Shop]:
-    """The shops of no guild."""
-    return Documents(Verbs(database), "shop", Shop)
+    """Documents without a guild."""
+    return Documents(PoolQueries(database), "shop", Shop)
 
 
-async def test_what_was_never_set_is_the_models_defaults_and_not_stored(shops: Documents[Shop]) -> None:
+async def test_get_returns_defaults_without_storing_them(shops: Documents[Shop]) -> None:
     assert await shops.get("main") == Shop()
     assert await shops.find("main") is None
     assert await shops.version("main") == 0
     assert await shops.count() == 0
 
 
-async def test_what_was_set_comes_back_as_a_fresh_instance(shops: Documents[Shop]) -> None:
+async def test_get_returns_a_fresh_instance(shops: Documents[Shop]) -> None:
     shop = Shop(title="Pie", items=[Item(name="apple", price=3)], sold={"apple": 2})
     await shops.set("main", shop)
     first = await shops.get("main")
@@ -39,15 +39,15 @@ async def test_what_was_set_comes_back_as_a_fresh_instance(shops: Documents[Shop
     assert await shops.find("main") == shop
 
 
-async def test_guilds_namespaces_and_keys_are_apart_and_ids_are_keys(shops: Documents[Shop]) -> None:
-    here, others = shops.for_guild(GUILD), Documents(shops.db, "other", Shop)
-    await here.set(GUILD, Shop(title="here"))
-    assert (await shops.get(GUILD, guild_id=GUILD)).title == (await here.get(str(GUILD))).title == "here"
-    assert await shops.find(GUILD) is await here.find(1) is await others.find(GUILD, GUILD) is None
-    assert [await store.count() for store in (here, shops, others)] == [1, 0, 0]
+async def test_separates_guilds_namespaces_and_keys(shops: Documents[Shop]) -> None:
+    of_guild, other = shops.for_guild(GUILD), Documents(shops.db, "other", Shop)
+    await of_guild.set(GUILD, Shop(title="here"))
+    assert (await shops.get(GUILD, guild_id=GUILD)).title == (await of_guild.get(str(GUILD))).title == "here"
+    assert await shops.find(GUILD) is await of_guild.find(1) is await other.find(GUILD, GUILD) is None
+    assert [await store.count() for store in (of_guild, shops, other)] == [1, 0, 0]
 
 
-async def test_a_model_without_defaults_says_so_when_there_is_nothing(shops: Documents[Shop]) -> None:
+async def test_missing_document_without_defaults_is_an_error(shops: Documents[Shop]) -> None:
     items = Documents(shops.db, "items", Item).for_guild(GUILD)
     with pytest.raises(DocumentError, match=rf"no document 'x' of items in guild {GUILD}, and Item has no .*\(name"):
         await items.get("x")
@@ -56,7 +56,7 @@ async def test_a_model_without_defaults_says_so_when_there_is_nothing(shops: Doc
     assert await items.find("x") is None
 
 
-async def test_an_update_sets_fields_or_calls_a_function(shops: Documents[Shop]) -> None:
+async def test_update_sets_fields_and_calls_function(shops: Documents[Shop]) -> None:
     assert await shops.update("main", title="Pie") == Shop(title="Pie")
 
     def sell(shop: Shop) -> None:
@@ -67,7 +67,7 @@ async def test_an_update_sets_fields_or_calls_a_function(shops: Documents[Shop])
     assert both == await shops.get("main") == Shop(title="Cake", tax=0.5, sold={"apple": 1})
 
 
-async def test_an_update_that_fails_changes_nothing(shops: Documents[Shop]) -> None:
+async def test_failed_update_changes_nothing(shops: Documents[Shop]) -> None:
     await shops.set("main", Shop(title="Pie"))
 
     def fail(shop: Shop) -> None:
@@ -83,9 +83,9 @@ async def test_an_update_that_fails_changes_nothing(shops: Documents[Shop]) -> N
     assert await shops.get("main") == Shop(title="Pie")
 
 
-async def test_a_write_with_a_version_happens_only_at_that_version(shops: Documents[Shop]) -> None:
+async def test_set_with_version_detects_conflicts(shops: Documents[Shop]) -> None:
     first = await shops.set("main", Shop(), version=0)
-    with pytest.raises(DocumentConflict, match="'main' of shop is not at version 0"):
+    with pytest.raises(DocumentConflict, match="'main' of shop no longer has version 0"):
         await shops.set("main", Shop(title="lost"), version=0)
     second = await shops.set("main", Shop(title="Pie"), version=first)
     assert second == await shops.version("main") > first
@@ -94,7 +94,7 @@ async def test_a_write_with_a_version_happens_only_at_that_version(shops: Docume
     assert await shops.set("main", Shop(title="Cake")) > second
 
 
-async def test_a_document_made_anew_never_has_a_version_it_had_before(shops: Documents[Shop]) -> None:
+async def test_recreated_document_gets_a_new_version(shops: Documents[Shop]) -> None:
     before = await shops.set("main", Shop())
     assert await shops.delete("main")
     assert not await shops.delete("main")
@@ -103,7 +103,7 @@ async def test_a_document_made_anew_never_has_a_version_it_had_before(shops: Doc
         await shops.set("main", Shop(title="lost"), version=before)
 
 
-async def test_a_listing_goes_page_by_page_in_the_order_of_code_points(shops: Documents[Shop]) -> None:
+async def test_list_pages_in_code_point_order(shops: Documents[Shop]) -> None:
     keys = ["A", "B", "a", "a1", "a\ud7ff", "a\ue000", "a\U0010ffff", "a\U0010ffff!", "b", "ä", "\U0001f382"]
     for key in reversed(keys):
         await shops.set(key, Shop(title=key))
@@ -122,60 +122,60 @@ async def test_a_listing_goes_page_by_page_in_the_order_of_code_points(shops: Do
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "a\0", "\ud800"])
-async def test_what_cannot_be_a_key_is_refused(shops: Documents[Shop], key: str) -> None:
-    with pytest.raises(DocumentError, match="cannot be a key"):
+async def test_rejects_invalid_key(shops: Documents[Shop], key: str) -> None:
+    with pytest.raises(DocumentError, match="invalid key"):
         await shops.get(key)
 
 
 @pytest.mark.parametrize("namespace", ["", "my shop", "shop\0", "x" * 101])
-async def test_what_cannot_be_a_namespace_is_refused(shops: Documents[Shop], namespace: str) -> None:
-    with pytest.raises(DocumentError, match="no namespace"):
+async def test_rejects_invalid_namespace(shops: Documents[Shop], namespace: str) -> None:
+    with pytest.raises(DocumentError, match="invalid namespace"):
         Documents(shops.db, namespace, Shop)
 
 
-async def test_a_value_of_more_than_a_megabyte_is_refused_with_its_size(shops: Documents[Shop]) -> None:
+async def test_rejects_value_larger_than_one_megabyte(shops: Documents[Shop]) -> None:
     room = 2**20 - len(Shop(title="").model_dump_json())
     await shops.set("main", Shop(title="x" * room))
-    with pytest.raises(DocumentError, match=r"has 1,048,577 bytes as JSON, more than 1,048,576: split it"):
+    with pytest.raises(DocumentError, match=r"has 1,048,577 bytes as JSON, the maximum is 1,048,576: split it"):
         await shops.set("main", Shop(title="x" * (room + 1)))
     assert len((await shops.get("main")).title) == room
 
 
 class Anything(BaseModel):
-    """A model that takes everything."""
+    """A model that accepts any value."""
 
     value: Any = None
 
 
 @pytest.mark.parametrize("value", [object(), 10**5000, {"deep": b"\xff"}], ids=type)
-async def test_what_is_no_json_is_refused_and_not_bent(database: Pool, value: Any) -> None:
-    store = Documents(Verbs(database), "any", Anything)
-    with pytest.raises(DocumentError, match="cannot be stored: it is no JSON"):
+async def test_rejects_value_that_is_not_json(database: Pool, value: Any) -> None:
+    store = Documents(PoolQueries(database), "any", Anything)
+    with pytest.raises(DocumentError, match="cannot be stored: it cannot be represented as JSON"):
         await store.set("x", Anything(value=value))
     assert await store.count() == 0
 
 
 @pytest.mark.parametrize("tax", [float("nan"), float("-inf")])
-async def test_a_number_that_is_not_finite_is_refused(shops: Documents[Shop], tax: float) -> None:
-    with pytest.raises(DocumentError, match="no JSON"):
+async def test_rejects_nan_and_infinity(shops: Documents[Shop], tax: float) -> None:
+    with pytest.raises(DocumentError, match="cannot be represented as JSON"):
         await shops.update("main", tax=tax)
 
 
-async def test_what_was_spoiled_after_its_validation_is_refused(shops: Documents[Shop]) -> None:
+async def test_rejects_value_invalidated_after_validation(shops: Documents[Shop]) -> None:
     shop = Shop()
     shop.tax = "much"  # type: ignore[assignment]
     with pytest.raises(DocumentError, match="tax: Input should be a valid number"):
         await shops.set("main", shop)
 
 
-async def test_nul_and_lone_surrogates_are_made_storable_in_values_and_keys(database: Pool) -> None:
-    store = Documents(Verbs(database), "any", Anything)
+async def test_replaces_nul_and_lone_surrogates(database: Pool) -> None:
+    store = Documents(PoolQueries(database), "any", Anything)
     await store.set("x", Anything(value={"a\0\ud800": ["b\udfff", {"\0": 1}]}))
     assert (await store.get("x")).value == {"a\ufffd\ufffd": ["b\ufffd", {"\ufffd": 1}]}
 
 
 class Awkward(BaseModel):
-    """A model with everything that makes a round trip hard."""
+    """A model whose round trip is difficult: strict, frozen, aliases, computed fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid", serialize_by_alias=True, frozen=True)
 
@@ -189,12 +189,12 @@ class Awkward(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def doubled(self) -> int:
-        """Twice the big one."""
+        """Twice `big`."""
         return self.big * 2
 
 
-async def test_strict_types_aliases_and_computed_fields_make_the_round_trip(database: Pool) -> None:
-    store = Documents(Verbs(database), "awkward", Awkward)
+async def test_round_trips_strict_models_and_aliases(database: Pool) -> None:
+    store = Documents(PoolQueries(database), "awkward", Awkward)
     value = Awkward(
         at=datetime(2026, 1, 2, tzinfo=UTC), amount=Decimal("0.10"), Big=2**80 + 1, tags={"a"}, pair=(1, 1e300),
         by_id={GUILD: "x"},
@@ -205,16 +205,16 @@ async def test_strict_types_aliases_and_computed_fields_make_the_round_trip(data
     assert (await store.get("x")).tags == {"b"}
 
 
-async def test_a_list_can_be_a_document(database: Pool) -> None:
-    store = Documents(Verbs(database), "lists", RootModel[list[int]])
+async def test_list_can_be_a_document(database: Pool) -> None:
+    store = Documents(PoolQueries(database), "lists", RootModel[list[int]])
     await store.set("x", RootModel[list[int]]([1, 2]))
     assert (await store.get("x")).root == [1, 2]
 
 
-async def test_a_write_is_one_statement_and_an_update_two(database: Pool) -> None:
-    verbs = Verbs(database)
-    store = Documents(verbs, "counters", Counter)
+async def test_set_is_one_statement_and_update_two(database: Pool) -> None:
+    queries = PoolQueries(database)
+    store = Documents(queries, "counters", Counter)
     await store.set("x", Counter())
-    assert verbs.statements == 1
+    assert queries.statements == 1
     await store.update("x", count=2)
-    assert verbs.statements == 3
+    assert queries.statements == 3

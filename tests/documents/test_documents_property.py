@@ -1,4 +1,4 @@
-"""Documents under a generator's hands: no update is lost, and whatever is JSON comes back."""
+"""Property tests of documents: no update is lost, and any JSON value round-trips."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from tests.documents.models import Verbs
+from tests.documents.models import PoolQueries
 from utils.database import Pool
 from utils.documents import Documents
 from utils.text import scrub_payload
 
 
 class Ledger(BaseModel):
-    """Numbers that were added."""
+    """A list of numbers to append to."""
 
     entries: list[int] = []
 
 
 class Anything(BaseModel):
-    """A model that takes everything."""
+    """A model that accepts any value."""
 
     value: Any = None
 
@@ -37,27 +37,27 @@ JSON = st.recursive(
 )
 
 
-def floated(found: Any, wanted: Any) -> Any:
-    """Return what was found, with the numbers as floats that were some: `jsonb` writes 1e22 without an exponent."""
+def with_floats(found: Any, expected: Any) -> Any:
+    """Convert numbers back to floats where `expected` has floats: `jsonb` writes 1e22 without an exponent."""
     if isinstance(found, list):
-        return [floated(*pair) for pair in zip(found, wanted, strict=True)]
+        return [with_floats(*pair) for pair in zip(found, expected, strict=True)]
     if isinstance(found, dict):
-        return {key: floated(value, wanted[key]) for key, value in found.items()}
-    return float(found) if isinstance(wanted, float) else found
+        return {key: with_floats(value, expected[key]) for key, value in found.items()}
+    return float(found) if isinstance(expected, float) else found
 
 
 @settings(max_examples=25)
-@given(adds=st.lists(KEYS, max_size=40), spoilt=st.sets(KEYS), begun=st.sets(KEYS))
-async def test_updates_at_once_never_lose_one(
-    database: Pool, adds: list[str], spoilt: set[str], begun: set[str]
+@given(adds=st.lists(KEYS, max_size=40), invalid=st.sets(KEYS), existing=st.sets(KEYS))
+async def test_concurrent_updates_are_never_lost(
+    database: Pool, adds: list[str], invalid: set[str], existing: set[str]
 ) -> None:
     await database.execute("TRUNCATE documents")
-    stores = [Documents(Verbs(database), "ledger", Ledger) for _ in range(3)]
-    for key in begun | spoilt:
+    stores = [Documents(PoolQueries(database), "ledger", Ledger) for _ in range(3)]
+    for key in existing | invalid:
         await stores[0].set(key, Ledger())
-    if spoilt:
+    if invalid:
         await database.execute(
-            "UPDATE documents SET value = '{\"entries\": 5}' WHERE key = ANY($1::text[])", sorted(spoilt)
+            "UPDATE documents SET value = '{\"entries\": 5}' WHERE key = ANY($1::text[])", sorted(invalid)
         )
 
     async def add(number: int, key: str) -> None:
@@ -74,12 +74,10 @@ async def test_updates_at_once_never_lose_one(
 
 @settings(max_examples=25)
 @given(steps=st.lists(st.sampled_from(["add", "add", "delete", "replace"]), max_size=30))
-async def test_with_deletions_and_replacements_between_every_update_builds_on_one_that_was_there(
-    database: Pool, steps: list[str]
-) -> None:
-    """Each value is made of the one before it: what an update returns extends something that was stored."""
+async def test_updates_build_on_stored_values_despite_deletions(database: Pool, steps: list[str]) -> None:
+    """What an update returns extends a value that was stored before."""
     await database.execute("TRUNCATE documents")
-    store = Documents(Verbs(database), "ledger", Ledger)
+    store = Documents(PoolQueries(database), "ledger", Ledger)
     results: list[list[int]] = [[]]
 
     async def step(number: int, kind: str) -> None:
@@ -94,18 +92,18 @@ async def test_with_deletions_and_replacements_between_every_update_builds_on_on
 
     await asyncio.gather(*(step(number, kind) for number, kind in enumerate(steps)))
     assert all(entries[:-1] in results for entries in results[1:])
-    # Nobody builds twice on the same value; on none at all as often as it was absent.
+    # No two updates extend the same value, except the empty one after a deletion.
     built = [tuple(entries[:-1]) for entries in results[1:] if len(entries) > 1]
     assert len(built) == len(set(built))
 
 
 @settings(max_examples=150)
 @given(value=JSON)
-async def test_whatever_is_json_comes_back_as_it_was(database: Pool, value: Any) -> None:
-    store = Documents(Verbs(database), "any", Anything)
+async def test_round_trips_any_json(database: Pool, value: Any) -> None:
+    store = Documents(PoolQueries(database), "any", Anything)
     await store.set("x", Anything(value=value))
     found = (await store.get("x")).value
-    assert floated(found, scrub_payload(value)) == scrub_payload(value)
+    assert with_floats(found, scrub_payload(value)) == scrub_payload(value)
     assert dict(await store.list())["x"].value == found
 
 
@@ -115,7 +113,7 @@ async def test_pages_are_the_sorted_keys_with_the_prefix(
     database: Pool, keys: set[str], prefix: str, limit: int
 ) -> None:
     await database.execute("TRUNCATE documents")
-    store = Documents(Verbs(database), "any", Anything)
+    store = Documents(PoolQueries(database), "any", Anything)
     keys = {key for key in keys if "\0" not in key}
     prefix = prefix.replace("\0", "")
     for key in keys:

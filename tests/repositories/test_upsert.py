@@ -45,9 +45,7 @@ async def test_upsert_writes_and_counts_only_changed_rows(sessions: SessionFacto
     before = await database.fetch("SELECT *, xmin FROM members ORDER BY user_id")
     assert await members.upsert_many(rows) == 0
     assert await database.fetch("SELECT *, xmin FROM members ORDER BY user_id") == before
-    assert await database.fetchval("SELECT count(*) FROM members WHERE xmax <> 0") == 0, (
-        "unchanged rows are locked"
-    )
+    assert await database.fetchval("SELECT count(*) FROM members WHERE xmax <> 0") == 0, "unchanged rows are locked"
     rows[7] = {**rows[7], "nick": "new", "roles": [1, 2, 3]}
     assert await members.upsert_many([*rows, {**rows[0], "user_id": 900}], chunk=100) == 2
     changed = await members.get((1, rows[7]["user_id"]))

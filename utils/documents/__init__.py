@@ -1,4 +1,4 @@
-"""Documents: typed settings and small stores for cogs, in one table; and what members chose."""
+"""Documents (typed settings and small stores for cogs, in one table) and member preferences."""
 
 from utils.documents.documents import Documents
 

@@ -1,4 +1,4 @@
-"""Models as JSON text that PostgreSQL can store, and back; what does not fit any more is repaired by its defaults."""
+"""Converts pydantic models to JSON text for `jsonb` and back, and repairs JSON that no longer fits its model."""
 
 from __future__ import annotations
 
@@ -12,76 +12,78 @@ from utils.text import scrub_payload, storable
 
 T = TypeVar("T", bound=BaseModel)
 
-#: Bytes of a value as JSON: a document is read and written whole.
+#: Maximum size of a value as JSON, in bytes: a document is always read and written as a whole.
 MAX_BYTES = 2**20
-#: Rounds of dropping what does not fit; each may uncover what did not fit behind it.
-_ROUNDS = 50
-#: Faults that a message names; the rest is counted.
-_NAMED = 3
+#: Maximum number of repair passes. Removing one invalid part can reveal another.
+_MAX_PASSES = 50
+#: Number of validation errors listed in a message; the others are counted.
+_MAX_LISTED = 3
 
 
-class Misfit(ValueError):
-    """A value does not fit its model, or cannot be stored; the message says what is wrong with it."""
+class InvalidDocument(ValueError):
+    """A value does not fit its model or cannot be stored. The message names the fields and the reasons."""
 
 
 class Codec(Generic[T]):
-    """Turns one model into JSON text and back.
+    """Converts values of one model to JSON text and back.
 
-    Fields go by their names, whatever aliases they have; computed ones are left out. NUL and lone surrogates, which
-    `jsonb` has not, become U+FFFD. Numbers that are not finite are refused, but where a field has no type of its own
-    (`Any`) pydantic makes them null.
+    Fields are stored under their names, not their aliases; computed fields are omitted. NUL and lone surrogates, which
+    `jsonb` cannot store, become U+FFFD. NaN and infinity are rejected, except in fields of type `Any`, where pydantic
+    serializes them as null.
     """
 
     def __init__(self, model: type[T]) -> None:
         self.model: type[T] = model
 
     def encode(self, value: T) -> str:
-        """Return the JSON of a value. Raises `Misfit` for what could not be read again, and for more than 1 MB."""
+        """Return a value as JSON text. Raises `InvalidDocument` if it cannot be read back or is larger than 1 MB."""
         try:
             try:
                 plain = self._plain(value)
-            except UnicodeEncodeError:  # pydantic takes lone surrogates in values, but not in keys
+            except UnicodeEncodeError:  # pydantic accepts lone surrogates in values, but not in keys
                 fields = _storable_keys(value.model_dump(by_alias=False, round_trip=True, warnings=False))
                 plain = self._plain(self.model.model_validate(fields, by_alias=False, by_name=True))
             text = json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         except ValidationError as exc:
-            raise Misfit(_told(exc)) from exc
+            raise InvalidDocument(_describe(exc)) from exc
         except (PydanticSerializationError, ValueError, TypeError, RecursionError) as exc:
-            raise Misfit(f"it is no JSON ({exc})") from exc
+            raise InvalidDocument(f"it cannot be represented as JSON ({exc})") from exc
         size = len(text.encode())
         if size > MAX_BYTES:
-            raise Misfit(f"it has {size:,} bytes as JSON, more than {MAX_BYTES:,}: split it over several keys")
+            raise InvalidDocument(
+                f"it has {size:,} bytes as JSON, the maximum is {MAX_BYTES:,}: split it over several keys"
+            )
         self.decode(text)
         return text
 
     def decode(self, text: str) -> T:
-        """Return the value of a JSON text. Raises `Misfit`."""
+        """Return the value of a JSON text. Raises `InvalidDocument` if it does not fit the model."""
         try:
             return self.model.model_validate_json(text, by_alias=False, by_name=True)
         except ValidationError as exc:
-            raise Misfit(_told(exc)) from exc
+            raise InvalidDocument(_describe(exc)) from exc
 
     def default(self) -> T:
-        """Return the model with nothing but defaults. Raises `Misfit` when fields have none."""
+        """Return the model with all defaults. Raises `InvalidDocument` if a field has none."""
         try:
             return self.model()
         except ValidationError as exc:
-            raise Misfit(_told(exc)) from exc
+            raise InvalidDocument(_describe(exc)) from exc
 
     def repair(self, text: str) -> tuple[str, T] | None:
-        """Drop the smallest parts that do not fit and can be missing; return the new text and value.
+        """Remove the smallest invalid parts, so that their defaults apply, and return the new text and value.
 
-        None: it does not fit without them either.
+        Returns None if the rest does not fit the model either.
         """
         plain = json.loads(text)
-        for _ in range(_ROUNDS):
+        for _ in range(_MAX_PASSES):
             try:
                 return text, self.model.model_validate_json(text, by_alias=False, by_name=True)
             except ValidationError as exc:
-                paths = {_found(plain, error) for error in exc.errors(include_url=False, include_context=False)}
+                paths = {_existing_path(plain, error) for error in exc.errors(include_url=False, include_context=False)}
             if () in paths:
                 return None
-            for path in sorted(paths, reverse=True):  # from behind, so that the other indexes of a list stay
+            for path in sorted(paths, reverse=True):  # last index first, so that the indexes of a list stay valid
                 _drop(plain, path)
             text = json.dumps(plain, ensure_ascii=False)
         return None
@@ -90,16 +92,16 @@ class Codec(Generic[T]):
         return scrub_payload(value.model_dump(mode="json", by_alias=False, round_trip=True, warnings=False))
 
 
-def _told(exc: ValidationError) -> str:
-    """Return the faults in one line, without the values: they may be anybody's."""
-    faults = exc.errors(include_url=False, include_context=False, include_input=False)
-    named = [f"{'.'.join(map(str, fault['loc'])) or 'the whole'}: {fault['msg']}" for fault in faults[:_NAMED]]
-    more = [f"{len(faults) - _NAMED} more"] if len(faults) > _NAMED else []
-    return storable("; ".join([*named, *more]))
+def _describe(exc: ValidationError) -> str:
+    """Describe the validation errors in one line, without values: they may be personal data."""
+    errors = exc.errors(include_url=False, include_context=False, include_input=False)
+    listed = [f"{'.'.join(map(str, error['loc'])) or 'document'}: {error['msg']}" for error in errors[:_MAX_LISTED]]
+    more = [f"{len(errors) - _MAX_LISTED} more"] if len(errors) > _MAX_LISTED else []
+    return storable("; ".join([*listed, *more]))
 
 
-def _found(plain: Any, error: ErrorDetails) -> tuple[Any, ...]:
-    """Return how far a fault's path leads into a value: beyond it stand what is missing, and pydantic's own words."""
+def _existing_path(plain: Any, error: ErrorDetails) -> tuple[Any, ...]:
+    """Return the part of an error's path that exists in the value; pydantic appends missing keys and type names."""
     path: list[int | str] = []
     for step in error["loc"]:
         is_item = isinstance(plain, list) and isinstance(step, int) and 0 <= step < len(plain)

@@ -1,13 +1,13 @@
-"""What members chose in a guild: read and written in one place, for /preferences and for cogs alike."""
+"""Member preferences per guild, for /preferences and for cogs."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import asyncpg
-
+from utils.database import Pool
+from utils.database.access import Database
 from utils.exceptions import ValidationError
 from utils.text import scrub_payload
 
@@ -30,54 +30,42 @@ RETURNING notifications, language, extra
 _RESET = "DELETE FROM member_preferences WHERE guild_id = $1 AND user_id = $2 RETURNING user_id"
 
 
-class Verbs(Protocol):
-    """What preferences need of `bot.db`."""
-
-    async def fetchrow(self, sql: str, /, *args: Any) -> asyncpg.Record | None:
-        """Return the first row, or None when there is none."""
-        ...
-
-    async def fetchval(self, sql: str, /, *args: Any) -> Any:
-        """Return the first column of the first row, or None when there is none."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Preferences:
-    """What a member chose; None where they did not choose."""
+    """A member's preferences in one guild; None means not chosen."""
 
-    #: Whether the bot may notify them of its own accord.
+    #: Whether the bot may send unsolicited notifications.
     notifications: bool | None = None
     #: A language tag like `de` or `pt-BR`.
     language: str | None = None
-    #: What cogs let them choose, by the cogs' own names.
+    #: Preferences of cogs, by name.
     extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Unchanged:
-    """Stands for what `put` shall leave as it is."""
+    """The type of `UNCHANGED`, the mark of a preference that `put` does not change."""
 
 
 UNCHANGED = Unchanged()
 
 
-async def get(db: Verbs, guild_id: int, user_id: int) -> Preferences:
-    """Return what a member chose in a guild; nothing is chosen when they never did."""
+async def get(db: Database | Pool, guild_id: int, user_id: int) -> Preferences:
+    """Return a member's preferences in a guild; all None if they never chose any."""
     row = await db.fetchrow(_GET, guild_id, user_id)
     return Preferences() if row is None else Preferences(**row)
 
 
 async def put(
-    db: Verbs,
+    db: Database | Pool,
     guild_id: int,
     user_id: int,
     *,
     notifications: bool | Unchanged | None = UNCHANGED,
     language: str | Unchanged | None = UNCHANGED,
 ) -> Preferences:
-    """Store what a member chose and return all of it; None takes a choice back.
+    """Store preferences and return all of the member's preferences; None resets one.
 
-    Raises `ValidationError` for a language that is no tag.
+    Raises `ValidationError` for a language that is not a language tag.
     """
     row = await db.fetchrow(
         _SET,
@@ -92,23 +80,23 @@ async def put(
     return Preferences(**row)
 
 
-async def put_extra(db: Verbs, guild_id: int, user_id: int, name: str, value: Any) -> Preferences:
-    """Store one choice of a cog's own, anything that is JSON, and return all of them."""
+async def put_extra(db: Database | Pool, guild_id: int, user_id: int, name: str, value: Any) -> Preferences:
+    """Store one preference of a cog, any JSON value, and return all of the member's preferences."""
     row = await db.fetchrow(_SET_EXTRA, guild_id, user_id, scrub_payload(name), scrub_payload(value))
     assert row is not None, "an upsert returns its row"
     return Preferences(**row)
 
 
-async def reset(db: Verbs, guild_id: int, user_id: int) -> bool:
-    """Forget what a member chose in a guild, and tell whether they had chosen anything."""
+async def reset(db: Database | Pool, guild_id: int, user_id: int) -> bool:
+    """Delete a member's preferences in a guild and return whether there were any."""
     return await db.fetchval(_RESET, guild_id, user_id) is not None
 
 
 def language_tag(text: str) -> str:
-    """Return a language tag as it is usually written: `pt-br` becomes `pt-BR`. Raises `ValidationError`."""
+    """Normalize a language tag: `pt-br` becomes `pt-BR`. Raises `ValidationError` for anything else."""
     match = _LANGUAGE.fullmatch(text.strip().replace("_", "-"))
     if match is None:
-        raise ValidationError(f"{text[:30]!r} is no language: expected a tag like en, de or pt-BR")
+        raise ValidationError(f"{text[:30]!r} is not a language tag: use one like en, de or pt-BR")
     language, script, region = match.groups()
     parts = [language.lower(), script and script.capitalize(), region and region.upper()]
     return "-".join(part for part in parts if part)
