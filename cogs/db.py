@@ -20,7 +20,7 @@ from utils.operations.backup.service import BackupService
 from utils.operations.doctor import examine
 from utils.operations.doctor.context import DoctorContext
 from utils.operations.importing import exporting, importer
-from utils.operations.migrations import admin
+from utils.operations.migrations import Actor, admin
 from utils.operations.migrations.preview import preview as written
 from utils.operations.slash import Reply, Shown
 from utils.operations.upkeep import maintain, picture
@@ -162,7 +162,8 @@ class DatabaseCommands(BaseCog):
         async def work(reply: Reply) -> Outcome:
             would = await written(self._database)
             await reply.confirm(would.text, "Upgrade")
-            outcome = await admin.upgrade(self._database, progress=reply.step)
+            by = Actor("discord", interaction.user.id)
+            outcome = await admin.upgrade(self._database, by=by, progress=reply.step)
             await self.db.renew()
             return outcome
 
@@ -181,7 +182,14 @@ class DatabaseCommands(BaseCog):
             async def save() -> str:
                 return await self._vault().save(self._database, "before downgrade", reply.step)
 
-            outcome = await admin.downgrade(self._database, revision, backup=save, alone=_together, progress=reply.step)
+            outcome = await admin.downgrade(
+                self._database,
+                revision,
+                backup=save,
+                exclusive=_together,
+                by=Actor("discord", interaction.user.id),
+                progress=reply.step,
+            )
             self.bot.end(
                 MigrationError(
                     f"an operator took the schema down to {revision}: start the version that fits it, or bring it up"
@@ -201,7 +209,7 @@ class DatabaseCommands(BaseCog):
 
         async def work(reply: Reply) -> Outcome:
             await reply.confirm(f"Note that the schema is at {revision}, without running anything?", "Stamp")
-            return await admin.stamp(self._database, revision)
+            return await admin.stamp(self._database, revision, by=Actor("discord", interaction.user.id))
 
         await self._run(interaction, "db migrate stamp", work, revision=revision)
 

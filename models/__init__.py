@@ -4,7 +4,17 @@ from models.base import DISCORD_EPOCH_MS, Base, Erase, Part, mirrored_tables, pa
 from models.documents import Document
 from models.guilds import Channel, Guild, Role, Thread
 from models.history import Change, MemberEvent, SyncRun, UserChange
-from models.ops import AdminAction, CommandTree, CountedMessage, DeadLetter, Lease, Position, Suppression, TableSize
+from models.ops import (
+    AdminAction,
+    CommandTree,
+    CountedMessage,
+    DeadLetter,
+    Lease,
+    Migration,
+    Position,
+    Suppression,
+    TableSize,
+)
 from models.people import Member, MemberPreferences, MemberStats, User
 
 __all__ = [
@@ -24,6 +34,7 @@ __all__ = [
     "MemberEvent",
     "MemberPreferences",
     "MemberStats",
+    "Migration",
     "Part",
     "Position",
     "Role",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, Index, Integer, Text, func
+from sqlalchemy import BigInteger, CheckConstraint, Double, Index, Integer, Text, func
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped
 
@@ -82,6 +82,31 @@ class AdminAction(Base):
     command: Mapped[str] = marked(Text, nullable=False)
     arguments: Mapped[dict[str, Any]] = marked(JSONB, nullable=False, server_default="{}")
     result: Mapped[str] = marked(Text, nullable=False)
+
+
+class Migration(Base):
+    """Who applied or reverted a revision of the schema, and who paused or resumed AUTO_MIGRATE. Append-only."""
+
+    __tablename__ = "migrations"
+    __table_args__ = (
+        CheckConstraint("action IN ('upgrade', 'downgrade', 'stamp', 'pause', 'resume')", name="action"),
+        {"schema": "ops"},
+    )
+
+    id: Mapped[int] = marked(BigInteger, primary_key=True)
+    at: Mapped[datetime] = marked(nullable=False, server_default=func.now())
+    #: The revision that was applied, reverted or stamped; of a pause the one that the schema is downgraded to.
+    revision: Mapped[str] = marked(Text, nullable=False)
+    #: AUTO_MIGRATE is paused when the latest pause or resume is a pause.
+    action: Mapped[str] = marked(Text, nullable=False)
+    #: How long the revision took; None if it was not measured.
+    seconds: Mapped[float | None] = marked(Double)
+    #: Why AUTO_MIGRATE is paused; None for everything but a pause.
+    reason: Mapped[str | None] = marked(Text)
+    #: bot, command line, discord, alembic or sql file.
+    applied_by: Mapped[str] = marked(Text, nullable=False)
+    #: The operator, when the command came from Discord.
+    user_id: Mapped[int | None] = snowflake(erase=Erase.SUBJECT)
 
 
 class TableSize(Base):

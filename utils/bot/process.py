@@ -19,7 +19,7 @@ from utils.bot.client import SPOOL, Guildbook
 from utils.database import Pool
 from utils.database.embedded import open_target
 from utils.database.partitions import ensure_partitions
-from utils.exceptions import DatabaseUnavailable, GuildbookError, LeaseLost, MigrationError, SettingsError
+from utils.exceptions import DatabaseUnavailable, GuildbookError, LeaseLost, SettingsError
 from utils.mirror.spool.journal import is_dead
 from utils.operations import migrations
 from utils.operations.backup import recover
@@ -128,7 +128,8 @@ class Process:
         await self.db.connect()
         await self._offer_recovery(self.db)
         if not await has_table(self.db):
-            await self._bring_schema_up_to_date(self.db)  # without it there is no lease to wait for
+            # Without a schema there is no lease to wait for.
+            await migrations.prepare_schema(self.db, auto_migrate=settings.auto_migrate)
         self._repeat("partitions", PARTITION_SECONDS, self._make_partitions_in_time)
         self._repeat("database check", CHECK_SECONDS, self._check_database)
         self._run_beside("loop watch", self._watch_loop())
@@ -147,7 +148,7 @@ class Process:
         lost = asyncio.create_task(lease.lost.wait(), name="lost")
         running: asyncio.Task[None] | None = None
         try:
-            await self._bring_schema_up_to_date(db)
+            await migrations.prepare_schema(db, auto_migrate=settings.auto_migrate)
             await self._make_partitions()
             self.bot = Guildbook(settings, db, lease)
             heap.settle()
@@ -185,20 +186,6 @@ class Process:
             _log.warning("the gateway is left: standing by until the process that acts has ended")
         else:
             await asyncio.sleep(ANEW_SECONDS)
-
-    async def _bring_schema_up_to_date(self, db: Pool) -> None:
-        off: str | None = None
-        if self.settings.auto_migrate:
-            off = (await migrations.upgrade(db, heeds_switch=True)).kept_off
-            if off is None:
-                return
-            _log.warning("%s: AUTO_MIGRATE stays off until python bot.py db upgrade", off)
-        if waiting := await migrations.pending(db):
-            why = "AUTO_MIGRATE is off" if off is None else f"AUTO_MIGRATE stays off, because {off}"
-            raise MigrationError(
-                f"the schema is behind, revision {', '.join(waiting)} is not applied and {why}:"
-                " run python bot.py db upgrade"
-            )
 
     async def _offer_recovery(self, db: Pool) -> None:
         """Say what to type when the database has lost what a backup still has."""

@@ -106,7 +106,7 @@ def downgrade(
 
         found = await database.fetchval("SELECT current_database()")
         if name != found:
-            raise GuildbookError(f"the database at {database.target} is called {found}, not {name}: nothing was done")
+            raise GuildbookError(f"the database at {database.target} is named {found}, not {name}: nothing was changed")
         backup = None if no_backup else _backup(settings, database, progress)
         return await admin.downgrade(database, revision, backup=backup, progress=progress)
 

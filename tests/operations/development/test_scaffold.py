@@ -14,7 +14,7 @@ from utils.bot.registrations import forget_tables
 from utils.demo.child import environment
 from utils.exceptions import MigrationError, ValidationError
 from utils.operations.development.scaffold import new_cog
-from utils.operations.migrations.environment import declare
+from utils.operations.migrations.environment import import_models
 
 #: The first in the alphabet and of two words, so that the order of imports and the making of class names show.
 NAME = "a_counter"
@@ -100,15 +100,15 @@ def test_tables_of_cogs_are_known_when_a_migration_is_written(tmp_path: Path, mo
     (package / "large" / "tables.py").write_text(TABLE)
     (package / "broken_but_without.py").write_text("raise RuntimeError")
     try:
-        declare(package)
+        import_models(package)
         assert "found_in_a_cog" in Base.metadata.tables
     finally:
         forget_tables(package.name)
     (package / "broken.py").write_text(TABLE + "raise RuntimeError('no')")
-    message = "cogs_with_tables.broken declares tables, but cannot be imported: RuntimeError: no"
+    message = "cogs_with_tables.broken declares tables but cannot be imported: RuntimeError: no"
     try:
         with pytest.raises(MigrationError, match=message):
-            declare(package)
+            import_models(package)
     finally:
         forget_tables(package.name)
 
@@ -120,7 +120,7 @@ def test_a_table_that_cannot_be_read_stops_the_migration_with_one_line(clone: Pa
     broken.unlink()
     assert done.returncode != 0
     output = (done.stdout + done.stderr).strip().splitlines()
-    assert output[-1].endswith("models.broken declares tables, but cannot be imported: RuntimeError: no")
+    assert output[-1].endswith("models.broken declares tables but cannot be imported: RuntimeError: no")
     assert "Traceback" not in done.stdout + done.stderr
 
 

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 
 from simulator import Limits, Simulator, World
 from simulator.state import Intent
-from tests.operations.migrations.test_admin import HEAD, KNOWN, bot
+from tests.bot.running import typed as bot
+from tests.operations.migrations.support import HEAD, KNOWN
 from utils.database import ConnectTarget, Pool
 from utils.operations import migrations
 from utils.operations.doctor import CHECKS, Check, Finding, examine, examined
 from utils.operations.doctor.configuration import shape_of
 from utils.operations.doctor.context import DoctorContext
 from utils.operations.doctor.report import CheckSkipped
-from utils.operations.migrations import switch
 from utils.settings import variables
 
 WORST = ("fail", "warn", "ok")
@@ -203,7 +203,7 @@ async def test_no_schema_an_old_one_and_one_that_was_taken_down(
     await migrations.upgrade(empty_target, KNOWN[0])
     findings = await found(monkeypatch, "schema", DATABASE_URL=url, AUTO_MIGRATE="false")
     assert (findings["schema"].state, findings["schema"].todo) == ("fail", "run python bot.py db upgrade")
-    await switch.turn_off(empty_target, KNOWN[0])
+    await migrations.pause_auto_migrate(empty_target, KNOWN[0])
     findings = await found(monkeypatch, "schema", DATABASE_URL=url, AUTO_MIGRATE="true")
     assert (findings["schema"].state, findings["AUTO_MIGRATE"].state) == ("fail", "warn")
     await migrations.upgrade(empty_target)

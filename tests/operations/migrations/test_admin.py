@@ -1,62 +1,43 @@
-"""What operators do with the schema: status, history, upgrade, downgrade, stamp, and the switch."""
+"""What operators do with the schema: status, history, upgrade, downgrade and stamp."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import asyncpg
 import pytest
 
-from utils.bot.process import Process
+from tests.bot.running import typed
+from tests.operations.migrations.support import EXTRA, HEAD, KNOWN, with_revision, without_newest
 from utils.database import ConnectTarget, Pool
-from utils.database.embedded import EmbeddedServer
-from utils.demo.child import ENTRY, environment
 from utils.exceptions import DatabaseError, GuildbookError, MigrationError
 from utils.operations import migrations
-from utils.operations.action import Step, record_action
-from utils.operations.migrations import admin, invalid, schema_catalog, switch
+from utils.operations.action import Step
+from utils.operations.migrations import Actor, MigrationOptions, admin, invalid_indexes, schema_catalog
 from utils.service.lease import hold_as_operator
-from utils.settings import Settings
-
-KNOWN = [revision for revision, _ in migrations.revisions()]
-HEAD = KNOWN[-1]
 
 
-async def backed_up() -> str:
+async def back_up() -> str:
     return "backup 1"
 
 
 @pytest.fixture
 async def empty(empty_target: ConnectTarget) -> AsyncIterator[Pool]:
     """A pool on a database without any table."""
-    db = Pool(empty_target, pool_max=4, connect_timeout=10)
-    await db.connect()
-    yield db
-    await db.close()
+    pool = Pool(empty_target, pool_max=4, connect_timeout=10)
+    await pool.connect()
+    yield pool
+    await pool.close()
 
 
-async def bot(directory: Path, *arguments: str, **settings: str) -> tuple[int, str]:
-    """Run `python bot.py …` and return its exit code and all that it prints."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(ENTRY), *arguments),
-        cwd=directory,
-        env=environment(**settings),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    async with asyncio.timeout(60):
-        output, _ = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, output.decode()
+# --- status and history
 
 
-async def test_status_of_an_empty_database_an_old_one_and_the_newest(empty: Pool) -> None:
+async def test_status_reports_pending_revisions_and_drift(empty: Pool) -> None:
     outcome = await admin.status(empty)
     assert (outcome.ok, outcome.data["revision"]) == (False, None)
     assert [row["revision"] for row in outcome.data["pending"]] == KNOWN
@@ -72,13 +53,29 @@ async def test_status_of_an_empty_database_an_old_one_and_the_newest(empty: Pool
     assert "surprise" in outcome.text
 
 
-async def test_status_tells_a_database_of_a_newer_version(database: Pool) -> None:
+async def test_status_refuses_an_unknown_revision(database: Pool) -> None:
     await database.execute("UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(MigrationError, match="9999, which this version does not know"):
         await admin.status(database)
 
 
-async def test_an_upgrade_tells_each_revision_as_a_step(empty: Pool) -> None:
+async def test_history_says_when_and_by_whom(database: Pool) -> None:
+    await admin.downgrade(database, KNOWN[0], backup=None)
+    await admin.upgrade(database, KNOWN[1])
+    rows = (await admin.history(database)).data["revisions"]
+    assert [row["applied"] for row in rows] == [True, True] + [False] * (len(KNOWN) - 2)
+    assert [row["at"] for row in rows] == [None] * len(KNOWN)  # the table did not exist
+    await admin.upgrade(database, by=Actor("discord", 7))
+    outcome = await admin.history(database)
+    assert [row["by"] for row in outcome.data["revisions"]] == [None, None] + ["discord"] * (len(KNOWN) - 2)
+    assert [row["user_id"] for row in outcome.data["revisions"]] == [None, None] + [7] * (len(KNOWN) - 2)
+    assert " UTC, by user 7)" in outcome.text
+
+
+# --- upgrade
+
+
+async def test_upgrade_reports_each_revision_as_a_step(empty: Pool) -> None:
     steps: list[Step] = []
     outcome = await admin.upgrade(empty, progress=steps.append)
     assert [step.done for step in steps] == list(range(len(KNOWN) + 1))
@@ -87,58 +84,102 @@ async def test_an_upgrade_tells_each_revision_as_a_step(empty: Pool) -> None:
     assert (await admin.upgrade(empty)).text == "the schema is up to date"
 
 
-async def test_history_knows_when_operators_applied_what(database: Pool) -> None:
-    outcome = await admin.history(database)
-    assert [(row["revision"], row["applied"], row["at"]) for row in outcome.data["revisions"]] == [
-        (revision, True, None) for revision in KNOWN
-    ]
-    down = await admin.downgrade(database, KNOWN[0], backup=None)
-    await record_action(database, "db downgrade", {}, down.text)
-    up = await admin.upgrade(database, KNOWN[1])
-    await record_action(database, "db upgrade", {}, up.text)
-    rows = (await admin.history(database)).data["revisions"]
-    assert [row["applied"] for row in rows] == [True, True] + [False] * (len(KNOWN) - 2)
-    assert [row["at"] is not None for row in rows] == [False, True] + [False] * (len(KNOWN) - 2)
+async def test_a_failed_upgrade_changes_nothing(database: Pool, tmp_path: Path) -> None:
+    before = await schema_catalog.read(database.target)
+    options = with_revision(
+        tmp_path,
+        'def upgrade():\n    op.execute("CREATE TABLE half (id int)")\n    op.execute("SELECT no_such_thing()")',
+    )
+    with pytest.raises(MigrationError, match=rf"upgrade to {EXTRA}.*no_such_thing.*statement: SELECT no_such_thing"):
+        await admin.upgrade(database, options=options)
+    assert await schema_catalog.read(database.target) == before
+    assert await migrations.current(database) == HEAD
 
 
-async def test_a_downgrade_makes_a_backup_first_and_switches_auto_migrate_off(database: Pool) -> None:
-    tables_at_backup: list[bool] = []
+async def leave_invalid_index(database: Pool) -> None:
+    """Fail a CREATE UNIQUE INDEX CONCURRENTLY on duplicate values."""
+    await database.execute(
+        "INSERT INTO roles (guild_id, id, name) VALUES (1, 1, 'same'), (1, 2, 'same') ON CONFLICT DO NOTHING"
+    )
+    connection = await asyncpg.connect(**database.target.connect_kwargs())
+    with contextlib.suppress(asyncpg.UniqueViolationError):
+        await connection.execute('CREATE UNIQUE INDEX CONCURRENTLY "half Built" ON roles (name)')
+        pytest.fail("it was built")
+    await connection.close()
+
+
+async def test_upgrade_drops_invalid_indexes(database: Pool) -> None:
+    await leave_invalid_index(database)
+    assert await invalid_indexes.find(database) == ['"half Built"']
+    assert "half Built" in (await admin.status(database)).text
+    outcome = await admin.upgrade(database)
+    assert outcome.data["invalid_indexes_dropped"] == ['"half Built"']
+    assert "half Built" in outcome.text
+    assert await invalid_indexes.find(database) == []
+    assert await migrations.check_drift(database) == []
+
+
+async def test_upgrade_leaves_an_index_that_is_being_built(database: Pool) -> None:
+    await leave_invalid_index(database)
+    builder = await asyncpg.connect(**database.target.connect_kwargs())
+    async with builder.transaction():
+        await builder.execute("LOCK TABLE roles IN SHARE UPDATE EXCLUSIVE MODE")  # as CREATE INDEX CONCURRENTLY does
+        outcome = await admin.upgrade(database, options=MigrationOptions(index_lock_timeout="50ms"))
+    await builder.close()
+    assert not outcome.ok
+    assert outcome.data["invalid_indexes_left"] == ['"half Built"']
+    assert await invalid_indexes.find(database) == ['"half Built"']
+
+
+async def test_upgrade_leaves_invalid_indexes_in_other_schemas(database: Pool) -> None:
+    await database.execute("CREATE SCHEMA theirs; CREATE TABLE theirs.t (x int); INSERT INTO theirs.t VALUES (1), (1)")
+    connection = await asyncpg.connect(**database.target.connect_kwargs())
+    with contextlib.suppress(asyncpg.UniqueViolationError):
+        await connection.execute("CREATE UNIQUE INDEX CONCURRENTLY u ON theirs.t (x)")
+    await connection.close()
+    await admin.upgrade(database)
+    assert await database.fetchval("SELECT to_regclass('theirs.u') IS NOT NULL")
+
+
+# --- downgrade
+
+
+async def test_downgrade_backs_up_first_and_pauses(database: Pool) -> None:
+    had_table: list[bool] = []
 
     async def backup() -> str:
-        tables_at_backup.append(await database.fetchval("SELECT to_regclass('documents') IS NOT NULL"))
+        had_table.append(await database.fetchval("SELECT to_regclass('documents') IS NOT NULL"))
         return "backup 7"
 
     outcome = await admin.downgrade(database, KNOWN[1], backup=backup)
-    assert tables_at_backup == [True]
+    assert had_table == [True]
     assert "backup 7" in outcome.text
     assert outcome.data["taken_back"] == KNOWN[:1:-1]
     assert await migrations.current(database) == KNOWN[1]
-    reason = await switch.is_off(database)
-    assert reason is not None
-    assert f"taken down to {KNOWN[1]} by an operator on " in reason
+    assert f"downgraded to {KNOWN[1]} by an operator on " in str(await migrations.find_pause(database))
 
 
-async def test_a_backup_that_fails_ends_the_downgrade_before_it_begins(database: Pool) -> None:
+async def test_downgrade_stops_when_the_backup_fails(database: Pool) -> None:
     async def backup() -> str:
         raise GuildbookError("no room")
 
     with pytest.raises(GuildbookError, match="no room"):
         await admin.downgrade(database, "base", backup=backup)
     assert await migrations.current(database) == HEAD
-    assert await switch.is_off(database) is None
-    await admin.downgrade(database, "base", backup=backed_up)  # the lease was given back
+    assert await migrations.find_pause(database) is None
+    await admin.downgrade(database, "base", backup=back_up)  # the lease was released
 
 
-async def test_a_downgrade_is_refused_while_a_bot_acts(database: Pool) -> None:
+async def test_downgrade_is_refused_while_a_bot_acts(database: Pool) -> None:
     await database.execute(
         "INSERT INTO ops.leases (shard, holder, epoch, expires_at) VALUES (0, 'amy', 1, clock_timestamp() + '1 min')"
     )
-    with pytest.raises(GuildbookError, match="amy acts on this database"):
-        await admin.downgrade(database, "base", backup=backed_up)
+    with pytest.raises(GuildbookError, match="amy"):
+        await admin.downgrade(database, "base", backup=back_up)
     assert await migrations.current(database) == HEAD
 
 
-async def test_nobody_gets_the_lease_while_an_operator_downgrades(database: Pool) -> None:
+async def test_operators_hold_the_lease_one_at_a_time(database: Pool) -> None:
     async with hold_as_operator(database):
         with pytest.raises(GuildbookError, match="db downgrade acts"):
             async with hold_as_operator(database):
@@ -147,167 +188,63 @@ async def test_nobody_gets_the_lease_while_an_operator_downgrades(database: Pool
         pass
 
 
-async def test_the_switch_outlives_a_downgrade_to_base_and_the_next_start_heeds_it(database: Pool) -> None:
-    await admin.downgrade(database, "base", backup=backed_up)
-    assert await schema_catalog.read(database.target) == {}
-    assert await switch.is_off(database.target) is not None
-    process = Process(Settings(_env_file=None))  # type: ignore[call-arg]
-    with pytest.raises(MigrationError, match=r"stays off, because the schema was taken down to base by an operator"):
-        await process._bring_schema_up_to_date(database)
-    assert await migrations.current(database) is None
-    outcome = await admin.upgrade(database, KNOWN[0])
-    assert "AUTO_MIGRATE stays off" in outcome.text  # or the next start would go on by itself
-    assert "AUTO_MIGRATE is on again" in (await admin.upgrade(database)).text
-    assert await switch.is_off(database) is None
-    await process._bring_schema_up_to_date(database)
-
-
-async def test_an_older_version_runs_on_the_schema_that_was_taken_down_for_it(
-    database: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    await admin.downgrade(database, KNOWN[-2], backup=None)
-    older(monkeypatch, tmp_path)
-    await Process(Settings(_env_file=None))._bring_schema_up_to_date(database)  # type: ignore[call-arg]
-    assert "AUTO_MIGRATE stays off until python bot.py db upgrade" in caplog.text
-    assert await switch.is_off(database) is not None
-
-
-def older(monkeypatch: pytest.MonkeyPatch, directory: Path, extra: str | None = None) -> None:
-    """Let Alembic read a copy of the revisions: without the newest, or with one more of this text."""
-    import shutil
-
-    scripts = directory / "migrations"
-    shutil.copytree(migrations.SCRIPTS, scripts, ignore=shutil.ignore_patterns("__pycache__"))
-    if extra is None:
-        next((scripts / "versions").glob(f"{HEAD}_*.py")).unlink()
-    else:
-        (scripts / "versions" / "9000_extra.py").write_text(
-            f'"""Extra."""\nfrom alembic import op\n\nrevision = "9000"\ndown_revision = "{HEAD}"\n\n\n{extra}\n'
-        )
-    monkeypatch.setattr(migrations, "SCRIPTS", scripts)
-
-
-async def test_a_plain_owner_without_special_rights_may_use_the_switch(
-    server: EmbeddedServer, empty_target: ConnectTarget
-) -> None:
-    conn = await asyncpg.connect(**empty_target.connect_kwargs())
-    await conn.execute(
-        "DO $$ BEGIN CREATE ROLE plain_owner LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$;"
-        f"ALTER DATABASE {empty_target.database} OWNER TO plain_owner"
-    )
-    await conn.close()
-    from dataclasses import replace
-
-    theirs = replace(empty_target, user="plain_owner")
-    await migrations.upgrade(theirs)
-    await switch.turn_off(theirs, "0001")
-    assert await switch.is_off(theirs) is not None
-    await switch.turn_on(theirs)
-    assert await switch.is_off(theirs) is None
-    with pytest.raises(MigrationError, match="may not make a database"):
-        await admin.stamp(await opened(theirs), KNOWN[0])
-
-
-async def opened(target: ConnectTarget) -> Pool:
-    db = Pool(target, pool_min=0, pool_max=2, connect_timeout=10)
-    await db.connect()
-    return db
-
-
-async def test_a_foreign_comment_is_no_switch(database: Pool) -> None:
-    await database.execute("COMMENT ON TABLE alembic_version IS 'mind the gap'")
-    assert await switch.is_off(database) is None
-    await switch.turn_on(database)
-    assert await database.fetchval("SELECT obj_description('alembic_version'::regclass)") == "mind the gap"
-
-
-async def test_the_switch_needs_a_schema_that_was_made_once(empty: Pool) -> None:
-    assert await switch.is_off(empty) is None
-    with pytest.raises(MigrationError, match="no schema was ever made"):
-        await switch.turn_off(empty, "base")
-
-
-async def test_a_failing_downgrade_that_did_nothing_leaves_the_switch_on(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("utils.operations.migrations.environment.LOCK_TIMEOUT", "100ms")
+async def test_a_failed_downgrade_without_effect_does_not_pause(database: Pool) -> None:
     holder = await asyncpg.connect(**database.target.connect_kwargs())
     async with holder.transaction():
-        await holder.execute("LOCK TABLE alembic_version IN ROW EXCLUSIVE MODE")
-        await holder.execute("LOCK TABLE ops.table_sizes, documents IN ACCESS SHARE MODE")
-        with pytest.raises(GuildbookError):
-            await admin.downgrade(database, KNOWN[-2], backup=None)
+        await holder.execute("LOCK TABLE ops.migrations, documents IN ACCESS SHARE MODE")
+        with pytest.raises(MigrationError, match="lock timeout"):
+            await admin.downgrade(database, KNOWN[-2], backup=None, options=MigrationOptions(lock_timeout="100ms"))
     await holder.close()
     assert await migrations.current(database) == HEAD
-    assert await switch.is_off(database) is None
+    assert await migrations.find_pause(database) is None
 
 
-async def test_a_broken_revision_leaves_everything_before_it_and_says_what_failed(
-    database: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+async def test_a_start_respects_the_pause_of_a_downgrade(database: Pool) -> None:
+    await admin.downgrade(database, "base", backup=back_up)
+    assert await schema_catalog.read(database.target) == {}
+    with pytest.raises(MigrationError, match=r"AUTO_MIGRATE is paused: the schema was downgraded to base"):
+        await migrations.prepare_schema(database, auto_migrate=True)
+    assert await migrations.current(database) is None
+    outcome = await admin.upgrade(database, KNOWN[0])
+    assert "AUTO_MIGRATE stays paused" in outcome.text  # or the next start would continue
+    assert "AUTO_MIGRATE is resumed" in (await admin.upgrade(database)).text
+    assert await migrations.find_pause(database) is None
+    await migrations.prepare_schema(database, auto_migrate=True)
+
+
+async def test_an_older_version_starts_on_a_downgraded_schema(
+    database: Pool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = await schema_catalog.read(database.target)
-    older(
-        monkeypatch,
-        tmp_path,
-        'def upgrade():\n    op.execute("CREATE TABLE half (id int)")\n    op.execute("SELECT no_such_thing()")',
-    )
-    with pytest.raises(MigrationError, match=r"upgrade to 9000.*no_such_thing.*statement: SELECT no_such_thing"):
-        await admin.upgrade(database)
-    assert await schema_catalog.read(database.target) == before
-    assert await migrations.current(database) == HEAD
+    await admin.downgrade(database, KNOWN[-2], backup=None)
+    await migrations.prepare_schema(database, auto_migrate=True, options=without_newest(tmp_path))
+    assert "AUTO_MIGRATE is paused until python bot.py db upgrade" in caplog.text
+    assert await migrations.find_pause(database) is not None
 
 
-async def leave_invalid_index(database: Pool) -> None:
-    """Fail a CREATE UNIQUE INDEX CONCURRENTLY on doubled values."""
-    await database.execute(
-        "INSERT INTO roles (guild_id, id, name) VALUES (1, 1, 'same'), (1, 2, 'same') ON CONFLICT DO NOTHING"
-    )
-    conn = await asyncpg.connect(**database.target.connect_kwargs())
-    with contextlib.suppress(asyncpg.UniqueViolationError):
-        await conn.execute('CREATE UNIQUE INDEX CONCURRENTLY "half Built" ON roles (name)')
-        pytest.fail("it was built")
-    await conn.close()
+async def test_a_start_without_auto_migrate_needs_the_newest_schema(empty: Pool) -> None:
+    with pytest.raises(MigrationError, match=f"lacks revision {KNOWN[0]}, .* AUTO_MIGRATE is off"):
+        await migrations.prepare_schema(empty, auto_migrate=False)
+    await migrations.upgrade(empty)
+    await migrations.prepare_schema(empty, auto_migrate=False)
 
 
-async def test_an_invalid_index_is_dropped_and_reported_by_the_next_upgrade(database: Pool) -> None:
-    await leave_invalid_index(database)
-    assert await invalid.find(database) == ['"half Built"']
-    assert "half Built" in (await admin.status(database)).text
-    outcome = await admin.upgrade(database)
-    assert outcome.data["invalid_indexes_dropped"] == ['"half Built"']
-    assert "half Built" in outcome.text
-    assert await invalid.find(database) == []
-    assert await migrations.check_drift(database) == []
+async def test_rejects_revisions_in_the_other_direction(database: Pool) -> None:
+    await migrations.downgrade(database, KNOWN[0])
+    with pytest.raises(MigrationError, match="that is an upgrade"):
+        await admin.downgrade(database, KNOWN[1], backup=None)
+    await migrations.upgrade(database)
+    with pytest.raises(MigrationError, match="that is a downgrade"):
+        await admin.upgrade(database, KNOWN[1])
+    with pytest.raises(DatabaseError, match="no revision"):
+        await admin.upgrade(database, "'; DROP TABLE users")
 
 
-async def test_an_index_that_somebody_builds_this_moment_is_left_alone(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("utils.operations.migrations.invalid.LOCK_TIMEOUT", "50ms")
-    await leave_invalid_index(database)
-    builder = await asyncpg.connect(**database.target.connect_kwargs())
-    async with builder.transaction():
-        await builder.execute("LOCK TABLE roles IN SHARE UPDATE EXCLUSIVE MODE")  # as CREATE INDEX CONCURRENTLY does
-        outcome = await admin.upgrade(database)
-    await builder.close()
-    assert not outcome.ok
-    assert outcome.data["invalid_indexes_left"] == ['"half Built"']
-    assert await invalid.find(database) == ['"half Built"']
+# --- stamp
 
 
-async def test_invalid_indexes_in_other_peoples_schemas_stay(database: Pool) -> None:
-    await database.execute("CREATE SCHEMA theirs; CREATE TABLE theirs.t (x int); INSERT INTO theirs.t VALUES (1), (1)")
-    conn = await asyncpg.connect(**database.target.connect_kwargs())
-    with contextlib.suppress(asyncpg.UniqueViolationError):
-        await conn.execute("CREATE UNIQUE INDEX CONCURRENTLY u ON theirs.t (x)")
-    await conn.close()
-    await admin.upgrade(database)
-    assert await database.fetchval("SELECT to_regclass('theirs.u') IS NOT NULL")
-
-
-async def test_stamp_believes_only_a_schema_that_is_what_the_revision_makes(database: Pool) -> None:
+async def test_stamp_rejects_a_schema_that_differs(database: Pool) -> None:
     await database.execute("DROP TABLE alembic_version; CREATE TABLE mine (id int PRIMARY KEY)")
-    with pytest.raises(MigrationError, match="too much: column"):
+    with pytest.raises(MigrationError, match="unexpected: column"):
         await admin.stamp(database, KNOWN[0])
     await database.execute("DROP TABLE mine")
     await database.execute("ALTER TABLE users ALTER COLUMN stamp SET DEFAULT 7")
@@ -324,40 +261,49 @@ async def test_stamp_believes_only_a_schema_that_is_what_the_revision_makes(data
     assert names == []
 
 
-async def test_stamp_at_an_older_revision_lets_other_peoples_tables_be(empty: Pool) -> None:
+async def test_stamp_at_an_older_revision_ignores_other_tables(empty: Pool) -> None:
     await migrations.upgrade(empty, KNOWN[1])
     await empty.execute("UPDATE alembic_version SET version_num = '0001'; CREATE TABLE theirs (id int)")
     assert (await admin.stamp(empty, KNOWN[1])).data == {"before": "0001", "after": KNOWN[1]}
 
 
-async def test_the_command_line_asks_for_the_name_and_writes_into_the_books(tmp_path: Path, database: Pool) -> None:
+async def test_stamp_needs_the_right_to_create_a_database(empty_target: ConnectTarget) -> None:
+    connection = await asyncpg.connect(**empty_target.connect_kwargs())
+    await connection.execute(
+        "DO $$ BEGIN CREATE ROLE plain_owner LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$;"
+        f"ALTER DATABASE {empty_target.database} OWNER TO plain_owner"
+    )
+    await connection.close()
+    pool = Pool(replace(empty_target, user="plain_owner"), pool_min=0, pool_max=2, connect_timeout=10)
+    await pool.connect()
+    await migrations.upgrade(pool)
+    with pytest.raises(MigrationError, match="may not create a database"):
+        await admin.stamp(pool, KNOWN[0])
+    assert "compared with the models, without defaults" in (await admin.stamp(pool, "head")).text
+    await pool.close()
+
+
+# --- the command line
+
+
+async def test_command_line_asks_for_the_name_and_records_it(tmp_path: Path, database: Pool) -> None:
     url, name = database.target.libpq_url(), database.target.database
-    code, output = await bot(tmp_path, "db", "downgrade", KNOWN[0], DATABASE_URL=url)
+    code, output = await typed(tmp_path, "db", "downgrade", KNOWN[0], DATABASE_URL=url)
     assert code == 1
     assert "--yes-destroy" in output
-    code, output = await bot(tmp_path, "db", "downgrade", KNOWN[0], "--yes-destroy", "other", DATABASE_URL=url)
+    code, output = await typed(tmp_path, "db", "downgrade", KNOWN[0], "--yes-destroy", "other", DATABASE_URL=url)
     assert code == 1
-    assert f"is called {name}, not other" in output
+    assert f"is named {name}, not other" in output
     assert await migrations.current(database) == HEAD
     arguments = ("db", "downgrade", KNOWN[0], "--yes-destroy", str(name), "--no-backup", "--json")
-    code, output = await bot(tmp_path, *arguments, DATABASE_URL=url)
+    code, output = await typed(tmp_path, *arguments, DATABASE_URL=url)
     assert code == 0, output
     assert json.loads(output)["taken_back"] == KNOWN[:0:-1]
-    assert (await bot(tmp_path, "db", "upgrade", DATABASE_URL=url))[0] == 0
-    code, output = await bot(tmp_path, "db", "history", "--json", DATABASE_URL=url)
-    assert [row["at"] is not None for row in json.loads(output)["revisions"]] == [False] + [True] * (len(KNOWN) - 1)
-    code, output = await bot(tmp_path, "db", "status", DATABASE_URL=url)
-    assert (code, output.splitlines()[-1]) == (0, "differs from the models: nothing")
+    assert (await typed(tmp_path, "db", "upgrade", DATABASE_URL=url))[0] == 0
+    code, output = await typed(tmp_path, "db", "history", "--json", DATABASE_URL=url)
+    by = [row["by"] for row in json.loads(output)["revisions"]]
+    assert by == [None] + ["command line"] * (len(KNOWN) - 1)
+    code, output = await typed(tmp_path, "db", "status", DATABASE_URL=url)
+    assert (code, output.splitlines()[-1]) == (0, "drift from the models: none")
     commands = await database.fetch("SELECT command FROM ops.admin_actions ORDER BY id")
     assert [row["command"] for row in commands][-4:] == ["db downgrade", "db upgrade", "db history", "db status"]
-
-
-async def test_a_downgrade_is_no_upgrade(database: Pool) -> None:
-    await migrations.downgrade(database, KNOWN[0])
-    with pytest.raises(MigrationError, match="that is an upgrade"):
-        await admin.downgrade(database, KNOWN[1], backup=None)
-    await migrations.upgrade(database)
-    with pytest.raises(MigrationError, match="that is a downgrade"):
-        await admin.upgrade(database, KNOWN[1])
-    with pytest.raises(DatabaseError, match="no revision"):
-        await admin.upgrade(database, "'; DROP TABLE users")

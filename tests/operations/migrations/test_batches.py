@@ -1,4 +1,4 @@
-"""Changing rows in batches: whatever ends a migration, and wherever, each row is changed exactly once."""
+"""Updating rows in batches: wherever a migration is killed, each row is changed exactly once."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from tests.operations.migrations.test_admin import HEAD, older
+from tests.operations.migrations.support import EXTRA, HEAD, with_revision
 from utils.database import ConnectTarget, Pool
 from utils.exceptions import MigrationError
 from utils.operations import migrations
-from utils.operations.migrations.batches import TABLE, Batched, walk
+from utils.operations.migrations.batches import TABLE, BatchProgress, walk
 from utils.operations.migrations.preview import preview
 
 ROWS = 40
@@ -39,7 +39,7 @@ async def committing(target: ConnectTarget, work: Any) -> Any:
         await engine.dispose()
 
 
-#: A row whose turn it is ends the session that changes it, as a kill in the middle of a statement does; once.
+#: Updating a row that is in `kills` ends the session in the middle of the statement.
 KILLER = """
 CREATE TABLE things (a int, "B b" timestamptz, value int NOT NULL, PRIMARY KEY (a, "B b"));
 CREATE TABLE kills (a int PRIMARY KEY);
@@ -56,10 +56,10 @@ CREATE TRIGGER killer BEFORE UPDATE ON things FOR EACH ROW WHEN (is_deadly(OLD.a
     stops=st.lists(st.integers(0, ROWS), max_size=3),
 )
 @settings(max_examples=25)
-async def test_any_kill_point_gives_the_same_end(
+async def test_every_kill_point_gives_the_same_result(
     empty_target: ConnectTarget, size: int, kills: set[int], stops: list[int]
 ) -> None:
-    """`kills`: rows on which the session dies; `stops`: numbers of batches after which the process does."""
+    """`kills`: rows at which the session dies. `stops`: numbers of batches after which the process does."""
     conn = await asyncpg.connect(**empty_target.connect_kwargs())
     await conn.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public;" + KILLER)
     await conn.execute(
@@ -68,17 +68,17 @@ async def test_any_kill_point_gives_the_same_end(
         ROWS,
     )
     await conn.executemany("INSERT INTO kills VALUES ($1)", [(kill % 7 * 10 + kill // 7,) for kill in kills])
-    wanted = [3 * i + 1 if i % 3 else i for i in range(ROWS)]
-    left = list(stops)
+    expected = [3 * i + 1 if i % 3 else i for i in range(ROWS)]
+    stops_left = list(stops)
 
-    def run(connection: Connection) -> Batched:
-        seen = 0
+    def run(connection: Connection) -> BatchProgress:
+        batches = 0
 
-        def after(state: Batched) -> None:
-            nonlocal seen
-            seen += 1
-            if left and seen > left[0]:
-                left.pop(0)
+        def after(state: BatchProgress) -> None:
+            nonlocal batches
+            batches += 1
+            if stops_left and batches > stops_left[0]:
+                stops_left.pop(0)
                 raise KeyboardInterrupt
 
         return walk(
@@ -86,7 +86,7 @@ async def test_any_kill_point_gives_the_same_end(
             set_sql="value = value * 3 + length('1:2') - 2", where="t.value % 3 <> 0",
         )  # fmt: skip
 
-    done: Batched | None = None
+    done: BatchProgress | None = None
     for _ in range(len(kills) + len(stops) + 1):
         try:
             done = await committing(empty_target, run)
@@ -95,7 +95,7 @@ async def test_any_kill_point_gives_the_same_end(
             pass
         except DBAPIError:
             await conn.execute("DELETE FROM kills WHERE a = (SELECT min(a) FROM kills WHERE is_deadly(a))")
-    while done is None:  # each row of `kills` that was not the one that killed
+    while done is None:  # the row that killed was not the smallest of `kills`
         try:
             done = await committing(empty_target, run)
         except DBAPIError:
@@ -104,8 +104,8 @@ async def test_any_kill_point_gives_the_same_end(
             pass
     values = sorted(row["value"] for row in await conn.fetch("SELECT value FROM things"))
     await conn.close()
-    assert values == sorted(wanted)
-    assert done == Batched(visited=ROWS, changed=sum(bool(i % 3) for i in range(ROWS)), is_done=True)
+    assert values == sorted(expected)
+    assert done == BatchProgress(visited=ROWS, changed=sum(bool(i % 3) for i in range(ROWS)), is_done=True)
 
 
 FILL = """from utils.operations.migrations.batches import in_batches
@@ -119,50 +119,43 @@ def downgrade():
 """
 
 
-async def test_a_revision_that_is_killed_after_its_last_batch_does_not_begin_again(
-    database: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+async def test_does_not_repeat_batches_after_a_failure(database: Pool, tmp_path: Path) -> None:
     await database.execute(
         "INSERT INTO users (id, username, public_flags) SELECT i, 'amy', 1 FROM generate_series(1, 30) i"
     )
-    older(monkeypatch, tmp_path, FILL.format(then='op.execute("SELECT no_such_thing()")'))
+    options = with_revision(tmp_path, FILL.format(then='op.execute("SELECT no_such_thing()")'))
     for _ in range(2):
         with pytest.raises(MigrationError, match="no_such_thing"):
-            await migrations.upgrade(database)
+            await migrations.upgrade(database, options=options)
     assert await migrations.current(database) == HEAD
-    (migrations.SCRIPTS / "versions" / "9000_extra.py").write_text(
-        (migrations.SCRIPTS / "versions" / "9000_extra.py").read_text().replace("SELECT no_such_thing()", "SELECT 1")
-    )
-    assert await migrations.check_drift(database) == []  # what it remembers is no part of the models
-    await migrations.upgrade(database)
-    assert await migrations.current(database) == "9000"
+    with_revision(tmp_path, FILL.format(then='op.execute("SELECT 1")'))
+    assert await migrations.check_drift(database) == []  # the progress table is not in the models
+    await migrations.upgrade(database, options=options)
+    assert await migrations.current(database) == EXTRA
     rows = await database.fetch("SELECT DISTINCT public_flags FROM users")
     assert [row[0] for row in rows] == [10]
     assert await database.fetchval("SELECT to_regclass($1)", TABLE) is None
 
 
-async def test_the_preview_shows_what_the_batches_amount_to(
-    database: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    older(monkeypatch, tmp_path, FILL.format(then="pass"))
-    outcome = await preview(database)
+async def test_preview_shows_the_equivalent_update(database: Pool, tmp_path: Path) -> None:
+    outcome = await preview(database, options=with_revision(tmp_path, FILL.format(then="pass")))
     assert outcome.file is not None
     assert "UPDATE users AS t SET public_flags = public_flags * 10 WHERE true;" in outcome.file[1]
     assert "changes rows: 1" in outcome.text
 
 
-async def test_a_table_without_a_primary_key_is_refused(empty_target: ConnectTarget) -> None:
+async def test_rejects_a_table_without_primary_key(empty_target: ConnectTarget) -> None:
     conn = await asyncpg.connect(**empty_target.connect_kwargs())
     await conn.execute("CREATE TABLE plain (id int)")
     await conn.close()
     for table in ("plain", "nowhere"):
-        with pytest.raises(MigrationError, match=f"{table} cannot be changed in batches"):
+        with pytest.raises(MigrationError, match=f"cannot update {table} in batches"):
             await committing(empty_target, lambda c, table=table: walk(c, table, revision="9", set_sql="id = 1"))
     with pytest.raises(MigrationError, match="at least 1"):
         await committing(empty_target, lambda c: walk(c, "plain", revision="9", set_sql="id = 1", size=0))
 
 
-async def test_a_batch_waits_only_for_rows_that_it_changes(database: Pool) -> None:
+async def test_waits_only_for_rows_that_it_changes(database: Pool) -> None:
     await database.execute("INSERT INTO users (id, username) SELECT i, 'amy' FROM generate_series(1, 20) i")
     other = await asyncpg.connect(**database.target.connect_kwargs())
     async with other.transaction():

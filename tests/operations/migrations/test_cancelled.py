@@ -1,4 +1,4 @@
-"""A start that is ended in the middle of a migration: nothing hangs, and the database is as it was."""
+"""Cancelling a migration: nothing hangs, and the database is unchanged."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from utils.database import ConnectTarget
 from utils.operations import migrations
 from utils.operations.migrations.environment import LOCK_KEY
 
-PATIENCE = 20.0
+TIMEOUT_SECONDS = 20.0
 WAITING = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'alembic_version'::regclass"
 
 
-async def test_a_migration_that_waits_for_a_locked_table_ends_when_it_is_called_off(
+async def test_cancels_while_waiting_for_a_table(
     empty_target: ConnectTarget,
 ) -> None:
     await migrations.upgrade(empty_target, "0001")
     other = await asyncpg.connect(**empty_target.connect_kwargs())
-    async with asyncio.timeout(PATIENCE), other.transaction():
+    async with asyncio.timeout(TIMEOUT_SECONDS), other.transaction():
         await other.execute("LOCK TABLE alembic_version")
         migrating = asyncio.create_task(migrations.upgrade(empty_target))
         while not await other.fetchval(WAITING):  # noqa: ASYNC110 - the server is asked
@@ -35,15 +35,15 @@ async def test_a_migration_that_waits_for_a_locked_table_ends_when_it_is_called_
     await migrations.upgrade(empty_target)
 
 
-async def test_a_migration_that_waits_for_another_one_ends_when_it_is_called_off(
+async def test_cancels_while_waiting_for_another_process(
     empty_target: ConnectTarget, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     other = await asyncpg.connect(**empty_target.connect_kwargs())
     await other.execute("SELECT pg_advisory_lock($1)", LOCK_KEY)
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT_SECONDS):
         migrating = asyncio.create_task(migrations.upgrade(empty_target))
-        while "waiting for another process" not in caplog.text:  # noqa: ASYNC110 - a thread says it
+        while "waiting for another process" not in caplog.text:  # noqa: ASYNC110 - logged by a thread
             await asyncio.sleep(0.02)
         migrating.cancel()
         with pytest.raises(asyncio.CancelledError):

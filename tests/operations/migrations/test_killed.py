@@ -1,4 +1,4 @@
-"""kill -9 in the middle of an upgrade or a downgrade: the database is at exactly one revision, and goes on from it."""
+"""kill -9 during an upgrade or a downgrade: the database is at exactly one revision, and the next run continues."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from tests.operations.migrations.test_admin import HEAD, KNOWN
+from tests.operations.migrations.support import HEAD, KNOWN
 from utils.database import ConnectTarget
 from utils.demo.child import ENTRY, environment
 from utils.operations import migrations
-from utils.operations.migrations import schema_catalog, switch
+from utils.operations.migrations import schema_catalog
 
-#: An advisory lock that the chosen statement of the migration stops at; whoever is killed is killed there.
+#: The advisory lock that blocks the chosen statement; the process is killed there.
 STOP = 5_150
-#: Counts the commands that change the schema, each before it runs, in this session.
+#: Counts this session's DDL commands and blocks at the chosen one.
 TRAP = """
 CREATE SCHEMA trap;
 CREATE TABLE trap.at (number int);
@@ -33,15 +33,15 @@ CREATE EVENT TRIGGER trap ON ddl_command_start EXECUTE FUNCTION trap.count();
 UNTRAP = "DROP EVENT TRIGGER trap; DROP SCHEMA trap CASCADE"
 WAITING = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 5150 AND NOT granted"
 OTHERS = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
-#: Commands of a whole upgrade and a whole downgrade, at least; a run that meets no trap is not a kill, and fails.
+#: Fewer than a whole upgrade or downgrade has; a run that reaches its end without the trap fails the test.
 COMMANDS = 30
-PATIENCE = 60.0
+TIMEOUT_SECONDS = 60.0
 SEED = 20_260_102
 
 
 @pytest.fixture(scope="module")
-def made() -> dict[str | None, dict[str, str]]:
-    """What the catalogue is at each revision, filled by who needs it first."""
+def catalogs() -> dict[str | None, dict[str, str]]:
+    """The catalog at each revision, filled by the first test that needs it."""
     return {}
 
 
@@ -56,36 +56,36 @@ async def command(directory: Path, target: ConnectTarget, *arguments: str) -> as
     )
 
 
-async def killed_at(directory: Path, target: ConnectTarget, number: int, *arguments: str) -> None:
-    """Run a command of ours and kill it as its migration reaches its so manieth command; wait until all is settled."""
+async def kill_at(directory: Path, target: ConnectTarget, number: int, *arguments: str) -> None:
+    """Run a command, kill it at its nth DDL command, and wait until the server has ended its session."""
     watch = await asyncpg.connect(**target.connect_kwargs())
     await watch.execute("SELECT pg_advisory_lock($1)", STOP)
     await watch.execute(TRAP)
     await watch.execute("INSERT INTO trap.at VALUES ($1)", number)
     process = await command(directory, target, *arguments)
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT_SECONDS):
         while not await watch.fetchval(WAITING):
             assert process.returncode is None, (await process.communicate())[0].decode()
             await watch.execute("SELECT pg_sleep(0.01)")
         process.kill()
         await process.communicate()
         await watch.execute("SELECT pg_advisory_unlock($1)", STOP)
-        while await watch.fetchval(OTHERS):  # the server notices when it next writes to the dead
+        while await watch.fetchval(OTHERS):  # the server notices at its next write to the socket
             await watch.execute("SELECT pg_sleep(0.01)")
     await watch.execute(UNTRAP)
     await watch.close()
 
 
-async def is_at_one_revision(
-    target: ConnectTarget, empty_target: ConnectTarget, made: dict[str | None, dict[str, str]]
+async def check_is_at_one_revision(
+    target: ConnectTarget, empty_target: ConnectTarget, catalogs: dict[str | None, dict[str, str]]
 ) -> str | None:
-    if not made:
-        made[None] = {}
+    if not catalogs:
+        catalogs[None] = {}
         for revision in KNOWN:
             await migrations.upgrade(empty_target, revision)
-            made[revision] = await schema_catalog.read(empty_target)
+            catalogs[revision] = await schema_catalog.read(empty_target)
     at = await migrations.current(target)
-    assert await schema_catalog.read(target) == made[at]
+    assert await schema_catalog.read(target) == catalogs[at]
     return at
 
 
@@ -93,35 +93,35 @@ def points(kind: str, count: int) -> list[int]:
     return sorted(random.Random(f"{SEED} {kind}").sample(range(1, COMMANDS + 1), count))
 
 
-async def goes_on(directory: Path, target: ConnectTarget) -> None:
+async def check_upgrade_continues(directory: Path, target: ConnectTarget) -> None:
     process = await command(directory, target, "upgrade")
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT_SECONDS):
         output = (await process.communicate())[0].decode()
     assert process.returncode == 0, output
     assert await migrations.current(target) == HEAD
     assert await migrations.check_drift(target) == []
-    assert await switch.is_off(target) is None
+    assert await migrations.find_pause(target) is None
 
 
 @pytest.mark.parametrize("number", points("upgrade", 5))
-async def test_an_upgrade_that_is_killed(
-    tmp_path: Path, target: ConnectTarget, empty_target: ConnectTarget, made: dict[str | None, dict[str, str]],
+async def test_upgrade_continues_after_a_kill(
+    tmp_path: Path, target: ConnectTarget, empty_target: ConnectTarget, catalogs: dict[str | None, dict[str, str]],
     number: int,
 ) -> None:  # fmt: skip
     await migrations.downgrade(target, "base")
-    await killed_at(tmp_path, target, number, "upgrade")
-    assert await is_at_one_revision(target, empty_target, made) != HEAD
-    await goes_on(tmp_path, target)
+    await kill_at(tmp_path, target, number, "upgrade")
+    assert await check_is_at_one_revision(target, empty_target, catalogs) != HEAD
+    await check_upgrade_continues(tmp_path, target)
 
 
 @pytest.mark.parametrize("number", points("downgrade", 5))
-async def test_a_downgrade_that_is_killed(
-    tmp_path: Path, target: ConnectTarget, empty_target: ConnectTarget, made: dict[str | None, dict[str, str]],
+async def test_a_killed_downgrade_stays_paused(
+    tmp_path: Path, target: ConnectTarget, empty_target: ConnectTarget, catalogs: dict[str | None, dict[str, str]],
     number: int,
 ) -> None:  # fmt: skip
     arguments = ("downgrade", "base", "--no-backup", "--yes-destroy", str(target.database))
-    await killed_at(tmp_path, target, number, *arguments)
-    assert await is_at_one_revision(target, empty_target, made) is not None
+    await kill_at(tmp_path, target, number, *arguments)
+    assert await check_is_at_one_revision(target, empty_target, catalogs) is not None
     if number > 1:
-        assert await switch.is_off(target) is not None  # or the next start would undo half of it
-    await goes_on(tmp_path, target)
+        assert await migrations.find_pause(target) is not None  # or the next start would undo it
+    await check_upgrade_continues(tmp_path, target)

@@ -1,4 +1,4 @@
-"""The revisions against a real server: up, down, at once, and not drifting from the models."""
+"""The revisions on a real server: upgrade, downgrade, concurrency, and drift from the models."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from models import Base
 from utils.database import ConnectTarget, Pool
 from utils.exceptions import DatabaseUnavailable, MigrationError
 from utils.operations import migrations
-from utils.operations.migrations import __main__ as lint
-from utils.operations.migrations import schema_catalog
+from utils.operations.migrations import MigrationOptions, __main__, schema_catalog
 from utils.operations.migrations.environment import LOCK_KEY
 
 ROOT = Path(__file__).resolve().parents[3]
-REVISIONS = ["0001", "0002", "0003", "0004"]
+REVISIONS = ["0001", "0002", "0003", "0004", "0005"]
 HEAD = REVISIONS[-1]
 
 
-async def test_up_down_and_up_again_leaves_what_the_first_up_left(empty_target: ConnectTarget) -> None:
+async def test_downgrade_and_upgrade_restore_the_schema(empty_target: ConnectTarget) -> None:
     assert await migrations.current(empty_target) is None
     assert await migrations.pending(empty_target) == REVISIONS
     await migrations.upgrade(empty_target)
@@ -43,13 +42,13 @@ async def test_up_down_and_up_again_leaves_what_the_first_up_left(empty_target: 
     assert await schema_catalog.read(empty_target) == first
 
 
-async def test_the_migrations_make_what_the_models_say(target: ConnectTarget, empty_target: ConnectTarget) -> None:
+async def test_migrations_match_the_models(target: ConnectTarget, empty_target: ConnectTarget) -> None:
     assert await migrations.check_drift(target) == []
     await schema_catalog.build_from_models(empty_target)
     assert schema_catalog.differences(await schema_catalog.read(target), await schema_catalog.read(empty_target)) == []
 
 
-async def test_a_column_or_index_only_in_the_models_is_drift(target: ConnectTarget) -> None:
+async def test_drift_includes_missing_columns_and_indexes(target: ConnectTarget) -> None:
     metadata = MetaData(naming_convention=Base.metadata.naming_convention)
     for table in Base.metadata.tables.values():
         table.to_metadata(metadata)
@@ -61,7 +60,7 @@ async def test_a_column_or_index_only_in_the_models_is_drift(target: ConnectTarg
 
 
 @pytest.mark.parametrize(
-    ("statement", "thing"),
+    ("statement", "expected"),
     [
         ("ALTER TABLE users ALTER COLUMN stamp SET DEFAULT 7", "column public.users.stamp"),
         ("ALTER TABLE changes ALTER COLUMN id DROP DEFAULT", "column public.changes.id"),
@@ -71,28 +70,28 @@ async def test_a_column_or_index_only_in_the_models_is_drift(target: ConnectTarg
         ("CREATE OR REPLACE VIEW role_membership AS SELECT guild_id, id AS role_id, id AS user_id FROM roles", "view"),
     ],
 )
-async def test_what_alembic_does_not_compare_is_drift_too(
-    target: ConnectTarget, empty_target: ConnectTarget, statement: str, thing: str
+async def test_catalog_finds_what_alembic_does_not_compare(
+    target: ConnectTarget, empty_target: ConnectTarget, statement: str, expected: str
 ) -> None:
     conn = await asyncpg.connect(**target.connect_kwargs())
     await conn.execute(statement)
     await conn.close()
     await schema_catalog.build_from_models(empty_target)
     lines = schema_catalog.differences(await schema_catalog.read(target), await schema_catalog.read(empty_target))
-    assert thing in "\n".join(lines)
+    assert expected in "\n".join(lines)
 
 
-async def test_a_changed_view_is_drift(database: Pool) -> None:
+async def test_drift_includes_the_view(database: Pool) -> None:
     await database.execute("DROP VIEW role_membership")
     assert await migrations.check_drift(database) == ["modify_view: role_membership"]
 
 
-async def test_what_others_keep_in_their_schemas_is_no_drift(database: Pool) -> None:
+async def test_drift_ignores_other_schemas(database: Pool) -> None:
     await database.execute("CREATE SCHEMA theirs; CREATE TABLE theirs.things (id int)")
     assert await migrations.check_drift(database) == []
 
 
-async def test_two_upgrades_at_once_run_every_revision_once(
+async def test_concurrent_upgrades_apply_revisions_once(
     empty_target: ConnectTarget, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -101,7 +100,7 @@ async def test_two_upgrades_at_once_run_every_revision_once(
     assert caplog.text.count("schema migrated: upgrade to head") == 1
 
 
-async def test_processes_that_upgrade_at_once_run_every_revision_once(empty_target: ConnectTarget) -> None:
+async def test_concurrent_processes_apply_revisions_once(empty_target: ConnectTarget) -> None:
     holder = await asyncpg.connect(**empty_target.connect_kwargs())
     await holder.execute("SELECT pg_advisory_lock($1)", LOCK_KEY)
     script = (
@@ -115,15 +114,15 @@ async def test_processes_that_upgrade_at_once_run_every_revision_once(empty_targ
         )
         for _ in range(3)
     ]
-    await polled(holder, 3)
+    await wait_for_pollers(holder, 3)
     await holder.close()
-    said = [(await process.communicate())[1].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], said
-    assert "".join(said).count("Running upgrade") == len(REVISIONS)
+    outputs = [(await process.communicate())[1].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    assert "".join(outputs).count("Running upgrade") == len(REVISIONS)
     assert await migrations.check_drift(empty_target) == []
 
 
-async def test_waiting_for_another_migration_is_bounded_and_said(
+async def test_waiting_for_the_lock_is_bounded_and_logged(
     empty_target: ConnectTarget, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -137,23 +136,23 @@ async def test_waiting_for_another_migration_is_bounded_and_said(
     assert await migrations.current(empty_target) == HEAD
 
 
-async def test_the_event_loop_goes_on_while_the_schema_is_migrated(empty_target: ConnectTarget) -> None:
-    """Held until the loop has run: an upgrade that blocked the loop could never end."""
+async def test_upgrade_does_not_block_the_event_loop(empty_target: ConnectTarget) -> None:
+    """The lock is released by the event loop: an upgrade that blocked the loop would never end."""
     holder = await asyncpg.connect(**empty_target.connect_kwargs())
     await holder.execute("SELECT pg_advisory_lock($1)", LOCK_KEY)
     upgrade = asyncio.create_task(migrations.upgrade(empty_target, timeout=30))
-    await polled(holder, 1)
+    await wait_for_pollers(holder, 1)
     await holder.execute("SELECT pg_advisory_unlock($1)", LOCK_KEY)
     await upgrade
     await holder.close()
 
 
-async def test_no_lock_is_left_behind(database: Pool) -> None:
+async def test_releases_the_lock(database: Pool) -> None:
     await migrations.upgrade(database)
     assert await database.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
 
 
-async def test_a_migration_that_fails_says_what_failed_and_changes_nothing(empty_target: ConnectTarget) -> None:
+async def test_failure_names_the_statement_and_changes_nothing(empty_target: ConnectTarget) -> None:
     conn = await asyncpg.connect(**empty_target.connect_kwargs())
     await conn.execute("CREATE TABLE members (mine int)")
     with pytest.raises(MigrationError, match=r'upgrade to head.*relation "members" already exists') as caught:
@@ -164,22 +163,17 @@ async def test_a_migration_that_fails_says_what_failed_and_changes_nothing(empty
     await conn.close()
 
 
-async def test_a_table_that_stays_locked_ends_the_migration_instead_of_blocking_it(
-    target: ConnectTarget, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("utils.operations.migrations.environment.LOCK_TIMEOUT", "100ms")
+async def test_lock_timeout_ends_a_migration(target: ConnectTarget) -> None:
     holder = await asyncpg.connect(**target.connect_kwargs())
-    transaction = holder.transaction()
-    await transaction.start()
-    await holder.execute("LOCK TABLE guilds IN ACCESS SHARE MODE")
-    with pytest.raises(MigrationError, match="lock timeout"):
-        await migrations.downgrade(target, "base")
-    await transaction.rollback()
+    async with holder.transaction():
+        await holder.execute("LOCK TABLE guilds IN ACCESS SHARE MODE")
+        with pytest.raises(MigrationError, match="lock timeout"):
+            await migrations.downgrade(target, "base", options=MigrationOptions(lock_timeout="100ms"))
     await holder.close()
-    assert await migrations.current(target) == "0001"  # the one before it has a transaction of its own
+    assert await migrations.current(target) == "0001"  # each revision has its own transaction
 
 
-async def test_a_database_of_a_newer_version_is_refused_with_what_to_do(database: Pool) -> None:
+async def test_rejects_an_unknown_revision(database: Pool) -> None:
     await database.execute("UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(MigrationError, match="9999, which this version does not know"):
         await migrations.pending(database)
@@ -187,14 +181,14 @@ async def test_a_database_of_a_newer_version_is_refused_with_what_to_do(database
         await migrations.upgrade(database)
 
 
-async def test_a_server_out_of_reach_is_unavailable_not_a_failed_migration() -> None:
-    nowhere = ConnectTarget(("/nowhere",), (5432,), user="amy", password="s3cr3t", database="guilds")
+async def test_unreachable_server_is_unavailable() -> None:
+    target = ConnectTarget(("/nowhere",), (5432,), user="amy", password="s3cr3t", database="guilds")
     with pytest.raises(DatabaseUnavailable) as caught:
-        await migrations.upgrade(nowhere)
+        await migrations.upgrade(target)
     assert "s3cr3t" not in str(caught.value)
 
 
-async def test_alembics_own_command_line_works_with_the_settings(empty_target: ConnectTarget, tmp_path: Path) -> None:
+async def test_alembic_command_line_uses_the_settings(empty_target: ConnectTarget, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PG", "DB_", "DATABASE_"))}
     environment["DATABASE_URL"] = empty_target.libpq_url()
 
@@ -211,8 +205,8 @@ async def test_alembics_own_command_line_works_with_the_settings(empty_target: C
     assert f"{HEAD} (head)" in await alembic("current")
 
 
-async def polled(conn: asyncpg.Connection[asyncpg.Record], processes: int) -> None:
-    """Return once so many sessions have asked for the migration lock, in vain."""
+async def wait_for_pollers(conn: asyncpg.Connection[asyncpg.Record], processes: int) -> None:
+    """Wait until so many sessions poll for the migration lock."""
     query = (
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
         " AND query ~ 'pg_try_advisory_lock|COMMIT'"
@@ -221,22 +215,18 @@ async def polled(conn: asyncpg.Connection[asyncpg.Record], processes: int) -> No
         await conn.execute("SELECT pg_sleep(0.02)")
 
 
-def test_squawk_has_nothing_against_the_sql() -> None:
-    assert lint.main(["lint"]) == 0
+def test_squawk_accepts_our_sql() -> None:
+    assert __main__.main(["lint"]) == 0
 
 
-def test_squawk_does_find_what_locks_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(migrations, "offline_sql", lambda: "CREATE INDEX i ON members (nick);\n")
-    assert lint.main(["lint"]) == 1
+def test_squawk_rejects_blocking_sql() -> None:
+    assert __main__.lint("CREATE INDEX i ON members (nick);\n") == 1
 
 
-def test_the_check_goes_red_on_drift(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert lint.main(["check"]) == 0
-    monkeypatch.setattr(
-        "utils.operations.migrations.schema_catalog.ROLE_MEMBERSHIP", "CREATE VIEW role_membership AS SELECT 1 AS one"
-    )
-    assert lint.main(["check"]) == 1
-    assert "view public.role_membership" in capsys.readouterr().out
+async def test_check_reports_drift_from_the_models() -> None:
+    assert await __main__.check(18) == []
+    lines = await __main__.check(18, role_membership="CREATE VIEW role_membership AS SELECT 1 AS one")
+    assert any("view public.role_membership" in line for line in lines)
 
 
 async def test_time_ordered_ids_follow_the_clock(database: Pool) -> None:

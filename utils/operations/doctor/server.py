@@ -13,7 +13,7 @@ from utils.operations import migrations
 from utils.operations.doctor.context import DoctorContext
 from utils.operations.doctor.outside import skew
 from utils.operations.doctor.report import TOLD, Finding
-from utils.operations.migrations import invalid, switch
+from utils.operations.migrations import invalid_indexes
 
 #: The newest major that the tests run on; newer ones mostly work.
 NEWEST_TESTED = 18
@@ -83,7 +83,7 @@ async def check_schema(patient: DoctorContext) -> Sequence[Finding]:
     """Whether the schema is what this version wants, and whether it may be brought there."""
     database = await patient.database()
     at, waiting = await migrations.current(database), await migrations.pending(database)
-    off = await switch.is_off(database)
+    off = await migrations.find_pause(database)
     upgrade = "run python bot.py db upgrade"
     found: list[Finding] = []
     if waiting:
@@ -96,13 +96,13 @@ async def check_schema(patient: DoctorContext) -> Sequence[Finding]:
         drift = await migrations.check_drift(database)
         if drift:
             some = "; ".join(drift[:3])[:200] + (f" and {len(drift) - 3} more" if len(drift) > 3 else "")
-            todo = "undo what was changed by hand, or restore a backup (python bot.py db check has all)"
+            todo = "undo what was changed by hand, or restore a backup (python bot.py db status lists all)"
             found.append(Finding("fail", "drift", f"tables differ from the models: {some}", todo))
         else:
             found.append(Finding("ok", "drift", "the tables are what the models say"))
     if off is not None:
-        found.append(Finding("warn", "AUTO_MIGRATE", f"off: {off}", upgrade + " to switch it on again"))
-    broken = await invalid.find(database)
+        found.append(Finding("warn", "AUTO_MIGRATE", f"paused: {off}", upgrade + " to resume it"))
+    broken = await invalid_indexes.find(database)
     if broken:
         found.append(Finding("warn", "indexes", f"invalid: {', '.join(broken)[:200]}", upgrade + ", which drops them"))
     else:

@@ -1,264 +1,280 @@
-"""What operators do with the schema: look, go up, go down, and say where it is. `preview` shows the SQL first."""
+"""What operators do with the schema: status, history, upgrade, downgrade and stamp."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from datetime import datetime
+from datetime import UTC
 from typing import Any
 
 import asyncpg
 
 from utils.database import ConnectTarget, Pool
 from utils.exceptions import GuildbookError, MigrationError, translate
-from utils.operations import migrations
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
-from utils.operations.migrations import invalid, schema_catalog, switch
-from utils.operations.migrations.preview import aim
+from utils.operations.migrations import invalid_indexes, runner, schema_catalog
+from utils.operations.migrations.drift import check_drift
+from utils.operations.migrations.environment import DEFAULTS, MigrationOptions
+from utils.operations.migrations.history import COMMAND_LINE, Actor, AppliedRevision
+from utils.operations.migrations.runner import resolve_revision
 from utils.service.lease import hold_as_operator
 
 #: Lines of one kind that are shown; `--json` has all.
 SHOWN = 12
-#: The name that holds the lease meanwhile, for how many seconds it does, and how often that is renewed.
-#: Seconds for a statement that makes or drops a database.
-SCRATCH_SECONDS = 60.0
+#: Most characters of an outcome's text: a Discord message takes 2,000.
+TEXT_LENGTH = 1_900
+#: Seconds for creating or dropping a database.
+CREATE_DATABASE_SECONDS = 60.0
 
-#: Makes a backup and says in a line which one. Raises `GuildbookError`.
+#: Makes a backup and returns a line that names it. Raises `GuildbookError`.
 Backup = Callable[[], Awaitable[str]]
-#: Keeps the bots from acting for as long as it is open. Raises `GuildbookError` when one acts.
-Alone = Callable[[Pool], AbstractAsyncContextManager[None]]
-
-_APPLIED, _TAKEN_BACK = "applied", "taken back"
-_TOLD = re.compile(rf"^({_APPLIED}|{_TAKEN_BACK}): ([\w, -]+)$", re.MULTILINE)
+#: Keeps bots from acting while it is open. Raises `GuildbookError` when one acts.
+Exclusive = Callable[[Pool], AbstractAsyncContextManager[None]]
 
 
-async def status(database: Pool, *, progress: Progress = ignore_progress) -> Outcome:
-    """Say where the schema is, what waits, and what differs from the models; not ok when anything does.
+async def status(pool: Pool, *, progress: Progress = ignore_progress, options: MigrationOptions = DEFAULTS) -> Outcome:
+    """Report the current revision, pending ones, drift and invalid indexes; not ok when there are any of these.
 
-    Raises `MigrationError` for a revision that this version does not know.
+    Drift is only looked for at the newest revision. Raises `MigrationError` for a revision that this version does not
+    know.
     """
-    progress(Step("looking at the schema", unit="tables"))
-    at, waiting = await migrations.current(database), await migrations.pending(database)
-    titles = dict(migrations.revisions())
-    off, broken = await switch.is_off(database), await invalid.find(database)
-    drift = await migrations.check_drift(database) if not waiting else None
-    lines = [f"revision: {at} {titles[at]}" if at else "revision: none, there is no schema yet"]
-    if waiting:
-        lines.append("waiting (python bot.py db upgrade):")
-        lines += _shown([f"{revision} {titles[revision]}" for revision in waiting])
+    progress(Step("reading the schema", unit="tables"))
+    current, pending = await runner.current(pool), await runner.pending(pool, options=options)
+    descriptions = dict(runner.known_revisions(options=options))
+    paused, invalid = await runner.find_pause(pool), await invalid_indexes.find(pool)
+    drift = await check_drift(pool) if not pending else None
+    lines = [
+        f"revision: {current} {descriptions[current]}" if current else "revision: none, the database has no schema"
+    ]
+    if pending:
+        lines.append("pending (python bot.py db upgrade):")
+        lines += _shorten([f"{revision} {descriptions[revision]}" for revision in pending])
     else:
-        lines.append("waiting: nothing")
-        lines.append("differs from the models:" if drift else "differs from the models: nothing")
-        lines += _shown(drift or [])
-    if broken:
-        lines.append(f"invalid indexes (the next upgrade drops them): {', '.join(broken)[:300]}")
-    if off is not None:
-        lines.append(f"AUTO_MIGRATE is off until python bot.py db upgrade: {off}")
+        lines.append("pending: none")
+        lines.append("drift from the models:" if drift else "drift from the models: none")
+        lines += _shorten(drift or [])
+    if invalid:
+        lines.append(f"invalid indexes (the next upgrade drops them): {', '.join(invalid)[:300]}")
+    if paused is not None:
+        lines.append(f"AUTO_MIGRATE is paused until python bot.py db upgrade: {paused}")
     data = {
-        "revision": at,
-        "pending": [{"revision": revision, "description": titles[revision]} for revision in waiting],
+        "revision": current,
+        "pending": [{"revision": revision, "description": descriptions[revision]} for revision in pending],
         "drift": drift,
-        "invalid_indexes": broken,
-        "auto_migrate_off": off,
+        "invalid_indexes": invalid,
+        "auto_migrate_off": None if paused is None else str(paused),
     }
-    return Outcome(_cut(lines), data=data, ok=not (waiting or drift or broken))
+    return Outcome(_join(lines), data=data, ok=not (pending or drift or invalid))
 
 
-async def history(database: Pool, *, progress: Progress = ignore_progress) -> Outcome:
-    """List the revisions, oldest first: which are applied, and when, where the books know it. Raises like `status`."""
-    progress(Step("reading the books", unit="revisions"))
-    waiting = set(await migrations.pending(database))
-    when = await _when(database)
+async def history(pool: Pool, *, progress: Progress = ignore_progress, options: MigrationOptions = DEFAULTS) -> Outcome:
+    """List the revisions, oldest first: whether each is applied, and when and by whom as far as `ops.migrations` knows.
+
+    Raises like `status`.
+    """
+    progress(Step("reading ops.migrations", unit="revisions"))
+    pending = set(await runner.pending(pool, options=options))
+    applied = await runner.applied(pool)
     lines, rows = [], []
-    for revision, title in migrations.revisions():
-        is_applied = revision not in waiting
-        at = when.get(revision) if is_applied else None
-        told = f" ({at:%Y-%m-%d %H:%M} UTC)" if at is not None else ""
-        lines.append(f"{'applied' if is_applied else 'waiting'}  {revision}  {title}{told}")
+    for revision, description in runner.known_revisions(options=options):
+        is_applied = revision not in pending
+        record = applied.get(revision) if is_applied else None
+        lines.append(f"{'applied' if is_applied else 'pending'}  {revision}  {description}{_when(record)}")
         rows.append(
             {
                 "revision": revision,
-                "description": title,
+                "description": description,
                 "applied": is_applied,
-                "at": at.isoformat() if at is not None else None,
+                "at": None if record is None else record.at.isoformat(),
+                "by": None if record is None else record.by.kind,
+                "user_id": None if record is None else record.by.user_id,
+                "seconds": None if record is None else record.seconds,
             }
         )
     if len(lines) > 2 * SHOWN:
-        lines = [f"({len(lines) - 2 * SHOWN} older ones)", *lines[-2 * SHOWN :]]
-    return Outcome(_cut(lines), data={"revisions": rows})
+        lines = [f"({len(lines) - 2 * SHOWN} older revisions)", *lines[-2 * SHOWN :]]
+    return Outcome(_join(lines), data={"revisions": rows})
 
 
-async def _when(database: Pool) -> dict[str, datetime]:
-    """Return when revisions were applied last by an operator; what the bot did by itself is in no book."""
-    if await database.fetchval("SELECT to_regclass('ops.admin_actions') IS NULL"):
-        return {}
-    rows = await database.fetch(
-        "SELECT at, result FROM ops.admin_actions WHERE command IN ('db upgrade', 'db downgrade') ORDER BY at, id"
-    )
-    when: dict[str, datetime] = {}
-    for row in rows:
-        for verb, names in _TOLD.findall(row["result"]):
-            for revision in names.split(", "):
-                if verb == _APPLIED:
-                    when[revision] = row["at"]
-                else:
-                    when.pop(revision, None)
-    return when
+def _when(record: AppliedRevision | None) -> str:
+    if record is None:
+        return ""
+    by = record.by.kind if record.by.user_id is None else f"user {record.by.user_id}"
+    return f" ({record.at.astimezone(UTC):%Y-%m-%d %H:%M} UTC, by {by})"
 
 
-async def upgrade(database: Pool, revision: str | None = None, *, progress: Progress = ignore_progress) -> Outcome:
-    """Bring the schema up to a revision, None: the newest; then AUTO_MIGRATE is on again. Raises `MigrationError`."""
-    at = await migrations.current(database)
-    goal = aim(at, revision, down=False)
-    total = len(await migrations.pending(database)) if revision is None else None
-    steps = _Steps(progress, "upgrading", total)
-    was_off = await switch.is_off(database)
-    done = await migrations.upgrade(database, goal, on_applied=steps.one_more)
-    lines = [f"{_APPLIED}: {', '.join(done.revisions)}" if done.revisions else "the schema is up to date"]
-    if not done.revisions and revision is not None:
-        lines = [f"the schema is at {goal} already"]
-    if done.invalid.gone:
-        lines.append(f"invalid indexes dropped: {', '.join(done.invalid.gone)}")
-    lines += [f"the invalid index {name} stays: {why}" for name, why in done.invalid.left]
-    off = await switch.is_off(database)
-    if was_off is not None:
-        lines.append("AUTO_MIGRATE is on again" if off is None else f"AUTO_MIGRATE stays off: {off}")
-    elif goal != aim(at, None, down=False):
-        lines.append("the next start with AUTO_MIGRATE=true goes on to the newest revision")
+async def upgrade(
+    pool: Pool,
+    revision: str | None = None,
+    *,
+    by: Actor = COMMAND_LINE,
+    progress: Progress = ignore_progress,
+    options: MigrationOptions = DEFAULTS,
+) -> Outcome:
+    """Upgrade the schema to a revision. The newest (`revision` None) ends a pause of AUTO_MIGRATE.
+
+    Raises `MigrationError`.
+    """
+    current = await runner.current(pool)
+    goal = resolve_revision(current, revision, options=options)
+    total = len(await runner.pending(pool, options=options)) if revision is None else None
+    steps = _StepCounter(progress, "upgrading", total)
+    was_paused = await runner.find_pause(pool) is not None
+    result = await runner.upgrade(pool, goal, by=by, on_applied=steps.count, options=options)
+    if result.revisions:
+        lines = [f"applied: {', '.join(result.revisions)}"]
+    else:
+        lines = ["the schema is up to date" if revision is None else f"the schema is at {goal} already"]
+    if result.indexes.dropped:
+        lines.append(f"invalid indexes dropped: {', '.join(result.indexes.dropped)}")
+    lines += [f"invalid index {name} could not be dropped: {error}" for name, error in result.indexes.remaining]
+    paused = await runner.find_pause(pool)
+    if was_paused:
+        lines.append("AUTO_MIGRATE is resumed" if paused is None else f"AUTO_MIGRATE stays paused: {paused}")
+    elif goal != resolve_revision(current, None, options=options):
+        lines.append("the next start with AUTO_MIGRATE=true upgrades to the newest revision")
     data = {
-        "before": done.before,
+        "before": result.before,
         "after": goal,
-        "applied": list(done.revisions),
-        "invalid_indexes_dropped": list(done.invalid.gone),
-        "invalid_indexes_left": [name for name, _ in done.invalid.left],
-        "auto_migrate_off": off,
+        "applied": list(result.revisions),
+        "invalid_indexes_dropped": list(result.indexes.dropped),
+        "invalid_indexes_left": [name for name, _ in result.indexes.remaining],
+        "auto_migrate_off": None if paused is None else str(paused),
     }
-    return Outcome(_cut(lines), data=data, ok=not done.invalid.left)
+    return Outcome(_join(lines), data=data, ok=not result.indexes.remaining)
 
 
 async def downgrade(
-    database: Pool,
+    pool: Pool,
     revision: str,
     *,
     backup: Backup | None,
-    alone: Alone = hold_as_operator,
+    exclusive: Exclusive = hold_as_operator,
+    by: Actor = COMMAND_LINE,
     progress: Progress = ignore_progress,
+    options: MigrationOptions = DEFAULTS,
 ) -> Outcome:
-    """Take the schema down to a revision (`base`: nothing of ours is left) and switch AUTO_MIGRATE off.
+    """Downgrade the schema to a revision (`base` removes everything of ours) and pause AUTO_MIGRATE.
 
-    The backup comes first; `backup` None: there is none, which whoever asks has to mean. What the revisions added is
-    gone with everything in it. Raises `GuildbookError` while a bot acts (`alone`), `MigrationError` when it fails:
-    the database is at the last revision that was completed, and the switch off unless nothing was done.
+    All data in what the reverted revisions added is lost.
+
+    Parameters
+    ----------
+    backup: makes the backup that comes first; None for no backup.
+    exclusive: keeps bots from acting meanwhile.
+
+    Raises
+    ------
+    GuildbookError: a bot acts on the database, or the backup failed. Nothing was changed.
+    MigrationError: a revision failed. The database is at the last completed revision, and AUTO_MIGRATE is paused unless
+        nothing was reverted.
     """
-    at = await migrations.current(database)
-    goal = aim(at, revision, down=True)
-    if goal == (at or "base"):
-        return Outcome(f"the schema is at {goal} already", data={"before": at, "after": goal, "taken_back": []})
-    order = ["base", *(known for known, _ in migrations.revisions())]
-    steps = _Steps(progress, "taking the schema down", order.index(at or "base") - order.index(goal))
-    told = None
-    async with alone(database):
+    current = await runner.current(pool)
+    goal = resolve_revision(current, revision, down=True, options=options)
+    if goal == (current or "base"):
+        return Outcome(f"the schema is at {goal} already", data={"before": current, "after": goal, "taken_back": []})
+    order = ["base", *(known.id for known in runner.known_revisions(options=options))]
+    steps = _StepCounter(progress, "downgrading", order.index(current or "base") - order.index(goal))
+    saved = None
+    async with exclusive(pool):
         if backup is not None:
-            told = await backup()
-        was_off = await switch.is_off(database)
-        await switch.turn_off(database, goal)  # before it begins: a start after a kill would go up again
+            saved = await backup()
+        was_paused = await runner.find_pause(pool) is not None
+        # Before the first step: if this process is killed, the next start must not upgrade again.
+        await runner.pause_auto_migrate(pool, goal, by=by, options=options)
         try:
-            done = await migrations.downgrade(database, goal, on_applied=steps.one_more)
+            result = await runner.downgrade(pool, goal, by=by, on_applied=steps.count, options=options)
         except BaseException:
-            if was_off is None and await asyncio.shield(_is_still_at(database, at)):
-                await asyncio.shield(switch.turn_on(database))
+            if not was_paused and await asyncio.shield(_is_still_at(pool, current)):
+                await asyncio.shield(runner.resume_auto_migrate(pool, by=by))
             raise
     lines = [
-        f"{_TAKEN_BACK}: {', '.join(done.revisions)}",
-        f"the schema is at {goal}; AUTO_MIGRATE stays off until python bot.py db upgrade",
-        f"backup before it: {told}" if told else "no backup was made before it",
+        f"reverted: {', '.join(result.revisions)}",
+        f"the schema is at {goal}; AUTO_MIGRATE is paused until python bot.py db upgrade",
+        f"backup made before: {saved}" if saved else "no backup was made before",
     ]
     return Outcome(
-        _cut(lines), data={"before": at, "after": goal, "taken_back": list(done.revisions), "backup": told or None}
+        _join(lines),
+        data={"before": current, "after": goal, "taken_back": list(result.revisions), "backup": saved or None},
     )
 
 
-async def _is_still_at(database: Pool, revision: str | None) -> bool:
+async def _is_still_at(pool: Pool, revision: str | None) -> bool:
     with contextlib.suppress(GuildbookError):
-        return await migrations.current(database) == revision
+        return await runner.current(pool) == revision
     return False
 
 
-async def stamp(database: Pool, revision: str, *, progress: Progress = ignore_progress) -> Outcome:
-    """Write down that the schema is at a revision, once everything that the revision makes is found to be there.
+async def stamp(
+    pool: Pool,
+    revision: str,
+    *,
+    by: Actor = COMMAND_LINE,
+    progress: Progress = ignore_progress,
+    options: MigrationOptions = DEFAULTS,
+) -> Outcome:
+    """Record that the schema is at a revision, after comparing it with what the revision makes in an empty database.
 
-    It is compared with what the migrations make in an empty database beside it; where we may make none, the newest
-    revision is compared with the models alone, and an older one is refused. Raises `MigrationError`.
+    Without the right to create one, the newest revision is compared with the models instead. Raises `MigrationError`
+    for differences, and for an older revision without that right; nothing is recorded then.
     """
-    known = [name for name, _ in migrations.revisions()]
+    known = [revision.id for revision in runner.known_revisions(options=options)]
     goal = known[-1] if revision in ("head", "heads") else revision
     if goal not in known:
         raise MigrationError(f"there is no revision {revision[:40]!r}: choose one of {', '.join(known)}")
     progress(Step("comparing", unit="tables"))
-    wrong = await migrations.check_drift(database) if goal == known[-1] else []
+    differences = await check_drift(pool) if goal == known[-1] else []
     note = "compared with what the migrations make"
-    if not wrong:
-        found = await schema_catalog.read(database.direct)
+    if not differences:
+        actual = await schema_catalog.read(pool.direct)
         try:
-            async with _scratch(database.direct) as empty:
-                await migrations.upgrade(empty, goal)
-                wanted = await schema_catalog.read(empty)
-                await migrations.upgrade(empty)
+            async with _empty_database(pool.direct) as empty:
+                await runner.upgrade(empty, goal, options=options)
+                expected = await schema_catalog.read(empty)
+                await runner.upgrade(empty, options=options)
                 newest = await schema_catalog.read(empty)
         except asyncpg.InsufficientPrivilegeError as exc:
             if goal != known[-1]:
                 raise MigrationError(
-                    f"whether the schema is at {goal} cannot be told: the database user may not make a database to"
-                    " compare with: a superuser can give it the right CREATEDB"
+                    f"could not check that the schema is at {goal}: the database user may not create a database to"
+                    " compare with; as a superuser, grant CREATEDB"
                 ) from exc
-            note = "compared with the models; defaults and checks were not, for want of the right to make a database"
+            note = (
+                "compared with the models, without defaults and check constraints, because the database user may not"
+                " create a database"
+            )
         else:
-            wrong = unlike(found, wanted, newest)
-    if wrong:
-        raise MigrationError(_cut([f"the schema is not what revision {goal} makes; nothing was written:", *wrong]))
-    before = await _recorded(database)
-    await migrations.stamp(database, goal)
-    return Outcome(f"the schema is written down as {goal} (before: {before or 'none'}); {note}",
-                   data={"before": before, "after": goal})  # fmt: skip
+            differences = schema_catalog.mismatches(actual, expected, newest)
+    if differences:
+        raise MigrationError(
+            _join([f"the schema is not what revision {goal} makes; nothing was recorded:", *differences])
+        )
+    before = await _recorded_revision(pool)
+    await runner.stamp(pool, goal, by=by, options=options)
+    return Outcome(
+        f"the schema is recorded as {goal} (before: {before or 'none'}); {note}",
+        data={"before": before, "after": goal},
+    )
 
 
-async def _recorded(database: Pool) -> str | None:
-    if await database.fetchval("SELECT to_regclass('alembic_version') IS NULL"):
+async def _recorded_revision(pool: Pool) -> str | None:
+    if await pool.fetchval("SELECT to_regclass('alembic_version') IS NULL"):
         return None
-    recorded: str | None = await database.fetchval("SELECT version_num FROM alembic_version LIMIT 1")
+    recorded: str | None = await pool.fetchval("SELECT version_num FROM alembic_version LIMIT 1")
     return recorded
 
 
-def unlike(found: dict[str, str], wanted: dict[str, str], newest: dict[str, str]) -> list[str]:
-    """Return what contradicts that a catalogue is at a revision; tables that no revision makes are other people's."""
-    lines = [f"missing: {name}" for name in sorted(wanted.keys() - found.keys())]
-    lines += [f"differs: {name}" for name in sorted(wanted.keys() & found.keys()) if wanted[name] != found[name]]
-    ours = {relation for relation in map(_relation, wanted) if relation}
-    for name in sorted(found.keys() - wanted.keys()):
-        if name in newest or _relation(name) in ours:
-            lines.append(f"too much: {name}")
-    return lines
-
-
-def _relation(name: str) -> str | None:
-    """Return the relation that a line of the catalogue is about; None for an index, which only names itself."""
-    kind, _, rest = name.partition(" ")
-    if kind == "column":
-        return rest.rpartition(".")[0]
-    if kind == "constraint":
-        return rest.rpartition(" on ")[2]
-    return rest if kind in ("view", "sequence") else None
-
-
 @contextlib.asynccontextmanager
-async def _scratch(target: ConnectTarget) -> AsyncIterator[ConnectTarget]:
-    """Lend an empty database on the same server. Raises asyncpg's `InsufficientPrivilegeError`."""
+async def _empty_database(target: ConnectTarget) -> AsyncIterator[ConnectTarget]:
+    """Create an empty database on the same server, dropped afterwards.
+
+    Raises asyncpg's `InsufficientPrivilegeError` when the user may not.
+    """
     name = f"guildbook_compare_{secrets.token_hex(6)}"
-    connection = await asyncpg.connect(**target.connect_kwargs(), timeout=10, command_timeout=SCRATCH_SECONDS)
+    connection = await asyncpg.connect(**target.connect_kwargs(), timeout=10, command_timeout=CREATE_DATABASE_SECONDS)
     try:
         await connection.execute("CREATE DATABASE " + name + " TEMPLATE template0")
         try:
@@ -273,23 +289,23 @@ async def _scratch(target: ConnectTarget) -> AsyncIterator[ConnectTarget]:
         await connection.close(timeout=5)
 
 
-class _Steps:
-    """Counts revisions for whoever wants to know how far it is."""
+class _StepCounter:
+    """Reports progress as revisions are applied or reverted."""
 
     def __init__(self, progress: Progress, text: str, total: int | None) -> None:
         self._progress, self._text, self._total, self._done = progress, text, total, 0
         progress(Step(text, 0, total, "revisions"))
 
-    def one_more(self, revision: str) -> None:
+    def count(self, revision: str) -> None:
         self._done += 1
         self._progress(Step(self._text, self._done, self._total, "revisions"))
 
 
-def _shown(lines: Sequence[Any]) -> list[str]:
+def _shorten(lines: Sequence[Any]) -> list[str]:
     rest = [f"- and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     return [f"- {str(line)[:140]}" for line in lines[:SHOWN]] + rest
 
 
-def _cut(lines: Sequence[str]) -> str:
+def _join(lines: Sequence[str]) -> str:
     text = "\n".join(lines)
-    return text if len(text) <= 1_900 else text[:1_890] + "…"
+    return text if len(text) <= TEXT_LENGTH else text[: TEXT_LENGTH - 10] + "…"

@@ -1,12 +1,13 @@
-"""Changing many rows in a migration without one long transaction: in batches that a killed migration goes on from.
+"""Change many rows in a migration without one long transaction: in batches, each committed by itself.
 
-A revision that changes rows holds nothing else, because what it did is committed before its number is::
+A revision that changes rows must do nothing else, because its batches are committed before its number is::
 
     def upgrade() -> None:
         in_batches(op, "members", revision=revision, set_sql="nick = btrim(nick)", where="nick <> btrim(nick)")
 
-The table `guildbook_batches` remembers how far it came. It is there only while a migration is under way, and each batch
-and its line in it are one statement, so that no row is changed twice: not even `xp = xp * 10` needs a `where`.
+The table `guildbook_batches` records the progress, and a killed migration continues from there. It exists only while a
+migration runs. Each batch updates it in the same statement, so that no row is changed twice: not even `xp = xp * 10`
+needs a `where`.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from utils.exceptions import MigrationError
 
 _log = logging.getLogger(__name__)
 
-#: How far migrations came; made by the first batch, dropped with the number of the revision.
+#: Created by the first batch, dropped in the transaction that sets the revision.
 TABLE = "guildbook_batches"
-#: Rows of one batch: some 50 ms, for which other writers of these rows wait.
+#: Rows of one batch: about 50 ms, during which other writers of these rows wait.
 SIZE = 5_000
-#: Seconds between two lines in the log.
-SAY_SECONDS = 10.0
+#: Seconds between two log lines.
+LOG_SECONDS = 10.0
 
 _LONE_COLON = re.compile(r"(?<!:):(?!:)")
 
-_MAKE = """
+_CREATE = """
 CREATE TABLE IF NOT EXISTS guildbook_batches (
     revision text, part text, last text[], visited bigint NOT NULL DEFAULT 0, changed bigint NOT NULL DEFAULT 0,
     is_done boolean NOT NULL DEFAULT false, PRIMARY KEY (revision, part)
@@ -48,8 +49,8 @@ WHERE i.indrelid = to_regclass(:table) AND i.indisprimary ORDER BY k.position
 
 
 @dataclass(frozen=True, slots=True)
-class Batched:
-    """How far it is: rows looked at and rows changed, by earlier runs too."""
+class BatchProgress:
+    """Rows visited and rows changed so far, including earlier runs."""
 
     visited: int
     changed: int
@@ -59,17 +60,27 @@ class Batched:
 def in_batches(
     op: Any, table: str, *, revision: str, set_sql: str, where: str = "true", part: str = "", size: int = SIZE
 ) -> None:
-    """Change the rows of a table that `where` picks, batch by batch in the order of its primary key, from a revision.
+    """Update the rows of a table in batches, in the order of its primary key. Called in a revision's `upgrade`.
 
-    `op`: Alembic's; `table`: its name, with the schema where it is not the usual one; `set_sql` and `where`: SQL that
-    calls the row `t`, never made of values of people's; `revision`: the revision's own; `part` tells two passes over
-    one table apart; `size`: rows of a batch. Rows that the bot adds meanwhile may be left out: let a default, or the
-    code that is deployed with it, fill those. Without a database (`preview`) it is the one UPDATE that it amounts to.
-    Raises `MigrationError` for a table without a primary key.
+    Rows that the bot inserts meanwhile may be missed: fill those with a column default or in the code. Without a
+    database (`preview`), it writes the equivalent single UPDATE.
+
+    Parameters
+    ----------
+    op: Alembic's `op`.
+    table: the table's name, with its schema unless that is on the search path.
+    revision: the revision's own id.
+    set_sql, where: SQL in which the row is named `t`. Never built from user input.
+    part: tells several passes over one table apart.
+    size: rows in a batch.
+
+    Raises
+    ------
+    MigrationError: the table does not exist or has no primary key.
     """
     if op.get_context().as_sql:
         op.execute(
-            "-- in batches, each committed by itself, when Guildbook runs it\n"
+            "-- Guildbook runs it in batches, each committed by itself\n"
             + " ".join(("UPDATE", table, "AS t SET", set_sql, "WHERE", where))
         )
         return
@@ -86,41 +97,42 @@ def walk(
     where: str = "true",
     part: str = "",
     size: int = SIZE,
-    after_batch: Callable[[Batched], None] | None = None,
-) -> Batched:
-    """Do what `in_batches` says on a connection that commits every statement, from where an earlier run stopped."""
+    after_batch: Callable[[BatchProgress], None] | None = None,
+) -> BatchProgress:
+    """Run or continue `in_batches` on a connection that commits every statement."""
     if size < 1:
-        raise MigrationError(f"a batch of {size} rows changes nothing: expected at least 1")
+        raise MigrationError(f"the batch size must be at least 1, not {size}")
     key = [(row.name, row.type) for row in connection.execute(text(_KEY), {"table": table})]
     if not key:
-        raise MigrationError(f"{table} cannot be changed in batches: there is no such table, or it has no primary key")
-    mark = {"revision": revision, "part": f"{table} {part}".strip()}
-    connection.execute(text(_MAKE))
+        raise MigrationError(f"cannot update {table} in batches: it does not exist or has no primary key")
+    batch = {"revision": revision, "part": f"{table} {part}".strip()}
+    connection.execute(text(_CREATE))
     connection.execute(
-        text("INSERT INTO guildbook_batches (revision, part) VALUES (:revision, :part) ON CONFLICT DO NOTHING"), mark
+        text("INSERT INTO guildbook_batches (revision, part) VALUES (:revision, :part) ON CONFLICT DO NOTHING"),
+        batch,
     )
-    set_sql, where = (_LONE_COLON.sub(r"\\:", sql) for sql in (set_sql, where))  # in '12:30' it is no parameter
+    set_sql, where = (_LONE_COLON.sub(r"\\:", sql) for sql in (set_sql, where))  # '12:30' has no parameter
     first, further = (text(_statement(table, key, set_sql, where, is_first=flag)) for flag in (True, False))
     read = text(
         "SELECT last, visited, changed, is_done FROM guildbook_batches WHERE revision = :revision AND part = :part"
     )
-    told = time.monotonic()
+    logged_at = time.monotonic()
     while True:
-        row = connection.execute(read, mark).one()
-        state = Batched(row.visited, row.changed, row.is_done)
+        row = connection.execute(read, batch).one()
+        state = BatchProgress(row.visited, row.changed, row.is_done)
         if after_batch is not None:
             after_batch(state)
         if state.is_done:
             return state
-        if time.monotonic() - told > SAY_SECONDS:
-            told = time.monotonic()
-            _log.info("changing %s: %s rows looked at so far", table, f"{state.visited:,}")
+        if time.monotonic() - logged_at > LOG_SECONDS:
+            logged_at = time.monotonic()
+            _log.info("updating %s in batches", table, extra={"visited": state.visited, "changed": state.changed})
         lower = {f"k{number}": value for number, value in enumerate(row.last or ())}
-        connection.execute(further if lower else first, {**mark, **lower, "size": size})
+        connection.execute(further if lower else first, {**batch, **lower, "size": size})
 
 
 def forget(connection: Connection, revisions: Sequence[str]) -> None:
-    """Take back what is remembered of revisions, in the transaction that writes their number."""
+    """Delete the progress of revisions, in the transaction that sets their number."""
     if connection.scalar(text("SELECT to_regclass('guildbook_batches') IS NULL")):
         return
     connection.execute(
@@ -131,8 +143,9 @@ def forget(connection: Connection, revisions: Sequence[str]) -> None:
 
 
 def _statement(table: str, key: Sequence[tuple[str, str]], set_sql: str, where: str, *, is_first: bool) -> str:
-    """Return the statement of one batch: the page of keys, its rows locked in their order, changed, and noted."""
-    aliases = [f"batch_key_{number}" for number in range(len(key))]  # so that a bare name is the row's own column
+    """Return the statement of one batch: select a page of keys, lock and update its rows, record progress."""
+    # An unqualified name in `set_sql` must mean the row's own column.
+    aliases = [f"batch_key_{number}" for number in range(len(key))]
     own = ", ".join("t." + name for name, _ in key)
     selected = ", ".join(f"t.{name} AS {alias}" for (name, _), alias in zip(key, aliases, strict=True))
     same = " AND ".join(f"t.{name} = {alias}" for (name, _), alias in zip(key, aliases, strict=True))

@@ -1,4 +1,4 @@
-"""What `migrations/env.py` runs: one connection, one lock, and what belongs to us among the tables that are there."""
+"""What `migrations/env.py` runs: the connection, the migration lock, and which tables Alembic compares."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import logging
 import pkgutil
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from alembic import context
 from alembic.runtime.migration import MigrationContext, MigrationInfo
@@ -25,57 +26,106 @@ from models import Base
 from utils.database.embedded import open_target
 from utils.database.target import ConnectTarget
 from utils.exceptions import MigrationError
-from utils.operations.migrations.batches import TABLE as BATCHES
-from utils.operations.migrations.batches import forget
-from utils.operations.migrations.invalid import drop
-from utils.operations.migrations.switch import clear, read
+from utils.operations.migrations import batches, history, invalid_indexes
+from utils.operations.migrations.history import ALEMBIC, BOT, SQL_FILE, Actor, MigrationRecorder, Pause
+from utils.operations.migrations.invalid_indexes import DroppedIndexes
 from utils.settings import load_settings
 
 _log = logging.getLogger(__name__)
 
-#: "guildbook" in a bigint: the advisory lock that keeps two processes from migrating at once.
+#: "guildbook" as a bigint: the advisory lock that lets one process migrate at a time.
 LOCK_KEY = 0x6775696C64626F6F
-#: Schemas that hold our tables; what others keep in theirs is not looked at.
-SCHEMAS = (None, "ops")
-#: How long one statement of a migration waits for other people's locks before it gives up.
-LOCK_TIMEOUT = "15s"
-#: Seconds between two attempts to get the lock.
+#: Seconds between two attempts to get that lock.
 POLL_SECONDS = 0.25
-COGS = Path(__file__).resolve().parents[3] / "cogs"
+#: Schemas with our tables. Others are not compared.
+SCHEMAS = (None, "ops")
+_ROOT = Path(__file__).resolve().parents[3]
+SCRIPTS = _ROOT / "migrations"
+COGS = _ROOT / "cogs"
 
-_DECLARES = re.compile(r"^\s+__tablename__\s*[:=]", re.MULTILINE)
+_DECLARES_TABLE = re.compile(r"^\s+__tablename__\s*[:=]", re.MULTILINE)
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationOptions:
+    """How migrations run. Nothing but tests changes the defaults."""
+
+    #: The directory with `env.py` and `versions/`.
+    scripts: Path = SCRIPTS
+    #: How long a statement waits for a lock before it fails (PostgreSQL's `lock_timeout`).
+    lock_timeout: str = "15s"
+    #: The same for dropping an invalid index.
+    index_lock_timeout: str = invalid_indexes.LOCK_TIMEOUT
+
+
+DEFAULTS = MigrationOptions()
+
+
+@dataclass(slots=True, kw_only=True)
+class MigrationRun:
+    """One run of Alembic: what was asked for and, filled in by this module, what was done."""
+
+    target: ConnectTarget
+    options: MigrationOptions = DEFAULTS
+    #: Seconds to wait for another process that migrates.
+    timeout: float = 300.0
+    by: Actor = BOT
+    is_upgrade: bool = False
+    #: Do nothing while AUTO_MIGRATE is paused.
+    respects_pause: bool = False
+    #: Called in the migrating thread with each revision.
+    on_applied: Callable[[str], None] | None = None
+    #: Set by the caller to stop waiting for the lock.
+    is_cancelled: bool = False
+
+    #: The server process that migrates.
+    pid: int | None = None
+    #: The revision before; None: the database had no schema.
+    before: str | None = None
+    applied: list[str] = field(default_factory=list)
+    indexes: DroppedIndexes = field(default_factory=DroppedIndexes)
+    #: Why nothing was done; None unless `respects_pause`.
+    paused: Pause | None = None
 
 
 def run_offline() -> None:
     """Write the SQL instead of running it."""
-    context.configure(dialect_name="postgresql", literal_binds=True, transaction_per_migration=True, **comparison())
-    context.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
+    options: MigrationOptions = context.config.attributes.get("options", DEFAULTS)
+    context.configure(
+        dialect_name="postgresql",
+        literal_binds=True,
+        transaction_per_migration=True,
+        on_version_apply=MigrationRecorder(SQL_FILE),
+        **comparison_options(),
+    )
+    context.execute(f"SET lock_timeout = '{options.lock_timeout}'")
     with context.begin_transaction():
         context.run_migrations()
 
 
 def run_online() -> None:
-    """Run what Alembic was asked for: on the target that the bot hands over, or on the one of the settings."""
-    attributes = context.config.attributes
-    target: ConnectTarget | None = attributes.get("target")
-    if target is not None:
-        asyncio.run(on_connection(target, lambda connection: _migrate(connection, attributes)))
-    else:
-        try:
-            declare()  # asked from the command line, perhaps to compare: the bot itself only goes up and down
-        except MigrationError as exc:
-            raise CommandError(str(exc)) from exc  # Alembic shows it as one line
-        asyncio.run(_with_settings(lambda connection: _migrate(connection, attributes)))
+    """Run Alembic's command on the database of the `MigrationRun`; from Alembic's own command line, of the settings."""
+    run: MigrationRun | None = context.config.attributes.get("run")
+    if run is not None:
+        asyncio.run(run_on_connection(run.target, lambda connection: _migrate(connection, run)))
+        return
+    try:
+        import_models()  # `alembic check` compares; the bot's own runs only go up and down
+    except MigrationError as exc:
+        raise CommandError(str(exc)) from exc  # Alembic prints it as one line
+    asyncio.run(_migrate_with_settings())
 
 
-def declare(cogs: Path = COGS) -> None:
-    """Import what declares tables beside the framework's own: all of `models/`, and cogs with tables in their files.
+def import_models(cogs: Path = COGS) -> None:
+    """Import every module that declares tables: all of `models/`, and the cogs with a `__tablename__`.
 
-    Raises `MigrationError` when one of them is broken: without it its tables would seem to be superfluous.
+    Raises `MigrationError` when one cannot be imported: its tables would look as if nothing declared them.
     """
     names = [f"{models.__name__}.{found.name}" for found in pkgutil.iter_modules(models.__path__)]
     for path in sorted(cogs.rglob("*.py")):
-        if _DECLARES.search(path.read_text(encoding="utf-8")):
+        if _DECLARES_TABLE.search(path.read_text(encoding="utf-8")):
             parts = path.relative_to(cogs.parent).with_suffix("").parts
             names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
     for name in names:
@@ -83,12 +133,12 @@ def declare(cogs: Path = COGS) -> None:
             importlib.import_module(name)
         except Exception as exc:
             raise MigrationError(
-                f"{name} declares tables, but cannot be imported: {type(exc).__name__}: {exc}"
+                f"{name} declares tables but cannot be imported: {type(exc).__name__}: {exc}; correct it first"
             ) from exc
 
 
-async def on_connection(target: ConnectTarget, work: Callable[[Connection], Any]) -> Any:
-    """Run `work` on a connection of SQLAlchemy's that is closed afterwards."""
+async def run_on_connection(target: ConnectTarget, work: Callable[[Connection], ResultT]) -> ResultT:
+    """Return what `work` returns, given a SQLAlchemy connection that is closed afterwards."""
     engine = create_async_engine(
         target.sqlalchemy_url(), connect_args=target.sqlalchemy_connect_args(), poolclass=NullPool
     )
@@ -99,89 +149,29 @@ async def on_connection(target: ConnectTarget, work: Callable[[Connection], Any]
         await engine.dispose()
 
 
-async def _with_settings(work: Callable[[Connection], Any]) -> None:
-    settings = load_settings()
-    async with open_target(settings.direct_target, settings.data_dir) as target:
-        await on_connection(target, work)
-
-
-def _migrate(connection: Connection, attributes: dict[str, Any]) -> None:
-    """Migrate, and note in `attributes` where the database was (`before`) and what was done (`applied`).
-
-    Further notes to and fro: `target`, `timeout` and `stop`; `is_upgrade`; `heeds_switch`: do nothing while the switch
-    is off, and say so in `kept_off`; `on_applied`: called with each revision; `invalid`: the indexes dropped.
-    """
-
-    def note(ctx: MigrationContext, step: MigrationInfo, heads: Any, run_args: Any) -> None:
-        done = step.up_revision_ids  # also of a step down: what it takes back
-        forget(connection, done)  # in the same transaction as the revision's number
-        attributes.setdefault("applied", []).extend(done)
-        for revision in done:
-            attributes.get("on_applied", _unheard)(revision)
-
-    attributes["pid"] = connection.scalar(text("SELECT pg_backend_pid()"))
-    connection.commit()
-    with locked(connection, attributes.get("timeout", 300.0), lambda: attributes.get("stop", False)):
-        connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT}'"))
-        foreign = partitions(connection)
-        off = read(connection)
-        connection.commit()
-        if off is not None and attributes.get("heeds_switch"):
-            attributes["kept_off"] = off
-            return
-        if attributes.get("is_upgrade"):
-            _drop_invalid(connection, attributes)
-        context.configure(
-            connection=connection,
-            transaction_per_migration=True,
-            on_version_apply=note,
-            **comparison(skip=foreign),
-        )
-        attributes["before"] = context.get_context().get_current_revision()
-        connection.commit()
-        with context.begin_transaction():
-            context.run_migrations()
-        if attributes.get("is_upgrade"):
-            if context.get_context().get_current_revision() == context.get_head_revision():
-                clear(connection)
-            connection.commit()
-
-
-def _unheard(revision: str) -> None:
-    """Tell nobody."""
-
-
-def _drop_invalid(connection: Connection, attributes: dict[str, Any]) -> None:
-    done = attributes["invalid"] = drop(connection)
-    for name in done.gone:
-        _log.warning("index %s was invalid, left by a CREATE INDEX CONCURRENTLY that failed: dropped", name)
-    for name, why in done.left:
-        _log.warning("index %s is invalid and could not be dropped: %s", name, why)
-
-
 @contextmanager
-def locked(connection: Connection, timeout: float, is_called_off: Callable[[], bool]) -> Iterator[None]:
+def migration_lock(connection: Connection, timeout: float, is_cancelled: Callable[[], bool]) -> Iterator[None]:
     """Hold the migration lock.
 
-    Raises `MigrationError` when another process still has it after `timeout` seconds, or when it is called off.
+    Raises `MigrationError` when another process still holds it after `timeout` seconds, or when `is_cancelled` is true.
 
-    Polled: a session that waits inside the lock function holds a snapshot, which CREATE INDEX CONCURRENTLY of the
-    lock's holder then waits for.
+    The lock is polled: a session that waits inside `pg_advisory_lock` holds a snapshot, for which a CREATE INDEX
+    CONCURRENTLY of the lock's holder waits in turn. (Not stamina: nothing fails, and the wait can be cancelled.)
     """
-    started = told = time.monotonic()
+    started = logged_at = time.monotonic()
     while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": LOCK_KEY}):
         connection.commit()
         now = time.monotonic()
-        if is_called_off():
-            raise MigrationError("the migration was called off before it began")
+        if is_cancelled():
+            raise MigrationError("the migration was cancelled before it began")
         if now - started > timeout:
             raise MigrationError(
                 f"another process has been migrating this database for {timeout:.0f} s: wait until it is done, or end"
-                f" it (pg_locks, locktype advisory, key {LOCK_KEY}), then start again"
+                f" it (pg_locks, locktype advisory, key {LOCK_KEY}), then try again"
             )
-        if told == started or now - told > 10:
+        if logged_at == started or now - logged_at > 10:
             _log.info("waiting for another process to finish migrating", extra={"seconds": round(now - started, 1)})
-            told = now
+            logged_at = now
         time.sleep(POLL_SECONDS)
     connection.commit()
     try:
@@ -193,8 +183,8 @@ def locked(connection: Connection, timeout: float, is_called_off: Callable[[], b
             connection.commit()
 
 
-def partitions(connection: Connection) -> frozenset[tuple[str | None, str]]:
-    """Return schema and name of every partition: they come and go with the months and are no part of the models."""
+def list_partitions(connection: Connection) -> frozenset[tuple[str | None, str]]:
+    """Return schema and name of every partition: they come and go with the months and are not in the models."""
     rows = connection.execute(
         text(
             "SELECT CASE WHEN pg_table_is_visible(c.oid) THEN NULL ELSE n.nspname END, c.relname"
@@ -204,16 +194,19 @@ def partitions(connection: Connection) -> frozenset[tuple[str | None, str]]:
     return frozenset((row[0], row[1]) for row in rows)
 
 
-def comparison(
+def comparison_options(
     *, skip: frozenset[tuple[str | None, str]] = frozenset(), metadata: MetaData = Base.metadata
 ) -> dict[str, Any]:
-    """Return the options that say what Alembic compares with the models, and how."""
+    """Return the options that tell Alembic what to compare with the models.
+
+    `skip`: schema and name of tables that are not in the models.
+    """
 
     def include_name(name: str | None, kind: str, parents: Any) -> bool:
         if kind == "schema":
             return name in SCHEMAS
         if kind == "table":
-            return name != BATCHES and (parents.get("schema_name"), name) not in skip
+            return name != batches.TABLE and (parents.get("schema_name"), name) not in skip
         return True
 
     return {
@@ -221,6 +214,66 @@ def comparison(
         "include_schemas": True,
         "include_name": include_name,
         "compare_type": True,
-        # Alembic 1.20 evaluates both defaults, and a clock's never agree: schema_catalog compares them.
+        # Alembic 1.20 evaluates both defaults, and those of a clock never agree: schema_catalog compares them.
         "compare_server_default": False,
     }
+
+
+async def _migrate_with_settings() -> None:
+    settings = load_settings()
+    async with open_target(settings.direct_target, settings.data_dir) as target:
+        run = MigrationRun(target=target, by=ALEMBIC)
+        await run_on_connection(target, lambda connection: _migrate(connection, run))
+
+
+def _migrate(connection: Connection, run: MigrationRun) -> None:
+    run.pid = connection.scalar(text("SELECT pg_backend_pid()"))
+    connection.commit()
+    with migration_lock(connection, run.timeout, lambda: run.is_cancelled):
+        connection.execute(text(f"SET lock_timeout = '{run.options.lock_timeout}'"))
+        partitions = list_partitions(connection)
+        paused = history.read_pause(connection)
+        connection.commit()
+        if paused is not None and run.respects_pause:
+            run.paused = paused
+            return
+        if run.is_upgrade:
+            _drop_invalid_indexes(connection, run)
+        context.configure(
+            connection=connection,
+            transaction_per_migration=True,
+            on_version_apply=_on_version_apply(connection, run),
+            **comparison_options(skip=partitions),
+        )
+        run.before = context.get_context().get_current_revision()
+        connection.commit()
+        with context.begin_transaction():
+            context.run_migrations()
+        if run.is_upgrade and context.get_context().get_current_revision() == context.get_head_revision():
+            history.resume(connection, run.by)
+        connection.commit()
+
+
+def _on_version_apply(
+    connection: Connection, run: MigrationRun
+) -> Callable[[MigrationContext, MigrationInfo, Collection[Any], Mapping[str, Any]], None]:
+    record = MigrationRecorder(run.by)
+
+    def note(ctx: MigrationContext, step: MigrationInfo, heads: Collection[Any], run_args: Mapping[str, Any]) -> None:
+        record(ctx, step, heads, run_args)
+        revisions = step.up_revision_ids  # of a downgrade: those that it reverts
+        batches.forget(connection, revisions)  # in the transaction that changes the revision
+        run.applied.extend(revisions)
+        if run.on_applied is not None:
+            for revision in revisions:
+                run.on_applied(revision)
+
+    return note
+
+
+def _drop_invalid_indexes(connection: Connection, run: MigrationRun) -> None:
+    run.indexes = invalid_indexes.drop(connection, lock_timeout=run.options.index_lock_timeout)
+    for name in run.indexes.dropped:
+        _log.warning("dropped invalid index %s, left by a failed CREATE INDEX CONCURRENTLY", name)
+    for name, error in run.indexes.remaining:
+        _log.warning("could not drop invalid index %s: %s", name, error)

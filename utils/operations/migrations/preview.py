@@ -1,116 +1,102 @@
-"""The SQL of an upgrade or a downgrade as a file to read first, with a remark above each statement that may hurt.
+"""The SQL of an upgrade or a downgrade as a file, with a comment above each statement on what it does to other users.
 
-What a statement locks, scans or rewrites is as PostgreSQL's manual has it: 13.3 Explicit Locking, and the notes of
-ALTER TABLE, CREATE INDEX and CREATE TABLE. The file is what the migration runs, and psql runs it too::
+The comments follow PostgreSQL's manual: 13.3 Explicit Locking, and the notes of ALTER TABLE, CREATE INDEX and CREATE
+TABLE. The migration runs the same statements, and so does psql::
 
-    psql --set ON_ERROR_STOP=1 --file upgrade-0002-0004.sql
+    psql --set ON_ERROR_STOP=1 --file upgrade-0002-0005.sql
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 from utils.database import ConnectTarget, Pool
-from utils.exceptions import MigrationError
-from utils.operations import migrations
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
-from utils.operations.migrations import switch
-from utils.operations.migrations.statements import Statement, read
+from utils.operations.migrations import history, runner
+from utils.operations.migrations.environment import DEFAULTS, MigrationOptions
+from utils.operations.migrations.statements import Statement, parse
 
-#: Statements that are named in the outcome's text; the file has all.
-NAMED = 20
-_HEAD = """\
--- Guildbook: {what}.
--- Above each statement stands what it does to others:
---   drops          what is in it is gone            rewrites       the table is written anew, nobody reads or writes
+#: Destructive statements that the outcome's text lists; the file has all.
+LISTED_STATEMENTS = 20
+_HEADER = """\
+-- Guildbook: {title}.
+-- The comment above each statement says what it does to other users of the database:
+--   drops          its contents are lost            rewrites       the table is rewritten, nobody reads or writes
 --   scans          every row is read under a lock   blocks writes  writers wait until it is done, readers do not
---   locks          nobody reads or writes, shortly  changes rows   writers of the same rows wait
---   lets be        others go on                     unknown        look at it yourself
--- Run it while no bot acts on the database: psql --set ON_ERROR_STOP=1 --file this
+--   locks          nobody reads or writes, briefly  changes rows   writers of the same rows wait
+--   safe           nobody waits                     unknown        look up what it locks
+-- Run it while no bot uses the database: psql --set ON_ERROR_STOP=1 --file this
 """
 
 
 async def preview(
-    where: Pool | ConnectTarget,
+    database: Pool | ConnectTarget,
     revision: str | None = None,
     *,
     down: bool = False,
     progress: Progress = ignore_progress,
+    options: MigrationOptions = DEFAULTS,
 ) -> Outcome:
-    """Return the SQL from where the database is to a revision, as the outcome's file; nothing is run.
+    """Return the SQL of an upgrade or, with `down`, a downgrade as the outcome's file. Runs nothing.
 
-    `revision`: None is the newest one, and for `down` the one before. Raises `MigrationError` for one that is not on
-    the way there.
+    `revision`: None means the newest or, for a downgrade, the previous one. Raises `MigrationError` for a revision that
+    is unknown or in the other direction.
     """
     progress(Step("writing the SQL", unit="statements"))
-    at = await migrations.current(where)
-    goal = aim(at, revision, down=down)
-    what = f"{'downgrade' if down else 'upgrade'} from {at or 'base'} to {goal}"
-    if goal == (at or "base"):
-        return Outcome(f"the database is at {goal} already: there is nothing to run", data=_data(at, goal, []))
-    sql, statements = await asyncio.to_thread(_written, what, at or "base", goal, down)
-    marks = Counter(remark.kind for statement in statements for remark in statement.remarks)
-    counts = ", ".join(f"{kind}: {count}" for kind, count in marks.most_common() if kind != "lets be")
-    lines = [f"{what}: {len(statements)} statements" + (f" ({counts})" if counts else "")]
+    current = await runner.current(database)
+    start = current or "base"
+    goal = runner.resolve_revision(current, revision, down=down, options=options)
+    direction = "downgrade" if down else "upgrade"
+    title = f"{direction} from {start} to {goal}"
+    if goal == start:
+        return Outcome(f"the database is at {goal} already: there is nothing to run", data=_as_json(current, goal, []))
+    sql = await asyncio.to_thread(_write_sql, start, goal, down, options)
+    parts = await asyncio.to_thread(parse, sql)
+    statements = [part for part in parts if part.effects]
     destructive = [statement.title for statement in statements if statement.is_destructive]
-    if destructive:
-        lines.append("What is in these is gone afterwards:")
-        lines += [f"- {title}" for title in destructive[:NAMED]]
-        if len(destructive) > NAMED:
-            lines.append(f"- and {len(destructive) - NAMED} more")
-    name = f"{'downgrade' if down else 'upgrade'}-{at or 'base'}-{goal}.sql"
-    return Outcome("\n".join(lines), data=_data(at, goal, statements), file=(name, sql))
+    return Outcome(
+        _summarize(title, statements, destructive),
+        data=_as_json(current, goal, statements),
+        file=(
+            f"{direction}-{start}-{goal}.sql",
+            _HEADER.format(title=title) + "".join(part.annotated() for part in parts),
+        ),
+    )
 
 
-def aim(at: str | None, revision: str | None, *, down: bool) -> str:
-    """Return the revision that is meant (`base`: none): it may be where the database is, never the other way.
-
-    Raises `MigrationError`.
-    """
-    order = ["base", *(known for known, _ in migrations.revisions())]
-    here = at or "base"
-    if here not in order:
-        raise MigrationError(
-            f"the database is at revision {here}, which this version does not know: it was migrated by a newer"
-            " Guildbook. Run that version, or restore a backup"
-        )
-    place = order.index(here)
-    if revision is None:
-        return order[max(place - 1, 0)] if down else order[-1]
-    goal = order[-1] if revision in ("head", "heads") else revision
-    if goal not in order:
-        raise MigrationError(f"there is no revision {revision[:40]!r}: choose one of {', '.join(order)}")
-    if (order.index(goal) > place) if down else (order.index(goal) < place):
-        raise MigrationError(
-            f"the database is at {here}, and {goal} is {'later' if down else 'earlier'}: that is"
-            f" {'an upgrade' if down else 'a downgrade'}"
-        )
-    return goal
-
-
-def _written(what: str, at: str, goal: str, down: bool) -> tuple[str, list[Statement]]:
-    """Return the remarked SQL, and its statements: in a thread, reading it takes a while."""
-    sql = migrations.offline_sql(f"{at}:{goal}", down=down)
-    # A downgrade to base leaves this table, without a row.
+def _write_sql(start: str, goal: str, down: bool, options: MigrationOptions) -> str:
+    sql = runner.offline_sql(f"{start}:{goal}", down=down, options=options)
+    # A downgrade to base leaves this table in place, empty.
     sql = sql.replace("CREATE TABLE alembic_version (", "CREATE TABLE IF NOT EXISTS alembic_version (")
     if down:
-        reason = f"the schema was taken down to {goal} by hand"
-        sql += f"\nCOMMENT ON TABLE alembic_version IS '{switch.PREFIX}{reason}';\n"
-    elif goal == migrations.revisions()[-1][0]:
-        sql += "\nCOMMENT ON TABLE alembic_version IS NULL;\n"
-    pieces = read(sql)
-    return _HEAD.format(what=what) + "".join(piece.remarked() for piece in pieces), [
-        piece for piece in pieces if piece.remarks
-    ]
+        is_table_kept = runner.has_history(goal, options=options)
+        return f"{sql}\n{history.pause_sql(goal, is_table_kept=is_table_kept)};\n"
+    if goal == runner.known_revisions(options=options)[-1].id:
+        return f"{sql}\n{history.RESUME_SQL};\n\nCOMMENT ON TABLE alembic_version IS NULL;\n"
+    return sql
 
 
-def _data(at: str | None, goal: str, statements: list[Statement]) -> dict[str, object]:
+def _summarize(title: str, statements: Sequence[Statement], destructive: Sequence[str]) -> str:
+    kinds = Counter(effect.kind for statement in statements for effect in statement.effects)
+    counts = ", ".join(f"{kind}: {count}" for kind, count in kinds.most_common() if kind != "safe")
+    lines = [f"{title}: {len(statements)} statements" + (f" ({counts})" if counts else "")]
+    if destructive:
+        lines.append("These statements destroy data or indexes:")
+        lines += [f"- {statement}" for statement in destructive[:LISTED_STATEMENTS]]
+        if len(destructive) > LISTED_STATEMENTS:
+            lines.append(f"- and {len(destructive) - LISTED_STATEMENTS} more")
+    return "\n".join(lines)
+
+
+def _as_json(current: str | None, goal: str, statements: Sequence[Statement]) -> dict[str, Any]:
     return {
-        "from": at,
+        "from": current,
         "to": goal,
         "statements": [
-            {"sql": statement.title, "kinds": sorted({remark.kind for remark in statement.remarks})}
+            {"sql": statement.title, "kinds": sorted({effect.kind for effect in statement.effects})}
             for statement in statements
         ],
         "destructive": [statement.title for statement in statements if statement.is_destructive],

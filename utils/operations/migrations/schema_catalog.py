@@ -1,8 +1,7 @@
-"""The whole schema as PostgreSQL itself spells it, to compare what the migrations make with what the models make.
+"""The schema as PostgreSQL's catalog describes it, to compare two databases.
 
-Alembic compares tables, columns, types and indexes. This adds defaults, generated columns, check constraints, index
-predicates, partition keys, sequences and views; it needs an empty database for the models' side, so it is for tests
-and `python -m utils.operations.migrations check`.
+Alembic compares tables, columns, types and indexes. The catalog adds defaults, generated columns, check constraints,
+index predicates, partition keys, sequences and views, but needs a second database to compare with.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from sqlalchemy import Connection, MetaData, text
 from models import Base
 from models.views import ROLE_MEMBERSHIP
 from utils.database.target import ConnectTarget
-from utils.operations.migrations.environment import declare, on_connection
+from utils.operations.migrations.environment import import_models, run_on_connection
 
 _RELATIONS = (
     "SELECT c.oid, format('%s.%s', n.nspname, c.relname) AS name, c.relkind FROM pg_class AS c"
@@ -44,7 +43,7 @@ _QUERIES: tuple[str, ...] = (
 
 
 async def read(target: ConnectTarget) -> dict[str, str]:
-    """Return what there is in the database, by name, with the definition as PostgreSQL gives it back."""
+    """Return every object of the schema: its name, and its definition as PostgreSQL spells it."""
     connection = await asyncpg.connect(**target.connect_kwargs(), timeout=30, command_timeout=60)
     try:
         rows = [row for query in _QUERIES for row in await connection.fetch(query)]
@@ -53,27 +52,55 @@ async def read(target: ConnectTarget) -> dict[str, str]:
     return {row[0]: row[1] for row in rows}
 
 
-async def build_from_models(target: ConnectTarget, metadata: MetaData = Base.metadata) -> None:
-    """Make everything in `models/` in an empty database, without the migrations."""
+async def build_from_models(
+    target: ConnectTarget, *, metadata: MetaData = Base.metadata, role_membership: str = ROLE_MEMBERSHIP
+) -> None:
+    """Create everything in `models/` in an empty database, without the migrations."""
 
     def build(connection: Connection) -> None:
         if metadata is Base.metadata:
-            declare()
+            import_models()
         connection.execute(text("CREATE SCHEMA ops"))
         metadata.create_all(connection)
-        connection.execute(text(ROLE_MEMBERSHIP))
+        connection.execute(text(role_membership))
         connection.commit()
 
-    await on_connection(target, build)
+    await run_on_connection(target, build)
 
 
-def differences(migrated: dict[str, str], wanted: dict[str, str]) -> list[str]:
-    """Return one line for each thing that the migrations make otherwise than the models."""
-    lines = [f"not in the models: {name}" for name in sorted(migrated.keys() - wanted.keys())]
-    lines += [f"not in the migrations: {name}" for name in sorted(wanted.keys() - migrated.keys())]
+def differences(migrated: dict[str, str], modelled: dict[str, str]) -> list[str]:
+    """Return one line for each object that the migrations and the models do not make alike."""
+    lines = [f"not in the models: {name}" for name in sorted(migrated.keys() - modelled.keys())]
+    lines += [f"not in the migrations: {name}" for name in sorted(modelled.keys() - migrated.keys())]
     lines += [
-        f"differs: {name}: migrations {migrated[name]!r}, models {wanted[name]!r}"
-        for name in sorted(migrated.keys() & wanted.keys())
-        if migrated[name] != wanted[name]
+        f"differs: {name}: migrations {migrated[name]!r}, models {modelled[name]!r}"
+        for name in sorted(migrated.keys() & modelled.keys())
+        if migrated[name] != modelled[name]
     ]
     return lines
+
+
+def mismatches(actual: dict[str, str], expected: dict[str, str], newest: dict[str, str]) -> list[str]:
+    """Return one line for each object that shows that a schema is not at a revision.
+
+    `expected`: what the revision makes. `newest`: what the newest one makes; tables in neither belong to others.
+    """
+    lines = [f"missing: {name}" for name in sorted(expected.keys() - actual.keys())]
+    lines += [f"differs: {name}" for name in sorted(expected.keys() & actual.keys()) if expected[name] != actual[name]]
+    relations = {relation for relation in map(_relation, expected) if relation}
+    lines += [
+        f"unexpected: {name}"
+        for name in sorted(actual.keys() - expected.keys())
+        if name in newest or _relation(name) in relations
+    ]
+    return lines
+
+
+def _relation(name: str) -> str | None:
+    """Return the relation that an object belongs to; None for an index, whose name does not tell."""
+    kind, _, rest = name.partition(" ")
+    if kind == "column":
+        return rest.rpartition(".")[0]
+    if kind == "constraint":
+        return rest.rpartition(" on ")[2]
+    return rest if kind in ("view", "sequence") else None

@@ -1,8 +1,8 @@
-"""What a statement of a migration does to others who use the database meanwhile.
+"""What each SQL statement of a migration does to other users of the database.
 
 From PostgreSQL's manual: 13.3 Explicit Locking for the locks and who waits for them; ALTER TABLE, Notes, for what
-rewrites or scans a table; CREATE INDEX, "Building Indexes Concurrently". Where it depends (a change of type that keeps
-the bytes, say) the worse is said. What no rule is about is marked as unknown, not as harmless.
+rewrites or scans a table; CREATE INDEX, "Building Indexes Concurrently". Where it depends (say, a change of type that
+keeps the bytes), the worse case is assumed. A statement that no rule matches is unknown, not safe.
 """
 
 from __future__ import annotations
@@ -15,93 +15,93 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 if TYPE_CHECKING:
     from sqlglot.tokenizer_core import Token
 
-Kind = Literal["drops", "rewrites", "scans", "blocks writes", "locks", "changes rows", "lets be", "unknown"]
+Kind = Literal["drops", "rewrites", "scans", "blocks writes", "locks", "changes rows", "safe", "unknown"]
 
-#: Letters of a statement that are shown in a list.
-TITLE = 120
-_SHORTLY = "ACCESS EXCLUSIVE, shortly: readers and writers wait until the transaction ends"
+#: Most characters of a statement's title.
+TITLE_LENGTH = 120
+_BRIEFLY = "ACCESS EXCLUSIVE, briefly: readers and writers wait until the transaction ends"
 _SCANNED = "every row is checked under ACCESS EXCLUSIVE: nobody reads or writes meanwhile"
 
-#: Patterns of whole statements, upper case, texts left out, and what they do; the first that fits decides.
+#: Patterns of normalized statements (see `_normalize`) and their effects; the first match decides.
 _STATEMENTS: tuple[tuple[str, Kind, str], ...] = (
-    (r"(BEGIN|START TRANSACTION|COMMIT|END|SET|RESET|COMMENT ON|GRANT|REVOKE|ANALYZE)\b", "lets be", ""),
-    (r"(UPDATE|DELETE FROM|INSERT INTO) ALEMBIC_VERSION\b", "lets be", "Alembic's own line"),
-    (r"CREATE( \w+)* TABLE .* PARTITION OF\b", "locks", f"of the partitioned table: {_SHORTLY}"),
-    (r"CREATE( \w+)* TABLE .*\bREFERENCES\b", "locks", "SHARE ROW EXCLUSIVE of the table referred to, shortly"),
-    (r"CREATE( \w+)* TABLE [^(]* AS\b", "lets be", "reads what it is made of"),
-    (r"CREATE( GLOBAL| LOCAL| TEMP| TEMPORARY| UNLOGGED)* TABLE\b", "lets be", "a new table"),
-    (r"CREATE( UNIQUE)? INDEX CONCURRENTLY\b", "lets be", "SHARE UPDATE EXCLUSIVE; waits for older transactions"),
-    (r"CREATE( UNIQUE)? INDEX\b", "blocks writes", "SHARE, as long as the index is built"),
-    (r"CREATE OR REPLACE VIEW\b", "locks", f"of the view: {_SHORTLY}"),
-    (r"CREATE (MATERIALIZED )?VIEW\b", "lets be", "a new view"),
-    (r"CREATE( OR REPLACE)?( CONSTRAINT)? TRIGGER\b", "locks", "SHARE ROW EXCLUSIVE, shortly: writers wait"),
-    (r"CREATE (SCHEMA|SEQUENCE|TYPE|DOMAIN|EXTENSION|STATISTICS)\b", "lets be", ""),
-    (r"CREATE( OR REPLACE)? (FUNCTION|PROCEDURE)\b", "lets be", ""),
-    (r"DROP INDEX CONCURRENTLY\b", "drops", "an index, no rows: SHARE UPDATE EXCLUSIVE, others go on"),
-    (r"DROP INDEX\b", "drops", f"an index, no rows: {_SHORTLY}"),
-    (r"DROP (VIEW|FUNCTION|PROCEDURE|TRIGGER)\b", "drops", f"no rows: {_SHORTLY}"),
+    (r"(BEGIN|START TRANSACTION|COMMIT|END|SET|RESET|COMMENT ON|GRANT|REVOKE|ANALYZE)\b", "safe", ""),
+    (r"(UPDATE|DELETE FROM|INSERT INTO) ALEMBIC_VERSION\b", "safe", "the row with the revision"),
+    (r"CREATE( \w+)* TABLE .* PARTITION OF\b", "locks", f"the partitioned table: {_BRIEFLY}"),
+    (r"CREATE( \w+)* TABLE .*\bREFERENCES\b", "locks", "SHARE ROW EXCLUSIVE of the referenced table, briefly"),
+    (r"CREATE( \w+)* TABLE [^(]* AS\b", "safe", "reads the source tables"),
+    (r"CREATE( GLOBAL| LOCAL| TEMP| TEMPORARY| UNLOGGED)* TABLE\b", "safe", "a new table"),
+    (r"CREATE( UNIQUE)? INDEX CONCURRENTLY\b", "safe", "SHARE UPDATE EXCLUSIVE; waits for older transactions"),
+    (r"CREATE( UNIQUE)? INDEX\b", "blocks writes", "SHARE, while the index is built"),
+    (r"CREATE OR REPLACE VIEW\b", "locks", f"the view: {_BRIEFLY}"),
+    (r"CREATE (MATERIALIZED )?VIEW\b", "safe", "a new view"),
+    (r"CREATE( OR REPLACE)?( CONSTRAINT)? TRIGGER\b", "locks", "SHARE ROW EXCLUSIVE, briefly: writers wait"),
+    (r"CREATE (SCHEMA|SEQUENCE|TYPE|DOMAIN|EXTENSION|STATISTICS)\b", "safe", ""),
+    (r"CREATE( OR REPLACE)? (FUNCTION|PROCEDURE)\b", "safe", ""),
+    (r"DROP INDEX CONCURRENTLY\b", "drops", "an index, no rows: SHARE UPDATE EXCLUSIVE, nobody waits"),
+    (r"DROP INDEX\b", "drops", f"an index, no rows: {_BRIEFLY}"),
+    (r"DROP (VIEW|FUNCTION|PROCEDURE|TRIGGER)\b", "drops", f"no rows: {_BRIEFLY}"),
     (r"DROP SCHEMA .*\bCASCADE\b", "drops", "everything in it"),
-    (r"DROP (TABLE|MATERIALIZED VIEW)\b", "drops", f"every row: {_SHORTLY}"),
+    (r"DROP (TABLE|MATERIALIZED VIEW)\b", "drops", f"every row: {_BRIEFLY}"),
     (r"DROP\b", "drops", ""),
-    (r"TRUNCATE\b", "drops", f"every row: {_SHORTLY}"),
+    (r"TRUNCATE\b", "drops", f"every row: {_BRIEFLY}"),
     (r"DELETE FROM\b", "drops", "rows; ROW EXCLUSIVE, writers of the same rows wait"),
     (r"(UPDATE|MERGE INTO)\b", "changes rows", "ROW EXCLUSIVE, writers of the same rows wait until the end"),
-    (r"INSERT INTO\b", "lets be", "ROW EXCLUSIVE"),
-    (r"LOCK\b", "locks", "what it says, until the transaction ends"),
-    (r"REINDEX .*\bCONCURRENTLY\b", "lets be", "SHARE UPDATE EXCLUSIVE"),
-    (r"REINDEX\b", "blocks writes", "SHARE, as long as the index is built; readers of the index wait too"),
-    (r"REFRESH MATERIALIZED VIEW CONCURRENTLY\b", "lets be", "EXCLUSIVE of the view: readers go on"),
+    (r"INSERT INTO\b", "safe", "ROW EXCLUSIVE"),
+    (r"LOCK\b", "locks", "the mode it names, until the transaction ends"),
+    (r"REINDEX .*\bCONCURRENTLY\b", "safe", "SHARE UPDATE EXCLUSIVE"),
+    (r"REINDEX\b", "blocks writes", "SHARE, while the index is built; readers of the index wait too"),
+    (r"REFRESH MATERIALIZED VIEW CONCURRENTLY\b", "safe", "EXCLUSIVE of the view: readers do not wait"),
     (r"REFRESH MATERIALIZED VIEW\b", "locks", "ACCESS EXCLUSIVE of the view until it is filled"),
     (r"(CLUSTER|VACUUM FULL|VACUUM \( ?FULL)\b", "rewrites", "under ACCESS EXCLUSIVE"),
-    (r"ALTER (SEQUENCE|INDEX|VIEW|TYPE|SCHEMA|MATERIALIZED VIEW)\b", "locks", f"of that alone: {_SHORTLY}"),
+    (r"ALTER (SEQUENCE|INDEX|VIEW|TYPE|SCHEMA|MATERIALIZED VIEW)\b", "locks", f"only that object: {_BRIEFLY}"),
 )  # fmt: skip
 
 _CONSTRAINT = r"ADD( CONSTRAINT \S+)? "
-#: An ADD COLUMN whose default every row shares (ALTER TABLE, Notes): no row is touched.
+#: The default of an ADD COLUMN that is the same for every row (ALTER TABLE, Notes): no row is rewritten.
 _CONSTANT = r"DEFAULT ('' ?|[-+]? ?[\d.]+ ?|TRUE ?|FALSE ?|NULL ?|NOW \( \) ?|CURRENT_\w+ ?)(:: ?[\w \[\]]+)?"
 
-#: Patterns of what ALTER TABLE does, part by part.
+#: The same for each subcommand of ALTER TABLE.
 _ALTERATIONS: tuple[tuple[str, Kind, str], ...] = (
-    (rf"{_CONSTRAINT}.*\bNOT VALID\b", "locks", f"{_SHORTLY}; rows that are there are not checked"),
-    (rf"{_CONSTRAINT}.*\bUSING INDEX\b", "locks", _SHORTLY),
+    (rf"{_CONSTRAINT}.*\bNOT VALID\b", "locks", f"{_BRIEFLY}; existing rows are not checked"),
+    (rf"{_CONSTRAINT}.*\bUSING INDEX\b", "locks", _BRIEFLY),
     (rf"{_CONSTRAINT}CHECK\b", "scans", _SCANNED),
     (rf"{_CONSTRAINT}FOREIGN KEY\b", "scans", "every row is checked under SHARE ROW EXCLUSIVE of both tables"),
     (rf"{_CONSTRAINT}(UNIQUE|PRIMARY KEY|EXCLUDE)\b", "scans", "an index is built under ACCESS EXCLUSIVE"),
     (r"ADD CONSTRAINT\b", "scans", _SCANNED),
     (r"ADD .*\b(GENERATED|IDENTITY|SMALLSERIAL|SERIAL|BIGSERIAL)\b", "rewrites", "every row gets its own value"),
     (r"ADD .*\b(UNIQUE|PRIMARY KEY|REFERENCES|CHECK)\b", "scans", _SCANNED),
-    (rf"ADD .*{_CONSTANT}( NOT NULL| NULL)*$", "locks", f"{_SHORTLY}; no row is rewritten"),
-    (r"ADD .*\bDEFAULT\b", "rewrites", "a default that is another for each row, under ACCESS EXCLUSIVE"),
-    (r"ADD\b", "locks", f"{_SHORTLY}; no row is rewritten"),
-    (r"DROP CONSTRAINT\b", "drops", f"a rule, no rows: {_SHORTLY}"),
-    (r"DROP\b", "drops", f"the column with what is in it: {_SHORTLY}"),
+    (rf"ADD .*{_CONSTANT}( NOT NULL| NULL)*$", "locks", f"{_BRIEFLY}; no row is rewritten"),
+    (r"ADD .*\bDEFAULT\b", "rewrites", "the default differs from row to row; under ACCESS EXCLUSIVE"),
+    (r"ADD\b", "locks", f"{_BRIEFLY}; no row is rewritten"),
+    (r"DROP CONSTRAINT\b", "drops", f"a constraint, no rows: {_BRIEFLY}"),
+    (r"DROP\b", "drops", f"the column and its values: {_BRIEFLY}"),
     (r"ALTER (COLUMN )?(?!COLUMN )\S+( SET DATA)? TYPE\b", "rewrites", "with every index, under ACCESS EXCLUSIVE"),
     (r"ALTER (COLUMN )?(?!COLUMN )\S+ SET NOT NULL\b", "scans", _SCANNED),
-    (r"ALTER (COLUMN )?(?!COLUMN )\S+ ADD GENERATED\b", "locks", _SHORTLY),
-    (r"ALTER (COLUMN )?(?!COLUMN )\S+ SET STATISTICS\b", "lets be", "SHARE UPDATE EXCLUSIVE"),
+    (r"ALTER (COLUMN )?(?!COLUMN )\S+ ADD GENERATED\b", "locks", _BRIEFLY),
+    (r"ALTER (COLUMN )?(?!COLUMN )\S+ SET STATISTICS\b", "safe", "SHARE UPDATE EXCLUSIVE"),
     (r"ALTER (COLUMN )?(?!COLUMN )\S+ SET EXPRESSION\b", "rewrites", "under ACCESS EXCLUSIVE"),
-    (r"ALTER (COLUMN )?(?!COLUMN )\S+ (SET|DROP|RESET)\b", "locks", _SHORTLY),
-    (r"VALIDATE CONSTRAINT\b", "lets be", "every row is checked, under SHARE UPDATE EXCLUSIVE"),
-    (r"ATTACH PARTITION\b", "scans", "the new partition, unless a CHECK of its own says what is in it"),
-    (r"DETACH PARTITION .*\bCONCURRENTLY\b", "lets be", "SHARE UPDATE EXCLUSIVE; waits for older transactions"),
-    (r"DETACH PARTITION\b", "locks", _SHORTLY),
+    (r"ALTER (COLUMN )?(?!COLUMN )\S+ (SET|DROP|RESET)\b", "locks", _BRIEFLY),
+    (r"VALIDATE CONSTRAINT\b", "safe", "every row is checked, under SHARE UPDATE EXCLUSIVE"),
+    (r"ATTACH PARTITION\b", "scans", "the new partition, unless it has a matching CHECK constraint"),
+    (r"DETACH PARTITION .*\bCONCURRENTLY\b", "safe", "SHARE UPDATE EXCLUSIVE; waits for older transactions"),
+    (r"DETACH PARTITION\b", "locks", _BRIEFLY),
     (r"SET (LOGGED|UNLOGGED|TABLESPACE|ACCESS METHOD|WITHOUT)\b", "rewrites", "under ACCESS EXCLUSIVE"),
-    (r"(RE)?SET \(", "lets be", "SHARE UPDATE EXCLUSIVE"),
-    (r"RENAME\b", "locks", f"{_SHORTLY}; code that has the old name fails"),
-    (r"(SET SCHEMA|OWNER TO|ENABLE|DISABLE|INHERIT|NO INHERIT|CLUSTER|REPLICA|FORCE|NO FORCE)\b", "locks", _SHORTLY),
+    (r"(RE)?SET \(", "safe", "SHARE UPDATE EXCLUSIVE"),
+    (r"RENAME\b", "locks", f"{_BRIEFLY}; code that uses the old name fails"),
+    (r"(SET SCHEMA|OWNER TO|ENABLE|DISABLE|INHERIT|NO INHERIT|CLUSTER|REPLICA|FORCE|NO FORCE)\b", "locks", _BRIEFLY),
 )  # fmt: skip
 
 _ALTER_TABLE = re.compile(r"ALTER TABLE( IF EXISTS)?( ONLY)? (?P<name>\S+( \. \S+)?)( \*)? ")
-_MADE = re.compile(r"CREATE( \w+)* TABLE( IF NOT EXISTS)? (?P<name>\S+( \. \S+)?)")
-_INDEXED = re.compile(r"CREATE( UNIQUE)? INDEX .*? ON( ONLY)? (?P<name>\S+( \. \S+)?)")
+_CREATE_TABLE = re.compile(r"CREATE( \w+)* TABLE( IF NOT EXISTS)? (?P<name>\S+( \. \S+)?)")
+_CREATE_INDEX = re.compile(r"CREATE( UNIQUE)? INDEX .*? ON( ONLY)? (?P<name>\S+( \. \S+)?)")
 
 
 @dataclass(frozen=True, slots=True)
-class Remark:
-    """What a statement does to others."""
+class Effect:
+    """What a statement does to other users of the database."""
 
     kind: Kind
-    #: "" where the kind says it all.
+    #: Empty where the kind says it all.
     text: str
 
     def __str__(self) -> str:
@@ -112,71 +112,73 @@ class Remark:
 class Statement:
     """A piece of SQL up to its semicolon."""
 
-    #: Blanks and comments before it.
+    #: White space and comments before it.
     before: str
     sql: str
     #: The statement on one line, shortened.
     title: str
-    #: Empty for what is no statement, and for what only opens or ends a transaction.
-    remarks: tuple[Remark, ...]
+    #: Empty for trailing white space, and for statements that only open or end a transaction.
+    effects: tuple[Effect, ...]
 
     @property
     def is_destructive(self) -> bool:
-        """Whether something that is there is gone afterwards."""
-        return any(remark.kind == "drops" for remark in self.remarks)
+        """Whether it drops or deletes anything."""
+        return any(effect.kind == "drops" for effect in self.effects)
 
-    def remarked(self) -> str:
-        """Return the SQL as it was, with the remarks in lines above it."""
-        return self.before + "".join(f"{remark}\n" for remark in self.remarks) + self.sql
+    def annotated(self) -> str:
+        """Return the original SQL with the effects as comments above it."""
+        return self.before + "".join(f"{effect}\n" for effect in self.effects) + self.sql
 
 
-def read(sql: str) -> list[Statement]:
-    """Split SQL at its semicolons, and say of each statement what it does; put together it is the SQL that went in."""
-    from sqlglot.dialects.postgres import Postgres
-    from sqlglot.errors import TokenError  # takes a while, and few need it
+def parse(sql: str) -> list[Statement]:
+    """Split SQL at its semicolons and classify each statement. Joined, the pieces are the original SQL."""
+    from sqlglot.dialects.postgres import Postgres  # slow to import, rarely needed
+    from sqlglot.errors import TokenError
     from sqlglot.tokenizer_core import TokenType
 
     class Tokenizer(Postgres.Tokenizer):
-        # It takes the rest of these statements for one word up to the next semicolon, also one inside a text.
+        # By default it reads the rest of these statements as one token up to the next semicolon, even one in a string.
         COMMANDS: ClassVar[set[TokenType]] = set()
 
     try:
         tokens = Tokenizer(dialect=Postgres).tokenize(sql)
     except TokenError:
-        return [Statement("", sql, " ".join(sql.split())[:TITLE], (Remark("unknown", "it could not be read"),))]
-    found: list[Statement] = []
-    made: set[str] = set()
-    at = 0
+        title = " ".join(sql.split())[:TITLE_LENGTH]
+        return [Statement("", sql, title, (Effect("unknown", "it could not be parsed"),))]
+    statements: list[Statement] = []
+    created: set[str] = set()
+    position = 0
     current: list[Token] = []
     for token in tokens:
         if token.token_type != TokenType.SEMICOLON:
             current.append(token)
-            continue
-        if current:
-            found.append(_statement(sql, at, current, token.end + 1, made))
-            at, current = token.end + 1, []
+        elif current:
+            statements.append(_statement(sql, position, current, token.end + 1, created))
+            position, current = token.end + 1, []
     if current:
         end = current[-1].end + 1
-        found.append(_statement(sql, at, current, end, made))
-        at = end
-    if sql[at:]:
-        found.append(Statement(sql[at:], "", "", ()))
-    return found
+        statements.append(_statement(sql, position, current, end, created))
+        position = end
+    if sql[position:]:
+        statements.append(Statement(sql[position:], "", "", ()))
+    return statements
 
 
-def _statement(sql: str, at: int, tokens: Sequence[Token], end: int, made: set[str]) -> Statement:
+def _statement(sql: str, position: int, tokens: Sequence[Token], end: int, created: set[str]) -> Statement:
     start = tokens[0].start
-    words = _plain(sql, tokens)
-    remarks = tuple(remark for remark in _remarks(words, made) if remark.text or remark.kind != "lets be")
-    new = _MADE.match(words)
-    if new is not None:
-        made.add(new["name"])
+    normalized = _normalize(sql, tokens)
+    effects = tuple(effect for effect in _classify(normalized, created) if effect.text or effect.kind != "safe")
+    table = _CREATE_TABLE.match(normalized)
+    if table is not None:
+        created.add(table["name"])
     title = " ".join(sql[start:end].rstrip(";").split())
-    return Statement(sql[at:start], sql[start:end], title if len(title) <= TITLE else f"{title[: TITLE - 1]}…", remarks)
+    if len(title) > TITLE_LENGTH:
+        title = f"{title[: TITLE_LENGTH - 1]}…"
+    return Statement(sql[position:start], sql[start:end], title, effects)
 
 
-def _plain(sql: str, tokens: Sequence[Token]) -> str:
-    """Return a statement in upper case, one blank between words, without what its texts say; "Names" stay."""
+def _normalize(sql: str, tokens: Sequence[Token]) -> str:
+    """Return a statement in upper case, words separated by one space, strings emptied, quoted names unchanged."""
     words: list[str] = []
     for token in tokens:
         raw = sql[token.start : token.end + 1]
@@ -189,40 +191,41 @@ def _plain(sql: str, tokens: Sequence[Token]) -> str:
     return " ".join(words)
 
 
-def _remarks(words: str, made: set[str]) -> Iterator[Remark]:
-    altered = _ALTER_TABLE.match(words)
-    if altered is not None:
-        for part in _parts(words[altered.end() :]):
-            remark = _first(part, _ALTERATIONS)
-            yield _on_new(remark) if altered["name"] in made else remark
+def _classify(statement: str, created: set[str]) -> Iterator[Effect]:
+    """Yield the effects of a normalized statement. `created`: tables that earlier statements created."""
+    alter = _ALTER_TABLE.match(statement)
+    if alter is not None:
+        for subcommand in _split_at_commas(statement[alter.end() :]):
+            effect = _first_match(subcommand, _ALTERATIONS)
+            yield _on_new_table(effect) if alter["name"] in created else effect
         return
-    indexed = _INDEXED.match(words)
-    remark = _first(words, _STATEMENTS)
-    yield _on_new(remark) if indexed is not None and indexed["name"] in made else remark
+    index = _CREATE_INDEX.match(statement)
+    effect = _first_match(statement, _STATEMENTS)
+    yield _on_new_table(effect) if index is not None and index["name"] in created else effect
 
 
-def _on_new(remark: Remark) -> Remark:
-    if remark.kind in ("drops", "unknown"):
-        return remark
-    return Remark("lets be", "its table is made above: nobody else uses it yet")
+def _on_new_table(effect: Effect) -> Effect:
+    if effect.kind in ("drops", "unknown"):
+        return effect
+    return Effect("safe", "its table is created above: nobody uses it yet")
 
 
-def _first(words: str, rules: Sequence[tuple[str, Kind, str]]) -> Remark:
+def _first_match(sql: str, rules: Sequence[tuple[str, Kind, str]]) -> Effect:
     for pattern, kind, text in rules:
-        if re.match(pattern, words):
-            return Remark(kind, text)
-    return Remark("unknown", "no rule is about it: look up what it locks")
+        if re.match(pattern, sql):
+            return Effect(kind, text)
+    return Effect("unknown", "no rule matches: look up what it locks")
 
 
-def _parts(words: str) -> Iterator[str]:
+def _split_at_commas(sql: str) -> Iterator[str]:
     """Split at the commas outside of parentheses."""
-    depth, begun = 0, 0
-    for place, letter in enumerate(words):
-        if letter == "(":
+    depth, start = 0, 0
+    for position, character in enumerate(sql):
+        if character == "(":
             depth += 1
-        elif letter == ")":
+        elif character == ")":
             depth -= 1
-        elif letter == "," and not depth:
-            yield words[begun:place].strip()
-            begun = place + 1
-    yield words[begun:].strip()
+        elif character == "," and not depth:
+            yield sql[start:position].strip()
+            start = position + 1
+    yield sql[start:].strip()

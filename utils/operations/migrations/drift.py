@@ -1,0 +1,50 @@
+"""Compare the database with the models."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection, MetaData, text
+
+from models import Base
+from models.views import ROLE_MEMBERSHIP
+from utils.database import ConnectTarget, Pool
+from utils.operations.migrations.environment import comparison_options, import_models, list_partitions
+from utils.operations.migrations.runner import read_schema
+
+
+async def check_drift(database: Pool | ConnectTarget, *, metadata: MetaData = Base.metadata) -> list[str]:
+    """Return the differences between the database and the models, one line each. Changes nothing."""
+
+    def compare(connection: Connection) -> list[str]:
+        if metadata is Base.metadata:
+            import_models()
+        options = comparison_options(skip=list_partitions(connection), metadata=metadata)
+        migration = MigrationContext.configure(connection, opts=options)
+        lines = [_describe(difference) for difference in _flatten(compare_metadata(migration, metadata))]
+        lines += _compare_view(connection)
+        connection.rollback()
+        return lines
+
+    return await read_schema(database, compare)
+
+
+def _flatten(differences: list[Any]) -> list[Any]:
+    return [inner for outer in differences for inner in (outer if isinstance(outer, list) else [outer])]
+
+
+def _describe(difference: tuple[Any, ...]) -> str:
+    kind, *rest = difference
+    return f"{kind}: " + ", ".join(str(part) for part in rest if part is not None and not isinstance(part, dict))
+
+
+def _compare_view(connection: Connection) -> list[str]:
+    """Compare the view with its SQL in the models. PostgreSQL parses both, so that their spelling does not matter."""
+    connection.execute(text(re.sub(r"^CREATE VIEW (\w+)", r"CREATE TEMP VIEW expected_\1", ROLE_MEMBERSHIP)))
+    query = text("SELECT pg_get_viewdef(to_regclass(:name))")
+    expected = connection.scalar(query, {"name": "pg_temp.expected_role_membership"})
+    actual = connection.scalar(query, {"name": "role_membership"})
+    return [] if expected == actual else ["modify_view: role_membership"]
