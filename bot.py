@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from utils.cli import backup, care, db, doctor, exporting, importing
-from utils.cli.common import plain_errors
+from utils.cli import backup, db, doctor, exporting, importing
+from utils.cli.common import exit_on_errors
 from utils.exceptions import GuildbookError, SettingsError, ValidationError
 from utils.settings import DEVELOPER_PORTAL, Settings, load_settings
 
@@ -22,7 +22,6 @@ NO_TOKEN = (
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(db.app, name="db")
-care.register(db.app)
 app.add_typer(backup.app, name="backup")
 app.add_typer(importing.app, name="import")
 app.add_typer(exporting.app, name="export")
@@ -36,7 +35,7 @@ def run(context: typer.Context) -> None:
     """Run the bot until SIGTERM or Ctrl-C; .env.example lists the settings."""
     if context.invoked_subcommand is not None:
         return
-    with plain_errors():
+    with exit_on_errors():
         settings = load_settings()
         if settings.discord_token is None:
             raise SettingsError(NO_TOKEN)
@@ -63,7 +62,7 @@ def demo(
     """Show the real bot at work on a simulated Discord, and prove every row."""
     from utils.demo import stage
 
-    with plain_errors():
+    with exit_on_errors():
         raise typer.Exit(stage.run(data_dir, keep=keep))
 
 

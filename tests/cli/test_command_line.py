@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from simulator import Simulator
@@ -20,26 +22,32 @@ async def db(directory: Path, *arguments: str, **settings: str) -> tuple[int, st
     return await typed(directory, "db", *arguments, **settings)
 
 
-async def test_the_schema_is_brought_up_to_date_and_compared(tmp_path: Path, empty_target: ConnectTarget) -> None:
-    url, waiting = empty_target.libpq_url(), ", ".join(await migrations.pending(empty_target))
-    assert await db(tmp_path, "current", DATABASE_URL=url) == (
-        0,
-        f"no revision: {waiting} not applied (python bot.py db upgrade)\n",
-    )
-    assert (await db(tmp_path, "check", DATABASE_URL=url))[0] == 1
-    assert await db(tmp_path, "upgrade", DATABASE_URL=url) == (0, f"applied: {waiting}\n")
+async def test_status_and_upgrade(tmp_path: Path, empty_target: ConnectTarget) -> None:
+    url, pending = empty_target.libpq_url(), await migrations.pending(empty_target)
+    code, output = await db(tmp_path, "status", "--json", DATABASE_URL=url)
+    status = json.loads(output)
+    assert (code, status["ok"], status["revision"], status["drift"]) == (1, False, None, None)
+    assert [revision["revision"] for revision in status["pending"]] == pending
+    assert await db(tmp_path, "upgrade", DATABASE_URL=url) == (0, f"applied: {', '.join(pending)}\n")
     assert await db(tmp_path, "upgrade", DATABASE_URL=url) == (0, "the schema is up to date\n")
-    assert await db(tmp_path, "current", DATABASE_URL=url) == (0, f"{waiting[-4:]}: up to date\n")
-    assert (await db(tmp_path, "check", DATABASE_URL=url))[0] == 0
+    code, output = await db(tmp_path, "status", "--json", DATABASE_URL=url)
+    status = json.loads(output)
+    assert (code, status["ok"], status["revision"]) == (0, True, pending[-1])
+    assert (status["pending"], status["drift"]) == ([], [])
+    connection = await asyncpg.connect(url)
+    await connection.execute("ALTER TABLE roles ADD COLUMN surprise text")
+    await connection.close()
+    code, output = await db(tmp_path, "status", DATABASE_URL=url)
+    assert (code, "drift from the models:\n- remove_column" in output) == (1, True), output
 
 
-async def test_psql_opens_the_database_of_the_settings(tmp_path: Path, database_url: str) -> None:
+async def test_psql_uses_the_settings(tmp_path: Path, database_url: str) -> None:
     code, output = await db(tmp_path, "psql", "-Atc", "SELECT count(*) FROM guilds", DATABASE_URL=database_url)
     assert (code, output) == (0, "0\n")
     assert (await db(tmp_path, "psql", "-Atc", "SELECT wrong", DATABASE_URL=database_url))[0] == 1
 
 
-async def test_psql_starts_the_embedded_server_for_as_long_as_it_runs(tmp_path: Path) -> None:
+async def test_psql_starts_and_stops_the_embedded_server(tmp_path: Path) -> None:
     code, output = await db(tmp_path, "upgrade", "--data-dir", "data")
     assert code == 0
     assert output.splitlines()[-1].startswith("applied: 0001, ")
@@ -49,7 +57,7 @@ async def test_psql_starts_the_embedded_server_for_as_long_as_it_runs(tmp_path: 
     assert not (EmbeddedServer(tmp_path / "data").cluster / "postmaster.pid").exists()
 
 
-async def test_psql_makes_no_database_where_there_is_none(tmp_path: Path) -> None:
+async def test_psql_creates_no_database(tmp_path: Path) -> None:
     code, output = await db(tmp_path, "psql", "--data-dir", "data")
     assert code == 1
     assert output.count("\n") == 1
@@ -57,8 +65,8 @@ async def test_psql_makes_no_database_where_there_is_none(tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == []
 
 
-async def test_a_wrong_setting_is_a_line_here_too(tmp_path: Path) -> None:
-    code, output = await db(tmp_path, "current", DATABASE_URL="mysql://here/db")
+async def test_invalid_settings_are_one_line(tmp_path: Path) -> None:
+    code, output = await db(tmp_path, "status", DATABASE_URL="mysql://here/db")
     assert (code, output.count("\n")) == (2, 1)
     assert output.startswith("DATABASE_URL: ")
 

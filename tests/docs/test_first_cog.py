@@ -157,8 +157,8 @@ async def test_the_page_can_be_followed_from_top_to_bottom(clone: Path, target: 
         ("create_table", "tally_entries"),
         ("drop_table", "tally_entries"),
     ]
-    assert "the tables are what the models say" in await asyncio.to_thread(
-        typed, clone, ".venv/bin/python bot.py db check", DATABASE_URL=url
+    assert "drift from the models: none" in await asyncio.to_thread(
+        typed, clone, ".venv/bin/python bot.py db status", DATABASE_URL=url
     )
 
     connection = await asyncpg.connect(**target.connect_kwargs())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from utils.cli import restore
-from utils.cli.common import AsJson, DataDir, act
+from utils.cli.common import AsJson, DataDir, run_action
 from utils.database import Pool
 from utils.operations.action import Outcome, Progress
 from utils.settings import Settings
@@ -40,7 +40,7 @@ def create(
         return await vault(settings).create(database, tables=tables or (), schema_only=schema_only, progress=progress)
 
     arguments = {"tables": tables or [], "schema_only": schema_only}
-    act("backup create", work, data_dir=data_dir, as_json=as_json, arguments=arguments)
+    run_action("backup create", work, data_dir=data_dir, as_json=as_json, arguments=arguments)
 
 
 @app.command("list")
@@ -50,7 +50,7 @@ def list_(as_json: AsJson = False, data_dir: DataDir = None) -> None:
     async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
         return await vault(settings).listing()
 
-    act("backup list", work, data_dir=data_dir, as_json=as_json)
+    run_action("backup list", work, data_dir=data_dir, as_json=as_json)
 
 
 @app.command("verify")
@@ -60,7 +60,7 @@ def verify(id: Id = "latest", as_json: AsJson = False, data_dir: DataDir = None)
     async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
         return await vault(settings).verify(id, progress=progress)
 
-    act("backup verify", work, data_dir=data_dir, as_json=as_json, arguments={"id": id})
+    run_action("backup verify", work, data_dir=data_dir, as_json=as_json, arguments={"id": id})
 
 
 @app.command("prune")
@@ -74,7 +74,7 @@ def prune(
     async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
         return await vault(settings).prune(dry_run=dry_run)
 
-    act("backup prune", work, data_dir=data_dir, as_json=as_json, arguments={"dry_run": dry_run})
+    run_action("backup prune", work, data_dir=data_dir, as_json=as_json, arguments={"dry_run": dry_run})
 
 
 restore.register(app, vault)

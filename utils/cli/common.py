@@ -1,4 +1,4 @@
-"""What all command lines share: errors as lines, progress bars, `--json`, and the books."""
+"""What all commands share: errors as lines and exit codes, progress bars, `--json`, and the audit log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -19,9 +19,9 @@ from utils.logs import redact
 from utils.operations.action import Outcome, Progress, Step, ignore_progress, record_action
 from utils.settings import Settings, load_settings
 
-#: Connections of a command line: the work, what goes on beside it, and the books.
+#: Connections of a command: the action itself, what it runs concurrently, and the audit log.
 CONNECTIONS = 4
-#: The exit code after Ctrl-C, as shells have it: 128 + SIGINT.
+#: The exit code after Ctrl-C, as in shells: 128 + SIGINT.
 INTERRUPTED = 130
 
 DataDir = Annotated[
@@ -29,41 +29,47 @@ DataDir = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
-#: The work of an action: the settings, the database, and whom to tell how it goes.
-Work = Callable[[Settings, Pool, Progress], Awaitable[Outcome]]
+#: An action: takes the settings, a pool, and a callback for its progress.
+Action = Callable[[Settings, Pool, Progress], Awaitable[Outcome]]
+ResultT = TypeVar("ResultT")
 
 
 @contextmanager
-def plain_errors(*, as_json: bool = False) -> Iterator[None]:
-    """Turn what goes wrong into lines for people and an exit code: 2 for settings and arguments, 1 for the rest."""
+def exit_on_errors(*, as_json: bool = False) -> Iterator[None]:
+    """Print a `GuildbookError` as a line and exit: with code 2 for settings and arguments, 1 for all else."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("called off", err=True)
+        typer.echo("interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from None
     except GuildbookError as exc:
-        told = redact(str(exc))
-        typer.echo(json.dumps({"ok": False, "error": told}, indent=2) if as_json else told, err=not as_json)
+        message = redact(str(exc))
+        typer.echo(json.dumps({"ok": False, "error": message}, indent=2) if as_json else message, err=not as_json)
         raise typer.Exit(2 if isinstance(exc, SettingsError | ValidationError) else 1) from None
 
 
-def act(
+def run_action(
     command: str,
-    work: Work,
+    action: Action,
     *,
     data_dir: Path | None = None,
     as_json: bool = False,
     arguments: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run an action on the database of the settings, show its outcome, write it down, and exit.
+    """Run an action on the database of the settings, print its outcome, record it in the audit log, and exit.
 
-    `command`: its name in `ops.admin_actions`, like "backup create"; `arguments`: what it was asked to do, without
-    secrets. With `as_json`, standard output is one JSON object: what the outcome holds, or `{"error": …}`.
+    With `as_json`, standard output is one JSON object: the outcome's data, or `{"error": …}`.
+
+    Parameters
+    ----------
+    command: the name for `ops.admin_actions`, such as "backup create".
+    data_dir: use the embedded server's data there instead.
+    arguments: what the audit log records of the command's arguments; no secrets.
     """
-    with plain_errors(as_json=as_json):
+    with exit_on_errors(as_json=as_json):
         settings = load_settings().with_data_dir(data_dir)
-        with _shown(as_json) as progress:
-            outcome = asyncio.run(_act(settings, command, work, dict(arguments or {}), progress))
+        with _open_progress(as_json) as progress:
+            outcome = asyncio.run(_run_recorded(settings, command, action, dict(arguments or {}), progress))
         if as_json:
             typer.echo(json.dumps({"ok": outcome.ok, **outcome.data}, indent=2, default=str))
         else:
@@ -71,46 +77,58 @@ def act(
         raise typer.Exit(0 if outcome.ok else 1)
 
 
-async def _act(
-    settings: Settings,
-    command: str,
-    work: Work,
-    arguments: dict[str, Any],
-    progress: Progress,
+def run_with_pool(settings: Settings, data_dir: Path | None, work: Callable[[Pool], Awaitable[ResultT]]) -> ResultT:
+    """Return what `work` returns, given a pool on the database of the settings. Records nothing."""
+    settings = settings.with_data_dir(data_dir)
+
+    async def run() -> ResultT:
+        async with open_target(settings.direct_target, settings.data_dir) as target:
+            pool = Pool(target, pool_max=2)
+            await pool.connect()
+            try:
+                return await work(pool)
+            finally:
+                await pool.close()
+
+    return asyncio.run(run())
+
+
+async def _run_recorded(
+    settings: Settings, command: str, action: Action, arguments: dict[str, Any], progress: Progress
 ) -> Outcome:
     async with open_target(settings.direct_target, settings.data_dir) as target:
-        database = Pool(target, pool_max=CONNECTIONS)
+        pool = Pool(target, pool_max=CONNECTIONS)
         try:
-            await database.connect()
-            outcome = await work(settings, database, progress)
+            await pool.connect()
+            outcome = await action(settings, pool, progress)
         except GuildbookError as exc:
-            await _note(database, command, arguments, f"Failed: {redact(str(exc))}")
+            await _record(pool, command, arguments, f"Failed: {redact(str(exc))}")
             raise
         else:
-            await _note(database, command, arguments, redact(outcome.text))
+            await _record(pool, command, arguments, redact(outcome.text))
             return outcome
         finally:
-            await database.close()
+            await pool.close()
 
 
-async def _note(database: Pool, command: str, arguments: Mapping[str, Any], result: str) -> None:
-    if not database.is_connected:
-        return  # nothing was done to it
+async def _record(pool: Pool, command: str, arguments: Mapping[str, Any], result: str) -> None:
+    if not pool.is_connected:
+        return
     try:
-        if await database.fetchval("SELECT to_regclass('ops.admin_actions') IS NULL"):
-            return  # no schema of ours: there are no books
-        await record_action(database, command, arguments, result)
+        if await pool.fetchval("SELECT to_regclass('ops.admin_actions') IS NULL"):
+            return  # the database has no schema
+        await record_action(pool, command, arguments, result)
     except DatabaseError as exc:
-        typer.echo(f"this was not written down in ops.admin_actions: {redact(str(exc))}", err=True)
+        typer.echo(f"could not record this in ops.admin_actions: {redact(str(exc))}", err=True)
 
 
-def _shown(as_json: bool) -> AbstractContextManager[Progress]:
-    return nullcontext(ignore_progress) if as_json or not sys.stderr.isatty() else _bars()
+def _open_progress(as_json: bool) -> AbstractContextManager[Progress]:
+    return nullcontext(ignore_progress) if as_json or not sys.stderr.isatty() else _draw_bars()
 
 
 @contextmanager
-def _bars() -> Iterator[Progress]:
-    """Draw a bar for each step on standard error."""
+def _draw_bars() -> Iterator[Progress]:
+    """Draw a progress bar for each step on standard error."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars

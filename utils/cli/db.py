@@ -1,95 +1,100 @@
-"""`python bot.py db …`: the schema, psql, and what developers do to a database."""
+"""`python bot.py db …`: the schema, statistics, maintenance, psql, and made-up data."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
+import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from utils.cli import shell
-from utils.cli.common import AsJson, DataDir, act, plain_errors
+from utils.cli.common import AsJson, DataDir, exit_on_errors, run_action, run_with_pool
 from utils.database import Pool
-from utils.exceptions import GuildbookError
+from utils.database.embedded import EmbeddedServer, open_target
+from utils.exceptions import DatabaseError, GuildbookError
 from utils.operations.action import Outcome, Progress
 from utils.settings import Settings, load_settings
 
-app = typer.Typer(help="The database: schema, psql, and made-up data.", no_args_is_help=True)
+app = typer.Typer(help="The database: schema, statistics, maintenance, psql, made-up data.", no_args_is_help=True)
 
+Revision = Annotated[str | None, typer.Argument(help="A revision such as 0002; the newest by default.")]
 
-Revision = Annotated[str | None, typer.Argument(help="A revision, like 0002; without it the newest.")]
+# --- the schema
 
 
 @app.command("status")
 def status(as_json: AsJson = False, data_dir: DataDir = None) -> None:
-    """Say which revision the database is at, what waits, and what differs; exit code 1 when anything does."""
+    """Show the current revision, pending ones, and drift from the models; exit code 1 when there are any."""
 
-    async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
+    async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
         from utils.operations.migrations import admin
 
-        return await admin.status(database, progress=progress)
+        return await admin.status(pool, progress=progress)
 
-    act("db status", work, data_dir=data_dir, as_json=as_json)
+    run_action("db status", action, data_dir=data_dir, as_json=as_json)
 
 
 @app.command("history")
 def history(as_json: AsJson = False, data_dir: DataDir = None) -> None:
-    """List the revisions, oldest first: which are applied, and when, where that is known."""
+    """List the revisions, oldest first, with when and by whom each was applied."""
 
-    async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
+    async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
         from utils.operations.migrations import admin
 
-        return await admin.history(database, progress=progress)
+        return await admin.history(pool, progress=progress)
 
-    act("db history", work, data_dir=data_dir, as_json=as_json)
+    run_action("db history", action, data_dir=data_dir, as_json=as_json)
 
 
 @app.command("preview")
 def preview(
     revision: Revision = None,
-    down: Annotated[bool, typer.Option("--down", help="Of a downgrade; without a revision, one step.")] = False,
-    out: Annotated[Path | None, typer.Option(help="The file; without it one here that says what it is.")] = None,
+    down: Annotated[bool, typer.Option("--down", help="A downgrade; by one revision by default.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The file; by default one here, named for the revisions.")] = None,
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Write the SQL of an upgrade or a downgrade into a file, with what it locks, rewrites or drops; run nothing."""
+    """Write the SQL of an upgrade or a downgrade to a file, with what it locks, rewrites or drops; run nothing."""
 
-    async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
+    async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
         from utils.operations.migrations.preview import preview
 
-        outcome = await preview(database, revision, down=down, progress=progress)
+        outcome = await preview(pool, revision, down=down, progress=progress)
         if outcome.file is None:
             return outcome
         path = out or Path(outcome.file[0])
         try:
             await asyncio.to_thread(path.write_text, outcome.file[1], encoding="utf-8")
         except OSError as exc:
-            raise GuildbookError(f"{path} cannot be written: {exc.strerror}; choose another with --out") from exc
+            raise GuildbookError(f"could not write {path}: {exc.strerror}; choose another file with --out") from exc
         return replace(outcome, text=f"{outcome.text}\nwrote {path}", data={**outcome.data, "file": str(path)})
 
-    act("db preview", work, data_dir=data_dir, as_json=as_json, arguments={"revision": revision, "down": down})
+    arguments = {"revision": revision, "down": down}
+    run_action("db preview", action, data_dir=data_dir, as_json=as_json, arguments=arguments)
 
 
 @app.command("upgrade")
 def upgrade(revision: Revision = None, as_json: AsJson = False, data_dir: DataDir = None) -> None:
-    """Bring the schema up to date, or to a revision."""
+    """Apply the pending revisions, or those up to a revision."""
 
-    async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
+    async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
         from utils.operations.migrations import admin
 
-        return await admin.upgrade(database, revision, progress=progress)
+        return await admin.upgrade(pool, revision, progress=progress)
 
-    act("db upgrade", work, data_dir=data_dir, as_json=as_json, arguments={"revision": revision})
+    run_action("db upgrade", action, data_dir=data_dir, as_json=as_json, arguments={"revision": revision})
 
 
 @app.command("downgrade")
 def downgrade(
-    revision: Annotated[str, typer.Argument(help="Where to: a revision, or base for nothing at all.")],
+    revision: Annotated[str, typer.Argument(help="A revision, or base to remove the schema.")],
     yes_destroy: Annotated[
         str | None, typer.Option("--yes-destroy", metavar="NAME", help="The database's name, instead of being asked.")
     ] = None,
@@ -97,50 +102,51 @@ def downgrade(
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Take the schema down, after a backup; AUTO_MIGRATE then stays off until the next upgrade."""
-    with plain_errors(as_json=as_json):
-        name = yes_destroy or _confirmed(load_settings(), data_dir, revision)
+    """Revert revisions, after a backup; AUTO_MIGRATE is then paused until the next upgrade."""
+    with exit_on_errors(as_json=as_json):
+        name = yes_destroy or _ask_for_name(load_settings(), data_dir, revision)
 
-    async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
+    async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
         from utils.operations.migrations import admin
 
-        found = await database.fetchval("SELECT current_database()")
-        if name != found:
-            raise GuildbookError(f"the database at {database.target} is named {found}, not {name}: nothing was changed")
-        backup = None if no_backup else _backup(settings, database, progress)
-        return await admin.downgrade(database, revision, backup=backup, progress=progress)
+        actual = await pool.fetchval("SELECT current_database()")
+        if name != actual:
+            raise GuildbookError(f"the database at {pool.target} is named {actual}, not {name}: nothing was changed")
+        backup = None if no_backup else _backup_before(settings, pool, progress)
+        return await admin.downgrade(pool, revision, backup=backup, progress=progress)
 
     arguments = {"revision": revision, "backup": not no_backup}
-    act("db downgrade", work, data_dir=data_dir, as_json=as_json, arguments=arguments)
+    run_action("db downgrade", action, data_dir=data_dir, as_json=as_json, arguments=arguments)
 
 
-def _confirmed(settings: Settings, data_dir: Path | None, revision: str) -> str:
-    """Show what a downgrade takes away, return the name that is typed. Raises `GuildbookError` without a terminal."""
+def _ask_for_name(settings: Settings, data_dir: Path | None, revision: str) -> str:
+    """Show what a downgrade destroys and return the name that the operator types.
+
+    Raises `GuildbookError` without a terminal.
+    """
     from utils.operations.migrations.preview import preview
 
     if not sys.stdin.isatty():
         raise GuildbookError(
-            "a downgrade drops tables with everything in them, and nobody is here to be asked: look at it with"
-            f" python bot.py db preview {revision} --down, then say so with --yes-destroy and the database's name"
+            "a downgrade destroys data and must be confirmed, but standard input is not a terminal: look at the SQL"
+            f" with python bot.py db preview {revision} --down, then pass the database's name as --yes-destroy NAME"
         )
 
-    async def look(database: Pool) -> tuple[str, str]:
-        outcome = await preview(database, revision, down=True)
-        return outcome.text, await database.fetchval("SELECT current_database()")
+    async def look(pool: Pool) -> tuple[str, str]:
+        outcome = await preview(pool, revision, down=True)
+        return outcome.text, await pool.fetchval("SELECT current_database()")
 
-    told, name = asyncio.run(shell.on_database(settings, data_dir, look))
-    typer.echo(told, err=True)
-    typed: str = typer.prompt(f"To go on, type the database's name ({name})", err=True)
+    text, name = run_with_pool(settings, data_dir, look)
+    typer.echo(text, err=True)
+    typed: str = typer.prompt(f"Type the database's name ({name}) to continue", err=True)
     return typed.strip()
 
 
-def _backup(settings: Settings, database: Pool, progress: Progress) -> Callable[[], Awaitable[str]]:
-    """Return what makes a backup and says which."""
-
+def _backup_before(settings: Settings, pool: Pool, progress: Progress) -> Callable[[], Awaitable[str]]:
     async def make() -> str:
         from utils.operations.backup.kept import Kept
 
-        return await Kept(settings).save(database, "before downgrade", progress)
+        return await Kept(settings).save(pool, "before downgrade", progress)
 
     return make
 
@@ -151,57 +157,123 @@ def stamp(
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Write down that the schema is at a revision, if it is just that."""
+    """Record that the schema is at a revision, after checking that it is."""
 
-    async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
+    async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
         from utils.operations.migrations import admin
 
-        return await admin.stamp(database, revision, progress=progress)
+        return await admin.stamp(pool, revision, progress=progress)
 
-    act("db stamp", work, data_dir=data_dir, as_json=as_json, arguments={"revision": revision})
-
-
-@app.command("current")
-def current(data_dir: DataDir = None) -> None:
-    """Say which revision the database is at."""
-    with plain_errors():
-        typer.echo(asyncio.run(shell.current(load_settings(), data_dir)))
+    run_action("db stamp", action, data_dir=data_dir, as_json=as_json, arguments={"revision": revision})
 
 
-@app.command("check")
-def check(data_dir: DataDir = None) -> None:
-    """Compare the database's tables with the models; exit code 1 when they differ."""
-    with plain_errors():
-        lines = asyncio.run(shell.check(load_settings(), data_dir))
-        typer.echo("\n".join(lines) or "the tables are what the models say")
-        raise typer.Exit(1 if lines else 0)
+# --- the data
+
+
+@app.command("stats")
+def stats(
+    picture: Annotated[Path | None, typer.Option(help="Write a chart to this PNG file.")] = None,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Show table sizes, their growth, and the server's activity."""
+
+    async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
+        from utils.operations.upkeep.picture import draw
+        from utils.operations.upkeep.statistics import collect, outcome
+
+        statistics = await collect(pool)
+        if picture is not None:
+            picture.write_bytes(await draw(statistics))
+        return outcome(statistics)
+
+    run_action("db stats", action, data_dir=data_dir, as_json=as_json)
+
+
+@app.command("maintain")
+def maintain(
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without it, only list what would be done.")] = False,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Analyze tables, rebuild bloated indexes, refresh views, create partitions."""
+
+    async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
+        from utils.operations.upkeep import maintain as upkeep
+
+        return await (upkeep.maintain(pool, progress=progress) if yes else upkeep.preview(pool))
+
+    run_action("db maintain", action, data_dir=data_dir, as_json=as_json, arguments={"yes": yes})
+
+
+@app.command("describe")
+def describe(
+    table: Annotated[str | None, typer.Argument(help="One table; all by default.")] = None,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Show tables, columns, keys, indexes and sizes."""
+    from utils.operations.upkeep import describe
+
+    with exit_on_errors():
+        tables = run_with_pool(load_settings(), data_dir, lambda pool: describe.describe(pool, table))
+        if as_json:
+            typer.echo(json.dumps(tables, indent=2))
+        elif sys.stdout.isatty():
+            from rich.console import Console
+
+            Console().print(describe.pretty(tables))
+        else:
+            typer.echo(describe.plain(tables))
 
 
 @app.command("psql", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def psql(context: typer.Context, data_dir: DataDir = None) -> None:
     """Open psql on the database; further arguments go to psql."""
-    with plain_errors():
-        raise typer.Exit(shell.psql(load_settings(), data_dir, context.args))
+    with exit_on_errors():
+        raise typer.Exit(_run_psql(load_settings().with_data_dir(data_dir), context.args))
+
+
+def _run_psql(settings: Settings, arguments: Sequence[str]) -> int:
+    """Run psql on the database and return its exit code. Raises `DatabaseError` when there is none."""
+    server = EmbeddedServer(settings.data_dir)
+    target = settings.direct_target
+    if target is not None:
+        program = shutil.which("psql") or str(server.psql)
+        command = [program, target.libpq_url(), *arguments]
+        os.execve(program, command, {**os.environ, **target.libpq_environment()})
+    if not server.has_data:
+        raise DatabaseError(f"there is no database under {server.data_dir} yet: make run or make demo creates one")
+
+    async def run() -> int:
+        async with open_target(None, settings.data_dir) as embedded:
+            # Ctrl-C is for psql, which cancels its query. The child does not inherit a handler, but would SIG_IGN.
+            previous = signal.signal(signal.SIGINT, lambda *_: None)
+            try:
+                process = await asyncio.create_subprocess_exec(str(server.psql), embedded.libpq_url(), *arguments)
+                return await process.wait()
+            finally:
+                signal.signal(signal.SIGINT, previous)
+
+    return asyncio.run(run())
 
 
 @app.command("seed")
 def seed(
     guilds: Annotated[int, typer.Option(min=1)] = 3,
     members: Annotated[int, typer.Option(min=1, help="Members of each guild.")] = 200,
-    seed: Annotated[int, typer.Option(help="The same number gives the same people.")] = 0,
-    more: Annotated[bool, typer.Option("--more", help="Add to guilds that are there.")] = False,
+    seed: Annotated[int, typer.Option(help="The same number produces the same data.")] = 0,
+    more: Annotated[bool, typer.Option("--more", help="Add to existing guilds.")] = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Fill an empty database with made-up guilds, to write cogs against."""
+    """Fill an empty database with made-up guilds, to develop cogs against."""
     from utils.operations.development import seed as development
 
-    with plain_errors():
-        written = asyncio.run(
-            shell.on_database(
-                load_settings(),
-                data_dir,
-                lambda database: development.seed(database, guilds=guilds, members=members, seed=seed, more=more),
-            )
+    with exit_on_errors():
+        written = run_with_pool(
+            load_settings(),
+            data_dir,
+            lambda pool: development.seed(pool, guilds=guilds, members=members, seed=seed, more=more),
         )
         typer.echo(", ".join(f"{rows:,} {table}" for table, rows in written.items()))
 
@@ -214,39 +286,14 @@ def reset(
     ] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Drop every table of ours and make it anew; refused while a bot runs."""
+    """Drop and recreate every table of Guildbook's; refused while a bot runs."""
     from utils.operations.development import seed as development
 
-    with plain_errors():
+    with exit_on_errors():
         settings = load_settings()
-        name = asyncio.run(
-            shell.on_database(
-                settings,
-                data_dir,
-                lambda database: development.reset(database, name=yes_destroy, environment=settings.environment),
-            )
+        name = run_with_pool(
+            settings,
+            data_dir,
+            lambda pool: development.reset(pool, name=yes_destroy, environment=settings.environment),
         )
         typer.echo(f"{name} is empty")
-
-
-@app.command("describe")
-def describe(
-    table: Annotated[str | None, typer.Argument(help="One table; without it all of them.")] = None,
-    as_json: AsJson = False,
-    data_dir: DataDir = None,
-) -> None:
-    """Show tables, columns, keys, indexes and sizes."""
-    from utils.operations.upkeep import describe
-
-    with plain_errors():
-        tables = asyncio.run(
-            shell.on_database(load_settings(), data_dir, lambda database: describe.describe(database, table))
-        )
-        if as_json:
-            typer.echo(json.dumps(tables, indent=2))
-        elif sys.stdout.isatty():
-            from rich.console import Console
-
-            Console().print(describe.pretty(tables))
-        else:
-            typer.echo(describe.plain(tables))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from utils.cli import shell
-from utils.cli.common import AsJson, DataDir, act, plain_errors
+from utils.cli.common import AsJson, DataDir, exit_on_errors, run_action, run_with_pool
 from utils.database import Pool
 from utils.exceptions import ValidationError
 from utils.operations.action import Outcome, Progress, record_action
@@ -51,11 +49,11 @@ def export(
         return outcome
 
     if to is not None:
-        act("export", work, data_dir=data_dir, as_json=as_json, arguments=arguments)
-    with plain_errors(as_json=as_json):  # what is exported is all that may stand on standard output
+        run_action("export", work, data_dir=data_dir, as_json=as_json, arguments=arguments)
+    with exit_on_errors(as_json=as_json):  # what is exported is all that may stand on standard output
         if as_json:
             raise ValidationError("--json: what came of it cannot go where the export itself goes; give --to")
-        outcome = asyncio.run(shell.on_database(load_settings(), data_dir, pour))
+        outcome = run_with_pool(load_settings(), data_dir, pour)
         typer.echo(outcome.text, err=True)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from utils.cli.common import AsJson, DataDir, act
+from utils.cli.common import AsJson, DataDir, run_action
 from utils.database import Pool
 from utils.operations.action import Outcome, Progress
 from utils.settings import Settings
@@ -39,4 +39,4 @@ def import_(
         )
 
     arguments = {"paths": [str(path) for path in paths], "dry_run": dry_run, "as": kind, "namespace": namespace}
-    act("import", work, data_dir=data_dir, as_json=as_json, arguments=arguments)
+    run_action("import", work, data_dir=data_dir, as_json=as_json, arguments=arguments)

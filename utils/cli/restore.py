@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from utils.cli.common import AsJson, DataDir, act, plain_errors
+from utils.cli.common import AsJson, DataDir, exit_on_errors, run_action
 from utils.database import Pool
 from utils.exceptions import ValidationError
 from utils.operations.action import Outcome, Progress
@@ -48,10 +48,10 @@ def register(app: typer.Typer, backups: Callable[[Settings], Backups] = _kept) -
             )
 
         if not yes:
-            with plain_errors(as_json=as_json):
+            with exit_on_errors(as_json=as_json):
                 _confirm(load_settings(), data_dir)
         arguments = {"which": which, "drop_old": drop_old}
-        act("backup restore", work, data_dir=data_dir, as_json=as_json, arguments=arguments)
+        run_action("backup restore", work, data_dir=data_dir, as_json=as_json, arguments=arguments)
 
     @app.command("drill")
     def drill(which: Which = "latest", as_json: AsJson = False, data_dir: DataDir = None) -> None:
@@ -62,7 +62,7 @@ def register(app: typer.Typer, backups: Callable[[Settings], Backups] = _kept) -
 
             return await drill.drill(database, backups(_at(settings, data_dir)), which, progress=progress)
 
-        act("backup drill", work, data_dir=data_dir, as_json=as_json, arguments={"which": which})
+        run_action("backup drill", work, data_dir=data_dir, as_json=as_json, arguments={"which": which})
 
 
 def _at(settings: Settings, data_dir: Path | None) -> Settings:
