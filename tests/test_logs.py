@@ -1,4 +1,4 @@
-"""One line an event, whoever logs it, and nothing secret in any of them."""
+"""Log records of all loggers become one line each, with secrets redacted."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ log = logging.getLogger("guildbook.test")
 
 @pytest.fixture
 def lines() -> Iterator[Callable[..., list[dict[str, Any]]]]:
-    """Configures JSON logs with a secret, and afterwards gives what was written."""
+    """Configure JSON logs with a secret; the fixture returns the parsed lines and checks that none contains it."""
     stream = io.StringIO()
     root = logging.getLogger()
     before = root.handlers[:], root.level, logging.raiseExceptions
-    levels = {name: logging.getLogger(name).level for name in logs._CHATTY}
+    levels = {name: logging.getLogger(name).level for name in logs._QUIET}
     logs.configure("json", "DEBUG", secrets=[SECRET, "abc"], stream=stream)
 
     def read() -> list[dict[str, Any]]:
@@ -40,16 +40,16 @@ def lines() -> Iterator[Callable[..., list[dict[str, Any]]]]:
         return [json.loads(line) for line in stream.getvalue().splitlines()]
 
     yield read
-    root.handlers[:], level, logging.raiseExceptions = before
-    root.setLevel(level)
-    for name, chatty in levels.items():
-        logging.getLogger(name).setLevel(chatty)
+    root.handlers[:], root_level, logging.raiseExceptions = before
+    root.setLevel(root_level)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     logging.captureWarnings(False)
     logs.set_secrets(())
     structlog.reset_defaults()
 
 
-def test_a_record_of_the_standard_library_becomes_one_line_with_its_fields(lines: Callable[..., Any]) -> None:
+def test_a_standard_record_is_one_line_with_its_fields(lines: Callable[..., Any]) -> None:
     log.info("synced %s members", 5, extra={"guild_id": 42, "seconds": 0.5})
     (line,) = lines()
     assert line["event"] == "synced 5 members"
@@ -58,13 +58,13 @@ def test_a_record_of_the_standard_library_becomes_one_line_with_its_fields(lines
     assert line["timestamp"].endswith("Z")
 
 
-def test_structlogs_own_loggers_go_the_same_way(lines: Callable[..., Any]) -> None:
+def test_structlog_loggers_use_the_same_output(lines: Callable[..., Any]) -> None:
     structlog.get_logger("guildbook.other").warning("stalled", seconds=0.2)
     (line,) = lines()
     assert (line["event"], line["seconds"], line["logger"]) == ("stalled", 0.2, "guildbook.other")
 
 
-def test_console_lines_are_for_people(capsys: pytest.CaptureFixture[str], lines: Callable[..., Any]) -> None:
+def test_console_format_is_readable_text(capsys: pytest.CaptureFixture[str], lines: Callable[..., Any]) -> None:
     stream = io.StringIO()
     logs.configure("console", "INFO", stream=stream)
     log.info("synced", extra={"guild_id": 42})
@@ -73,14 +73,14 @@ def test_console_lines_are_for_people(capsys: pytest.CaptureFixture[str], lines:
     assert "\x1b" not in stream.getvalue()
 
 
-def test_auto_is_json_where_nobody_watches(lines: Callable[..., Any]) -> None:
+def test_auto_format_is_json_without_a_terminal(lines: Callable[..., Any]) -> None:
     stream = io.StringIO()
     logs.configure("auto", "INFO", stream=stream)
     log.info("synced")
     assert json.loads(stream.getvalue())["event"] == "synced"
 
 
-def test_configuring_twice_logs_once(lines: Callable[..., Any]) -> None:
+def test_configuring_again_replaces_the_handler(lines: Callable[..., Any]) -> None:
     logs.configure("json", "DEBUG", stream=io.StringIO())
     stream = io.StringIO()
     logs.configure("json", "DEBUG", stream=stream)
@@ -88,7 +88,7 @@ def test_configuring_twice_logs_once(lines: Callable[..., Any]) -> None:
     assert len(stream.getvalue().splitlines()) == 1
 
 
-def test_secrets_are_hidden_wherever_they_are(lines: Callable[..., Any]) -> None:
+def test_redacts_secrets_everywhere(lines: Callable[..., Any]) -> None:
     log.info("token %s", TOKEN)
     log.info("value", extra={"url": f"postgresql://amy:{SECRET}@h/d", "nested": {"x": [SECRET, f"Bot {TOKEN}"]}})
     log.info("connecting to postgres://amy:other-p4ss@h/d and password=other-p4ss sslmode=x")
@@ -105,20 +105,20 @@ def test_secrets_are_hidden_wherever_they_are(lines: Callable[..., Any]) -> None
     assert "amy" in json.dumps(text)
 
 
-def test_a_short_secret_is_hidden_as_a_word_only(lines: Callable[..., Any]) -> None:
+def test_redacts_a_short_secret_only_as_a_word(lines: Callable[..., Any]) -> None:
     log.info("abc and abcdef")
     assert lines()[0]["event"] == f"{logs.REDACTED} and abcdef"
 
 
-def test_a_message_about_a_setting_stays_readable(lines: Callable[..., Any]) -> None:
+def test_does_not_redact_setting_names(lines: Callable[..., Any]) -> None:
     log.error("DISCORD_TOKEN: expected the token as the developer portal shows it")
     assert lines()[0]["event"].startswith("DISCORD_TOKEN: expected the token")
 
 
-def test_a_record_that_cannot_be_formatted_is_logged_all_the_same(lines: Callable[..., Any]) -> None:
+def test_logs_records_that_cannot_be_formatted(lines: Callable[..., Any]) -> None:
     class Broken:
         def __str__(self) -> str:
-            raise RuntimeError("no words")
+            raise RuntimeError("broken")
 
         __repr__ = __str__
 
@@ -126,15 +126,15 @@ def test_a_record_that_cannot_be_formatted_is_logged_all_the_same(lines: Callabl
     log.info("value", extra={"broken": Broken()})
     log.info("surrogate \ud800 and %s", 2**70, extra={"n": 2**70, "key": {1: "\udfff"}})
     structlog.get_logger("x").info("odd", value=object(), **{"exc": Broken()})
-    said = lines()
-    assert len(said) == 4
-    assert said[0]["event"] == "%d members"
-    assert "TypeError" in said[0]["log_error"]
-    assert said[1]["broken"] == said[3]["exc"] == "<Broken>"
-    assert said[2]["n"] == 2**70
+    logged = lines()
+    assert len(logged) == 4
+    assert logged[0]["event"] == "%d members"
+    assert "TypeError" in logged[0]["log_error"]
+    assert logged[1]["broken"] == logged[3]["exc"] == "<Broken>"
+    assert logged[2]["n"] == 2**70
 
 
-def test_an_unexpected_error_keeps_its_traceback(lines: Callable[..., Any]) -> None:
+def test_logs_tracebacks_of_unexpected_errors(lines: Callable[..., Any]) -> None:
     try:
         dict[str, int]()["user"]
     except KeyError:
@@ -144,7 +144,7 @@ def test_an_unexpected_error_keeps_its_traceback(lines: Callable[..., Any]) -> N
     assert "KeyError" in line["exception"]
 
 
-async def test_a_database_out_of_reach_is_one_sentence_without_a_traceback(lines: Callable[..., Any]) -> None:
+async def test_an_unreachable_database_is_one_sentence(lines: Callable[..., Any]) -> None:
     db = Pool(ConnectTarget(("/nowhere",), (5432,), password=SECRET), connect_timeout=0.05)
     try:
         await db.connect()
@@ -156,14 +156,14 @@ async def test_a_database_out_of_reach_is_one_sentence_without_a_traceback(lines
     assert not [line for line in lines() if "retry_scheduled" in line["event"]]
 
 
-def test_warnings_of_libraries_are_lines_too(lines: Callable[..., Any]) -> None:
+def test_logs_python_warnings(lines: Callable[..., Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.warn("old ways", UserWarning, stacklevel=1)
     assert "old ways" in lines()[0]["event"]
 
 
-def test_a_stream_that_is_closed_stops_nothing(capsys: pytest.CaptureFixture[str], lines: Callable[..., Any]) -> None:
+def test_survives_a_closed_stream(capsys: pytest.CaptureFixture[str], lines: Callable[..., Any]) -> None:
     stream = io.StringIO()
     logs.configure("json", "INFO", stream=stream)
     stream.close()
@@ -171,24 +171,24 @@ def test_a_stream_that_is_closed_stops_nothing(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == ""
 
 
-def test_once_logs_the_first_time_and_counts_the_rest(lines: Callable[..., Any]) -> None:
-    mine = logging.getLogger("guildbook.once")
-    logged = [logs.log_once(mine, "MESSAGE", "odd %s", "x", event_type="MESSAGE") for _ in range(3)]
+def test_log_once_logs_the_first_and_counts_the_rest(lines: Callable[..., Any]) -> None:
+    logger = logging.getLogger("guildbook.repeats")
+    logged = [logs.log_once(logger, "MESSAGE", "odd %s", "x", event_type="MESSAGE") for _ in range(3)]
     assert logged == [True, False, False]
-    assert logs.repeat_count(mine, "MESSAGE") == 3
+    assert logs.repeat_count(logger, "MESSAGE") == 3
     (line,) = lines()
     assert (line["event"], line["event_type"], line["level"]) == ("odd x", "MESSAGE", "warning")
 
 
-def test_once_remembers_a_bounded_number_of_things() -> None:
-    seen = logs.RepeatCounter(limit=10)
-    assert sum(seen.is_first(number) for number in range(1_000)) == 11
-    assert not seen.is_first(5)
-    assert len(seen._counts) == 11
+def test_repeat_counter_is_bounded() -> None:
+    counter = logs.RepeatCounter(limit=10)
+    assert sum(counter.is_first(number) for number in range(1_000)) == 11
+    assert not counter.is_first(5)
+    assert len(counter._counts) == 11
 
 
 @given(st.text(), st.text(min_size=8))
-def test_hiding_never_raises_and_always_hides(text: str, secret: str) -> None:
+def test_redacts_any_secret_in_any_text(text: str, secret: str) -> None:
     logs.set_secrets([secret])
     try:
         assert secret not in logs.redact(text + secret + text).replace(logs.REDACTED, "")
@@ -196,6 +196,6 @@ def test_hiding_never_raises_and_always_hides(text: str, secret: str) -> None:
         logs.set_secrets(())
 
 
-def test_logging_goes_to_standard_error(lines: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_logs_to_standard_error_by_default(lines: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("json", "INFO")
     assert [h for h in logging.getLogger().handlers if getattr(h, "stream", None) is sys.stderr]

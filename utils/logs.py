@@ -1,4 +1,4 @@
-"""Logs: structlog behind the standard library's handlers, and nothing secret in them."""
+"""Logging: structlog behind the standard library's handlers, with secrets redacted."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from structlog.typing import EventDict, Processor
 from utils.exceptions import is_transient, translate
 
 REDACTED = "[hidden]"
-#: What secrets look like wherever they come from: Discord's tokens (API reference, "Authentication"; the shape is
-#: known from its secret-scanning patterns), webhooks' and interactions' in addresses, passwords in URLs and in DSNs.
+#: Patterns of secrets: Discord's tokens (API reference, "Authentication"; their shape is known from secret-scanning
+#: patterns), the tokens in webhook and interaction URLs, passwords in URLs and DSNs.
 _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\b[A-Za-z0-9_-]{23,28}\.[A-Za-z0-9_-]{6,7}\.[A-Za-z0-9_-]{27,}"), REDACTED),
     (re.compile(r"\bmfa\.[A-Za-z0-9_-]{20,}"), REDACTED),
@@ -30,19 +30,19 @@ _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"([\"'](?:\w*password|secret|\w*token)\\?[\"']:\s*\\?[\"'])[^\"']+", re.IGNORECASE), rf"\1{REDACTED}"),
     (re.compile(r"((?:Bot|Bearer)\s+)[A-Za-z0-9._-]{20,}"), rf"\1{REDACTED}"),
 )
-#: Loggers whose INFO is of no use to operators.
-_CHATTY = {
+#: Minimum levels of loggers whose INFO is of no use to operators.
+_QUIET = {
     "aiohttp.access": logging.WARNING,
     "alembic": logging.WARNING,
     "asyncio": logging.WARNING,
-    "asyncpg.pool": logging.ERROR,  # that it could not connect: whoever wanted to says so
+    "asyncpg.pool": logging.ERROR,  # the caller logs a failed connection itself
 }
 
 _secrets: re.Pattern[str] | None = None
 
 
 def redact(text: str) -> str:
-    """Return the text without anything secret in it."""
+    """Replace every secret in the text with `REDACTED`."""
     if _secrets is not None:
         text = _secrets.sub(REDACTED, text)
     for pattern, replacement in _PATTERNS:
@@ -51,15 +51,15 @@ def redact(text: str) -> str:
 
 
 def set_secrets(values: Iterable[str]) -> None:
-    """Say which values no log line may hold, in whatever way they are escaped; replaces what was said before."""
+    """Set the values to redact from every log line, in all their escaped forms; replaces earlier ones."""
     global _secrets  # noqa: PLW0603 - the formatter of every handler reads it
-    forms: set[str] = set()
+    patterns: set[str] = set()
     for value in filter(None, values):
-        spelled = {value, quote(value, safe=""), quote(value), json.dumps(value)[1:-1], repr(value)[1:-1]}
-        spelled |= {orjson.dumps(value.encode(errors="replace").decode()).decode()[1:-1]}
-        # A short one may be part of any word: there it is no secret.
-        forms |= {re.escape(form) if len(value) >= 8 else rf"(?<!\w){re.escape(form)}(?!\w)" for form in spelled}
-    _secrets = re.compile("|".join(sorted(forms, key=len, reverse=True))) if forms else None
+        spellings = {value, quote(value, safe=""), quote(value), json.dumps(value)[1:-1], repr(value)[1:-1]}
+        spellings |= {orjson.dumps(value.encode(errors="replace").decode()).decode()[1:-1]}
+        # A short secret may be part of an ordinary word: it is redacted only as a whole word.
+        patterns |= {re.escape(text) if len(value) >= 8 else rf"(?<!\w){re.escape(text)}(?!\w)" for text in spellings}
+    _secrets = re.compile("|".join(sorted(patterns, key=len, reverse=True))) if patterns else None
 
 
 def configure(
@@ -69,28 +69,28 @@ def configure(
     secrets: Iterable[str] = (),
     stream: TextIO | None = None,
 ) -> None:
-    """Send the records of every logger to one stream (None: standard error).
+    """Send the records of all loggers to one stream; None means standard error.
 
-    `auto`: for people when the stream is a terminal, JSON lines elsewhere. `secrets` are kept out of every line.
+    `auto` is `console` if the stream is a terminal and `json` otherwise. `secrets` are redacted from every line.
     """
-    out = stream if stream is not None else sys.stderr
+    target = stream if stream is not None else sys.stderr
     set_secrets(secrets)
-    for_people = format == "console" or (format == "auto" and _is_terminal(out))
-    handler = logging.StreamHandler(out)
-    handler.setFormatter(_Formatter(for_people=for_people, colors=for_people and _is_terminal(out)))
+    is_console = format == "console" or (format == "auto" and _is_terminal(target))
+    handler = logging.StreamHandler(target)
+    handler.setFormatter(_Formatter(is_console=is_console, colors=is_console and _is_terminal(target)))
     root = logging.getLogger()
     for old in root.handlers[:]:
         if isinstance(old.formatter, _Formatter):
             root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(level)
-    for name, least in _CHATTY.items():
-        logging.getLogger(name).setLevel(max(least, root.level))
-    logging.raiseExceptions = False  # a log line that cannot be written is no reason to print tracebacks
+    for name, minimum in _QUIET.items():
+        logging.getLogger(name).setLevel(max(minimum, root.level))
+    logging.raiseExceptions = False  # do not print tracebacks for log lines that cannot be written
     logging.captureWarnings(True)
-    stamina.instrumentation.set_on_retry_hooks(())  # who retries says so itself, in words for people
+    stamina.instrumentation.set_on_retry_hooks(())  # callers log their retries themselves
     structlog.configure(
-        processors=[*_shared(), structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[*_shared_processors(), structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
@@ -104,7 +104,7 @@ def _is_terminal(stream: TextIO) -> bool:
         return False
 
 
-def _shared() -> list[Processor]:
+def _shared_processors() -> list[Processor]:
     return [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_logger_name,
@@ -114,92 +114,98 @@ def _shared() -> list[Processor]:
 
 
 class _Formatter(structlog.stdlib.ProcessorFormatter):
-    """Formats every record, whoever made it; never raises, and hides secrets last, in the finished line."""
+    """Formats the records of all loggers; never raises, and redacts secrets in the finished line."""
 
-    def __init__(self, *, for_people: bool, colors: bool) -> None:
+    def __init__(self, *, is_console: bool, colors: bool) -> None:
         renderer: Processor = (
             structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)
-            if for_people
+            if is_console
             else structlog.processors.JSONRenderer(serializer=_to_json)
         )
-        chain: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, _short_outage]
-        if not for_people:
-            chain.append(structlog.processors.format_exc_info)
-        super().__init__(foreign_pre_chain=[*_shared(), structlog.stdlib.ExtraAdder()], processors=[*chain, renderer])
+        processors: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, _summarize_outage]
+        if not is_console:
+            processors.append(structlog.processors.format_exc_info)
+        super().__init__(
+            foreign_pre_chain=[*_shared_processors(), structlog.stdlib.ExtraAdder()], processors=[*processors, renderer]
+        )
 
     def format(self, record: logging.LogRecord) -> str:
         try:
             return redact(super().format(record))
-        except Exception as exc:  # whatever is wrong with a record, logging must go on
+        except Exception as exc:  # a malformed record must not break the caller
             fallback = {
                 "event": redact(_text(record.msg)[:2_000]),
                 "level": record.levelname.lower(),
                 "logger": record.name,
-                "log_error": f"the line could not be formatted: {type(exc).__name__}",
+                "log_error": f"could not format this record: {type(exc).__name__}",
             }
             return json.dumps(fallback)
 
 
-def _short_outage(logger: Any, name: str, event: EventDict) -> EventDict:
-    """Put one sentence in place of a traceback for what an operator can mend: a server out of reach."""
+def _summarize_outage(logger: Any, name: str, event: EventDict) -> EventDict:
+    """Replace the traceback of an unreachable server, which an operator can fix, with one sentence."""
     info = event.get("exc_info")
     error = info[1] if isinstance(info, tuple) else sys.exc_info()[1] if info is True else info
     if isinstance(error, BaseException) and is_transient(error):
         event.pop("exc_info")
-        # A socket's error may come from anywhere; the database's own say so.
-        is_sockets = isinstance(error, OSError)
-        event["error"] = str(error) or type(error).__name__ if is_sockets else str(translate(error) or error)
+        # An OSError may not come from the database, so its own message is kept.
+        is_os_error = isinstance(error, OSError)
+        event["error"] = str(error) or type(error).__name__ if is_os_error else str(translate(error) or error)
     return event
 
 
 def _text(value: object) -> str:
     try:
         return str(value)
-    except Exception:  # an object of someone else's that cannot be shown is no reason to lose the line
+    except Exception:  # a foreign object whose __str__ raises must not cost the line
         return f"<{type(value).__name__}>"
 
 
 def _to_json(event: MutableMapping[str, Any], **_: Any) -> str:
     try:
         return orjson.dumps(event, default=_text, option=orjson.OPT_NON_STR_KEYS).decode()
-    except TypeError:  # lone surrogates, integers beyond 64 bits: the slow one escapes them
+    except TypeError:  # lone surrogates, integers beyond 64 bits: the standard library escapes them
         return json.dumps({str(key): value for key, value in event.items()}, default=_text)
 
 
+# --- repeats
+
+
 class RepeatCounter:
-    """Counts what keeps happening, and lets its first time through: for what others may send us without end."""
+    """Counts occurrences by key, so that only the first of each is logged: for input that may repeat forever."""
 
     def __init__(self, limit: int = 1_000) -> None:
-        #: How many different things are told apart; the ones after that count as one.
+        #: How many keys are distinguished; all further ones share one count.
         self.limit: int = limit
         self._counts: dict[object, int] = {}
         self._lock = threading.Lock()
 
     def is_first(self, key: object) -> bool:
-        """Count one more, and tell whether it was the first."""
+        """Count an occurrence and return whether it is the key's first."""
         with self._lock:
-            kept = key if key in self._counts or len(self._counts) < self.limit else _REST
-            self._counts[kept] = self._counts.get(kept, 0) + 1
-            return self._counts[kept] == 1
+            counted = key if key in self._counts or len(self._counts) < self.limit else _OTHER
+            self._counts[counted] = self._counts.get(counted, 0) + 1
+            return self._counts[counted] == 1
 
     def count(self, key: object) -> int:
-        """Return how often it happened."""
+        """Return how many occurrences were counted."""
         return self._counts.get(key, 0)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Reset all counts."""
         with self._lock:
             self._counts.clear()
 
 
-_REST = object()
+#: The key of occurrences beyond the limit.
+_OTHER = object()
 _repeats = RepeatCounter()
 
 
 def log_once(
     logger: logging.Logger, key: object, message: str, *args: Any, level: int = logging.WARNING, **fields: Any
 ) -> bool:
-    """Log a message the first time that `key` comes up and only count it afterwards; tell whether it was logged."""
+    """Log a message the first time `key` occurs and only count it afterwards; return whether it was logged."""
     if not _repeats.is_first((logger.name, key)):
         return False
     logger.log(level, message, *args, extra=fields)
@@ -207,10 +213,10 @@ def log_once(
 
 
 def repeat_count(logger: logging.Logger, key: object) -> int:
-    """Return how often `once` was called with this key."""
+    """Return how often `log_once` was called with this key."""
     return _repeats.count((logger.name, key))
 
 
 def reset_repeats() -> None:
-    """Forget which keys were logged: the next `log_once` of each is logged again."""
+    """Forget all keys: the next `log_once` of each is logged again."""
     _repeats.clear()
