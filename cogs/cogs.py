@@ -1,4 +1,4 @@
-"""/cogs: which cogs there are and how they are, and loading, unloading and reloading them while the bot runs."""
+"""/cogs: list, load, unload and reload cogs while the bot runs."""
 
 from __future__ import annotations
 
@@ -8,47 +8,46 @@ from collections.abc import Awaitable, Callable
 import discord
 from discord import app_commands
 
-from utils.base_cog import BaseCog
-from utils.bot.client import Guildbook
+from utils.base_cog import BaseCog, Guildbook
 from utils.bot.loader import CogState
 from utils.exceptions import GuildbookError
 from utils.operations import slash
 from utils.operations.slash import Reply
 
-#: Choices that Discord shows at most (API reference, "Autocomplete").
-CHOICES = 25
-#: Seconds for finding out who asks: Discord waits three for the names.
-CHOICE_SECONDS = 2.0
+#: The maximum number of choices (Discord API reference, "Application Command Option Choice").
+MAX_CHOICES = 25
+#: Seconds to find out whether the user is an operator. Discord expects the choices within 3 seconds.
+OPERATOR_TIMEOUT = 2.0
 
 
 class CogCommands(BaseCog):
-    """The operators' hold on the cogs."""
+    """Operator commands for the cogs."""
 
-    cogs = app_commands.Group(name="cogs", description="The cogs of this bot (operators only)")
+    cogs = app_commands.Group(name="cogs", description="Manage the cogs of this bot (operators only)")
 
-    @cogs.command(name="list", description="Which cogs there are, and how they are")
+    @cogs.command(name="list", description="List all cogs and their states")
     async def list_(self, interaction: discord.Interaction[Guildbook]) -> None:
-        """Show every cog."""
+        """Show the state of every cog."""
 
         async def work(reply: Reply) -> str:
-            return "\n".join(map(_line, self.bot.loader.states())) or "There are none."
+            return "\n".join(map(_format, self.bot.loader.states())) or "There are no cogs."
 
         await slash.operate(interaction, "cogs list", work)
 
     @cogs.command(name="load", description="Load a cog that is not loaded")
-    @app_commands.describe(name="Its short name: tally for cogs/tally.py")
+    @app_commands.describe(name="The short name: tally for cogs/tally.py")
     async def load(self, interaction: discord.Interaction[Guildbook], name: str) -> None:
         """Load a cog."""
         await self._run(interaction, "load", name, self.bot.loader.load)
 
-    @cogs.command(name="unload", description="Unload a cog, until the next start")
-    @app_commands.describe(name="Its short name: tally for cogs/tally.py")
+    @cogs.command(name="unload", description="Unload a cog until the next start")
+    @app_commands.describe(name="The short name: tally for cogs/tally.py")
     async def unload(self, interaction: discord.Interaction[Guildbook], name: str) -> None:
         """Unload a cog."""
         await self._run(interaction, "unload", name, self.bot.loader.unload)
 
-    @cogs.command(name="reload", description="Load a cog's code anew; if that fails, the former stays")
-    @app_commands.describe(name="Its short name: tally for cogs/tally.py")
+    @cogs.command(name="reload", description="Load a cog's changed code; if that fails, keep the previous code")
+    @app_commands.describe(name="The short name: tally for cogs/tally.py")
     async def reload(self, interaction: discord.Interaction[Guildbook], name: str) -> None:
         """Reload a cog."""
         await self._run(interaction, "reload", name, self.bot.loader.reload)
@@ -57,41 +56,41 @@ class CogCommands(BaseCog):
     @unload.autocomplete("name")
     @reload.autocomplete("name")
     async def names(self, interaction: discord.Interaction[Guildbook], typed: str) -> list[app_commands.Choice[str]]:
-        """Suggest the cogs that the sub-command fits, to operators."""
+        """Suggest the cogs that the subcommand applies to; nothing for users who are not operators."""
         try:
-            async with asyncio.timeout(CHOICE_SECONDS):
+            async with asyncio.timeout(OPERATOR_TIMEOUT):
                 if not await self.bot.operators.includes(interaction.user.id):
                     return []
         except (GuildbookError, TimeoutError):
             return []
         is_load = interaction.command is not None and interaction.command.name == "load"
-        fitting = [
+        matching = [
             state.name
             for state in self.bot.loader.states()
             if (state.state == "loaded") != is_load and typed.strip().lower() in state.name
         ]
-        return [app_commands.Choice(name=name, value=name) for name in fitting[:CHOICES]]
+        return [app_commands.Choice(name=name, value=name) for name in matching[:MAX_CHOICES]]
 
     async def _run(
         self,
         interaction: discord.Interaction[Guildbook],
         verb: str,
         name: str,
-        act: Callable[[str], Awaitable[CogState]],
+        action: Callable[[str], Awaitable[CogState]],
     ) -> None:
         async def work(reply: Reply) -> str:
-            return _line(await act(name.strip().removeprefix("cogs.")))
+            return _format(await action(name.strip().removeprefix("cogs.")))
 
         await slash.operate(interaction, f"cogs {verb}", work, name=name)
 
 
-def _line(state: CogState) -> str:
+def _format(state: CogState) -> str:
     seconds = "" if state.seconds is None or state.state != "loaded" else f" in {state.seconds:.2f} s"
     reason = "" if state.reason is None else f": {discord.utils.escape_markdown(state.reason)}"
-    trouble = " (the last reload failed)" if state.state == "loaded" and state.reason else ""
-    return f"**{state.name}** {state.state}{seconds}{trouble}{reason}"
+    failure = " (the last reload failed)" if state.state == "loaded" and state.reason else ""
+    return f"**{state.name}** {state.state}{seconds}{failure}{reason}"
 
 
 async def setup(bot: Guildbook) -> None:
-    """Add the cog where operators are."""
+    """Add the cog for operators."""
     await slash.add_cog(bot, CogCommands(bot))

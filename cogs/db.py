@@ -22,7 +22,7 @@ from utils.operations.doctor.context import DoctorContext
 from utils.operations.importing import exporting, importer
 from utils.operations.migrations import Actor, admin
 from utils.operations.migrations.preview import preview as written
-from utils.operations.slash import Reply, Shown
+from utils.operations.slash import Answer, Reply
 from utils.operations.upkeep import maintain, picture
 from utils.operations.upkeep.statistics import Statistics, collect, figures
 from utils.text import format_bytes
@@ -34,7 +34,7 @@ IMPORTS = "import"
 #: Where `/db export` writes.
 EXPORTS = "export"
 
-Action = Callable[[Reply], Awaitable[str | Outcome | Shown]]
+Action = Callable[[Reply], Awaitable[str | Outcome | Answer]]
 
 
 class DatabaseCommands(BaseCog):
@@ -50,7 +50,7 @@ class DatabaseCommands(BaseCog):
     async def stats(self, interaction: discord.Interaction[Guildbook]) -> None:
         """Show the figures and a picture."""
 
-        async def work(reply: Reply) -> Shown:
+        async def work(reply: Reply) -> Answer:
             backups = [{"id": known.id, "line": known.line} for known in (await self._vault().known())[:3]]
             found = await collect(self._database, bot=self.bot.stats(), backups=backups)
             try:
@@ -190,7 +190,7 @@ class DatabaseCommands(BaseCog):
                 by=Actor("discord", interaction.user.id),
                 progress=reply.step,
             )
-            self.bot.end(
+            self.bot.shut_down(
                 MigrationError(
                     f"an operator took the schema down to {revision}: start the version that fits it, or bring it up"
                     " again (python bot.py db upgrade)"
@@ -262,7 +262,9 @@ class DatabaseCommands(BaseCog):
         async def work(reply: Reply) -> Outcome:
             known = await self._vault().find(id)
             await reply.confirm(f"Put this in the database's place? {known.line}", "Restore")
-            return await self._vault().restore(self._database, known.id, progress=reply.step, after=self.bot.begin_anew)
+            return await self._vault().restore(
+                self._database, known.id, progress=reply.step, after=self.bot.reconnect_gateway
+            )
 
         await self._run(interaction, "db backup restore", work, id=id)
 
@@ -306,7 +308,7 @@ def _together(database: Pool) -> contextlib.AbstractAsyncContextManager[None]:
     return contextlib.nullcontext()
 
 
-def _embedded(found: Statistics, drawn: bytes | None) -> Shown:
+def _embedded(found: Statistics, drawn: bytes | None) -> Answer:
     lines = figures(found)
     embed = discord.Embed(
         title=f"PostgreSQL {found.server['version']}, {format_bytes(found.server['bytes'])}", timestamp=found.at
@@ -316,7 +318,7 @@ def _embedded(found: Statistics, drawn: bytes | None) -> Shown:
     if drawn is not None:
         embed.set_image(url="attachment://statistics.png")
     text = f"{len(found.tables)} tables, {format_bytes(found.server['bytes'])}"
-    return Shown(text, embed, None if drawn is None else ("statistics.png", drawn))
+    return Answer(text, embed, None if drawn is None else ("statistics.png", drawn))
 
 
 async def setup(bot: Guildbook) -> None:

@@ -1,4 +1,7 @@
-"""What a cog begins with: the database, the mirrored rows, settings, tasks, and answers to what goes wrong."""
+"""`BaseCog`: database access, repositories, documents, a cache, background tasks and error answers for cogs.
+
+Cogs also import `Guildbook` and `MirrorChange`, the types of the bot and of `on_mirror_change` events, from here.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import logging
 from collections.abc import Coroutine
 from contextlib import AbstractAsyncContextManager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import discord
 from discord import app_commands
@@ -18,10 +21,12 @@ from pydantic import BaseModel
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from utils.bot import command_errors
-from utils.bot.registrations import LIFECYCLE_SECONDS, live_cogs
+from utils.bot.client import Guildbook
+from utils.bot.registrations import LIFECYCLE_TIMEOUT, live_cogs
 from utils.cache import TTLCache
 from utils.documents import Documents
 from utils.exceptions import GuildbookError
+from utils.mirror.change_feed import MirrorChange
 from utils.repositories import (
     ChannelRepository,
     GuildRepository,
@@ -32,155 +37,182 @@ from utils.repositories import (
 )
 
 if TYPE_CHECKING:
-    from utils.bot.client import Guildbook
     from utils.database.access import Database
+
+__all__ = ["BaseCog", "Guildbook", "MirrorChange"]
 
 ResultT = TypeVar("ResultT")
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class BaseCog(commands.Cog):
-    """A cog with Guildbook's means at hand. Override `start` and `stop` instead of `cog_load` and `cog_unload`."""
+    """The base class of cogs. Override `start` and `stop` instead of `cog_load` and `cog_unload`.
+
+    Example::
+
+        class Greeter(BaseCog):
+            @commands.Cog.listener()
+            async def on_mirror_change(self, change: MirrorChange) -> None:
+                if change.action == "join":
+                    self.log.info("user %s joined guild %s", change.user_id, change.guild_id)
+    """
+
+    #: Seconds for each of `start`, `stop`, and the end of cancelled tasks.
+    _lifecycle_timeout: ClassVar[float] = LIFECYCLE_TIMEOUT
 
     def __init__(self, bot: Guildbook) -> None:
         self.bot: Guildbook = bot
+        #: Reads and writes the database; the same as `bot.db`.
         self.db: Database = bot.db
-        #: Named like the module: `cogs.tally`.
+        #: The logger of the cog's module.
         self.log: logging.Logger = logging.getLogger(type(self).__module__)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._started = self._ended = False
         live_cogs.add(self)
 
     async def start(self) -> None:
-        """Do what the cog needs before its first command or event, within 30 s; an exception leaves the cog out."""
+        """Set the cog up before its first command or event. It has 30 seconds; if it raises, the cog is not loaded."""
 
     async def stop(self) -> None:
-        """Give back what `start` took, within 30 s; the tasks of `spawn` have ended before."""
+        """Release what `start` acquired. It has 30 seconds and runs after the tasks of `spawn` have ended."""
 
-    # Data.
+    # --- data
 
     def session(self) -> AbstractAsyncContextManager[AsyncSession]:
-        """Return a session of SQLAlchemy: the end of the block commits, an exception rolls back."""
+        """Return a SQLAlchemy session as a context manager: the end of the block commits, an exception rolls back."""
         return self.bot.get_db_session()
 
     def documents(self, namespace: str, model: type[ModelT]) -> Documents[ModelT]:
-        """Return the documents of a namespace: settings and the like, typed by a pydantic model, without a table."""
+        """Return the documents of a namespace: settings and small records typed by a pydantic model, without a table.
+
+        Example::
+
+            settings = self.documents("welcome", WelcomeSettings)
+            current = await settings.get("settings", guild_id)
+        """
         return Documents(self.db, namespace, model)
 
     @cached_property
     def cache(self) -> TTLCache[Any, Any]:
-        """A cache of this cog's own, in memory; it goes with the cog."""
+        """An in-memory cache for this cog: at most 1,000 values, each for 5 minutes. Unloading the cog discards it."""
         return TTLCache()
 
     @cached_property
     def guilds(self) -> GuildRepository:
-        """The guilds that are mirrored."""
+        """The mirrored guilds."""
         return GuildRepository(self.bot.get_db_session)
 
     @cached_property
     def users(self) -> UserRepository:
-        """The accounts that the bot has seen."""
+        """The mirrored users."""
         return UserRepository(self.bot.get_db_session)
 
     @cached_property
     def members(self) -> MemberRepository:
-        """Who is in which guild."""
+        """The mirrored members of all guilds."""
         return MemberRepository(self.bot.get_db_session)
 
     @cached_property
     def roles(self) -> RoleRepository:
-        """The guilds' roles."""
+        """The mirrored roles."""
         return RoleRepository(self.bot.get_db_session)
 
     @cached_property
     def channels(self) -> ChannelRepository:
-        """The guilds' channels."""
+        """The mirrored channels."""
         return ChannelRepository(self.bot.get_db_session)
 
     @cached_property
     def threads(self) -> ThreadRepository:
-        """The channels' threads."""
+        """The mirrored threads."""
         return ThreadRepository(self.bot.get_db_session)
 
-    # Tasks.
+    # --- background tasks
 
     def spawn(self, work: Coroutine[Any, Any, ResultT], name: str | None = None) -> asyncio.Task[ResultT]:
-        """Run something in the background until the cog is unloaded; return the task.
+        """Run a coroutine in the background until it ends or the cog is unloaded, and return its task.
 
-        It starts in an empty context, so it is in no transaction of its starter. What it raises is logged, also when
-        nobody awaits it. `name` stands in that line; None: the coroutine's own. Raises `GuildbookError` after the end.
+        An exception is logged, even if nobody awaits the task. The task starts in an empty context and so outside the
+        caller's transaction. `name` is used in log lines; None uses the coroutine's name. Raises `GuildbookError` if
+        the cog has been unloaded.
         """
         name = name or getattr(work, "__qualname__", type(work).__name__)
         if self._ended:
             work.close()
-            raise GuildbookError(f"{self.qualified_name} is unloaded: it cannot begin {name}")
+            raise GuildbookError(f"{self.qualified_name} is unloaded: it cannot start the task {name}")
         context = contextvars.Context()
         task = asyncio.get_running_loop().create_task(work, name=f"{self.log.name}: {name}", context=context)
         self._tasks.add(task)
-        task.add_done_callback(self._finished, context=context)
+        task.add_done_callback(self._on_task_done, context=context)
         return task
 
-    def _finished(self, task: asyncio.Task[Any]) -> None:
+    def _on_task_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            id = command_errors.reference()
-            self.log.error("the task %s failed (%s)", task.get_name(), id, exc_info=error, extra={"reference": id})
+            reference = command_errors.new_reference()
+            self.log.error(
+                "task failed: %s (ref %s)", task.get_name(), reference, exc_info=error, extra={"reference": reference}
+            )
 
-    # Beginning and end.
+    # --- loading and unloading
 
     async def cog_load(self) -> None:
-        """Call `start`; what it began is ended again when it fails."""
+        """Call `start`. If it fails or times out, tear down what it started."""
         try:
-            async with asyncio.timeout(LIFECYCLE_SECONDS):
+            async with asyncio.timeout(self._lifecycle_timeout):
                 self._started = True
                 await self.start()
         except TimeoutError as exc:
             await self.cog_unload()
-            raise GuildbookError(f"start() of {self.qualified_name} took longer than {LIFECYCLE_SECONDS:g} s") from exc
+            raise GuildbookError(
+                f"start() of {self.qualified_name} took longer than {self._lifecycle_timeout:g} s"
+            ) from exc
         except BaseException:
             await self.cog_unload()
             raise
 
     async def cog_unload(self) -> None:
-        """End loops and tasks, then call `stop`; a second call does nothing."""
+        """Cancel loops and tasks, then call `stop`. A second call does nothing."""
         if self._ended:
             return
         self._ended = True
         for loop in self._loops():
             loop.cancel()
-        await self._end_tasks()
+        await self._cancel_tasks()
         if self._started:
             try:
-                async with asyncio.timeout(LIFECYCLE_SECONDS):
+                async with asyncio.timeout(self._lifecycle_timeout):
                     await self.stop()
-            except Exception:  # nothing of the cog may stay because its farewell failed
-                id = command_errors.reference()
-                self.log.exception("stop() failed (%s)", id, extra={"reference": id})
+            except Exception:
+                reference = command_errors.new_reference()
+                self.log.exception("stop() failed (ref %s)", reference, extra={"reference": reference})
         live_cogs.discard(self)
 
     def _loops(self) -> list[tasks.Loop[Any]]:
-        found = {name for name, _ in inspect.getmembers_static(type(self), lambda it: isinstance(it, tasks.Loop))}
-        return [getattr(self, name) for name in found]
+        names = {name for name, _ in inspect.getmembers_static(type(self), lambda value: isinstance(value, tasks.Loop))}
+        return [getattr(self, name) for name in names]
 
-    async def _end_tasks(self) -> None:
-        waiting = self._tasks - {asyncio.current_task()}
-        for task in waiting:
+    async def _cancel_tasks(self) -> None:
+        running = self._tasks - {asyncio.current_task()}
+        for task in running:
             task.cancel()
-        if waiting:
-            _, left = await asyncio.wait(waiting, timeout=LIFECYCLE_SECONDS)
-            for task in left:
-                self.log.error("the task %s does not end: cancelled %g s ago", task.get_name(), LIFECYCLE_SECONDS)
+        if running:
+            _, stuck = await asyncio.wait(running, timeout=self._lifecycle_timeout)
+            for task in stuck:
+                self.log.error(
+                    "task still running %g s after its cancellation: %s", self._lifecycle_timeout, task.get_name()
+                )
 
-    # What went wrong.
+    # --- errors
 
     async def cog_app_command_error(
         self, interaction: discord.Interaction[Any], error: app_commands.AppCommandError
     ) -> None:
-        """Answer whoever used the command with one line, and log under the same reference; raises nothing."""
+        """Answer a failed slash command in one line and log the error under the same reference. Never raises."""
         command = interaction.command
-        if not isinstance(command, app_commands.Command) or command.on_error is None:  # it answers for itself
+        if not isinstance(command, app_commands.Command) or command.on_error is None:
             await command_errors.report_command_error(interaction, error, self.log)
 
     async def cog_command_error(self, ctx: commands.Context[Any], error: Exception) -> None:
-        """Answer likewise where the command was a message."""
+        """Answer a failed text command in one line and log the error under the same reference. Never raises."""
         await command_errors.report_command_error(ctx, error, self.log)

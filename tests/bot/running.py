@@ -1,12 +1,12 @@
-"""The bot on a simulator: in this process, to look inside, or as `python bot.py`, to see how it begins and ends."""
+"""The bot on a simulator: in this process, to inspect it, or as `python bot.py`, to see how it starts and stops."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,66 +23,83 @@ from utils.demo.proof import TABLES, compare
 from utils.service.lease import Lease, holder
 from utils.settings import Settings
 
-#: Nothing here may take longer, in seconds.
-PATIENCE = 40.0
+#: Seconds that a test waits for the bot.
+TIMEOUT = 40.0
 
 
-def settings_for(simulator: Simulator, **given: Any) -> Settings:
-    """Return settings that lead to the simulator, none of them out of the environment."""
-    plain: dict[str, Any] = {"discord_token": simulator.token, "discord_api_base": simulator.api_base}
-    return Settings(_env_file=None, **{**plain, "flush_seconds": 0.05, "chunk_cooldown_seconds": 0, **given})  # type: ignore[call-arg]
+def settings_for(simulator: Simulator, **overrides: Any) -> Settings:
+    """Return settings for a bot on the simulator, without any from the environment."""
+    defaults: dict[str, Any] = {
+        "discord_token": simulator.token,
+        "discord_api_base": simulator.api_base,
+        "flush_seconds": 0.05,
+        "chunk_cooldown_seconds": 0,
+    }
+    return Settings(_env_file=None, **{**defaults, **overrides})  # type: ignore[call-arg]
+
+
+@contextmanager
+def restored_endpoints() -> Iterator[None]:
+    """Restore discord.py's addresses of Discord after the block: the bot sets them on discord.py's classes."""
+    api_base, default_gateway = http.Route.BASE, gateway.DiscordWebSocket.DEFAULT_GATEWAY
+    try:
+        yield
+    finally:
+        http.Route.BASE, gateway.DiscordWebSocket.DEFAULT_GATEWAY = api_base, default_gateway
 
 
 @asynccontextmanager
-async def running(
-    database: Pool,
+async def running_bot(
+    pool: Pool,
     simulator: Simulator,
-    monkeypatch: pytest.MonkeyPatch,
     *,
     extensions: Iterable[str] | None = None,
+    configure: Callable[[Guildbook], None] = lambda bot: None,
     **settings: Any,
 ) -> AsyncIterator[Guildbook]:
-    """Run the bot in this process until it is ready, and end it after the block."""
-    monkeypatch.setattr(http.Route, "BASE", http.Route.BASE)  # the bot sets both; given back afterwards
-    monkeypatch.setattr(gateway.DiscordWebSocket, "DEFAULT_GATEWAY", gateway.DiscordWebSocket.DEFAULT_GATEWAY)
-    lease = Lease(database.target, holder())
-    await lease.wait()
-    chosen = settings_for(simulator, **{"spool": "off", **settings})
-    bot = Guildbook(chosen, database, lease, extensions=extensions)
-    async with bot:
-        task = asyncio.create_task(bot.start(simulator.token))
-        try:
-            await until(lambda: bot.readiness()[0] or task.done())
-            if task.done():
-                task.result()
-            yield bot
-        finally:
-            await bot.close()
-            task.cancel()
-            await asyncio.wait([task], timeout=5)
-            async with asyncio.timeout(PATIENCE):
-                await bot.stop_mirror(5)
-                await lease.release(5)
+    """Run the bot in this process: wait until it is ready, and stop it after the block.
+
+    `configure` is called before the start, for example to shorten timeouts.
+    """
+    with restored_endpoints():
+        lease = Lease(pool.target, holder())
+        await lease.wait()
+        bot = Guildbook(settings_for(simulator, **{"spool": "off", **settings}), pool, lease, extensions=extensions)
+        configure(bot)
+        async with bot:
+            task = asyncio.create_task(bot.start(simulator.token))
+            try:
+                await until(lambda: bot.readiness()[0] or task.done(), TIMEOUT)
+                if task.done():
+                    task.result()
+                yield bot
+            finally:
+                await bot.close()
+                task.cancel()
+                await asyncio.wait([task], timeout=5)
+                async with asyncio.timeout(TIMEOUT):
+                    await bot.stop_services(5)
+                    await lease.release(5)
 
 
-async def differences(database: Pool, simulator: Simulator) -> list[str]:
-    """Return what is wrong in the tables, as lines."""
-    proofs = [await compare(database, table, simulator.world.expected_rows(table)) for table in TABLES]
+async def mirror_differences(pool: Pool, simulator: Simulator) -> list[str]:
+    """Return the differences between the mirrored tables and the simulator's world, as lines."""
+    proofs = [await compare(pool, table, simulator.world.expected_rows(table)) for table in TABLES]
     return [line for proof in proofs for line in proof.lines()]
 
 
-async def until_equal(database: Pool, simulator: Simulator) -> None:
-    """Wait until the tables equal the simulator's world; fail with what differs."""
+async def wait_until_mirrored(pool: Pool, simulator: Simulator) -> None:
+    """Wait until the mirrored tables equal the simulator's world; fail with the differences."""
     try:
-        async with asyncio.timeout(PATIENCE):
-            while await differences(database, simulator):  # noqa: ASYNC110 - it is another process
+        async with asyncio.timeout(TIMEOUT):
+            while await mirror_differences(pool, simulator):  # noqa: ASYNC110 - rows that another process writes
                 await asyncio.sleep(0.05)
     except TimeoutError:
-        pytest.fail("\n".join(await differences(database, simulator)))
+        pytest.fail("\n".join(await mirror_differences(pool, simulator)))
 
 
-async def typed(directory: Path, *arguments: str, **settings: str) -> tuple[int, str]:
-    """Run `python bot.py …` and return its exit code and all that it prints."""
+async def run_cli(directory: Path, *arguments: str, **settings: str) -> tuple[int, str]:
+    """Run `python bot.py` with arguments and return its exit code and output."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         str(ENTRY),
@@ -100,7 +117,7 @@ async def typed(directory: Path, *arguments: str, **settings: str) -> tuple[int,
 
 
 class BotProcess:
-    """`python bot.py` with nothing of ours in its environment but what is given."""
+    """`python bot.py` as a process that gets only the given settings from its environment."""
 
     def __init__(self, directory: Path, **settings: str) -> None:
         self.directory = directory
@@ -124,10 +141,10 @@ class BotProcess:
     async def __aexit__(self, *_: object) -> None:
         if self.process.returncode is None:
             self.process.kill()
-        await self.ended()
+        await self.wait_for_exit()
 
     async def get(self, path: str) -> tuple[int, Any]:
-        """Ask the health server; (0, None) while nobody answers."""
+        """Send a GET request to the health server; return status and body, (0, None) if it does not respond."""
         timeout = aiohttp.ClientTimeout(total=5)
         try:
             async with (
@@ -139,32 +156,36 @@ class BotProcess:
         except (aiohttp.ClientError, TimeoutError):
             return 0, None
 
-    async def ready(self) -> None:
-        """Wait until GET /readyz says so."""
-        async with asyncio.timeout(PATIENCE):
-            while (await self.get("/readyz"))[0] != 200:
+    async def is_ready(self) -> bool:
+        """Return whether GET /readyz responds with 200."""
+        return (await self.get("/readyz"))[0] == 200
+
+    async def wait_until_ready(self) -> None:
+        """Wait until the bot is ready; fail if it exits."""
+        async with asyncio.timeout(TIMEOUT):
+            while not await self.is_ready():
                 if self.process.returncode is not None:
-                    await self.ended()
-                    pytest.fail(f"the bot ended, exit code {self.process.returncode}:\n{self.output}")
+                    await self.wait_for_exit()
+                    pytest.fail(f"the bot exited with code {self.process.returncode}:\n{self.output}")
                 await asyncio.sleep(0.05)
 
-    async def until_it_says(self, words: str) -> None:
-        """Read its output until these words come up."""
+    async def wait_for_output(self, text: str) -> None:
+        """Read the process's output until a text appears."""
         assert self.process.stdout is not None
-        async with asyncio.timeout(PATIENCE):
-            while words not in self.output:
+        async with asyncio.timeout(TIMEOUT):
+            while text not in self.output:
                 line = await self.process.stdout.readline()
                 if not line:
-                    pytest.fail(f"the bot ended without a word of {words!r}:\n{self.output}")
+                    pytest.fail(f"the bot exited without printing {text!r}:\n{self.output}")
                 self.output += line.decode()
 
-    def send(self, number: signal.Signals) -> None:
-        """Send it a signal."""
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process."""
         self.process.send_signal(number)
 
-    async def ended(self) -> int:
-        """Wait for its end and return its exit code."""
+    async def wait_for_exit(self) -> int:
+        """Wait until the process exits, and return its exit code."""
         assert self.process.stdout is not None
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             self.output += (await self.process.stdout.read()).decode()
             return await self.process.wait()

@@ -1,22 +1,23 @@
-"""Cogs are loaded apart from each other, and what fails leaves nothing behind."""
+"""Cogs are loaded in isolation, and a failed load leaves nothing behind."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from discord import app_commands
 
 from models import Base
 from simulator import Simulator, World
-from tests.bot.running import running
-from tests.bot.written import WrittenCogs
+from tests.bot.running import running_bot, wait_until_mirrored
+from tests.bot.temporary_cogs import TemporaryCogs
 from tests.waiting import until
-from utils.bot import loader
 from utils.bot.client import Guildbook
-from utils.bot.loader import found_extensions
+from utils.bot.loader import find_extensions
 from utils.bot.registrations import Registrations
 from utils.database import Pool
 from utils.exceptions import CogError, ValidationError
@@ -31,31 +32,31 @@ def world() -> World:
 
 
 @pytest.fixture
-def cogs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WrittenCogs:
-    """A package to write cogs into; compiled code is kept, as it is where the bot runs."""
+def cogs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TemporaryCogs:
+    """An empty package for cogs. Bytecode is written, as in production."""
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
-    return WrittenCogs(tmp_path, monkeypatch)
+    return TemporaryCogs(tmp_path, monkeypatch)
 
 
-async def said(simulator: Simulator, name: str) -> str | None:
-    """Return what a command answers."""
+async def answer_of(simulator: Simulator, name: str) -> str | None:
+    """Run a command and return its answer."""
     guild = next(iter(simulator.world.guilds.values()))
     result = await simulator.run_command(name, user_id=guild.owner_id, guild_id=guild.id)
     return (await result.wait_done()).final_content
 
 
-def registered(simulator: Simulator) -> list[str]:
+def registered_commands(simulator: Simulator) -> list[str]:
     return sorted(command["name"] for command in simulator.interactions.commands())
 
 
-def on(bot: Guildbook) -> dict[str, Any]:
-    """Return what is on a bot, tasks of discord.py's own and the mirror's aside."""
-    traces = Registrations.of(bot)
-    tasks = {task.get_name() for task in traces.tasks if "left behind" in task.get_name()}
-    listeners = {event: found for event, found in traces.listeners.items() if found}
+def registrations(bot: Guildbook) -> dict[str, Any]:
+    """Return what is registered on a bot; of its tasks, only those that a cog of these tests left behind."""
+    captured = Registrations.capture(bot)
+    tasks = {task.get_name() for task in captured.tasks if "left behind" in task.get_name()}
+    listeners = {event: functions for event, functions in captured.listeners.items() if functions}
     return {
-        "cogs": traces.cogs, "listeners": listeners, "commands": traces.commands, "checks": traces.checks,
-        "slash": [command.name for _, command in traces.slash_commands], "tasks": tasks, "views": traces.views,
+        "cogs": captured.cogs, "listeners": listeners, "commands": captured.commands, "checks": captured.checks,
+        "slash": [command.name for _, command in captured.app_commands], "tasks": tasks, "views": captured.views,
     }  # fmt: skip
 
 
@@ -74,14 +75,17 @@ BROKEN = {
 }
 
 
-async def test_whatever_is_wrong_with_one_cog_costs_that_one_alone(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
+def short_setup_timeout(bot: Guildbook) -> None:
+    bot.loader.setup_timeout = 1.0
+
+
+async def test_broken_cogs_do_not_affect_others(
+    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: TemporaryCogs
 ) -> None:
-    monkeypatch.setattr(loader, "COG_SECONDS", 1.0)
     for name, (text, _) in BROKEN.items():
         cogs.write(name, text)
-    cogs.plain("good", "well")
-    async with running(database, simulator, monkeypatch, extensions=cogs.extensions) as bot:
+    cogs.write_answering("good", "well")
+    async with running_bot(database, simulator, extensions=cogs.extensions, configure=short_setup_timeout) as bot:
         states = {state.name: state for state in bot.loader.states()}
         assert list(states) == sorted([*BROKEN, "good"])
         assert (states["good"].state, states["good"].reason) == ("loaded", None)
@@ -91,7 +95,7 @@ async def test_whatever_is_wrong_with_one_cog_costs_that_one_alone(
             assert reason in (states[name].reason or ""), name
             assert "\n" not in (states[name].reason or "")
             assert cogs.module(name) not in sys.modules
-        assert await said(simulator, "good") == "well"
+        assert await answer_of(simulator, "good") == "well"
         assert list(bot.extensions) == [cogs.module("good")]
 
 
@@ -99,7 +103,7 @@ LEAVING = """
 async def forever() -> None:
     await asyncio.Event().wait()
 
-async def word(ctx) -> None: ...
+async def text_command(ctx) -> None: ...
 
 def check(*_): return True
 
@@ -109,7 +113,7 @@ class Part(BaseCog):
         self.turn.start()
 
     async def stop(self) -> None:
-        self.bot.told.append("stopped")
+        self.bot.stopped_cogs.append("part")
 
     @tasks.loop(seconds=0.01)
     async def turn(self) -> None:
@@ -126,7 +130,7 @@ class Conflict(BaseCog):
         self.spawn(forever(), "left behind by a conflict")
 
     async def stop(self) -> None:
-        self.bot.told.append("stopped, too")
+        self.bot.stopped_cogs.append("conflict")
 
     @app_commands.command(description="Is there already")
     async def good(self, interaction: discord.Interaction[Guildbook]) -> None: ...
@@ -136,10 +140,10 @@ class Blank(discord.ui.View):
     async def press(self, interaction, button) -> None: ...
 
 async def setup(bot: Guildbook) -> None:
-    bot.told = []
+    bot.stopped_cogs = []
     await bot.add_cog(Part(bot))
     bot.add_listener(asyncio.sleep, "on_something_else")
-    bot.add_command(commands.Command(word, name="leave"))
+    bot.add_command(commands.Command(text_command, name="leave"))
     bot.add_check(check)
     bot.add_view(Blank(timeout=None))
     bot.tree.add_command(app_commands.Command(name="rest", description="?", callback=rest))
@@ -153,155 +157,150 @@ async def rest(interaction: discord.Interaction) -> None: ...
 @pytest.mark.parametrize(
     "end", ["await bot.add_cog(Conflict(bot))", "raise RuntimeError", "await asyncio.Event().wait()"]
 )
-async def test_a_load_that_fails_half_way_leaves_nothing_behind(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs, end: str
+async def test_failed_load_leaves_nothing_behind(
+    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: TemporaryCogs, end: str
 ) -> None:
-    cogs.plain("good", "well")
+    cogs.write_answering("good", "well")
     cogs.write("leaving", LEAVING.replace("END", "pass"))
-    async with running(database, simulator, monkeypatch, extensions=cogs.extensions) as bot:
+    async with running_bot(database, simulator, extensions=cogs.extensions) as bot:
         await bot.loader.unload("leaving")
-        monkeypatch.setattr(loader, "COG_SECONDS", 1.0)
+        bot.loader.setup_timeout = 1.0
         cogs.write("leaving", LEAVING.replace("END", end))
         await asyncio.sleep(0.05)
-        before = on(bot)
+        before = registrations(bot)
         assert (before["tasks"], before["views"]) == (set(), [])
-        with pytest.raises(CogError, match="leaving is left out: "):
+        with pytest.raises(CogError, match="leaving could not be loaded: "):
             await bot.loader.load("leaving")
         await asyncio.sleep(0.05)
-        assert on(bot) == before
-        assert bot.told[:1] == ["stopped"] or bot.told == ["stopped, too", "stopped"]  # type: ignore[attr-defined]
-        assert ("stopped, too" in bot.told) == ("Conflict" in end)  # type: ignore[attr-defined]
+        assert registrations(bot) == before
+        assert bot.stopped_cogs[:1] == ["part"] or bot.stopped_cogs == ["conflict", "part"]  # type: ignore[attr-defined]
+        assert ("conflict" in bot.stopped_cogs) == ("Conflict" in end)  # type: ignore[attr-defined]
         cogs.write("leaving", LEAVING.replace("END", "pass"))
         assert (await bot.loader.load("leaving")).state == "loaded"
-        assert len(on(bot)["tasks"]) == 3
+        assert len(registrations(bot)["tasks"]) == 3
 
 
-async def test_the_slash_commands_follow_the_cogs(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
-) -> None:
-    cogs.plain("one", "first")
-    cogs.plain("two", "second")
-    async with running(database, simulator, monkeypatch, extensions=cogs.extensions) as bot:
-        assert registered(simulator) == ["one", "two"]
+async def test_loading_and_unloading_syncs_commands(database: Pool, simulator: Simulator, cogs: TemporaryCogs) -> None:
+    cogs.write_answering("one", "first")
+    cogs.write_answering("two", "second")
+    async with running_bot(database, simulator, extensions=cogs.extensions) as bot:
+        assert registered_commands(simulator) == ["one", "two"]
         assert (await bot.loader.unload("two")).state == "unloaded"
-        assert registered(simulator) == ["one"]
+        assert registered_commands(simulator) == ["one"]
         assert [(state.name, state.state) for state in bot.loader.states()] == [("one", "loaded"), ("two", "unloaded")]
         assert (await bot.loader.load("two")).state == "loaded"
-        assert registered(simulator) == ["one", "two"]
+        assert registered_commands(simulator) == ["one", "two"]
         syncs = simulator.interactions.syncs[None]
-        cogs.plain("two", "changed")
+        cogs.write_answering("two", "changed")
         await bot.loader.reload("two")
-        assert await said(simulator, "two") == "changed"
-        assert simulator.interactions.syncs[None] == syncs, "the same commands are not registered again"
-        assert await said(simulator, "one") == "first"
+        assert await answer_of(simulator, "two") == "changed"
+        assert simulator.interactions.syncs[None] == syncs, "unchanged commands are not registered again"
+        assert await answer_of(simulator, "one") == "first"
 
 
 @pytest.mark.parametrize(
-    ("text", "kept"),
+    ("text", "expected"),
     [
-        ("def (", "the loaded code goes on: SyntaxError"),
-        ("raise RuntimeError('no')", "the former code is back: RuntimeError: no"),
-        ("async def setup(bot): raise RuntimeError('no')", "the former code is back: RuntimeError: no"),
-        ("async def setup(bot): await asyncio.Event().wait()", "the former code is back: the set-up of"),
-        ("x = 1", "the former code is back: it has no `async def setup"),
+        ("def (", "the loaded code is unchanged: SyntaxError"),
+        ("raise RuntimeError('no')", "the previous code was restored: RuntimeError: no"),
+        ("async def setup(bot): raise RuntimeError('no')", "the previous code was restored: RuntimeError: no"),
+        ("async def setup(bot): await asyncio.Event().wait()", "the previous code was restored: setup of"),
+        ("x = 1", "the previous code was restored: it has no `async def setup"),
     ],
 )
-async def test_a_reload_that_fails_brings_the_former_code_back_and_says_so(
+async def test_failed_reload_restores_the_previous_code(
     database: Pool,
     simulator: Simulator,
     monkeypatch: pytest.MonkeyPatch,
-    cogs: WrittenCogs,
+    cogs: TemporaryCogs,
     text: str,
-    kept: str,
+    expected: str,
 ) -> None:
-    cogs.plain("one", "first")
-    async with running(database, simulator, monkeypatch, extensions=cogs.extensions) as bot:
-        monkeypatch.setattr(loader, "COG_SECONDS", 1.0)
+    cogs.write_answering("one", "first")
+    async with running_bot(database, simulator, extensions=cogs.extensions) as bot:
+        bot.loader.setup_timeout = 1.0
         for _ in range(2):
             cogs.write("one", text)
             with pytest.raises(CogError, match="one was not reloaded, ") as caught:
                 await bot.loader.reload("one")
-            assert kept in str(caught.value)
+            assert expected in str(caught.value)
             (state,) = bot.loader.states()
             assert state.state == "loaded"
             assert state.reason is not None
             assert state.reason in str(caught.value)
-            assert await said(simulator, "one") == "first"
+            assert await answer_of(simulator, "one") == "first"
             assert len(bot.extra_events["on_something"]) == 1
-        cogs.plain("one", "better at last")
+        cogs.write_answering("one", "fixed")
         assert (await bot.loader.reload("one")).reason is None
-        assert await said(simulator, "one") == "better at last"
+        assert await answer_of(simulator, "one") == "fixed"
 
 
 TABLE = """
 from sqlalchemy.orm import Mapped
 from models.base import Base, snowflake
 
-class Member(Base):  # the name of one of the framework's, on purpose
+class Member(Base):  # the same name as a model of Guildbook
     __tablename__ = "own_members"
     guild_id: Mapped[int] = snowflake(primary_key=True)
     COLUMN
 """
 
 
-async def test_a_cog_that_declares_its_table_can_be_reloaded(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
-) -> None:
+async def test_reloads_a_cog_that_declares_a_table(database: Pool, simulator: Simulator, cogs: TemporaryCogs) -> None:
     setup = "async def setup(bot): pass"
     cogs.write("own", TABLE.replace("COLUMN", "") + setup)
-    async with running(database, simulator, monkeypatch, extensions=cogs.extensions) as bot:
+    async with running_bot(database, simulator, extensions=cogs.extensions) as bot:
         for number in range(3):
             cogs.write("own", TABLE.replace("COLUMN", f"number{number}: Mapped[int]") + setup)
             assert (await bot.loader.reload("own")).state == "loaded"
             assert list(Base.metadata.tables["own_members"].columns.keys()) == ["guild_id", f"number{number}"]
         cogs.write("own", TABLE + "raise RuntimeError")
-        with pytest.raises(CogError, match="the former code is back"):
+        with pytest.raises(CogError, match="the previous code was restored"):
             await bot.loader.reload("own")
         await bot.loader.unload("own")
         assert "own_members" not in Base.metadata.tables
 
 
-async def test_a_package_is_reloaded_with_its_parts(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
-) -> None:
+async def test_reloads_a_package_with_its_submodules(database: Pool, simulator: Simulator, cogs: TemporaryCogs) -> None:
     package = cogs.directory / "large"
     package.mkdir()
     (package / "__init__.py").write_text("from .part import setup\n")
     (package / "part.py").write_text("async def setup(bot): bot.part = 1\n")
-    async with running(database, simulator, monkeypatch, extensions=[cogs.module("large")]) as bot:
+    async with running_bot(database, simulator, extensions=[cogs.module("large")]) as bot:
         (package / "part.py").write_text("async def setup(bot): bot.part = 2222\n")
         await bot.loader.reload("large")
         assert bot.part == 2222  # type: ignore[attr-defined]
         (package / "part.py").write_text("raise RuntimeError('no')\n")
-        with pytest.raises(CogError, match="the former code is back"):
+        with pytest.raises(CogError, match="the previous code was restored"):
             await bot.loader.reload("large")
         assert bot.part == 2222  # type: ignore[attr-defined]
         assert cogs.module("large.part") in sys.modules
 
 
-async def test_an_end_that_fails_or_hangs_does_not_keep_a_cog(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
+async def test_unloads_a_cog_whose_tear_down_fails_or_hangs(
+    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: TemporaryCogs
 ) -> None:
-    ends = {"fails": "raise RuntimeError", "hangs": "await asyncio.Event().wait()"}
-    for name, end in ends.items():
-        cogs.plain(name, "x")
+    bodies = {"fails": "raise RuntimeError", "hangs": "await asyncio.Event().wait()"}
+    for name, body in bodies.items():
+        cogs.write_answering(name, "x")
         text = (cogs.directory / f"{name}.py").read_text()
-        unload = f"    async def cog_unload(self) -> None:\n        {end}\n\nasync def setup"
-        cogs.write(name, text.replace("async def setup", unload), head=False)
-    async with running(database, simulator, monkeypatch, extensions=cogs.extensions) as bot:
-        monkeypatch.setattr(loader, "END_SECONDS", 0.3)
-        for name in ends:
+        unload = f"    async def cog_unload(self) -> None:\n        {body}\n\nasync def setup"
+        cogs.write(name, text.replace("async def setup", unload), with_imports=False)
+    async with running_bot(database, simulator, extensions=cogs.extensions) as bot:
+        bot.loader.teardown_timeout = 0.3
+        for name in bodies:
             await bot.loader.unload(name)
         assert bot.extensions == {}
         assert list(bot.cogs) == []
-        assert registered(simulator) == []
+        assert registered_commands(simulator) == []
 
 
-async def test_a_set_up_that_was_given_up_and_ends_later_is_no_obstacle(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
+async def test_loads_a_cog_whose_timed_out_setup_completed_later(
+    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: TemporaryCogs
 ) -> None:
-    monkeypatch.setattr(loader, "COG_SECONDS", 0.1)
-    monkeypatch.setattr(loader, "CANCEL_SECONDS", 0.1)
+    def short_timeouts(bot: Guildbook) -> None:
+        bot.loader.setup_timeout = bot.loader.cancel_timeout = 0.1
+
     cogs.write(
         "late",
         """
@@ -311,71 +310,93 @@ async def test_a_set_up_that_was_given_up_and_ends_later_is_no_obstacle(
                 except asyncio.CancelledError: pass
         """,
     )
-    async with running(database, simulator, monkeypatch, extensions=cogs.extensions) as bot:
+    async with running_bot(database, simulator, extensions=cogs.extensions, configure=short_timeouts) as bot:
         assert [state.state for state in bot.loader.states()] == ["failed"]
-        monkeypatch.setattr(loader, "COG_SECONDS", 30.0)
+        bot.loader.setup_timeout = 30.0
         bot.go = True  # type: ignore[attr-defined]
         await until(lambda: bot.extensions)
         assert (await bot.loader.load("late")).state == "loaded"
 
 
-async def test_one_thing_is_done_at_a_time(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
-) -> None:
+async def test_reloads_run_one_at_a_time(database: Pool, simulator: Simulator, cogs: TemporaryCogs) -> None:
     cogs.write("slow", "async def setup(bot):\n    bot.at_work = getattr(bot, 'at_work', 0) + 1\n"
                "    assert bot.at_work == 1\n    await asyncio.sleep(0.05)\n    bot.at_work = 0\n")  # fmt: skip
-    async with running(database, simulator, monkeypatch, extensions=cogs.extensions) as bot:
+    async with running_bot(database, simulator, extensions=cogs.extensions) as bot:
         await asyncio.gather(*(bot.loader.reload("slow") for _ in range(4)))
         assert [state.state for state in bot.loader.states()] == ["loaded"]
 
 
-async def test_what_cannot_be_done_is_one_clear_line(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
-) -> None:
-    cogs.plain("one", "first")
-    async with running(database, simulator, monkeypatch, extensions=cogs.extensions) as bot:
-        for act, name, told in (
-            (bot.loader.load, "one", "one is loaded already"),
-            (bot.loader.load, "other", "there is no cog 'other': there are one"),
-            (bot.loader.reload, "../etc", "there is no cog"),
+async def test_rejects_impossible_requests(database: Pool, simulator: Simulator, cogs: TemporaryCogs) -> None:
+    cogs.write_answering("one", "first")
+    async with running_bot(database, simulator, extensions=cogs.extensions) as bot:
+        for act, name, reason in (
+            (bot.loader.load, "one", "one is already loaded"),
+            (bot.loader.load, "other", "no cog is named 'other': expected one of one"),
+            (bot.loader.reload, "../etc", "no cog is named"),
         ):
-            with pytest.raises(ValidationError, match=told):
+            with pytest.raises(ValidationError, match=reason):
                 await act(name)
         await bot.loader.unload("one")
         for act in (bot.loader.unload, bot.loader.reload):
             with pytest.raises(ValidationError, match="one is not loaded"):
                 await act("one")
         (cogs.directory / "one.py").unlink()
-        with pytest.raises(CogError, match="one is left out: "):
+        with pytest.raises(CogError, match="one could not be loaded: "):
             await bot.loader.load("one")
 
 
-def waiting(bot: Guildbook) -> int:
+def rows_waiting(bot: Guildbook) -> int:
     return len(bot.mirror.writer.buffer) + len(bot.mirror.writer.queue)
 
 
-async def test_what_waits_to_be_written_is_written_whatever_happens_to_a_cog(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
-) -> None:
-    cogs.plain("one", "first")
+async def test_failed_reload_keeps_buffered_rows(database: Pool, simulator: Simulator, cogs: TemporaryCogs) -> None:
+    cogs.write_answering("one", "first")
     guild_id = next(iter(simulator.world.guilds))
-    async with running(database, simulator, monkeypatch, extensions=cogs.extensions, flush_seconds=3.0) as bot:
+    async with running_bot(database, simulator, extensions=cogs.extensions, flush_seconds=3600) as bot:
+        waiting = rows_waiting(bot)
         joined = [simulator.world.join(guild_id) for _ in range(3)]
-        await until(lambda: waiting(bot))
-        before = waiting(bot)
+        await until(lambda: rows_waiting(bot) >= waiting + 2 * len(joined))  # a user and a member each
+        before = rows_waiting(bot)
         await bot.loader.reload("one")
         cogs.write("one", "raise RuntimeError")
         with pytest.raises(CogError):
             await bot.loader.reload("one")
-        assert waiting(bot) >= before, "still waiting: nothing was lost, nothing was hurried"
-        async with asyncio.timeout(20):
-            while await database.fetchval("SELECT count(*) FROM members WHERE user_id = ANY($1)", joined) < 3:  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
+        assert rows_waiting(bot) >= before, "nothing was dropped or flushed early"
+    assert await database.fetchval("SELECT count(*) FROM members WHERE user_id = ANY($1)", joined) == len(joined)
 
 
-def test_only_modules_and_packages_without_an_underscore_are_cogs(tmp_path: Path) -> None:
+def test_finds_modules_and_packages_without_underscore(tmp_path: Path) -> None:
     directory = tmp_path / "cogs"
     (directory / "large").mkdir(parents=True)
     for name in ("__init__.py", "_shared.py", "small.py", "notes.txt", "large/__init__.py", "large/part.py"):
         (directory / name).touch()
-    assert found_extensions(directory) == ["cogs.large", "cogs.small"]
+    assert find_extensions(directory) == ["cogs.large", "cogs.small"]
+
+
+async def test_broken_modules_are_logged_and_the_others_work(
+    database: Pool, simulator: Simulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    extensions = ("tests.bot.cogs.unreadable", "tests.bot.cogs.failing", "tests.bot.cogs.missing", "cogs.mirror")
+    with caplog.at_level(logging.ERROR, "utils.bot.loader"):
+        async with running_bot(database, simulator, extensions=extensions) as bot:
+            assert list(bot.cogs) == ["MirrorCommands"]
+            await wait_until_mirrored(database, simulator)
+    lines = sorted(record.getMessage() for record in caplog.records if record.name == "utils.bot.loader")
+    for name, line in zip(sorted(extensions[:3]), lines, strict=True):
+        assert line.startswith(f"cog not loaded: {name}: ")
+    assert "cog_load fails" in lines[0]
+    assert "import fails" in lines[2]
+
+
+async def test_all_cogs_load_with_unique_command_names(database: Pool, simulator: Simulator) -> None:
+    async with running_bot(database, simulator) as bot:
+        assert sorted(bot.extensions) == find_extensions()
+        assert find_extensions() == ["cogs.cogs", "cogs.db", "cogs.mirror", "cogs.preferences"]
+        names: list[str] = []
+        for cog in bot.cogs.values():
+            names += [command.qualified_name for command in cog.walk_commands()]
+            for command in cog.walk_app_commands():
+                assert isinstance(command, app_commands.Command | app_commands.Group)
+                assert command.description not in ("", "…")
+                names.append(command.qualified_name)
+        assert len(names) == len(set(names)), sorted(names)

@@ -1,20 +1,19 @@
-"""What the bot does by itself: backups and drills in time, the first import, sizes, and a word of a lost database."""
+"""Scheduled work: backups, restore drills, size samples, the first import; and the restore suggestion at the start."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from simulator import Simulator
-from tests.bot.running import BotProcess, running
+from tests.bot.running import TIMEOUT, BotProcess, running_bot
 from tests.operations.backup.making import filled, vault_in
 from tests.waiting import until
-from utils.bot import scheduler
+from utils.bot.client import Guildbook
 from utils.bot.scheduler import Scheduler
 from utils.database import ConnectTarget, Pool
 from utils.operations.backup.create import Wanted
@@ -22,30 +21,36 @@ from utils.service import metrics
 from utils.settings import Settings
 
 
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "START_SECONDS", 0.0)
+def scheduler_in(directory: Path, pool: Pool, backup_every: str, **options: Any) -> Scheduler:
+    settings = Settings(_env_file=None, data_dir=directory, backup_every=backup_every)  # type: ignore[call-arg, arg-type]
+    return Scheduler(settings, pool, start_delay=0.0, **options)
 
 
-async def until_written(database: Pool, *commands: str) -> list[str]:
-    """Wait until these commands stand in the books, and return their results."""
-    async with asyncio.timeout(40):
-        while True:
-            rows = await database.fetch("SELECT command, result FROM ops.admin_actions ORDER BY id")
-            if {row["command"] for row in rows} >= set(commands):
-                return [row["result"] for row in rows]
-            await asyncio.sleep(0.02)
+async def recorded_results(pool: Pool, *commands: str) -> list[str]:
+    """Wait until these commands are in the audit log, and return all results in it."""
+
+    async def results() -> list[str] | None:
+        rows = await pool.fetch("SELECT command, result FROM ops.admin_actions ORDER BY id")
+        has_all = {row["command"] for row in rows} >= set(commands)
+        return [row["result"] for row in rows] if has_all else None
+
+    return await until(results, TIMEOUT) or []
 
 
-async def test_the_bot_backs_up_drills_imports_and_notes_sizes(
-    tmp_path: Path, database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+async def test_runs_backups_drills_imports_and_size_samples(
+    tmp_path: Path, database: Pool, simulator: Simulator
 ) -> None:
+    def run_at_once(bot: Guildbook) -> None:
+        bot.scheduler.start_delay = 0.0
+        bot.scheduler.retry_delay = 0.1  # the first drill fails, because there is no backup yet
+
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "shop.json").write_text(json.dumps({"hat": {"price": 3}}))
     settings: dict[str, Any] = {"backup_every": "5m", "drill_every": "1d", "import_json": tmp_path / "old"}
-    monkeypatch.setattr(scheduler, "AGAIN_SECONDS", 0.1)  # the drill comes round before there is a backup
-    async with running(database, simulator, monkeypatch, extensions=(), data_dir=tmp_path / "data", **settings):
-        results = await until_written(database, "backup create", "backup drill", "import")
+    async with running_bot(
+        database, simulator, extensions=(), configure=run_at_once, data_dir=tmp_path / "data", **settings
+    ):
+        results = await recorded_results(database, "backup create", "backup drill", "import")
     assert any("came back whole" in result for result in results)
     assert await database.fetchval("SELECT count(*) FROM documents WHERE namespace = 'legacy.shop'") == 1
     assert await database.fetchval("SELECT count(DISTINCT table_name) FROM ops.table_sizes") > 10
@@ -53,53 +58,51 @@ async def test_the_bot_backs_up_drills_imports_and_notes_sizes(
     assert "scheduled" in (await vault_in(tmp_path / "data").find("latest")).line
 
 
-async def test_a_backup_that_is_young_enough_is_not_made_again_and_an_old_one_is(
-    tmp_path: Path, database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    vault = vault_in(tmp_path)
-    await vault.make(database, Wanted())
-    one = Scheduler(Settings(_env_file=None, data_dir=tmp_path, backup_every="5m"), database)  # type: ignore[call-arg, arg-type]
-    assert 0 <= (await one._since_backup() or -1) < 60
-    one.start()
+async def test_makes_no_backup_while_the_newest_is_recent(tmp_path: Path, database: Pool) -> None:
+    backups = vault_in(tmp_path)
+    await backups.make(database, Wanted())
+    scheduler = scheduler_in(tmp_path, database, "5m")
+    assert 0 <= (await scheduler._seconds_since_backup() or -1) < 60
+    scheduler.start()
     try:
-        await until_sampled(database)  # which begins at the same time, and takes longer than to see that it is young
+        # Starts at the same time and takes longer than reading the newest backup's age.
+        await until(lambda: database.fetchval("SELECT count(*) FROM ops.table_sizes"))
     finally:
-        await one.stop(5)
-    assert len(await vault.known()) == 1
-    real = scheduler._since
-    monkeypatch.setattr(scheduler, "_since", lambda moment: real(moment - timedelta(hours=1)))
-    one.start()
+        await scheduler.stop(5)
+    assert len(await backups.known()) == 1
+
+
+async def test_makes_a_backup_when_the_newest_is_old(tmp_path: Path, database: Pool) -> None:
+    backups = vault_in(tmp_path)
+    await backups.make(database, Wanted())
+    scheduler = scheduler_in(tmp_path, database, "5m", clock=lambda: datetime.now(UTC) + timedelta(hours=1))
+    scheduler.start()
     try:
-        await until_written(database, "backup create")
+        await recorded_results(database, "backup create")
     finally:
-        await one.stop(5)
-    assert len(await vault.known()) == 2
+        await scheduler.stop(5)
+    assert len(await backups.known()) == 2
 
 
-async def until_sampled(database: Pool) -> None:
-    await until(lambda: database.fetchval("SELECT count(*) FROM ops.table_sizes"))
-
-
-async def test_a_backup_that_fails_is_told_counted_and_tried_again(
-    tmp_path: Path, database: Pool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+async def test_failed_backup_is_recorded_counted_and_retried(
+    tmp_path: Path, database: Pool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "backups").write_text("in the way")
-    monkeypatch.setattr(scheduler, "AGAIN_SECONDS", 1.0)
+    (tmp_path / "backups").write_text("a file where the directory should be")
     before = metrics.duty_failures.labels("backup")._value.get()
-    one = Scheduler(Settings(_env_file=None, data_dir=tmp_path, backup_every="1h"), database)  # type: ignore[call-arg, arg-type]
-    one.start()
+    scheduler = scheduler_in(tmp_path, database, "1h", retry_delay=1.0)
+    scheduler.start()
     try:
-        results = await until_written(database, "backup create")
+        results = await recorded_results(database, "backup create")
         assert results[0].startswith("Failed: ")
         (tmp_path / "backups").unlink()
-        await until(vault_in(tmp_path).newest)
+        await until(lambda: vault_in(tmp_path).newest())
     finally:
-        await one.stop(5)
+        await scheduler.stop(5)
     assert metrics.duty_failures.labels("backup")._value.get() > before
-    assert "cannot" in caplog.text
+    assert "backup create failed" in caplog.text
 
 
-async def test_a_start_on_a_lost_database_says_which_backup_would_bring_it_back(
+async def test_start_on_a_lost_database_suggests_the_backup_to_restore(
     tmp_path: Path, database: Pool, empty_target: ConnectTarget, simulator: Simulator
 ) -> None:
     await filled(database)
@@ -111,5 +114,5 @@ async def test_a_start_on_a_lost_database_says_which_backup_would_bring_it_back(
         "DATA_DIR": str(tmp_path / "data"),
     }
     async with BotProcess(tmp_path, **settings) as bot:
-        await bot.until_it_says(f"python bot.py backup restore {id} brings it back")
-        await bot.ready()
+        await bot.wait_for_output(f"python bot.py backup restore {id}")
+        await bot.wait_until_ready()

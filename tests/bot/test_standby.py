@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 from simulator import Simulator
-from tests.bot.running import PATIENCE, BotProcess, until_equal
+from tests.bot.running import TIMEOUT, BotProcess, wait_until_mirrored
 from tests.waiting import until
 from utils.database import Pool
 
@@ -32,20 +32,20 @@ async def epoch(database: Pool) -> int:
 
 async def until_standing_by(bot: BotProcess) -> None:
     """Wait until the process says that it does nothing but look."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while (await bot.get("/healthz")) != (200, {"ok": True, "state": "standby"}):  # noqa: ASYNC110 - it is another process
             await asyncio.sleep(0.05)
 
 
 async def until_it_has_looked(bot: BotProcess) -> None:
     """Wait until the process has found another one acting."""
-    await bot.until_it_says("standing by: ")
+    await bot.wait_for_output("standing by: ")
     await until_standing_by(bot)
 
 
 async def in_order(first: BotProcess, second: BotProcess) -> tuple[BotProcess, BotProcess]:
     """Wait until one of the two acts and the other stands by, and return them in that order."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while not (ready := [bot for bot in (first, second) if (await bot.get("/readyz"))[0] == 200]):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     (acting,) = ready
@@ -59,8 +59,8 @@ def with_a_socket(simulator: Simulator) -> int:
 
 
 async def stops(bot: BotProcess) -> None:
-    bot.send(signal.SIGTERM)
-    assert await bot.ended() == 0, bot.output
+    bot.send_signal(signal.SIGTERM)
+    assert await bot.wait_for_exit() == 0, bot.output
     assert "Traceback" not in bot.output
 
 
@@ -69,14 +69,14 @@ async def test_the_second_process_is_healthy_but_not_ready_and_does_not_connect(
 ) -> None:
     pair = Pair(tmp_path, simulator, database_url)
     async with pair.process("one") as first:
-        await first.ready()
+        await first.wait_until_ready()
         async with pair.process("two") as second:
             await until_it_has_looked(second)
             status, state = await second.get("/readyz")
             assert (status, state["state"]) == (503, "standby")
             assert "guildbook_lease_epoch 0" in (await second.get("/metrics"))[1]
             simulator.world.join(small)
-            await until_equal(database, simulator)
+            await wait_until_mirrored(database, simulator)
             assert (await first.get("/readyz"))[0] == 200
             assert simulator.gateway.identifies == len(simulator.gateway.connections) == 1
             assert await epoch(database) == 1
@@ -94,8 +94,8 @@ async def test_two_that_start_at_once_on_an_empty_database_do_not_both_act(
         acting, other = await in_order(one, two)
         assert simulator.gateway.identifies == await epoch(database) == 1
         await stops(acting)
-        await other.ready()
-        await until_equal(database, simulator)
+        await other.wait_until_ready()
+        await wait_until_mirrored(database, simulator)
         await stops(other)
 
 
@@ -108,8 +108,8 @@ async def test_a_process_that_is_stopped_hands_over(
         await stops(bots[0])
         assert await database.fetchval("SELECT expires_at IS NULL OR epoch = 2 FROM ops.leases"), "given back"
         simulator.world.join(small)
-        await bots[1].ready()
-        await until_equal(database, simulator)
+        await bots[1].wait_until_ready()
+        await wait_until_mirrored(database, simulator)
         assert await epoch(database) == 2
         assert with_a_socket(simulator) == 1
         await stops(bots[1])
@@ -133,11 +133,11 @@ async def killed_and_followed(
     async with pair.process(disks[0]) as first, pair.process(disks[1]) as second:
         bots = await in_order(first, second)
         before = await epoch(database)
-        bots[0].send(signal.SIGKILL)
-        await bots[0].ended()
+        bots[0].send_signal(signal.SIGKILL)
+        await bots[0].wait_for_exit()
         simulator.world.join(guild)
-        await bots[1].ready()
-        await until_equal(database, simulator)
+        await bots[1].wait_until_ready()
+        await wait_until_mirrored(database, simulator)
         assert await epoch(database) == before + 1
         await stops(bots[1])
 
@@ -149,22 +149,22 @@ async def test_a_process_that_was_frozen_leaves_the_gateway_and_stands_by_until_
     pair = Pair(tmp_path, simulator, database_url)
     async with pair.process("one") as one, pair.process("two") as two:
         first, second = await in_order(one, two)
-        first.send(signal.SIGSTOP)
+        first.send_signal(signal.SIGSTOP)
         try:
             world.join(small)  # the frozen process finds this in its socket when it wakes
-            await second.ready()
+            await second.wait_until_ready()
             assert await epoch(database) == 2
             world.join(small)
-            await until_equal(database, simulator)
+            await wait_until_mirrored(database, simulator)
         finally:
-            first.send(signal.SIGCONT)
+            first.send_signal(signal.SIGCONT)
         came = [world.join(small) for _ in range(5)]
         await until_standing_by(first)
         assert (await first.get("/readyz"))[0] == 503
         await until(lambda: len(simulator.gateway.connections) == with_a_socket(simulator) == 1)
         came += [world.join(small) for _ in range(5)]
         world.leave(small, came[-1])
-        await until_equal(database, simulator)
+        await wait_until_mirrored(database, simulator)
         stamps = "SELECT DISTINCT stamp >> $1 AS epoch FROM members WHERE user_id = ANY($2)"
         assert [row["epoch"] for row in await database.fetch(stamps, COUNTER_BITS, came)] == [2]
         assert (await second.get("/readyz"))[0] == 200
@@ -175,9 +175,9 @@ async def test_a_process_that_was_frozen_leaves_the_gateway_and_stands_by_until_
 
         await stops(second)
         world.leave(small, came[0])
-        await first.ready()
+        await first.wait_until_ready()
         came = [world.join(small)]
-        await until_equal(database, simulator)
+        await wait_until_mirrored(database, simulator)
         assert await epoch(database) == 3
         assert [row["epoch"] for row in await database.fetch(stamps, COUNTER_BITS, came)] == [3]
         assert len(simulator.gateway.connections) == 1

@@ -13,10 +13,10 @@ from discord import gateway, http
 
 from simulator import Simulator
 from simulator.proxy import Proxy
-from tests.bot.running import PATIENCE, BotProcess, settings_for, until_equal
+from tests.bot.running import TIMEOUT, BotProcess, settings_for, wait_until_mirrored
 from tests.leases import seize
 from tests.waiting import until
-from utils.bot.client import SPOOL, Guildbook
+from utils.bot.client import SPOOL_DIRECTORY, Guildbook
 from utils.bot.process import Process
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import PORT, EmbeddedServer
@@ -38,8 +38,8 @@ async def in_this_process(
     try:
         yield process
     finally:
-        process._signalled(signal.SIGTERM)
-        async with asyncio.timeout(PATIENCE):
+        process._on_signal(signal.SIGTERM)
+        async with asyncio.timeout(TIMEOUT):
             await task
 
 
@@ -69,7 +69,7 @@ async def test_a_takeover_before_the_gateway_leads_back_to_standing_by(
         await until(lambda: is_ready(process))
         assert await database.fetchval("SELECT epoch FROM ops.leases") == 3
         assert simulator.gateway.identifies == 1
-        await until_equal(database, simulator)
+        await wait_until_mirrored(database, simulator)
     assert times == 2
 
 
@@ -92,7 +92,7 @@ async def test_an_outage_in_the_middle_of_the_start_is_waited_out(
     monkeypatch.setattr(Guildbook, "setup_hook", cut_short)
     async with in_this_process(tmp_path, simulator, database_url, monkeypatch) as process:
         await until(lambda: is_ready(process))
-        await until_equal(database, simulator)
+        await wait_until_mirrored(database, simulator)
         assert simulator.gateway.identifies == 1
     assert times == 2
     assert await database.fetchval("SELECT expires_at IS NULL FROM ops.leases"), "it is given back"
@@ -108,15 +108,15 @@ async def test_whoever_stands_by_makes_no_partitions(
     await seize(database, "another")
     await database.execute("UPDATE ops.leases SET expires_at = 'infinity'")
     async with in_this_process(tmp_path, simulator, database_url, monkeypatch) as process:
-        await until(lambda: process._state == "standby")
-        assert process._aliveness() == (True, {"state": "standby"})
+        await until(lambda: process.state == "standby")
+        assert process._liveness() == (True, {"state": "standby"})
         assert process._readiness() == (False, {"state": "standby"})
 
-        async def refused() -> None:
-            pytest.fail("partitions are the business of the process that acts")
+        async def fail(pool: Pool) -> None:
+            pytest.fail("only the active process creates partitions")
 
-        monkeypatch.setattr(process, "_make_partitions", refused)
-        await process._make_partitions_in_time()
+        monkeypatch.setattr(process, "_create_partitions", fail)
+        await process._maintain_partitions()
     row = await database.fetchrow("SELECT holder, expires_at = 'infinity' FROM ops.leases")
     assert row is not None
     assert tuple(row) == ("another", True), "what was never won is not given back"
@@ -131,28 +131,28 @@ async def test_a_second_process_joins_the_embedded_server_stands_by_and_survives
     server = EmbeddedServer(tmp_path / "data")
     lock_file = server.cluster / "postmaster.pid"
     async with BotProcess(tmp_path, **settings) as first, BotProcess(tmp_path, **settings) as second:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             while not (ready := [bot for bot in (first, second) if (await bot.get("/readyz"))[0] == 200]):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         (acting,) = ready
         other = second if acting is first else first
-        await other.until_it_says("standing by: ")
+        await other.wait_for_output("standing by: ")
         postmaster = lock_file.read_text().split()[0]
-        acting.send(signal.SIGTERM)
-        assert await acting.ended() == 0, acting.output
+        acting.send_signal(signal.SIGTERM)
+        assert await acting.wait_for_exit() == 0, acting.output
         simulator.world.join(small)
-        await other.ready()
+        await other.wait_until_ready()
         assert lock_file.read_text().split()[0] == postmaster, "somebody was left to use it"
         await server.start()
         database = Pool(server.target(), pool_max=2)
         await database.connect()
         try:
-            await until_equal(database, simulator)
+            await wait_until_mirrored(database, simulator)
             assert await database.fetchval("SELECT epoch FROM ops.leases") == 2
         finally:
             await database.close()
-        other.send(signal.SIGTERM)
-        assert await other.ended() == 0, other.output
+        other.send_signal(signal.SIGTERM)
+        assert await other.wait_for_exit() == 0, other.output
     assert not lock_file.exists(), "nobody was left to use it"
 
 
@@ -170,33 +170,33 @@ async def test_an_end_without_a_database_leaves_events_to_the_disk_and_the_next_
         "DISCORD_TOKEN": simulator.token, "DISCORD_API_BASE": simulator.api_base, "DATA_DIR": str(tmp_path / "data"),
         "FLUSH_SECONDS": "0.1", "DB_COMMAND_TIMEOUT": "60",
     }  # fmt: skip
-    spool = tmp_path / "data" / SPOOL
+    spool = tmp_path / "data" / SPOOL_DIRECTORY
     async with Proxy(f"{target.hosts[0]}/.s.PGSQL.{PORT}") as network:
         url = f"postgresql://{target.user}@127.0.0.1:{network.port}/{target.database}?sslmode=disable"
         # Two signals hurry an end that would wait for an hour.
         seconds = {1: "9", 2: "3600"}[signals]
         async with BotProcess(tmp_path, **settings, DATABASE_URL=url, SHUTDOWN_SECONDS=seconds) as bot:
-            await bot.ready()
-            await until_equal(database, simulator)
+            await bot.wait_until_ready()
+            await wait_until_mirrored(database, simulator)
             network.freeze()
             come = simulator.world.join(small)
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 while not (await bot.get("/readyz"))[1]["rows_waiting"]:  # noqa: ASYNC110 - it is another process
                     await asyncio.sleep(0.01)
             for number in range(signals):
-                bot.send(signal.SIGTERM)
-                await bot.until_it_says("SIGTERM: stopping" if number == 0 else "hurrying")
+                bot.send_signal(signal.SIGTERM)
+                await bot.wait_for_output("SIGTERM: stopping" if number == 0 else "hurrying")
                 await until(lambda: not simulator.gateway.connections)
                 await bot.get("/healthz")  # by now it tries to write
-            assert await bot.ended() == 0, bot.output
+            assert await bot.wait_for_exit() == 0, bot.output
             assert "Traceback" not in bot.output
     assert [path for path in spool.glob("*/*.journal") if path.stat().st_size], bot.output
     query = "SELECT count(*) FROM member_events WHERE user_id = $1 AND NOT inferred"
     assert await database.fetchval(query, come) == 0
     async with BotProcess(tmp_path, **settings, DATABASE_URL=database_url) as bot:
-        await bot.ready()
-        await until_equal(database, simulator)
+        await bot.wait_until_ready()
+        await wait_until_mirrored(database, simulator)
         assert await database.fetchval(query, come) == 1
-        bot.send(signal.SIGTERM)
-        assert await bot.ended() == 0, bot.output
+        bot.send_signal(signal.SIGTERM)
+        assert await bot.wait_for_exit() == 0, bot.output
     assert not list(spool.glob("*/*.journal"))

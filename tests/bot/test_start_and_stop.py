@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 from simulator import Simulator
-from tests.bot.running import BotProcess, differences, until_equal
+from tests.bot.running import BotProcess, mirror_differences, wait_until_mirrored
 from tests.waiting import until
 from utils.database import Connection, ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
@@ -29,14 +29,14 @@ async def test_a_start_mirrors_every_guild_and_tells_so(
     tmp_path: Path, simulator: Simulator, database: Pool, database_url: str
 ) -> None:
     async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url)) as bot:
-        await bot.ready()
+        await bot.wait_until_ready()
         assert (await bot.get("/healthz"))[0] == 200
         status, state = await bot.get("/readyz")
         assert (status, state["available"], state["reconciled"], state["database"]) == (200, 2, 2, True)
         assert "guildbook_loop_stall_max_seconds" in (await bot.get("/metrics"))[1]
-        await until_equal(database, simulator)
-        bot.send(signal.SIGTERM)
-        assert await bot.ended() == 0
+        await wait_until_mirrored(database, simulator)
+        bot.send_signal(signal.SIGTERM)
+        assert await bot.wait_for_exit() == 0
     assert simulator.token not in bot.output
 
 
@@ -44,25 +44,25 @@ async def test_sigterm_writes_what_still_waits_and_exits_with_0(
     tmp_path: Path, simulator: Simulator, database: Pool, database_url: str, small: int
 ) -> None:
     async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url, FLUSH_SECONDS="3600")) as bot:
-        await bot.ready()
-        await until_equal(database, simulator)
+        await bot.wait_until_ready()
+        await wait_until_mirrored(database, simulator)
         before = await database.fetchval("SELECT count(*) FROM members WHERE guild_id = $1", small)
         waiting = await rows_waiting(bot)
         joined = [simulator.world.join(small) for _ in range(5)]
         while await rows_waiting(bot) < waiting + 2 * len(joined):  # bounded by the test's own time limit
             pass
         assert await database.fetchval("SELECT count(*) FROM members WHERE guild_id = $1", small) == before
-        bot.send(signal.SIGTERM)
-        assert await bot.ended() == 0
+        bot.send_signal(signal.SIGTERM)
+        assert await bot.wait_for_exit() == 0
     assert await database.fetchval("SELECT count(*) FROM members WHERE user_id = ANY($1)", joined) == len(joined)
-    assert await differences(database, simulator) == []
+    assert await mirror_differences(database, simulator) == []
 
 
 async def test_ctrl_c_ends_it_as_cleanly(tmp_path: Path, simulator: Simulator, database_url: str) -> None:
     async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url)) as bot:
-        await bot.ready()
-        bot.send(signal.SIGINT)
-        assert await bot.ended() == 0
+        await bot.wait_until_ready()
+        bot.send_signal(signal.SIGINT)
+        assert await bot.wait_for_exit() == 0
     assert "Traceback" not in bot.output
 
 
@@ -71,16 +71,16 @@ async def test_a_second_signal_hurries_an_end_that_waits_for_the_database(
 ) -> None:
     settings = on_discord(simulator, DATABASE_URL=database_url, SHUTDOWN_SECONDS="3600", FLUSH_SECONDS="0.1")
     async with BotProcess(tmp_path, **settings) as bot:
-        await bot.ready()
+        await bot.wait_until_ready()
         async with database.transaction() as connection:
             await connection.execute("LOCK TABLE users, members IN ACCESS EXCLUSIVE MODE")
             simulator.world.join(small)
             while not await is_blocked(connection):  # bounded by the test's own time limit
                 pass
-            bot.send(signal.SIGTERM)
-            await bot.until_it_says("SIGTERM: stopping")
-            bot.send(signal.SIGTERM)
-            assert await bot.ended() == 0
+            bot.send_signal(signal.SIGTERM)
+            await bot.wait_for_output("SIGTERM: stopping")
+            bot.send_signal(signal.SIGTERM)
+            assert await bot.wait_for_exit() == 0
     assert "2 rows" in bot.output, "what is lost is told"
 
 
@@ -89,33 +89,33 @@ async def test_a_killed_bot_finds_its_embedded_server_again(tmp_path: Path, simu
     server = EmbeddedServer(tmp_path / "data")
     lock_file = server.cluster / "postmaster.pid"
     async with BotProcess(tmp_path, **settings) as first:
-        await first.ready()
-        first.send(signal.SIGKILL)
-        await first.ended()
+        await first.wait_until_ready()
+        first.send_signal(signal.SIGKILL)
+        await first.wait_for_exit()
     postmaster = lock_file.read_text().split()[0]
     gone, come = simulator.world.guild(small).ordered_member_ids()[0], simulator.world.join(small)
     if gone != simulator.world.bot.id:
         simulator.world.leave(small, gone)
     async with BotProcess(tmp_path, **settings) as second:
-        await second.ready()
+        await second.wait_until_ready()
         assert lock_file.read_text().split()[0] == postmaster
         await server.start()
         database = Pool(server.target(), pool_max=2)
         await database.connect()
         try:
-            await until_equal(database, simulator)
+            await wait_until_mirrored(database, simulator)
             assert await database.fetchval("SELECT count(*) FROM members WHERE user_id = $1", come) == 1
             assert await database.fetchval("SELECT epoch FROM ops.leases") == 2
         finally:
             await database.close()
-        second.send(signal.SIGTERM)
-        assert await second.ended() == 0
+        second.send_signal(signal.SIGTERM)
+        assert await second.wait_for_exit() == 0
     assert not lock_file.exists(), "nobody was left to use the server, so it is stopped"
 
 
 async def test_without_a_token_one_line_says_where_to_get_one(tmp_path: Path) -> None:
     async with BotProcess(tmp_path) as bot:
-        assert await bot.ended() == 2
+        assert await bot.wait_for_exit() == 2
     assert bot.output.count("\n") == 1
     for word in ("DISCORD_TOKEN", "https://discord.com/developers/applications", "Reset Token", "make demo"):
         assert word in bot.output
@@ -123,7 +123,7 @@ async def test_without_a_token_one_line_says_where_to_get_one(tmp_path: Path) ->
 
 async def test_every_wrong_setting_gets_its_line(tmp_path: Path) -> None:
     async with BotProcess(tmp_path, DISCORD_API_BASE="discord", DB_POOL_MAX="many", DISCORD_TOKEN="a b") as bot:
-        assert await bot.ended() == 2
+        assert await bot.wait_for_exit() == 2
     assert [line.partition(":")[0] for line in bot.output.splitlines()] == [
         "DISCORD_TOKEN",
         "DISCORD_API_BASE",
@@ -137,7 +137,7 @@ async def test_a_wrong_token_is_one_line(tmp_path: Path, simulator: Simulator, d
     async with BotProcess(
         tmp_path, **on_discord(simulator, DISCORD_TOKEN=token, DATABASE_URL=database_url, LOG_LEVEL="ERROR")
     ) as bot:
-        assert await bot.ended() == 2
+        assert await bot.wait_for_exit() == 2
     assert bot.output.count("\n") == 1
     assert bot.output.startswith("DISCORD_TOKEN: ")
     assert token not in bot.output
@@ -148,7 +148,7 @@ async def test_a_missing_privileged_intent_is_one_line_that_names_the_switch(
 ) -> None:
     simulator.privileged_intents = 0
     async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url, LOG_LEVEL="ERROR")) as bot:
-        assert await bot.ended() == 2
+        assert await bot.wait_for_exit() == 2
     assert bot.output.count("\n") == 1
     assert "Server Members Intent" in bot.output
     assert "Privileged Gateway Intents" in bot.output
@@ -159,7 +159,7 @@ async def test_a_discord_that_fails_is_one_line_and_exit_code_1(
 ) -> None:
     simulator.faults.rest_fail("GET /users/@me", status=403, times=100)
     async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url, LOG_LEVEL="ERROR")) as bot:
-        assert await bot.ended() == 1
+        assert await bot.wait_for_exit() == 1
     assert bot.output.count("\n") == 1
     assert simulator.api_base in bot.output
 
@@ -170,7 +170,7 @@ async def test_a_discord_out_of_reach_is_one_line_and_exit_code_1(
     nowhere = "http://127.0.0.1:9/api/v10"
     settings = on_discord(simulator, DATABASE_URL=database_url, DISCORD_API_BASE=nowhere, LOG_LEVEL="ERROR")
     async with BotProcess(tmp_path, **settings) as bot:
-        assert await bot.ended() == 1
+        assert await bot.wait_for_exit() == 1
     assert bot.output.count("\n") == 1
     assert nowhere in bot.output
 
@@ -179,7 +179,7 @@ async def test_a_database_out_of_reach_is_one_line_and_exit_code_1(tmp_path: Pat
     url = f"postgresql://someone:a-password@/nothing?host={tmp_path}"
     settings = on_discord(simulator, DATABASE_URL=url, DB_CONNECT_TIMEOUT="0.5", LOG_LEVEL="ERROR")
     async with BotProcess(tmp_path, **settings) as bot:
-        assert await bot.ended() == 1
+        assert await bot.wait_for_exit() == 1
     assert bot.output.count("\n") == 1
     assert "DB_CONNECT_TIMEOUT" in bot.output
     assert "a-password" not in bot.output
@@ -188,9 +188,9 @@ async def test_a_database_out_of_reach_is_one_line_and_exit_code_1(tmp_path: Pat
 async def test_a_signal_ends_a_start_that_waits_for_its_database(tmp_path: Path, simulator: Simulator) -> None:
     url = f"postgresql://someone@/nothing?host={tmp_path}"
     async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=url, DB_CONNECT_TIMEOUT="3600")) as bot:
-        await bot.until_it_says("waiting for the database")
-        bot.send(signal.SIGTERM)
-        assert await bot.ended() == 0
+        await bot.wait_for_output("waiting for the database")
+        bot.send_signal(signal.SIGTERM)
+        assert await bot.wait_for_exit() == 0
 
 
 async def test_a_taken_health_port_is_one_line_and_exit_code_2(
@@ -199,7 +199,7 @@ async def test_a_taken_health_port_is_one_line_and_exit_code_2(
     port = simulator.base_url.rpartition(":")[2]
     settings = on_discord(simulator, DATABASE_URL=database_url, HEALTH_PORT=port, LOG_LEVEL="ERROR")
     async with BotProcess(tmp_path, **settings) as bot:
-        assert await bot.ended() == 2
+        assert await bot.wait_for_exit() == 2
     assert bot.output.count("\n") == 1
     assert port in bot.output
 
@@ -209,7 +209,7 @@ async def test_a_schema_that_is_behind_stops_a_bot_that_may_not_migrate(
 ) -> None:
     settings = on_discord(simulator, DATABASE_URL=empty_target.libpq_url(), AUTO_MIGRATE="false", LOG_LEVEL="ERROR")
     async with BotProcess(tmp_path, **settings) as bot:
-        assert await bot.ended() == 1
+        assert await bot.wait_for_exit() == 1
     assert bot.output.count("\n") == 1
     assert "db upgrade" in bot.output
 
@@ -218,11 +218,11 @@ async def test_a_reconnecting_gateway_does_not_end_the_bot(
     tmp_path: Path, simulator: Simulator, database: Pool, database_url: str, small: int
 ) -> None:
     async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url)) as bot:
-        await bot.ready()
+        await bot.wait_until_ready()
         simulator.faults.refuse_resume()
         simulator.faults.drop_socket()
         simulator.world.join(small)
         await until(lambda: simulator.faults.injected["refuse_resume"] or bot.process.returncode is not None)
-        await until_equal(database, simulator)
-        bot.send(signal.SIGTERM)
-        assert await bot.ended() == 0
+        await wait_until_mirrored(database, simulator)
+        bot.send_signal(signal.SIGTERM)
+        assert await bot.wait_for_exit() == 0

@@ -10,8 +10,8 @@ import asyncpg
 import pytest
 
 from simulator import Simulator
-from tests.bot.running import running, typed, until_equal
-from utils.bot.client import cache_flags
+from tests.bot.running import run_cli, running_bot, wait_until_mirrored
+from utils.bot.client import member_cache_flags
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
 from utils.operations import migrations
@@ -19,7 +19,7 @@ from utils.operations import migrations
 
 async def db(directory: Path, *arguments: str, **settings: str) -> tuple[int, str]:
     """Run `python bot.py db …` and return its exit code and all that it prints."""
-    return await typed(directory, "db", *arguments, **settings)
+    return await run_cli(directory, "db", *arguments, **settings)
 
 
 async def test_status_and_upgrade(tmp_path: Path, empty_target: ConnectTarget) -> None:
@@ -73,14 +73,14 @@ async def test_invalid_settings_are_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", ["none", "voice", "all"])
 async def test_the_mirror_is_the_same_whatever_discord_py_keeps_in_memory(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, kept: str, small: int
+    database: Pool, simulator: Simulator, kept: str, small: int
 ) -> None:
-    async with running(database, simulator, monkeypatch, member_cache=kept) as bot:
-        await until_equal(database, simulator)
+    async with running_bot(database, simulator, member_cache=kept) as bot:
+        await wait_until_mirrored(database, simulator)
         simulator.world.join(small)
-        await until_equal(database, simulator)
+        await wait_until_mirrored(database, simulator)
         guild = bot.get_guild(small)
         assert guild is not None
         in_voice = len(simulator.world.guild(small).voice)
         assert len(guild.members) == {"none": 1, "voice": 1 + in_voice, "all": 1 + in_voice + 1}[kept]
-    assert not cache_flags("none").joined
+    assert not member_cache_flags("none").joined

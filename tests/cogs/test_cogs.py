@@ -1,4 +1,4 @@
-"""/cogs: operators load, unload and reload; nobody else does."""
+"""/cogs: operators list, load, unload and reload cogs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from simulator import InteractionResult, Simulator, World
 from simulator.ids import snowflake_at
 from simulator.interaction_payloads import interaction_payload
-from tests.bot.running import running
-from tests.bot.written import WrittenCogs
+from tests.bot.running import running_bot
+from tests.bot.temporary_cogs import TemporaryCogs
 from utils.database import Pool
 from utils.operations import slash
 
@@ -27,10 +27,10 @@ def world() -> World:
 
 
 @pytest.fixture
-def cogs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WrittenCogs:
-    """A cog that works."""
-    cogs = WrittenCogs(tmp_path, monkeypatch)
-    cogs.plain("one", "first")
+def cogs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TemporaryCogs:
+    """A package with one cog, `one`."""
+    cogs = TemporaryCogs(tmp_path, monkeypatch)
+    cogs.write_answering("one", "first")
     return cogs
 
 
@@ -41,7 +41,7 @@ def guild_id(world: World) -> int:
 
 
 async def run(simulator: Simulator, subcommand: str, user_id: int | None = None, **options: str) -> str:
-    """Run /cogs in direct messages and return its last word; without a user, as an operator."""
+    """Run /cogs in direct messages and return its final answer. The default user is an operator."""
     result = await simulator.run_command(
         "cogs", subcommand=subcommand, user_id=user_id or simulator.world.operator_id, options=options
     )
@@ -50,10 +50,10 @@ async def run(simulator: Simulator, subcommand: str, user_id: int | None = None,
     return result.final_content or ""
 
 
-async def suggested(
+async def suggestions(
     simulator: Simulator, subcommand: str, typed: str, user_id: int, guild_id: int | None = None
 ) -> list[str]:
-    """Type into the option `name` and return what is suggested."""
+    """Return what autocompletion suggests for the option `name`."""
     routes = simulator.interactions
     (command,) = [it for it in routes.commands(guild_id) if it["name"] == "cogs"]
     result = InteractionResult(
@@ -70,14 +70,14 @@ async def suggested(
     return [choice["value"] for choice in result.choices or []]
 
 
-async def test_an_operator_sees_unloads_loads_and_reloads_cogs(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs
+async def test_operator_lists_loads_unloads_and_reloads_cogs(
+    database: Pool, simulator: Simulator, cogs: TemporaryCogs
 ) -> None:
-    cogs.write("broken", "raise RuntimeError('out of *paper*')")
-    async with running(database, simulator, monkeypatch, extensions=[*cogs.extensions, "cogs.cogs"]) as bot:
-        broken, ourselves, one = (await run(simulator, "list")).splitlines()
-        assert broken == r"**broken** failed: RuntimeError: out of \*paper\*"
-        assert ourselves.startswith("**cogs** loaded in ")
+    cogs.write("broken", "raise RuntimeError('not *enough*')")
+    async with running_bot(database, simulator, extensions=[*cogs.extensions, "cogs.cogs"]) as bot:
+        broken, cogs_cog, one = (await run(simulator, "list")).splitlines()
+        assert broken == r"**broken** failed: RuntimeError: not \*enough\*"
+        assert cogs_cog.startswith("**cogs** loaded in ")
         assert one.startswith("**one** loaded in ")
         assert await run(simulator, "unload", name="one") == "**one** unloaded"
         assert "one" not in [command["name"] for command in simulator.interactions.commands()]
@@ -85,7 +85,7 @@ async def test_an_operator_sees_unloads_loads_and_reloads_cogs(
         assert "one" in [command["name"] for command in simulator.interactions.commands()]
         assert (await run(simulator, "reload", name="one")).startswith("**one** loaded in ")
         cogs.write("one", "raise RuntimeError('worse')")
-        text = "Failed: one was not reloaded, the former code is back: RuntimeError: worse"
+        text = "Failed: one was not reloaded, the previous code was restored: RuntimeError: worse"
         assert await run(simulator, "reload", name="one") == text
         assert "(the last reload failed): RuntimeError: worse" in await run(simulator, "list")
         assert [state.state for state in bot.loader.states()] == ["failed", "loaded", "loaded"]
@@ -93,31 +93,28 @@ async def test_an_operator_sees_unloads_loads_and_reloads_cogs(
     assert [tuple(row) for row in rows][1] == ("cogs reload", {"name": "one"}, text)
 
 
-async def test_the_cog_that_loads_the_others_can_be_reloaded_and_stays(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with running(database, simulator, monkeypatch, extensions=["cogs.cogs"]) as bot:
-        former = bot.cogs["CogCommands"]
-        assert (await run(simulator, "unload", name="cogs")).startswith("Failed: cogs stays: ")
+async def test_cogs_cog_can_be_reloaded_but_not_unloaded(database: Pool, simulator: Simulator) -> None:
+    async with running_bot(database, simulator, extensions=["cogs.cogs"]) as bot:
+        previous = bot.cogs["CogCommands"]
+        assert (await run(simulator, "unload", name="cogs")).startswith("Failed: cogs cannot be unloaded")
         for _ in range(2):
             assert (await run(simulator, "reload", name="cogs")).startswith("**cogs** loaded in ")
-        assert bot.cogs["CogCommands"] is not former
-        assert "there is no cog" in await run(simulator, "load", name="other")
+        assert bot.cogs["CogCommands"] is not previous
+        assert "no cog is named" in await run(simulator, "load", name="other")
 
 
 @pytest.mark.parametrize("subcommand", ["list", "load", "unload", "reload"])
-async def test_the_owner_of_a_guild_is_refused(
+async def test_refuses_guild_owners(
     database: Pool,
     simulator: Simulator,
-    monkeypatch: pytest.MonkeyPatch,
-    cogs: WrittenCogs,
+    cogs: TemporaryCogs,
     guild_id: int,
     subcommand: str,
 ) -> None:
     owner = simulator.world.guild(guild_id).owner_id
     extensions = [*cogs.extensions, "cogs.cogs"]
-    async with running(database, simulator, monkeypatch, extensions=extensions, admin_guild_id=guild_id) as bot:
-        former = dict(bot.cogs)
+    async with running_bot(database, simulator, extensions=extensions, admin_guild_id=guild_id) as bot:
+        before = dict(bot.cogs)
         result = await simulator.run_command(
             "cogs",
             subcommand=subcommand,
@@ -127,28 +124,27 @@ async def test_the_owner_of_a_guild_is_refused(
         )
         await result.wait_done()
         assert (result.ephemeral, result.final_content) == (True, slash.REFUSAL)
-        assert dict(bot.cogs) == former
+        assert dict(bot.cogs) == before
 
 
-async def test_names_are_suggested_to_operators_alone(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, cogs: WrittenCogs, guild_id: int
+async def test_suggests_names_to_operators_only(
+    database: Pool, simulator: Simulator, cogs: TemporaryCogs, guild_id: int
 ) -> None:
-    cogs.plain("other", "second")
+    cogs.write_answering("other", "second")
     operator, owner = simulator.world.operator_id, simulator.world.guild(guild_id).owner_id
     extensions = [*cogs.extensions, "cogs.cogs"]
-    async with running(
+    async with running_bot(
         database,
         simulator,
-        monkeypatch,
         extensions=extensions,
         admin_guild_id=guild_id,
         admin_user_ids=frozenset((next(id for id in simulator.world.guild(guild_id).members if id != owner),)),
     ) as bot:
         named = next(iter(bot.settings.admin_user_ids))
         await bot.loader.unload("other")
-        assert await suggested(simulator, "reload", "", named, guild_id) == ["cogs", "one"]
-        assert await suggested(simulator, "unload", "ON", named, guild_id) == ["one"]
-        assert await suggested(simulator, "load", "", named, guild_id) == ["other"]
+        assert await suggestions(simulator, "reload", "", named, guild_id) == ["cogs", "one"]
+        assert await suggestions(simulator, "unload", "ON", named, guild_id) == ["one"]
+        assert await suggestions(simulator, "load", "", named, guild_id) == ["other"]
         for subcommand in ("load", "unload", "reload"):
-            assert await suggested(simulator, subcommand, "", owner, guild_id) == []
+            assert await suggestions(simulator, subcommand, "", owner, guild_id) == []
         assert await bot.operators.includes(operator)

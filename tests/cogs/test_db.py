@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from simulator import InteractionResult, Limits, Simulator, World
-from tests.bot.running import running, until_equal
+from tests.bot.running import running_bot, wait_until_mirrored
 from tests.operations.backup.restoring import cleaned
 from tests.waiting import until
 from utils.bot.client import Guildbook
@@ -80,9 +80,9 @@ async def bot(
     (tmp_path / "data" / "import" / "members.json").write_text(json.dumps({"5_7": entry}))
     async with (
         cleaned(database.target),
-        running(database, simulator, monkeypatch, extensions=["cogs.db"], data_dir=tmp_path / "data") as running_bot,
+        running_bot(database, simulator, extensions=["cogs.db"], data_dir=tmp_path / "data") as client,
     ):
-        yield running_bot
+        yield client
 
 
 async def type_in(
@@ -110,7 +110,7 @@ async def test_an_operator_can_do_everything_and_it_is_written_down(
     bot: Guildbook, database: Pool, simulator: Simulator
 ) -> None:
     operator = simulator.world.operator_id
-    await until_equal(database, simulator)
+    await wait_until_mirrored(database, simulator)
     for given in COMMANDS:
         result = await type_in(simulator, operator, given.path, given.options)
         assert (await result.wait_done(until=lambda seen: seen.type is not None)).ephemeral
@@ -134,7 +134,7 @@ async def test_an_operator_can_do_everything_and_it_is_written_down(
     assert json.loads((data / "export" / "members.json").read_text()) == json.loads(
         (data / "import" / "members.json").read_text()
     )
-    await until_equal(database, simulator)
+    await wait_until_mirrored(database, simulator)
 
 
 async def test_nobody_else_can_do_anything_not_the_guilds_owner_nor_its_administrators(
@@ -146,9 +146,7 @@ async def test_nobody_else_can_do_anything_not_the_guilds_owner_nor_its_administ
     ]
     people = {guild.owner_id, *members[:2]} - {simulator.world.operator_id}
     monkeypatch.chdir(tmp_path)
-    async with running(
-        database, simulator, monkeypatch, extensions=["cogs.db"], data_dir=tmp_path, admin_guild_id=guild.id
-    ):
+    async with running_bot(database, simulator, extensions=["cogs.db"], data_dir=tmp_path, admin_guild_id=guild.id):
         before = await database.fetchval("SELECT count(*) FROM ops.admin_actions")
         asked = 0
         for person in people:
@@ -159,18 +157,18 @@ async def test_nobody_else_can_do_anything_not_the_guilds_owner_nor_its_administ
                 assert (result.final_content, result.ephemeral, result.buttons) == (REFUSAL, True, {})
                 asked += 1
         rows = await database.fetch("SELECT DISTINCT result FROM ops.admin_actions")
-        assert [row["result"] for row in rows] == ["refused: no operator"]
+        assert [row["result"] for row in rows] == ["refused: not an operator"]
         assert await database.fetchval("SELECT count(*) FROM ops.admin_actions") == before + asked
         assert not (tmp_path / "backups").exists()
 
 
 @pytest.mark.parametrize("in_guild", [True, False])
 async def test_the_commands_are_registered_where_operators_are_and_nowhere_else(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, in_guild: bool
+    database: Pool, simulator: Simulator, tmp_path: Path, in_guild: bool
 ) -> None:
     guild_id = next(iter(simulator.world.guilds))
-    where = {"admin_guild_id": guild_id} if in_guild else {}
-    async with running(database, simulator, monkeypatch, extensions=["cogs.db"], data_dir=tmp_path, **where):
+    where: dict[str, Any] = {"admin_guild_id": guild_id} if in_guild else {}
+    async with running_bot(database, simulator, extensions=["cogs.db"], data_dir=tmp_path, **where):
         everywhere, here = simulator.interactions.commands(), simulator.interactions.commands(guild_id)
         assert [command["name"] for command in (here if in_guild else everywhere)] == ["db"]
         assert not (everywhere if in_guild else here)
@@ -195,7 +193,7 @@ async def test_a_downgrade_backs_up_ends_the_bot_and_stays_down(
     assert "taken back" in told
     assert "before downgrade" in "".join(entry.line for entry in await BackupService(bot.settings).known())
     await until(bot.is_closed)
-    assert isinstance(bot.ended_with, MigrationError)
+    assert isinstance(bot.shutdown_error, MigrationError)
     assert await database.fetchval("SELECT version_num FROM alembic_version") == "0002"
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from simulator import Simulator, World
-from tests.bot.running import running
+from tests.bot.running import running_bot
 from tests.waiting import until
 from utils.database import Pool
 from utils.service import metrics
@@ -15,9 +13,9 @@ from utils.service.lease import Lease, holder
 
 
 async def test_the_figures_tell_what_waits_what_was_written_and_who_acts(
-    simulator: Simulator, world: World, small: int, database: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    simulator: Simulator, world: World, small: int, database: Pool, tmp_path: Path
 ) -> None:
-    async with running(database, simulator, monkeypatch, spool="always", data_dir=tmp_path, flush_seconds=60) as bot:
+    async with running_bot(database, simulator, spool="always", data_dir=tmp_path, flush_seconds=60) as bot:
         await until(lambda: bot.mirror.writer.is_idle)
         async with bot.mirror.writer.writing:  # nobody else writes
             channel = next(c.id for c in world.guild(small).channels.values() if c.type == 0 and not c.hidden)
@@ -32,7 +30,7 @@ async def test_the_figures_tell_what_waits_what_was_written_and_who_acts(
             assert figures["queue"]["oldest"] > 0
             assert (figures["lease"]["state"], figures["lease"]["epoch"]) == ("active", 1)
             assert {"created", "active", "idle", "waiting"} <= figures["pool"].keys()
-            bot.measure()
+            bot.update_metrics()
             assert "guildbook_queue_events 6.0" in metrics.render().decode()
         await bot.mirror.writer.flush()
         assert bot.stats()["written"]["events"] == 6
@@ -41,9 +39,7 @@ async def test_the_figures_tell_what_waits_what_was_written_and_who_acts(
     assert [row["message_count"] for row in rows] == [5]
 
 
-async def test_a_process_that_was_stopped_is_in_doubt_until_it_has_asked(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_process_that_was_stopped_is_in_doubt_until_it_has_asked(database: Pool) -> None:
     lease = Lease(database.target, holder())
     await lease.wait()
     try:

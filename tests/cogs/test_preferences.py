@@ -1,4 +1,4 @@
-"""/preferences over the wire: every member chooses for themselves, in each guild apart."""
+"""/preferences over the wire, and the preferences of members in the database."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from cogs.preferences import suggestions
+from cogs.preferences import language_choices
 from simulator import InteractionResult, Simulator
-from tests.bot.running import running
+from tests.bot.running import running_bot
 from utils.database import Pool
 from utils.documents import preferences
 from utils.documents.preferences import Preferences
 from utils.exceptions import ValidationError
 
 EXTENSIONS = ("cogs.preferences",)
-NOTHING = "**Notifications**: not chosen\n**Language**: not chosen"
+NOTHING = "**Notifications**: not set\n**Language**: not set"
 
 
 async def run(simulator: Simulator, subcommand: str, user_id: int, guild_id: int, **options: Any) -> InteractionResult:
@@ -26,51 +26,45 @@ async def run(simulator: Simulator, subcommand: str, user_id: int, guild_id: int
     return await result.wait_done(30)
 
 
-async def test_a_member_chooses_sees_it_and_takes_it_back(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, large: int, small: int
+async def test_member_sets_shows_and_clears_preferences(
+    database: Pool, simulator: Simulator, large: int, small: int
 ) -> None:
     one = next(id for id in simulator.world.guild(small).ordered_member_ids() if id != simulator.world.bot.id)
-    async with running(database, simulator, monkeypatch, extensions=EXTENSIONS):
-        seen = await run(simulator, "show", one, small)
-        assert (seen.ephemeral, seen.final_content) == (True, NOTHING)
-        seen = await run(simulator, "set", one, small, notifications="off", language="pt_br")
-        assert (seen.ephemeral, seen.final_content) == (True, "**Notifications**: off\n**Language**: pt-BR")
+    async with running_bot(database, simulator, extensions=EXTENSIONS):
+        result = await run(simulator, "show", one, small)
+        assert (result.ephemeral, result.final_content) == (True, NOTHING)
+        result = await run(simulator, "set", one, small, notifications="off", language="pt_br")
+        assert (result.ephemeral, result.final_content) == (True, "**Notifications**: off\n**Language**: pt-BR")
         await run(simulator, "set", one, small, notifications="on")
-        seen = await run(simulator, "show", one, small)
-        assert seen.final_content == "**Notifications**: on\n**Language**: pt-BR"
-        seen = await run(simulator, "set", one, small, language="Default")
-        assert seen.final_content == "**Notifications**: on\n**Language**: not chosen"
+        result = await run(simulator, "show", one, small)
+        assert result.final_content == "**Notifications**: on\n**Language**: pt-BR"
+        result = await run(simulator, "set", one, small, language="Default")
+        assert result.final_content == "**Notifications**: on\n**Language**: not set"
         assert await preferences.get(database, large, one) == Preferences()
     row = await database.fetchrow("SELECT * FROM member_preferences")
     assert row is not None
     assert tuple(row) == (small, one, True, None, {})
 
 
-async def test_a_language_that_is_none_is_one_clear_line_and_changes_nothing(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, small: int
-) -> None:
+async def test_invalid_language_is_rejected_in_one_line(database: Pool, simulator: Simulator, small: int) -> None:
     someone = simulator.world.guild(small).owner_id
-    async with running(database, simulator, monkeypatch, extensions=EXTENSIONS):
-        seen = await run(simulator, "set", someone, small, notifications="on", language="klingonese")
+    async with running_bot(database, simulator, extensions=EXTENSIONS):
+        result = await run(simulator, "set", someone, small, notifications="on", language="klingonese")
     told = "Nothing was changed: 'klingonese' is not a language tag: use one like en, de or pt-BR"
-    assert (seen.ephemeral, seen.final_content) == (True, told)
+    assert (result.ephemeral, result.final_content) == (True, told)
     assert await database.fetchval("SELECT count(*) FROM member_preferences") == 0
 
 
-async def test_a_database_in_trouble_is_one_clear_line(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, small: int
-) -> None:
+async def test_database_error_is_answered_in_one_line(database: Pool, simulator: Simulator, small: int) -> None:
     someone = simulator.world.guild(small).owner_id
-    async with running(database, simulator, monkeypatch, extensions=EXTENSIONS):
+    async with running_bot(database, simulator, extensions=EXTENSIONS):
         await database.execute("DROP TABLE member_preferences")
-        seen = await run(simulator, "show", someone, small)
-    assert "it was written down" in (seen.final_content or "")
+        result = await run(simulator, "show", someone, small)
+    assert (result.final_content or "").startswith("Something went wrong. The error was logged (ref ")
 
 
-async def test_it_is_for_guilds_only(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, small: int
-) -> None:
-    async with running(database, simulator, monkeypatch, extensions=EXTENSIONS):
+async def test_command_exists_only_in_guilds(database: Pool, simulator: Simulator, small: int) -> None:
+    async with running_bot(database, simulator, extensions=EXTENSIONS):
         (command,) = simulator.interactions.commands()
         assert (command["contexts"], command["default_member_permissions"]) == ([0], None)
 
@@ -100,9 +94,9 @@ def test_what_is_no_language_is_refused(given: str) -> None:
         preferences.language_tag(given)
 
 
-def test_suggestions_are_found_by_tag_and_name_and_no_more_than_discord_takes() -> None:
-    assert [choice.value for choice in suggestions("germ")] == ["de"]
-    assert {"pt-BR"} == {choice.value for choice in suggestions("PT")}
-    assert len(suggestions("")) == 25
-    assert suggestions("klingon") == []
-    assert all(preferences.language_tag(choice.value) == choice.value for choice in suggestions(""))
+def test_languages_are_suggested_by_tag_and_name() -> None:
+    assert [choice.value for choice in language_choices("germ")] == ["de"]
+    assert {"pt-BR"} == {choice.value for choice in language_choices("PT")}
+    assert len(language_choices("")) == 25
+    assert language_choices("klingon") == []
+    assert all(preferences.language_tag(choice.value) == choice.value for choice in language_choices(""))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from simulator import Simulator, World
-from tests.bot.running import running, until_equal
+from tests.bot.running import running_bot, wait_until_mirrored
 from utils.database import Pool
 from utils.demo.proof import TABLES, compare
 from utils.demo.story import Story
@@ -20,10 +20,10 @@ def world() -> World:
 
 
 @pytest.fixture
-async def mirrored(database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> Pool:
+async def mirrored(database: Pool, simulator: Simulator) -> Pool:
     """The database after a bot has mirrored the world into it."""
-    async with running(database, simulator, monkeypatch):
-        await until_equal(database, simulator)
+    async with running_bot(database, simulator):
+        await wait_until_mirrored(database, simulator)
     return database
 
 
@@ -86,10 +86,8 @@ def test_the_same_seed_tells_the_same_story() -> None:
     assert {"guilds renamed", "roles deleted", "channels hidden from the bot", "threads created"} < set(told[0][0])
 
 
-async def test_a_story_ends_in_equal_tables(
-    database: Pool, simulator: Simulator, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with running(database, simulator, monkeypatch):
+async def test_a_story_ends_in_equal_tables(database: Pool, simulator: Simulator, world: World) -> None:
+    async with running_bot(database, simulator):
         for _ in Story(world, seed=9).minute(400):
             pass
-        await until_equal(database, simulator)
+        await wait_until_mirrored(database, simulator)

@@ -17,7 +17,7 @@ import discord
 import pytest
 
 from simulator import Limits, Simulator, World
-from tests.bot.running import running, typed, until_equal
+from tests.bot.running import run_cli, running_bot, wait_until_mirrored
 from tests.docs.blocks import PAGES, ROOT, Block, blocks
 from utils.database import Pool
 from utils.operations.migrations.batches import in_batches
@@ -64,16 +64,16 @@ async def test_operators_commands_do_what_a_page_says_one_after_the_other(page: 
     (tmp_path / "members.json").write_text(json.dumps({"1_2": entry}))
     (tmp_path / "shop.json").write_text(json.dumps({"hat": {"price": 3}}))
     for arguments in (("db", "upgrade"), ("db", "seed", "--members", "30")):
-        code, output = await typed(tmp_path, *arguments)
+        code, output = await run_cli(tmp_path, *arguments)
         assert code == 0, output
     for block in blocks("sh"):
         for line in block.text.splitlines() if block.page == page else ():
             program, _, *rest = shlex.split(line, comments=True) if line.startswith("python") else ("", "")
             if program and rest != ["doctor"]:
-                code, output = await typed(tmp_path, *rest)
+                code, output = await run_cli(tmp_path, *rest)
                 assert code == 0, f"{block}: {line}: {output}"
             elif program:  # there is no Discord to be reached
-                code, output = await typed(tmp_path, *rest)
+                code, output = await run_cli(tmp_path, *rest)
                 assert "ok    database: " in output, output
 
 
@@ -109,13 +109,13 @@ def test_every_variable_that_is_named_is_read(block: Block) -> None:
         assert line.partition("=")[0] in (*variables(), *RAILWAYS), f"{block}: {line}"
 
 
-async def test_every_query_runs(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_every_query_runs(database: Pool) -> None:
     world = World(seed=3)
     guild_id = world.add_guild(members=50)
-    async with Simulator(world, limits=Limits.none()) as simulator, running(database, simulator, monkeypatch):
-        await until_equal(database, simulator)
+    async with Simulator(world, limits=Limits.none()) as simulator, running_bot(database, simulator):
+        await wait_until_mirrored(database, simulator)
         world.leave(guild_id, next(id for id in world.guild(guild_id).members if id != world.bot.id))
-        await until_equal(database, simulator)
+        await wait_until_mirrored(database, simulator)
     for block in blocks("sql"):
         for statement in block.text.split(";"):
             if statement.strip():
@@ -138,7 +138,7 @@ async def test_every_cog_works(database: Pool, monkeypatch: pytest.MonkeyPatch, 
     names = [f"{package.name}.cog{number}" for number, _ in enumerate(cogs)]
     async with (
         Simulator(world, limits=Limits.none()) as simulator,
-        running(database, simulator, monkeypatch, extensions=names) as bot,
+        running_bot(database, simulator, extensions=names) as bot,
     ):
         assert sorted(bot.extensions) == sorted(names)
         for command in simulator.interactions.commands():

@@ -15,7 +15,7 @@ from simulator.proxy import Proxy
 from simulator.remote import SimulatorProcess
 from tests.faults.books import Books
 from tests.faults.bot import PATIENCE, Bot
-from utils.bot.client import SPOOL
+from utils.bot.client import SPOOL_DIRECTORY
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import PORT, EmbeddedServer
 from utils.exceptions import DatabaseError
@@ -149,7 +149,7 @@ class Rig:
 
         def read() -> set[int]:
             kept: set[int] = set()
-            for path in list_journals(self.directory / "data" / SPOOL):
+            for path in list_journals(self.directory / "data" / SPOOL_DIRECTORY):
                 records = Segments.scan(path).read(0, 10_000_000)
                 kept.update(event.id for event in decode_records(records).events if isinstance(event, Message))
             return kept

@@ -1,4 +1,4 @@
-"""A question before what cannot be taken back: who may answer, and for how long."""
+"""Confirmation buttons: who may press them, and when they expire."""
 
 from __future__ import annotations
 
@@ -9,94 +9,89 @@ from typing import Any
 import pytest
 
 from simulator import InteractionResult, Simulator
-from tests.bot.running import running
+from tests.bot.running import running_bot
 from utils.bot.client import Guildbook
 from utils.database import Pool
-from utils.operations import confirm
-from utils.operations.confirm import EXPIRED, OTHERS
+from utils.operations.confirm import EXPIRED, NOT_YOURS
 
-COG = "tests.bot.cogs.dangerous"
+COG = "tests.bot.cogs.confirming"
 
 
 @pytest.fixture
-async def bot(database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Guildbook]:
-    async with running(database, simulator, monkeypatch, extensions=[COG]) as running_bot:
-        yield running_bot
+async def bot(database: Pool, simulator: Simulator) -> AsyncIterator[Guildbook]:
+    async with running_bot(database, simulator, extensions=[COG]) as client:
+        yield client
 
 
-async def asked(simulator: Simulator) -> tuple[InteractionResult, dict[str, str]]:
-    """Give the command, and return its reply and the buttons by label."""
+async def ask(simulator: Simulator) -> tuple[InteractionResult, dict[str, str]]:
+    """Run the command, and return its reply and the custom ids of its buttons by label."""
     result = await simulator.run_command("danger", user_id=simulator.world.operator_id)
     await result.wait_done(until=lambda seen: bool(seen.buttons))
     return result, result.buttons
 
 
-def times_done(bot: Guildbook) -> int:
-    cog = bot.get_cog("Dangerous")
-    done: int = getattr(cog, "done")  # noqa: B009 - discord.py has loaded a class of its own
-    return done
+def run_count(bot: Guildbook) -> int:
+    cog = bot.get_cog("Confirming")
+    runs: int = getattr(cog, "runs")  # noqa: B009 - discord.py imported the module again: its class is another one
+    return runs
 
 
-async def last_word(result: InteractionResult) -> str | None:
+async def final_answer(result: InteractionResult) -> str | None:
     await result.wait_done(until=lambda seen: not seen.buttons and seen.final_content not in ("Sure?", "Confirmed."))
     return result.final_content
 
 
-async def test_nothing_is_done_before_the_button_is_pressed_and_it_is_done_once(
-    bot: Guildbook, simulator: Simulator
-) -> None:
-    result, buttons = await asked(simulator)
-    assert (result.final_content, set(buttons), times_done(bot)) == ("Sure?", {"Do it", "Cancel"}, 0)
+async def test_runs_once_and_only_after_the_button_was_pressed(bot: Guildbook, simulator: Simulator) -> None:
+    result, buttons = await ask(simulator)
+    assert (result.final_content, set(buttons), run_count(bot)) == ("Sure?", {"Run", "Cancel"}, 0)
     operator = simulator.world.operator_id
     first, second = await asyncio.gather(
-        simulator.press(result, buttons["Do it"], user_id=operator),
-        simulator.press(result, buttons["Do it"], user_id=operator),
+        simulator.press(result, buttons["Run"], user_id=operator),
+        simulator.press(result, buttons["Run"], user_id=operator),
     )
-    assert await last_word(result) == "done"
-    assert times_done(bot) == 1
+    assert await final_answer(result) == "done"
+    assert run_count(bot) == 1
     await second.wait_done(until=lambda seen: seen.type is not None)
     assert {first.content, second.content} == {None, EXPIRED}
 
 
-async def test_a_cancelled_question_does_nothing(bot: Guildbook, simulator: Simulator, database: Pool) -> None:
-    result, buttons = await asked(simulator)
+async def test_cancel_button_stops_the_command(bot: Guildbook, simulator: Simulator, database: Pool) -> None:
+    result, buttons = await ask(simulator)
     await simulator.press(result, buttons["Cancel"], user_id=simulator.world.operator_id)
-    assert await last_word(result) == "Failed: called off: nothing was done"
-    assert times_done(bot) == 0
+    assert await final_answer(result) == "Failed: cancelled, nothing was done"
+    assert run_count(bot) == 0
     row: Any = await database.fetchrow("SELECT command, result FROM ops.admin_actions")
     assert tuple(row) == ("danger", result.final_content)
 
 
-async def test_nobody_else_can_press_the_button_not_even_another_operator(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_rejects_button_presses_by_other_operators(database: Pool, simulator: Simulator) -> None:
     other = next(id for id in simulator.world.users if id not in (simulator.world.bot.id, simulator.world.operator_id))
-    settings = {"admin_user_ids": frozenset((other,))}
-    async with running(database, simulator, monkeypatch, extensions=[COG], **settings) as bot:
-        result, buttons = await asked(simulator)
-        press = await simulator.press(result, buttons["Do it"], user_id=other)
+    settings: dict[str, Any] = {"admin_user_ids": frozenset((other,))}
+    async with running_bot(database, simulator, extensions=[COG], **settings) as bot:
+        result, buttons = await ask(simulator)
+        press = await simulator.press(result, buttons["Run"], user_id=other)
         await press.wait_done()
-        assert (press.content, press.ephemeral) == (OTHERS, True)
-        assert times_done(bot) == 0
+        assert (press.content, press.ephemeral) == (NOT_YOURS, True)
+        assert run_count(bot) == 0
         await simulator.press(result, buttons["Cancel"], user_id=simulator.world.operator_id)
-        await last_word(result)
+        await final_answer(result)
 
 
-async def test_a_question_expires_and_its_button_says_so_afterwards(
+async def test_expired_question_is_reported_by_its_button(
     bot: Guildbook, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(confirm.Confirmations.ask, "__kwdefaults__", {"timeout": 0.3})
-    result, buttons = await asked(simulator)
-    assert await last_word(result) == "Failed: not confirmed within 0.3 s: nothing was done"
-    press = await simulator.press(result, buttons["Do it"], user_id=simulator.world.operator_id)
+    bot.confirmations.timeout = 0.3
+    result, buttons = await ask(simulator)
+    assert await final_answer(result) == "Failed: not confirmed within 0.3 s, nothing was done"
+    press = await simulator.press(result, buttons["Run"], user_id=simulator.world.operator_id)
     await press.wait_done()
-    assert (press.content, press.ephemeral, times_done(bot)) == (EXPIRED, True, 0)
+    assert (press.content, press.ephemeral, run_count(bot)) == (EXPIRED, True, 0)
 
 
-async def test_a_button_from_before_a_restart_says_that_it_has_expired(bot: Guildbook, simulator: Simulator) -> None:
-    result, buttons = await asked(simulator)
+async def test_button_from_before_a_restart_is_reported_expired(bot: Guildbook, simulator: Simulator) -> None:
+    result, buttons = await ask(simulator)
     press = await simulator.press(result, "guildbook-confirm:0123456789abcdef:yes", user_id=simulator.world.operator_id)
     await press.wait_done()
     assert press.content == EXPIRED
     await simulator.press(result, buttons["Cancel"], user_id=simulator.world.operator_id)
-    await last_word(result)
+    await final_answer(result)

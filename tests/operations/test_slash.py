@@ -1,4 +1,4 @@
-"""Only operators operate, and what they did is written down."""
+"""Operators' slash commands: who may run them, their progress, and the audit log; with /mirror as the example."""
 
 from __future__ import annotations
 
@@ -8,40 +8,38 @@ from typing import Any
 import pytest
 
 from simulator import InteractionResult, Simulator
-from tests.bot.running import running
+from tests.bot.running import running_bot
 from utils.database import Pool
 from utils.operations import slash
 
 
 async def run(simulator: Simulator, user_id: int, subcommand: str, **where: Any) -> InteractionResult:
-    """Run /mirror and wait for its last word."""
+    """Run /mirror and wait for its final answer."""
     result = await simulator.run_command("mirror", subcommand=subcommand, user_id=user_id, **where)
     return await result.wait_done(30, until=lambda seen: not (seen.final_content or "Syncing").startswith("Syncing"))
 
 
-async def actions(database: Pool) -> list[tuple[Any, ...]]:
-    """Return what is written down, in order."""
+async def audit_log(database: Pool) -> list[tuple[Any, ...]]:
+    """Return the audit log, oldest first."""
     rows = await database.fetch("SELECT user_id, command, arguments, result FROM ops.admin_actions ORDER BY id")
     return [tuple(row) for row in rows]
 
 
-async def test_the_owner_sees_how_far_the_mirror_has_come(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with running(database, simulator, monkeypatch):
+async def test_status_shows_progress_and_row_counts(database: Pool, simulator: Simulator) -> None:
+    async with running_bot(database, simulator):
         result = await run(simulator, simulator.world.operator_id, "status")
     assert (result.deferred, result.ephemeral) == (True, True)
     assert result.final_content is not None
     for words in ("Up to date", "2 guilds available, 2 reconciled", "members 3,540", "roles 18", "Last reconciles"):
         assert words in result.final_content
-    assert await actions(database) == [(simulator.world.operator_id, "mirror status", {}, result.final_content)]
+    assert await audit_log(database) == [(simulator.world.operator_id, "mirror status", {}, result.final_content)]
 
 
-async def test_a_sync_writes_what_differs_and_says_how_much(
+async def test_sync_writes_differences_and_reports_counts(
     database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, large: int
 ) -> None:
-    monkeypatch.setattr(slash, "EDIT_SECONDS", 0.0)
-    async with running(database, simulator, monkeypatch):
+    async with running_bot(database, simulator) as bot:
+        bot.operators.edit_interval = 0.0
         one, *_ = [id for id in simulator.world.guild(large).ordered_member_ids() if id != simulator.world.bot.id]
         await database.execute("UPDATE members SET nick = 'wrong' WHERE guild_id = $1 AND user_id = $2", large, one)
         simulator.faults.rest_delay(f"GET /guilds/{large}", 0.6, times=1)  # long enough to be seen waiting
@@ -52,55 +50,49 @@ async def test_a_sync_writes_what_differs_and_says_how_much(
         )
         assert any(edit.content.startswith("Syncing Large") for edit in result.edits)
         assert await database.fetchval("SELECT count(*) FROM members WHERE nick = 'wrong'") == 0
-    assert await actions(database) == [
+    assert await audit_log(database) == [
         (simulator.world.operator_id, "mirror sync", {"guild": str(large)}, result.final_content)
     ]
 
 
-async def test_a_sync_without_a_guild_is_one_of_all(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with running(database, simulator, monkeypatch):
+async def test_sync_without_guild_syncs_all(database: Pool, simulator: Simulator) -> None:
+    async with running_bot(database, simulator):
         result = await run(simulator, simulator.world.operator_id, "sync")
     assert (result.final_content or "").startswith("Synced 2 guilds: 3,540 members in 5 pages (gateway and rest)")
 
 
-async def test_progress_is_edited_in_at_most_every_two_seconds(
+async def test_progress_edits_are_rate_limited(
     database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, large: int
 ) -> None:
-    assert slash.EDIT_SECONDS == 2
-    monkeypatch.setattr(slash, "EDIT_SECONDS", 3_600.0)
-    async with running(database, simulator, monkeypatch):
+    async with running_bot(database, simulator) as bot:
+        assert bot.operators.edit_interval == 2
+        bot.operators.edit_interval = 3_600.0
         simulator.faults.rest_delay(f"GET /guilds/{large}", 1.2, times=1)
         result = await run(simulator, simulator.world.operator_id, "sync", options={"guild": str(large)})
     assert [edit.content.partition(" ")[0] for edit in result.edits] == ["Syncing", "Synced"]
 
 
-async def test_the_administrator_of_a_guild_is_refused(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, large: int
-) -> None:
+async def test_refuses_guild_administrators(database: Pool, simulator: Simulator, large: int) -> None:
     owner = simulator.world.guild(large).owner_id
-    async with running(database, simulator, monkeypatch, admin_guild_id=large):
+    async with running_bot(database, simulator, admin_guild_id=large):
         runs = await database.fetchval("SELECT count(*) FROM sync_runs")
         result = await run(simulator, owner, "sync", guild_id=large)
         assert (result.ephemeral, result.final_content) == (True, slash.REFUSAL)
         assert await database.fetchval("SELECT count(*) FROM sync_runs") == runs
-    assert await actions(database) == [(owner, "mirror sync", {"guild": None}, "refused: no operator")]
+    assert await audit_log(database) == [(owner, "mirror sync", {"guild": None}, "refused: not an operator")]
 
 
-async def test_whom_the_settings_name_may_operate(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, small: int
-) -> None:
+async def test_accepts_users_in_admin_user_ids(database: Pool, simulator: Simulator, small: int) -> None:
     someone = simulator.world.guild(small).owner_id
-    async with running(database, simulator, monkeypatch, admin_user_ids=frozenset((someone,))):
+    async with running_bot(database, simulator, admin_user_ids=frozenset((someone,))):
         result = await run(simulator, someone, "status")
     assert "In the database" in (result.final_content or "")
 
 
-async def test_without_an_admin_guild_the_commands_are_for_direct_messages_alone(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, small: int
+async def test_commands_are_for_direct_messages_without_admin_guild(
+    database: Pool, simulator: Simulator, small: int
 ) -> None:
-    async with running(database, simulator, monkeypatch):
+    async with running_bot(database, simulator):
         contexts = {command["name"]: command["contexts"] for command in simulator.interactions.commands()}
         assert contexts == {"mirror": [1], "cogs": [1], "db": [1], "preferences": [0]}
         with pytest.raises(LookupError, match="no command /mirror is registered for guild"):
@@ -108,70 +100,69 @@ async def test_without_an_admin_guild_the_commands_are_for_direct_messages_alone
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("guild", "expected"),
     [
-        ("Large", "'Large' is no guild id"),
-        ("99999999999999999999", "is no guild id"),
-        ("123", "the bot is in no guild with the id 123"),
+        ("Large", "'Large' is not a guild id"),
+        ("99999999999999999999", "is not a guild id"),
+        ("123", "the bot is not in a guild with the id 123"),
     ],
 )
-async def test_a_guild_that_is_none_is_one_clear_line(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, given: str, told: str
+async def test_sync_rejects_unknown_guild_in_one_line(
+    database: Pool, simulator: Simulator, guild: str, expected: str
 ) -> None:
-    async with running(database, simulator, monkeypatch):
-        result = await run(simulator, simulator.world.operator_id, "sync", options={"guild": given})
+    async with running_bot(database, simulator):
+        result = await run(simulator, simulator.world.operator_id, "sync", options={"guild": guild})
     assert result.final_content is not None
     assert result.final_content.startswith("Failed: ")
-    assert told in result.final_content
+    assert expected in result.final_content
     assert "\n" not in result.final_content
-    assert [row[3] for row in await actions(database)] == [result.final_content]
+    assert [row[3] for row in await audit_log(database)] == [result.final_content]
 
 
-async def test_a_sync_that_fails_says_why_in_one_line(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, small: int
-) -> None:
-    async with running(database, simulator, monkeypatch):
+async def test_failed_sync_is_explained_in_one_line(database: Pool, simulator: Simulator, small: int) -> None:
+    async with running_bot(database, simulator):
         simulator.world.guild_outage(small)
         result = await run(simulator, simulator.world.operator_id, "sync", options={"guild": str(small)})
     assert (result.final_content or "").startswith("Failed: ")
     assert "\n" not in (result.final_content or "")
 
 
-async def test_an_unexpected_error_is_told_as_such_and_written_down(
+async def test_unexpected_error_shows_type_only_and_is_recorded(
     database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with running(database, simulator, monkeypatch) as bot:
+    async with running_bot(database, simulator) as bot:
         monkeypatch.setattr(bot.mirror, "is_ready", lambda: 1 / 0)
         result = await run(simulator, simulator.world.operator_id, "status")
         monkeypatch.undo()
-    assert result.final_content == "Failed: an unexpected ZeroDivisionError; the log says more"
+    assert result.final_content == "Failed: unexpected ZeroDivisionError, see the log"
+    assert [row[3] for row in await audit_log(database)] == [result.final_content]
 
 
-async def test_a_command_that_outlives_its_reply_goes_on_and_is_written_down_at_its_end(
+async def test_command_outlasting_its_reply_is_recorded_at_its_end(
     database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, small: int
 ) -> None:
-    monkeypatch.setattr(slash, "COMMAND_SECONDS", 0.2)
-    async with running(database, simulator, monkeypatch) as bot:
-        let_go = asyncio.Event()
+    async with running_bot(database, simulator) as bot:
+        bot.operators.reply_timeout = 0.2
+        release = asyncio.Event()
         sync = bot.mirror.sync
 
         async def slow(guild_id: int) -> Any:
-            await let_go.wait()
+            await release.wait()
             return await sync(guild_id)
 
         monkeypatch.setattr(bot.mirror, "sync", slow)
         result = await run(simulator, simulator.world.operator_id, "sync", options={"guild": str(small)})
-        assert (result.final_content or "").startswith("Not finished within")
-        assert await actions(database) == []
-        let_go.set()
+        assert (result.final_content or "").startswith("Still running after")
+        assert await audit_log(database) == []
+        release.set()
         await result.wait_done(30, until=lambda seen: (seen.final_content or "").startswith("Synced"))
-        assert [action[3] for action in await actions(database)] == [result.final_content]
+        assert [action[3] for action in await audit_log(database)] == [result.final_content]
 
 
-async def test_a_command_under_way_ends_with_the_bot(
+async def test_stopping_the_bot_cancels_running_commands(
     database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, small: int
 ) -> None:
-    async with running(database, simulator, monkeypatch) as bot:
+    async with running_bot(database, simulator) as bot:
         started, ended = asyncio.Event(), asyncio.Event()
 
         async def never(guild_id: int) -> None:
@@ -189,14 +180,14 @@ async def test_a_command_under_way_ends_with_the_bot(
     assert ended.is_set()
 
 
-async def test_who_left_the_team_no_longer_operates(
+async def test_former_team_member_is_refused(
     database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def person(id: int, role: str, state: int = 2) -> dict[str, Any]:
         user = {"id": str(id), "username": f"user{id}", "discriminator": "0", "avatar": None, "global_name": None}
         return {"user": user, "membership_state": state, "permissions": ["*"], "role": role, "team_id": "1"}
 
-    async with running(database, simulator, monkeypatch) as bot:
+    async with running_bot(database, simulator) as bot:
         plain = await bot.http.application_info()
         members = [person(5, "admin"), person(6, "developer"), person(7, "read_only"), person(8, "admin", state=1)]
         team = {"id": "1", "icon": None, "name": "team", "owner_user_id": "4", "members": members}
@@ -208,17 +199,15 @@ async def test_who_left_the_team_no_longer_operates(
         allowed = [id for id in (4, 5, 6, 7, 8, 9) if await bot.operators.includes(id)]
         assert allowed == [4, 5, 6]
         members.clear()
-        assert await bot.operators.includes(5), "the team is not asked for at every command"
-        monkeypatch.setattr(slash, "TEAM_SECONDS", -1.0)
+        assert await bot.operators.includes(5), "the team is cached"
+        bot.operators.owners_ttl = -1.0
         assert not await bot.operators.includes(5)
 
 
-async def test_every_start_takes_the_lease_with_a_higher_epoch(
-    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_each_start_takes_the_lease_with_a_higher_epoch(database: Pool, simulator: Simulator) -> None:
     holders: list[tuple[str, int]] = []
     for _ in range(2):
-        async with running(database, simulator, monkeypatch) as bot:
+        async with running_bot(database, simulator) as bot:
             row = await database.fetchrow("SELECT holder, epoch FROM ops.leases WHERE shard = 0")
             assert row is not None
             assert row["holder"] == bot.lease.name

@@ -1,10 +1,10 @@
-"""The bot itself: discord.py's, with the database and the mirror on it."""
+"""`Guildbook`: the discord.py bot, extended with the database, the mirror and the cog loader."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import discord
 from discord.ext import commands
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from utils.bot.command_sync import register_commands
+from utils.bot.command_sync import sync_commands
 from utils.bot.loader import Loader
 from utils.bot.scheduler import Scheduler
 from utils.database import Pool
@@ -20,7 +20,7 @@ from utils.database.access import Database
 from utils.database.cache import Channel, QueryCache
 from utils.exceptions import GuildbookError, SpoolError
 from utils.mirror import Mirror
-from utils.mirror.change_feed import ChangeFeed
+from utils.mirror.change_feed import ChangeFeed, MirrorChange
 from utils.mirror.discord import tap
 from utils.mirror.discord.source import DiscordSource
 from utils.mirror.spool.journal import Journal
@@ -34,28 +34,29 @@ from utils.settings import Settings
 
 _log = logging.getLogger(__name__)
 
-#: Where journals are, under DATA_DIR.
-SPOOL = "spool"
-#: Seconds for a journal to be closed.
-JOURNAL_SECONDS = 3.0
-#: Seconds for what cogs have of the database to end: open transactions are rolled back.
-ACCESS_SECONDS = 3.0
-#: Seconds for the answer to a command that ends the bot.
-ANSWER_SECONDS = 30.0
-#: What `on_mirror_change` listeners hear.
-CHANGE = "mirror_change"
+#: Directory of the journals, under DATA_DIR.
+SPOOL_DIRECTORY = "spool"
+#: Seconds to close the journal.
+JOURNAL_TIMEOUT = 3.0
+#: Seconds for each of: cancelling scheduled work, cancelling operator commands, rolling back cogs' open transactions.
+STOP_TIMEOUT = 3.0
+#: Seconds to wait for running operator commands to answer before a command shuts the bot down.
+ANSWER_TIMEOUT = 30.0
+#: The event that `on_mirror_change` listeners receive.
+CHANGE_EVENT = "mirror_change"
 
 
 class Guildbook(commands.AutoShardedBot):
-    """Mirrors its guilds into the database and carries the cogs.
+    """Mirrors the bot's guilds into the database and runs the cogs.
 
-    `lease` has been won already. `extensions`: the modules of the cogs; None for everything in `cogs/`.
+    `lease` must have been acquired. `extensions` are the cogs' modules; None loads everything in `cogs/`.
     """
 
     def __init__(
-        self, settings: Settings, database: Pool, lease: Lease, *, extensions: Iterable[str] | None = None
+        self, settings: Settings, pool: Pool, lease: Lease, *, extensions: Iterable[str] | None = None
     ) -> None:
-        discord.VoiceClient.warn_nacl = discord.VoiceClient.warn_dave = False  # nobody here wants to speak
+        # discord.py warns at start-up when the optional voice libraries are missing. This bot does not use voice.
+        discord.VoiceClient.warn_nacl = discord.VoiceClient.warn_dave = False
         intents = discord.Intents(
             guilds=True,
             members=True,
@@ -68,7 +69,7 @@ class Guildbook(commands.AutoShardedBot):
             help_command=None,
             intents=intents,
             chunk_guilds_at_startup=False,
-            member_cache_flags=cache_flags(settings.member_cache),
+            member_cache_flags=member_cache_flags(settings.member_cache),
             max_messages=None,
             allowed_mentions=discord.AllowedMentions.none(),
         )
@@ -76,46 +77,47 @@ class Guildbook(commands.AutoShardedBot):
         self.cache: QueryCache | None = None
         if settings.cache_max_results:
             self.cache = QueryCache(max_results=settings.cache_max_results, ttl=settings.cache_ttl_seconds)
-        #: What cogs read and write with.
+        #: The database API for cogs.
         self.db: Database = Database(
-            database,
+            pool,
             cache=self.cache,
             slow_ms=settings.slow_query_ms,
             log_queries=settings.environment == "development",
             orm_connections=settings.orm_connections,
         )
+        #: Who may run operator commands, and the ones that are running.
         self.operators: Operators = Operators(self, settings.admin_user_ids)
-        #: Questions to operators that wait for a button.
+        #: Confirmations that wait for a button to be pressed.
         self.confirmations: Confirmations = Confirmations()
         self.add_listener(self.confirmations.on_interaction)
         self.lease: Lease = lease
         self.loader: Loader = Loader(self, extensions)
-        self._pool: Pool = database
-        self._duties: Scheduler = Scheduler(settings, database)
+        self.scheduler: Scheduler = Scheduler(settings, pool)
+        #: Why an operator command shut the bot down; None if none did.
+        self.shutdown_error: GuildbookError | None = None
+        self._pool: Pool = pool
         self._channel: Channel | None = None
-        self._beside: list[asyncio.Task[None]] = []
-        #: Why an operator's command ended the bot; None: none did.
-        self.ended_with: GuildbookError | None = None
+        self._background_tasks: list[asyncio.Task[None]] = []
         self._mirror: Mirror | None = None
         self._journal: Journal | None = None
         tap.set_api_base(settings.discord_api_base)
 
     @property
     def mirror(self) -> Mirror:
-        """The mirror, there from the login on. Raises `GuildbookError` before."""
+        """The mirror. It exists once the bot has logged in; raises `GuildbookError` before."""
         if self._mirror is None:
-            raise GuildbookError("the mirror begins with the login to Discord: use it from cog_load on")
+            raise GuildbookError("the mirror does not exist before the login to Discord: use it from cog_load on")
         return self._mirror
 
     def get_db_session(self) -> AbstractAsyncContextManager[AsyncSession]:
-        """Lend a session: it joins the transaction that is open, or has a connection of its own.
+        """Return a session that joins the open transaction, or else uses a connection of its own.
 
-        The end of the block commits, an exception rolls back.
+        Leaving the block commits, an exception rolls back.
         """
         return self.db.sessions()
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:
-        """Tell whether every available guild is mirrored, and how far each listing under way has come."""
+        """Return whether every available guild has been reconciled, with progress figures for GET /readyz."""
         if self._mirror is None:
             return False, {"state": "not logged in yet"}
         ready, progress = self._mirror.is_ready()
@@ -126,24 +128,25 @@ class Guildbook(commands.AutoShardedBot):
         return ready, {**progress, **waiting, "members_received": listings}
 
     def stats(self) -> dict[str, Any]:
-        """Return the figures of this moment: what waits, what was written, the spool, the lease and the pool.
+        """Return current figures of the lease, pool, cogs, mirror, buffers, spool and writer.
 
-        Times are seconds. `mirror`, `buffer`, `queue` and `spool` are None before the login.
+        Times are in seconds, sizes in bytes. `mirror`, `buffer`, `queue`, `spool` and `written` are None before the
+        login.
         """
-        figures: dict[str, Any] = {
+        stats: dict[str, Any] = {
             "lease": self.lease.describe(),
             "pool": self._pool.pool_stats(),
             "database": self.db.get_stats(),
             "cogs": {state.name: state.state for state in self.loader.states()},
         }
         if self._mirror is None:
-            return figures | dict.fromkeys(("mirror", "buffer", "queue", "spool", "written"))
+            return stats | dict.fromkeys(("mirror", "buffer", "queue", "spool", "written"))
         writer, journal = self._mirror.writer, self._journal
         queue = writer.queue
         spool = None
         if journal is not None:
             spool = {"events": journal.records, "bytes": journal.size, "trouble": journal.failure}
-        return figures | {
+        return stats | {
             "mirror": self._mirror.is_ready()[1],
             "buffer": {"rows": len(writer.buffer), "oldest": writer.buffer.age, "dropped": writer.rows_dropped},
             "queue": {
@@ -153,8 +156,8 @@ class Guildbook(commands.AutoShardedBot):
             "written": {"rows": writer.rows_written, "events": writer.events_written},
         }  # fmt: skip
 
-    def measure(self) -> None:
-        """Set the gauges that GET /metrics shows."""
+    def update_metrics(self) -> None:
+        """Update the gauges shown by GET /metrics."""
         if self._mirror is None:
             return
         self._mirror.update_metrics()
@@ -166,11 +169,11 @@ class Guildbook(commands.AutoShardedBot):
         metrics.spool_bytes.set(0 if self._journal is None else self._journal.size)
 
     async def setup_hook(self) -> None:
-        """Start the mirror and load the cogs: after the login, before the gateway."""
-        shards = await self._find_gateway()
+        """Start the mirror and load the cogs. discord.py calls this between the login and the gateway connection."""
+        shards = await self._configure_gateway()
         settings, fence = self.settings, self.lease.fence
         if fence is None:
-            raise GuildbookError("the bot acts only with the lease: wait for it before the login")
+            raise GuildbookError("the bot does not hold the lease: acquire it before the login")
         self._journal = await self._open_journal(fence.holder)
         queue = EventQueue(self._journal, spool=settings.spool, max_rows=settings.buffer_max_rows)
         await self.db.connect()
@@ -178,7 +181,7 @@ class Guildbook(commands.AutoShardedBot):
             await self.cache.load(self._pool)
             self._channel = Channel(self.cache, self._pool.direct, self._pool)
             await self._channel.start()
-        changes = ChangeFeed(self._pool, self._tell_change, wanted=self._hears_changes)
+        changes = ChangeFeed(self._pool, self._dispatch_change, wanted=self._has_change_listeners)
         self._mirror = Mirror(
             self._pool,
             DiscordSource(self),
@@ -190,7 +193,7 @@ class Guildbook(commands.AutoShardedBot):
             ),
             page_timeout=settings.chunk_timeout_seconds,
             cooldown=settings.chunk_cooldown_seconds,
-            spool=settings.data_dir / SPOOL if settings.spool != "off" else None,
+            spool=settings.data_dir / SPOOL_DIRECTORY if settings.spool != "off" else None,
             on_lost=self.lease.give_up,
             has_slept=self.lease.was_suspended,
             on_written=lambda tables: self._on_written(tables, changes),
@@ -199,112 +202,121 @@ class Guildbook(commands.AutoShardedBot):
         await self._mirror.replay()
         self._mirror.start()
         await self.loader.load_all()
-        await register_commands(self)
-        self._beside.append(asyncio.create_task(changes.run(), name="change events"))
-        self._beside.append(asyncio.create_task(self._tell_statistics(), name="statistics"))
-        self._duties.start()
+        await sync_commands(self)
+        self._start_task(changes.run(), "change feed")
+        self._start_task(self._log_statistics(), "statistics")
+        self.scheduler.start()
         _log.info("logged in as %s", self.user, extra={"shards": shards, "epoch": fence.epoch, "holder": fence.holder})
 
-    async def begin_anew(self) -> None:
-        """Forget what is known of the database's content, and have Discord tell everything again: after a restore."""
+    async def reconnect_gateway(self) -> None:
+        """Drop cached data and start new gateway sessions, so that Discord sends everything again. For restores."""
         await self.db.renew()
         await tap.begin_new_sessions(self)
 
-    def end(self, error: GuildbookError) -> None:
-        """Leave Discord and end the process with this error, as soon as operators have their answers."""
+    def shut_down(self, error: GuildbookError) -> None:
+        """Disconnect from Discord once running operator commands have answered; the process then ends with `error`."""
 
-        async def end() -> None:
-            await self.operators.answered(ANSWER_SECONDS)
+        async def close() -> None:
+            await self.operators.wait_idle(ANSWER_TIMEOUT)
             await self.close()
 
-        self.ended_with = error
-        self._beside.append(asyncio.create_task(end(), name="end"))
+        self.shutdown_error = error
+        self._start_task(close(), "shutdown")
 
-    async def stop_mirror(self, timeout: float) -> None:
-        """Write what waits, in `timeout` seconds at most, and stop the mirror; nothing when it never started.
+    async def stop_services(self, timeout: float) -> None:
+        """Stop everything but the gateway connection: scheduled work, operator commands, the mirror and the database.
 
-        When another process acts already, nothing is written: what waits stays in the journal.
+        The mirror gets `timeout` seconds to write its buffers. If the lease was lost, it writes nothing and the journal
+        keeps the events. Does nothing for what never started.
         """
-        await self._duties.stop(ACCESS_SECONDS)
-        await self.operators.stop(ACCESS_SECONDS)
+        await self.scheduler.stop(STOP_TIMEOUT)
+        await self.operators.stop(STOP_TIMEOUT)
         if self._mirror is not None:
             await self._mirror.stop(timeout, flush=not self.lease.lost.is_set())
         if self._journal is not None:
-            await self._journal.close(JOURNAL_SECONDS)
+            await self._journal.close(JOURNAL_TIMEOUT)
             self._journal = None
-        beside, self._beside = self._beside, []
-        for task in beside:
+        tasks, self._background_tasks = self._background_tasks, []
+        for task in tasks:
             task.cancel()
-        if beside:
-            await asyncio.wait(beside, timeout=ACCESS_SECONDS)
-        await self.db.close(ACCESS_SECONDS)
+        if tasks:
+            await asyncio.wait(tasks, timeout=STOP_TIMEOUT)
+        await self.db.close(STOP_TIMEOUT)
         if self._channel is not None:
             await self._channel.stop()
             self._channel = None
         if self.cache is not None:
             await self.cache.close()
 
-    def _on_written(self, tables: frozenset[str], changes: ChangeFeed) -> None:
-        """Tell the cache and the listeners what the mirror has committed."""
-        if self.cache is not None:
-            self.cache.invalidate(f"public.{table}" for table in tables)
-        changes.notice()
+    async def on_error(self, event_method: str, /, *args: Any, **kwargs: Any) -> None:
+        """Log an exception raised by a listener."""
+        _log.exception("listener failed: %s", event_method)
 
-    def _hears_changes(self) -> bool:
-        return bool(self.extra_events.get(f"on_{CHANGE}"))
+    async def _configure_gateway(self) -> int:
+        """Ask Discord for the gateway's address and shard count, apply both, and return the shard count.
 
-    def _tell_change(self, change: Any) -> None:
-        self.dispatch(CHANGE, change)
-
-    async def _tell_statistics(self) -> None:
-        while True:
-            await asyncio.sleep(self.settings.stats_seconds)
-            try:
-                _log.info("statistics", extra=self._statistics())
-            except Exception:  # a figure that cannot be had is no reason to say no more
-                _log.exception("the statistics could not be told")
-
-    def _statistics(self) -> dict[str, Any]:
-        figures = self.stats()
-        cache = self.db.get_cache_stats()
-        return {
-            "guilds": figures["mirror"]["reconciled"],
-            "rows_written": figures["written"]["rows"],
-            "events_written": figures["written"]["events"],
-            "rows_waiting": figures["buffer"]["rows"],
-            "events_waiting": figures["queue"]["events"],
-            "connections": f"{figures['pool']['active']}/{figures['pool']['max']}",
-            "cache_hit_rate": round(cache["hit_rate"], 3) if cache else None,
-            "cache_size": cache["size"] if cache else None,
-            "slow_queries": len(figures["database"]["slow"]),
-        }
+        The address also applies to sessions that cannot be resumed.
+        """
+        shards, url, _ = await self.http.get_bot_gateway()
+        tap.set_gateway(self.settings.discord_gateway_url or url)
+        self.shard_count = shards  # otherwise discord.py asks again and ignores the address above
+        return shards
 
     async def _open_journal(self, name: str) -> Journal | None:
         settings = self.settings
         if settings.spool == "off":
             return None
         try:
-            return await Journal.open(settings.data_dir / SPOOL, name, max_bytes=settings.spool_max_mb * 2**20)
+            return await Journal.open(
+                settings.data_dir / SPOOL_DIRECTORY, name, max_bytes=settings.spool_max_mb * 2**20
+            )
         except SpoolError as error:
             if settings.spool == "always":
                 raise
-            _log.error("going on without a spool, an outage may lose events: %s", error)
+            _log.error("continuing without a spool: a database outage may lose events: %s", error)
             return None
 
-    async def on_error(self, event_method: str, /, *args: Any, **kwargs: Any) -> None:
-        """Log what a listener raised; the bot lives on."""
-        _log.exception("a listener of %s failed", event_method)
+    def _on_written(self, tables: frozenset[str], changes: ChangeFeed) -> None:
+        """Invalidate cached results and wake the change feed after the mirror has committed."""
+        if self.cache is not None:
+            self.cache.invalidate(f"public.{table}" for table in tables)
+        changes.notice()
 
-    async def _find_gateway(self) -> int:
-        """Set the gateway's address, which sessions that cannot be resumed come back to, and return the shard count."""
-        shards, url, _ = await self.http.get_bot_gateway()
-        tap.set_gateway(self.settings.discord_gateway_url or url)
-        self.shard_count = shards  # so that discord.py does not ask again, and takes the address above
-        return shards
+    def _has_change_listeners(self) -> bool:
+        return bool(self.extra_events.get(f"on_{CHANGE_EVENT}"))
+
+    def _dispatch_change(self, change: MirrorChange) -> None:
+        self.dispatch(CHANGE_EVENT, change)
+
+    def _start_task(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        self._background_tasks.append(asyncio.create_task(work, name=name))
+
+    async def _log_statistics(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.stats_seconds)
+            try:
+                _log.info("statistics", extra=self._statistics())
+            except Exception:
+                _log.exception("statistics failed")
+
+    def _statistics(self) -> dict[str, Any]:
+        stats = self.stats()
+        cache = self.db.get_cache_stats()
+        return {
+            "guilds": stats["mirror"]["reconciled"],
+            "rows_written": stats["written"]["rows"],
+            "events_written": stats["written"]["events"],
+            "rows_waiting": stats["buffer"]["rows"],
+            "events_waiting": stats["queue"]["events"],
+            "connections": f"{stats['pool']['active']}/{stats['pool']['max']}",
+            "cache_hit_rate": round(cache["hit_rate"], 3) if cache else None,
+            "cache_size": cache["size"] if cache else None,
+            "slow_queries": len(stats["database"]["slow"]),
+        }
 
 
-def cache_flags(kept: Literal["none", "voice", "all"]) -> discord.MemberCacheFlags:
-    """Return which members discord.py keeps in memory."""
-    if kept == "none":
+def member_cache_flags(policy: Literal["none", "voice", "all"]) -> discord.MemberCacheFlags:
+    """Return which members discord.py keeps in memory, for a value of MEMBER_CACHE."""
+    if policy == "none":
         return discord.MemberCacheFlags.none()
-    return discord.MemberCacheFlags(voice=True, joined=kept == "all")
+    return discord.MemberCacheFlags(voice=True, joined=policy == "all")

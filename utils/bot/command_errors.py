@@ -1,4 +1,4 @@
-"""What people are told when a command fails: one line, with a reference that stands in the log too."""
+"""What users see when a command fails: one line, with a reference to the log."""
 
 from __future__ import annotations
 
@@ -17,65 +17,64 @@ from utils.operations.slash import MESSAGE_LENGTH
 
 _log = logging.getLogger(__name__)
 
-#: Seconds for an answer to reach Discord.
-ANSWER_SECONDS = 30.0
-#: Seconds to find out whether an operator asked: a first answer has three.
-OPERATOR_SECONDS = 1.0
+#: Seconds to deliver the answer to Discord.
+ANSWER_TIMEOUT = 30.0
+#: Seconds to find out whether the user is an operator. Discord expects the answer within 3 seconds.
+OPERATOR_TIMEOUT = 1.0
 
-_WRAPPERS = (app_commands.CommandInvokeError, commands.CommandInvokeError, commands.HybridCommandError)
-
-AWAY = "The database cannot be reached just now: try again in a minute."
-INTERNAL = "Something went wrong in here; it was written down."
+DATABASE_UNAVAILABLE = "The database is not available right now. Try again in a minute."
+INTERNAL_ERROR = "Something went wrong. The error was logged."
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """What an error means: the line for people, and whether somebody has to mend something."""
+class Explanation:
+    """How an error is presented."""
 
+    #: For the user.
     text: str
+    #: True if somebody must fix something: it is logged as an error with its traceback.
     is_fault: bool = False
-    #: What only operators are shown; None when there is no more to say.
+    #: Shown to operators only; None if there is nothing more to say.
     detail: str | None = None
 
 
-def reference() -> str:
-    """Return a new short id that leads from an answer to its line in the log."""
+def new_reference() -> str:
+    """Return a short random id that links an answer to its log line."""
     return secrets.token_hex(4)
 
 
 async def report_command_error(
     where: discord.Interaction[Any] | commands.Context[Any], error: Exception, log: logging.Logger
 ) -> None:
-    """Say in one line, seen by the person alone where Discord can, what went wrong, and log it; raises nothing."""
+    """Log a command's error and answer the user in one line, which only they see if Discord allows it. Never raises."""
     try:
-        id, finding = reference(), explain(error)
-        asked = where if isinstance(where, discord.Interaction) else where.interaction
+        reference, explanation, cause = new_reference(), explain(error), unwrap(error)
+        interaction = where if isinstance(where, discord.Interaction) else where.interaction
         user = where.user if isinstance(where, discord.Interaction) else where.author
-        guild_id = where.guild.id if where.guild is not None else None
-        name = where.command.qualified_name if where.command is not None else "?"
         log.log(
-            logging.ERROR if finding.is_fault else logging.INFO,
-            "/%s of user %s failed (%s): %r", name, user.id, id, bare(error),
-            exc_info=bare(error) if finding.is_fault else None,
-            extra={"reference": id, "guild_id": guild_id},
+            logging.ERROR if explanation.is_fault else logging.INFO,
+            "command failed: /%s by user %s (ref %s): %r",
+            where.command.qualified_name if where.command is not None else "?", user.id, reference, cause,
+            exc_info=cause if explanation.is_fault else None,
+            extra={"reference": reference, "guild_id": where.guild.id if where.guild is not None else None},
         )  # fmt: skip
-        text = finding.text
-        if finding.detail and asked is not None and await _is_operator(asked):
-            text = f"{text} {finding.detail}"
-        text = f"{' '.join(text.split())[: MESSAGE_LENGTH - 30]} (reference {id})"
-        async with asyncio.timeout(ANSWER_SECONDS):
-            if asked is not None:
-                await _say(asked, text)
+        text = explanation.text
+        if explanation.detail and interaction is not None and await _is_operator(interaction):
+            text = f"{text} Details: {explanation.detail}"
+        text = _with_reference(text, reference)
+        async with asyncio.timeout(ANSWER_TIMEOUT):
+            if interaction is not None:
+                await _answer(interaction, text)
             elif isinstance(where, commands.Context):
                 await where.reply(text, mention_author=False)
     except (discord.DiscordException, OSError, TimeoutError) as exc:
-        log.warning("nobody could be told of it (%s): %r", id, exc)
+        log.warning("could not report the error of a command (ref %s): %r", reference, exc)
     except Exception:
-        _log.exception("an error could not be explained: %r", error)
+        _log.exception("could not explain the error of a command: %r", error)
 
 
-def bare(error: BaseException) -> BaseException:
-    """Return what a command raised, without what discord.py wraps around it."""
+def unwrap(error: BaseException) -> BaseException:
+    """Return what a command raised, without discord.py's wrappers."""
     while isinstance(
         error, app_commands.CommandInvokeError | commands.CommandInvokeError | commands.HybridCommandError
     ):
@@ -86,46 +85,48 @@ def bare(error: BaseException) -> BaseException:
     return error
 
 
-def explain(error: BaseException) -> Finding:
-    """Return what an error means for whoever used the command."""
-    error = bare(error)
+def explain(error: BaseException) -> Explanation:
+    """Return how to present an error to the user who ran the command."""
+    error = unwrap(error)
     if isinstance(error, Declined):
-        return Finding(str(error))
+        return Explanation(str(error))
     if isinstance(error, DatabaseUnavailable):
-        return Finding(AWAY, is_fault=True, detail=str(error))
+        return Explanation(DATABASE_UNAVAILABLE, is_fault=True, detail=str(error))
     if isinstance(error, GuildbookError):
-        return Finding(INTERNAL, is_fault=True, detail=str(error))
-    text = _of_discord_py(error)
-    return Finding(INTERNAL, is_fault=True, detail=f"{type(error).__name__}") if text is None else Finding(text)
+        return Explanation(INTERNAL_ERROR, is_fault=True, detail=str(error))
+    text = _explain_discord_error(error)
+    if text is None:
+        return Explanation(INTERNAL_ERROR, is_fault=True, detail=type(error).__name__)
+    return Explanation(text)
 
 
-def _of_discord_py(error: BaseException) -> str | None:
-    """Return plain words for what discord.py itself refuses; None for everything else."""
+def _explain_discord_error(error: BaseException) -> str | None:
+    """Return the answer for an error of discord.py's own checks and converters; None for any other error."""
     match error:
         case app_commands.MissingPermissions() | commands.MissingPermissions():
-            return f"You need {_permissions(error.missing_permissions)} for that."
+            return f"You need {_permissions(error.missing_permissions)} to use this command."
         case app_commands.BotMissingPermissions() | commands.BotMissingPermissions():
-            return f"I need {_permissions(error.missing_permissions)} for that: ask an administrator of this server."
+            return f"I need {_permissions(error.missing_permissions)} to do that. Ask an administrator of this server."
         case app_commands.CommandOnCooldown() | commands.CommandOnCooldown():
-            return f"Not so fast: try again in {max(1, round(error.retry_after))} s."
+            return f"This command is on cooldown. Try again in {max(1, round(error.retry_after))} s."
         case app_commands.MissingRole() | commands.MissingRole():
-            return f"You need the role {_role(error.missing_role)} for that."
+            return f"You need the role {_role(error.missing_role)} to use this command."
         case app_commands.MissingAnyRole() | commands.MissingAnyRole():
-            return f"You need one of these roles for that: {', '.join(map(_role, error.missing_roles))}."
+            return f"You need one of these roles to use this command: {', '.join(map(_role, error.missing_roles))}."
         case app_commands.NoPrivateMessage() | commands.NoPrivateMessage():
-            return "That works in a server only."
+            return "This command works only in a server."
         case app_commands.TransformerError():
-            return f"{_short(error.value)} does not fit there: expected {_kind(error)}."
+            return f"{_quote(error.value)} is not valid here. Expected: {_type_name(error)}."
         case app_commands.CommandSignatureMismatch() | app_commands.CommandNotFound():
-            return "This command has just changed: restart Discord (Ctrl+R), then try again."
+            return "This command has changed. Restart Discord (Ctrl+R), then try again."
         case commands.UserInputError():
-            return f"That does not fit: {error}."
+            return f"Invalid input: {error}"
         case app_commands.CheckFailure() | commands.CheckFailure():
-            return "You may not do that here."
+            return "You are not allowed to use this command here."
         case commands.MaxConcurrencyReached():
-            return "That is being done already: wait until it has finished."
+            return "This command is already running. Wait until it has finished."
         case commands.DisabledCommand():
-            return "That is switched off."
+            return "This command is disabled."
     return None
 
 
@@ -135,27 +136,33 @@ def _permissions(names: list[str]) -> str:
 
 
 def _role(role: str | int) -> str:
-    return f"<@&{role}>" if isinstance(role, int) else _short(role)
+    return f"<@&{role}>" if isinstance(role, int) else _quote(role)
 
 
-def _short(value: Any) -> str:
+def _quote(value: Any) -> str:
     return repr(str(value)[:50])
 
 
-def _kind(error: app_commands.TransformerError) -> str:
+def _type_name(error: app_commands.TransformerError) -> str:
     name = type(error.transformer).__name__.removesuffix("Transformer").removesuffix("Transform")
     return f"{error.type.name}" if not name or name.startswith("_") or name == "Identity" else name.lower()
 
 
+def _with_reference(text: str, reference: str) -> str:
+    """Return a text as one line that fits into a message, with the reference at its end."""
+    line = " ".join(text.split())[: MESSAGE_LENGTH - 30]
+    return f"{line[:-1]} (ref {reference})." if line.endswith(".") else f"{line} (ref {reference})"
+
+
 async def _is_operator(interaction: discord.Interaction[Any]) -> bool:
     try:
-        async with asyncio.timeout(OPERATOR_SECONDS):
+        async with asyncio.timeout(OPERATOR_TIMEOUT):
             return bool(await interaction.client.operators.includes(interaction.user.id))
     except Exception:
         return False
 
 
-async def _say(interaction: discord.Interaction[Any], text: str) -> None:
+async def _answer(interaction: discord.Interaction[Any], text: str) -> None:
     response = interaction.response
     if not response.is_done():
         try:
@@ -166,7 +173,7 @@ async def _say(interaction: discord.Interaction[Any], text: str) -> None:
             return
     if response.type is discord.InteractionResponseType.deferred_channel_message:
         original = await interaction.original_response()
-        # The first follow-up takes the place of "thinking…", which everybody may see: it has to go before.
+        # The first follow-up replaces a public "thinking…" and would be public too, so that is deleted first.
         if original.flags.loading and not original.flags.ephemeral:
             await original.delete()
     await interaction.followup.send(text, ephemeral=True)

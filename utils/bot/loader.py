@@ -1,4 +1,4 @@
-"""Finds the cogs, and loads each apart from the others: what one of them does wrong costs that one alone."""
+"""Finds cogs and loads, unloads and reloads each in isolation: one that fails does not affect the others."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from discord.ext import commands
 
-from utils.bot.command_sync import register_commands
-from utils.bot.registrations import LIFECYCLE_SECONDS, Registrations, end_cogs, forget_tables, is_within
+from utils.bot.command_sync import sync_commands
+from utils.bot.registrations import (
+    LIFECYCLE_TIMEOUT,
+    Registrations,
+    is_within,
+    remove_tables,
+    unload_orphaned_cogs,
+)
 from utils.exceptions import CogError, GuildbookError, ValidationError
 
 if TYPE_CHECKING:
@@ -29,181 +35,229 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-COGS = Path(__file__).resolve().parents[2] / "cogs"
-#: The cog that loads the others: it may be reloaded, never unloaded.
-OURSELVES = "cogs"
-#: Seconds that a cog's set-up may take.
-COG_SECONDS = 30.0
-#: Seconds that its end may take: that of its tasks, and `stop`.
-END_SECONDS = 2 * LIFECYCLE_SECONDS + 5.0
-#: Seconds that a set-up which was cancelled may take to notice.
-CANCEL_SECONDS = 5.0
+COGS_DIRECTORY = Path(__file__).resolve().parents[2] / "cogs"
+#: The cog with the /cogs commands: it can be reloaded but not unloaded.
+LOADER_COG = "cogs"
+#: Seconds for a cog's set-up.
+SETUP_TIMEOUT = 30.0
+#: Seconds for a cog's tear-down: its tasks, then `stop`.
+TEARDOWN_TIMEOUT = 2 * LIFECYCLE_TIMEOUT + 5.0
+#: Seconds for a timed-out set-up or tear-down to react to its cancellation.
+CANCEL_TIMEOUT = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class CogState:
-    """How one cog is."""
+    """The state of one cog."""
 
-    #: The short name, `tally` for `cogs.tally`.
+    #: The short name: `tally` for `cogs.tally`.
     name: str
     module: str
     state: Literal["loaded", "failed", "unloaded"] = "unloaded"
-    #: Why it failed, one line; for a loaded cog, why its last reload did not come about. None: all is well.
+    #: Why it failed, in one line. For a loaded cog, why its last reload failed. None if nothing failed.
     reason: str | None = None
-    #: Seconds that the last load took; None before the first.
+    #: How long the last load took, in seconds; None before the first.
     seconds: float | None = None
 
 
 class Loader:
-    """The cogs of one bot. `extensions`: their modules; None for everything in `cogs/`, looked up anew each time."""
+    """Loads, unloads and reloads the cogs of one bot.
 
-    def __init__(self, bot: Guildbook, extensions: Iterable[str] | None = None) -> None:
+    `modules` are the cogs' modules; None means everything in `cogs/`, listed again at each call. Timeouts are in
+    seconds and may be changed at any time.
+    """
+
+    def __init__(
+        self,
+        bot: Guildbook,
+        modules: Iterable[str] | None = None,
+        *,
+        setup_timeout: float = SETUP_TIMEOUT,
+        teardown_timeout: float = TEARDOWN_TIMEOUT,
+        cancel_timeout: float = CANCEL_TIMEOUT,
+    ) -> None:
+        self.setup_timeout: float = setup_timeout
+        self.teardown_timeout: float = teardown_timeout
+        self.cancel_timeout: float = cancel_timeout
         self._bot = bot
-        self._given: list[str] | None = None if extensions is None else list(extensions)
+        self._modules: list[str] | None = None if modules is None else list(modules)
         self._states: dict[str, CogState] = {}
-        self._added: dict[str, Registrations] = {}
+        self._registrations: dict[str, Registrations] = {}
         self._lock = asyncio.Lock()
 
     def states(self) -> list[CogState]:
-        """Return every cog that is there or was loaded, by name."""
-        modules = found_extensions() if self._given is None else self._given
+        """Return the state of every cog that exists or is loaded, sorted by name."""
+        modules = find_extensions() if self._modules is None else self._modules
         found = {short_name(module): CogState(short_name(module), module) for module in modules}
         known = {name: state for name, state in self._states.items() if name in found or state.state == "loaded"}
         return sorted((found | known).values(), key=lambda state: state.name)
 
     async def load_all(self) -> None:
-        """Load every cog; what fails is logged and left out. The slash commands are for the caller to register."""
+        """Load every cog that is not loaded. Failures are logged. Does not register slash commands with Discord."""
         async with self._lock:
             for state in self.states():
                 if state.state != "loaded":
                     await self._load(state)
 
     async def load(self, name: str) -> CogState:
-        """Load a cog by its short name. Raises `CogError` when it fails, `ValidationError` when it is none."""
+        """Load a cog by its short name and register its slash commands.
+
+        Raises `CogError` if it fails, `ValidationError` if there is no such cog or it is loaded already.
+        """
         async with self._lock:
-            state = self._known(name)
+            state = self._get(name)
             if state.state == "loaded":
-                raise ValidationError(f"{name} is loaded already; reload it to take over a change")
+                raise ValidationError(f"{name} is already loaded: reload it to apply a change")
             state = await self._load(state)
-            await self._register()
+            await self._sync_commands()
         if state.state == "failed":
-            raise CogError(f"{name} is left out: {state.reason}")
+            raise CogError(f"{name} could not be loaded: {state.reason}")
         return state
 
     async def unload(self, name: str) -> CogState:
-        """Unload a cog by its short name. Raises `ValidationError` when it is not loaded, or has to stay."""
+        """Unload a cog by its short name. Raises `ValidationError` if it is not loaded or must stay loaded."""
         async with self._lock:
-            state = self._loaded(name)
-            if name == OURSELVES:
-                raise ValidationError(f"{name} stays: without it no cog could be loaded again; it can be reloaded")
-            await self._unload(state.module, self._added.pop(state.module))
-            state = self._keep(replace(state, state="unloaded", reason=None))
-            await self._register()
+            state = self._get_loaded(name)
+            if name == LOADER_COG:
+                raise ValidationError(f"{name} cannot be unloaded, because it loads the other cogs: reload it instead")
+            await self._unload(state.module, self._registrations.pop(state.module))
+            state = self._set_state(replace(state, state="unloaded", reason=None))
+            await self._sync_commands()
         return state
 
     async def reload(self, name: str) -> CogState:
-        """Load a cog's code anew, by its short name. Raises like `load`.
+        """Load a cog's changed code, by its short name.
 
-        When the new code does not come up, the former is set up again and `CogError` says so.
+        If the new code fails, the previous code is restored and `CogError` is raised. Raises `ValidationError` if the
+        cog is not loaded.
         """
         async with self._lock:
-            state = self._loaded(name)
+            state = self._get_loaded(name)
             try:
-                await asyncio.to_thread(_compile, state.module)
+                await asyncio.to_thread(_check_source, state.module)
             except Exception as exc:
-                kept = self._keep(replace(state, reason=one_line(exc)))
-                raise CogError(f"{name} was not reloaded, the loaded code goes on: {kept.reason}") from exc
-            former = _modules(state.module)
-            await self._unload(state.module, self._added.pop(state.module))
+                state = self._set_state(replace(state, reason=describe_error(exc)))
+                raise CogError(f"{name} was not reloaded, the loaded code is unchanged: {state.reason}") from exc
+            previous = _imported_modules(state.module)
+            await self._unload(state.module, self._registrations.pop(state.module))
             new = await self._load(state)
             problem = new.reason
             if new.state == "failed":
-                new = await self._load(state, former)
+                new = await self._load(state, previous)
                 if new.state == "loaded":
-                    self._keep(replace(new, reason=problem))
-            await self._register()
+                    self._set_state(replace(new, reason=problem))
+            await self._sync_commands()
         if problem is not None:
-            outcome = "the former code is back" if new.state == "loaded" else f"nor is the former code: {new.reason}"
+            outcome = (
+                "the previous code was restored"
+                if new.state == "loaded"
+                else f"and the previous code could not be restored ({new.reason})"
+            )
             raise CogError(f"{name} was not reloaded, {outcome}: {problem}")
         return new
 
-    # One at a time, under the lock.
+    # --- called with the lock held
 
-    async def _load(self, state: CogState, former: dict[str, ModuleType] | None = None) -> CogState:
-        """Load a cog, from its files or from the modules that it had, and keep how that went."""
+    async def _load(self, state: CogState, previous: dict[str, ModuleType] | None = None) -> CogState:
+        """Load a cog from its files, or from modules imported before, and record the result."""
         module, started = state.module, time.perf_counter()
-        if module in self._bot.extensions:  # it came up after all, when it had been given up
+        if module in self._bot.extensions:  # a set-up that timed out completed later
             await self._unload(module, None)
-        before = Registrations.of(self._bot)
-        _forget(module)
+        before = Registrations.capture(self._bot)
+        _remove_modules(module)
         try:
-            await _bounded(self._extension(module, former or {}), f"the set-up of {module}", COG_SECONDS)
+            await self._run_isolated(
+                self._load_extension(module, previous or {}), f"setup of {module}", self.setup_timeout
+            )
         except Exception as exc:
             cause = exc.original if isinstance(exc, commands.ExtensionFailed) else exc
-            _log.error("%s is left out, the bot goes on without it: %r", module, cause, exc_info=cause)
-            await self._unload(module, Registrations.of(self._bot).since(before, module))
-            return self._keep(replace(state, state="failed", reason=one_line(cause), seconds=None))
+            _log.error("cog not loaded: %s: %r", module, cause, exc_info=cause)
+            await self._unload(module, Registrations.capture(self._bot).added_since(before, module))
+            return self._set_state(replace(state, state="failed", reason=describe_error(cause), seconds=None))
         seconds = round(time.perf_counter() - started, 3)
-        self._added[module] = Registrations.of(self._bot).since(before, module)
-        _log.info("%s is loaded", module, extra={"seconds": seconds})
-        return self._keep(replace(state, state="loaded", reason=None, seconds=seconds))
+        self._registrations[module] = Registrations.capture(self._bot).added_since(before, module)
+        _log.info("cog loaded: %s", module, extra={"seconds": seconds})
+        return self._set_state(replace(state, state="loaded", reason=None, seconds=seconds))
 
-    async def _extension(self, module: str, former: dict[str, ModuleType]) -> None:
+    async def _load_extension(self, module: str, previous: dict[str, ModuleType]) -> None:
         try:
-            if former:
-                with _at_hand(module, former):
+            if previous:
+                with _reimport(module, previous):
                     await self._bot.load_extension(module)
             else:
-                await asyncio.to_thread(_drop_bytecode, module)
+                await asyncio.to_thread(_delete_bytecode, module)
                 await self._bot.load_extension(module)
         except SystemExit as exc:
             raise CogError(f"{module} calls sys.exit({exc.code!r})") from exc
 
     async def _unload(self, module: str, added: Registrations | None) -> None:
-        """Take a cog away, whatever its own end does. `added`: what it put on the bot; None: nobody knows."""
+        """Remove a cog even if its own tear-down fails. `added`: what it registered on the bot; None if unknown."""
         for _ in range(1 + len(self._bot.cogs)):
             if module not in self._bot.extensions:
                 break
-            # discord.py lets go of a cog before it calls cog_unload: after an error the next attempt is without it.
-            await self._end(module, self._bot.unload_extension(module))
-        await self._end(module, end_cogs(module))
+            # discord.py removes a cog before it calls cog_unload, so each attempt gets past one more failing cog.
+            await self._tear_down(module, self._bot.unload_extension(module))
+        await self._tear_down(module, unload_orphaned_cogs(module))
         if added is not None:
-            await self._end(module, added.remove(self._bot))
-        _forget(module)
+            await self._tear_down(module, added.remove(self._bot))
+        _remove_modules(module)
 
-    async def _end(self, module: str, work: Coroutine[Any, Any, None]) -> None:
+    async def _tear_down(self, module: str, work: Coroutine[Any, Any, None]) -> None:
         try:
-            await _bounded(work, f"the end of {module}", END_SECONDS)
+            await self._run_isolated(work, f"tear-down of {module}", self.teardown_timeout)
         except Exception as exc:
-            _log.error("%s is taken away, but its end failed: %r", module, exc, exc_info=exc)
+            _log.error("cog removed, but its tear-down failed: %s: %r", module, exc, exc_info=exc)
 
-    async def _register(self) -> None:
+    async def _run_isolated(self, work: Coroutine[Any, Any, None], name: str, timeout: float) -> None:
+        """Run a cog's code in a task with an empty context, for at most `timeout` seconds.
+
+        Code that ignores its cancellation keeps running in the background.
+        """
+        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+        try:
+            await asyncio.wait([task], timeout=timeout)
+            if not task.done():
+                task.cancel()
+                await asyncio.wait([task], timeout=self.cancel_timeout)
+                if not task.done():
+                    _log.critical("%s ignored its cancellation and keeps running in the background", name)
+                elif not task.cancelled():
+                    task.exception()  # retrieved, so that asyncio does not log it
+                raise CogError(f"{name} took longer than {timeout:g} s")
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        if task.cancelled():
+            raise CogError(f"{name} cancelled itself")
+        task.result()
+
+    async def _sync_commands(self) -> None:
         if self._bot.application_id is None:
             return
         try:
-            await register_commands(self._bot)
+            await sync_commands(self._bot)
         except GuildbookError as exc:
-            _log.warning("slash commands may be registered again at the next start: %s", exc)
+            _log.warning("could not record the registered slash commands: the next start registers them again: %s", exc)
 
-    def _keep(self, state: CogState) -> CogState:
+    def _set_state(self, state: CogState) -> CogState:
         self._states[state.name] = state
         return state
 
-    def _known(self, name: str) -> CogState:
+    def _get(self, name: str) -> CogState:
         states = {state.name: state for state in self.states()}
         if name not in states:
-            raise ValidationError(f"there is no cog {name[:50]!r}: there are {', '.join(states) or 'none'}")
+            raise ValidationError(f"no cog is named {name[:50]!r}: expected one of {', '.join(states) or '(no cogs)'}")
         return states[name]
 
-    def _loaded(self, name: str) -> CogState:
-        state = self._known(name)
+    def _get_loaded(self, name: str) -> CogState:
+        state = self._get(name)
         if state.state != "loaded":
-            raise ValidationError(f"{name} is not loaded: load it")
+            raise ValidationError(f"{name} is not loaded: load it first")
         return state
 
 
-def found_extensions(directory: Path = COGS) -> list[str]:
-    """Return the modules in the cogs' directory, those that begin with an underscore excepted."""
+def find_extensions(directory: Path = COGS_DIRECTORY) -> list[str]:
+    """Return the modules and packages in the cogs' directory, except those whose names start with an underscore."""
     names = {path.stem for path in directory.glob("*.py")} | {
         path.parent.name for path in directory.glob("*/__init__.py")
     }
@@ -211,61 +265,37 @@ def found_extensions(directory: Path = COGS) -> list[str]:
 
 
 def short_name(module: str) -> str:
-    """Return the name that people use for a cog's module."""
+    """Return a cog's short name: `tally` for `cogs.tally`."""
     return module.rpartition(".")[2]
 
 
-def one_line(exc: BaseException) -> str:
-    """Return an error as one line."""
+def describe_error(exc: BaseException) -> str:
+    """Return an error as one line of at most 500 characters; messages of `GuildbookError` are not shortened."""
     if isinstance(exc, commands.NoEntryPointError):
         return "it has no `async def setup(bot)`"
     text = " ".join(str(exc).split())
     return text if isinstance(exc, GuildbookError) else f"{type(exc).__name__}: {text}"[:500]
 
 
-async def _bounded(work: Coroutine[Any, Any, None], what: str, seconds: float) -> None:
-    """Run somebody's code in a task and an empty context of its own, for so many seconds at most.
-
-    Code that does not even end when it is cancelled is left alone after a few seconds more.
-    """
-    task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
-    try:
-        await asyncio.wait([task], timeout=seconds)
-        if not task.done():
-            task.cancel()
-            await asyncio.wait([task], timeout=CANCEL_SECONDS)
-            if not task.done():
-                _log.critical("%s cannot be cancelled, and goes on in the background", what)
-            elif not task.cancelled():
-                task.exception()
-            raise CogError(f"{what} took longer than {seconds:g} s")
-    except asyncio.CancelledError:
-        task.cancel()
-        raise
-    if task.cancelled():
-        raise CogError(f"{what} was cancelled from within")
-    task.result()
-
-
-def _compile(module: str) -> None:
-    """Read and compile a module's source; what is wrong with it is raised."""
-    _drop_bytecode(module)
+def _check_source(module: str) -> None:
+    """Read and compile a module's source. Raises what is wrong with it."""
+    _delete_bytecode(module)
     spec = importlib.util.find_spec(module)
     if spec is None or not isinstance(spec.loader, importlib.abc.InspectLoader):
         return
     if spec.origin is not None and not Path(spec.origin).exists():
-        raise CogError(f"{spec.origin} is no longer there")
+        raise CogError(f"{spec.origin} does not exist any more")
     spec.loader.get_code(module)
 
 
-def _drop_bytecode(module: str) -> None:
-    """Let a module's files be compiled anew, those of its parts too.
+def _delete_bytecode(module: str) -> None:
+    """Delete the compiled files of a module and its submodules.
 
-    Python takes a file of the same size and the same second for the one that it has compiled (Python's reference, "The
-    import system", 5.4.7), and so would load the former code of a file that was just written.
+    Python loads the compiled file if the source's size and its modification time in whole seconds are unchanged
+    (Python's reference, "The import system", 5.4.7): an edit within the same second would go unnoticed.
     """
     importlib.invalidate_caches()
-    with contextlib.suppress(ImportError, ValueError, OSError):  # whoever loads it says what is wrong
+    with contextlib.suppress(ImportError, ValueError, OSError):  # the import that follows reports them
         spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:
             return
@@ -274,18 +304,20 @@ def _drop_bytecode(module: str) -> None:
             Path(importlib.util.cache_from_source(str(file))).unlink(missing_ok=True)
 
 
-def _modules(module: str) -> dict[str, ModuleType]:
-    return {name: it for name, it in sys.modules.items() if is_within(name, module)}
+def _imported_modules(module: str) -> dict[str, ModuleType]:
+    """Return a module and its submodules from `sys.modules`."""
+    return {name: imported for name, imported in sys.modules.items() if is_within(name, module)}
 
 
-def _forget(module: str) -> None:
-    for name in _modules(module):
+def _remove_modules(module: str) -> None:
+    """Remove a module, its submodules and their tables, so that they can be imported again."""
+    for name in _imported_modules(module):
         del sys.modules[name]
-    forget_tables(module)
+    remove_tables(module)
 
 
-class _Kept(importlib.abc.Loader):
-    """Gives a module that there was before, instead of running its file."""
+class _ImportedLoader(importlib.abc.Loader):
+    """Returns a module that was imported before instead of executing its file."""
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
@@ -298,13 +330,13 @@ class _Kept(importlib.abc.Loader):
 
 
 @contextlib.contextmanager
-def _at_hand(module: str, former: dict[str, ModuleType]) -> Iterator[None]:
-    """Let a module be imported as it was, for the duration of a block."""
-    kept = former[module]
-    spec = kept.__spec__
-    sys.modules.update(former)
-    kept.__spec__ = importlib.machinery.ModuleSpec(module, _Kept(kept))
+def _reimport(module: str, previous: dict[str, ModuleType]) -> Iterator[None]:
+    """Within the block, importing `module` returns the module that was imported before."""
+    imported = previous[module]
+    spec = imported.__spec__
+    sys.modules.update(previous)
+    imported.__spec__ = importlib.machinery.ModuleSpec(module, _ImportedLoader(imported))
     try:
         yield
     finally:
-        kept.__spec__ = spec
+        imported.__spec__ = spec

@@ -1,4 +1,4 @@
-"""One process of the bot from its start to its end, whichever way it ends."""
+"""`Process`: starts everything the bot needs, runs it until a signal or an error, and shuts it down in order."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ import aiohttp
 import discord
 
 from utils import logs
-from utils.bot.client import SPOOL, Guildbook
+from utils.bot.client import SPOOL_DIRECTORY, Guildbook
 from utils.database import Pool
 from utils.database.embedded import open_target
 from utils.database.partitions import ensure_partitions
@@ -31,84 +31,88 @@ from utils.settings import DEVELOPER_PORTAL, Settings
 
 _log = logging.getLogger(__name__)
 
-CHECK_SECONDS = 30.0
-PARTITION_SECONDS = 24 * 3600.0
-#: How often the event loop is felt for; a stall is seen to this accuracy.
-PULSE_SECONDS = 0.02
-#: Seconds that a step of the end keeps back for those after it.
-KEPT_BACK = 6.0
-#: Seconds of the time for writing that are kept for the disk to take what the database did not.
-SPOOL_SECONDS = 5.0
-#: Seconds for each step after a second signal.
-HURRIED_SECONDS = 1.0
-#: Seconds for leaving when another process has taken over.
-LEAVE_SECONDS = 20.0
-#: Seconds before it is begun anew after a start that the database cut short.
-ANEW_SECONDS = 1.0
-#: Discord's close codes that mean a wrong setting (API reference, "Gateway Close Event Codes").
-_WRONG_TOKEN, _WRONG_INTENTS = 4004, 4014
+#: Seconds between two checks of the database and its pooled connections.
+CHECK_INTERVAL = 30.0
+#: Seconds between two checks that the coming months have partitions.
+PARTITION_INTERVAL = 24 * 3600.0
+#: Seconds between two measurements of the event loop: the resolution of `guildbook_loop_stall_max_seconds`.
+STALL_INTERVAL = 0.02
+#: Seconds that each shutdown step leaves for the steps after it.
+RESERVED_SECONDS = 6.0
+#: Seconds of the time for the last flush that are left for writing the journal, if the database does not take the rows.
+JOURNAL_SECONDS = 5.0
+#: Seconds for each shutdown step after a second signal.
+HURRY_SECONDS = 1.0
+#: Seconds to stop the bot after another process took over the lease.
+STAND_DOWN_SECONDS = 20.0
+#: Seconds to wait before another attempt, after a database outage interrupted the bot's start.
+RESTART_DELAY = 1.0
+#: Discord's close codes for a wrong token and wrong intents (API reference, "Gateway Close Event Codes").
+_INVALID_TOKEN, _DISALLOWED_INTENTS = 4004, 4014
 
 
 class Process:
-    """Starts everything in its order, runs until a signal or an error, and ends everything in the reverse order."""
+    """Starts everything in order, runs until a signal or an error, and shuts everything down in reverse order."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings: Settings = settings
-        self.db: Pool | None = None
+        self.pool: Pool | None = None
         self.health: HealthServer | None = None
         self.lease: Lease | None = None
         self.bot: Guildbook | None = None
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._beside: set[asyncio.Task[None]] = set()
-        self._ends_at = 0.0
+        self._background_tasks: set[asyncio.Task[None]] = set()
+        #: When the shutdown must be complete, on the monotonic clock.
+        self._deadline = 0.0
+        self._is_database_up = True
+        self._resources = AsyncExitStack()
         #: Seconds that stopping the embedded server may take.
-        self._stop_timeout = settings.shutdown_seconds
-        self._opened = AsyncExitStack()
-        self._db_answers = True
+        self._server_stop_timeout = settings.shutdown_seconds
 
     async def run(self) -> None:
-        """Run until SIGTERM or SIGINT; raise what else ended it, after the same clean-up.
+        """Run until SIGTERM or SIGINT, then shut down. After an error, shut down and raise it.
 
-        Raises `SettingsError` for what the operator has to set right, `GuildbookError` for what else is known.
+        Raises `SettingsError` for what the operator must correct, `GuildbookError` for other known errors.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signalled, number)
-        work = asyncio.create_task(self._work(), name="bot")
+            loop.add_signal_handler(number, self._on_signal, number)
+        main = asyncio.create_task(self._main(), name="bot")
         stopped = asyncio.create_task(self._stop.wait(), name="stop")
         try:
-            await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({main, stopped}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stopped.cancel()
-            was_asked_to = self._stop.is_set() and not work.done()
-            await self._end(work)
+            was_signalled = self._stop.is_set() and not main.done()
+            await self._shut_down(main)
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
-        if was_asked_to:
+        if was_signalled:
             _log.info("stopped")
             return
-        error = work.exception()
-        assert error is not None, "it goes on for ever"
-        raise explained(error, self.settings) from error
+        error = main.exception()
+        assert error is not None, "unreachable: _main never returns"
+        raise explain_error(error, self.settings) from error
 
-    def _signalled(self, number: signal.Signals) -> None:
+    def _on_signal(self, number: signal.Signals) -> None:
+        name = signal.Signals(number).name
         if self._stop.is_set():
-            _log.warning("%s again: hurrying", signal.Signals(number).name)
+            _log.warning("received %s again: hurrying", name)
             self._hurry.set()
         else:
-            _log.info("%s: stopping", signal.Signals(number).name)
+            _log.info("received %s: stopping", name)
             self._stop.set()
 
-    # --- the start
+    # --- start
 
-    async def _work(self) -> None:
+    async def _main(self) -> None:
         settings = self.settings
-        assert settings.discord_token is not None, "the command line has asked for it"
-        target = await self._opened.enter_async_context(
-            open_target(settings.target, settings.data_dir, stop_timeout=lambda: self._stop_timeout)
+        assert settings.discord_token is not None, "bot.py checks it"
+        target = await self._resources.enter_async_context(
+            open_target(settings.target, settings.data_dir, stop_timeout=lambda: self._server_stop_timeout)
         )
-        self.db = Pool(
+        self.pool = pool = Pool(
             target,
             direct=settings.direct_target,
             pool_min=settings.db_pool_min,
@@ -121,240 +125,245 @@ class Process:
                 settings.health_host,
                 settings.effective_health_port,
                 ready=self._readiness,
-                alive=self._aliveness,
-                before_metrics=self._measure,
+                alive=self._liveness,
+                before_metrics=self._update_metrics,
             )
-            await self.health.start()  # before all that may take its time: whoever stands by is healthy
-        await self.db.connect()
-        await self._offer_recovery(self.db)
-        if not await has_table(self.db):
-            # Without a schema there is no lease to wait for.
-            await migrations.prepare_schema(self.db, auto_migrate=settings.auto_migrate)
-        self._repeat("partitions", PARTITION_SECONDS, self._make_partitions_in_time)
-        self._repeat("database check", CHECK_SECONDS, self._check_database)
-        self._run_beside("loop watch", self._watch_loop())
+            await self.health.start()  # before the slow steps: a process in standby must be healthy
+        await pool.connect()
+        await self._suggest_restore(pool)
+        if not await has_table(pool):
+            await migrations.prepare_schema(pool, auto_migrate=settings.auto_migrate)  # the lease needs its table
+        self._start_periodic("partitions", PARTITION_INTERVAL, self._maintain_partitions)
+        self._start_periodic("database check", CHECK_INTERVAL, self._check_database)
+        self._start_task("loop watchdog", self._measure_stalls())
         while True:
-            await self._act(self.db)
+            await self._run_bot(pool)
 
-    async def _act(self, db: Pool) -> None:
-        """Stand by until the lease is ours, then run the bot until another process has it, or its start met an outage.
+    async def _run_bot(self, pool: Pool) -> None:
+        """Wait for the lease, then run the bot until the lease is lost or a database outage interrupts its start.
 
-        Raises what ends the bot for good.
+        The caller repeats it. A fixed delay and no stamina: waiting for the lease and connecting to the database have
+        their own back-off, and the number of attempts has no limit. Raises the errors that end the process.
         """
         settings = self.settings
-        assert settings.discord_token is not None, "the command line has asked for it"
-        lease = self.lease = Lease(db.target, holder(), is_dead=partial(is_dead, settings.data_dir / SPOOL))
+        assert settings.discord_token is not None, "bot.py checks it"
+        lease = self.lease = Lease(pool.target, holder(), is_dead=partial(is_dead, settings.data_dir / SPOOL_DIRECTORY))
         await lease.wait()
-        lost = asyncio.create_task(lease.lost.wait(), name="lost")
+        lost = asyncio.create_task(lease.lost.wait(), name="lease lost")
         running: asyncio.Task[None] | None = None
         try:
-            await migrations.prepare_schema(db, auto_migrate=settings.auto_migrate)
-            await self._make_partitions()
-            self.bot = Guildbook(settings, db, lease)
+            await migrations.prepare_schema(pool, auto_migrate=settings.auto_migrate)
+            await self._create_partitions(pool)
+            self.bot = Guildbook(settings, pool, lease)
             heap.settle()
             running = asyncio.create_task(self.bot.start(settings.discord_token.get_secret_value()), name="discord")
             await asyncio.wait({running, lost}, return_when=asyncio.FIRST_COMPLETED)
             if not lost.done():
                 await running
-                if self.bot.ended_with is not None:
-                    raise self.bot.ended_with
-                raise GuildbookError("the connection to Discord was closed for good, though nobody asked for it")
-        except LeaseLost:  # before anybody else has noticed
+                if self.bot.shutdown_error is not None:
+                    raise self.bot.shutdown_error
+                raise GuildbookError("the connection to Discord closed unexpectedly and discord.py did not reconnect")
+        except LeaseLost:  # a write was refused before the lease's own check noticed
             lease.give_up()
         except DatabaseUnavailable as error:
-            _log.error("the start was cut short, beginning anew: %s", error)
+            _log.error("start interrupted by a database outage, starting again: %s", error)
         finally:
             lost.cancel()
             if running is not None:
                 running.cancel()
-        await self._leave(lease, running)
+        await self._stand_down(lease, running)
 
-    async def _leave(self, lease: Lease, running: asyncio.Task[None] | None) -> None:
-        """Stop acting: when another process does, what waits goes to the journal, not to the database."""
-        self._ends_at = time.monotonic() + LEAVE_SECONDS
+    async def _stand_down(self, lease: Lease, running: asyncio.Task[None] | None) -> None:
+        """Stop the bot and release the lease. If another process holds the lease, events go to the journal only."""
+        self._deadline = time.monotonic() + STAND_DOWN_SECONDS
         bot = self.bot
         if bot is not None:
-            await self._step("leaving Discord", lambda _: bot.close())
+            await self._shutdown_step("disconnecting from Discord", lambda _: bot.close())
         if running is not None:
-            await self._step("the connection to Discord", lambda _: _ended(running))
+            await self._shutdown_step("waiting for the gateway task", lambda _: _wait_for_end(running))
         if bot is not None:
-            await self._step("stopping the mirror", lambda seconds: bot.stop_mirror(_for_writing(seconds)))
+            await self._shutdown_step("stopping the mirror", lambda seconds: bot.stop_services(_flush_time(seconds)))
         was_lost = lease.lost.is_set()
-        await self._step("giving the lease back", lease.release, kept_back=0.0)
+        await self._shutdown_step("releasing the lease", lease.release, reserve=0.0)
         self.bot = None
         if was_lost:
-            _log.warning("the gateway is left: standing by until the process that acts has ended")
+            _log.warning("disconnected from the gateway: standing by until the active process ends")
         else:
-            await asyncio.sleep(ANEW_SECONDS)
+            await asyncio.sleep(RESTART_DELAY)
 
-    async def _offer_recovery(self, db: Pool) -> None:
-        """Say what to type when the database has lost what a backup still has."""
+    async def _suggest_restore(self, pool: Pool) -> None:
+        """Log the restore command if the database lost data that a backup has."""
         try:
-            line = await recover.offer(db, BackupService(self.settings))
+            line = await recover.offer(pool, BackupService(self.settings))
         except GuildbookError as exc:
-            _log.warning("whether a backup should be restored could not be found out: %s", exc)
+            _log.warning("could not check whether a backup should be restored: %s", exc)
         else:
             if line is not None:
                 _log.warning("%s", line)
 
-    async def _make_partitions_in_time(self) -> None:
-        if self.bot is not None:  # otherwise they are another process's business
-            await self._make_partitions()
+    async def _maintain_partitions(self) -> None:
+        if self.bot is not None and self.pool is not None:  # in standby, the active process does it
+            await self._create_partitions(self.pool)
 
-    async def _make_partitions(self) -> None:
-        assert self.db is not None
+    async def _create_partitions(self, pool: Pool) -> None:
         try:
-            async with self.db.acquire() as connection:
-                await ensure_partitions(connection, self.db.now())
-        except GuildbookError as exc:  # the default partition takes the rows until the next try
-            _log.warning("next months' partitions not made: %s", exc)
+            async with pool.acquire() as connection:
+                await ensure_partitions(connection, pool.now())
+        except GuildbookError as exc:  # the default partition takes the rows until the next attempt
+            _log.warning("could not create the coming months' partitions: %s", exc)
 
-    # --- beside the bot
+    # --- background work
 
-    def _run_beside(self, name: str, work: Any) -> None:
-        task: asyncio.Task[None] = asyncio.create_task(work, name=name)
-        self._beside.add(task)
-        task.add_done_callback(self._beside.discard)
+    def _start_task(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._background_tasks.add(task)
+        task.add_done_callback(self._background_tasks.discard)
 
-    def _repeat(self, name: str, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
-        async def repeatedly() -> None:
+    def _start_periodic(self, name: str, interval: float, work: Callable[[], Awaitable[None]]) -> None:
+        async def repeat() -> None:
             while True:
-                await asyncio.sleep(seconds)
+                await asyncio.sleep(interval)
                 try:
                     await work()
-                except Exception:  # it comes round again
+                except Exception:
                     _log.exception("%s failed", name)
 
-        self._run_beside(name, repeatedly())
+        self._start_task(name, repeat())
 
     async def _check_database(self) -> None:
-        assert self.db is not None
-        self._db_answers = await self.db.check()
-        await self.db.validate_connections()
+        assert self.pool is not None
+        self._is_database_up = await self.pool.check()
+        await self.pool.validate_connections()
 
-    async def _watch_loop(self) -> None:
+    async def _measure_stalls(self) -> None:
         longest, last = 0.0, time.perf_counter()
         while True:
-            await asyncio.sleep(PULSE_SECONDS)
+            await asyncio.sleep(STALL_INTERVAL)
             now = time.perf_counter()
-            if now - last - PULSE_SECONDS > longest:
-                longest = now - last - PULSE_SECONDS
+            if now - last - STALL_INTERVAL > longest:
+                longest = now - last - STALL_INTERVAL
                 metrics.loop_stall_max.set(longest)
             last = now
 
+    # --- the health server
+
     @property
-    def _state(self) -> str:
+    def state(self) -> str:
+        """`starting`, or the state of the lease: `standby`, `active`, `unsure` or `lost`."""
         return "starting" if self.lease is None else str(self.lease.describe()["state"])
 
-    def _aliveness(self) -> tuple[bool, dict[str, Any]]:
-        return True, {"state": self._state}
+    def _liveness(self) -> tuple[bool, dict[str, Any]]:
+        return True, {"state": self.state}
 
     def _readiness(self) -> tuple[bool, dict[str, Any]]:
         if self.bot is None:
-            return False, {"state": self._state}
+            return False, {"state": self.state}
         ready, details = self.bot.readiness()
-        state = {"state": self._state, **details, "database": self._db_answers}
-        return ready and not self._stop.is_set() and self._state != "lost", state
+        details = {"state": self.state, **details, "database": self._is_database_up}
+        return ready and not self._stop.is_set() and self.state != "lost", details
 
-    def _measure(self) -> None:
-        if self.db is not None:
-            for state, count in self.db.pool_stats().items():
+    def _update_metrics(self) -> None:
+        if self.pool is not None:
+            for state, count in self.pool.pool_stats().items():
                 metrics.pool_connections.labels(state).set(count)
         fence = None if self.lease is None or self.lease.lost.is_set() else self.lease.fence
         metrics.lease_epoch.set(0 if fence is None else fence.epoch)
         if self.bot is not None:
-            self.bot.measure()
+            self.bot.update_metrics()
 
-    # --- the end
+    # --- shutdown
 
-    async def _end(self, work: asyncio.Task[None]) -> None:
-        self._ends_at = time.monotonic() + self.settings.shutdown_seconds
-        bot, health, db = self.bot, self.health, self.db
+    async def _shut_down(self, main: asyncio.Task[None]) -> None:
+        self._deadline = time.monotonic() + self.settings.shutdown_seconds
+        bot, health, pool = self.bot, self.health, self.pool
         if bot is not None:
-            await self._step("leaving Discord", lambda _: bot.close())
-        work.cancel()
-        await self._step("the bot", lambda _: _ended(work))
+            await self._shutdown_step("disconnecting from Discord", lambda _: bot.close())
+        main.cancel()
+        await self._shutdown_step("stopping the bot", lambda _: _wait_for_end(main))
         if bot is not None:
-            written = await self._step("writing what waits", lambda seconds: bot.stop_mirror(_for_writing(seconds)))
-            if not written:
-                await self._step("leaving what waits to the disk", lambda _: bot.stop_mirror(0.0))
-        if self.lease is not None:  # not before: what was written needed it
-            await self._step("giving the lease back", self.lease.release, kept_back=KEPT_BACK - 2 * HURRIED_SECONDS)
-        for task in self._beside:
+            is_written = await self._shutdown_step(
+                "writing the buffers", lambda seconds: bot.stop_services(_flush_time(seconds))
+            )
+            if not is_written:
+                await self._shutdown_step("writing the journal", lambda _: bot.stop_services(0.0))
+        if self.lease is not None:  # after the last write, which needs it
+            await self._shutdown_step(
+                "releasing the lease", self.lease.release, reserve=RESERVED_SECONDS - 2 * HURRY_SECONDS
+            )
+        for task in self._background_tasks:
             task.cancel()
         if health is not None:
-            await self._step("the health server", health.stop)
-        if db is not None:
-            await self._step("the connections", db.close)
-        await self._step("the embedded server", self._close_target, kept_back=0.0)
+            await self._shutdown_step("stopping the health server", health.stop)
+        if pool is not None:
+            await self._shutdown_step("closing the pool", pool.close)
+        await self._shutdown_step("stopping the embedded server", self._close_resources, reserve=0.0)
 
-    async def _close_target(self, timeout: float) -> None:
-        self._stop_timeout = timeout
-        await self._opened.aclose()
+    async def _close_resources(self, timeout: float) -> None:
+        self._server_stop_timeout = timeout
+        await self._resources.aclose()
 
-    async def _step(self, what: str, work: Callable[[float], Awaitable[None]], *, kept_back: float = KEPT_BACK) -> bool:
-        """Do one part of the end in the time that is left for it, and return whether it came to its own end.
+    async def _shutdown_step(
+        self, name: str, step: Callable[[float], Awaitable[None]], *, reserve: float = RESERVED_SECONDS
+    ) -> bool:
+        """Run one step in the time that is left, minus `reserve` seconds, and return whether it finished.
 
-        The others are done whatever becomes of it.
+        Errors are logged: the remaining steps always run.
         """
-        seconds = max(HURRIED_SECONDS, self._ends_at - time.monotonic() - kept_back)
+        seconds = max(HURRY_SECONDS, self._deadline - time.monotonic() - reserve)
         if self._hurry.is_set():
-            seconds = HURRIED_SECONDS
-        task = asyncio.ensure_future(work(seconds))
+            seconds = HURRY_SECONDS
+        task = asyncio.ensure_future(step(seconds))
         hurry = asyncio.create_task(self._hurry.wait())
         try:
             waiting = {task} if self._hurry.is_set() else {task, hurry}
             await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                await asyncio.wait({task}, timeout=HURRIED_SECONDS)
+                await asyncio.wait({task}, timeout=HURRY_SECONDS)
         finally:
             hurry.cancel()
-            is_cut_off = task.cancel()
-        if is_cut_off:
-            _log.warning("%s: cut off", what)
+            was_cancelled = task.cancel()
+        if was_cancelled:
+            _log.warning("shutdown step timed out: %s", name)
         elif not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("%s: %r", what, error, exc_info=error)
-        return not is_cut_off
+            _log.error("shutdown step failed: %s: %r", name, error, exc_info=error)
+        return not was_cancelled
 
 
-def _for_writing(seconds: float) -> float:
-    return max(seconds - SPOOL_SECONDS, seconds / 2)
+def _flush_time(seconds: float) -> float:
+    """Return how much of a shutdown step's time the flush may take; the rest is for the journal."""
+    return max(seconds - JOURNAL_SECONDS, seconds / 2)
 
 
-async def _ended(task: asyncio.Task[None]) -> None:
-    """Wait for a task's end, whichever it is."""
+async def _wait_for_end(task: asyncio.Task[None]) -> None:
+    """Wait until a task has ended, without raising its error."""
     await asyncio.wait({task})
     if not task.cancelled() and (error := task.exception()) is not None:
         _log.debug("%s ended: %r", task.get_name(), error)
 
 
-def explained(error: BaseException, settings: Settings) -> BaseException:
-    """Return what an operator can do something with in place of discord.py's and aiohttp's errors."""
+def explain_error(error: BaseException, settings: Settings) -> BaseException:
+    """Return an error that tells the operator what to do, in place of discord.py's and aiohttp's; others unchanged."""
     code = error.code if isinstance(error, discord.ConnectionClosed) else None
-    if isinstance(error, discord.LoginFailure) or code == _WRONG_TOKEN:
+    if isinstance(error, discord.LoginFailure) or code == _INVALID_TOKEN:
         return SettingsError(
-            f"DISCORD_TOKEN: Discord does not know this token; get a new one at {DEVELOPER_PORTAL} > your application"
+            f"DISCORD_TOKEN: Discord rejected this token; get a new one at {DEVELOPER_PORTAL} > your application"
             " > Bot > Reset Token"
         )
-    if isinstance(error, discord.PrivilegedIntentsRequired) or code == _WRONG_INTENTS:
+    if isinstance(error, discord.PrivilegedIntentsRequired) or code == _DISALLOWED_INTENTS:
         return SettingsError(
-            "DISCORD_TOKEN: this application may not see members: switch on 'Server Members Intent' at"
+            "DISCORD_TOKEN: this application is not allowed to see members; enable 'Server Members Intent' at"
             f" {DEVELOPER_PORTAL} > your application > Bot > Privileged Gateway Intents, then start again"
         )
     if isinstance(error, discord.ConnectionClosed):
-        return GuildbookError(f"Discord's gateway closed the connection for good: code {error.code} {error.reason}")
+        return GuildbookError(f"Discord closed the gateway connection: code {error.code} {error.reason}")
     if isinstance(error, discord.HTTPException | discord.GatewayNotFound):
-        return GuildbookError(f"Discord at {settings.discord_api_base} does not answer as it should: {error}")
+        return GuildbookError(f"unexpected response from Discord at {settings.discord_api_base}: {error}")
     if isinstance(error, aiohttp.ClientError):
-        return GuildbookError(f"Discord at {settings.discord_api_base} cannot be reached: {error}")
+        return GuildbookError(f"cannot reach Discord at {settings.discord_api_base}: {error}")
     return error
 
 
 def run(settings: Settings) -> None:
-    """Run the bot until a signal. Raises like `Process.run`."""
-
-    async def main() -> None:
-        await Process(settings).run()
-
+    """Configure logging and run the bot until a signal. Raises like `Process.run`."""
     logs.configure(settings.log_format, settings.log_level, secrets=settings.secrets())
-    asyncio.run(main())
+    asyncio.run(Process(settings).run())

@@ -1,4 +1,8 @@
-"""What a cog puts on a bot: found out when it is loaded, and taken away with it, or when the load fails."""
+"""What a cog registers on a bot: recorded when it is loaded, removed when it is unloaded or its load fails.
+
+discord.py and SQLAlchemy have no public way to list checks, guild commands and context menus, or to remove a mapped
+class: the private attributes read for that are all in this module.
+"""
 
 from __future__ import annotations
 
@@ -21,57 +25,62 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-#: How long each of a cog's `start`, `stop` and the end of its tasks may take, in seconds.
-LIFECYCLE_SECONDS = 30.0
+#: Seconds for each of: a cog's `start`, its `stop`, and its tasks after they were cancelled.
+LIFECYCLE_TIMEOUT = 30.0
 
-#: Every BaseCog that may still hold resources, added to the bot or not.
+#: Every BaseCog that was not unloaded yet, whether it was added to the bot or not.
 live_cogs: weakref.WeakSet[commands.Cog] = weakref.WeakSet()
-#: Classes whose tables were taken out: SQLAlchemy still lists them while somebody holds one.
-_forgotten: weakref.WeakSet[type[Any]] = weakref.WeakSet()
+#: Models that were removed. SQLAlchemy still lists them as long as they are referenced.
+_removed_models: weakref.WeakSet[type[Any]] = weakref.WeakSet()
 
 AppCommand = app_commands.Command[Any, ..., Any] | app_commands.Group | app_commands.ContextMenu
 
 
 @dataclass(frozen=True, slots=True)
 class Registrations:
-    """What is on a bot at one moment."""
+    """What is registered on a bot at one moment."""
 
     cogs: frozenset[str]
     listeners: dict[str, list[Callable[..., Any]]]
     commands: list[commands.Command[Any, ..., Any]]
-    slash_commands: list[tuple[int | None, AppCommand]]
+    #: With the guild; None for global commands.
+    app_commands: list[tuple[int | None, AppCommand]]
+    #: With whether it is a `call_once` check.
     checks: list[tuple[bool, Callable[..., Any]]]
     views: list[Any]
     tasks: frozenset[asyncio.Task[Any]]
 
     @classmethod
-    def of(cls, bot: Guildbook) -> Registrations:
-        """Note what is there now."""
+    def capture(cls, bot: Guildbook) -> Registrations:
+        """Return what is registered now."""
         return cls(
             cogs=frozenset(bot.cogs),
-            listeners={event: list(found) for event, found in bot.extra_events.items()},
+            listeners={event: list(listeners) for event, listeners in bot.extra_events.items()},
             commands=list(bot.commands),
-            slash_commands=list(_slash_commands(bot)),
+            app_commands=list(_app_commands(bot)),
             checks=list(_checks(bot)),
             views=list(bot.persistent_views),
             tasks=frozenset(asyncio.all_tasks()),
         )
 
-    def since(self, before: Registrations, module: str) -> Registrations:
-        """Return what came since `before`; of the tasks only those that run the module's code."""
-        fresh = self.tasks - before.tasks - {asyncio.current_task()}
+    def added_since(self, before: Registrations, module: str) -> Registrations:
+        """Return what was added since `before`. Of the tasks, only those that run code of `module`."""
+        new_tasks = self.tasks - before.tasks - {asyncio.current_task()}
         return Registrations(
             cogs=self.cogs - before.cogs,
-            listeners={event: _but(found, before.listeners.get(event, [])) for event, found in self.listeners.items()},
-            commands=_but(self.commands, before.commands),
-            slash_commands=_but(self.slash_commands, before.slash_commands),
-            checks=_but(self.checks, before.checks),
-            views=_but(self.views, before.views),
-            tasks=frozenset(task for task in fresh if runs_code_of(task, module)),
+            listeners={
+                event: _new_items(listeners, before.listeners.get(event, []))
+                for event, listeners in self.listeners.items()
+            },
+            commands=_new_items(self.commands, before.commands),
+            app_commands=_new_items(self.app_commands, before.app_commands),
+            checks=_new_items(self.checks, before.checks),
+            views=_new_items(self.views, before.views),
+            tasks=frozenset(task for task in new_tasks if runs_code_from(task, module)),
         )
 
     async def remove(self, bot: Guildbook) -> None:
-        """Take away as much of this as is still there."""
+        """Remove what is still registered."""
         for task in self.tasks:
             task.cancel()
         for event, listeners in self.listeners.items():
@@ -80,10 +89,15 @@ class Registrations:
         for command in self.commands:
             if bot.get_command(command.name) is command:
                 bot.remove_command(command.name)
-        for guild_id, slash in self.slash_commands:
-            kind = slash.type if isinstance(slash, app_commands.ContextMenu) else discord.AppCommandType.chat_input
-            if bot.tree.get_command(slash.name, guild=_scope(guild_id), type=kind) is slash:
-                bot.tree.remove_command(slash.name, guild=_scope(guild_id), type=kind)
+        for guild_id, app_command in self.app_commands:
+            name, guild = app_command.name, guild_object(guild_id)
+            kind = (
+                app_command.type
+                if isinstance(app_command, app_commands.ContextMenu)
+                else discord.AppCommandType.chat_input
+            )
+            if bot.tree.get_command(name, guild=guild, type=kind) is app_command:
+                bot.tree.remove_command(name, guild=guild, type=kind)
         for is_once, check in self.checks:
             bot.remove_check(check, call_once=is_once)
         for view in self.views:
@@ -91,8 +105,8 @@ class Registrations:
         await asyncio.gather(*(bot.remove_cog(name) for name in self.cogs))
 
 
-def runs_code_of(task: asyncio.Task[Any], module: str) -> bool:
-    """Tell whether a task's coroutine, or the loop of discord.ext.tasks that it is, was written in a module."""
+def runs_code_from(task: asyncio.Task[Any], module: str) -> bool:
+    """Return whether a task's coroutine, or the `discord.ext.tasks` loop that it runs, is defined in `module`."""
     frame = getattr(task.get_coro(), "cr_frame", None)
     if frame is None:
         return False
@@ -102,36 +116,45 @@ def runs_code_of(task: asyncio.Task[Any], module: str) -> bool:
     return is_within(frame.f_globals.get("__name__"), module)
 
 
-def forget_tables(module: str) -> None:
-    """Take a module's tables out of the metadata, so that it can declare them once more."""
+def remove_tables(module: str) -> None:
+    """Remove a module's tables from the metadata, so that it can declare them again."""
     for mapper in list(Base.registry.mappers):
-        if is_within(mapper.class_.__module__, module) and mapper.class_ not in _forgotten:
+        if is_within(mapper.class_.__module__, module) and mapper.class_ not in _removed_models:
             table = mapper.local_table
             if isinstance(table, Table) and (mapper.inherits is None or table is not mapper.inherits.local_table):
                 Base.metadata.remove(table)
             Base.registry._dispose_cls(mapper.class_)
-            _forgotten.add(mapper.class_)
+            _removed_models.add(mapper.class_)
 
 
-def _but(now: list[Any], before: list[Any]) -> list[Any]:
-    left, fresh = list(before), []
-    for it in now:
-        if it in left:
-            left.remove(it)
-        else:
-            fresh.append(it)
-    return fresh
+async def unload_orphaned_cogs(module: str) -> None:
+    """Unload the cogs of a module that were never added to the bot, or were removed from it already."""
+    cogs = [cog for cog in list(live_cogs) if is_within(type(cog).__module__, module)]
+    for result in await asyncio.gather(*(cog.cog_unload() for cog in cogs), return_exceptions=True):
+        if isinstance(result, BaseException):  # only from a class that overrides cog_unload
+            _log.error("cog_unload failed: %s", module, exc_info=result)
 
 
-def _slash_commands(bot: Guildbook) -> Iterator[tuple[int | None, AppCommand]]:
-    menus = {guild_id for _, guild_id, _ in bot.tree._context_menus}
-    for guild_id in {None, *bot.tree._guild_commands, *menus}:
-        for command in bot.tree.get_commands(guild=_scope(guild_id)):
-            yield guild_id, command
+def command_scopes(bot: Guildbook) -> set[int | None]:
+    """Return the guilds that have commands of their own, and None for the global commands."""
+    menu_guilds = {guild_id for _, guild_id, _ in bot.tree._context_menus}
+    return {None, *bot.tree._guild_commands, *menu_guilds}
 
 
-def _scope(guild_id: int | None) -> discord.Object | None:
+def guild_object(guild_id: int | None) -> discord.Object | None:
+    """Return a guild as the methods of a command tree take it; None for the global commands."""
     return None if guild_id is None else discord.Object(guild_id)
+
+
+def is_within(name: str | None, module: str) -> bool:
+    """Return whether `name` is `module` or one of its submodules."""
+    return name is not None and (name == module or name.startswith(module + "."))
+
+
+def _app_commands(bot: Guildbook) -> Iterator[tuple[int | None, AppCommand]]:
+    for guild_id in command_scopes(bot):
+        for command in bot.tree.get_commands(guild=guild_object(guild_id)):
+            yield guild_id, command
 
 
 def _checks(bot: Guildbook) -> Iterator[tuple[bool, Callable[..., Any]]]:
@@ -139,14 +162,12 @@ def _checks(bot: Guildbook) -> Iterator[tuple[bool, Callable[..., Any]]]:
     yield from ((True, check) for check in bot._check_once)
 
 
-async def end_cogs(module: str) -> None:
-    """Unload the cogs of a module that the bot never added or has already removed."""
-    found = [cog for cog in list(live_cogs) if is_within(type(cog).__module__, module)]
-    for outcome in await asyncio.gather(*(cog.cog_unload() for cog in found), return_exceptions=True):
-        if isinstance(outcome, BaseException):  # of a class that overrides cog_unload
-            _log.error("cog_unload of a cog in %s failed", module, exc_info=outcome)
-
-
-def is_within(name: str | None, module: str) -> bool:
-    """Return whether `name` is `module` or one of its submodules."""
-    return name is not None and (name == module or name.startswith(module + "."))
+def _new_items(now: list[Any], before: list[Any]) -> list[Any]:
+    """Return the items of `now` that are not in `before`, counting duplicates."""
+    remaining, new = list(before), []
+    for item in now:
+        if item in remaining:
+            remaining.remove(item)
+        else:
+            new.append(item)
+    return new

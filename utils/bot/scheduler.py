@@ -1,4 +1,4 @@
-"""What a bot that acts does by itself beside the mirror: sizes noted, backups and drills in time, the first import."""
+"""Scheduled work of the active bot: table size samples, backups, restore drills and the first import."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from utils.database import Pool
@@ -21,142 +22,167 @@ from utils.settings import Settings
 
 _log = logging.getLogger(__name__)
 
-#: Seconds until what failed is tried again, unless it comes round sooner.
-AGAIN_SECONDS = 300.0
-#: Seconds after the start before anything of this begins: the mirror goes first.
-START_SECONDS = 5.0
+#: Seconds before failed work is tried again, if its interval is not shorter.
+RETRY_DELAY = 300.0
+#: Seconds after the start before the first work: the mirror's start goes first.
+START_DELAY = 5.0
 
-_LAST_SAMPLE = "SELECT extract(epoch FROM clock_timestamp() - max(at))::float8 FROM ops.table_sizes"
+_SECONDS_SINCE_SAMPLE = "SELECT extract(epoch FROM clock_timestamp() - max(at))::float8 FROM ops.table_sizes"
 
 
 class Scheduler:
-    """Runs them until `stop`."""
+    """Runs scheduled work between `start` and `stop`.
 
-    def __init__(self, settings: Settings, database: Pool) -> None:
+    Delays are in seconds and may be changed before `start`. `clock` returns the current time.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        pool: Pool,
+        *,
+        start_delay: float = START_DELAY,
+        retry_delay: float = RETRY_DELAY,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self.start_delay: float = start_delay
+        self.retry_delay: float = retry_delay
         self._settings = settings
-        self._database = database
+        self._pool = pool
+        self._clock = clock
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Begin with all of them."""
+        """Start everything that the settings ask for."""
         settings = self._settings
-        self._run("sizes", self._repeat("sizes", sizes.SAMPLE_SECONDS, self._since_sample, self._sample))
+        self._start_task(
+            "sizes", self._repeat("sizes", sizes.SAMPLE_SECONDS, self._seconds_since_sample, self._sample_sizes)
+        )
         if settings.backup_every is not None:
-            self._run("backups", self._repeat("backup", settings.backup_every, self._since_backup, self._back_up))
+            self._start_task(
+                "backups", self._repeat("backup", settings.backup_every, self._seconds_since_backup, self._back_up)
+            )
         if settings.drill_every is not None:
-            self._run("drills", self._repeat("drill", settings.drill_every, self._since_drill, self._drill))
+            self._start_task(
+                "drills", self._repeat("drill", settings.drill_every, self._seconds_since_drill, self._drill)
+            )
         if settings.import_json is not None:
-            self._run("import", self._import())
+            self._start_task("import", self._import(settings.import_json))
 
     async def stop(self, timeout: float) -> None:
-        """Call off what is under way, and wait up to `timeout` seconds for it."""
+        """Cancel all work and wait up to `timeout` seconds for it to end."""
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=timeout)
 
-    def _run(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+    def _start_task(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.append(asyncio.create_task(work, name=name))
 
     async def _repeat(
         self,
         name: str,
-        every: float,
-        since: Callable[[], Awaitable[float | None]],
+        interval: float,
+        seconds_since_last: Callable[[], Awaitable[float | None]],
         work: Callable[[], Awaitable[None]],
     ) -> None:
-        """Do `work` when the last time, whoever did it then, is `every` seconds ago; `since` says how long it is."""
-        await asyncio.sleep(START_SECONDS)
+        """Run `work` whenever its last run, by any process, was `interval` seconds ago.
+
+        Failed work is tried again after a fixed delay and without stamina: it recurs anyway and has no last attempt.
+        """
+        await asyncio.sleep(self.start_delay)
         while True:
-            wait = min(every, AGAIN_SECONDS)
+            wait = min(interval, self.retry_delay)
             try:
-                last = await since()
-                if last is None or last >= every:
+                since_last = await seconds_since_last()
+                if since_last is None or since_last >= interval:
                     await work()
-                    last = await since()
-                if last is not None:
-                    wait = every - last
+                    since_last = await seconds_since_last()
+                if since_last is not None:
+                    wait = interval - since_last
             except GuildbookError as exc:
-                _log.error("%s: %s", name, redact(str(exc)))
+                _log.error("%s failed: %s", name, redact(str(exc)))
                 metrics.duty_failures.labels(name).inc()
-            except Exception:  # it comes round again
+            except Exception:
                 _log.exception("%s failed", name)
                 metrics.duty_failures.labels(name).inc()
             await asyncio.sleep(max(1.0, wait))
 
-    async def _since_sample(self) -> float | None:
-        seconds: float | None = await self._database.fetchval(_LAST_SAMPLE)
+    async def _seconds_since_sample(self) -> float | None:
+        seconds: float | None = await self._pool.fetchval(_SECONDS_SINCE_SAMPLE)
         return seconds
 
-    async def _sample(self) -> None:
-        await sizes.sample(self._database)
+    async def _sample_sizes(self) -> None:
+        await sizes.sample(self._pool)
 
-    async def _since_backup(self) -> float | None:
+    async def _seconds_since_backup(self) -> float | None:
         newest = await BackupService(self._settings).newest()
-        return None if newest is None else _since(newest.made_at)
+        return None if newest is None else self._seconds_since(newest.made_at)
 
     async def _back_up(self) -> None:
-        vault = BackupService(self._settings)
-        await self._noted("backup create", lambda: vault.create(self._database, reason="scheduled"))
+        backups = BackupService(self._settings)
+        await self._run_action("backup create", lambda: backups.create(self._pool, reason="scheduled"))
         metrics.backup_time.set_to_current_time()
-        pruned = await vault.prune()
+        pruned = await backups.prune()
         if pruned.data["deleted"]:
-            await self._note("backup prune", pruned.text)
+            await self._record("backup prune", pruned.text)
 
-    async def _since_drill(self) -> float | None:
-        """Seconds since any drill, of whichever backup: the newest are looked at."""
-        vault, ages = BackupService(self._settings), []
-        for entry in (await vault.known())[: self._settings.backup_keep]:
-            drill = await last_drill(vault, entry.id)
+    async def _seconds_since_drill(self) -> float | None:
+        """Return the seconds since the last drill of any of the newest `BACKUP_KEEP` backups."""
+        backups, ages = BackupService(self._settings), []
+        for entry in (await backups.known())[: self._settings.backup_keep]:
+            drill = await last_drill(backups, entry.id)
             if drill is not None:
-                ages.append(_since(datetime.fromisoformat(drill.at)))
+                ages.append(self._seconds_since(datetime.fromisoformat(drill.at)))
         return min(ages, default=None)
 
     async def _drill(self) -> None:
-        vault = BackupService(self._settings)
-        if await vault.newest() is None:
+        backups = BackupService(self._settings)
+        if await backups.newest() is None:
             raise GuildbookError(
-                "there is no full backup to restore yet: set BACKUP_EVERY, or python bot.py backup create"
+                "there is no full backup to restore: set BACKUP_EVERY, or run python bot.py backup create"
             )
-        outcome = await self._noted("backup drill", lambda: vault.drill(self._database))
+        outcome = await self._run_action("backup drill", lambda: backups.drill(self._pool))
         metrics.drill_ok.set(outcome.ok)
         metrics.drill_time.set_to_current_time()
         if not outcome.ok:
-            _log.error("a drill found that the newest backup does not come back: %s", outcome.text)
+            _log.error("restore drill failed: the newest backup cannot be restored: %s", outcome.text)
 
-    async def _import(self) -> None:
+    async def _import(self, directory: Path) -> None:
         from utils.operations.importing import importer
 
-        directory = self._settings.import_json
-        assert directory is not None, "this is only begun with one"
-        with contextlib.suppress(GuildbookError):  # it is in the log and in the books
-            await self._noted(
+        with contextlib.suppress(GuildbookError):  # logged and recorded
+            await self._run_action(
                 "import",
-                lambda: importer.at_start(self._database, directory, data_dir=self._settings.data_dir),
+                lambda: importer.at_start(self._pool, directory, data_dir=self._settings.data_dir),
                 directory=str(directory),
             )
 
-    async def _noted(self, command: str, work: Callable[[], Awaitable[Outcome | None]], **arguments: Any) -> Outcome:
-        """Do something that operators can do as well, and write it down as they are. Raises what it raises."""
+    async def _run_action(
+        self, command: str, action: Callable[[], Awaitable[Outcome | None]], **arguments: Any
+    ) -> Outcome:
+        """Run what operators can also run as a command; log its outcome and record it in `ops.admin_actions`.
+
+        Raises what the action raises.
+        """
         try:
-            outcome = await work()
+            outcome = await action()
         except GuildbookError as exc:
-            _log.error("%s: %s", command, redact(str(exc)))
-            await self._note(command, f"Failed: {redact(str(exc))}", **arguments)
+            _log.error("%s failed: %s", command, redact(str(exc)))
+            await self._record(command, f"Failed: {redact(str(exc))}", **arguments)
             raise
         if outcome is None:
             return Outcome("nothing to do")
         _log.info("%s: %s", command, redact(outcome.text))
-        await self._note(command, redact(outcome.text), **arguments)
+        await self._record(command, redact(outcome.text), **arguments)
         return outcome
 
-    async def _note(self, command: str, result: str, **arguments: Any) -> None:
+    async def _record(self, command: str, result: str, **arguments: Any) -> None:
         try:
-            await record_action(self._database, command, {"by": "the bot itself", **arguments}, result)
+            await record_action(self._pool, command, {"by": "the bot itself", **arguments}, result)
         except DatabaseError as exc:
-            _log.warning("%s was not written down: %s", command, exc)
+            _log.warning("could not record %s in ops.admin_actions: %s", command, exc)
 
-
-def _since(moment: datetime) -> float:
-    return (datetime.now(UTC) - moment).total_seconds()
+    def _seconds_since(self, moment: datetime) -> float:
+        return (self._clock() - moment).total_seconds()

@@ -1,4 +1,4 @@
-"""Buttons that ask whether it is meant: only whoever gave the command can press them, and they expire."""
+"""Asks for confirmation with buttons, which expire and which only the user who ran the command can press."""
 
 from __future__ import annotations
 
@@ -14,71 +14,70 @@ from utils.exceptions import NotConfirmed
 
 _log = logging.getLogger(__name__)
 
-#: Seconds for which a question stands.
-CONFIRM_SECONDS = 60.0
-#: Seconds for an answer to a press to reach Discord, which waits three.
-ANSWER_SECONDS = 10.0
+#: Seconds after which a question expires.
+CONFIRM_TIMEOUT = 60.0
+#: Seconds to respond to a pressed button. Discord expects a response within 3 seconds.
+RESPONSE_TIMEOUT = 10.0
 
 _PREFIX = "guildbook-confirm"
-_PRESSED = re.compile(rf"{_PREFIX}:([0-9a-f]{{16}}):(yes|no)")
+_CUSTOM_ID = re.compile(rf"{_PREFIX}:([0-9a-f]{{16}}):(yes|no)")
 
-OTHERS = "Only whoever gave the command can answer that."
-EXPIRED = "This question has expired: give the command again."
+NOT_YOURS = "Only the user who ran the command can answer this."
+EXPIRED = "This question has expired. Run the command again."
 
 
 class Confirmations:
-    """The questions of one bot that wait for an answer.
+    """The open questions of one bot. `timeout` is in seconds and applies to questions asked after it is set.
 
-    Buttons are told apart by their ids alone, so that one whose question is gone, by expiry or by a restart, is
-    answered as well.
+    A button is recognised by its custom id alone, so one of an expired question, or from before a restart, gets a
+    response too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, timeout: float = CONFIRM_TIMEOUT) -> None:
+        self.timeout: float = timeout
         self._open: dict[str, tuple[int, asyncio.Future[bool]]] = {}
 
-    async def ask(
-        self, interaction: discord.Interaction[Any], text: str, label: str, *, timeout: float = CONFIRM_SECONDS
-    ) -> None:
-        """Put a question under the reply, with a button that says `label`, and return once it was pressed.
+    async def ask(self, interaction: discord.Interaction[Any], text: str, label: str) -> None:
+        """Ask a question in the command's reply and return once the button named `label` was pressed.
 
-        `timeout`: seconds. Raises `NotConfirmed`.
+        Raises `NotConfirmed` if the user cancels or does not answer in time.
         """
-        token = secrets.token_hex(8)
-        answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._open[token] = interaction.user.id, answered
+        token, timeout = secrets.token_hex(8), self.timeout
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._open[token] = interaction.user.id, answer
         try:
             async with asyncio.timeout(timeout):
                 await interaction.edit_original_response(content=text, view=_buttons(token, label))
-                is_meant = await answered
+                is_confirmed = await answer
         except TimeoutError:
-            raise NotConfirmed(f"not confirmed within {timeout:g} s: nothing was done") from None
+            raise NotConfirmed(f"not confirmed within {timeout:g} s, nothing was done") from None
         except (discord.DiscordException, OSError) as exc:
-            raise NotConfirmed(f"the question could not be asked, nothing was done: {exc}") from exc
+            raise NotConfirmed(f"the confirmation could not be shown, nothing was done: {exc}") from exc
         finally:
             del self._open[token]
-        if not is_meant:
-            raise NotConfirmed("called off: nothing was done")
+        if not is_confirmed:
+            raise NotConfirmed("cancelled, nothing was done")
 
     async def on_interaction(self, interaction: discord.Interaction[Any]) -> None:
-        """Answer a press of one of these buttons; everything else is left alone. A listener of the bot's."""
+        """Respond to a press of one of these buttons and ignore all other interactions. The bot's listener."""
         if interaction.type is not discord.InteractionType.component:
             return
         data: Any = interaction.data or {}
-        found = _PRESSED.fullmatch(str(data.get("custom_id", "")))
-        if found is None:
+        match = _CUSTOM_ID.fullmatch(str(data.get("custom_id", "")))
+        if match is None:
             return
-        user_id, answered = self._open.get(found[1], (None, None))
+        user_id, answer = self._open.get(match[1], (None, None))
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                if answered is None or answered.done():
+            async with asyncio.timeout(RESPONSE_TIMEOUT):
+                if answer is None or answer.done():
                     await interaction.response.send_message(EXPIRED, ephemeral=True)
                 elif interaction.user.id != user_id:
-                    await interaction.response.send_message(OTHERS, ephemeral=True)
+                    await interaction.response.send_message(NOT_YOURS, ephemeral=True)
                 else:
-                    answered.set_result(found[2] == "yes")
+                    answer.set_result(match[2] == "yes")
                     await interaction.response.defer()
         except (discord.DiscordException, OSError, TimeoutError) as exc:
-            _log.warning("a press of a button was not answered: %r", exc)
+            _log.warning("could not respond to a pressed button: %r", exc)
 
 
 def _buttons(token: str, label: str) -> discord.ui.View:
@@ -86,5 +85,5 @@ def _buttons(token: str, label: str) -> discord.ui.View:
     danger = discord.ButtonStyle.danger
     view.add_item(discord.ui.Button[Any](label=label, style=danger, custom_id=f"{_PREFIX}:{token}:yes"))
     view.add_item(discord.ui.Button[Any](label="Cancel", custom_id=f"{_PREFIX}:{token}:no"))
-    view.stop()  # presses come to `on_interaction`: discord.py would drop those of questions that it has forgotten
+    view.stop()  # `on_interaction` gets the presses: discord.py ignores those of views that it no longer knows
     return view

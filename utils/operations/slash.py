@@ -1,4 +1,4 @@
-"""Who may operate the bot, and how an operator's command is run: deferred, reported on, and written down."""
+"""Runs operators' slash commands: checks who may run them, defers, shows progress, and records the result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from discord.ext import commands
 from utils.exceptions import GuildbookError
 from utils.logs import redact
 from utils.operations.action import Outcome, Step, record_action
-from utils.operations.confirm import Confirmations
 
 if TYPE_CHECKING:
     from utils.bot.client import Guildbook
@@ -25,65 +24,82 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 #: Seconds between two edits of a reply.
-EDIT_SECONDS = 2.0
-#: Seconds for which a command is answered: Discord takes edits of a reply for 15 minutes.
-COMMAND_SECONDS = 14 * 60.0
-#: Seconds that a command may take at all.
-ACTION_SECONDS = 12 * 3_600.0
-#: Seconds after which the team is asked for anew: who left it no longer operates.
-TEAM_SECONDS = 600.0
-#: Most characters of a message (Discord API reference, "Create Message").
+EDIT_INTERVAL = 2.0
+#: Seconds after the start of a command during which its reply is edited. Discord accepts edits for 15 minutes.
+REPLY_TIMEOUT = 14 * 60.0
+#: Seconds that an action may take.
+ACTION_TIMEOUT = 12 * 3_600.0
+#: Seconds for which the application's owner and team are cached.
+OWNERS_TTL = 600.0
+#: Seconds for one request to Discord.
+REQUEST_TIMEOUT = 30.0
+#: The maximum length of a message (Discord API reference, "Create Message").
 MESSAGE_LENGTH = 2_000
 
 REFUSAL = (
-    "Only operators may do that: the application's owner, its team, and those in ADMIN_USER_IDS."
-    " Administrators of a guild are not enough, because this reaches the data of every guild."
+    "Only operators can use this command: the application's owner, its team, and the users in ADMIN_USER_IDS."
+    " Administrators of a guild cannot, because it reaches the data of every guild."
 )
 
 
 class Operators:
-    """The application's owner or team, and whom the settings name."""
+    """Who may operate the bot: the application's owner or team and `user_ids`. Also tracks the running commands.
 
-    def __init__(self, bot: Guildbook, named: frozenset[int]) -> None:
+    Intervals are in seconds and may be changed at any time.
+    """
+
+    def __init__(
+        self,
+        bot: Guildbook,
+        user_ids: frozenset[int],
+        *,
+        owners_ttl: float = OWNERS_TTL,
+        edit_interval: float = EDIT_INTERVAL,
+        reply_timeout: float = REPLY_TIMEOUT,
+    ) -> None:
+        self.owners_ttl: float = owners_ttl
+        self.edit_interval: float = edit_interval
+        self.reply_timeout: float = reply_timeout
         self._bot = bot
-        self._named = named
-        self._asked_at: float | None = None
+        self._user_ids = user_ids
         self._owners: frozenset[int] = frozenset()
-        self._at_work: set[asyncio.Task[None]] = set()
+        self._owners_fetched_at: float | None = None
+        self._running: set[asyncio.Task[None]] = set()
 
     async def includes(self, user_id: int) -> bool:
-        """Tell whether someone may operate the bot. Raises `GuildbookError` when Discord does not say who owns it."""
-        if user_id in self._named:
+        """Return whether a user may operate the bot. Raises `GuildbookError` if Discord does not say who owns it."""
+        if user_id in self._user_ids:
             return True
-        if self._asked_at is None or time.monotonic() - self._asked_at > TEAM_SECONDS:
+        if self._owners_fetched_at is None or time.monotonic() - self._owners_fetched_at > self.owners_ttl:
             try:
-                async with asyncio.timeout(30):
+                async with asyncio.timeout(REQUEST_TIMEOUT):
                     application = await self._bot.application_info()
             except (discord.DiscordException, OSError, TimeoutError) as exc:
-                raise GuildbookError(f"Discord does not say who owns this application just now ({exc})") from exc
-            self._owners, self._asked_at = _owners(application), time.monotonic()
+                raise GuildbookError(f"cannot ask Discord who owns this application: {exc!r}") from exc
+            self._owners, self._owners_fetched_at = _owners(application), time.monotonic()
         return user_id in self._owners
 
-    def keep(self, action: asyncio.Task[None]) -> None:
-        """Keep an action under way, until it ends or the bot does."""
-        self._at_work.add(action)
-        action.add_done_callback(self._at_work.discard)
+    def track(self, task: asyncio.Task[None]) -> None:
+        """Keep a running command until it ends; `stop` cancels it."""
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
 
-    async def answered(self, timeout: float) -> None:
-        """Wait up to `timeout` seconds for what is under way to end by itself."""
-        if self._at_work:
-            await asyncio.wait(self._at_work, timeout=timeout)
+    async def wait_idle(self, timeout: float) -> None:
+        """Wait up to `timeout` seconds until no command is running."""
+        if self._running:
+            await asyncio.wait(self._running, timeout=timeout)
 
     async def stop(self, timeout: float) -> None:
-        """Call off what is under way, and wait up to `timeout` seconds for it."""
-        actions = {action for action in self._at_work if action is not asyncio.current_task()}
-        for action in actions:
-            action.cancel()
-        if actions:
-            await asyncio.wait(actions, timeout=timeout)
+        """Cancel the running commands and wait up to `timeout` seconds for them to end."""
+        tasks = {task for task in self._running if task is not asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=timeout)
 
 
 def _owners(application: discord.AppInfo) -> frozenset[int]:
+    """Return the owner, or the team's owner and the members that accepted and are not read-only."""
     team = application.team
     if team is None:
         return frozenset((application.owner.id,))
@@ -97,10 +113,10 @@ def _owners(application: discord.AppInfo) -> frozenset[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """An answer with more than text in it."""
+class Answer:
+    """The answer to a command: text, and optionally an embed and a file."""
 
-    #: What is written down.
+    #: Also recorded in `ops.admin_actions`.
     text: str
     embed: discord.Embed | None = None
     #: Name and content.
@@ -108,121 +124,120 @@ class Shown:
 
 
 class Reply:
-    """The one reply to an operator's command, edited as the work goes on."""
+    """The reply to an operator's command, which is edited as the work progresses."""
 
-    def __init__(self, interaction: discord.Interaction[Any], confirmations: Confirmations) -> None:
+    def __init__(self, interaction: discord.Interaction[Guildbook]) -> None:
         self._interaction = interaction
-        self._confirmations = confirmations
+        self._bot = interaction.client
         self._edited_at = float("-inf")
-        self._shown = ""
+        self._text = ""
         self._step: Step | None = None
 
     def step(self, step: Step) -> None:
-        """Show how far an action has come, at the next occasion. A `Progress`."""
+        """Set the step to show with the next edit. Can be passed as a `Progress`."""
         self._step = step
 
     async def confirm(self, text: str, label: str) -> None:
-        """Return once the operator has pressed a button that says `label`. Raises `NotConfirmed`."""
-        await self._confirmations.ask(self._interaction, text[:MESSAGE_LENGTH], label)
+        """Return once the operator has pressed the button named `label`. Raises `NotConfirmed`."""
+        await self._bot.confirmations.ask(self._interaction, text[:MESSAGE_LENGTH], label)
         await self.show("Confirmed.")
 
     async def progress(self, text: str) -> None:
-        """Show how far the work has come, unless that was done less than two seconds ago."""
-        if text != self._shown and time.monotonic() - self._edited_at >= EDIT_SECONDS:
+        """Show a text, unless the reply was edited within the edit interval."""
+        if text != self._text and time.monotonic() - self._edited_at >= self._bot.operators.edit_interval:
             await self.show(text)
 
-    async def show(self, text: str, shown: Shown | None = None) -> None:
-        """Show a text, without buttons; a reply that Discord no longer takes does not end the work."""
-        self._edited_at, self._shown = time.monotonic(), text
-        more: dict[str, Any] = {}
-        if shown is not None and shown.embed is not None:
-            more["embed"] = shown.embed
-        if shown is not None and shown.file is not None:
-            name, content = shown.file
-            more["attachments"] = [discord.File(io.BytesIO(content), name)]
+    async def show(self, text: str, answer: Answer | None = None) -> None:
+        """Replace the reply's text and remove its buttons. A refusal by Discord is logged: the work continues."""
+        self._edited_at, self._text = time.monotonic(), text
+        attachments: dict[str, Any] = {}
+        if answer is not None and answer.embed is not None:
+            attachments["embed"] = answer.embed
+        if answer is not None and answer.file is not None:
+            name, content = answer.file
+            attachments["attachments"] = [discord.File(io.BytesIO(content), name)]
         try:
-            async with asyncio.timeout(30):
-                await self._interaction.edit_original_response(content=text[:MESSAGE_LENGTH], view=None, **more)
+            async with asyncio.timeout(REQUEST_TIMEOUT):
+                await self._interaction.edit_original_response(content=text[:MESSAGE_LENGTH], view=None, **attachments)
         except (discord.DiscordException, OSError, TimeoutError) as exc:
-            _log.warning("the reply to a command could not be edited: %r", exc)
+            _log.warning("could not edit the reply to a command: %r", exc)
 
-    async def follow(self) -> None:
-        """Show the steps of an action as they come, for as long as this is not cancelled."""
+    async def show_steps(self) -> None:
+        """Show each step as it comes, until cancelled."""
         while True:
-            await asyncio.sleep(EDIT_SECONDS)
+            await asyncio.sleep(self._bot.operators.edit_interval)
             if self._step is not None:
                 await self.progress(str(self._step))
 
 
-Work = Callable[[Reply], Awaitable[str | Outcome | Shown]]
+Work = Callable[[Reply], Awaitable[str | Outcome | Answer]]
 
 
 async def operate(interaction: discord.Interaction[Guildbook], command: str, work: Work, **arguments: Any) -> None:
-    """Run an operator's command: defer, check who asks, show what `work` returns, and write it all down.
+    """Run an operator's command: defer, check the user, show what `work` returns, and record it.
 
-    `arguments` go into `ops.admin_actions`. A `GuildbookError` is shown as its one line; anything else as a line that
-    points to the log. What takes longer than Discord takes answers for goes on, and is written down when it has ended.
+    `arguments` are recorded in `ops.admin_actions`. The message of a `GuildbookError` is shown, any other error only by
+    its type. Work that outlasts the reply continues and is recorded when it ends.
     """
     bot = interaction.client
-    reply = Reply(interaction, bot.confirmations)
+    reply = Reply(interaction)
     try:
         await interaction.response.defer(ephemeral=True, thinking=True)
-    except (discord.DiscordException, OSError) as exc:  # Discord waits for 3 s: the operator sees that it failed
-        _log.warning("/%s was not answered in time, and is not run: %r", command, exc)
+    except (discord.DiscordException, OSError) as exc:  # after 3 seconds Discord shows the operator a failure
+        _log.warning("command not run, because it could not be deferred in time: /%s: %r", command, exc)
         return
     running = asyncio.create_task(_run(bot, interaction.user.id, command, work, reply, arguments), name=f"/{command}")
-    bot.operators.keep(running)
-    follower = asyncio.create_task(reply.follow())
-    done, _ = await asyncio.wait({running}, timeout=COMMAND_SECONDS)
-    follower.cancel()
+    bot.operators.track(running)
+    steps = asyncio.create_task(reply.show_steps())
+    done, _ = await asyncio.wait({running}, timeout=bot.operators.reply_timeout)
+    steps.cancel()
     if not done:
-        minutes = f"{COMMAND_SECONDS / 60:g} minutes"
+        minutes = f"{bot.operators.reply_timeout / 60:g} minutes"
         await reply.show(
-            f"Not finished within {minutes}: it goes on, and will stand in the log and in ops.admin_actions"
+            f"Still running after {minutes}. The result will be in the log and in the table ops.admin_actions."
         )
 
 
 async def _run(bot: Guildbook, user_id: int, command: str, work: Work, reply: Reply, arguments: dict[str, Any]) -> None:
-    shown: Shown | None = None
+    answer: Answer | None = None
     try:
         if await bot.operators.includes(user_id):
-            async with asyncio.timeout(ACTION_SECONDS):
-                shown = _shown(await work(reply))
-            text = result = shown.text
+            async with asyncio.timeout(ACTION_TIMEOUT):
+                answer = _to_answer(await work(reply))
+            text = result = answer.text
         else:
-            text, result = REFUSAL, "refused: no operator"
+            text, result = REFUSAL, "refused: not an operator"
     except (GuildbookError, discord.DiscordException) as exc:
         text = result = redact(f"Failed: {exc}")
     except TimeoutError:
-        text = result = f"Failed: not finished within {ACTION_SECONDS / 3600:g} hours"
+        text = result = f"Failed: not finished within {ACTION_TIMEOUT / 3600:g} hours"
     except Exception as exc:
-        _log.exception("/%s failed", command)
-        text = result = f"Failed: an unexpected {type(exc).__name__}; the log says more"
-    _log.info("/%s of user %s: %s", command, user_id, result)
+        _log.exception("command failed: /%s", command)
+        text = result = f"Failed: unexpected {type(exc).__name__}, see the log"
+    _log.info("/%s by user %s: %s", command, user_id, result)
     try:
         await record_action(bot.db, command, arguments, result, user_id=user_id)
     except GuildbookError as exc:
-        _log.error("/%s of user %s was not written down: %s (%s)", command, user_id, result, exc)
-        text += "\n(This use could not be written down: the database does not take it.)"
-    await reply.show(text, shown)
+        _log.error("could not record a command in ops.admin_actions: /%s by user %s: %s", command, user_id, exc)
+        text += "\n(Could not record this in the audit log.)"
+    await reply.show(text, answer)
 
 
-def _shown(result: str | Outcome | Shown) -> Shown:
-    if isinstance(result, Shown):
+def _to_answer(result: str | Outcome | Answer) -> Answer:
+    if isinstance(result, Answer):
         return result
     if isinstance(result, str):
-        return Shown(result)
-    name_and_text = result.file
-    file = None if name_and_text is None else (name_and_text[0], name_and_text[1].encode())
-    return Shown(redact(result.text), file=file)
+        return Answer(result)
+    file = None if result.file is None else (result.file[0], result.file[1].encode())
+    return Answer(redact(result.text), file=file)
 
 
 async def add_cog(bot: Guildbook, cog: commands.Cog) -> None:
-    """Add a cog of operators' commands: to ADMIN_GUILD_ID, or without it to the bot's direct messages."""
+    """Add a cog of operator commands to the guild ADMIN_GUILD_ID, or to direct messages if that is not set."""
     guild_id = bot.settings.admin_guild_id
-    in_direct_messages = app_commands.AppCommandContext(guild=False, dm_channel=True, private_channel=False)
+    direct_messages = app_commands.AppCommandContext(guild=False, dm_channel=True, private_channel=False)
     for command in cog.get_app_commands():
-        command.allowed_contexts = None if guild_id else in_direct_messages
+        command.allowed_contexts = None if guild_id else direct_messages
     if guild_id:
         await bot.add_cog(cog, guild=discord.Object(guild_id))
     else:

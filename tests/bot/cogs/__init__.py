@@ -1,1 +1,1 @@
-"""Cogs that are wrong on purpose, and one that may change its command."""
+"""Cogs for tests: some fail on purpose, one changes its command, one asks for confirmation."""

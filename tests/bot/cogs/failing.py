@@ -1,20 +1,20 @@
-"""A cog that fails when it is loaded."""
+"""A cog whose `cog_load` raises."""
 
 from __future__ import annotations
 
 from discord.ext import commands
 
-from utils.bot.client import Guildbook
+from utils.base_cog import Guildbook
 
 
 class Failing(commands.Cog):
-    """Fails."""
+    """Cannot be added."""
 
     async def cog_load(self) -> None:
-        """Fail."""
-        raise RuntimeError("this cog is broken at its loading")
+        """Raise."""
+        raise RuntimeError("cog_load fails")
 
 
 async def setup(bot: Guildbook) -> None:
-    """Add it."""
+    """Add the cog."""
     await bot.add_cog(Failing())

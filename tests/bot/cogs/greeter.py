@@ -1,4 +1,4 @@
-"""A cog with one command whose description a test may change."""
+"""A cog whose command has a description that tests can change."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import discord
 from discord import app_commands
 from discord.ext import commands
 
-from utils.bot.client import Guildbook
+from utils.base_cog import Guildbook
 
-#: Holds the command's description; the module is imported anew at each start, so it cannot be set on it.
+#: The environment variable with the description. Each load imports the module again, so tests cannot set an attribute.
 VARIABLE = "GREETER_DESCRIPTION"
 
 
@@ -26,7 +26,7 @@ class Greeter(commands.Cog):
         self.bot: Guildbook = bot
 
     async def cog_load(self) -> None:
-        """Add the command as it is described just now."""
+        """Add the command with its current description."""
         description = os.environ.get(VARIABLE, "Say hello")
         command: app_commands.Command[Greeter, [], None]
         command = app_commands.Command(name="hello", description=description, callback=hello)
@@ -34,5 +34,5 @@ class Greeter(commands.Cog):
 
 
 async def setup(bot: Guildbook) -> None:
-    """Add it."""
+    """Add the cog."""
     await bot.add_cog(Greeter(bot))

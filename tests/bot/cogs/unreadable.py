@@ -1,3 +1,3 @@
-"""A cog that cannot be imported."""
+"""A cog whose import raises."""
 
-raise RuntimeError("this cog is broken at its import")
+raise RuntimeError("import fails")

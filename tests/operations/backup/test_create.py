@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.bot.running import typed
+from tests.bot.running import run_cli
 from tests.operations.backup.making import filled, vault_in
 from utils.database import ConnectTarget, Pool
 from utils.exceptions import BackupError
@@ -89,9 +89,7 @@ async def test_some_tables_and_the_bare_schema_are_marked_as_such(tmp_path: Path
         await vault.create(database, tables=["memebrs"])
 
 
-async def test_nothing_is_left_of_a_backup_that_was_called_off(
-    tmp_path: Path, database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_nothing_is_left_of_a_backup_that_was_called_off(tmp_path: Path, database: Pool) -> None:
     vault = vault_in(tmp_path)
     async with database.transaction() as connection:
         await connection.execute("LOCK TABLE guilds")  # pg_dump waits for it
@@ -141,7 +139,7 @@ async def test_what_a_killed_process_left_is_swept_away_but_not_what_another_mak
     assert not left.exists()
 
 
-async def test_a_server_that_no_tools_fit_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_no_tools_fit_is_told_what_to_install() -> None:
     with pytest.raises(BackupError, match=r"the server is PostgreSQL 99.*postgresql-client-99"):
         await tools.found(99)
 
@@ -168,16 +166,16 @@ async def test_the_password_stands_in_no_process_list(database: Pool, empty_targ
 async def test_the_command_line_makes_lists_and_verifies(tmp_path: Path, database: Pool, database_url: str) -> None:
     await filled(database)
     variables = {"DATABASE_URL": database_url, "DATA_DIR": str(tmp_path / "data")}
-    code, output = await typed(tmp_path, "backup", "create", "--json", **variables)
+    code, output = await run_cli(tmp_path, "backup", "create", "--json", **variables)
     assert code == 0
     made = json.loads(output)
     path = tmp_path / "data" / "backups" / f"{made['id']}.json"
     assert unpacked(path.read_bytes(), path.name).rows == made["rows"]
-    code, output = await typed(tmp_path, "backup", "list", **variables)
+    code, output = await run_cli(tmp_path, "backup", "list", **variables)
     assert (code, made["id"] in output) == (0, True)
-    assert (await typed(tmp_path, "backup", "verify", **variables))[0] == 0
+    assert (await run_cli(tmp_path, "backup", "verify", **variables))[0] == 0
     os.truncate(tmp_path / "data" / "backups" / made["file"], 1_000)
-    code, output = await typed(tmp_path, "backup", "verify", **variables)
+    code, output = await run_cli(tmp_path, "backup", "verify", **variables)
     assert (code, "has 1,000 bytes, the manifest says" in output) == (1, True)
     commands = await database.fetch("SELECT command, result FROM ops.admin_actions ORDER BY id")
     assert [row["command"] for row in commands] == ["backup create", "backup list", "backup verify", "backup verify"]

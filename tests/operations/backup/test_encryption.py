@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.bot.running import typed
+from tests.bot.running import run_cli
 from tests.operations.backup.making import filled, vault_in
 from utils.database import Pool
 from utils.exceptions import BackupError
@@ -181,7 +181,7 @@ async def test_a_recipient_that_is_none_is_refused_before_anything_is_written(
 ) -> None:
     wrong = "age1" + "q" * 58  # the right letters, and no right checksum
     variables = {"DATABASE_URL": database_url, "DATA_DIR": str(tmp_path / "data"), "BACKUP_AGE_RECIPIENT": wrong}
-    code, output = await typed(tmp_path, "backup", "create", **variables)
+    code, output = await run_cli(tmp_path, "backup", "create", **variables)
     assert code == 1
     assert "age failed" in output
     assert not [path for path in (tmp_path / "data" / "backups").iterdir() if path.name != ".lock"]

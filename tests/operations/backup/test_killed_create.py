@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bot.running import typed
+from tests.bot.running import run_cli
 from tests.operations.backup.making import filled, vault_in
 from tests.operations.backup.restoring import cleaned, sums, until_true
 from utils.database import ConnectTarget, Pool
@@ -103,7 +103,7 @@ async def test_a_whole_backup_or_none_is_there_wherever_it_is_killed(
         ids |= new
     assert set(came) <= {0, 1}
     assert left, "none was killed while it was at work: then this test shows nothing"
-    code, output = await typed(tmp_path, "backup", "create", **variables)
+    code, output = await run_cli(tmp_path, "backup", "create", **variables)
     assert code == 0, output
     new = await is_whole_or_none(vault, ids)
     assert len(new) == 1
@@ -144,7 +144,7 @@ async def test_a_restore_killed_while_it_saves_leaves_the_old_database_or_the_ne
             assert code in (0, -signal.SIGKILL)
             assert await sums(target) in (old, new)
             ids |= await is_whole_or_none(vault, ids)
-        code, output = await typed(tmp_path, *command, **variables)
+        code, output = await run_cli(tmp_path, *command, **variables)
         assert code == 0, output
         assert await sums(target) == new
         assert hidden(vault) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from simulator import Limits, Simulator, World
-from tests.bot.running import BotProcess, running, until_equal
+from tests.bot.running import BotProcess, running_bot, wait_until_mirrored
 from tests.operations.backup.restoring import cleaned, dumped, until_true
 from tests.waiting import until
 from utils.database import Pool
@@ -41,17 +41,16 @@ async def test_a_bot_that_acts_keeps_its_lease_and_reconciles_what_the_backup_di
     database: Pool,
     world: World,
     simulator: Simulator,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     small = list(world.guilds)[1]
-    async with cleaned(database.target), running(database, simulator, monkeypatch, extensions=()) as bot:
-        await until_equal(database, simulator)
+    async with cleaned(database.target), running_bot(database, simulator, extensions=()) as bot:
+        await wait_until_mirrored(database, simulator)
         archive = await dumped(server, database.target, tmp_path / "dump")
         since = [world.join(small) for _ in range(20)]
         rng = random.Random(7)
         for _ in range(200):
             world.random_event(rng)
-        await until_equal(database, simulator)
+        await wait_until_mirrored(database, simulator)
 
         async def reconcile() -> None:
             assert await database.fetchval("SELECT count(*) FROM members WHERE user_id = ANY($1)", since) == 0
@@ -62,7 +61,7 @@ async def test_a_bot_that_acts_keeps_its_lease_and_reconciles_what_the_backup_di
         assert done.ok, done.text
         for _ in range(5):
             world.join(small)
-        await until_equal(database, simulator)
+        await wait_until_mirrored(database, simulator)
         assert bot.mirror.fence.epoch == await database.fetchval("SELECT epoch FROM ops.leases")
         assert await database.fetchval("SELECT count(*) FROM ops.dead_letters") == 0
         await until(lambda: bot.readiness()[0])
@@ -79,19 +78,19 @@ async def test_a_bot_in_another_process_begins_anew_by_itself(
         "DATA_DIR": str(tmp_path / "data"),
     }
     async with cleaned(database.target), BotProcess(tmp_path, **settings) as bot:
-        await bot.ready()
-        await until_equal(database, simulator)
+        await bot.wait_until_ready()
+        await wait_until_mirrored(database, simulator)
         archive = await dumped(server, database.target, tmp_path / "dump")
         rng = random.Random(7)
         for _ in range(200):
             world.random_event(rng)
-        await until_equal(database, simulator)
+        await wait_until_mirrored(database, simulator)
         epoch = await database.fetchval("SELECT epoch FROM ops.leases")
         done = await bring_back(database, archive, safety=none)
         assert done.ok, done.text
         for _ in range(5):
             world.join(small)
         await until_true(database.target, "SELECT epoch = $1 + 2 FROM ops.leases", epoch)
-        await until_equal(database, simulator)
-        await bot.ready()
+        await wait_until_mirrored(database, simulator)
+        await bot.wait_until_ready()
         assert await database.fetchval("SELECT count(*) FROM ops.dead_letters") == 0

@@ -10,7 +10,7 @@ import pytest
 
 from models import Base
 from tests.docs.test_first_cog import cloned_sources
-from utils.bot.registrations import forget_tables
+from utils.bot.registrations import remove_tables
 from utils.demo.child import environment
 from utils.exceptions import MigrationError, ValidationError
 from utils.operations.development.scaffold import new_cog
@@ -103,14 +103,14 @@ def test_tables_of_cogs_are_known_when_a_migration_is_written(tmp_path: Path, mo
         import_models(package)
         assert "found_in_a_cog" in Base.metadata.tables
     finally:
-        forget_tables(package.name)
+        remove_tables(package.name)
     (package / "broken.py").write_text(TABLE + "raise RuntimeError('no')")
     message = "cogs_with_tables.broken declares tables but cannot be imported: RuntimeError: no"
     try:
         with pytest.raises(MigrationError, match=message):
             import_models(package)
     finally:
-        forget_tables(package.name)
+        remove_tables(package.name)
 
 
 def test_a_table_that_cannot_be_read_stops_the_migration_with_one_line(clone: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from simulator import Limits, Simulator, World
 from simulator.state import Intent
-from tests.bot.running import typed as bot
+from tests.bot.running import run_cli as bot
 from tests.operations.migrations.support import HEAD, KNOWN
 from utils.database import ConnectTarget, Pool
 from utils.operations import migrations

@@ -11,7 +11,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from tests.bot.running import typed
+from tests.bot.running import run_cli
 from tests.operations.migrations.support import EXTRA, HEAD, KNOWN, with_revision, without_newest
 from utils.database import ConnectTarget, Pool
 from utils.exceptions import DatabaseError, GuildbookError, MigrationError
@@ -288,22 +288,22 @@ async def test_stamp_needs_the_right_to_create_a_database(empty_target: ConnectT
 
 async def test_command_line_asks_for_the_name_and_records_it(tmp_path: Path, database: Pool) -> None:
     url, name = database.target.libpq_url(), database.target.database
-    code, output = await typed(tmp_path, "db", "downgrade", KNOWN[0], DATABASE_URL=url)
+    code, output = await run_cli(tmp_path, "db", "downgrade", KNOWN[0], DATABASE_URL=url)
     assert code == 1
     assert "--yes-destroy" in output
-    code, output = await typed(tmp_path, "db", "downgrade", KNOWN[0], "--yes-destroy", "other", DATABASE_URL=url)
+    code, output = await run_cli(tmp_path, "db", "downgrade", KNOWN[0], "--yes-destroy", "other", DATABASE_URL=url)
     assert code == 1
     assert f"is named {name}, not other" in output
     assert await migrations.current(database) == HEAD
     arguments = ("db", "downgrade", KNOWN[0], "--yes-destroy", str(name), "--no-backup", "--json")
-    code, output = await typed(tmp_path, *arguments, DATABASE_URL=url)
+    code, output = await run_cli(tmp_path, *arguments, DATABASE_URL=url)
     assert code == 0, output
     assert json.loads(output)["taken_back"] == KNOWN[:0:-1]
-    assert (await typed(tmp_path, "db", "upgrade", DATABASE_URL=url))[0] == 0
-    code, output = await typed(tmp_path, "db", "history", "--json", DATABASE_URL=url)
+    assert (await run_cli(tmp_path, "db", "upgrade", DATABASE_URL=url))[0] == 0
+    code, output = await run_cli(tmp_path, "db", "history", "--json", DATABASE_URL=url)
     by = [row["by"] for row in json.loads(output)["revisions"]]
     assert by == [None] + ["command line"] * (len(KNOWN) - 1)
-    code, output = await typed(tmp_path, "db", "status", DATABASE_URL=url)
+    code, output = await run_cli(tmp_path, "db", "status", DATABASE_URL=url)
     assert (code, output.splitlines()[-1]) == (0, "drift from the models: none")
     commands = await database.fetch("SELECT command FROM ops.admin_actions ORDER BY id")
     assert [row["command"] for row in commands][-4:] == ["db downgrade", "db upgrade", "db history", "db status"]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.bot.running import typed
+from tests.bot.running import run_cli
 from tests.operations.migrations.support import HEAD, KNOWN, with_revision
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
@@ -153,9 +153,11 @@ async def test_annotates_a_rewrite(database: Pool, tmp_path: Path) -> None:
 
 
 async def test_command_line_writes_the_file(tmp_path: Path, empty_target: ConnectTarget) -> None:
-    code, output = await typed(tmp_path, "db", "preview", DATABASE_URL=empty_target.libpq_url())
+    code, output = await run_cli(tmp_path, "db", "preview", DATABASE_URL=empty_target.libpq_url())
     assert code == 0, output
     assert output.endswith(f"wrote upgrade-base-{HEAD}.sql\n")
     assert "CREATE TABLE guilds" in (tmp_path / f"upgrade-base-{HEAD}.sql").read_text()
-    code, output = await typed(tmp_path, "db", "preview", "--out", "/nowhere/x", DATABASE_URL=empty_target.libpq_url())
+    code, output = await run_cli(
+        tmp_path, "db", "preview", "--out", "/nowhere/x", DATABASE_URL=empty_target.libpq_url()
+    )
     assert (code, "choose another with --out" in output) == (1, True)

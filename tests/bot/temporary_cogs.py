@@ -1,4 +1,4 @@
-"""Cogs that a test writes, in a package of its own, and changes while the bot runs."""
+"""Cogs that a test writes into a package of its own and changes while the bot runs."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ import pytest
 
 _numbers = itertools.count()
 
-#: What every cog of the tests begins with.
-HEAD = """
+#: The imports of every temporary cog.
+IMPORTS = """
 from __future__ import annotations
 import asyncio
 import discord
 from discord import app_commands
 from discord.ext import commands, tasks
-from utils.bot.command_errors import Declined
-from utils.bot.client import Guildbook
-from utils.base_cog import BaseCog
+from utils.base_cog import BaseCog, Guildbook
+from utils.exceptions import Declined
 """
-#: A cog with one command, `/NAME`, that answers TEXT.
-PLAIN = """
-class Plain(BaseCog, name="NAME"):
+#: A cog whose command `/NAME` answers TEXT.
+ANSWERING = """
+class Answering(BaseCog, name="NAME"):
     @app_commands.command(name="NAME", description="Say something")
     async def say(self, interaction: discord.Interaction[Guildbook]) -> None:
         await interaction.response.send_message("TEXT")
@@ -32,15 +31,15 @@ class Plain(BaseCog, name="NAME"):
     async def on_something(self) -> None: ...
 
 async def setup(bot: Guildbook) -> None:
-    await bot.add_cog(Plain(bot))
+    await bot.add_cog(Answering(bot))
 """
 
 
-class WrittenCogs:
-    """A package of cogs, to be handed to a bot as its extensions."""
+class TemporaryCogs:
+    """A package of cogs, whose modules a bot can load as extensions."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.package = f"written{next(_numbers)}"
+        self.package = f"temporary_cogs_{next(_numbers)}"
         self.directory = directory / self.package
         self.directory.mkdir()
         (self.directory / "__init__.py").touch()
@@ -55,10 +54,10 @@ class WrittenCogs:
         """Return the module of a short name."""
         return f"{self.package}.{name}"
 
-    def write(self, name: str, text: str, *, head: bool = True) -> None:
-        """Write or change a cog."""
-        (self.directory / f"{name}.py").write_text((HEAD if head else "") + textwrap.dedent(text))
+    def write(self, name: str, text: str, *, with_imports: bool = True) -> None:
+        """Write or overwrite a cog."""
+        (self.directory / f"{name}.py").write_text((IMPORTS if with_imports else "") + textwrap.dedent(text))
 
-    def plain(self, name: str, text: str) -> None:
-        """Write or change a cog whose command `/NAME` answers a text."""
-        self.write(name, PLAIN.replace("NAME", name).replace("TEXT", text))
+    def write_answering(self, name: str, text: str) -> None:
+        """Write or overwrite a cog whose command `/name` answers `text`."""
+        self.write(name, ANSWERING.replace("NAME", name).replace("TEXT", text))

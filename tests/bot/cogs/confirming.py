@@ -1,35 +1,34 @@
-"""A command that asks before it does anything."""
+"""A cog whose command asks for confirmation."""
 
 from __future__ import annotations
 
 import discord
 from discord import app_commands
 
-from utils.base_cog import BaseCog
-from utils.bot.client import Guildbook
+from utils.base_cog import BaseCog, Guildbook
 from utils.operations import slash
 from utils.operations.slash import Reply
 
 
-class Dangerous(BaseCog):
-    """A command that asks first."""
+class Confirming(BaseCog):
+    """Counts how often its command was confirmed."""
 
     def __init__(self, bot: Guildbook) -> None:
         super().__init__(bot)
-        self.done = 0
+        self.runs = 0
 
-    @app_commands.command(name="danger", description="Do it")
+    @app_commands.command(name="danger", description="Ask, then run")
     async def danger(self, interaction: discord.Interaction[Guildbook]) -> None:
-        """Ask, then do it."""
+        """Ask for confirmation, then count."""
 
         async def work(reply: Reply) -> str:
-            await reply.confirm("Sure?", "Do it")
-            self.done += 1
+            await reply.confirm("Sure?", "Run")
+            self.runs += 1
             return "done"
 
         await slash.operate(interaction, "danger", work)
 
 
 async def setup(bot: Guildbook) -> None:
-    """Add the cog where operators are."""
-    await slash.add_cog(bot, Dangerous(bot))
+    """Add the cog for operators."""
+    await slash.add_cog(bot, Confirming(bot))

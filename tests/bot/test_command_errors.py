@@ -1,0 +1,210 @@
+"""What users see and what is logged when a command fails."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import discord
+import pytest
+from discord import app_commands
+from discord.ext import commands
+
+from simulator import InteractionResult, Simulator, World
+from tests.bot.running import running_bot
+from tests.bot.temporary_cogs import TemporaryCogs
+from tests.waiting import until
+from utils.bot import command_errors
+from utils.bot.command_errors import explain
+from utils.database import Pool
+from utils.exceptions import DatabaseError, DatabaseUnavailable, Declined, GuildbookError
+
+FAILING_COG = """
+async def missing_permissions(interaction: discord.Interaction[Guildbook]) -> bool:
+    raise app_commands.MissingPermissions(["manage_roles", "ban_members"])
+
+class Odd(app_commands.Transformer):
+    async def transform(self, interaction: discord.Interaction[Guildbook], value: str) -> str:
+        if value == "unavailable":
+            raise DatabaseUnavailable("no route to 10.0.0.5")
+        raise ValueError(value)
+
+class Failing(BaseCog):
+    async def respond(self, interaction: discord.Interaction[Guildbook], how: str) -> None:
+        if how in ("deferred", "deferred_privately", "followed_up"):
+            await interaction.response.defer(ephemeral=how == "deferred_privately", thinking=True)
+        if how == "followed_up":
+            await interaction.followup.send("working")
+        if how == "answered":
+            await interaction.response.send_message("working")
+
+    @app_commands.command()
+    async def crash(self, interaction: discord.Interaction[Guildbook], how: str = "") -> None:
+        await self.respond(interaction, how)
+        raise KeyError("the password is hunter2")
+
+    @app_commands.command()
+    async def unavailable(self, interaction: discord.Interaction[Guildbook], how: str = "") -> None:
+        await self.respond(interaction, how)
+        raise DatabaseUnavailable("no route to 10.0.0.5")
+
+    @app_commands.command()
+    async def decline(self, interaction: discord.Interaction[Guildbook]) -> None:
+        raise Declined("You have no\\nquotes yet")
+
+    @app_commands.command()
+    @app_commands.check(missing_permissions)
+    async def barred(self, interaction: discord.Interaction[Guildbook]) -> None: ...
+
+    @app_commands.command()
+    @app_commands.checks.cooldown(1, 60)
+    async def slow(self, interaction: discord.Interaction[Guildbook]) -> None:
+        await interaction.response.send_message("done")
+
+    @app_commands.command()
+    async def odd(self, interaction: discord.Interaction[Guildbook],
+                  value: app_commands.Transform[str, Odd]) -> None: ...
+
+    @app_commands.command()
+    async def own(self, interaction: discord.Interaction[Guildbook]) -> None:
+        raise RuntimeError
+
+    @own.error
+    async def own_error(self, interaction: discord.Interaction[Guildbook], error: Exception) -> None:
+        await interaction.response.send_message("handled")
+
+async def setup(bot: Guildbook) -> None:
+    await bot.add_cog(Failing(bot))
+"""
+
+
+@pytest.fixture
+def world() -> World:
+    """One small guild."""
+    world = World(seed=11)
+    world.add_guild(members=10, name="Small")
+    return world
+
+
+@pytest.fixture
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TemporaryCogs:
+    """A cog whose commands fail."""
+    cogs = TemporaryCogs(tmp_path, monkeypatch)
+    cogs.write("failing", "from utils.exceptions import DatabaseUnavailable\n" + FAILING_COG)
+    return cogs
+
+
+async def use(
+    simulator: Simulator, name: str, *, as_operator: bool = False, responses: int = 1, **options: Any
+) -> InteractionResult:
+    """Run a command and wait for `responses` answers, edits and follow-ups in all."""
+    guild = next(iter(simulator.world.guilds.values()))
+    user_id, guild_id = (simulator.world.operator_id, None) if as_operator else (guild.owner_id, guild.id)
+    result = await simulator.run_command(name, user_id=user_id, guild_id=guild_id, options=options)
+
+    def count(result: InteractionResult) -> int:
+        return bool(result.content) + len(result.edits) + len(result.followups)
+
+    return await result.wait_done(until=lambda result: count(result) >= responses)
+
+
+def reference_in(text: str | None) -> str:
+    """Return the reference in an answer."""
+    match = re.search(r"\(ref ([0-9a-f]{8})\)\.?$", text or "")
+    assert match, text
+    assert "\n" not in (text or "")
+    return match[1]
+
+
+async def test_answers_in_one_line_and_logs_the_same_reference(
+    database: Pool,
+    simulator: Simulator,
+    caplog: pytest.LogCaptureFixture,
+    failing: TemporaryCogs,
+) -> None:
+    caplog.set_level(logging.INFO)
+    expected = {
+        "crash": command_errors.INTERNAL_ERROR,
+        "unavailable": command_errors.DATABASE_UNAVAILABLE,
+        "decline": "You have no quotes yet",
+        "barred": "You need the permissions Manage Roles, Ban Members to use this command.",
+        "odd": "'7' is not valid here. Expected: odd.",
+    }
+    async with running_bot(database, simulator, extensions=failing.extensions):
+        for name, text in expected.items():
+            given: dict[str, Any] = {"value": "7"} if name == "odd" else {}
+            result = await use(simulator, name, **given)
+            reference = reference_in(result.content)
+            assert (result.content or "").replace(f" (ref {reference})", "") == text
+            assert result.ephemeral
+            (line,) = [it for it in caplog.records if getattr(it, "reference", None) == reference]
+            assert f"(ref {reference})" in line.getMessage()
+            assert line.name == failing.module("failing")
+            assert (line.exc_info is not None) == (name in ("crash", "unavailable")), "only faults have a traceback"
+        assert (await use(simulator, "slow")).content == "done"
+        assert re.match(
+            r"This command is on cooldown\. Try again in \d\d s \(ref", (await use(simulator, "slow")).content or ""
+        )
+        assert (await use(simulator, "own")).content == "handled"
+        unavailable = await use(simulator, "odd", value="unavailable")
+        assert (unavailable.content or "").startswith(command_errors.DATABASE_UNAVAILABLE.removesuffix("."))
+
+
+@pytest.mark.parametrize("how", ["deferred", "deferred_privately", "followed_up", "answered"])
+async def test_answer_is_private_after_any_earlier_response(
+    database: Pool, simulator: Simulator, failing: TemporaryCogs, how: str
+) -> None:
+    async with running_bot(database, simulator, extensions=failing.extensions):
+        result = await use(simulator, "crash", responses=1 if how in ("deferred", "deferred_privately") else 2, how=how)
+        if how == "deferred_privately":
+            assert result.ephemeral
+            reference_in(result.edits[-1].content)
+        else:
+            (message,) = result.followups
+            reference_in(message["content"])
+            assert message["flags"] & discord.MessageFlags.ephemeral.flag
+            assert (result.message is None) == (how == "deferred"), "only an empty deferral is deleted"
+
+
+async def test_shows_details_to_operators_only(database: Pool, simulator: Simulator, failing: TemporaryCogs) -> None:
+    async with running_bot(database, simulator, extensions=failing.extensions):
+        assert "10.0.0.5" in ((await use(simulator, "unavailable", as_operator=True)).content or "")
+        crash = (await use(simulator, "crash", as_operator=True)).content or ""
+        assert "KeyError" in crash
+        assert "hunter2" not in crash
+
+
+async def test_logs_an_answer_that_discord_refuses(
+    database: Pool,
+    simulator: Simulator,
+    caplog: pytest.LogCaptureFixture,
+    failing: TemporaryCogs,
+) -> None:
+    simulator.interactions.response_deadline = 0.0
+    async with running_bot(database, simulator, extensions=failing.extensions):
+        guild = next(iter(simulator.world.guilds.values()))
+        await simulator.run_command("crash", user_id=guild.owner_id, guild_id=guild.id)
+        await until(lambda: "could not report the error of a command" in caplog.text)
+        assert not [line for line in caplog.records if line.name.startswith("discord.app_commands")]
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (app_commands.BotMissingPermissions(["ban_members"]), "I need the permission Ban Members to do that"),
+        (app_commands.NoPrivateMessage(), "This command works only in a server."),
+        (app_commands.MissingRole("chief"), "You need the role 'chief' to use this command."),
+        (app_commands.MissingAnyRole(["chief", 5]), "You need one of these roles to use this command: 'chief', <@&5>."),
+        (app_commands.CheckFailure("secret"), "You are not allowed to use this command here."),
+        (commands.NoPrivateMessage(), "This command works only in a server."),
+        (commands.BadArgument("'x' is not a number"), "Invalid input: 'x' is not a number"),
+        (DatabaseError("duplicate key"), command_errors.INTERNAL_ERROR),
+        (GuildbookError("inner workings"), command_errors.INTERNAL_ERROR),
+        (Declined("Not today"), "Not today"),
+        (commands.CommandInvokeError(DatabaseUnavailable("x")), command_errors.DATABASE_UNAVAILABLE),
+    ],
+)
+def test_explains_known_errors(error: Exception, text: str) -> None:
+    assert explain(error).text.startswith(text)
