@@ -27,6 +27,7 @@ from utils.database.target import parse_url
 from utils.mirror import Mirror
 from utils.mirror.discord.source import DiscordSource
 from utils.mirror.discord.tap import install
+from utils.mirror.reconcile.reconciler import ReconcilePolicy
 from utils.mirror.write.writer import FlushPolicy
 from utils.service import lease
 from utils.service.heap import settle
@@ -105,7 +106,13 @@ async def mirror(token: str, gateway: str, dsn: str) -> dict[str, Any]:
     source = DiscordSource(client)
     fence = await seize(database, lease.holder())
     mirrored = Mirror(
-        database, source, fence, memory_queue(), shards=1, flush_policy=FlushPolicy(), page_timeout=30, cooldown=0
+        database,
+        source,
+        fence,
+        memory_queue(),
+        shards=1,
+        flush_policy=FlushPolicy(),
+        reconcile_policy=ReconcilePolicy(page_timeout=30, cooldown=0),
     )
     install(client, mirrored)
     stall = _Stall()

@@ -32,6 +32,7 @@ from utils.database.target import parse_url
 from utils.mirror import Mirror
 from utils.mirror.discord.source import DiscordSource
 from utils.mirror.discord.tap import install
+from utils.mirror.reconcile.reconciler import ReconcilePolicy
 from utils.mirror.records.events import Event
 from utils.mirror.spool.journal import Journal
 from utils.mirror.spool.queue import EventQueue
@@ -160,8 +161,7 @@ async def run(way: str, gateway: str, token: str, dsn: str | None, mode: Any, di
             queue,
             shards=1,
             flush_policy=FlushPolicy(),
-            page_timeout=30,
-            cooldown=0,
+            reconcile_policy=ReconcilePolicy(page_timeout=30, cooldown=0),
         )
         install(client, mirror)
     async with client, asyncio.timeout(CLIENT_SECONDS):

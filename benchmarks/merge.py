@@ -35,11 +35,11 @@ class _Received(Listing):
     def __init__(self, stamp: int, received: Sequence[Page], pool: Pool, touched: LiveOverlay) -> None:
         super().__init__(
             GUILD_ID, stamp=stamp, source="gateway", reason="request", started_at=pool.now(),
-            touched=touched, refuse=_refuse,
+            overlay=touched, on_malformed=_refuse,
         )  # fmt: skip
         self._received = deque(received)
 
-    async def next(self, timeout: float) -> Page | None:
+    async def next_page(self, timeout: float) -> Page | None:
         return self._received.popleft() if self._received else None
 
 
@@ -60,7 +60,7 @@ async def _raw_copy(pool: Pool, users: Sequence[Record], members: Sequence[Recor
 
 async def _ours(pool: Pool, users: Sequence[Record], members: Sequence[Record], stamp: int) -> Run:
     writer = await writer_of(pool)
-    listing = _Received(stamp, list(pages(users, members)), pool, writer.touched)
+    listing = _Received(stamp, list(pages(users, members)), pool, writer.overlay)
     return await StagedListing(writer, listing, page_timeout=60).write([])
 
 

@@ -33,7 +33,7 @@ from models import DISCORD_EPOCH_MS, Base, Channel, Guild, Member, Role, User
 from tests.leases import seize
 from utils.database import Pool
 from utils.mirror.records.rows import COUNTER_BITS, Entry, Key, key_columns, value_columns
-from utils.mirror.write.apply import Batch, apply
+from utils.mirror.write.batch import Batch, write_batch
 from utils.service.lease import Fence
 
 #: What exists first was made then.
@@ -229,7 +229,7 @@ async def write(database: Pool, *rows: Model) -> None:
     entries = dict(_entries(rows, stamp))
     if len(entries) != len(rows):
         raise ValueError("one row is given twice: a batch says of each row what it is like in the end")
-    await apply(database, Batch(entries=entries), fence)
+    await write_batch(database, Batch(entries=entries), fence)
 
 
 def _entries(rows: Iterable[Model], stamp: int) -> Iterable[tuple[tuple[str, Key], Entry]]:

@@ -75,7 +75,7 @@ def test_the_history_of_what_a_person_owns_can_be_found_by_that_person(name: str
 
     clears = [column.name for column in MIRRORED[name].columns if column.info["erase"] is Erase.CLEAR]
     assert clears
-    inserted = merge_sql.merge(name, value_columns(name), Mode.MERGE).split("INSERT INTO changes ", 1)[1]
+    inserted = merge_sql.merge_arrays(name, value_columns(name), Mode.MERGE).split("INSERT INTO changes ", 1)[1]
     assert "user_id" in inserted.split(")", 1)[0]
 
 

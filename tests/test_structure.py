@@ -214,8 +214,7 @@ SQL = re.compile(
 #: f-strings that hold SQL, and why they may: no value of anybody's is in them, only names of our own.
 NAMES_ONLY = {
     "utils.mirror.write.merge_sql": "derived from models/",
-    "utils.mirror.write.event_sql": "pieces of its own statements that several share",
-    "utils.mirror.reconcile.staging": "names of staging tables and settings that are constants",
+    "utils.mirror.reconcile.staging_sql": "derived from models/",
     "utils.database.orm": "names of tables that SQLAlchemy knows, never run",
     "utils.database.partitions": "names and bounds of partitions",
     "utils.database.embedded": "the name of its one database, quoted",

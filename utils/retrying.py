@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import random
 from collections.abc import Awaitable, Callable
 from typing import ParamSpec, TypeVar
 
@@ -53,3 +54,12 @@ def retrying(
 
 def _worth_it(error: Exception) -> bool:
     return is_transient(error)
+
+
+def backoff_seconds(failures: int, *, first: float, longest: float) -> float:
+    """Return the delay before the next attempt after `failures` consecutive failures, in seconds.
+
+    It starts at `first`, doubles up to `longest`, and varies by 20 % at random. For work that is queued again and not
+    retried in place, where stamina applies.
+    """
+    return min(first * 2.0 ** min(failures - 1, 63), longest) * random.uniform(0.8, 1.2)

@@ -17,7 +17,7 @@ async def test_the_figures_tell_what_waits_what_was_written_and_who_acts(
 ) -> None:
     async with running_bot(database, simulator, spool="always", data_dir=tmp_path, flush_seconds=60) as bot:
         await until(lambda: bot.mirror.writer.is_idle)
-        async with bot.mirror.writer.writing:  # nobody else writes
+        async with bot.mirror.writer.write_lock:  # nobody else writes
             channel = next(c.id for c in world.guild(small).channels.values() if c.type == 0 and not c.hidden)
             someone = world.guild(small).ordered_member_ids()[0]
             for _ in range(5):

@@ -232,9 +232,9 @@ class Driver:
         wrong += [f"{table} {id} was taken for gone" for table, id in await removals(self.database) - self.gone]
         mirror = self.bot.mirror
         left = {
-            "watched for": mirror.writer.touched._open,
+            "watched for": mirror.writer.overlay.is_tracking,
             "listed": mirror.reconciler.listings,
-            "held": mirror.writer.buffer.held,
+            "held": mirror.writer.buffer.held_guilds,
             "running": mirror.reconciler.queue._running,
             "waiting": list(mirror.reconciler.queue),
         }

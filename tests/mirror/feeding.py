@@ -1,4 +1,4 @@
-"""What the tests of the feed of changes share: rows to write by hand, connections that overlap, and who listens."""
+"""Helpers of the change feed tests: rows written by hand, concurrent connections, and a listener."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import asyncpg
 
@@ -25,18 +26,18 @@ INSERT_EVENT = "INSERT INTO member_events (guild_id, user_id, kind, at) VALUES (
 
 
 @dataclass(slots=True)
-class Heard:
-    """What a feed has dispatched."""
+class Received:
+    """Collects what a feed dispatches."""
 
     changes: list[MirrorChange] = field(default_factory=list)
-    wanted: bool = True
+    has_listeners: bool = True
 
     @property
     def ids(self) -> list[int]:
         return [change.id for change in self.changes]
 
-    def feed(self, database: Pool) -> ChangeFeed:
-        return ChangeFeed(database, self.changes.append, wanted=lambda: self.wanted)
+    def feed(self, database: Pool, **options: Any) -> ChangeFeed:
+        return ChangeFeed(database, self.changes.append, has_listeners=lambda: self.has_listeners, **options)
 
 
 @contextlib.asynccontextmanager
@@ -60,7 +61,7 @@ async def running(feed: ChangeFeed) -> AsyncIterator[None]:
 
 
 async def drained(feed: ChangeFeed) -> None:
-    """Read until nothing comes any more and nothing has to wait."""
+    """Read until no change is left and none has to wait."""
     await asyncio.sleep(0.003)  # the newest id may be of this very millisecond
     async with asyncio.timeout(30):
         while await feed.step() != (0, True):  # noqa: ASYNC110 - the database has no event to wait for

@@ -24,8 +24,8 @@ from utils.mirror import mirror as mirror_module
 from utils.mirror.discord import source
 from utils.mirror.discord.source import DiscordSource
 from utils.mirror.discord.tap import install
-from utils.mirror.reconcile import archived_threads, guild_queue, reconciler, staging
 from utils.mirror.reconcile.listing import Listing
+from utils.mirror.reconcile.reconciler import ReconcilePolicy
 from utils.mirror.records.rows import key_columns, tombstone_column
 from utils.mirror.spool.journal import Journal
 from utils.mirror.spool.queue import EventQueue, SpoolMode
@@ -83,8 +83,8 @@ class Mirrored:
         async with asyncio.timeout(timeout):
             while True:
                 await until(lambda: self.has_heard_all() and self.mirror.is_ready()[0], timeout)
-                await self.mirror.reconciler.quiet()
-                await until(lambda: not self.mirror.archived.waiting, timeout)
+                await self.mirror.reconciler.wait_until_idle()
+                await until(lambda: not self.mirror.archived.guilds_waiting, timeout)
                 with contextlib.suppress(DatabaseError):
                     await self.mirror.writer.flush()
                 if self.has_heard_all() and self.mirror.is_ready()[0] and self.mirror.writer.is_idle:
@@ -117,9 +117,7 @@ def small_world(
     monkeypatch: pytest.MonkeyPatch, *sizes: int, seed: int = 1, pages_per_second: float | None = None, **limits: Any
 ) -> tuple[Simulator, list[int]]:
     """Return a simulator with guilds of these sizes, whose member pages are `PAGE` long, and the guilds' ids."""
-    for module in (source, guild_queue):
-        monkeypatch.setattr(module, "MEMBERS_PAGE", PAGE)
-    monkeypatch.setattr(staging, "USER_BATCH_PAGES", 2)
+    monkeypatch.setattr(source, "MEMBERS_PAGE", PAGE)
     world = World(seed=seed)
     ids = [world.add_guild(members=size, roles=4, channels=7, threads=3, archived_threads=2) for size in sizes]
     paced = Limits.none(pages_per_second=pages_per_second, members_per_page=PAGE)
@@ -128,9 +126,6 @@ def small_world(
 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten waits of minutes and seconds, our own and discord.py's, that no test is about."""
-    monkeypatch.setattr(archived_threads, "REQUESTS_A_SECOND", 1_000)  # the simulator has its own limits
-    monkeypatch.setattr(archived_threads, "RETRY_SECONDS", 0.05)
-    monkeypatch.setattr(reconciler, "RETRY_SECONDS", 0.05)
     monkeypatch.setattr(mirror_module, "ARRIVAL_SECONDS", 0.2)
     monkeypatch.setattr(http, "asyncio", _Impatient())
     monkeypatch.setattr(backoff.ExponentialBackoff, "delay", lambda self: 0.01)
@@ -148,6 +143,9 @@ async def mirrored(
     spool: Path | None = None,
     mode: SpoolMode = "always",
     max_rows: int = 20_000,
+    user_batch_pages: int = 2,
+    transaction_events: int = 5_000,
+    replay_seconds: float = 5.0,
 ) -> AsyncIterator[Mirrored]:
     """Mirror a simulator's world into a database for the length of the block; a further block is the bot's restart."""
     impatient(monkeypatch)
@@ -169,9 +167,18 @@ async def mirrored(
         fence,
         EventQueue(journal, spool=mode, max_rows=max_rows),
         shards=1,
-        flush_policy=FlushPolicy(flush_seconds=flush_seconds),
-        page_timeout=page_timeout,
-        cooldown=cooldown,
+        flush_policy=FlushPolicy(
+            flush_seconds=flush_seconds, transaction_events=transaction_events, replay_seconds=replay_seconds
+        ),
+        reconcile_policy=ReconcilePolicy(
+            page_timeout=page_timeout,
+            cooldown=cooldown,
+            retry_seconds=0.05,
+            members_page=source.MEMBERS_PAGE,
+            user_batch_pages=user_batch_pages,
+            thread_requests_per_second=1_000,  # the simulator has its own limits
+            thread_retry_seconds=0.05,
+        ),
         spool=spool,
     )
     install(client, mirror)

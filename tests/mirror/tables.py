@@ -15,7 +15,7 @@ from utils.mirror.records.rows import Absence, Entry, Group, Key, Run, key_colum
 from utils.mirror.spool.queue import EventQueue
 from utils.mirror.translate.objects import LISTED_MEMBER_COLUMNS, LISTED_USER_COLUMNS
 from utils.mirror.translate.pages import Page, Record
-from utils.mirror.write.apply import Batch, Written, apply
+from utils.mirror.write.batch import Batch, WriteCounts, write_batch
 from utils.mirror.write.overlay import LiveOverlay
 from utils.mirror.write.writer import FlushPolicy, MirrorWriter
 from utils.service.lease import Fence
@@ -43,28 +43,28 @@ async def fence_of(database: Pool) -> Fence:
     return await seize(database, "a test") if epoch is None else Fence("a test", epoch)
 
 
-async def applied(database: Pool, batch: Batch) -> Written:
+async def applied(database: Pool, batch: Batch) -> WriteCounts:
     """Write a batch as the process that acts."""
-    return await apply(database, batch, await fence_of(database))
+    return await write_batch(database, batch, await fence_of(database))
 
 
-async def writer_of(database: Pool, **rhythm: Any) -> MirrorWriter:
+async def writer_of(database: Pool, **policy: Any) -> MirrorWriter:
     """Return a writer of a process that acts, with a queue that is in memory alone."""
     fence = await fence_of(database)
     queue = EventQueue(None, spool="off", max_rows=20_000)
     return MirrorWriter(
-        database, fence, queue, FlushPolicy(**rhythm), on_lost=lambda: None, on_dropped=lambda guilds: None
+        database, fence, queue, FlushPolicy(**policy), on_lost=lambda: None, on_dropped=lambda guilds: None
     )
 
 
-async def write(database: Pool, *entries: tuple[tuple[str, Key], Entry]) -> Written:
+async def write(database: Pool, *entries: tuple[tuple[str, Key], Entry]) -> WriteCounts:
     """Write observations as one batch."""
     batch = dict(entries)
     assert len(batch) == len(entries), "a batch holds one entry a row"
     return await applied(database, Batch(entries=batch))
 
 
-async def write_groups(database: Pool, *groups: Group, absences: Sequence[Absence] = ()) -> Written:
+async def write_groups(database: Pool, *groups: Group, absences: Sequence[Absence] = ()) -> WriteCounts:
     """Write what a listing showed, as one batch."""
     return await applied(database, Batch(groups=list(groups), absences=list(absences)))
 
@@ -148,19 +148,19 @@ class Received(Listing):
         pages: Iterable[Page],
         stamp: int,
         *,
-        touched: LiveOverlay,
+        overlay: LiveOverlay,
         guild_id: int = GUILD,
         source: str = "gateway",
         breaks: SyncError | None = None,
     ) -> None:
         super().__init__(
             guild_id, stamp=stamp, source=source, reason="request", started_at=database.now(),
-            touched=touched, refuse=_refuse,
+            overlay=overlay, on_malformed=_refuse,
         )  # fmt: skip
         self._received = deque(pages)
         self._breaks = breaks
 
-    async def next(self, timeout: float) -> Page | None:
+    async def next_page(self, timeout: float) -> Page | None:
         if not self._received:
             if self._breaks is not None:
                 raise self._breaks

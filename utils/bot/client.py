@@ -23,6 +23,7 @@ from utils.mirror import Mirror
 from utils.mirror.change_feed import ChangeFeed, MirrorChange
 from utils.mirror.discord import tap
 from utils.mirror.discord.source import DiscordSource
+from utils.mirror.reconcile.reconciler import ReconcilePolicy
 from utils.mirror.spool.journal import Journal
 from utils.mirror.spool.queue import EventQueue
 from utils.mirror.write.writer import FlushPolicy
@@ -181,7 +182,7 @@ class Guildbook(commands.AutoShardedBot):
             await self.cache.load(self._pool)
             self._channel = Channel(self.cache, self._pool.direct, self._pool)
             await self._channel.start()
-        changes = ChangeFeed(self._pool, self._dispatch_change, wanted=self._has_change_listeners)
+        changes = ChangeFeed(self._pool, self._dispatch_change, has_listeners=self._has_change_listeners)
         self._mirror = Mirror(
             self._pool,
             DiscordSource(self),
@@ -189,10 +190,14 @@ class Guildbook(commands.AutoShardedBot):
             queue,
             shards=shards,
             flush_policy=FlushPolicy(
-                settings.flush_rows, settings.flush_seconds, settings.db_retry_seconds, settings.db_retry_max_seconds
+                flush_rows=settings.flush_rows,
+                flush_seconds=settings.flush_seconds,
+                retry_seconds=settings.db_retry_seconds,
+                retry_max_seconds=settings.db_retry_max_seconds,
             ),
-            page_timeout=settings.chunk_timeout_seconds,
-            cooldown=settings.chunk_cooldown_seconds,
+            reconcile_policy=ReconcilePolicy(
+                page_timeout=settings.chunk_timeout_seconds, cooldown=settings.chunk_cooldown_seconds
+            ),
             spool=settings.data_dir / SPOOL_DIRECTORY if settings.spool != "off" else None,
             on_lost=self.lease.give_up,
             has_slept=self.lease.was_suspended,

@@ -1,4 +1,4 @@
-"""What the mirror wrote, read back after its commit and handed out in order: changes of rows, comings and goings."""
+"""The change feed: reads committed changes back and dispatches them in order, as `MirrorChange` events."""
 
 from __future__ import annotations
 
@@ -9,176 +9,182 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal
+
+import stamina
 
 from models import DISCORD_EPOCH_MS
 from utils.database import Pool
+from utils.database.sql import load_statements
 from utils.exceptions import GuildbookError
 from utils.logs import log_once
-from utils.mirror.write import event_sql
+from utils.mirror.write import events
 
 _log = logging.getLogger(__name__)
 
-#: The row of `ops.positions` that says how far the changes have been handed out.
+#: The row of `ops.positions` that holds the position of the feed.
 JOURNAL = "change events"
-#: Changes read and handed out at once.
+#: Changes read and dispatched at once.
 BATCH = 500
-#: Seconds between two reads at least.
-PACE_SECONDS = 0.1
-#: Seconds between two reads when nobody said that there is something: other processes and psql write as well.
+#: Least seconds between two reads.
+SPACING_SECONDS = 0.1
+#: Most seconds between two reads without a notice: other processes and psql write as well.
 POLL_SECONDS = 1.0
-#: Seconds after which a position that moved past nothing is saved.
+#: Seconds after which a position that moved past no change is saved.
 SAVE_SECONDS = 60.0
-#: Seconds for the last save, when it ends.
-END_SECONDS = 2.0
-#: Seconds before the next try after an error, doubled each time up to the second figure.
+#: Time limit of the last save, when the feed is stopped.
+STOP_SECONDS = 2.0
+#: Delay before the first retry after an error; it doubles up to the maximum.
 RETRY_SECONDS = 0.5
 RETRY_MAX_SECONDS = 30.0
 
-Action = Literal["update", "remove", "return", "join", "leave", "ban", "unban"]
+_STATEMENTS = load_statements(Path(__file__).with_name("change_feed.sql"))
+_SELECT_HORIZON = _STATEMENTS["select_horizon"]
+_SELECT_CHANGES = _STATEMENTS["select_changes"]
 
-# A transaction that inserts holds ROW EXCLUSIVE on the table from before it asks the clock for its first id until after
-# it can be seen. So whatever is not yet to be seen has an id from the start of the oldest of those on. Whether a
-# backend has a transaction id would not tell: it gets one with its first row, which is after its first id. A start
-# that is hidden (another role's, or it ended just now) counts as the beginning of time: nothing is passed.
-#: Parameter: `DISCORD_EPOCH_MS`. Answers the ids of now and of the horizon, both rounded as `models.base.time_id` does.
-_HORIZON = (
-    "WITH writers AS (SELECT DISTINCT pid FROM pg_locks WHERE locktype = 'relation' AND granted "
-    "AND mode = 'RowExclusiveLock' "
-    "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
-    "AND relation IN ('changes'::regclass, 'user_changes'::regclass, 'member_events'::regclass)), "
-    "moments AS (SELECT now() AS present, least(now(), (SELECT min(coalesce(xact_start, to_timestamp(0))) "
-    "FROM writers LEFT JOIN pg_stat_activity USING (pid))) AS horizon) "
-    "SELECT ((extract(epoch FROM present) * 1000)::bigint - $1::bigint) << 22 AS present, "
-    "((extract(epoch FROM horizon) * 1000)::bigint - $1::bigint) << 22 AS horizon FROM moments"
-)
-#: Parameters: the position, the horizon, how many at most.
-_READ = (
-    "SELECT * FROM ("
-    "(SELECT id, table_name, key, action, guild_id, user_id, before, after, inferred, at FROM changes "
-    "WHERE id > $1 AND id < $2 ORDER BY id LIMIT $3) UNION ALL "
-    "(SELECT id, table_name, key, action, NULL, user_id, before, after, inferred, at FROM user_changes "
-    "WHERE id > $1 AND id < $2 ORDER BY id LIMIT $3) UNION ALL "
-    "(SELECT id, 'member_events', jsonb_build_object('guild_id', guild_id, 'user_id', user_id), kind, guild_id, "
-    "user_id, NULL, NULL, inferred, at FROM member_events "
-    "WHERE id > $1 AND id < $2 ORDER BY id LIMIT $3)) AS told ORDER BY id LIMIT $3"
-)
+Action = Literal["update", "remove", "return", "join", "leave", "ban", "unban"]
 
 
 @dataclass(frozen=True, slots=True)
 class MirrorChange:
-    """One change of a mirrored row, or one coming or going of a member."""
+    """One change of a mirrored row, or one join, leave, ban or unban."""
 
-    #: Time-ordered, and no other change has it: whoever must not act twice keeps the last one.
+    #: Unique and time-ordered; store the last one if a change must not be acted on twice.
     id: int
-    #: The mirrored table; 'member_events' for join, leave, ban and unban.
+    #: The mirrored table; `member_events` for join, leave, ban and unban.
     table: str
-    #: Primary key of the row, column by column; of comings and goings `guild_id` and `user_id`.
+    #: Primary key of the row, by column; `guild_id` and `user_id` for `member_events`.
     key: dict[str, Any]
     action: Action
     #: None for a user, who belongs to no guild.
     guild_id: int | None
-    #: The person whom it is about; None for what is about nobody.
+    #: The user that the change is about; None if it is about no user.
     user_id: int | None
-    #: The columns that changed, as they were and as they are since, times as ISO 8601; None for comings and goings, and
-    #: after an erasure.
+    #: The columns that changed, with their old and new values, times as ISO 8601; None for `member_events` and after an
+    #: erasure.
     before: dict[str, Any] | None
     after: dict[str, Any] | None
-    #: True when a listing or a snapshot proved it, false when Discord told of it as it happened.
+    #: True if a listing or a snapshot proved it, false if Discord sent an event.
     inferred: bool
-    #: When it was written; of a join what Discord says, of other comings and goings when they were heard of.
+    #: When the change was written. Of a join, the time that Discord sends; of a leave, ban or unban, when it was
+    #: received.
     at: datetime
 
 
 class ChangeFeed:
-    """Hands out every committed change at least once, in the order of their ids, also those made while nobody ran.
+    """Dispatches every committed change at least once, in the order of the ids, including those made while stopped.
 
-    A change waits for the transactions that began before it and write history too: a later commit may have a smaller
-    id. Twice comes only what the process that ended had handed out last. What is older than the partitions that are
-    kept is not there. It counts on the database's clock not being set back.
+    A change waits for transactions that began before it and also write history: a later commit may have a smaller id.
+    Only the last batch before an unclean end is dispatched twice. Changes older than the partitions that are kept are
+    not dispatched. The feed relies on the database's clock not being set back.
     """
 
-    def __init__(self, database: Pool, dispatch: Callable[[MirrorChange], None], *, wanted: Callable[[], bool]) -> None:
-        """`dispatch` is called in the event loop and must not block it; `wanted` tells whether anybody listens."""
-        #: All up to this id has been handed out, or was not wanted; None before the first read.
+    def __init__(
+        self,
+        pool: Pool,
+        dispatch: Callable[[MirrorChange], None],
+        *,
+        has_listeners: Callable[[], bool],
+        batch: int = BATCH,
+        poll_seconds: float = POLL_SECONDS,
+        retry_seconds: float = RETRY_SECONDS,
+    ) -> None:
+        """`dispatch` is called in the event loop and must not block it. Without listeners, changes are skipped.
+
+        `batch`: changes read at once. `poll_seconds`: most seconds between two reads without a notice.
+        `retry_seconds`: delay before the first retry after an error.
+        """
+        #: Every change up to this id has been dispatched or skipped; None before the first read.
         self.position: int | None = None
-        self._database = database
+        #: Whether it has read everything and waits for a notice or the next poll.
+        self.is_waiting: bool = False
+        self._pool = pool
         self._dispatch = dispatch
-        self._wanted = wanted
+        self._has_listeners = has_listeners
+        self._batch = batch
+        self._poll_seconds = poll_seconds
+        self._retry_seconds = retry_seconds
         self._noticed = asyncio.Event()
         self._saved = 0
         self._saved_at = time.monotonic()
 
     def notice(self) -> None:
-        """Say that something may have been committed; cheap, to be called after every commit."""
+        """Announce that something may have been committed; cheap enough to be called after every commit."""
         self._noticed.set()
 
     async def run(self) -> None:
-        """Hand out changes until cancelled; what goes wrong is logged and tried again."""
-        retry = RETRY_SECONDS
+        """Dispatch changes until cancelled; errors are logged and retried."""
         try:
             while True:
                 was_noticed = self._noticed.is_set()
                 self._noticed.clear()
-                try:
-                    found, is_complete = await self.step()
-                except Exception as error:
-                    known = isinstance(error, GuildbookError)
-                    _log.warning("changes wait to be handed out: %s", error, exc_info=None if known else error)
-                    await asyncio.sleep(retry)
-                    retry = min(retry * 2, RETRY_MAX_SECONDS)
+                found, is_complete = await self._step_with_retries()
+                if found == self._batch:
                     continue
-                retry = RETRY_SECONDS
-                if found == BATCH:
-                    continue
-                await asyncio.sleep(PACE_SECONDS)
-                # What was noticed may be of this very millisecond, or waits for others: it is there in a moment.
+                await asyncio.sleep(SPACING_SECONDS)
+                # A notice may be about this very millisecond, or about a change that waits: both are visible soon.
                 if is_complete and (found or not was_noticed):
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(POLL_SECONDS - PACE_SECONDS):
-                            await self._noticed.wait()
+                    await self._wait_for_notice()
         finally:
-            await self._end()
+            await self._save_at_stop()
+
+    async def _wait_for_notice(self) -> None:
+        self.is_waiting = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, self._poll_seconds - SPACING_SECONDS)):
+                await self._noticed.wait()
+        self.is_waiting = False
+
+    async def _step_with_retries(self) -> tuple[int, bool]:
+        async for attempt in stamina.retry_context(
+            on=_should_retry, attempts=None, timeout=None, wait_initial=self._retry_seconds,
+            wait_max=RETRY_MAX_SECONDS, wait_jitter=self._retry_seconds,
+        ):  # fmt: skip
+            with attempt:
+                return await self.step()
+        raise AssertionError("unreachable: there is no last attempt")
 
     async def step(self) -> tuple[int, bool]:
-        """Hand out up to `BATCH` changes; return how many, and whether none had to wait for others.
+        """Dispatch one batch; return (changes dispatched, whether none had to wait for another transaction).
 
-        Raises `DatabaseError` when the database cannot be read or the position not be saved.
+        Raises `DatabaseError` when the changes cannot be read or the position cannot be saved.
         """
-        database = self._database
-        wanted = self._wanted()
-        # A statement of its own, before the one that reads: its snapshot is younger, so it sees all below the horizon.
-        row = await database.fetchrow(_HORIZON, DISCORD_EPOCH_MS)
+        has_listeners = self._has_listeners()
+        # A statement of its own: the later snapshot of the one that reads sees everything below the horizon.
+        row = await self._pool.fetchrow(_SELECT_HORIZON, DISCORD_EPOCH_MS)
         assert row is not None
         present, horizon = row["present"], row["horizon"]
         if self.position is None:
-            await self._begin(horizon - 1)
+            await self._load_position(horizon - 1)
         position = self.position
         assert position is not None
         if present < position:
             log_once(
                 _log,
                 "clock set back",
-                "the database's clock was set back: changes made until it has caught up are not handed out",
+                "the database's clock was set back: changes are not dispatched until it has caught up",
             )
-        records = await database.fetch(_READ, position, horizon, BATCH) if wanted and position < horizon else []
+        records = []
+        if has_listeners and position < horizon:
+            records = await self._pool.fetch(_SELECT_CHANGES, position, horizon, self._batch)
         for record in records:
-            self._hand_out(MirrorChange(*record.values()))
-        upto = records[-1]["id"] if len(records) == BATCH else horizon - 1
-        self.position = max(position, upto)
+            self._dispatch_safely(MirrorChange(*record.values()))
+        reached = records[-1]["id"] if len(records) == self._batch else horizon - 1
+        self.position = max(position, reached)
         if records or time.monotonic() - self._saved_at > SAVE_SECONDS:
             await self._save()
         return len(records), horizon == present
 
-    def _hand_out(self, change: MirrorChange) -> None:
+    def _dispatch_safely(self, change: MirrorChange) -> None:
         try:
             self._dispatch(change)
         except Exception:
-            _log.exception("a change could not be handed out", extra={"change": change.id, "table": change.table})
+            _log.exception("could not dispatch a change", extra={"change": change.id, "table": change.table})
 
-    async def _begin(self, present: int) -> None:
-        """Take up where the last process left; at the very first start what is there already is no news."""
-        saved: int | None = await self._database.fetchval(event_sql.POSITION, JOURNAL)
+    async def _load_position(self, present: int) -> None:
+        """Continue where the last process stopped; the very first start skips what is already there."""
+        saved: int | None = await self._pool.fetchval(events.SELECT_POSITION, JOURNAL)
         self.position = present if saved is None else saved
         self._saved = saved or 0
         await self._save()
@@ -186,13 +192,21 @@ class ChangeFeed:
     async def _save(self) -> None:
         if self.position is not None and self.position > self._saved:
             position = self.position
-            await self._database.execute(event_sql.ADVANCE, JOURNAL, position)
+            await self._pool.execute(events.ADVANCE_POSITION, JOURNAL, position)
             self._saved = position
         self._saved_at = time.monotonic()
 
-    async def _end(self) -> None:
+    async def _save_at_stop(self) -> None:
         try:
-            async with asyncio.timeout(END_SECONDS):
+            async with asyncio.timeout(STOP_SECONDS):
                 await self._save()
         except (GuildbookError, TimeoutError) as error:
-            _log.info("the last changes may be handed out once more: %s", error)
+            _log.info("could not save the position of the change feed; its last changes may repeat: %s", error)
+
+
+def _should_retry(error: BaseException) -> bool:
+    if not isinstance(error, Exception):
+        return False  # cancelled
+    known = isinstance(error, GuildbookError)
+    _log.warning("could not read changes; they wait: %s", error, exc_info=None if known else error)
+    return True

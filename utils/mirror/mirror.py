@@ -16,7 +16,7 @@ from utils.logs import log_once
 from utils.mirror.discord.source import DiscordSource
 from utils.mirror.reconcile.archived_threads import ArchivedThreads
 from utils.mirror.reconcile.guild_queue import GuildState
-from utils.mirror.reconcile.reconciler import Reconciler
+from utils.mirror.reconcile.reconciler import ReconcilePolicy, Reconciler
 from utils.mirror.records.rows import Observation, ReadyGuilds, Run, Stamps
 from utils.mirror.records.validation import validate_row
 from utils.mirror.spool.queue import EventQueue
@@ -54,8 +54,7 @@ class Mirror:
         *,
         shards: int,
         flush_policy: FlushPolicy,
-        page_timeout: float,
-        cooldown: float,
+        reconcile_policy: ReconcilePolicy,
         spool: Path | None = None,
         on_lost: Callable[[], None] = lambda: None,
         has_slept: Callable[[], bool] = lambda: False,
@@ -74,7 +73,7 @@ class Mirror:
             database, fence, queue, flush_policy, on_lost=on_lost, on_dropped=self._on_dropped, has_slept=has_slept,
             on_written=on_written,
         )  # fmt: skip
-        self.reconciler = Reconciler(self.writer, source, self.stamps, page_timeout=page_timeout, cooldown=cooldown)
+        self.reconciler = Reconciler(self.writer, source, self.stamps, reconcile_policy)
         self.archived = ArchivedThreads(self.writer, source, self.stamps, self.reconciler)
         self._source = source
         self._spool = spool
@@ -94,7 +93,14 @@ class Mirror:
         if self._spool is not None:
             writer = self.writer
             self.reconciler.spawn(
-                replay.keep_replaying(self.database, self.fence, self._spool, writer.writing, writer.flush)
+                replay.keep_replaying(
+                    self.database,
+                    self.fence,
+                    self._spool,
+                    writer.write_lock,
+                    writer.flush,
+                    seconds=writer.policy.replay_seconds,
+                )
             )
 
     async def replay(self) -> int:
@@ -105,7 +111,7 @@ class Mirror:
         if self._spool is None:
             return 0
         writer = self.writer
-        return await replay.replay_all(self.database, self.fence, self._spool, writer.writing, writer.flush)
+        return await replay.replay_journals(self.database, self.fence, self._spool, writer.write_lock, writer.flush)
 
     async def stop(self, timeout: float, *, flush: bool = True) -> None:
         """Stop reconciling, write what waits for at most `timeout` seconds; without `flush` nothing more is written."""
@@ -135,7 +141,7 @@ class Mirror:
     async def sync(self, guild_id: int) -> Run:
         """Reconcile a guild now: its settings, roles and channels over REST, its members by a complete listing."""
         state = self.reconciler.guilds.get(guild_id)
-        with self.writer.touched.watching(people=False):
+        with self.writer.overlay.tracking(people=False):
             stamp = self.stamps.next()
             payload = await self._source.guild(guild_id)
             payload["channels"] = await self._source.channels(guild_id)
@@ -188,7 +194,7 @@ class Mirror:
     def backpressure(self) -> Awaitable[None] | None:
         """None when there is room for more; otherwise what to await before the next message is read."""
         listings = self.reconciler.listings
-        if listings and any(listing.waiting >= PAGES_WAITING for listing in listings.values()):
+        if listings and any(listing.pages_waiting >= PAGES_WAITING for listing in listings.values()):
             return self._pause()
         if self.writer.queue.is_crowded:
             return self._until_less_crowded()
@@ -202,14 +208,14 @@ class Mirror:
                     await asyncio.sleep(ROOM_SECONDS)
 
     async def _pause(self) -> None:
-        full = [listing for listing in self.reconciler.listings.values() if listing.waiting >= PAGES_WAITING]
+        full = [listing for listing in self.reconciler.listings.values() if listing.pages_waiting >= PAGES_WAITING]
         try:
             async with asyncio.timeout(PAUSE_SECONDS):
                 for listing in full:
-                    await listing.room(PAGES_WAITING)
+                    await listing.wait_for_room(PAGES_WAITING)
         except TimeoutError:
             for listing in full:
-                if listing.waiting >= PAGES_WAITING:
+                if listing.pages_waiting >= PAGES_WAITING:
                     why = f"guild {listing.guild_id}: the database took no page for {PAUSE_SECONDS:g} s"
                     listing.abandon(SyncError(why))
 
@@ -218,7 +224,7 @@ class Mirror:
         if listing is None:
             return False
         try:
-            listing.chunk(data)
+            listing.add_chunk(data)
         except MALFORMED as error:
             listing.fail(SyncError(f"guild {listing.guild_id}: a page cannot be understood: {error!r}"))
             self.report_malformed("GUILD_MEMBERS_CHUNK", error)
@@ -238,13 +244,13 @@ class Mirror:
         self._last_arrival = time.monotonic()
         self._put([validate_row(objects.user(data["user"], own=True))], stamp)
         guilds = self.reconciler.guilds
-        asked = {state.id: state.asked_at for state in guilds.values()}
+        asked = {state.id: state.requested_at for state in guilds.values()}
         self.reconciler.queue.remove_shard(shard_id)
         for state in [state for state in guilds.values() if state.shard_id == shard_id]:
-            self.reconciler.forget(state, "the gateway session is new, events were missed")
+            self.reconciler.cancel(state, "the gateway session is new, events were missed")
             del guilds[state.id]
         for id in ids:
-            guilds[id] = GuildState(id, shard_id, asked_at=asked.get(id))
+            guilds[id] = GuildState(id, shard_id, requested_at=asked.get(id))
         self._ready[shard_id] = ids
         observation = Observation(0, stamp, [], ready=ReadyGuilds(shard_id, self.shards, ids))
         self.reconciler.spawn(self._until_written(self.writer.submit(observation), "the guilds of READY"))
@@ -260,8 +266,8 @@ class Mirror:
         shard_id = (guild_id >> 22) % self.shards
         state = GuildState(guild_id, shard_id, size=data.get("member_count"), available=True)
         if known is not None:
-            self.reconciler.forget(known, "it became available anew")
-            state.asked_at = known.asked_at
+            self.reconciler.cancel(known, "it became available anew")
+            state.requested_at = known.requested_at
         for group in observation.groups:
             if group.table == "threads":
                 for record in group.records:
@@ -290,7 +296,7 @@ class Mirror:
     def _message(self, data: Payload, stamp: int) -> None:
         counted = parse_message(data, stamp)
         if counted is not None:
-            self.writer.tell(counted)
+            self.writer.add_event(counted)
         self._messages += 1
 
     def _live(self, event: str, data: Payload, stamp: int) -> None:
@@ -298,14 +304,14 @@ class Mirror:
         told = MEMBERSHIP_PARSERS[event](data, stamp, now) if event in MEMBERSHIP_PARSERS else None
         rows = [validate_row(row) for row in ROW_PARSERS[event](data, now)] if event in ROW_PARSERS else []
         if told is not None:  # not before the rows are read: a payload is taken whole or not at all
-            self.writer.tell(told)
+            self.writer.add_event(told)
         self._put(rows, stamp)
         metrics.events_received.labels(event).inc()
         if event == "GUILD_DELETE":
             state = self.reconciler.guilds.get(int(data["id"]))
             if state is not None:
                 state.available = False
-                self.reconciler.forget(state, "it became unavailable")
+                self.reconciler.cancel(state, "it became unavailable")
                 if not data.get("unavailable"):
                     del self.reconciler.guilds[state.id]
         elif event.startswith("THREAD_"):

@@ -12,6 +12,7 @@ from sqlalchemy import ARRAY, JSON, Column, Table, Text, and_, bindparam, cast, 
 from sqlalchemy.dialects.postgresql import Insert, insert
 
 from models import Part, part_of
+from utils.database.sql import array_literal
 from utils.exceptions import ValidationError
 
 Row = Mapping[str, Any]
@@ -128,21 +129,7 @@ def array_parameters(table: Table, names: tuple[str, ...], rows: list[Row]) -> d
 def _text_encoder(col: Column[Any]) -> Callable[[Any], str] | None:
     """Return the function that encodes this column's values as text, or None: UNNEST would flatten nested arrays."""
     if isinstance(col.type, ARRAY):
-        return _array_literal
+        return array_literal
     if isinstance(col.type, JSON):
         return lambda value: orjson.dumps(value).decode()
     return None
-
-
-def _array_literal(values: Iterable[Any]) -> str:
-    """Write an array as PostgreSQL reads it (PostgreSQL manual, 8.15.2)."""
-    return "{" + ",".join(_element(value) for value in values) + "}"
-
-
-def _element(value: Any) -> str:
-    if value is None:
-        return "NULL"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
-    return str(value)

@@ -18,7 +18,7 @@ from tests.waiting import until
 from utils.database import Pool
 from utils.exceptions import DatabaseUnavailable
 from utils.mirror.records.rows import COUNTER_BITS
-from utils.mirror.write.apply import Written, apply
+from utils.mirror.write.batch import WriteCounts, write_batch
 from utils.service import metrics
 
 
@@ -115,7 +115,7 @@ async def test_live_events_wait_for_a_database_that_takes_no_writes(
             world.join(other)
             await until(bot.has_heard_all)
             if how == "locked":
-                await until(bot.mirror.writer.writing.locked)
+                await until(bot.mirror.writer.write_lock.locked)
             else:
                 await until(lambda: failures() >= before + 2)
                 assert len(bot.mirror.writer.buffer) > 4
@@ -151,7 +151,7 @@ async def test_a_sync_outlives_a_database_that_takes_no_writes(
                 world.rename_user(crowd[2], global_name="while it was down")
                 world.join(guild_id)
                 await until(bot.has_heard_all)
-                await until(lambda: len(bot.mirror.writer.buffer) or bot.mirror.writer.writing.locked())
+                await until(lambda: len(bot.mirror.writer.buffer) or bot.mirror.writer.write_lock.locked())
                 ready, progress = bot.mirror.is_ready()
                 assert not ready, progress
             await bot.settled()
@@ -208,15 +208,14 @@ async def test_rows_that_wait_since_before_a_listing_never_lie_over_it(
     world, crowd = simulator.world, people(simulator, guild_id)
     is_down = [True]
 
-    async def refused(*arguments: Any) -> Written:
+    async def refused(*arguments: Any) -> WriteCounts:
         if is_down[0]:
             raise DatabaseUnavailable("the buffer cannot be written, COPY can")
-        return await apply(*arguments)
+        return await write_batch(*arguments)
 
-    monkeypatch.setattr("utils.mirror.write.writer.apply", refused)
-    monkeypatch.setattr("utils.mirror.reconcile.staging.USER_BATCH_PAGES", 25)
+    monkeypatch.setattr("utils.mirror.write.writer.write_batch", refused)
     simulator.faults.ignore_member_request(guild_id)
-    async with simulator, mirrored(database, simulator, monkeypatch, page_timeout=20.0) as bot:
+    async with simulator, mirrored(database, simulator, monkeypatch, page_timeout=20.0, user_batch_pages=25) as bot:
         await until(lambda: simulator.faults.injected["ignore_member_request"])
         for id in crowd:
             world.update_member(guild_id, id, nick="before")
@@ -230,7 +229,7 @@ async def test_rows_that_wait_since_before_a_listing_never_lie_over_it(
         for id in crowd:
             world.update_member(guild_id, id, roles=[])
         state = bot.mirror.reconciler.guilds[guild_id]
-        await until(lambda: guild_id in bot.mirror.writer.buffer.held or state.failures)
+        await until(lambda: guild_id in bot.mirror.writer.buffer.held_guilds or state.failures)
         is_down[0] = False
         await bot.settled()
     assert simulator.faults.injected["refuse_resume"] == 1

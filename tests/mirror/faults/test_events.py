@@ -18,7 +18,7 @@ from tests.waiting import until
 from utils.database import Pool
 from utils.exceptions import DatabaseUnavailable
 from utils.mirror.spool.queue import SpoolMode
-from utils.mirror.write.apply import Written, apply
+from utils.mirror.write.batch import WriteCounts, write_batch
 
 
 def channel(simulator: Simulator, guild_id: int) -> int:
@@ -120,14 +120,14 @@ async def test_a_commit_whose_answer_is_lost_counts_once(database: Pool, monkeyp
     simulator, (guild_id,) = small_world(monkeypatch, 12)
     lost = [0]
 
-    async def answered(*arguments: Any) -> Written:
-        written = await apply(*arguments)
-        if arguments[1].told is not None and lost[0] < 3:
+    async def answered(*arguments: Any) -> WriteCounts:
+        written = await write_batch(*arguments)
+        if arguments[1].events is not None and lost[0] < 3:
             lost[0] += 1
             raise DatabaseUnavailable("the connection ended before the answer came")
         return written
 
-    monkeypatch.setattr("utils.mirror.write.writer.apply", answered)
+    monkeypatch.setattr("utils.mirror.write.writer.write_batch", answered)
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
         await bot.settled()
         for _ in range(4):
@@ -256,7 +256,7 @@ async def test_members_that_memory_has_no_room_for_are_restored_by_a_reconcile(
             assert bot.mirror.writer.rows_dropped > 0
         await bot.settled()
         await until(lambda: bot.mirror.reconciler.guilds[guild_id].last_run is not None)
-        await bot.mirror.reconciler.quiet()
+        await bot.mirror.reconciler.wait_until_idle()
         await bot.settled()
     assert await differences(database, simulator) == []
     assert await counted(database) == told(simulator)
@@ -279,11 +279,10 @@ async def test_who_lost_the_lease_writes_nothing_more_and_leaves_its_events_to_t
 async def _two_at_once(
     database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, spool: Path, former: Mirrored, guild: int
 ) -> None:
-    monkeypatch.setattr("utils.mirror.write.replay.LOOK_SECONDS", 0.05)
-    async with mirrored(database, simulator, monkeypatch, spool=spool) as bot:
+    async with mirrored(database, simulator, monkeypatch, spool=spool, replay_seconds=0.05) as bot:
         chatter(simulator, guild, 20)  # both hear it
         await until(lambda: len(former.mirror.writer.queue) >= 40)
-        former.mirror.writer.buffer.wake()
+        former.mirror.writer.buffer.request_flush()
         task = former.mirror.writer._task
         assert task is not None
         await asyncio.wait({task}, timeout=20)
@@ -321,9 +320,8 @@ async def test_rows_wait_for_events_that_one_transaction_does_not_take(
     database: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A row that shows somebody who left and joined anew would prove both, though both stand in the queue."""
-    monkeypatch.setattr("utils.mirror.write.writer.BATCH_EVENTS", 10)
     simulator, (guild_id,) = small_world(monkeypatch, 12)
-    async with simulator, mirrored(database, simulator, monkeypatch, spool=tmp_path) as bot:
+    async with simulator, mirrored(database, simulator, monkeypatch, spool=tmp_path, transaction_events=10) as bot:
         await bot.settled()
         back = people(simulator, guild_id)[0]
         before = failures()

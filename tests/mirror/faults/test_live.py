@@ -252,7 +252,7 @@ async def test_the_first_sync_of_a_guild_is_one_copy_and_live_rows_wait_for_it(
     held: list[int] = []
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
         listing = await bot.listing(guild_id, pages=3)
-        await until(lambda: guild_id in bot.mirror.writer.buffer.held)
+        await until(lambda: guild_id in bot.mirror.writer.buffer.held_guilds)
         world.update_member(guild_id, crowd[0], nick="live")
         world.join(guild_id)
         world.leave(guild_id, crowd[1])

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.mirror.discord.source import MEMBERS_PAGE, DiscordSource, RateLimiter
-from utils.mirror.reconcile.guild_queue import GuildState, Queue
+from utils.mirror.reconcile.guild_queue import GuildQueue, GuildState
 
 SMALL, LARGE = MEMBERS_PAGE - 1, MEMBERS_PAGE
 
 
-def queue(*, cooldown: float = 30.0, rest_workers: int = 2) -> Queue:
-    return Queue(cooldown=cooldown, rest_workers=rest_workers)
+def queue(*, cooldown: float = 30.0, rest_workers: int = 2) -> GuildQueue:
+    return GuildQueue(cooldown=cooldown, rest_workers=rest_workers)
 
 
 def guild(id: int, size: int | None = SMALL, **values: object) -> GuildState:
@@ -76,15 +76,15 @@ async def test_the_gateway_helps_with_the_largest_small_guilds_when_many_wait() 
 
 async def test_a_guild_whose_pages_failed_is_left_to_rest_whatever_its_size() -> None:
     line = queue()
-    await line.add(guild(1, LARGE, rest_next=True), "retry")
+    await line.add(guild(1, LARGE, needs_rest=True), "retry")
     assert await is_pending(line.take_for_gateway(always))
     assert (await line.take_for_rest()).id == 1
 
 
 async def test_a_guild_is_not_asked_over_the_gateway_again_before_its_cool_down_is_over() -> None:
     line = queue(cooldown=30.0)
-    await line.add(guild(1, LARGE, asked_at=time.monotonic() - 1), "request")
-    await line.add(guild(2, LARGE + 5, asked_at=time.monotonic() - 31), "request")
+    await line.add(guild(1, LARGE, requested_at=time.monotonic() - 1), "request")
+    await line.add(guild(2, LARGE + 5, requested_at=time.monotonic() - 31), "request")
     assert (await line.take_for_gateway(never)).id == 2
     assert await is_pending(line.take_for_gateway(never))
 
@@ -108,7 +108,7 @@ async def test_no_guild_is_handed_out_twice_at_a_time() -> None:
     await line.add(state, "request")
     assert await is_pending(line.take_for_rest())
     assert await is_pending(line.take_for_gateway(always))
-    await line.done(state)
+    await line.release(state)
     assert await line.take_for_rest() is state
 
 
@@ -119,7 +119,7 @@ async def test_no_large_guild_is_handed_out_twice_at_a_time_either() -> None:
     state.reason = None
     await line.add(state, "request")
     assert await is_pending(line.take_for_gateway(always))
-    await line.done(state)
+    await line.release(state)
     assert await line.take_for_gateway(never) is state
 
 

@@ -14,6 +14,7 @@ from utils.database import Pool
 from utils.exceptions import SyncError
 from utils.mirror import mirror as module
 from utils.mirror.reconcile.listing import Listing
+from utils.mirror.reconcile.reconciler import ReconcilePolicy
 from utils.mirror.records.rows import Row
 from utils.mirror.spool.queue import EventQueue
 from utils.mirror.translate.pages import Page
@@ -27,7 +28,7 @@ SOON = 0.01
 def listing(touched: LiveOverlay | None = None) -> Listing:
     return Listing(
         GUILD, stamp=10, source="gateway", reason="request", started_at=when(0),
-        touched=touched or LiveOverlay(), refuse=lambda error: None,
+        overlay=touched or LiveOverlay(), on_malformed=lambda error: None,
     )  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def chunk(index: int, count: int, *ids: int) -> dict[str, Any]:
 
 async def drained(found: Listing) -> list[Page]:
     pages = []
-    while (page := await found.next(SOON)) is not None:
+    while (page := await found.next_page(SOON)) is not None:
         pages.append(page)
     return pages
 
@@ -57,10 +58,10 @@ async def test_every_order_and_repetition_of_all_pages_is_complete_and_each_page
     found = listing()
     for position, index in enumerate(order):
         assert not found.is_complete
-        found.chunk(chunk(index, count, index + 1))
+        found.add_chunk(chunk(index, count, index + 1))
         for again in repeated:
             if again in order[: position + 1]:
-                found.chunk(chunk(again, count, again + 1))
+                found.add_chunk(chunk(again, count, again + 1))
     assert found.is_complete
     assert shown(await drained(found)) == list(range(1, count + 1))
     assert (found.pages, found.seen) == (count, count)
@@ -72,48 +73,48 @@ async def test_no_listing_with_a_page_missing_is_complete(data: st.DataObject) -
     missing = data.draw(st.integers(0, count - 1), label="missing")
     found = listing()
     for index in data.draw(st.permutations([index for index in range(count) if index != missing]), label="order"):
-        found.chunk(chunk(index, count, index + 1))
-        found.chunk(chunk(index, count, index + 1))
+        found.add_chunk(chunk(index, count, index + 1))
+        found.add_chunk(chunk(index, count, index + 1))
     assert not found.is_complete
-    with pytest.raises(SyncError, match=f"{count - 1} of {count} had come"):
+    with pytest.raises(SyncError, match=f"{count - 1} of {count} received"):
         await drained(found)
 
 
 @pytest.mark.parametrize(("index", "count"), [(1, 4), (3, 3), (-1, 3), (0, 0), (5, 3)])
 async def test_pages_that_contradict_one_another_prove_nothing(index: int, count: int) -> None:
     found = listing()
-    found.chunk(chunk(0, 3, 1))
-    found.chunk(chunk(index, count, 2))
+    found.add_chunk(chunk(0, 3, 1))
+    found.add_chunk(chunk(index, count, 2))
     assert not found.is_complete
     with pytest.raises(SyncError):
         await drained(found)
 
 
 async def test_the_wait_for_a_page_has_a_bound_and_says_what_had_come() -> None:
-    with pytest.raises(SyncError, match=r"no page for 0\.01 s, 0 had come"):
-        await listing().next(SOON)
+    with pytest.raises(SyncError, match=r"no page within 0\.01 s; 0 received"):
+        await listing().next_page(SOON)
 
 
 async def test_a_page_ends_the_wait_for_it() -> None:
     found = listing()
-    waiting = asyncio.create_task(found.next(5))
+    waiting = asyncio.create_task(found.next_page(5))
     await asyncio.sleep(0)
-    found.chunk(chunk(0, 1, 1))
+    found.add_chunk(chunk(0, 1, 1))
     page = await waiting
     assert page is not None
     assert shown([page]) == [1]
-    assert await found.next(SOON) is None
+    assert await found.next_page(SOON) is None
 
 
 async def test_a_failure_ends_the_wait_and_hides_the_pages_that_had_come() -> None:
     found = listing()
-    found.chunk(chunk(0, 2, 1))
+    found.add_chunk(chunk(0, 2, 1))
     found.fail(SyncError("the socket dropped"))
     found.fail(SyncError("a later one"))
     with pytest.raises(SyncError, match="the socket dropped"):
-        await found.next(5)
+        await found.next_page(5)
     other = listing()
-    waiting = asyncio.create_task(other.next(5))
+    waiting = asyncio.create_task(other.next_page(5))
     await asyncio.sleep(0)
     other.fail(SyncError("the socket dropped"))
     with pytest.raises(SyncError):
@@ -122,7 +123,7 @@ async def test_a_failure_ends_the_wait_and_hides_the_pages_that_had_come() -> No
 
 async def test_a_failure_after_the_last_page_takes_nothing_from_the_proof() -> None:
     found = listing()
-    found.chunk(chunk(0, 1, 1))
+    found.add_chunk(chunk(0, 1, 1))
     found.fail(SyncError("too late"))
     assert shown(await drained(found)) == [1]
 
@@ -134,11 +135,11 @@ async def test_whoever_waits_for_room_is_released_by_a_page_taken_a_failure_and_
     async def ends(found: Listing) -> None:
         found.close()
 
-    for release in (lambda found: found.next(5), fails, ends):
+    for release in (lambda found: found.next_page(5), fails, ends):
         found = listing()
-        found.chunk(chunk(0, 3, 1))
-        found.chunk(chunk(1, 3, 2))
-        waiting = asyncio.create_task(found.room(2))
+        found.add_chunk(chunk(0, 3, 1))
+        found.add_chunk(chunk(1, 3, 2))
+        waiting = asyncio.create_task(found.wait_for_room(2))
         await asyncio.sleep(0)
         assert not waiting.done()
         await release(found)
@@ -152,14 +153,14 @@ async def test_the_gateway_is_not_held_up_again_by_a_listing_that_no_page_is_tak
     monkeypatch.setattr(module, "PAUSE_SECONDS", SOON)
     found = listing()
     for index in range(8):
-        found.chunk(chunk(index, 8, index + 1))
+        found.add_chunk(chunk(index, 8, index + 1))
     mirror = module.Mirror(
         database, None, Fence("nobody", 1), EventQueue(None, spool="off", max_rows=1_000), shards=1,  # type: ignore[arg-type]
-        flush_policy=FlushPolicy(), page_timeout=1.0, cooldown=0.0,
+        flush_policy=FlushPolicy(), reconcile_policy=ReconcilePolicy(page_timeout=1.0, cooldown=0),
     )  # fmt: skip
     mirror.reconciler.listings["nonce"] = found
     await mirror._pause()
-    assert found.waiting < module.PAGES_WAITING or found._error is not None
+    assert found.pages_waiting < module.PAGES_WAITING or found._error is not None
 
 
 async def test_who_was_touched_and_who_could_not_be_read_is_spared() -> None:
@@ -170,9 +171,9 @@ async def test_who_was_touched_and_who_could_not_be_read_is_spared() -> None:
     found = listing(touched)
     broken = chunk(0, 2, 4)
     broken["members"].append({"user": {"id": "3"}})
-    found.chunk(broken)
-    assert found.spared() == {2, 3}
+    found.add_chunk(broken)
+    assert found.protected_ids() == {2, 3}
     broken = chunk(1, 2, 5)
     broken["members"].append(None)
-    found.chunk(broken)
-    assert found.spared() is None
+    found.add_chunk(broken)
+    assert found.protected_ids() is None

@@ -33,7 +33,7 @@ from utils.mirror.reconcile.staging import StagedListing
 from utils.mirror.records.rows import Absence, Group, Mode, Row, Run
 from utils.mirror.translate.objects import LISTED_MEMBER_COLUMNS, LISTED_USER_COLUMNS
 from utils.mirror.translate.pages import Page
-from utils.mirror.write.apply import Batch
+from utils.mirror.write.batch import Batch
 from utils.mirror.write.writer import MirrorWriter
 
 Members = dict[int, dict[str, Any]]
@@ -47,7 +47,7 @@ async def writer(database: Pool) -> MirrorWriter:
 async def stage(
     writer: MirrorWriter, pages: list[Page], stamp: int, *, source: str = "gateway", breaks: SyncError | None = None
 ) -> Run:
-    listing = Received(writer.database, pages, stamp, touched=writer.touched, source=source, breaks=breaks)
+    listing = Received(writer.pool, pages, stamp, overlay=writer.overlay, source=source, breaks=breaks)
     return await StagedListing(writer, listing, page_timeout=5.0).write([])
 
 
@@ -128,7 +128,7 @@ async def test_a_first_listing_with_a_member_twice_fails_whole_and_succeeds_over
 
 async def test_what_live_events_spoke_of_since_beats_the_listing(database: Pool, writer: MirrorWriter) -> None:
     await stage(writer, listed(range(1, 41), 10, nick="n"), 10)
-    writer.touched.open("listing")
+    writer.overlay.open("listing")
     writer.put(Row("members", (GUILD, 1), {"nick": "n"}), 25)  # it changed nothing, so the table keeps no trace of it
     writer.put(Row("members", (GUILD, 2), {"nick": "live"}), 26)
     writer.put(Row("users", (3,), {"username": "user 3"}), 27)

@@ -64,42 +64,42 @@ async def test_memory_that_is_needed_is_taken_from_the_members_that_wait_longest
         waiting.put(member(user_id), 2)
     waiting.put(member(1), 3)  # still the one that waits longest
     waiting.put(member(9, guild_id=OTHER_GUILD), 4)
-    assert waiting.drop_oldest(2) == (4, {GUILD})
+    assert waiting.drop_oldest_members(2) == (4, {GUILD})
     assert set(waiting.take()) == {
         ("roles", (GUILD, 1)), ("users", (3,)), ("members", (GUILD, 3)), ("members", (OTHER_GUILD, 9)),
     }  # fmt: skip
-    assert waiting.drop_oldest(2) == (0, set())
+    assert waiting.drop_oldest_members(2) == (0, set())
 
 
 async def test_the_age_is_that_of_what_waits() -> None:
     waiting = buffer()
     assert waiting.age == 0.0
     waiting.put(member(1), 1)
-    assert waiting._since is not None
+    assert waiting._oldest_at is not None
     taken = waiting.take()
-    assert waiting._since is None
+    assert waiting._oldest_at is None
     waiting.give_back(taken)
-    assert waiting._since is not None
+    assert waiting._oldest_at is not None
     waiting.hold(GUILD)
     waiting.take()
-    assert waiting._since is not None
+    assert waiting._oldest_at is not None
 
 
 async def test_a_flush_is_due_by_number_by_age_and_when_woken() -> None:
     waiting = buffer(rows=2)
-    due = asyncio.create_task(waiting.due())
+    due = asyncio.create_task(waiting.wait_until_due())
     waiting.put(member(1), 1)
     waiting.put(member(1), 2)
     await asyncio.sleep(0)
     assert not due.done(), "two events about one row are one row"
     waiting.put(member(2), 3)
     await asyncio.wait_for(due, 5)
-    due = asyncio.create_task(waiting.due())
+    due = asyncio.create_task(waiting.wait_until_due())
     await asyncio.sleep(0)
     assert not due.done(), "a flush that was due is not due for ever"
-    waiting.wake()
+    waiting.request_flush()
     await asyncio.wait_for(due, 5)
-    await asyncio.wait_for(buffer(seconds=0.01).due(), 5)
+    await asyncio.wait_for(buffer(seconds=0.01).wait_until_due(), 5)
 
 
 async def test_rows_are_grouped_by_what_they_speak_of_with_keys_in_order() -> None:

@@ -17,8 +17,8 @@ from utils.database import Pool
 from utils.mirror.records.events import Event, Membership, Message, decode_event, encode_event
 from utils.mirror.records.rows import COUNTER_BITS, Absence, Entry, Group, Mode
 from utils.mirror.translate.objects import LISTED_MEMBER_COLUMNS
-from utils.mirror.write import event_sql
-from utils.mirror.write.apply import Batch, Told, apply
+from utils.mirror.write import events as event_statements
+from utils.mirror.write.batch import Batch, EventBatch, write_batch
 from utils.service.lease import Fence
 
 ANN, BOB = 1, 2
@@ -34,8 +34,8 @@ def stamp(fence: Fence, counter: int, *, epochs_ago: int = 0) -> int:
 
 
 async def tell(database: Pool, fence: Fence, *events: Event, journal: str = "a journal") -> int:
-    told = Told(journal, list(events), max(event.stamp for event in events))
-    return (await apply(database, Batch(told=told), fence)).events
+    batch = EventBatch(journal, list(events), max(event.stamp for event in events))
+    return (await write_batch(database, Batch(events=batch), fence)).events
 
 
 async def listed(
@@ -51,7 +51,7 @@ async def listed(
         absences=[Absence("members", GUILD, at, set(present))],
         runs=[run],
     )
-    await apply(database, batch, fence)
+    await write_batch(database, batch, fence)
 
 
 async def told_of(database: Pool, user_id: int = ANN) -> list[tuple[str, bool]]:
@@ -98,7 +98,7 @@ async def test_what_is_at_or_below_the_position_is_left_out(database: Pool, fenc
     await tell(database, fence, *events[:2])
     await tell(database, fence, *events)
     assert await database.fetchval("SELECT count(*) FROM member_events") == 3
-    assert await database.fetchval(event_sql.POSITION, "a journal") == stamp(fence, 3)
+    assert await database.fetchval(event_statements.SELECT_POSITION, "a journal") == stamp(fence, 3)
 
 
 async def test_nothing_is_written_after_another_process_has_taken_over(database: Pool, fence: Fence) -> None:
@@ -106,7 +106,7 @@ async def test_nothing_is_written_after_another_process_has_taken_over(database:
     with pytest.raises(Exception, match="another process"):
         await tell(database, fence, Message(stamp(fence, 1), GUILD, ANN, 1))
     with pytest.raises(Exception, match="another process"):
-        await apply(database, Batch(entries=dict([said("users", (ANN,), 1, username="a")])), fence)
+        await write_batch(database, Batch(entries=dict([said("users", (ANN,), 1, username="a")])), fence)
     assert await counts(database) == {}
     assert await database.fetchval("SELECT count(*) FROM users") == 0
 
@@ -151,7 +151,9 @@ async def test_what_was_heard_live_is_not_inferred_once_more(database: Pool, fen
         "members", (GUILD, BOB), stamp(fence, 11), **_member(joined_at=when(11))
     )
     events = [Membership(stamp(fence, 11), GUILD, BOB, "join", when(11), when(11))]
-    await apply(database, Batch(entries=dict([joined]), told=Told("j", list[Event](events), stamp(fence, 11))), fence)
+    await write_batch(
+        database, Batch(entries=dict([joined]), events=EventBatch("j", list[Event](events), stamp(fence, 11))), fence
+    )
     await tell(database, fence, Membership(stamp(fence, 12), GUILD, ANN, "leave", when(12), when(12)))
     await listed(database, fence, 20, {BOB: when(11)})
     assert await told_of(database) == [("leave", False)]
@@ -208,9 +210,9 @@ async def _replay(database: Pool, now: Fence, old: list[Membership], data: st.Da
     done = 0
     while done < len(old):
         count = data.draw(st.integers(1, len(old) - done), label="replayed at once")
-        piece, beside = old[done : done + count], old[:done] + old[done + count :]
-        told = Told("the former one's", list[Event](piece), piece[-1].stamp, beside=beside)
-        await apply(database, Batch(told=told), now)
+        piece, context = old[done : done + count], old[:done] + old[done + count :]
+        batch = EventBatch("the former one's", list[Event](piece), piece[-1].stamp, context=context)
+        await write_batch(database, Batch(events=batch), now)
         done += count
 
 

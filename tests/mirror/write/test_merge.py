@@ -23,8 +23,8 @@ from utils.database import Pool
 from utils.exceptions import DatabaseUnavailable
 from utils.mirror.records.rows import Group, Mode
 from utils.mirror.translate.objects import LISTED_MEMBER_COLUMNS
-from utils.mirror.write import apply as apply_module
-from utils.mirror.write.apply import Batch
+from utils.mirror.write import batch as batch_module
+from utils.mirror.write.batch import Batch
 
 ODD = [
     "",
@@ -264,14 +264,14 @@ async def test_nothing_of_a_batch_is_there_when_its_last_statement_fails(
 async def test_a_batch_that_is_tried_again_counts_its_rows_once(
     database: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record, failing = apply_module.record, [DatabaseUnavailable("the server is shutting down")]
+    record, failing = batch_module.insert_sync_run, [DatabaseUnavailable("the server is shutting down")]
 
     async def interrupted(*arguments: Any) -> None:
         if failing:
             raise failing.pop()
         await record(*arguments)
 
-    monkeypatch.setattr(apply_module, "record", interrupted)
+    monkeypatch.setattr(batch_module, "insert_sync_run", interrupted)
     listed: list[tuple[Any, ...]] = [(GUILD, 1, None, None, [], when(0), None, None, False, 0, None, 50)]
     batch = Batch(groups=[Group("members", LISTED_MEMBER_COLUMNS, Mode.MERGE, listed)], runs=[complete_run(50)])
     with pytest.raises(DatabaseUnavailable):

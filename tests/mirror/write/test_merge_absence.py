@@ -21,8 +21,7 @@ from tests.mirror.tables import (
 )
 from utils.database import Pool
 from utils.mirror.records.rows import Absence, Run
-from utils.mirror.write import merge_sql
-from utils.mirror.write.apply import Batch, bury
+from utils.mirror.write.batch import Batch, apply_cascade
 
 TABLES = [("members", "left_at"), ("roles", "deleted_at"), ("channels", "deleted_at"), ("threads", "deleted_at")]
 
@@ -103,7 +102,7 @@ async def test_a_deleted_role_leaves_the_members_of_its_guild_alone(database: Po
 async def test_several_roles_deleted_at_once_leave_one_change_each_member(database: Pool) -> None:
     await write(database, said("members", (GUILD, 1), 9, roles=[5, 6, 7]))
     async with database.transaction() as connection:
-        await bury(connection, database, merge_sql.STRIP_ROLES, [(GUILD, 5, 2), (GUILD, 7, 3)])
+        await apply_cascade(connection, database, "roles", [(GUILD, 5, 2), (GUILD, 7, 3)])
     assert (await row(database, "members", (GUILD, 1)))["roles"] == [6]
     assert (await row(database, "members", (GUILD, 1)))["stamp"] == 9
     assert len(await history(database)) == 1

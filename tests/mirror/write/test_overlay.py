@@ -24,7 +24,7 @@ def test_nothing_is_remembered_while_no_observation_is_open() -> None:
     touched = LiveOverlay()
     touched.add(member(1, nick="a"), 5)
     touched.open("a")
-    assert touched.since("members", GUILD, 0) == set()
+    assert touched.touched_since("members", GUILD, 0) == set()
 
 
 def test_everything_is_remembered_until_the_last_observation_is_closed() -> None:
@@ -33,12 +33,12 @@ def test_everything_is_remembered_until_the_last_observation_is_closed() -> None
     touched.add(member(1, nick="a"), 5)
     touched.open("b")
     touched.close("a")
-    assert touched.since("members", GUILD, 4) == {1}
+    assert touched.touched_since("members", GUILD, 4) == {1}
     touched.close("a")
-    assert touched.since("members", GUILD, 4) == {1}
+    assert touched.touched_since("members", GUILD, 4) == {1}
     touched.close("b")
     touched.open("c")
-    assert touched.since("members", GUILD, 4) == set()
+    assert touched.touched_since("members", GUILD, 4) == set()
 
 
 def test_only_what_came_after_the_stamp_counts_in_its_own_guild_and_table() -> None:
@@ -53,26 +53,26 @@ def test_only_what_came_after_the_stamp_counts_in_its_own_guild_and_table() -> N
         (member(1), 10),
     ):
         touched.add(row, stamp)
-    assert touched.since("members", GUILD, 5) == {1, 2}
-    assert touched.since("members", GUILD, 6) == {1}
-    assert touched.since("members", OTHER_GUILD, 0) == {3}
-    assert touched.since("users", 0, 0) == {4}
-    assert touched.since("roles", GUILD, 0) == {5}
-    assert touched.since("threads", GUILD, 0) == set()
+    assert touched.touched_since("members", GUILD, 5) == {1, 2}
+    assert touched.touched_since("members", GUILD, 6) == {1}
+    assert touched.touched_since("members", OTHER_GUILD, 0) == {3}
+    assert touched.touched_since("users", 0, 0) == {4}
+    assert touched.touched_since("roles", GUILD, 0) == {5}
+    assert touched.touched_since("threads", GUILD, 0) == set()
 
 
 def test_a_block_that_raises_forgets_what_it_watched() -> None:
     touched = LiveOverlay()
 
     def ask() -> None:
-        with touched.watching():
+        with touched.tracking():
             touched.add(member(1), 5)
             raise SyncError("the answer never came")
 
     with pytest.raises(SyncError):
         ask()
     touched.open("a")
-    assert touched.since("members", GUILD, 0) == set()
+    assert touched.touched_since("members", GUILD, 0) == set()
 
 
 def test_people_are_remembered_for_listings_of_people_alone() -> None:
@@ -83,8 +83,8 @@ def test_people_are_remembered_for_listings_of_people_alone() -> None:
     touched.open("a listing")
     touched.add(member(2), 7)
     touched.close("a listing")
-    assert touched.since("members", GUILD, 0) == set()
-    assert touched.since("roles", GUILD, 0) == {5}
+    assert touched.touched_since("members", GUILD, 0) == set()
+    assert touched.touched_since("roles", GUILD, 0) == {5}
 
 
 def test_a_listing_that_waited_for_more_than_memory_holds_is_refused_and_a_later_one_is_not() -> None:
@@ -92,12 +92,12 @@ def test_a_listing_that_waited_for_more_than_memory_holds_is_refused_and_a_later
     touched.open("listing")
     for user_id in (1, 2, 3):
         touched.add(member(user_id), 10 + user_id)
-    with pytest.raises(SyncError, match="ask again"):
-        touched.since("members", GUILD, 10)
-    assert not touched.knows_since(12)
+    with pytest.raises(SyncError, match="requested again"):
+        touched.touched_since("members", GUILD, 10)
+    assert not touched.covers(12)
     touched.add(member(4), 14)
-    assert touched.since("members", GUILD, 13) == {4}
-    assert touched.since("roles", GUILD, 10) == set()
+    assert touched.touched_since("members", GUILD, 13) == {4}
+    assert touched.touched_since("roles", GUILD, 10) == set()
 
 
 def test_what_could_not_make_a_row_and_what_went_is_said_again() -> None:
@@ -109,7 +109,7 @@ def test_what_could_not_make_a_row_and_what_went_is_said_again() -> None:
     touched.add(Row("roles", (GUILD, 4), {"name": "r", "deleted_at": None}), 8)
     touched.add(Row("roles", (GUILD, 4), {"deleted_at": when(2)}, may_insert=False), 9)
     touched.add(member(9, guild_id=OTHER_GUILD, may_insert=False, nick="x"), 10)
-    again = {slot: entry.values for slot, entry in touched.again(GUILD, 5)}
+    again = {slot: entry.values for slot, entry in touched.replay_partial(GUILD, 5)}
     assert again.keys() == {("members", (GUILD, 3)), ("roles", (GUILD, 4))}
     assert again["members", (GUILD, 3)] == {"left_at": when(1)}
     assert again["roles", (GUILD, 4)]["deleted_at"] == when(2)
@@ -124,7 +124,7 @@ def test_a_listing_keeps_every_member_and_every_column_that_nobody_spoke_of_sinc
     for stamp, (user_id, column) in enumerate(touches, start=15):
         touched.add(Row("members", (GUILD, user_id), {column: None}), stamp)
     records = [member_record(user_id, 20, nick="n", flags=3) for user_id in range(1, 5)]
-    groups = touched.behind(Group("members", LISTED_MEMBER_COLUMNS, Mode.MERGE, records), GUILD, 20)
+    groups = touched.split_stale(Group("members", LISTED_MEMBER_COLUMNS, Mode.MERGE, records), GUILD, 20)
     ahead: dict[int, set[str]] = {}
     for stamp, (user_id, column) in enumerate(touches, start=15):
         if stamp > 20:

@@ -1,4 +1,4 @@
-"""Archived threads: a background lane over REST that nothing waits for."""
+"""Reads archived threads over REST, in a background lane that nothing waits for."""
 
 from __future__ import annotations
 
@@ -18,62 +18,77 @@ from utils.mirror.records.validation import validate_row
 from utils.mirror.translate import objects
 from utils.mirror.translate.objects import MALFORMED
 from utils.mirror.write.writer import MirrorWriter
+from utils.retrying import backoff_seconds
 
 _log = logging.getLogger(__name__)
 
-#: Kinds of channels that have threads: text, announcement, forum, media (Discord API reference, "Channel Types").
-THREADED = (0, 5, 15, 16)
-#: Requests a second that the lane takes; Discord allows a bot 50 (Discord API reference, "Global Rate Limit").
-REQUESTS_A_SECOND = 20
-#: Threads of one guild that may be asked for one by one in a pass, because no listing showed them.
-PROBES = 200
-#: Seconds before a guild that could not be read is tried again, doubled each time up to the second figure.
-RETRY_SECONDS = 5.0
-RETRY_SECONDS_MAX = 600.0
+#: Channel types that have threads: text, announcement, forum, media (Discord API reference, "Channel Types").
+THREADED_TYPES = (0, 5, 15, 16)
+#: Threads of one guild that are requested one by one in a pass, because no listing showed them.
+MAX_PROBES = 200
+
+_VISIBLE_CHANNELS = """
+SELECT id FROM channels
+WHERE guild_id = $1 AND deleted_at IS NULL AND NOT hidden AND type = ANY($2)
+"""
+#: Parameters: guild id, ids of channels, ids of threads that were listed, how many to return.
+_UNLISTED_THREADS = """
+SELECT id FROM threads
+WHERE guild_id = $1 AND deleted_at IS NULL AND parent_id = ANY($2) AND id <> ALL($3)
+ORDER BY id DESC
+LIMIT $4
+"""
 
 
 class ArchivedThreads:
     """Reads the archived threads of one guild after the other, while no reconcile needs the requests."""
 
     def __init__(self, writer: MirrorWriter, source: DiscordSource, stamps: Stamps, reconciler: Reconciler) -> None:
+        #: Guilds read since the start.
+        self.finished: int = 0
         self._writer = writer
         self._source = source
         self._stamps = stamps
         self._reconciler = reconciler
-        self._waiting: asyncio.Queue[int] = asyncio.Queue()
+        self._policy = reconciler.policy
+        self._queue: asyncio.Queue[int] = asyncio.Queue()
         self._queued: set[int] = set()
         self._reading: int | None = None
-        #: Passes that failed in a row, by guild.
+        #: Consecutive failed passes, by guild.
         self._failures: Counter[int] = Counter()
-        self._pace = RateLimiter(REQUESTS_A_SECOND, 1.0)
-        #: Guilds read since the start.
-        self.finished: int = 0
+        # Discord allows a bot 50 requests in a second (Discord API reference, "Global Rate Limit").
+        self._rate = RateLimiter(self._policy.thread_requests_per_second, 1.0)
 
     def add(self, guild_id: int) -> None:
-        """Put a guild in line; one that is being read is read once more."""
+        """Queue a guild; one that is being read now is read once more."""
         if guild_id not in self._queued:
             self._queued.add(guild_id)
-            self._waiting.put_nowait(guild_id)
+            self._queue.put_nowait(guild_id)
 
     @property
-    def waiting(self) -> int:
-        """Guilds in line, the one that is being read and those to be tried again included."""
-        return len(self._queued | {guild_id for guild_id in (self._reading, *self._failures) if guild_id is not None})
+    def guilds_waiting(self) -> int:
+        """Guilds that are queued, being read, or waiting for a retry."""
+        reading = () if self._reading is None else (self._reading,)
+        return len(self._queued.union(self._failures, reading))
 
     async def run(self) -> None:
-        """Work off the line until cancelled."""
+        """Read queued guilds until cancelled."""
         while True:
-            guild_id = self._reading = await self._waiting.get()
+            guild_id = self._reading = await self._queue.get()
             self._queued.discard(guild_id)
             try:
                 await self._read_guild(guild_id)
-            except Exception as error:  # whatever it was, the lane has other guilds to read
+            except Exception as error:  # whatever it was: this guild is retried, and the lane goes on with others
                 self._failures[guild_id] += 1
-                wait = min(RETRY_SECONDS * 2 ** (self._failures[guild_id] - 1), RETRY_SECONDS_MAX)
-                _log.warning(
-                    "archived threads not read: %s; next try in %g s", error, wait, extra={"guild_id": guild_id}
+                delay = backoff_seconds(
+                    self._failures[guild_id],
+                    first=self._policy.thread_retry_seconds,
+                    longest=self._policy.thread_retry_max_seconds,
                 )
-                asyncio.get_running_loop().call_later(wait, self.add, guild_id)
+                _log.warning(
+                    "archived threads not read: %s; next attempt in %.1f s", error, delay, extra={"guild_id": guild_id}
+                )
+                asyncio.get_running_loop().call_later(delay, self.add, guild_id)
             else:
                 self._failures.pop(guild_id, None)
                 self.finished += 1
@@ -81,82 +96,65 @@ class ArchivedThreads:
                 self._reading = None
 
     async def _read_guild(self, guild_id: int) -> None:
-        """Read a guild's archived threads; raises the last error when a part of them could not be read."""
+        """Read a guild's archived threads. Raises the last error if a part of them could not be read."""
         state = self._reconciler.guilds.get(guild_id)
         if state is None or not state.available:
-            return  # its next GUILD_CREATE brings it here again
-        await self._writer.flush()  # which channels can be seen may wait to be written
-        channels = [
-            channel_id
-            for (channel_id,) in await self._writer.database.fetch(
-                "SELECT id FROM channels WHERE guild_id = $1 AND deleted_at IS NULL AND NOT hidden AND type = ANY($2)",
-                guild_id,
-                list(THREADED),
-            )
-        ]
-        failed: SyncError | None = None
-        shown: set[int] = set()
+            return  # its next GUILD_CREATE queues it again
+        await self._writer.flush()  # the channels may still be in the buffer
+        pool = self._writer.pool
+        channels = [row["id"] for row in await pool.fetch(_VISIBLE_CHANNELS, guild_id, list(THREADED_TYPES))]
+        failure: SyncError | None = None
+        listed: set[int] = set()
         kinds: tuple[ThreadKind, ...] = ("public", "private")
         for channel_id, kind in itertools.product(channels, kinds):
             try:
-                await self._read_channel(state, channel_id, kind, shown)
+                await self._read_channel(state, channel_id, kind, listed)
             except (discord.Forbidden, discord.NotFound) as error:
-                # Not allowed to look: unknown, which is not gone.
-                _log.debug("%s archived threads of channel %s cannot be seen: %s", kind, channel_id, error)
+                # Not allowed to read it: that proves nothing about its threads.
+                _log.debug("cannot read %s archived threads of channel %s: %s", kind, channel_id, error)
             except SyncError as error:
-                failed = error
-        known = await self._writer.database.fetch(
-            "SELECT id FROM threads WHERE guild_id = $1 AND deleted_at IS NULL AND parent_id = ANY($2) "
-            "AND id <> ALL($3) ORDER BY id DESC LIMIT $4",
-            guild_id,
-            channels,
-            list(shown | state.active_threads.keys()),
-            PROBES,
-        )
-        for (thread_id,) in known:
+                failure = error
+        seen = list(listed | state.active_threads.keys())
+        for row in await pool.fetch(_UNLISTED_THREADS, guild_id, channels, seen, MAX_PROBES):
             try:
-                await self._probe(state, thread_id)
+                await self._probe(state, row["id"])
             except SyncError as error:
-                failed = error
-        if failed is not None and self._is_current(state):
-            raise failed
+                failure = error
+        if failure is not None and self._reconciler.is_current(state):
+            raise failure
 
-    async def _read_channel(self, state: GuildState, channel_id: int, kind: ThreadKind, shown: set[int]) -> None:
-        await self._turn()
-        with self._writer.touched.watching(people=False):
+    async def _read_channel(self, state: GuildState, channel_id: int, kind: ThreadKind, listed: set[int]) -> None:
+        await self._wait_for_turn()
+        with self._writer.overlay.tracking(people=False):
             stamp = self._stamps.next()
             async for payloads in self._source.archived_threads(channel_id, kind):
                 rows = [row for payload in payloads if (row := self._row(state.id, payload)) is not None]
-                shown.update(row.key[-1] for row in rows)
+                listed.update(row.key[-1] for row in rows)
                 await self._write(state, rows, stamp)
-                await self._turn()
+                await self._wait_for_turn()
                 stamp = self._stamps.next()
 
     async def _probe(self, state: GuildState, thread_id: int) -> None:
-        """Ask for a thread that no listing showed: only a 404 proves that it is gone."""
-        await self._turn()
-        with self._writer.touched.watching(people=False):
+        """Request a thread that no listing showed: only a 404 proves that it was deleted."""
+        await self._wait_for_turn()
+        with self._writer.overlay.tracking(people=False):
             stamp = self._stamps.next()
             try:
                 row = self._row(state.id, await self._source.channel(thread_id))
             except discord.Forbidden:
                 return
             except discord.NotFound:
-                gone_at = self._writer.database.now()
-                row = objects.tombstone("threads", (state.id, thread_id), "deleted_at", gone_at)
+                row = objects.tombstone("threads", (state.id, thread_id), "deleted_at", self._writer.pool.now())
             if row is not None:
                 await self._write(state, [row], stamp)
 
-    async def _turn(self) -> None:
-        """Wait until no reconcile needs the requests, and until the lane may make one more."""
-        await self._reconciler.quiet()
-        await self._pace.acquire()
-
-    def _is_current(self, state: GuildState) -> bool:
-        return self._reconciler.guilds.get(state.id) is state and state.available
+    async def _wait_for_turn(self) -> None:
+        """Wait until no reconcile needs the requests, and the lane's own rate allows one more."""
+        await self._reconciler.wait_until_idle()
+        await self._rate.acquire()
 
     async def _write(self, state: GuildState, rows: list[Row], stamp: int) -> None:
-        if not self._is_current(state):
+        if not self._reconciler.is_current(state):
             raise SyncError(f"guild {state.id}: events were missed since the request")
         entries = {(row.table, row.key): Entry(row.values, row.may_insert, stamp) for row in rows}
         if entries:
@@ -166,5 +164,5 @@ class ArchivedThreads:
         try:
             return validate_row(objects.thread(guild_id, payload))
         except MALFORMED as error:
-            _log.warning("an archived thread was left out: %s", error, extra={"guild_id": guild_id})
+            _log.warning("left a malformed archived thread out: %s", error, extra={"guild_id": guild_id})
             return None

@@ -1,4 +1,4 @@
-"""A listing of one guild's members under way: pages come in, and only a proven end makes it complete."""
+"""A member listing in progress: pages come in, and it is complete only when it is proven that none is missing."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from utils.mirror.write.overlay import LiveOverlay
 
 
 class Listing:
-    """Pages of one guild's member list, from the gateway or from REST, with the proof that none is missing.
+    """Pages of one guild's member list, from the gateway or from REST.
 
-    Everything in it counts as observed at `stamp`, when the request was sent.
+    Every page counts as observed at `stamp`, when the request was sent. `on_malformed` is called for each member that
+    cannot be read.
     """
 
     def __init__(
@@ -27,32 +28,34 @@ class Listing:
         source: str,
         reason: str,
         started_at: datetime,
-        touched: LiveOverlay,
-        refuse: Callable[[ValidationError], None],
+        overlay: LiveOverlay,
+        on_malformed: Callable[[ValidationError], None],
     ) -> None:
         self.guild_id = guild_id
         self.stamp = stamp
         self.source = source
         self.reason = reason
         self.started_at = started_at
-        #: Pages received so far; duplicates do not count.
+        #: Pages received, duplicates not counted.
         self.pages: int = 0
-        #: Pages that the gateway announced; None until the first one, and for REST.
-        self.announced: int | None = None
+        #: Pages that the gateway announced; None before the first one, and for REST.
+        self.pages_announced: int | None = None
+        #: Members received.
         self.seen: int = 0
+        #: Ids of members that could not be read; None for one whose id could not be read either.
         self.unreadable: list[int | None] = []
-        self._touched = touched
-        self._refuse = refuse
+        self._overlay = overlay
+        self._on_malformed = on_malformed
         self._indexes: set[int] = set()
         self._waiting: deque[Page] = deque()
         self._complete = False
         self._error: SyncError | None = None
-        self._news = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
+        self._has_news = asyncio.Event()
+        self._has_room = asyncio.Event()
+        self._has_room.set()
 
     @property
-    def waiting(self) -> int:
+    def pages_waiting(self) -> int:
         """Pages received and not yet taken."""
         return len(self._waiting)
 
@@ -61,79 +64,83 @@ class Listing:
         """Whether every page has been received."""
         return self._complete
 
-    def chunk(self, payload: Payload) -> None:
-        """Take a GUILD_MEMBERS_CHUNK; the listing is complete when every index has come."""
+    # --- the side that receives
+
+    def add_chunk(self, payload: Payload) -> None:
+        """Add a GUILD_MEMBERS_CHUNK; the listing is complete when every index has been received."""
         index, count = int(payload["chunk_index"]), int(payload["chunk_count"])
-        if self.announced not in (None, count) or not 0 <= index < count:
-            self.fail(
-                SyncError(f"guild {self.guild_id}: page {index} of {count} after {self.announced} were announced")
-            )
+        if self.pages_announced not in (None, count) or not 0 <= index < count:
+            announced = "" if self.pages_announced is None else f", but {self.pages_announced} pages were announced"
+            self.fail(SyncError(f"guild {self.guild_id}: Discord sent page {index} of {count}{announced}"))
             return
-        self.announced = count
+        self.pages_announced = count
         if index in self._indexes:
             return
         self._indexes.add(index)
-        self.page(payload["members"], last=len(self._indexes) == count)
+        self.add_page(payload["members"], last=len(self._indexes) == count)
 
-    def page(self, payloads: list[Payload], *, last: bool) -> None:
-        """Take one page's members; `last` when with it every page has come."""
-        page = read_page(self.guild_id, payloads, self.stamp, self._refuse)
+    def add_page(self, payloads: list[Payload], *, last: bool) -> None:
+        """Add a page of members; `last`: with it, every page has been received."""
+        page = read_page(self.guild_id, payloads, self.stamp, self._on_malformed)
         self.pages += 1
         self.seen += page.seen
         self.unreadable += page.unreadable
         self._waiting.append(page)
         self._complete = last
-        self._news.set()
+        self._has_news.set()
 
     def fail(self, error: SyncError) -> None:
-        """End the listing without proof; nobody is tombstoned."""
+        """End the listing unless it is complete; nothing is tombstoned."""
         if not self._complete and self._error is None:
-            self._error = error
-            self._news.set()
-            self._room.set()
+            self.abandon(error)
 
     def abandon(self, error: SyncError) -> None:
-        """End the listing although its pages may all have come: nobody takes them."""
+        """End the listing even if it is complete: its pages are not taken."""
         self._error = self._error or error
-        self._news.set()
-        self._room.set()
+        self._has_news.set()
+        self._has_room.set()
 
-    def close(self) -> None:
-        """Release whoever waits for room: nobody takes pages any more."""
-        self._waiting.clear()
-        self.abandon(SyncError(f"guild {self.guild_id}: the listing has ended"))
+    async def wait_for_room(self, pages: int) -> None:
+        """Wait until fewer than `pages` pages wait to be taken, or the listing has ended."""
+        while self.pages_waiting >= pages and self._error is None:
+            self._has_room.clear()
+            await self._has_room.wait()
 
-    async def next(self, timeout: float) -> Page | None:
-        """Return the next page, None after the last; `SyncError` if it failed or none came for `timeout` seconds."""
+    # --- the side that writes
+
+    async def next_page(self, timeout: float) -> Page | None:
+        """Return the next page, or None after the last one.
+
+        Raises `SyncError` if the listing has failed or no page came within `timeout` seconds.
+        """
         while not self._waiting:
             if self._error is not None:
                 raise self._error
             if self._complete:
                 return None
-            self._news.clear()
+            self._has_news.clear()
             try:
                 async with asyncio.timeout(timeout):
-                    await self._news.wait()
+                    await self._has_news.wait()
             except TimeoutError:
-                missing = "" if self.announced is None else f" of {self.announced}"
+                total = "" if self.pages_announced is None else f" of {self.pages_announced}"
                 raise SyncError(
-                    f"guild {self.guild_id}: no page for {timeout:g} s, {self.pages}{missing} had come"
+                    f"guild {self.guild_id}: no page within {timeout:g} s; {self.pages}{total} received so far"
                 ) from None
         if self._error is not None:
             raise self._error
         page = self._waiting.popleft()
-        self._room.set()
+        self._has_room.set()
         return page
 
-    async def room(self, pages: int) -> None:
-        """Wait until fewer than `pages` wait to be taken, or the listing has failed."""
-        while self.waiting >= pages and self._error is None:
-            self._room.clear()
-            await self._room.wait()
-
-    def spared(self) -> set[int] | None:
-        """Return ids that are not absent although no page shows them; None when absence proves nothing at all."""
+    def protected_ids(self) -> set[int] | None:
+        """Return the ids that must not be tombstoned although no page shows them; None: nothing may be tombstoned."""
         if None in self.unreadable:
             return None
-        listed = {id for id in self.unreadable if id is not None}
-        return listed | self._touched.since("members", self.guild_id, self.stamp)
+        unreadable = {id for id in self.unreadable if id is not None}
+        return unreadable | self._overlay.touched_since("members", self.guild_id, self.stamp)
+
+    def close(self) -> None:
+        """Discard what was not taken, and release the receiving side."""
+        self._waiting.clear()
+        self.abandon(SyncError(f"guild {self.guild_id}: the listing has ended"))

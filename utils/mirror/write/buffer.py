@@ -1,4 +1,4 @@
-"""The write-behind buffer: live rows wait here, keyed by row, until the next flush."""
+"""The write-behind buffer: rows from live events, one entry for each row, until the next flush."""
 
 from __future__ import annotations
 
@@ -9,96 +9,100 @@ from collections.abc import Mapping
 
 from utils.mirror.records.rows import Entry, Key, Row
 
-Entries = dict[tuple[str, Key], Entry]
+Slot = tuple[str, Key]
+Entries = dict[Slot, Entry]
 
 
 class Buffer:
-    """Holds one entry a row, the last write winning; emptied only by what has been committed.
+    """Holds one entry for each row, last write wins by column; an entry is removed only once it is committed.
 
-    Its size is bounded by the number of rows that Discord can speak of, not by the number of events.
+    Its size is bounded by the number of rows, not by the number of events.
     """
 
-    __slots__ = ("_due", "_entries", "_held", "_since", "_taken_since", "flush_rows", "flush_seconds")
+    __slots__ = ("_entries", "_flush_requested", "_held", "_oldest_at", "_taken_oldest_at", "flush_rows",
+                 "flush_seconds")  # fmt: skip
 
     def __init__(self, *, flush_rows: int, flush_seconds: float) -> None:
+        #: A flush is due when this many rows are buffered, or this many seconds after the last one.
         self.flush_rows = flush_rows
-        #: Seconds that an entry waits at most before a flush is due.
         self.flush_seconds = flush_seconds
         self._entries: Entries = {}
-        #: By guild, members' entries that have to wait.
+        #: Held members, by guild id.
         self._held: dict[int, Entries] = {}
-        self._due: asyncio.Event = asyncio.Event()
-        self._since: float | None = None
-        self._taken_since: float | None = None
+        self._flush_requested: asyncio.Event = asyncio.Event()
+        #: `time.monotonic()` when the oldest entry came in; None while the buffer is empty.
+        self._oldest_at: float | None = None
+        self._taken_oldest_at: float | None = None
 
     def __len__(self) -> int:
         return len(self._entries) + (sum(map(len, self._held.values())) if self._held else 0)
 
     @property
     def age(self) -> float:
-        """Seconds that the oldest entry has waited; 0 when nothing waits."""
-        return 0.0 if self._since is None else time.monotonic() - self._since
+        """Seconds that the oldest entry has waited; 0 when the buffer is empty."""
+        return 0.0 if self._oldest_at is None else time.monotonic() - self._oldest_at
 
     @property
-    def held(self) -> frozenset[int]:
-        """Guilds whose members wait until `release`."""
+    def held_guilds(self) -> frozenset[int]:
+        """Guilds whose members are held until `release`."""
         return frozenset(self._held)
 
     def put(self, row: Row, stamp: int) -> None:
-        """Lay an observation over what already waits for the same row."""
+        """Add an observation on top of the buffered entry of the same row."""
         slot = (row.table, row.key)
-        entries = self._home(slot)
+        entries = self._entries_for(slot)
         entry = Entry(row.values, row.may_insert, stamp)
         earlier = entries.get(slot)
         entries[slot] = entry if earlier is None else earlier.merged_with(entry)
-        if self._since is None:
-            self._since = time.monotonic()
+        if self._oldest_at is None:
+            self._oldest_at = time.monotonic()
         if len(self._entries) >= self.flush_rows:
-            self._due.set()
+            self._flush_requested.set()
 
     def take(self) -> Entries:
-        """Hand out what waits and is not held; give it back if it could not be written."""
+        """Remove and return every entry that is not held; pass them to `give_back` if they could not be written."""
         taken, self._entries = self._entries, {}
-        self._taken_since, self._since = self._since, time.monotonic() if self._held and len(self) else None
+        self._taken_oldest_at = self._oldest_at
+        self._oldest_at = time.monotonic() if self._held and len(self) else None
         return taken
 
-    def give_back(self, entries: Mapping[tuple[str, Key], Entry]) -> None:
-        """Put entries back under whatever came meanwhile: they are older."""
+    def give_back(self, entries: Mapping[Slot, Entry]) -> None:
+        """Put entries back underneath what came in since: they are older."""
         if not entries:
             return
-        later, self._entries = self._entries, {}
+        newer, self._entries = self._entries, {}
         for slot, entry in entries.items():
-            home = self._home(slot)
-            above = home.get(slot)  # only where it is held: the others are still to be laid over
+            home = self._entries_for(slot)
+            above = home.get(slot)  # set for held members only: the other newer entries are added below
             home[slot] = entry if above is None else entry.merged_with(above)
-        for slot, entry in later.items():
+        for slot, entry in newer.items():
             below = self._entries.get(slot)
             self._entries[slot] = entry if below is None else below.merged_with(entry)
-        self._since = self._taken_since or self._since or time.monotonic()
+        self._oldest_at = self._taken_oldest_at or self._oldest_at or time.monotonic()
 
     def hold(self, guild_id: int) -> None:
-        """Keep the guild's members here until `release`."""
+        """Keep the guild's members in the buffer until `release`."""
         if guild_id not in self._held:
-            held = {slot: entry for slot, entry in self._entries.items() if slot[0] == "members"}
-            self._held[guild_id] = {slot: entry for slot, entry in held.items() if slot[1][0] == guild_id}
+            members = {slot: entry for slot, entry in self._entries.items() if slot[0] == "members"}
+            self._held[guild_id] = {slot: entry for slot, entry in members.items() if slot[1][0] == guild_id}
             for slot in self._held[guild_id]:
                 del self._entries[slot]
 
     def release(self, guild_id: int) -> None:
-        """Let the guild's members flow again."""
+        """Stop holding the guild's members."""
         self._entries |= self._held.pop(guild_id, {})
 
     def release_all(self) -> None:
-        """Let everything flow again."""
+        """Stop holding any guild's members."""
         for guild_id in list(self._held):
             self.release(guild_id)
 
-    def drop_oldest(self, count: int) -> tuple[int, set[int]]:
-        """Drop the members that have waited longest, with their users; return how many rows, and of which guilds.
+    def drop_oldest_members(self, count: int) -> tuple[int, set[int]]:
+        """Drop the `count` oldest members with their users; return (rows dropped, their guilds).
 
-        A reconcile of these guilds brings them back. Nothing else is dropped: there are few of all other rows.
+        A reconcile of these guilds restores them. Rows of other tables are few and are never dropped.
         """
-        oldest: list[tuple[str, Key]] = []
+        oldest: list[Slot] = []
         for slot in self._entries:
             if slot[0] == "members":
                 oldest.append(slot)
@@ -110,18 +114,18 @@ class Buffer:
             self._entries.pop(("users", slot[1][1:]), None)
         return before - len(self._entries), {slot[1][0] for slot in oldest}
 
-    def wake(self) -> None:
+    def request_flush(self) -> None:
         """Make a flush due now."""
-        self._due.set()
+        self._flush_requested.set()
 
-    async def due(self) -> None:
-        """Wait until a flush is due by size or by age, or somebody wakes it."""
+    async def wait_until_due(self) -> None:
+        """Wait until a flush is due by size or by age, or is requested."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.flush_seconds):
-                await self._due.wait()
-        self._due.clear()
+                await self._flush_requested.wait()
+        self._flush_requested.clear()
 
-    def _home(self, slot: tuple[str, Key]) -> Entries:
+    def _entries_for(self, slot: Slot) -> Entries:
         if self._held and slot[0] == "members":
             return self._held.get(slot[1][0], self._entries)
         return self._entries

@@ -1,43 +1,200 @@
-"""Dead letters: what the database refuses is set apart with its error, and the rest of its batch is written."""
+"""Isolates what the database refuses: the bad row or event becomes a dead letter, everything else is written."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
-from utils.database import Connection
+from utils.database import Connection, Pool
 from utils.exceptions import DatabaseError
-from utils.mirror.records.events import Event, Message
-from utils.mirror.records.rows import Entry, Group, Key, key_columns
-from utils.mirror.write.merge_sql import subject
+from utils.mirror.records.events import Event, Membership, Message
+from utils.mirror.records.rows import Absence, Entry, Group, Key, Observation, key_columns
+from utils.mirror.spool.queue import EventQueue
+from utils.mirror.write import events
+from utils.mirror.write.batch import Batch, EventBatch, WriteCounts, write_batch
+from utils.mirror.write.buffer import Buffer
+from utils.mirror.write.merge_sql import person_column
 from utils.service import metrics
+from utils.service.lease import Fence
 
 _log = logging.getLogger(__name__)
 
-Piece = TypeVar("Piece")
+Slot = tuple[str, Key]
+Item = TypeVar("Item")
 
-_BURY = (
-    "INSERT INTO ops.dead_letters (table_name, key, user_id, payload, stamp, sqlstate, error) "
-    "VALUES ($1, $2, $3, $4, $5, $6, $7)"
-)
+#: Characters of an error message that a dead letter keeps.
+_ERROR_LENGTH = 2_000
+_INSERT = """
+INSERT INTO ops.dead_letters (table_name, key, user_id, payload, stamp, sqlstate, error)
+VALUES ($1, $2, $3, $4, $5, $6, $7)
+"""
 
 
-def is_about_rows(error: BaseException) -> bool:
-    """Return whether a row itself is at fault: classes 22 and 23 (PostgreSQL documentation, "Error Codes")."""
+class Writer(Protocol):
+    """The part of `MirrorWriter` that isolation uses."""
+
+    @property
+    def pool(self) -> Pool: ...
+    @property
+    def fence(self) -> Fence: ...
+    @property
+    def buffer(self) -> Buffer: ...
+    @property
+    def queue(self) -> EventQueue: ...
+    @property
+    def write_lock(self) -> asyncio.Lock: ...
+    @property
+    def users_lock(self) -> asyncio.Lock: ...
+
+    async def next_events(self) -> EventBatch | None: ...
+    def count(self, counts: WriteCounts) -> None: ...
+    def finish(self, observation: Observation, error: Exception | None) -> None: ...
+    def without_stale_columns(self, observation: Observation) -> Iterator[Group]: ...
+    def absences_without_live(self, observation: Observation) -> list[Absence]: ...
+
+
+def is_row_error(error: BaseException) -> bool:
+    """Return whether a row itself is at fault: SQLSTATE classes 22 and 23 (PostgreSQL manual, appendix A)."""
     return isinstance(error, DatabaseError) and (error.sqlstate or "")[:2] in ("22", "23")
 
 
-async def isolate(
-    pieces: Sequence[Piece],
-    write: Callable[[Sequence[Piece]], Awaitable[None]],
-    bury: Callable[[Piece, Exception], Awaitable[None]],
-) -> None:
-    """Halve what the database refuses until the bad piece stands alone, and bury it; write the rest, in order.
+async def write_isolated(writer: Writer, observations: list[Observation]) -> None:
+    """Write queued events, buffered rows and observations; each bad row or event becomes a dead letter.
 
-    Raises what `write` and `bury` raise when no piece is at fault; what they were not called for is not written then.
+    Finished observations are removed from the list. Raises `DatabaseError` when no row is at fault; what was not
+    written then stays queued.
     """
-    parts = [pieces]
+    async with writer.write_lock:
+        await _write_queued_events(writer)
+        await _write_buffered_rows(writer)
+    while observations:
+        refused: DatabaseError | None = None
+        async with writer.write_lock:
+            try:
+                await _write_observation(writer, observations[0])
+            except DatabaseError as error:
+                if not is_row_error(error):
+                    raise
+                refused = error
+        writer.finish(observations.pop(0), refused)
+
+
+async def _write_queued_events(writer: Writer) -> None:
+    newest = writer.queue.last
+    while (batch := await writer.next_events()) is not None:
+        writer.count(WriteCounts(events=await write_events_isolated(writer.pool, writer.fence, batch)))
+        await writer.queue.discard(batch.position)
+        if batch.position >= newest:
+            return
+
+
+async def write_events_isolated(
+    pool: Pool, fence: Fence, batch: EventBatch, entries: Mapping[Slot, Entry] | None = None
+) -> int:
+    """Write events, the position that they reach, and rows; each bad event becomes a dead letter.
+
+    Returns how many events were new. Raises `DatabaseError` when no event or row is at fault, `LeaseLost` when another
+    process holds the lease.
+    """
+    try:
+        return (await write_batch(pool, Batch(events=batch, entries=entries or {}), fence)).events
+    except DatabaseError as error:
+        if not is_row_error(error):
+            raise
+    written = 0
+
+    async def write(part: Sequence[Event]) -> None:
+        nonlocal written
+        others = set(batch.events).difference(part)
+        context = [event for event in batch.events if isinstance(event, Membership) and event in others]
+        piece = EventBatch(batch.journal, list(part), part[-1].stamp, context=[*context, *batch.context])
+        written += (await write_batch(pool, Batch(events=piece), fence)).events
+
+    async def bury(event: Event, error: Exception) -> None:
+        async with pool.transaction() as connection:
+            await fence.check(connection)
+            await _bury_event(connection, event, error)
+            await connection.execute(events.ADVANCE_POSITION, batch.journal, event.stamp)
+
+    await _bisect(batch.events, write, bury)
+    if entries:  # the rows of events are an extra: without them, the next reconcile shows the same
+        with contextlib.suppress(DatabaseError):
+            await write_batch(pool, Batch(entries=entries), fence)
+    return written
+
+
+async def _write_buffered_rows(writer: Writer) -> None:
+    remaining = writer.buffer.take()
+
+    async def write(part: Sequence[tuple[Slot, Entry]]) -> None:
+        await _write_and_count(writer, Batch(entries=dict(part)))
+        for slot, _ in part:
+            del remaining[slot]
+
+    async def bury(item: tuple[Slot, Entry], error: Exception) -> None:
+        async with writer.pool.transaction() as connection:
+            await writer.fence.check(connection)
+            await _bury_row(connection, *item, error)
+        del remaining[item[0]]
+
+    try:
+        await _bisect(list(remaining.items()), write, bury)
+    finally:
+        writer.buffer.give_back(remaining)
+
+
+async def _write_observation(writer: Writer, observation: Observation) -> None:
+    """Write the rows of an observation, then what it proves."""
+
+    async def write(part: Sequence[tuple[Group, tuple[Any, ...]]]) -> None:
+        await _write_and_count(writer, Batch(groups=list(_regrouped(part))))
+
+    async def bury(item: tuple[Group, tuple[Any, ...]], error: Exception) -> None:
+        async with writer.pool.transaction() as connection:
+            await writer.fence.check(connection)
+            await _bury_record(connection, *item, error)
+
+    groups = list(writer.without_stale_columns(observation))
+    await _bisect([(group, record) for group in groups for record in group.records], write, bury)
+    proof = Batch(absences=writer.absences_without_live(observation))
+    if observation.run is not None:
+        proof.runs.append(observation.run)
+    if observation.ready is not None:
+        proof.ready.append((*observation.ready, observation.stamp))
+    await _write_and_count(writer, proof)
+
+
+async def _write_and_count(writer: Writer, batch: Batch) -> None:
+    writer.count(await write_batch(writer.pool, batch, writer.fence, writer.users_lock))
+
+
+def _regrouped(items: Iterable[tuple[Group, tuple[Any, ...]]]) -> Iterator[Group]:
+    """Put records back into groups like those that they came from."""
+    source: Group | None = None
+    regrouped: Group | None = None
+    for group, record in items:
+        if group is not source or regrouped is None:
+            if regrouped is not None:
+                yield regrouped
+            source, regrouped = group, Group(group.table, group.columns, group.mode)
+        regrouped.records.append(record)
+    if regrouped is not None:
+        yield regrouped
+
+
+async def _bisect(
+    items: Sequence[Item],
+    write: Callable[[Sequence[Item]], Awaitable[None]],
+    bury: Callable[[Item, Exception], Awaitable[None]],
+) -> None:
+    """Write items in order; halve a part that the database refuses until the bad item is alone, and bury it.
+
+    An error of `write` or `bury` that is not about a row is raised, and the remaining items are not written.
+    """
+    parts = [items]
     while parts:
         part = parts.pop()
         if not part:
@@ -45,7 +202,7 @@ async def isolate(
         try:
             await write(part)
         except DatabaseError as error:
-            if not is_about_rows(error):
+            if not is_row_error(error):
                 raise
             if len(part) == 1:
                 await bury(part[0], error)
@@ -54,42 +211,38 @@ async def isolate(
                 parts += [part[half:], part[:half]]
 
 
-async def bury_row(connection: Connection, slot: tuple[str, Key], entry: Entry, error: Exception) -> None:
-    """Keep a refused row in `ops.dead_letters`."""
+async def _bury_row(connection: Connection, slot: Slot, entry: Entry, error: Exception) -> None:
     table, key = slot
-    names = dict(zip(key_columns(table), key, strict=True))
-    values = names | entry.values
-    person = values["id"] if table == "users" else values.get(subject(table) or "")
-    await _bury(connection, table, names, person, entry.values, entry.stamp, error)
+    named_key = dict(zip(key_columns(table), key, strict=True))
+    values = named_key | entry.values
+    user_id = values["id"] if table == "users" else values.get(person_column(table) or "")
+    await _insert(connection, table, named_key, user_id, entry.values, entry.stamp, error)
 
 
-async def bury_record(connection: Connection, group: Group, record: tuple[Any, ...], error: Exception) -> None:
-    """Keep a refused record of a listing in `ops.dead_letters`."""
+async def _bury_record(connection: Connection, group: Group, record: tuple[Any, ...], error: Exception) -> None:
     keys = len(key_columns(group.table))
     values = dict(zip(group.columns, record[keys:-1], strict=True))
-    await bury_row(connection, (group.table, record[:keys]), Entry(values, True, record[-1]), error)
+    await _bury_row(connection, (group.table, record[:keys]), Entry(values, True, record[-1]), error)
 
 
-async def bury_event(connection: Connection, event: Event, error: Exception) -> None:
-    """Keep a refused event in `ops.dead_letters`."""
+async def _bury_event(connection: Connection, event: Event, error: Exception) -> None:
     table = "member_stats" if isinstance(event, Message) else "member_events"
     payload = event._asdict()
     stamp = payload.pop("stamp")
     key = {"guild_id": event.guild_id, "user_id": event.user_id}
-    await _bury(connection, table, key, event.user_id, payload, stamp, error)
+    await _insert(connection, table, key, event.user_id, payload, stamp, error)
 
 
-async def _bury(
+async def _insert(
     connection: Connection,
     table: str,
     key: dict[str, Any],
-    person: int | None,
+    user_id: int | None,
     payload: dict[str, Any],
     stamp: int,
     error: Exception,
 ) -> None:
-    await connection.execute(
-        _BURY, table, key, person, payload, stamp, getattr(error, "sqlstate", None), str(error)[:2_000]
-    )
+    sqlstate = getattr(error, "sqlstate", None)
+    await connection.execute(_INSERT, table, key, user_id, payload, stamp, sqlstate, str(error)[:_ERROR_LENGTH])
     metrics.dead_letters.labels(table).inc()
-    _log.error("%s %s is refused by the database, it is kept in ops.dead_letters: %s", table, key, error)
+    _log.error("the database refused a row of %s; moved to ops.dead_letters: key %s: %s", table, key, error)

@@ -1,4 +1,4 @@
-"""What live events spoke of while a listing was under way: there the listing is the older observation."""
+"""The live overlay: what live events reported while an observation was under way, and which of the two is newer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from utils.mirror.records.rows import PEOPLE_TABLES, Entry, Group, Key, Mode, Ro
 Slot = tuple[str, Key]
 
 
-class _Spoken:
-    """What live events said of one row, each column with the stamp of the last event that spoke of it."""
+class _LiveRow:
+    """What live events reported of one row, each column with the stamp of the last event that named it."""
 
     __slots__ = ("may_insert", "stamp", "stamps", "values")
 
@@ -29,149 +29,155 @@ class _Spoken:
         self.may_insert = self.may_insert or row.may_insert
         self.stamp = stamp
 
-    def since(self, stamp: int) -> dict[str, Any]:
+    def values_since(self, stamp: int) -> dict[str, Any]:
         return {name: value for name, value in self.values.items() if self.stamps[name] > stamp}
 
 
 class LiveOverlay:
-    """Remembers live observations for as long as one older than them is still to be merged.
+    """Remembers live events for as long as an observation older than them is still to be merged.
 
-    Changed or not: an event that changed nothing leaves no stamp in the table, yet it beats an older page. It does so
-    in the columns that it spoke of: of the others the page knows better.
+    An event that changed nothing leaves no stamp in the table, and yet it is newer than an older page, in the columns
+    that it named; in the other columns the page is newer than the table.
 
-    People are many: they are remembered only while a listing of people is open, up to `max_people` rows, and not when
-    memory is short. A listing that had to wait longer than that is to be asked for again.
+    Members and users are many. They are remembered only while an observation that shows them is open, up to
+    `max_people` rows, and not while memory is short. An observation that outlasts this has to be requested again.
     """
 
-    __slots__ = ("_floor", "_newest", "_open", "_open_people", "_people", "_spoken", "max_people")
+    __slots__ = ("_forgotten_stamp", "_newest_stamp", "_open", "_open_people", "_people", "_rows", "max_people")
 
     def __init__(self, max_people: int = 100_000) -> None:
         self.max_people = max_people
         self._open: set[object] = set()
-        #: Of those, the ones that show members or users.
+        #: The open observations that show members or users.
         self._open_people: set[object] = set()
-        #: By table and guild (0 for users), then by key.
-        self._spoken: dict[tuple[str, int], dict[Key, _Spoken]] = {}
-        #: Rows of people among them.
+        #: By table and guild id (0 for users), then by key.
+        self._rows: dict[tuple[str, int], dict[Key, _LiveRow]] = {}
+        #: How many of the rows are members or users.
         self._people = 0
-        #: What was said of people up to this stamp is forgotten.
-        self._floor = 0
-        self._newest = 0
+        #: Events about members and users up to this stamp are forgotten.
+        self._forgotten_stamp = 0
+        self._newest_stamp = 0
+
+    @property
+    def is_tracking(self) -> bool:
+        """Whether any observation is open."""
+        return bool(self._open)
 
     def open(self, observation: object, *, people: bool = True) -> None:
-        """Start to remember what comes live, for an observation made now; `people`: one that shows members or users."""
+        """Start to remember live events for an observation; `people`: it shows members or users."""
         self._open.add(observation)
         if people:
             self._open_people.add(observation)
 
     def close(self, observation: object) -> None:
-        """Forget an observation, and with the last one all that was remembered."""
+        """Close an observation; with the last one, forget every event."""
         self._open.discard(observation)
         if observation in self._open_people:
             self._open_people.remove(observation)
             if not self._open_people:
-                self._forget_people()
+                self._clear_people()
         if not self._open:
-            self._spoken.clear()
+            self._rows.clear()
 
     @contextlib.contextmanager
-    def watching(self, *, people: bool = True) -> Iterator[None]:
-        """Remember what comes live as long as the block lasts: for what is asked now and answered later."""
-        question = object()
-        self.open(question, people=people)
+    def tracking(self, *, people: bool = True) -> Iterator[None]:
+        """Remember live events during the block: for a request that is sent now and answered later."""
+        request = object()
+        self.open(request, people=people)
         try:
             yield
         finally:
-            self.close(question)
+            self.close(request)
 
     def add(self, row: Row, stamp: int) -> None:
-        """Note that a live event spoke of a row."""
+        """Record that a live event named a row."""
         if not self._open:
             return
         is_person = row.table in PEOPLE_TABLES
         if is_person and not self._open_people:
             return
-        known = self._spoken.setdefault((row.table, _scope(row.table, row.key)), {})
-        spoken = known.get(row.key)
-        if spoken is None:
-            spoken = known[row.key] = _Spoken()
+        rows = self._rows.setdefault((row.table, _scope(row.table, row.key)), {})
+        live = rows.get(row.key)
+        if live is None:
+            live = rows[row.key] = _LiveRow()
             self._people += is_person
-        spoken.add(row, stamp)
+        live.add(row, stamp)
         if is_person:
-            self._newest = stamp
+            self._newest_stamp = stamp
             if self._people > self.max_people:
-                self.give_up_people()
+                self.forget_people()
 
-    def give_up_people(self) -> None:
-        """Forget people for want of memory: what was asked before now cannot be merged any more."""
+    def forget_people(self) -> None:
+        """Forget members and users to free memory; observations requested before now can no longer be merged."""
         if self._people:
-            self._floor = self._newest
-            self._forget_people()
+            self._forgotten_stamp = self._newest_stamp
+            self._clear_people()
 
-    def knows_since(self, stamp: int) -> bool:
-        """Whether nothing of what was said of people after `stamp` had to be forgotten."""
-        return stamp >= self._floor
-
-    def _forget_people(self) -> None:
-        for scope in [scope for scope in self._spoken if scope[0] in PEOPLE_TABLES]:
-            del self._spoken[scope]
+    def _clear_people(self) -> None:
+        for scope in [scope for scope in self._rows if scope[0] in PEOPLE_TABLES]:
+            del self._rows[scope]
         self._people = 0
 
-    def since(self, table: str, guild_id: int, stamp: int) -> set[int]:
-        """Return the ids (the last part of the key) of a guild's rows touched after `stamp`; guild 0 for users.
+    def covers(self, stamp: int) -> bool:
+        """Return whether every event about members and users after `stamp` is still remembered."""
+        return stamp >= self._forgotten_stamp
 
-        Raises `SyncError` when they are not known any more.
+    def touched_since(self, table: str, guild_id: int, stamp: int) -> set[int]:
+        """Return the ids (the last part of the key) of a guild's rows that events after `stamp` named; guild 0: users.
+
+        Raises `SyncError` when they are no longer remembered.
         """
-        if table in PEOPLE_TABLES and not self.knows_since(stamp):
+        if table in PEOPLE_TABLES and not self.covers(stamp):
             raise SyncError(
-                f"guild {guild_id}: more members changed since they were asked for than memory holds: ask again"
+                f"guild {guild_id}: more than {self.max_people:,} members changed while its member list was read; "
+                "it will be requested again"
             )
-        known = self._spoken.get((table, guild_id))
-        return {key[-1] for key, spoken in known.items() if spoken.stamp > stamp} if known else set()
+        rows = self._rows.get((table, guild_id))
+        return {key[-1] for key, live in rows.items() if live.stamp > stamp} if rows else set()
 
-    def behind(self, group: Group, guild_id: int, stamp: int) -> list[Group]:
-        """Split a group observed at `stamp` into what nobody touched since, and what live events are ahead of.
+    def split_stale(self, group: Group, guild_id: int, stamp: int) -> list[Group]:
+        """Split a group observed at `stamp` into rows that no event named since, and rows where events are newer.
 
-        Of the latter, rows that are not there yet are made, and of the others only those columns written that no
-        event spoke of, with the event's stamp: the row may have it already.
+        Of the latter, unknown rows are inserted whole. For known rows, only the columns that no event named are
+        written, with the event's stamp, which the row may already have.
         """
-        touched = self.since(group.table, guild_id, stamp)
+        touched = self.touched_since(group.table, guild_id, stamp)
         keys = len(key_columns(group.table))
-        older = [record for record in group.records if record[keys - 1] in touched] if touched else []
-        if not older:
+        stale = [record for record in group.records if record[keys - 1] in touched] if touched else []
+        if not stale:
             return [group]
-        rest = [record for record in group.records if record[keys - 1] not in touched]
-        behind = [Group(group.table, group.columns, group.mode, rest)]
+        fresh = [record for record in group.records if record[keys - 1] not in touched]
+        groups = [Group(group.table, group.columns, group.mode, fresh)]
         if group.mode is Mode.MERGE:
-            behind.append(Group(group.table, group.columns, Mode.INSERT, older))
-        known = self._spoken[group.table, guild_id]
-        parts: dict[tuple[str, ...], Group] = {}
-        for record in older:
-            spoken = known[record[:keys]]
-            columns = tuple(name for name in group.columns if spoken.stamps.get(name, 0) <= stamp)
+            groups.append(Group(group.table, group.columns, Mode.INSERT, stale))
+        rows = self._rows[group.table, guild_id]
+        partial: dict[tuple[str, ...], Group] = {}
+        for record in stale:
+            live = rows[record[:keys]]
+            columns = tuple(name for name in group.columns if live.stamps.get(name, 0) <= stamp)
             if columns:
-                part = parts.setdefault(columns, Group(group.table, columns, Mode.UPDATE))
+                part = partial.setdefault(columns, Group(group.table, columns, Mode.UPDATE))
                 values = dict(zip(group.columns, record[keys:-1], strict=True))
-                part.records.append((*record[:keys], *(values[name] for name in columns), spoken.stamp))
-        return [*behind, *parts.values()]
+                part.records.append((*record[:keys], *(values[name] for name in columns), live.stamp))
+        return [*groups, *partial.values()]
 
-    def again(self, guild_id: int, stamp: int) -> Iterator[tuple[Slot, Entry]]:
-        """Yield what a guild's live events after `stamp` said that could not make a row by itself, and who went.
+    def replay_partial(self, guild_id: int, stamp: int) -> Iterator[tuple[Slot, Entry]]:
+        """Yield the events after `stamp` that had no effect if their row was inserted only by the listing.
 
-        It fell on nothing if the row was not there yet; once the listing has been merged it is, so it is said again.
-        What went took others along (a role its place in the members' arrays, a channel its threads), which the
+        Partial payloads change an existing row only, so they have to be written again once the listing has been
+        merged. Deletions as well: what a deletion implied (a role removed from members, the threads of a channel), the
         listing may have brought back.
         """
-        for (table, scope), known in self._spoken.items():
+        for (table, scope), rows in self._rows.items():
             if scope != guild_id or table == "users":
                 continue
             tombstone = tombstone_column(table)
-            for key, spoken in known.items():
-                if spoken.stamp <= stamp:
+            for key, live in rows.items():
+                if live.stamp <= stamp:
                     continue
-                values = spoken.since(stamp)
-                if not spoken.may_insert or (tombstone is not None and values.get(tombstone) is not None):
-                    yield (table, key), Entry(values, may_insert=False, stamp=spoken.stamp)
+                values = live.values_since(stamp)
+                if not live.may_insert or (tombstone is not None and values.get(tombstone) is not None):
+                    yield (table, key), Entry(values, may_insert=False, stamp=live.stamp)
 
 
 def _scope(table: str, key: Key) -> int:

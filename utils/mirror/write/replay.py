@@ -1,4 +1,4 @@
-"""What has to be done beside the mirror: journals that others left behind, and ids that are no longer needed."""
+"""Background work of the process that holds the lease: replay abandoned journals, prune ids of counted messages."""
 
 from __future__ import annotations
 
@@ -16,29 +16,52 @@ from utils.mirror.records.events import Event, Membership
 from utils.mirror.records.rows import Entry, Key
 from utils.mirror.spool.journal import Journal, list_journals
 from utils.mirror.spool.queue import decode_records
-from utils.mirror.write import event_sql
-from utils.mirror.write.apply import Told
-from utils.mirror.write.told import write_told
+from utils.mirror.write import events
+from utils.mirror.write.batch import EventBatch
+from utils.mirror.write.dead_letters import write_events_isolated
 from utils.service.lease import Fence
 
 _log = logging.getLogger(__name__)
 
 #: Events replayed in one transaction.
-REPLAYED_AT_ONCE = 500
-#: Seconds between two looks for journals whose process has ended meanwhile.
-LOOK_SECONDS = 5.0
-#: Seconds between two prunings.
+TRANSACTION_EVENTS = 500
+#: Seconds between two searches for abandoned journals.
+SEARCH_SECONDS = 5.0
+#: How long the ids of counted messages are kept, and the seconds between two prunings.
+COUNTED_HOURS = 24
 PRUNE_SECONDS = 3_600.0
+#: Ids deleted in one statement, so that no statement takes long.
+PRUNED_AT_ONCE = 10_000
 
 
-async def replay_all(
-    database: Pool, fence: Fence, directory: Path, lock: asyncio.Lock, flush: Callable[[], Awaitable[None]]
+async def keep_replaying(
+    pool: Pool,
+    fence: Fence,
+    directory: Path,
+    lock: asyncio.Lock,
+    flush: Callable[[], Awaitable[None]],
+    *,
+    seconds: float = SEARCH_SECONDS,
+) -> None:
+    """Replay abandoned journals every `seconds`: a process that lost its lease may end long after."""
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await replay_journals(pool, fence, directory, lock, flush)
+        except LeaseLost:
+            return
+        except GuildbookError as error:  # the next search is the retry, at a fixed interval
+            _log.warning("could not replay abandoned journals: %s", error)
+
+
+async def replay_journals(
+    pool: Pool, fence: Fence, directory: Path, lock: asyncio.Lock, flush: Callable[[], Awaitable[None]]
 ) -> int:
-    """Write what ended processes left in their journals, and remove those; return how many events were new.
+    """Write the journals of processes that have ended, remove them, and return how many events were new.
 
-    A journal whose process is alive is left alone. `flush` writes what this process has heard: of what both heard, a
-    replay is compared with what stands in the tables. Raises `DatabaseError` when the database cannot take them now:
-    what was not written stays where it is.
+    The journal of a live process is left alone. `flush` writes what this process has received: an event that both
+    processes received is recognised by what the tables hold. Raises `DatabaseError` when the database cannot take the
+    events now; what was not written stays in its journal.
     """
     written = 0
     for path in await asyncio.to_thread(list_journals, directory, except_id=fence.holder):
@@ -47,42 +70,54 @@ async def replay_all(
             continue
         try:
             await flush()
-            written += await _replay(database, fence, journal, lock)
+            written += await _replay(pool, fence, journal, lock)
         finally:
             await journal.close(1.0)
     return written
 
 
-async def _replay(database: Pool, fence: Fence, journal: Journal, lock: asyncio.Lock) -> int:
-    position = seen = written = 0
-    memberships = await _memberships(journal)
+async def _replay(pool: Pool, fence: Fence, journal: Journal, lock: asyncio.Lock) -> int:
+    position = read = written = 0
+    memberships = await _read_memberships(journal)
     while True:
-        oldest = decode_records(await journal.read(position, REPLAYED_AT_ONCE))
+        oldest = decode_records(await journal.read(position, TRANSACTION_EVENTS))
         if not oldest.upto:
             break
         people = {(event.guild_id, event.user_id) for event in oldest.events if isinstance(event, Membership)}
-        beside = [
+        context = [
             event for person in people for event in memberships[person] if not position < event.stamp <= oldest.upto
         ]
         async with lock:
-            told = Told(journal.id, oldest.events, oldest.upto, beside=beside)
-            written += await write_told(database, fence, told, _rows(oldest.events))
+            batch = EventBatch(journal.id, oldest.events, oldest.upto, context=context)
+            written += await write_events_isolated(pool, fence, batch, _rows_of(oldest.events))
         position = oldest.upto
-        seen += len(oldest.events)
+        read += len(oldest.events)
     await journal.remove()
-    # Not before: with the files still there and the position gone, all of it would be written once more.
-    await database.execute(event_sql.FORGET_JOURNAL, journal.id)
-    _log.info("a journal was replayed", extra={"journal": journal.id, "events": seen, "new": written})
+    # After the files: with the position deleted and the files still there, every event would be written again.
+    await pool.execute(events.DELETE_POSITION, journal.id)
+    _log.info("journal replayed", extra={"journal": journal.id, "events": read, "new": written})
     return written
 
 
-def _rows(events: Sequence[Event]) -> dict[tuple[str, Key], Entry]:
-    """Return what joins and leaves say of members: the rows that went with them were in a buffer that is gone.
+async def _read_memberships(journal: Journal) -> dict[tuple[int, int], list[Membership]]:
+    """Return a journal's joins, leaves and bans by (guild id, user id); they are few beside the messages."""
+    memberships: dict[tuple[int, int], list[Membership]] = defaultdict(list)
+    oldest = decode_records(await journal.read(0, TRANSACTION_EVENTS))
+    while oldest.upto:
+        for event in oldest.events:
+            if isinstance(event, Membership):
+                memberships[event.guild_id, event.user_id].append(event)
+        oldest = decode_records(await journal.read(oldest.upto, TRANSACTION_EVENTS))
+    return memberships
 
-    Without the row of somebody who joined and left since, no listing could prove that they left.
+
+def _rows_of(replayed: Sequence[Event]) -> dict[tuple[str, Key], Entry]:
+    """Return the member rows that joins and leaves imply: the rows themselves were in the lost buffer.
+
+    Without the row of a member who joined and left since, no listing could prove the leave.
     """
     rows: dict[tuple[str, Key], Entry] = {}
-    for event in events:
+    for event in replayed:
         if isinstance(event, Membership) and event.kind in ("join", "leave"):
             has_joined = event.kind == "join"
             values = {"joined_at": event.at, "left_at": None} if has_joined else {"left_at": event.at}
@@ -92,48 +127,23 @@ def _rows(events: Sequence[Event]) -> dict[tuple[str, Key], Entry]:
     return rows
 
 
-async def _memberships(journal: Journal) -> dict[tuple[int, int], list[Membership]]:
-    """Return a journal's joins, leaves and bans by person; they are few beside the messages."""
-    found: dict[tuple[int, int], list[Membership]] = defaultdict(list)
-    oldest = decode_records(await journal.read(0, REPLAYED_AT_ONCE))
-    while oldest.upto:
-        for event in oldest.events:
-            if isinstance(event, Membership):
-                found[event.guild_id, event.user_id].append(event)
-        oldest = decode_records(await journal.read(oldest.upto, REPLAYED_AT_ONCE))
-    return found
-
-
-async def keep_replaying(
-    database: Pool, fence: Fence, directory: Path, lock: asyncio.Lock, flush: Callable[[], Awaitable[None]]
-) -> None:
-    """Look for journals left behind again and again: a process that lost its lease may end long after."""
-    while True:
-        await asyncio.sleep(LOOK_SECONDS)
-        try:
-            await replay_all(database, fence, directory, lock, flush)
-        except LeaseLost:
-            return
-        except GuildbookError as error:
-            _log.warning("journals that others left wait: %s", error)
-
-
-async def keep_pruning(database: Pool, fence: Fence) -> None:
-    """Delete the ids of messages counted more than a day ago, once an hour, a few at a time."""
+async def keep_pruning(pool: Pool, fence: Fence) -> None:
+    """Delete the ids of messages counted more than `COUNTED_HOURS` ago, once an hour, a few at a time."""
     while True:
         try:
-            oldest = id_at(database.now() - timedelta(hours=event_sql.COUNTED_HOURS))
-            while await _prune(database, fence, oldest):
+            oldest = id_at(pool.now() - timedelta(hours=COUNTED_HOURS))
+            while await _prune(pool, fence, oldest):
                 pass
         except LeaseLost:
             return
-        except GuildbookError as error:
-            _log.warning("ids of counted messages were not pruned: %s", error)
+        except GuildbookError as error:  # the next pruning is the retry, at a fixed interval
+            _log.warning("could not prune the ids of counted messages: %s", error)
         await asyncio.sleep(PRUNE_SECONDS)
 
 
-async def _prune(database: Pool, fence: Fence, oldest: int) -> bool:
-    """Delete some ids below `oldest`; False when there were none."""
-    async with database.transaction() as connection:
+async def _prune(pool: Pool, fence: Fence, oldest: int) -> bool:
+    """Delete some ids below `oldest` and return whether there were any."""
+    async with pool.transaction() as connection:
         await fence.check(connection)
-        return await connection.execute(event_sql.PRUNE, oldest) != "DELETE 0"
+        status = await connection.execute(events.PRUNE_COUNTED_MESSAGES, oldest, PRUNED_AT_ONCE)
+        return status != "DELETE 0"

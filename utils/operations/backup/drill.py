@@ -27,9 +27,9 @@ from sqlalchemy import Table
 from models import Part, mirrored_tables, part_of
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
+from utils.database.sql import sql_type
 from utils.database.wheel import binaries
 from utils.exceptions import BackupError, DatabaseError, ForbiddenHere, translate_errors
-from utils.mirror.write.merge_sql import sql_type
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.backup import loading, scratch
 from utils.operations.backup.scratch import Connection, connected, quoted
@@ -242,7 +242,7 @@ async def _compare(there: Connection, here: Connection, table: Table, done: Samp
     done.read += len(rows)
     if not rows or not both.issuperset([*keys, *marks]):
         return
-    arrays = ", ".join(f"${index}::{sql_type(table.name, key)}[]" for index, key in enumerate(keys, start=1))
+    arrays = ", ".join(f"${index}::{sql_type(table.columns[key])}[]" for index, key in enumerate(keys, start=1))
     wanted: list[list[Any]] = [[row[f"key_{index}"] for row in rows] for index in range(len(keys))]
     found = {
         tuple(row[f"key_{index}"] for index in range(len(keys))): (row["version"], row["sum"])

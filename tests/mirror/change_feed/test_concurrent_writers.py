@@ -1,4 +1,4 @@
-"""The feed of changes beside writers that overlap: each committed change exactly once, in the order of the ids."""
+"""The change feed beside concurrent writers: every committed change exactly once, in the order of the ids."""
 
 from __future__ import annotations
 
@@ -13,29 +13,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import DISCORD_EPOCH_MS
-from tests.mirror.feeding import INSERT, INSERT_EVENT, INSERT_USER, Heard, connected, drained, running, write
+from tests.mirror.feeding import INSERT, INSERT_EVENT, INSERT_USER, Received, connected, drained, running, write
 from tests.mirror.tables import GUILD
 from tests.waiting import until
 from utils.database import ConnectTarget, Pool
-from utils.mirror import change_feed
 from utils.mirror.change_feed import ChangeFeed
 
 
 @pytest.fixture
-def heard() -> Heard:
-    return Heard()
+def received() -> Received:
+    return Received()
 
 
 @pytest.fixture
-async def feed(database: Pool, heard: Heard) -> ChangeFeed:
-    """A feed that has begun: what is written from now on is news."""
-    made = heard.feed(database)
-    await made.step()
-    return made
+async def feed(database: Pool, received: Received) -> ChangeFeed:
+    """A feed that has started: what is written from now on is new."""
+    feed = received.feed(database)
+    await feed.step()
+    return feed
 
 
-async def test_a_later_commit_with_a_smaller_id_is_not_passed(
-    database: Pool, target: ConnectTarget, feed: ChangeFeed, heard: Heard
+async def test_waits_for_a_smaller_id_that_commits_later(
+    database: Pool, target: ConnectTarget, feed: ChangeFeed, received: Received
 ) -> None:
     async with connected(target, 1) as (slow,):
         transaction = slow.transaction()
@@ -46,11 +45,11 @@ async def test_a_later_commit_with_a_smaller_id_is_not_passed(
         assert await feed.step() == (0, False)
         await transaction.commit()
     await drained(feed)
-    assert heard.ids == [first, second]
+    assert received.ids == [first, second]
 
 
-async def test_an_id_that_was_taken_before_its_transaction_had_one_is_not_passed(
-    target: ConnectTarget, feed: ChangeFeed, heard: Heard
+async def test_waits_for_an_id_taken_before_the_transaction_id(
+    target: ConnectTarget, feed: ChangeFeed, received: Received
 ) -> None:
     taken = f"((extract(epoch FROM clock_timestamp()) * 1000)::bigint - {DISCORD_EPOCH_MS}) << 22"
     async with connected(target, 1) as (slow,):
@@ -66,11 +65,11 @@ async def test_an_id_that_was_taken_before_its_transaction_had_one_is_not_passed
             await feed.step()
             await asyncio.sleep(0.01)
         await drained(feed)
-        assert heard.ids == [await inserting]
+        assert received.ids == [await inserting]
 
 
-async def test_who_only_reads_holds_nothing_up(
-    database: Pool, target: ConnectTarget, feed: ChangeFeed, heard: Heard
+async def test_open_readers_do_not_delay_the_feed(
+    database: Pool, target: ConnectTarget, feed: ChangeFeed, received: Received
 ) -> None:
     async with connected(target, 1) as (reader,):
         transaction = reader.transaction(isolation="repeatable_read")
@@ -78,18 +77,18 @@ async def test_who_only_reads_holds_nothing_up(
         await reader.fetch("SELECT * FROM changes")
         written = await write(database)
         await drained(feed)
-        assert heard.ids == [written]
+        assert received.ids == [written]
         await transaction.rollback()
 
 
-async def test_what_is_rolled_back_was_never_there(target: ConnectTarget, feed: ChangeFeed, heard: Heard) -> None:
+async def test_skips_what_was_rolled_back(target: ConnectTarget, feed: ChangeFeed, received: Received) -> None:
     async with connected(target, 1) as (writer,):
         transaction = writer.transaction()
         await transaction.start()
         await writer.fetchval(INSERT, GUILD, "{}")
         await transaction.rollback()
     await drained(feed)
-    assert heard.ids == []
+    assert received.ids == []
 
 
 Steps = list[tuple[int, str]]
@@ -103,14 +102,14 @@ steps = st.lists(
 
 @settings(max_examples=60)
 @given(steps=steps, batch=st.sampled_from((1, 2, 500)))
-async def test_every_committed_change_comes_exactly_once_in_order(
-    steps: Steps, batch: int, overlapping: Overlapping
+async def test_dispatches_every_committed_change_once_in_order(
+    steps: Steps, batch: int, interleaving: Interleaving
 ) -> None:
-    await overlapping.play(steps, batch)
+    await interleaving.run(steps, batch)
 
 
-async def test_writers_that_really_overlap_lose_nothing(
-    database: Pool, target: ConnectTarget, feed: ChangeFeed, heard: Heard
+async def test_loses_nothing_beside_parallel_writers(
+    database: Pool, target: ConnectTarget, feed: ChangeFeed, received: Received
 ) -> None:
     committed: set[int] = set()
 
@@ -132,50 +131,48 @@ async def test_writers_that_really_overlap_lose_nothing(
 
     async with running(feed), connected(target, 5) as connections:
         await asyncio.gather(*(write_for_a_while(connection, n) for n, connection in enumerate(connections)))
-        await until(lambda: len(heard.ids) >= len(committed))
-    assert heard.ids == sorted(committed)
+        await until(lambda: len(received.ids) >= len(committed))
+    assert received.ids == sorted(committed)
 
 
-class Overlapping:
-    """Plays steps of several connections that overlap, one after the other, and a feed beside them."""
+class Interleaving:
+    """Runs the steps of several overlapping transactions, and a feed beside them."""
 
     def __init__(self, database: Pool, connections: list[asyncpg.Connection[asyncpg.Record]]) -> None:
         self.database = database
         self.connections = connections
 
-    async def play(self, steps: Steps, batch: int) -> None:
+    async def run(self, steps: Steps, batch: int) -> None:
         open_: dict[int, tuple[Any, list[int]]] = {}
         committed: list[int] = []
-        heard = Heard()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(change_feed, "BATCH", batch)
-            await self.database.execute("TRUNCATE changes, user_changes, member_events, ops.positions")
-            await asyncio.sleep(0.003)
-            feed = heard.feed(self.database)
-            await feed.step()
-            for number, what in [*steps, *((number, "commit") for number in range(len(self.connections)))]:
-                if what == "read":
-                    await feed.step()
-                elif what == "restart":
-                    feed = heard.feed(self.database)
-                elif what.startswith("write"):
-                    connection = self.connections[number]
-                    if number not in open_:
-                        transaction = connection.transaction()
-                        await transaction.start()
-                        open_[number] = transaction, []
-                    insert, second = {"write": (INSERT, '{"id": 1}'), "write user": (INSERT_USER, '{"id": 1}'),
-                                      "write event": (INSERT_EVENT, 5)}[what]  # fmt: skip
-                    open_[number][1].append(await connection.fetchval(insert, GUILD, second))
-                elif number in open_:
-                    transaction, ids = open_.pop(number)
-                    await (transaction.commit() if what == "commit" else transaction.rollback())
-                    committed += ids if what == "commit" else []
-            await drained(feed)
-        assert heard.ids == sorted(committed)
+        received = Received()
+        await self.database.execute("TRUNCATE changes, user_changes, member_events, ops.positions")
+        await asyncio.sleep(0.003)
+        feed = received.feed(self.database, batch=batch)
+        await feed.step()
+        for number, what in [*steps, *((number, "commit") for number in range(len(self.connections)))]:
+            if what == "read":
+                await feed.step()
+            elif what == "restart":
+                feed = received.feed(self.database, batch=batch)
+            elif what.startswith("write"):
+                connection = self.connections[number]
+                if number not in open_:
+                    transaction = connection.transaction()
+                    await transaction.start()
+                    open_[number] = transaction, []
+                insert, second = {"write": (INSERT, '{"id": 1}'), "write user": (INSERT_USER, '{"id": 1}'),
+                                  "write event": (INSERT_EVENT, 5)}[what]  # fmt: skip
+                open_[number][1].append(await connection.fetchval(insert, GUILD, second))
+            elif number in open_:
+                transaction, ids = open_.pop(number)
+                await (transaction.commit() if what == "commit" else transaction.rollback())
+                committed += ids if what == "commit" else []
+        await drained(feed)
+        assert received.ids == sorted(committed)
 
 
 @pytest.fixture
-async def overlapping(database: Pool, target: ConnectTarget) -> AsyncIterator[Overlapping]:
+async def interleaving(database: Pool, target: ConnectTarget) -> AsyncIterator[Interleaving]:
     async with connected(target, 4) as connections:
-        yield Overlapping(database, connections)
+        yield Interleaving(database, connections)

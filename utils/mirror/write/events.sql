@@ -1,0 +1,235 @@
+-- The statements that write events: messages counted, joins, leaves and bans, and how far each journal has been written.
+
+-- name: count_messages
+-- Count the messages whose ids are new. Returns how many there were.
+-- $1 guild ids, $2 user ids, $3 message ids (parallel arrays); $4 the first millisecond of 2015, zero of a snowflake.
+WITH given AS MATERIALIZED (
+    SELECT DISTINCT ON (id) *
+    FROM unnest($1::bigint[], $2::bigint[], $3::bigint[]) AS g(guild_id, user_id, id)
+    ORDER BY id
+),
+counted AS (
+    INSERT INTO ops.counted_messages (id)
+    SELECT id FROM given
+    ON CONFLICT (id) DO NOTHING
+    RETURNING id
+),
+totals AS (
+    SELECT guild_id, user_id, count(*) AS messages, max(id) AS newest
+    FROM given JOIN counted USING (id)
+    GROUP BY guild_id, user_id
+),
+updated_stats AS (
+    INSERT INTO member_stats AS s (guild_id, user_id, message_count, last_active_at)
+    SELECT guild_id, user_id, messages, to_timestamp(((newest >> 22) + $4::bigint) / 1000.0)
+    FROM totals
+    ORDER BY guild_id, user_id
+    ON CONFLICT (guild_id, user_id) DO UPDATE
+    SET message_count = s.message_count + excluded.message_count,
+        last_active_at = greatest(s.last_active_at, excluded.last_active_at)
+)
+SELECT count(*) FROM counted
+
+
+-- name: record_memberships
+-- Record joins, leaves, bans and unbans, leaving out those that are already recorded. Returns how many were new.
+--
+-- $1 guild ids, $2 user ids, $3 kinds, $4 times, $5 stamps, $6 when each was received (parallel arrays);
+-- $7 the first stamp of this lease epoch; $8 and $9 the first and last stamp to write (the other events are only
+-- compared with); $10 the number of counter bits in a stamp (the bits above them are the epoch).
+--
+-- A join is identified by its time, which Discord sends. Of a leave or a ban each process knows only when it received it:
+--   * In the current epoch a leave is a repeat if a listing has just inferred the same one.
+--   * An event from an earlier epoch is being replayed from a journal, and the process that took over may have received
+--     it too. Both know the time of a join, so a leave is located by the nearest join that both recorded. Without such a
+--     join, the order in which the two processes received the events decides.
+-- Events of one class only are compared: joins with leaves, bans with unbans.
+WITH given AS MATERIALIZED (
+    SELECT g.*,
+           g.kind IN ('ban', 'unban') AS is_ban,
+           g.stamp >> $10::int AS epoch,
+           -- A listing may show a leave before the gateway sends it. More than a minute apart, it is another leave.
+           g.received - interval '1 minute' AS earliest_match,
+           g.received + interval '1 minute' AS latest_match
+    FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::timestamptz[], $5::bigint[], $6::timestamptz[])
+         AS g(guild_id, user_id, kind, at, stamp, received)
+),
+candidates AS (
+    SELECT g.*,
+           g.stamp < $7::bigint AS is_replayed,
+           -- Is it the last event that its process received of this user, and the first that a later process received?
+           -- NULL: no later process received anything at about that time.
+           CASE WHEN g.kind = 'leave' AND g.stamp < $7::bigint THEN (
+               SELECT bool_or(
+                   first.kind = g.kind
+                   AND NOT EXISTS (
+                       SELECT FROM given h
+                       WHERE h.guild_id = g.guild_id AND h.user_id = g.user_id AND h.is_ban = g.is_ban
+                         AND h.stamp > g.stamp
+                   )
+               )
+               FROM (
+                   SELECT DISTINCT ON (e.stamp >> $10::int) e.kind, e.latest
+                   FROM member_events e
+                   WHERE e.guild_id = g.guild_id AND e.user_id = g.user_id
+                     AND (e.kind IN ('ban', 'unban')) = g.is_ban
+                     AND e.stamp >> $10::int > g.epoch
+                   ORDER BY e.stamp >> $10::int, e.stamp, e.id
+               ) first
+               WHERE first.latest BETWEEN g.earliest_match AND g.latest_match
+           ) END AS is_last_and_first,
+           -- What the other process recorded after the join before this leave: a kind, or 'nothing'.
+           -- NULL: no other process recorded that join.
+           CASE WHEN g.kind = 'leave' AND g.stamp < $7::bigint THEN (
+               SELECT coalesce(
+                   (SELECT n.kind
+                    FROM member_events n
+                    WHERE n.guild_id = g.guild_id AND n.user_id = g.user_id
+                      AND (n.kind IN ('ban', 'unban')) = g.is_ban
+                      AND n.stamp >> $10::int = e.stamp >> $10::int
+                      AND (n.stamp, n.id) > (e.stamp, e.id)
+                    ORDER BY n.stamp, n.id
+                    LIMIT 1),
+                   'nothing'
+               )
+               FROM (
+                   SELECT h.kind, h.at
+                   FROM given h
+                   WHERE h.guild_id = g.guild_id AND h.user_id = g.user_id AND h.is_ban = g.is_ban
+                     AND h.stamp < g.stamp
+                   ORDER BY h.stamp DESC
+                   LIMIT 1
+               ) previous
+               JOIN member_events e
+                 ON e.guild_id = g.guild_id AND e.user_id = g.user_id AND e.kind = 'join' AND e.at = previous.at
+                AND e.stamp >> $10::int <> g.epoch
+               WHERE previous.kind = 'join'
+               LIMIT 1
+           ) END AS after_shared_join,
+           -- Likewise, what the other process recorded before the join after this leave.
+           CASE WHEN g.kind = 'leave' AND g.stamp < $7::bigint THEN (
+               SELECT coalesce(
+                   (SELECT n.kind
+                    FROM member_events n
+                    WHERE n.guild_id = g.guild_id AND n.user_id = g.user_id
+                      AND (n.kind IN ('ban', 'unban')) = g.is_ban
+                      AND n.stamp >> $10::int = e.stamp >> $10::int
+                      AND (n.stamp, n.id) < (e.stamp, e.id)
+                    ORDER BY n.stamp DESC, n.id DESC
+                    LIMIT 1),
+                   'nothing'
+               )
+               FROM (
+                   SELECT h.kind, h.at
+                   FROM given h
+                   WHERE h.guild_id = g.guild_id AND h.user_id = g.user_id AND h.is_ban = g.is_ban
+                     AND h.stamp > g.stamp
+                   ORDER BY h.stamp
+                   LIMIT 1
+               ) following
+               JOIN member_events e
+                 ON e.guild_id = g.guild_id AND e.user_id = g.user_id AND e.kind = 'join' AND e.at = following.at
+                AND e.stamp >> $10::int <> g.epoch
+               WHERE following.kind = 'join'
+               LIMIT 1
+           ) END AS before_shared_join
+    FROM given g
+    WHERE g.stamp BETWEEN $8::bigint AND $9::bigint
+),
+inserted AS (
+    INSERT INTO member_events (guild_id, user_id, kind, at, latest, stamp)
+    SELECT g.guild_id, g.user_id, g.kind, g.at, g.received, g.stamp
+    FROM candidates g
+    WHERE NOT CASE
+        WHEN g.kind = 'join' THEN EXISTS (
+            SELECT FROM member_events e
+            WHERE e.guild_id = g.guild_id AND e.user_id = g.user_id AND e.kind = 'join' AND e.at = g.at
+        )
+        WHEN g.is_replayed THEN CASE
+            WHEN g.kind = 'leave' AND g.is_last_and_first THEN true
+            WHEN g.kind = 'leave' AND coalesce(g.after_shared_join, g.before_shared_join) IS NOT NULL
+                THEN 'leave' IN (g.after_shared_join, g.before_shared_join) IS TRUE
+            WHEN g.kind = 'leave' AND g.is_last_and_first IS NOT NULL THEN false
+            -- By the order of receipt: is the event before or after it, in the table or in the journal, of its kind?
+            ELSE coalesce(
+                (SELECT n.kind
+                 FROM (
+                     SELECT e.kind, e.latest AS received, e.id AS turn
+                     FROM member_events e
+                     WHERE e.guild_id = g.guild_id AND e.user_id = g.user_id
+                       AND (e.kind IN ('ban', 'unban')) = g.is_ban
+                       AND e.latest <= g.received
+                     UNION ALL
+                     SELECT h.kind, h.received, h.stamp
+                     FROM given h
+                     WHERE h.guild_id = g.guild_id AND h.user_id = g.user_id AND h.is_ban = g.is_ban
+                       AND h.stamp < g.stamp
+                 ) n
+                 ORDER BY n.received DESC, n.turn DESC
+                 LIMIT 1) = g.kind,
+                false
+            ) OR coalesce(
+                (SELECT n.kind
+                 FROM (
+                     SELECT e.kind, e.latest AS received, e.id AS turn
+                     FROM member_events e
+                     WHERE e.guild_id = g.guild_id AND e.user_id = g.user_id
+                       AND (e.kind IN ('ban', 'unban')) = g.is_ban
+                       AND e.latest > g.received
+                     UNION ALL
+                     SELECT h.kind, h.received, h.stamp
+                     FROM given h
+                     WHERE h.guild_id = g.guild_id AND h.user_id = g.user_id AND h.is_ban = g.is_ban
+                       AND h.stamp > g.stamp
+                 ) n
+                 ORDER BY n.received, n.turn
+                 LIMIT 1) = g.kind,
+                false
+            )
+        END
+        WHEN g.kind = 'leave' THEN
+            coalesce(
+                (SELECT e.kind = 'leave' AND e.inferred AND e.latest > g.earliest_match
+                 FROM member_events e
+                 WHERE e.guild_id = g.guild_id AND e.user_id = g.user_id
+                   AND (e.kind IN ('ban', 'unban')) = g.is_ban
+                 ORDER BY e.stamp DESC
+                 LIMIT 1),
+                false
+            )
+            AND NOT EXISTS (
+                SELECT FROM given h
+                WHERE h.guild_id = g.guild_id AND h.user_id = g.user_id AND h.is_ban = g.is_ban
+                  AND h.stamp < g.stamp
+            )
+        ELSE false
+    END
+    ORDER BY g.stamp
+    RETURNING 1
+)
+SELECT count(*) FROM inserted
+
+
+-- name: advance_position
+-- Record that a journal has been written up to a position; a position never goes back. $1 journal, $2 position.
+INSERT INTO ops.positions AS p (journal, position)
+VALUES ($1, $2)
+ON CONFLICT (journal) DO UPDATE
+SET position = excluded.position, updated_at = now()
+WHERE p.position < excluded.position
+
+
+-- name: select_position
+-- $1 journal.
+SELECT position FROM ops.positions WHERE journal = $1
+
+
+-- name: delete_position
+-- $1 journal.
+DELETE FROM ops.positions WHERE journal = $1
+
+
+-- name: prune_counted_messages
+-- Delete some of the message ids below $1, at most $2 of them.
+DELETE FROM ops.counted_messages
+WHERE id IN (SELECT id FROM ops.counted_messages WHERE id < $1 ORDER BY id LIMIT $2)
