@@ -17,8 +17,7 @@ from utils.exceptions import GuildbookError, MigrationError, ValidationError
 from utils.operations import slash
 from utils.operations.action import Outcome
 from utils.operations.backup.service import BackupService
-from utils.operations.doctor import examine
-from utils.operations.doctor.context import DoctorContext
+from utils.operations.doctor import DoctorContext, run_checks
 from utils.operations.importing import exporting, importer
 from utils.operations.migrations import Actor, admin
 from utils.operations.migrations.preview import preview as written
@@ -67,8 +66,11 @@ class DatabaseCommands(BaseCog):
         """Run the doctor's checks."""
 
         async def work(reply: Reply) -> Outcome:
-            found = await examine(_InTheBot(self._database))
-            return Outcome("\n".join(finding.line for finding in found), ok=all(one.state != "fail" for one in found))
+            findings = await run_checks(_BotContext(self._database))
+            return Outcome(
+                "\n".join(finding.line for finding in findings),
+                ok=all(finding.state != "fail" for finding in findings),
+            )
 
         await self._run(interaction, "db health", work)
 
@@ -292,15 +294,15 @@ class DatabaseCommands(BaseCog):
         await slash.operate(interaction, command, work, **arguments)
 
 
-class _InTheBot(DoctorContext):
-    """The bot that asks is well enough to ask: its own database is looked at, and left alone afterwards."""
+class _BotContext(DoctorContext):
+    """Checks the running bot's own pool, and leaves it open."""
 
-    def __init__(self, database: Pool) -> None:
+    def __init__(self, pool: Pool) -> None:
         super().__init__()
-        self._bots = database
+        self._bot_pool = pool
 
     async def _connect(self) -> Pool:
-        return self._bots
+        return self._bot_pool
 
 
 def _together(database: Pool) -> contextlib.AbstractAsyncContextManager[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import asyncpg
 
@@ -14,7 +14,12 @@ class GuildbookError(Exception):
 
 
 class SettingsError(GuildbookError):
-    """A setting is missing or invalid. One line for each."""
+    """Settings are missing or invalid. The message has one line for each."""
+
+    def __init__(self, message: str, *, variables: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        #: The variables that are missing or invalid; empty when it is not about variables.
+        self.variables: tuple[str, ...] = tuple(variables)
 
 
 class DatabaseError(GuildbookError):

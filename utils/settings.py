@@ -270,7 +270,8 @@ def load_settings(env_file: str | Path | None = ".env") -> Settings:
     try:
         settings = Settings(_env_file=env_file)  # type: ignore[call-arg]
     except ValidationError as exc:
-        raise SettingsError("\n".join(_line(error) for error in exc.errors())) from None
+        errors = exc.errors()
+        raise SettingsError("\n".join(map(_line, errors)), variables=[*map(_variable, errors)]) from None
     except UnicodeDecodeError:
         raise SettingsError(f"{env_file}: not a text file in UTF-8; write it anew from .env.example") from None
     except OSError as exc:
@@ -284,35 +285,35 @@ def load_settings(env_file: str | Path | None = ".env") -> Settings:
 
 
 def _check(settings: Settings) -> None:
-    wrong: list[str] = []
+    wrong: dict[str, str] = {}
     if settings.db_retry_seconds > settings.db_retry_max_seconds:
-        wrong.append(
+        wrong["DB_RETRY_SECONDS"] = (
             f"DB_RETRY_SECONDS: {settings.db_retry_seconds:g} is more than DB_RETRY_MAX_SECONDS"
             f" ({settings.db_retry_max_seconds:g}); expected no more"
         )
     if settings.db_pool_min > settings.db_pool_max:
-        wrong.append(
+        wrong["DB_POOL_MIN"] = (
             f"DB_POOL_MIN: {settings.db_pool_min} is more than DB_POOL_MAX ({settings.db_pool_max}); expected no more"
         )
     try:
         embedded = settings.target is None
     except SettingsError as exc:
-        wrong.append(str(exc))
+        wrong |= dict.fromkeys(exc.variables or ("DATABASE_URL",), str(exc))
         embedded = False
     if embedded and settings.on_railway and settings.railway_volume_mount_path is None:
-        wrong.append(
+        wrong["DATABASE_URL"] = (
             "DATABASE_URL: not set, and this Railway service has no volume, so the next deployment would lose the"
             " embedded database; expected DATABASE_URL=${{Postgres.DATABASE_URL}}, or a volume with DATA_DIR on it"
         )
     elif embedded and settings.railway_volume_mount_path is not None:
         volume, data = settings.railway_volume_mount_path.resolve(), settings.data_dir.resolve()
         if data != volume and volume not in data.parents:
-            wrong.append(
+            wrong["DATA_DIR"] = (
                 f"DATA_DIR: {settings.data_dir} is not on the volume, so the next deployment would lose the embedded"
                 f" database; expected DATA_DIR={volume}/guildbook"
             )
     if wrong:
-        raise SettingsError("\n".join(wrong))
+        raise SettingsError("\n".join(dict.fromkeys(wrong.values())), variables=[*wrong])
 
 
 _EXPECTED = {
@@ -324,8 +325,12 @@ _EXPECTED = {
 }
 
 
+def _variable(error: Any) -> str:
+    return str(error["loc"][0]).upper() if error["loc"] else "settings"
+
+
 def _line(error: Any) -> str:
-    variable = str(error["loc"][0]).upper() if error["loc"] else "settings"
+    variable = _variable(error)
     kind, context = str(error["type"]), error.get("ctx") or {}
     bounds = {"greater_than": "more than", "greater_than_equal": "at least", "less_than": "less than"}
     bounds["less_than_equal"] = "at most"

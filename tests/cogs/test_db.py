@@ -40,11 +40,11 @@ COMMANDS = [
     Given("import", {}, None, "members.json → legacy.members: 1 entries, would be written"),
     Given("import", {"name": "members.json", "dry_run": False}, "Import", "1 entries, written"),
     Given("export", {"what": "members"}, None, "Exported 1 of documents legacy.members"),
-    Given("migrate status", {}, None, "waiting: nothing"),
+    Given("migrate status", {}, None, "pending: none"),
     Given("migrate history", {}, None, "0001"),
     Given("migrate preview", {"down": True}, None, "downgrade from"),
     Given("migrate upgrade", {}, "Upgrade", "the schema is up to date"),
-    Given("migrate stamp", {}, "Stamp", "is written down as"),
+    Given("migrate stamp", {}, "Stamp", "is recorded as"),
     Given("backup create", {}, None, "backup 2"),
     Given("backup create", {"tables": "members, users"}, None, "some tables only"),
     Given("backup list", {}, None, "manual"),
@@ -190,7 +190,7 @@ async def test_a_downgrade_backs_up_ends_the_bot_and_stays_down(
     assert "Then this bot ends" in (result.final_content or "")
     await simulator.press(result, result.buttons["Downgrade"], user_id=operator)
     told = await last_word(database, result)
-    assert "taken back" in told
+    assert "reverted: " in told
     assert "before downgrade" in "".join(entry.line for entry in await BackupService(bot.settings).known())
     await until(bot.is_closed)
     assert isinstance(bot.shutdown_error, MigrationError)

@@ -1,4 +1,4 @@
-"""`python bot.py doctor`: one line for each thing that has to be right."""
+"""`python bot.py doctor`: one line for each thing that the bot needs."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ from utils.cli.common import INTERRUPTED, AsJson, DataDir
 
 
 def doctor(as_json: AsJson = False, data_dir: DataDir = None) -> None:
-    """Look whether everything that the bot needs is there, and say what to do; exit code 1 when something fails."""
-    from utils.operations.doctor import examine
-    from utils.operations.doctor.context import DoctorContext
+    """Check everything that the bot needs, and say what to do; exit code 1 when a check fails."""
+    from utils.operations.doctor import DoctorContext, run_checks
 
-    logging.disable(logging.CRITICAL)  # what they would say is among the findings
+    logging.disable(logging.CRITICAL)  # the findings say it all
     try:
-        found = asyncio.run(examine(DoctorContext(data_dir=data_dir)))
+        findings = asyncio.run(run_checks(DoctorContext(data_dir=data_dir)))
     except KeyboardInterrupt:
-        typer.echo("called off", err=True)
+        typer.echo("interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    is_well = all(finding.state != "fail" for finding in found)
+    is_ok = all(finding.state != "fail" for finding in findings)
     if as_json:
-        checks = [{key: value for key, value in asdict(finding).items() if key != "hangs"} for finding in found]
-        typer.echo(json.dumps({"ok": is_well, "checks": checks}, indent=2))
+        checks = [{key: value for key, value in asdict(finding).items() if key != "hangs"} for finding in findings]
+        typer.echo(json.dumps({"ok": is_ok, "checks": checks}, indent=2))
     else:
-        for finding in found:
+        for finding in findings:
             typer.echo(finding.line)
-    code = 0 if is_well else 1
-    if any(finding.hangs for finding in found):  # the end of the process would wait for whatever hangs
+    code = 0 if is_ok else 1
+    if any(finding.hangs for finding in findings):  # a regular exit would wait for what hangs
         sys.stdout.flush()
         os._exit(code)
     raise typer.Exit(code)

@@ -235,7 +235,9 @@ def _from_parts(get: Callable[[str], str | None], prefix: str, ssl_variable: str
     if host is None:
         # PGUSER and PGPASSWORD alone are common in shells; DB_NAME alone can only be meant for Guildbook.
         if prefix == "DB_" and (get("DB_NAME") or get("DB_USER") or get("DB_PASSWORD")):
-            raise SettingsError("DB_HOST: not set although other DB_* variables are: set it, or remove them")
+            raise SettingsError(
+                "DB_HOST: not set although other DB_* variables are: set it, or remove them", variables=["DB_HOST"]
+            )
         return None
     source = f"{prefix}HOST"
     hosts, ports = _hosts(host.split(","), get(f"{prefix}PORT"), source)
@@ -335,7 +337,9 @@ def _unquote(text: str, source: str) -> str:
 
 
 def _invalid(source: str, what: str) -> SettingsError:
-    return SettingsError(f"{source}: the address {what}; expected postgresql://user:password@host:5432/database")
+    return SettingsError(
+        f"{source}: the address {what}; expected postgresql://user:password@host:5432/database", variables=[source]
+    )
 
 
 def _libpq_settings(settings: Mapping[str, str]) -> dict[str, str]:

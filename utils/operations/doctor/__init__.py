@@ -1,6 +1,7 @@
-"""`python bot.py doctor`: is everything that the bot needs there, and if not, what is to be done."""
+"""`python bot.py doctor`: checks everything that the bot needs, and says what to do."""
 
-from utils.operations.doctor.report import Check, Finding, State, examined
-from utils.operations.doctor.table import CHECKS, examine
+from utils.operations.doctor.checks import CHECKS, run_checks
+from utils.operations.doctor.context import DoctorContext
+from utils.operations.doctor.report import Check, CheckSkipped, Finding, State
 
-__all__ = ["CHECKS", "Check", "Finding", "State", "examine", "examined"]
+__all__ = ["CHECKS", "Check", "CheckSkipped", "DoctorContext", "Finding", "State", "run_checks"]

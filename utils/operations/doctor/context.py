@@ -1,11 +1,11 @@
-"""What is examined: the settings as far as they can be read, and the database as far as it answers."""
+"""What the checks examine: the settings as far as they are valid, and the database if it can be reached."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,24 @@ from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer, open_target
 from utils.exceptions import GuildbookError, SettingsError
 from utils.logs import redact
-from utils.operations.doctor.report import CheckSkipped, in_thread
+from utils.operations.doctor.report import CheckSkipped, run_in_daemon_thread
 from utils.settings import TARGET_VARIABLES, Settings, load_settings
 
-#: Seconds for reaching the database, and for starting the embedded one.
+#: Seconds for connecting to the database, and for starting the embedded server.
 CONNECT_SECONDS, START_SECONDS = 5.0, 30.0
-#: Connections: checks that ask at once, and the books.
+#: Connections: several checks at once, and the audit log.
 CONNECTIONS = 3
 
 
 class DoctorContext:
-    """Lends the checks what they look at; `env_file` None: no file. `environ`: the process's own, for the names."""
+    """Gives the checks access to settings and database.
+
+    Parameters
+    ----------
+    env_file: read after the environment; None for none.
+    data_dir: use the embedded server's data there, whatever the settings say.
+    environ: the environment whose variable names are checked.
+    """
 
     def __init__(
         self,
@@ -34,54 +41,54 @@ class DoctorContext:
     ) -> None:
         self.env_file: str | Path | None = env_file
         self.environ: Mapping[str, str] = environ
-        #: Lines of what is wrong with the settings.
-        self.wrong: list[str] = []
-        self._data_dir = data_dir
+        #: One line for each invalid setting.
+        self.settings_errors: list[str] = []
+        self._invalid: Sequence[str] = ()
         self._settings: Settings | None = None
-        self._database: Pool | None = None
-        self._opened = contextlib.AsyncExitStack()
+        self._data_dir = data_dir
+        self._pool: Pool | None = None
+        self._resources = contextlib.AsyncExitStack()
         self._connecting: asyncio.Task[Pool] | None = None
-        self._read()
+        self._load_settings()
 
     # --- the settings
 
     @property
     def settings(self) -> Settings:
-        """The settings; defaults stand for those that are wrong. Raises `CheckSkipped` when none can be read."""
+        """The settings, with defaults for invalid ones. Raises `CheckSkipped` when none can be read."""
         if self._settings is None:
             raise CheckSkipped("the settings cannot be read")
         return self._settings
 
-    def needs(self, *names: str) -> None:
-        """Raise `CheckSkipped` when one of these variables is wrong, or the settings cannot be read at all."""
+    def require(self, *variables: str) -> None:
+        """Raise `CheckSkipped` when one of these variables is invalid, or the settings cannot be read at all."""
         _ = self.settings
-        for line in self.wrong:
-            name = line.partition(":")[0]
-            if name in names:
-                raise CheckSkipped(f"{name} is wrong")
+        for variable in variables:
+            if variable in self._invalid:
+                raise CheckSkipped(f"{variable} is invalid")
 
-    def _read(self) -> None:
+    def _load_settings(self) -> None:
         try:
             self._settings = load_settings(self.env_file)
         except SettingsError as exc:
-            self.wrong = str(exc).splitlines()
-            self._settings = self._read_the_rest()
+            self.settings_errors = str(exc).splitlines()
+            self._invalid = exc.variables
+            self._settings = self._load_valid_settings()
 
-    def _read_the_rest(self) -> Settings | None:
-        """Return the settings with defaults for the wrong ones; None when that does not help."""
-        instead: dict[str, Any] = {}
-        for line in self.wrong:
-            name = line.partition(":")[0].lower()
+    def _load_valid_settings(self) -> Settings | None:
+        """Return the settings with defaults for the invalid ones; None if that is not possible."""
+        defaults: dict[str, Any] = {}
+        for name in map(str.lower, self._invalid):
             if name not in Settings.model_fields:
                 return None
-            instead[name] = Settings.model_fields[name].get_default(call_default_factory=True)
+            defaults[name] = Settings.model_fields[name].get_default(call_default_factory=True)
         try:
-            return Settings(_env_file=self.env_file, **instead)  # type: ignore[call-arg]
+            return Settings(_env_file=self.env_file, **defaults) if defaults else None  # type: ignore[call-arg]
         except (ValueError, OSError):
             return None
 
-    def hidden(self, text: str) -> str:
-        """Return a text without any secret of the settings."""
+    def redact(self, text: str) -> str:
+        """Return a text without the secrets of the settings."""
         secrets: list[str] = []
         with contextlib.suppress(GuildbookError, CheckSkipped):
             secrets = self.settings.secrets()
@@ -92,55 +99,61 @@ class DoctorContext:
     # --- the database
 
     def target(self) -> ConnectTarget | None:
-        """Return where the database is; None: it is the embedded one. Raises `CheckSkipped`."""
-        self.needs(*TARGET_VARIABLES, "RAILWAY_VOLUME_MOUNT_PATH", "DATA_DIR")
+        """Return the database's address; None: the embedded server. Raises `CheckSkipped`."""
+        self.require(*TARGET_VARIABLES, "RAILWAY_VOLUME_MOUNT_PATH", "DATA_DIR")
         return self.settings.with_data_dir(self._data_dir).direct_target
 
     @property
     def data_dir(self) -> Path:
-        """Where files that have to last are. Raises `CheckSkipped`."""
-        self.needs("DATA_DIR", "RAILWAY_VOLUME_MOUNT_PATH")
+        """The directory for persistent files. Raises `CheckSkipped`."""
+        self.require("DATA_DIR", "RAILWAY_VOLUME_MOUNT_PATH")
         return self._data_dir or self.settings.data_dir
 
     async def connect(self) -> Pool:
-        """Return a pool on the database, or raise why there is none: `GuildbookError` or `CheckSkipped`."""
+        """Return a pool on the database, connecting once for all checks. Raises `GuildbookError` or `CheckSkipped`."""
         if self._connecting is None:
             self._connecting = asyncio.create_task(self._connect(), name="connect")
             self._connecting.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(self._connecting)
 
-    async def database(self) -> Pool:
-        """Return a pool on the database. Raises `CheckSkipped` when it is not reached, which one check reports."""
+    async def pool(self) -> Pool:
+        """Return a pool on the database. Raises `CheckSkipped` when it cannot be reached."""
         try:
             return await self.connect()
-        except GuildbookError:
-            raise CheckSkipped("the database is not reached") from None
+        except GuildbookError:  # check_database reports it
+            raise CheckSkipped("the database cannot be reached") from None
 
     async def _connect(self) -> Pool:
         target = self.target()
-        if target is None and not await in_thread(lambda: EmbeddedServer(self.data_dir).has_data):
+        if target is None and not await run_in_daemon_thread(lambda: EmbeddedServer(self.data_dir).has_data):
             raise CheckSkipped("the embedded database is created by the first start")
-        target = await self._opened.enter_async_context(open_target(target, self.data_dir, start_timeout=START_SECONDS))
-        database = Pool(
-            target, pool_min=0, pool_max=CONNECTIONS, connect_timeout=CONNECT_SECONDS, acquire_timeout=CONNECT_SECONDS,
+        target = await self._resources.enter_async_context(
+            open_target(target, self.data_dir, start_timeout=START_SECONDS)
+        )
+        pool = Pool(
+            target,
+            pool_min=0,
+            pool_max=CONNECTIONS,
+            connect_timeout=CONNECT_SECONDS,
+            acquire_timeout=CONNECT_SECONDS,
             command_timeout=10.0,
-        )  # fmt: skip
-        await database.connect()
-        self._database = database
-        return database
+        )
+        await pool.connect()
+        self._pool = pool
+        return pool
 
     @property
-    def connected(self) -> Pool | None:
-        """The pool, when the database was reached."""
-        return self._database
+    def connected_pool(self) -> Pool | None:
+        """The pool, if the database was reached."""
+        return self._pool
 
     async def close(self) -> None:
-        """Let everything go, in bounded time; an embedded server that we started stops."""
+        """Release all resources in bounded time; stop the embedded server if this started it."""
         if self._connecting is not None:
             self._connecting.cancel()
             await asyncio.wait({self._connecting}, timeout=CONNECT_SECONDS)
-        if self._database is not None:
-            await self._database.close(CONNECT_SECONDS)
+        if self._pool is not None:
+            await self._pool.close(CONNECT_SECONDS)
         with contextlib.suppress(GuildbookError, TimeoutError):
             async with asyncio.timeout(START_SECONDS):
-                await self._opened.aclose()
+                await self._resources.aclose()

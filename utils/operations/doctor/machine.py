@@ -1,51 +1,56 @@
-"""Checks of this machine's disk: room, rights, backups, and what a killed process left."""
+"""Checks of this machine's disk: free space, permissions, backups, and leftover journals."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from utils.operations.doctor.context import DoctorContext
-from utils.operations.doctor.report import Finding, in_thread
+from utils.operations.doctor.report import Finding, run_in_daemon_thread
 from utils.text import format_bytes
 
-#: Bytes below which the disk is as good as full: PostgreSQL's write-ahead log alone grows in pieces of 16 MB.
-LEAST_BYTES = 200 * 2**20
-#: Age of the newest backup from which a reminder is due, where none are scheduled.
-OLD = timedelta(days=7)
-#: Where journals are, under DATA_DIR; the bot's own constant comes with all of discord.py.
+#: Free bytes below which the disk counts as full: PostgreSQL's write-ahead log alone grows in files of 16 MB.
+MIN_FREE_BYTES = 200 * 2**20
+#: How old the newest backup may be when none are scheduled.
+MAX_BACKUP_AGE = timedelta(days=7)
+#: The journals' directory under DATA_DIR; importing the bot's own constant would load discord.py.
 SPOOL = "spool"
 
 
-async def check_disk(patient: DoctorContext) -> Sequence[Finding]:
-    """Whether there is room under DATA_DIR, and whether we may write there."""
-    directory = patient.data_dir
-    free, refused = await in_thread(lambda: _looked_at(directory))
-    if refused is not None:
-        todo = "give the directory to the user that the bot runs as, or set DATA_DIR to another"
-        return [Finding("fail", "disk", f"{directory} cannot be written: {refused}", todo)]
+async def check_disk(
+    context: DoctorContext, *, free_bytes: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free
+) -> Sequence[Finding]:
+    """Check that DATA_DIR is writable and has enough free space."""
+    directory = context.data_dir
+    free, error = await run_in_daemon_thread(lambda: _probe(directory, free_bytes))
+    if error is not None:
+        advice = "give the directory to the user that the bot runs as, or set DATA_DIR to another"
+        return [Finding("fail", "disk", f"{directory} is not writable: {error}", advice)]
     seen = f"{format_bytes(free)} free under {directory}"
-    if free < LEAST_BYTES:
-        return [Finding("fail", "disk", seen, "make room, or set DATA_DIR to a larger disk")]
-    spool = patient.settings.spool_max_mb * 2**20 if patient.settings.spool != "off" else 0
-    if free < LEAST_BYTES + spool:
-        todo = f"make room, or lower SPOOL_MAX_MB ({patient.settings.spool_max_mb}): an outage would fill the disk"
-        return [Finding("warn", "disk", seen, todo)]
+    if free < MIN_FREE_BYTES:
+        return [Finding("fail", "disk", seen, "free some space, or set DATA_DIR to a larger disk")]
+    spool = context.settings.spool_max_mb * 2**20 if context.settings.spool != "off" else 0
+    if free < MIN_FREE_BYTES + spool:
+        advice = (
+            f"free some space, or lower SPOOL_MAX_MB ({context.settings.spool_max_mb}): an outage of the database would"
+            " fill the disk"
+        )
+        return [Finding("warn", "disk", seen, advice)]
     return [Finding("ok", "disk", seen)]
 
 
-def _looked_at(directory: Path) -> tuple[int, str | None]:
-    """Return the bytes that are free and why nothing can be written, None when it can; leaves nothing behind."""
-    there = directory.expanduser().resolve()
-    while not there.exists() and there != there.parent:
-        there = there.parent  # the first start makes it
-    free = shutil.disk_usage(there).free
+def _probe(directory: Path, free_bytes: Callable[[Path], int]) -> tuple[int, str | None]:
+    """Return the free bytes, and the error of writing a file there, None if it works. Leaves nothing behind."""
+    existing = directory.expanduser().resolve()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent  # the first start creates the rest
+    free = free_bytes(existing)
     try:
-        with tempfile.TemporaryFile(dir=there) as probe:
+        with tempfile.TemporaryFile(dir=existing) as probe:
             probe.write(b"x")
             probe.flush()
             os.fsync(probe.fileno())
@@ -54,36 +59,36 @@ def _looked_at(directory: Path) -> tuple[int, str | None]:
     return free, None
 
 
-async def check_backups(patient: DoctorContext) -> Sequence[Finding]:
-    """How old the newest full backup is."""
+async def check_backups(context: DoctorContext) -> Sequence[Finding]:
+    """Check the age of the newest full backup."""
     from utils.operations.backup.kept import Kept
 
-    patient.needs("BACKUP_URL", "BACKUP_AGE_RECIPIENT", "BACKUP_AGE_IDENTITY_FILE", "BACKUP_EVERY", "DATA_DIR")
-    newest = await Kept(patient.settings.model_copy(update={"data_dir": patient.data_dir})).newest()
-    every = patient.settings.backup_every
-    todo = "run python bot.py backup create" + ("" if every else ", or let it happen: BACKUP_EVERY=1d")
+    context.require("BACKUP_URL", "BACKUP_AGE_RECIPIENT", "BACKUP_AGE_IDENTITY_FILE", "BACKUP_EVERY", "DATA_DIR")
+    newest = await Kept(context.settings.model_copy(update={"data_dir": context.data_dir})).newest()
+    every = context.settings.backup_every
+    advice = "run python bot.py backup create" + ("" if every else ", or schedule backups with BACKUP_EVERY=1d")
     if newest is None:
-        return [Finding("warn", "backups", "there is no full one", todo)]
+        return [Finding("warn", "backups", "there is no full backup", advice)]
     age = datetime.now(UTC) - newest.made_at
     seen = f"the newest, {newest.id}, is {age / timedelta(hours=1):,.0f} hours old"
-    late = timedelta(seconds=2 * every) if every else OLD
-    return [Finding("warn", "backups", seen, todo) if age > late else Finding("ok", "backups", seen)]
+    max_age = timedelta(seconds=2 * every) if every else MAX_BACKUP_AGE
+    return [Finding("warn", "backups", seen, advice) if age > max_age else Finding("ok", "backups", seen)]
 
 
-async def check_spool(patient: DoctorContext) -> Sequence[Finding]:
-    """Journals of processes that ended before the database had their events."""
+async def check_spool(context: DoctorContext) -> Sequence[Finding]:
+    """Look for journals of processes that ended before their events reached the database."""
     from utils.mirror.spool import journal
 
-    directory = patient.data_dir / SPOOL
+    directory = context.data_dir / SPOOL
 
-    def look() -> tuple[int, int, int]:
-        found = journal.list_journals(directory)
-        dead = [path for path in found if journal.is_dead(directory, path.name)]
+    def count() -> tuple[int, int, int]:
+        journals = journal.list_journals(directory)
+        dead = [path for path in journals if journal.is_dead(directory, path.name)]
         size = sum(entry.stat().st_size for path in dead for entry in path.iterdir() if entry.is_file())
-        return len(found), len(dead), size
+        return len(journals), len(dead), size
 
-    total, dead, size = await in_thread(look)
+    total, dead, size = await run_in_daemon_thread(count)
     if dead:
         seen = f"{dead} journals of processes that have ended, {format_bytes(size)}"
-        return [Finding("warn", "spool", seen, "start the bot: it writes them into the database")]
-    return [Finding("ok", "spool", f"{total} in use" if total else "nothing is left over")]
+        return [Finding("warn", "spool", seen, "start the bot: it writes them to the database")]
+    return [Finding("ok", "spool", f"{total} in use" if total else "no leftover journals")]

@@ -1,4 +1,4 @@
-"""What a check finds, and running them all: one that crashes or hangs costs itself alone."""
+"""What a check finds, and running one check: neither a crash nor a hang affects the others."""
 
 from __future__ import annotations
 
@@ -16,100 +16,96 @@ if TYPE_CHECKING:
 State = Literal["ok", "warn", "fail"]
 ResultT = TypeVar("ResultT")
 
-#: Letters that are kept of what an error says.
-TOLD = 300
+#: Most characters of an error's message in a finding.
+ERROR_LENGTH = 300
 
 
 class CheckSkipped(Exception):
-    """A check cannot look: what it needs is missing, which another check reports."""
+    """A check cannot run, because something it needs is missing, which another check reports."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check has found out."""
+    """One result of a check."""
 
     state: State
     name: str
-    #: What was seen; never a secret.
+    #: What was found; no secrets.
     seen: str
-    #: What to do about it; "" where nothing is to be done.
+    #: What to do about it; empty if there is nothing to do.
     todo: str = ""
-    #: Whether the check was given up while it still ran.
+    #: Whether the check still ran when its time was up.
     hangs: bool = False
 
     @property
     def line(self) -> str:
-        """It in a line for people."""
+        """The finding as a line of text."""
         return f"{self.state:<4}  {self.name}: {self.seen}" + (f"; {self.todo}" if self.todo else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing to look at."""
+    """One thing to check."""
 
     name: str
-    #: Returns what it found; raises `CheckSkipped`, or anything, which is reported as it is.
-    look: Callable[[DoctorContext], Awaitable[Sequence[Finding]]]
-    #: Seconds after which it is given up.
-    seconds: float
+    #: Returns the findings. May raise `CheckSkipped`; anything else it raises becomes a failure.
+    function: Callable[[DoctorContext], Awaitable[Sequence[Finding]]]
+    #: Seconds after which the check is abandoned.
+    timeout: float
 
 
-async def examined(patient: DoctorContext, checks: Sequence[Check]) -> list[Finding]:
-    """Run the checks side by side and return what they found, in their order; each within its seconds."""
-    found = await asyncio.gather(*(_looked(patient, check) for check in checks))
-    return [finding for findings in found for finding in findings]
-
-
-async def _looked(patient: DoctorContext, check: Check) -> Sequence[Finding]:
-    task = asyncio.ensure_future(check.look(patient))
+async def run_check(context: DoctorContext, check: Check) -> Sequence[Finding]:
+    """Run one check within its timeout and return its findings. Raises nothing."""
+    task = asyncio.ensure_future(check.function(context))
     try:
-        await asyncio.wait({task}, timeout=check.seconds)
+        await asyncio.wait({task}, timeout=check.timeout)
     finally:
         was_running = not task.done()
-        task.cancel()  # not awaited: whoever hangs may not heed it
+        task.cancel()  # not awaited: a task that hangs may ignore it
     task.add_done_callback(lambda done: done.cancelled() or done.exception())
     if was_running:
-        seen = f"no answer within {check.seconds:g} s"
-        return [Finding("fail", check.name, seen, "something it asks hangs: look at what it is about", hangs=True)]
+        seen = f"no answer within {check.timeout:g} s"
+        return [Finding("fail", check.name, seen, "what it asks does not respond: check that first", hangs=True)]
     if task.cancelled():
         return [Finding("fail", check.name, "the check was cancelled", "run it again")]
     error = task.exception()
     if error is None:
         return task.result()
     if isinstance(error, CheckSkipped):
-        return [Finding("warn", check.name, f"not looked at: {error}")]
+        return [Finding("warn", check.name, f"not checked: {error}")]
     if isinstance(error, GuildbookError):
-        return [Finding("fail", check.name, _line(error))]
-    return [Finding("fail", check.name, f"the check itself failed: {type(error).__name__}: {_line(error)}",
-                    "report it, with this line")]  # fmt: skip
+        return [Finding("fail", check.name, shorten(error))]
+    seen = f"the check itself failed: {type(error).__name__}: {shorten(error)}"
+    return [Finding("fail", check.name, seen, "please report this line")]
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:TOLD]
+def shorten(error: BaseException) -> str:
+    """Return an error's message on one line, cut to `ERROR_LENGTH`."""
+    return " ".join(str(error).split())[:ERROR_LENGTH]
 
 
-async def in_thread(work: Callable[[], ResultT]) -> ResultT:
-    """Return what `work` returns, from a thread that nobody waits for at the end: a dead disk never answers."""
+async def run_in_daemon_thread(function: Callable[[], ResultT]) -> ResultT:
+    """Return what `function` returns, run in a daemon thread: one that hangs on a dead disk must not block the exit."""
     loop = asyncio.get_running_loop()
-    answer: asyncio.Future[ResultT] = loop.create_future()
+    future: asyncio.Future[ResultT] = loop.create_future()
 
     def settle(result: ResultT | None, error: BaseException | None) -> None:
-        if answer.done():
+        if future.done():
             return
         if error is not None:
-            answer.set_exception(error)
+            future.set_exception(error)
         else:
-            answer.set_result(result)  # type: ignore[arg-type]
+            future.set_result(result)  # type: ignore[arg-type]
 
     def run() -> None:
         result: ResultT | None = None
         error: BaseException | None = None
         try:
-            result = work()
+            result = function()
         except Exception as exc:
             error = exc
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, result, error)
 
     threading.Thread(target=run, name="doctor", daemon=True).start()
-    return await answer
+    return await future

@@ -1,0 +1,65 @@
+"""The list of checks, and running them all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+from utils.exceptions import DatabaseError
+from utils.operations.action import record_action
+from utils.operations.doctor import configuration, discord, machine, server
+from utils.operations.doctor.context import CONNECT_SECONDS, START_SECONDS, DoctorContext
+from utils.operations.doctor.report import Check, Finding, run_check
+
+#: Seconds for connecting to the database, which may mean starting the embedded server.
+_CONNECT = CONNECT_SECONDS + START_SECONDS + 5.0
+
+CHECKS: tuple[Check, ...] = (
+    Check("settings", configuration.check_settings, 5.0),
+    Check("variables", configuration.check_variables, 5.0),
+    Check("token", configuration.check_token, 5.0),
+    Check("discord", discord.check_discord, discord.REQUEST_SECONDS + 2.0),
+    Check("database", server.check_database, _CONNECT),
+    Check("rights", server.check_privileges, _CONNECT + 5.0),
+    Check("schema", server.check_schema, _CONNECT + 20.0),
+    Check("connections", server.check_connections, _CONNECT + 5.0),
+    Check("clock", server.check_clock, _CONNECT + 5.0),
+    Check("disk", machine.check_disk, 10.0),
+    Check("tools", server.check_tools, _CONNECT + 20.0),
+    Check("backups", machine.check_backups, 20.0),
+    Check("spool", machine.check_spool, 10.0),
+)
+
+
+async def run_checks(context: DoctorContext, checks: Sequence[Check] = CHECKS) -> list[Finding]:
+    """Run checks concurrently and return their findings in the checks' order, without secrets. Closes the context.
+
+    Takes bounded time and raises nothing. A summary goes to the audit log, if the database has one.
+    """
+    try:
+        findings = [
+            replace(finding, seen=context.redact(finding.seen), todo=context.redact(finding.todo))
+            for found in await asyncio.gather(*(run_check(context, check) for check in checks))
+            for finding in found
+        ]
+        await _record(context, findings)
+        return findings
+    finally:
+        await context.close()
+
+
+async def _record(context: DoctorContext, findings: Sequence[Finding]) -> None:
+    pool = context.connected_pool
+    if pool is None:
+        return
+    counts = ", ".join(
+        f"{sum(finding.state == state for finding in findings)} {state}" for state in ("ok", "warn", "fail")
+    )
+    problems = dict.fromkeys(f"{finding.name} {finding.state}" for finding in findings if finding.state != "ok")
+    result = counts + (f": {', '.join(problems)}" if problems else "")
+    try:
+        if not await pool.fetchval("SELECT to_regclass('ops.admin_actions') IS NULL", timeout=5.0):
+            await record_action(pool, "doctor", {}, result)
+    except DatabaseError:  # a check has reported why
+        return
