@@ -90,8 +90,18 @@ class RestRules:
         self.limited = 0
         self.answered = 0
 
-    @web.middleware
-    async def apply(self, request: web.Request, handler: _Answer) -> web.StreamResponse:
+    def applied_to(self, handler: _Answer) -> _Answer:
+        """Return the handler with these rules in front of it.
+
+        Not a middleware: aiohttp caches those with the handlers they wrap, and so keeps every simulator alive.
+        """
+
+        async def apply(request: web.Request) -> web.StreamResponse:
+            return await self._apply(request, handler)
+
+        return apply
+
+    async def _apply(self, request: web.Request, handler: _Answer) -> web.StreamResponse:
         """Apply the rules to a request, then let its route answer."""
         if not request.path.startswith(API):
             return await handler(request)

@@ -83,13 +83,13 @@ class Simulator:
         if self._runner is not None:
             raise RuntimeError("the simulator runs already")
         self.world.prerender()
-        app = web.Application(middlewares=[self.rules.apply], client_max_size=1 << 24)
+        app = web.Application(client_max_size=1 << 24)
         app.router.add_get("/gateway", self.gateway.handle)
         app.router.add_get("/gateway/", self.gateway.handle)
-        for area in (self._guilds, self.channels, self.interactions):
-            app.add_routes(area.routes())
-        app.add_routes(list(extra_routes))
-        app.router.add_route("*", API + "/{rest:.*}", self._nowhere)
+        routes = [route for area in (self._guilds, self.channels, self.interactions) for route in area.routes()]
+        routes += [*extra_routes, web.route("*", API + "/{rest:.*}", self._nowhere)]
+        applied = self.rules.applied_to
+        app.add_routes([web.RouteDef(it.method, it.path, applied(it.handler), it.kwargs) for it in routes])
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         site = web.TCPSite(runner, self._host, self._port)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import weakref
 import zlib
@@ -16,7 +17,6 @@ from discord.gateway import DiscordWebSocket
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.mirror.discord import tap
 from utils.mirror.discord.tap import decode, install
 
 REPLACED = "\ufffd"
@@ -269,8 +269,15 @@ async def test_ignores_clients_without_a_receiver(socket: Socket, receiver: Rece
     assert receiver.malformed == []
 
 
-def test_holds_receivers_weakly() -> None:
-    assert isinstance(tap._receivers, weakref.WeakKeyDictionary)
+def test_does_not_keep_a_closed_client_alive() -> None:
+    client = discord.Client(intents=discord.Intents.none())
+    receiver = Receiver()
+    receiver.client = client  # type: ignore[attr-defined]
+    install(client, receiver)
+    reference = weakref.ref(receiver)
+    del client, receiver
+    gc.collect()
+    assert reference() is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -60,11 +59,13 @@ class _Connection:
         self.last_sequence: int = 0
 
 
-_receivers: weakref.WeakKeyDictionary[object, Receiver] = weakref.WeakKeyDictionary()
-#: Attribute of a websocket that holds its `_Connection`. A weak dictionary would cost ten times as much per message.
+#: Attribute of a client's connection state that holds its receiver. A weak dictionary would keep both alive, because
+#: the receiver refers to the client.
+_RECEIVER = "_guildbook_receiver"
+#: Attribute of a websocket that holds its `_Connection`.
 _CONNECTION = "_guildbook_connection"
-#: By disconnected shard: the connection that broke, and the time of the first attempt to resume it.
-_resuming: weakref.WeakKeyDictionary[Shard, tuple[DiscordWebSocket, float]] = weakref.WeakKeyDictionary()
+#: Attribute of a disconnected shard: the connection that broke, and the time of the first attempt to resume it.
+_RESUMING = "_guildbook_resuming"
 
 _original_received_message: Callable[[DiscordWebSocket, Any], Awaitable[None]] = DiscordWebSocket.received_message
 _original_reconnect: Callable[[Shard], Awaitable[None]] = Shard.reconnect
@@ -72,7 +73,7 @@ _original_reconnect: Callable[[Shard], Awaitable[None]] = Shard.reconnect
 
 def install(client: discord.Client, receiver: Receiver) -> None:
     """Pass every raw dispatch of this client's gateway connections to `receiver`."""
-    _receivers[client._connection] = receiver
+    setattr(client._connection, _RECEIVER, receiver)
     discord_utils._from_json = decode  # type: ignore[assignment]
     DiscordWebSocket.received_message = _received_message  # type: ignore[method-assign]
     Shard.reconnect = _reconnect  # type: ignore[method-assign, assignment]
@@ -163,7 +164,7 @@ async def _received_message(ws: DiscordWebSocket, message: Any, /) -> None:
 
 
 def _connect(ws: DiscordWebSocket) -> _Connection | None:
-    receiver = _receivers.get(ws._connection)
+    receiver: Receiver | None = getattr(ws._connection, _RECEIVER, None)
     if receiver is None:
         return None
     connection = _Connection(receiver)
@@ -207,11 +208,11 @@ async def _reconnect(shard: Shard) -> None:
     discord.py starts a new one after the first failed attempt, and the events missed in between are lost.
     """
     ws, now = shard.ws, time.monotonic()
-    broken, since = _resuming.get(shard, (ws, now))
+    broken, since = getattr(shard, _RESUMING, (ws, now))
     if broken is not ws:
         since = now
-    _resuming[shard] = ws, since
-    if ws._connection in _receivers and ws.session_id is not None and now - since < RESUME_SECONDS:
+    setattr(shard, _RESUMING, (ws, since))
+    if hasattr(ws._connection, _RECEIVER) and ws.session_id is not None and now - since < RESUME_SECONDS:
         await shard.reidentify(ReconnectWebSocket(shard.id))
     else:
         await _original_reconnect(shard)
