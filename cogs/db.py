@@ -283,7 +283,7 @@ class DatabaseCommands(BaseCog):
 
     @property
     def _database(self) -> Pool:
-        return self.db.database
+        return self.db.pool
 
     def _vault(self) -> BackupService:
         return BackupService(self.bot.settings)

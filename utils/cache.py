@@ -1,4 +1,4 @@
-"""A cache for cogs: bounded in number and in time, and one load however many ask at once."""
+"""A TTL cache for cogs, and the single-flight that it shares with the query cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import contextvars
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Hashable
+from types import TracebackType
 from typing import Generic, TypeVar, cast
 
 import cachetools
@@ -15,12 +17,14 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 _MISSING = object()
+#: Callers of one load that resume in the same turn of the event loop.
+_WOKEN_AT_ONCE = 500
 
 
 class TTLCache(Generic[K, V]):
-    """Keeps at most `max_size` values, each for `ttl` seconds; the least recently used makes room.
+    """Keeps at most `max_size` values for `ttl` seconds each and evicts the least recently used.
 
-    A value is handed out as it was given: who changes it changes it for all. `clock` counts seconds.
+    Callers share the value itself, not a copy. `clock` returns seconds.
     """
 
     def __init__(
@@ -29,7 +33,7 @@ class TTLCache(Generic[K, V]):
         self.max_size: int = max_size
         self.ttl: float = ttl
         self._values: _Values[K, V] = _Values(max_size, ttl, timer=clock)
-        self._flights: dict[K, _Flight[V]] = {}
+        self._loads: SingleFlight[K, V] = SingleFlight()
         self._requests: int = 0
         self._hits: int = 0
         self._invalidations: int = 0
@@ -42,18 +46,18 @@ class TTLCache(Generic[K, V]):
         return len(self._values)
 
     def get(self, key: K, default: V | None = None) -> V | None:
-        """Return what is kept, or `default`; a None that was set is a value like any other."""
-        value = self._look(key)
+        """Return the cached value, or `default`; a cached None is a value like any other."""
+        value = self._find(key)
         return default if value is _MISSING else cast(V, value)
 
     def set(self, key: K, value: V) -> None:
-        """Keep a value; a load of this key under way is not kept any more."""
-        self._flights.pop(key, None)
+        """Cache a value. The result of a load of this key in progress will not be cached."""
+        self._loads.forget(key)
         self._values[key] = value
 
     def delete(self, key: K) -> bool:
-        """Drop a value, and tell whether there was one; a load of this key under way is not kept any more."""
-        self._flights.pop(key, None)
+        """Drop a value and return whether there was one. The result of a load in progress will not be cached."""
+        self._loads.forget(key)
         try:
             del self._values[key]
         except KeyError:
@@ -62,33 +66,31 @@ class TTLCache(Generic[K, V]):
         return True
 
     def clear(self) -> None:
-        """Drop everything; loads under way are not kept any more."""
-        self._flights.clear()
+        """Drop every value. The results of loads in progress will not be cached."""
+        self._loads.clear()
         self._invalidations += len(self)
         self._values.clear()
 
     async def get_or_load(self, key: K, load: Callable[[], Awaitable[V]]) -> V:
-        """Return what is kept, or what `load` returns, which is kept then.
+        """Return the cached value, or await `load`, cache its result and return it.
 
-        Who asks the same meanwhile waits for the same load. Its error goes to all of them and is not kept; once the
-        last of them is cancelled, the load is as well. Who asks after a `set`, `delete` or `clear` gets nothing older.
-        The load is outside of the transaction of who asks, and sees nothing of what that has written so far.
+        Concurrent callers share one load. Its error is raised to all of them and is not cached; when the last of them
+        is cancelled, so is the load. A caller after `set`, `delete` or `clear` never gets an older result. The load
+        runs outside the transaction of the caller and does not see what that has written.
         """
-        value = self._look(key)
+        value = self._find(key)
         if value is not _MISSING:
             return cast(V, value)
-        flight = self._flights.get(key)
-        if flight is None:
-            flight = self._flights[key] = _Flight()
-            # Who loads for all is in nobody's transaction: what it wrote may still be rolled back.
-            flight.task = asyncio.create_task(self._fly(flight, key, load), context=contextvars.Context())
-        return await flight.wait(lambda: self._land(key, flight))
+        # A shared load belongs to no caller's transaction, which may still be rolled back: hence the empty context.
+        return await self._loads.run(
+            key, load, lambda loaded: self._values.__setitem__(key, loaded), context=contextvars.Context()
+        )
 
     def stats(self) -> dict[str, float]:
-        """Return the counters since the start, in the words of the query cache.
+        """Return the counters since the start, named as in `Database.get_cache_stats`.
 
-        `evictions` made room for others, `invalidations` were deleted or cleared, what expired is neither.
-        `hit_rate` is 0 to 1.
+        `evictions` made room for other values, `invalidations` were deleted or cleared; expired values count as
+        neither. `hit_rate` is 0 to 1.
         """
         return {
             "hits": self._hits,
@@ -100,69 +102,130 @@ class TTLCache(Generic[K, V]):
             "size": len(self),
         }
 
-    def _look(self, key: K) -> object:
+    def _find(self, key: K) -> object:
         self._requests += 1
-        try:  # not `in`: it may expire in between
+        try:  # not `in`: the value may expire in between
             value = self._values[key]
         except KeyError:
             return _MISSING
         self._hits += 1
         return value
 
-    async def _fly(self, flight: _Flight[V], key: K, load: Callable[[], Awaitable[V]]) -> V:
-        try:
-            value = await load()
-            if self._flights.get(key) is flight:
-                self._values[key] = value
-            return value
-        finally:
-            self._land(key, flight)
-
-    def _land(self, key: K, flight: _Flight[V]) -> None:
-        if self._flights.get(key) is flight:
-            del self._flights[key]
-
-
-class _Flight(Generic[V]):
-    """A load under way, and how many wait for it."""
-
-    __slots__ = ("task", "waiters")
-
-    def __init__(self) -> None:
-        self.task: asyncio.Task[V] | None = None
-        self.waiters: int = 0
-
-    async def wait(self, abandon: Callable[[], None]) -> V:
-        """Wait for the value; the last to be cancelled cancels the load, and `abandon` is called at once."""
-        task = self.task
-        assert task is not None
-        self.waiters += 1
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError:
-            if self.waiters == 1 and not task.done():
-                abandon()
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([task])
-            if task.done() and not task.cancelled():
-                task.exception()  # nobody is left to hear of it
-            raise
-        finally:
-            self.waiters -= 1
-        if task.cancelled():
-            raise asyncio.CancelledError
-        error = task.exception()
-        if error is not None:
-            raise error.with_traceback(None)
-        return task.result()
-
 
 class _Values(cachetools.TTLCache[K, V]):
-    """The values, and how many had to make room."""
+    """A TTLCache that counts evictions."""
 
     evictions: int = 0
 
     def popitem(self) -> tuple[K, V]:
         self.evictions += 1
         return super().popitem()
+
+
+class SingleFlight(Generic[K, V]):
+    """Runs one load per key at a time, for all callers that ask for it meanwhile."""
+
+    def __init__(self) -> None:
+        self._flights: dict[K, _Flight[V]] = {}
+
+    def is_running(self, key: K, version: Hashable = None) -> bool:
+        """Return whether `run` with these arguments would join a load in progress."""
+        flight = self._flights.get(key)
+        return flight is not None and flight.version == version
+
+    async def run(
+        self,
+        key: K,
+        load: Callable[[], Awaitable[V]],
+        store: Callable[[V], None],
+        *,
+        version: Hashable = None,
+        context: contextvars.Context | None = None,
+    ) -> V:
+        """Return the result of the load of `key` in progress, or start `load`.
+
+        load: awaited once in a task, in `context` (None: a copy of the caller's).
+        store: called with the result, unless the key was forgotten or loaded anew meanwhile.
+        version: joins only a load of the same version; a load of another one is superseded.
+        """
+        flight = self._flights.get(key)
+        if flight is None or flight.version != version:
+            flight = self._flights[key] = _Flight(version)
+            flight.start(self._load(flight, key, load, store), context)
+        return await flight.wait(lambda: self._remove(key, flight))
+
+    def forget(self, key: K) -> None:
+        """Let the next caller start a new load; the result of the one in progress goes to its present callers only."""
+        self._flights.pop(key, None)
+
+    def clear(self) -> None:
+        """Forget every key."""
+        self._flights.clear()
+
+    async def _load(
+        self, flight: _Flight[V], key: K, load: Callable[[], Awaitable[V]], store: Callable[[V], None]
+    ) -> V:
+        try:
+            value = await load()
+            if self._flights.get(key) is flight:
+                store(value)
+            return value
+        finally:
+            self._remove(key, flight)
+
+    def _remove(self, key: K, flight: _Flight[V]) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+
+
+class _Flight(Generic[V]):
+    """One load and its callers."""
+
+    __slots__ = ("_callers", "_task", "_traceback", "_waiting", "version")
+
+    def __init__(self, version: Hashable) -> None:
+        self.version: Hashable = version
+        self._callers: int = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._traceback: TracebackType | None = None
+
+    def start(self, load: Awaitable[V], context: contextvars.Context | None) -> None:
+        """Start the load in a task."""
+        self._task: asyncio.Task[V] = asyncio.create_task(load, context=context)  # type: ignore[arg-type]
+        self._task.add_done_callback(self._wake)
+
+    async def wait(self, on_abandoned: Callable[[], None]) -> V:
+        """Wait for the result. The last caller to be cancelled cancels the load, after calling `on_abandoned`."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(done)
+        self._callers += 1
+        try:
+            await done
+        except asyncio.CancelledError:
+            if self._callers == 1 and not self._task.done():
+                on_abandoned()
+                self._task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([self._task])
+            if self._task.done() and not self._task.cancelled():
+                self._task.exception()  # mark it as retrieved: nobody else may be left to do so
+            raise
+        finally:
+            self._callers -= 1
+        if self._task.cancelled():
+            raise asyncio.CancelledError
+        error = self._task.exception()
+        if error is not None:
+            # All callers raise the same exception; each would append its frames to those of the others.
+            if self._traceback is None:
+                self._traceback = error.__traceback__
+            raise error.with_traceback(self._traceback)
+        return self._task.result()
+
+    def _wake(self, _task: object = None) -> None:
+        for _ in range(min(_WOKEN_AT_ONCE, len(self._waiting))):
+            done = self._waiting.popleft()
+            if not done.done():
+                done.set_result(None)
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._wake)

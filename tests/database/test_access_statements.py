@@ -153,15 +153,15 @@ async def test_a_named_statement_outlives_its_connections(db: Database) -> None:
     statement = await db.prepare_statement("price of", PRICE)
     await db.execute(PUT, "apple", 1)
     assert await statement.fetchval("apple") == 1
-    await db.database.fetch("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() "
+    await db.pool.fetch("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() "
                             "AND datname = current_database()")  # fmt: skip
-    await db.database.renew()
+    await db.pool.renew()
     assert await statement.fetchval("apple") == 1
     assert [tuple(row) for row in await statement.fetch("apple")] == [(1,)]
     assert (await statement.fetchrow("pear"), await statement.execute("apple")) == (None, "SELECT 1")
     assert db.prepare_statement("price of", PRICE) is statement
     assert db.get_stats()["prepared"] == {"price of": PRICE}
-    with pytest.raises(DatabaseError, match="another one"):
+    with pytest.raises(DatabaseError, match="exists with different SQL"):
         db.prepare_statement("price of", COUNT)
     with pytest.raises(DatabaseError, match="nowhere"):
         await db.prepare_statement("broken", "SELECT * FROM nowhere")
@@ -171,10 +171,10 @@ async def test_a_slow_statement_is_logged_with_who_asked_and_without_its_argumen
     database: Pool, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with accessed(database, slow_ms=50) as db:
-        with caplog.at_level(logging.WARNING, "utils.database.slow"):
+        with caplog.at_level(logging.WARNING, "utils.database.statements"):
             await db.fetchval("SELECT pg_sleep($1), 'x' || $2", 0.06, "secret")
             await db.fetchval("SELECT 1")
-        (record,) = [record for record in caplog.records if record.name == "utils.database.slow"]
+        (record,) = [record for record in caplog.records if record.name == "utils.database.statements"]
         (kept,) = db.get_stats()["slow"]
     assert "test_access_statements.py" in record.__dict__["caller"]
     assert "test_a_slow_statement" in kept["caller"]
@@ -184,7 +184,7 @@ async def test_a_slow_statement_is_logged_with_who_asked_and_without_its_argumen
 
 async def test_in_development_every_statement_is_logged(database: Pool, caplog: pytest.LogCaptureFixture) -> None:
     async with accessed(database, log_queries=True) as db:
-        with caplog.at_level(logging.INFO, "utils.database.slow"):
+        with caplog.at_level(logging.INFO, "utils.database.statements"):
             await db.fetchval("SELECT   1")
     assert "SELECT 1" in [record.__dict__.get("sql") for record in caplog.records]
 
@@ -202,7 +202,7 @@ async def test_health_says_whether_the_database_answers(db: Database) -> None:
     assert health["error"] is None
     assert health["latency_ms"] > 0
     assert (await db.validate_connections())["replaced"] == 0
-    await db.database.close()
+    await db.pool.close()
     health = await db.check_connection_health()
     assert not health["healthy"]
     assert "not connected" in health["error"]
@@ -244,7 +244,7 @@ async def test_after_a_change_of_the_schema_everything_goes_on(db: Database) -> 
     assert len(await db.fetch(every)) == 1
     async with db.sessions():
         pass
-    await db.database.execute("ALTER TABLE shelf ADD COLUMN weight int")
+    await db.pool.execute("ALTER TABLE shelf ADD COLUMN weight int")
     await db.renew()
     assert "weight" in (await db.fetch(every))[0].keys()  # noqa: SIM118 - a record's `in` looks at values
 

@@ -29,7 +29,7 @@ async def test_statements_of_a_block_are_committed_together_or_not_at_all(db: Da
     async with db.transaction():
         await db.execute(PUT, "apple", 1)
         assert await db.fetchval(PRICE, "apple") == 1
-        assert await db.database.fetchval(COUNT) == 0
+        assert await db.pool.fetchval(COUNT) == 0
     assert await db.fetchval(COUNT) == 1
     with pytest.raises(RuntimeError):
         async with await db.transaction():
@@ -222,7 +222,7 @@ async def test_open_transactions_are_listed_by_name_and_rolled_back_with_the_bot
     may_go_on.set()
     with pytest.raises(DatabaseError, match="buying was rolled back: the bot is stopping"):
         await task
-    assert await db.database.fetchval(COUNT) == 0
+    assert await db.pool.fetchval(COUNT) == 0
     assert db.get_stats()["transactions"] == []
 
 
@@ -239,7 +239,7 @@ async def test_a_connection_that_dies_costs_its_transaction_alone(db: Database) 
         async with db.transaction():
             await db.execute(PUT, "apple", 1)
             pid = await db.fetchval("SELECT pg_backend_pid()")
-            await db.database.fetchval(STEAL, pid)
+            await db.pool.fetchval(STEAL, pid)
             await db.fetchval(COUNT)
     async with db.transaction():
         assert await db.fetchval(COUNT) == 0

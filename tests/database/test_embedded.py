@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from utils.database import Pool
+from utils.database.binaries import binaries
 from utils.database.embedded import EmbeddedServer
-from utils.database.wheel import binaries
 from utils.exceptions import DatabaseError, DatabaseUnavailable
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""What cogs read and write with: asyncpg's verbs over pool, cache and the transaction that is open."""
+"""`bot.db`: asyncpg's verbs over the pool, the query cache and the open transaction."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
-from utils.database import views
-from utils.database.borrowed import TrackedConnection
+from utils.database import materialized_views
 from utils.database.orm import Orm
 from utils.database.pool import Pool, Record
-from utils.database.slow import SlowLog
-from utils.database.statements import PreparedStatement
+from utils.database.statements import PreparedStatement, SlowLog, TrackedConnection, WriteLog, qualified
 from utils.database.transactions import Isolation, Root, Transaction, current, end_all, joined
 from utils.exceptions import DatabaseError, driver_error
 
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from utils.database.cache import QueryCache
-    from utils.database.cache.results import Kept
+    from utils.database.cache.results import CachedResult
 
 #: Seconds for an answer in `check_connection_health`.
 HEALTH_SECONDS = 5.0
@@ -35,116 +33,163 @@ HEALTH_SECONDS = 5.0
 class Database:
     """The database as cogs see it.
 
-    A statement runs in the transaction that is open in its context, or else on a connection of the pool. Results of
-    SELECTs outside transactions are kept (`use_cache=False` asks the database itself, `invalidate_cache=True` anew).
-    Together with the pool it holds `orm_connections` more connections than that has. Raises `DatabaseError`.
+    A statement runs in the open transaction of its context, otherwise on a connection of the pool. Results of SELECTs
+    outside transactions are cached until a table that they read is written. Every method raises `DatabaseError`.
+
+    Beside the connections of the pool it holds up to `orm_connections` for transactions and sessions.
     """
 
     def __init__(
         self,
-        database: Pool,
+        pool: Pool,
         *,
         cache: QueryCache | None = None,
         slow_ms: int = 500,
         log_queries: bool = False,
         orm_connections: int = 3,
     ) -> None:
-        """`cache` None: every SELECT is asked. `slow_ms`: milliseconds from which a statement is logged as slow."""
-        self.database: Pool = database
+        """`cache` None: nothing is cached. `slow_ms`: milliseconds from which a statement is logged as slow."""
+        self.pool: Pool = pool
         self.cache: QueryCache | None = cache
         self.slow: SlowLog = SlowLog(slow_ms, log_all=log_queries)
         self.open_transactions: set[Root] = set()
         self.orm: Orm = Orm(
-            database.target,
+            pool.target,
             connections=orm_connections,
-            acquire_timeout=database.acquire_timeout,
+            acquire_timeout=pool.acquire_timeout,
             on_committed=self.committed,
-            on_doubt=self.doubted,
+            on_doubt=self.in_doubt,
         )
         self._prepared: dict[str, PreparedStatement] = {}
 
     def __repr__(self) -> str:
-        return f"<Database {self.database!r}>"
+        return f"<Database {self.pool!r}>"
 
     async def connect(self) -> None:
         """Connect the pool, unless it is connected."""
-        await self.database.connect()
+        await self.pool.connect()
 
     async def close(self, timeout: float = 5.0) -> None:
-        """Roll back what is open, within `timeout` seconds, and close SQLAlchemy's connections; the pool stays."""
+        """Roll back open transactions within `timeout` seconds and close SQLAlchemy's connections, not the pool."""
         await end_all(self.open_transactions, timeout)
         await self.orm.close()
 
     async def renew(self) -> None:
-        """Replace every connection and read the catalogue anew: after a change of the schema."""
-        await self.database.renew()
+        """Replace every connection and load the catalog again: after a change of the schema."""
+        await self.pool.renew()
         await self.orm.close()
         if self.cache is not None:
-            await self.cache.load(self.database)
+            await self.cache.load(self.pool)
 
     # --- statements
 
     async def fetch(
-        self, sql: str, *args: Any, timeout: float | None = None, use_cache: bool = True, invalidate_cache: bool = False
+        self,
+        sql: str,
+        *args: Any,
+        timeout: float | None = None,
+        use_cache: bool = True,
+        invalidate_cache: bool = False,
+        reads: Sequence[str] | None = None,
     ) -> list[Record]:
-        """Return all rows; `timeout` (here and below) is seconds for the statement, None: DB_COMMAND_TIMEOUT."""
-        if use_cache and not invalidate_cache and (kept := self._held("fetch", sql, args)) is not None:
-            rows: list[Record] = kept.take()
+        """Return all rows.
+
+        timeout: seconds for the statement; None: DB_COMMAND_TIMEOUT.
+        use_cache: False asks the database and leaves the cache alone.
+        invalidate_cache: True drops the cached result first.
+        reads: the tables and views that the query reads, such as `("members",)`. The result is cached until one of
+            them is written, and the text is not analysed. None: found out from the text. Raises `ValidationError`
+            for an unknown name, and for a text that is not a query.
+
+        The other verbs take the same arguments.
+        """
+        if use_cache and not invalidate_cache and (hit := self._cached("fetch", sql, args, reads)) is not None:
+            rows: list[Record] = hit.value()
         else:
-            rows = await self._ask("fetch", sql, args, timeout, use_cache, invalidate_cache)
+            rows = await self._read("fetch", sql, args, timeout, use_cache, invalidate_cache, reads, sys._getframe(1))
         return rows
 
     async def fetchrow(
-        self, sql: str, *args: Any, timeout: float | None = None, use_cache: bool = True, invalidate_cache: bool = False
+        self,
+        sql: str,
+        *args: Any,
+        timeout: float | None = None,
+        use_cache: bool = True,
+        invalidate_cache: bool = False,
+        reads: Sequence[str] | None = None,
     ) -> Record | None:
-        """Return the first row, or None when there is none."""
-        if use_cache and not invalidate_cache and (kept := self._held("fetchrow", sql, args)) is not None:
-            row: Record | None = kept.take()
+        """Return the first row, or None when there is none. The arguments are those of `fetch`."""
+        if use_cache and not invalidate_cache and (hit := self._cached("fetchrow", sql, args, reads)) is not None:
+            row: Record | None = hit.value()
         else:
-            row = await self._ask("fetchrow", sql, args, timeout, use_cache, invalidate_cache)
+            row = await self._read("fetchrow", sql, args, timeout, use_cache, invalidate_cache, reads, sys._getframe(1))
         return row
 
     async def fetchval(
-        self, sql: str, *args: Any, timeout: float | None = None, use_cache: bool = True, invalidate_cache: bool = False
+        self,
+        sql: str,
+        *args: Any,
+        timeout: float | None = None,
+        use_cache: bool = True,
+        invalidate_cache: bool = False,
+        reads: Sequence[str] | None = None,
     ) -> Any:
-        """Return the first column of the first row, or None when there is none."""
-        if use_cache and not invalidate_cache and (kept := self._held("fetchval", sql, args)) is not None:
-            return kept.take()
-        return await self._ask("fetchval", sql, args, timeout, use_cache, invalidate_cache)
+        """Return the first column of the first row, or or None. The arguments are those of `fetch`."""
+        if use_cache and not invalidate_cache and (hit := self._cached("fetchval", sql, args, reads)) is not None:
+            return hit.value()
+        return await self._read("fetchval", sql, args, timeout, use_cache, invalidate_cache, reads, sys._getframe(1))
 
-    async def execute(self, sql: str, *args: Any, timeout: float | None = None) -> str:
-        """Run a statement and return the server's word for it, like `UPDATE 3`."""
-        word: str = await self._run("execute", sql, args, timeout, sys._getframe(1))
-        return word
+    async def execute(
+        self, sql: str, *args: Any, timeout: float | None = None, writes: Sequence[str] | None = None
+    ) -> str:
+        """Run a statement and return the server's command tag, such as `UPDATE 3`.
 
-    async def execute_many(self, sql: str, rows: Iterable[Sequence[Any]], timeout: float | None = None) -> None:
-        """Run a statement once for each row of arguments, all of them or none."""
-        await self._run("executemany", sql, (rows,), timeout, sys._getframe(1))
+        writes: all tables that the statement writes, also by cascades, triggers and functions; their cached results
+            are dropped and the text is not analysed. `()`: none. None: found out from the text. Raises
+            `ValidationError` for an unknown name.
+        """
+        tag: str = await self._run("execute", sql, args, timeout, writes, sys._getframe(1))
+        return tag
+
+    async def execute_many(
+        self,
+        sql: str,
+        rows: Iterable[Sequence[Any]],
+        timeout: float | None = None,
+        *,
+        writes: Sequence[str] | None = None,
+    ) -> None:
+        """Run a statement once for each row of arguments: all of them or none. `writes` is that of `execute`."""
+        await self._run("executemany", sql, (rows,), timeout, writes, sys._getframe(1))
 
     async def copy_records_to_table(
-        self, table: str, *, records: Any, columns: Sequence[str], schema_name: str | None = None,
+        self,
+        table: str,
+        *,
+        records: Any,
+        columns: Sequence[str],
+        schema_name: str | None = None,
         timeout: float | None = None,
-    ) -> str:  # fmt: skip
-        """COPY records, an iterable of tuples also asynchronous, into a table; return `COPY n`."""
-        name = f"{schema_name}.{table}" if schema_name else table
+    ) -> str:
+        """COPY records, an iterable or asynchronous iterable of tuples, into a table and return `COPY n`."""
+        written = WriteLog(tables={(qualified(table, schema_name), "INSERT")})
         kwargs = {"records": records, "columns": columns, "schema_name": schema_name, "timeout": timeout}
         root = joined()
         if root is not None:
-            root.copied.add(name)
-            word: str = await root.run("copy_records_to_table", table, text="", **kwargs)
-            return word
-        written = self._copied((name,))
+            tag: str = await root.run("copy_records_to_table", table, log=written, **kwargs)
+            return tag
+        tables = self._tables_of(written)
         try:
-            async with self.database.acquire() as connection:
-                word = await connection.copy_records_to_table(table, **kwargs)
+            async with self.pool.acquire() as connection:
+                tag = await connection.copy_records_to_table(table, **kwargs)
         except BaseException as exc:
-            self._failed(written, exc)
+            self._failed(tables, exc)
             raise
-        self._wrote(written)
-        return word
+        self._invalidate(tables)
+        return tag
 
     async def execute_in_transaction(self, statements: Iterable[tuple[str, Sequence[Any]]]) -> list[str]:
-        """Run statements in one transaction, all of them or none; return the server's words for them."""
+        """Run statements in one transaction, all of them or none, and return their command tags."""
         async with self.transaction("execute_in_transaction"):
             return [await self.execute(sql, *args) for sql, args in statements]
 
@@ -153,55 +198,54 @@ class Database:
     ) -> Transaction:
         """Return a transaction for `async with`; a nested one is a savepoint.
 
-        `name`: how it is listed while it runs; None: like the function that asks. `isolation`: read_committed,
-        repeatable_read or serializable; None: the server's default.
+        name: shown in `get_stats` while it runs; None: the name of the calling function.
+        isolation: read_committed, repeatable_read or serializable; None: the server's default.
         """
         return Transaction(self, name, isolation, readonly=readonly)
 
     def sessions(self) -> AbstractAsyncContextManager[AsyncSession]:
-        """Lend a session: in the open transaction, or with a connection of its own; the end of the block commits."""
+        """Yield a session in the open transaction, or on a connection of its own; the end of the block commits."""
         root = joined()
         return self.orm.session(None if root is None else root.connection)
 
     @contextlib.asynccontextmanager
     async def acquire(self, timeout: float | None = None) -> AsyncIterator[Any]:
-        """Lend a raw asyncpg connection, in no transaction; nothing done to it outlasts the block.
+        """Yield a raw asyncpg connection outside any transaction. It is reset after the block.
 
-        `timeout`: seconds to wait for a free one, None: as long as statements do.
+        `timeout` is how many seconds to wait for a free connection; None: as long as statements do.
         """
-        borrowed = None
+        tracked = None
         try:
-            async with self.database.acquire(timeout, temp=True) as connection:
-                borrowed = TrackedConnection(connection)
-                connection.add_query_logger(borrowed.note)
+            async with self.pool.acquire(timeout, temp=True) as connection:
+                tracked = TrackedConnection(connection)
+                connection.add_query_logger(tracked.record)
                 try:
-                    yield borrowed
+                    yield tracked
                 finally:
-                    with contextlib.suppress(asyncpg.InterfaceError):  # it is closed
-                        connection.remove_query_logger(borrowed.note)
+                    with contextlib.suppress(asyncpg.InterfaceError):  # the connection is closed
+                        connection.remove_query_logger(tracked.record)
         finally:
-            if borrowed is not None:
-                end = self.doubted if borrowed.is_doubtful else self.committed
-                end(borrowed.texts)
-                self._wrote(self._copied(borrowed.copied))
+            if tracked is not None:
+                end = self.in_doubt if tracked.is_in_doubt else self.committed
+                end(tracked.log)
 
     def prepare_statement(self, name: str, sql: str) -> PreparedStatement:
-        """Name a statement, to be run with `.fetch`, `.fetchrow`, `.fetchval` and `.execute`; it may also be awaited.
+        """Return a named statement with `.fetch`, `.fetchrow`, `.fetchval` and `.execute`. It may be awaited.
 
-        Each connection prepares it with its first use, new ones too. Raises `DatabaseError` for a name that stands for
-        another statement; awaited, also for SQL that the server refuses.
+        Each connection, new ones included, prepares it when it first runs it. Raises `DatabaseError` when the name
+        belongs to another statement; when awaited, also for SQL that the server refuses.
         """
         known = self._prepared.get(name)
         if known is None:
             known = self._prepared[name] = PreparedStatement(self, name, sql)
         elif known.sql != sql:
-            raise DatabaseError(f"a statement called {name!r} is there already, and it is another one: choose a name")
+            raise DatabaseError(f"prepared statement {name!r} exists with different SQL: choose another name")
         return known
 
     async def explain(self, sql: str, *args: Any, analyze: bool = False) -> str:
-        """Return PostgreSQL's plan; `analyze` runs the statement for it, and undoes what it did."""
+        """Return PostgreSQL's plan. `analyze` runs the statement and rolls it back."""
         options = "ANALYZE, BUFFERS" if analyze else "VERBOSE"
-        async with self.database.acquire() as connection:
+        async with self.pool.acquire() as connection:
             attempt = connection.transaction()
             await attempt.start()
             try:
@@ -210,13 +254,13 @@ class Database:
                 await attempt.rollback()
         return "\n".join(line[0] for line in lines)
 
-    # --- upkeep and figures
+    # --- health and statistics
 
     async def check_connection_health(self) -> dict[str, Any]:
-        """Ask the database for an answer: `healthy`, `latency_ms`, `error` (None: it answered) and the pools."""
+        """Ask the database for an answer; return `healthy`, `latency_ms`, `error` (None: it answered) and the pools."""
         started, error = time.perf_counter(), None
         try:
-            async with self.database.acquire(HEALTH_SECONDS) as connection:
+            async with self.pool.acquire(HEALTH_SECONDS) as connection:
                 await connection.fetchval("SELECT 1", timeout=HEALTH_SECONDS)
         except DatabaseError as exc:
             error = str(exc)
@@ -230,23 +274,23 @@ class Database:
         }
 
     async def validate_connections(self, timeout: float = 5.0) -> dict[str, int]:
-        """Throw away idle connections that give no answer within `timeout` seconds; say how many of how many."""
-        return await self.database.validate_connections(timeout)
+        """Close idle connections that do not answer within `timeout` seconds; return how many of how many."""
+        return await self.pool.validate_connections(timeout)
 
     async def refresh_materialized_views(self, names: Iterable[str] | None = None) -> dict[str, float]:
-        """Refresh materialized views, without locking readers out where an index allows; return seconds by name.
+        """Refresh materialized views, concurrently where an index allows it, and return the seconds by name.
 
-        `names`: None for all that there are. One that fails does not keep the others from being refreshed; then
+        `names` None: all views. A view that fails does not keep the others from being refreshed; afterwards
         `DatabaseError` names those that failed.
         """
-        return await views.refresh(self, names)
+        return await materialized_views.refresh(self, names)
 
     def get_cache_stats(self) -> dict[str, float]:
         """Return hits, misses, hit_rate, evictions, invalidations, total_requests and size; empty without a cache."""
         return {} if self.cache is None else self.cache.stats()
 
     def get_stats(self) -> dict[str, Any]:
-        """Return pools, cache, open transactions, slow and prepared statements."""
+        """Return the state of pools, cache and open transactions, and the slow and prepared statements."""
         return {
             "pool": self.pool_stats(),
             "orm": self.orm.stats(),
@@ -259,103 +303,112 @@ class Database:
 
     def pool_stats(self) -> dict[str, int]:
         """Return how many raw connections were created, are active, idle and allowed, and how many tasks wait."""
-        return self.database.pool_stats()
+        return self.pool.pool_stats()
 
     def now(self) -> datetime:
-        """Return the database's time without asking it."""
-        return self.database.now()
+        """Return the time of the database without asking it."""
+        return self.pool.now()
 
     @property
     def server_version_num(self) -> int:
         """PostgreSQL's version as a number, 180004 for 18.4."""
-        return self.database.server_version_num
+        return self.pool.server_version_num
 
-    # --- what was written
+    # --- running
 
-    def committed(self, texts: Iterable[str]) -> None:
-        """Tell the cache that statements were committed."""
-        self._wrote(self._written(texts))
+    def _cached(self, verb: str, sql: str, args: tuple[Any, ...], reads: Sequence[str] | None) -> CachedResult | None:
+        """Return a cached result without awaiting anything."""
+        cache = self.cache
+        return None if cache is None or current.get() is not None else cache.cached(verb, sql, args, reads)
 
-    def doubted(self, texts: Iterable[str]) -> None:
-        """Tell the cache that statements may still be committed."""
+    async def _read(
+        self,
+        verb: str,
+        sql: str,
+        args: tuple[Any, ...],
+        timeout: float | None,
+        use_cache: bool,
+        invalidate_cache: bool,
+        reads: Sequence[str] | None,
+        frame: FrameType | None,
+    ) -> Any:
+        """Run a query that is not cached: through the cache, unless that is bypassed or a transaction is open."""
+        cache = self.cache
+        if cache is None or not use_cache or joined() is not None:
+            return await self._run(verb, sql, args, timeout, None, frame)
+        if invalidate_cache:
+            cache.forget(sql, args, reads)
+        writes = None if reads is None else ()
+        return await cache.fetch(
+            verb, sql, args, lambda: self._run(verb, sql, args, timeout, writes, frame), reads=reads
+        )
+
+    async def _run(
+        self,
+        verb: str,
+        sql: str,
+        args: tuple[Any, ...],
+        timeout: float | None,
+        writes: Sequence[str] | None,
+        frame: FrameType | None,
+    ) -> Any:
+        """Run a statement in the open transaction or on the pool, and tell the cache what it wrote."""
+        started = time.perf_counter()
+        cache = self.cache
+        if cache is not None and writes:
+            cache.check_names(writes, "writes")
+        try:
+            root = joined()
+            if root is not None:
+                log = WriteLog({sql}) if writes is None else WriteLog(tables={(table, None) for table in writes})
+                return await root.run(verb, sql, *args, log=log, timeout=timeout)
+            if cache is None:
+                return await self.pool.run(verb, sql, args, timeout, temp=True)
+            if writes is None:
+                statement = cache.statement(sql)
+                if statement.is_cacheable:
+                    return await self.pool.run(verb, sql, args, timeout, is_pure=True)
+                tables = statement.writes
+            else:
+                tables = frozenset(writes)
+            try:
+                # A statement that cannot be analysed may create temporary tables; one whose writes are known does not.
+                result = await self.pool.run(verb, sql, args, timeout, temp=writes is not None or tables is None)
+            except BaseException as exc:
+                self._failed(tables, exc)
+                raise
+            self._invalidate(tables)
+            return result
+        finally:
+            self.slow.record(sql, started, frame)
+
+    # --- invalidation
+
+    def committed(self, log: WriteLog) -> None:
+        """Tell the cache that what is in the log was committed."""
+        self._invalidate(self._tables_of(log))
+
+    def in_doubt(self, log: WriteLog) -> None:
+        """Tell the cache that what is in the log may still be committed."""
         if self.cache is not None:
-            self.cache.distrust(self._written(texts))
+            self.cache.distrust(self._tables_of(log))
 
-    def _written(self, texts: Iterable[str]) -> frozenset[str] | None:
-        tables: set[str] = set()
-        if self.cache is not None:
-            for text in texts:
-                writes = self.cache.statement(text).writes if text else frozenset()
-                if writes is None:
-                    return None
-                tables |= writes
-        return frozenset(tables)
+    def may_leave_temp(self, log: WriteLog) -> bool:
+        """Return whether a statement in the log may have created a temporary table."""
+        return self.cache is None or any(self.cache.statement(text).writes is None for text in log.texts)
 
-    def _copied(self, names: Iterable[str]) -> frozenset[str] | None:
-        tables: set[str] = set()
-        if self.cache is not None:
-            for name in names:
-                copied = self.cache.copied(name)
-                if copied is None:
-                    return None
-                tables |= copied
-        return frozenset(tables)
+    def _tables_of(self, log: WriteLog) -> frozenset[str] | None:
+        return frozenset() if self.cache is None else self.cache.tables_of(log)
 
-    def wrote(self, root: Root) -> None:
-        """Tell the cache what a transaction committed."""
-        self.committed(root.texts)
-        self._wrote(self._copied(root.copied))
-
-    def _wrote(self, tables: frozenset[str] | None) -> None:
+    def _invalidate(self, tables: frozenset[str] | None) -> None:
         if self.cache is not None and (tables is None or tables):
             self.cache.invalidate(tables)
 
     def _failed(self, tables: frozenset[str] | None, exc: BaseException) -> None:
-        """Distrust what a statement may have written, unless the server said that it was refused."""
-        refused = isinstance(driver_error(exc), asyncpg.PostgresError) and not isinstance(
-            driver_error(exc), asyncpg.PostgresConnectionError | asyncpg.OperatorInterventionError
+        """Distrust what a failed statement may have written, unless the server has rejected it."""
+        cause = driver_error(exc)
+        was_rejected = isinstance(cause, asyncpg.PostgresError) and not isinstance(
+            cause, asyncpg.PostgresConnectionError | asyncpg.OperatorInterventionError
         )
-        if self.cache is not None and not refused and (tables is None or tables):
+        if self.cache is not None and not was_rejected and (tables is None or tables):
             self.cache.distrust(tables)
-
-    def _held(self, verb: str, sql: str, args: tuple[Any, ...]) -> Kept | None:
-        cache = self.cache
-        return None if cache is None or current.get() is not None else cache.held(verb, sql, args)
-
-    async def _ask(
-        self, verb: str, sql: str, args: tuple[Any, ...], timeout: float | None, use_cache: bool, anew: bool
-    ) -> Any:
-        frame = sys._getframe(2)
-        cache = self.cache
-        if cache is None or not use_cache or joined() is not None:
-            return await self._run(verb, sql, args, timeout, frame)
-        if anew:
-            cache.forget(sql, args)
-        return await cache.fetch(verb, sql, args, lambda: self._run(verb, sql, args, timeout, frame))
-
-    async def _run(
-        self, verb: str, sql: str, args: tuple[Any, ...], timeout: float | None, frame: FrameType | None
-    ) -> Any:
-        """Run a statement where it belongs."""
-        started = time.perf_counter()
-        try:
-            root = joined()
-            if root is not None:
-                return await root.run(verb, sql, *args, text=sql, timeout=timeout)
-            cache = self.cache
-            if cache is None:
-                return await self.database.run(verb, sql, args, timeout)
-            told = cache.statement(sql)
-            if told.is_cacheable:
-                return await self.database.run(verb, sql, args, timeout, is_pure=True)
-            writes = told.writes
-            try:
-                result = await self.database.run(verb, sql, args, timeout, temp="temp" in sql.lower())
-            except BaseException as exc:
-                self._failed(writes, exc)
-                raise
-            if writes is None or writes:
-                cache.invalidate(writes)
-            return result
-        finally:
-            self.slow.note(sql, started, frame)

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import asyncpg
 
+from utils.database.binaries import Account, account_for_server, binaries, open_up, run
 from utils.database.target import ConnectTarget
-from utils.database.wheel import Account, account_for_server, binaries, open_up, run
 from utils.exceptions import DatabaseError, DatabaseUnavailable
 
 _log = logging.getLogger(__name__)

@@ -1,9 +1,9 @@
-"""SQLAlchemy beside the raw pool: an engine whose connections speak JSON as the pool's do, and its sessions."""
+"""SQLAlchemy beside the raw pool: an engine with the same JSON codecs, and its sessions."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -13,20 +13,24 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, SessionTransaction
 
-from utils.database.codecs import set_codecs
+from utils.database.pool import set_codecs
+from utils.database.statements import Action, WriteLog
 from utils.database.target import ConnectTarget
-from utils.exceptions import DatabaseUnavailable, translate
+from utils.exceptions import DatabaseUnavailable, translate_errors
 
-#: Texts of what SQLAlchemy was asked to run, for whoever wants to know what was written; None: nobody does.
-statements: ContextVar[set[str] | None] = ContextVar("statements", default=None)
+#: Where statements that SQLAlchemy runs in this context are recorded; None: nowhere.
+write_log: ContextVar[WriteLog | None] = ContextVar("write_log", default=None)
 
 
 class _Session(Session):
-    """A session that says when it has committed; those that join a transaction leave that to it."""
+    """A session with its own transaction, which reports commits. One that joins a transaction is a plain `Session`."""
 
 
 class Orm:
-    """An engine of a few connections. `on_committed` and `on_doubt` hear what sessions of their own wrote."""
+    """An engine with a few connections.
+
+    `on_committed` is called with what a session wrote, `on_doubt` when the outcome of its commit is unknown.
+    """
 
     def __init__(
         self,
@@ -34,8 +38,8 @@ class Orm:
         *,
         connections: int,
         acquire_timeout: float,
-        on_committed: Callable[[Iterable[str]], None],
-        on_doubt: Callable[[Iterable[str]], None],
+        on_committed: Callable[[WriteLog], None],
+        on_doubt: Callable[[WriteLog], None],
     ) -> None:
         """`acquire_timeout`: seconds to wait for a free connection."""
         self.connections: int = connections
@@ -47,71 +51,71 @@ class Orm:
             pool_size=connections,
             max_overflow=0,
             pool_timeout=acquire_timeout,
-            json_serializer=lambda value: value,  # the codec below does it
+            json_serializer=lambda value: value,  # the codecs do it
         )
         event.listen(self.engine.sync_engine, "connect", _set_up)
-        event.listen(self.engine.sync_engine, "before_cursor_execute", _note)
+        event.listen(self.engine.sync_engine, "before_cursor_execute", _record)
 
     def stats(self) -> dict[str, int]:
-        """Return how many connections there are, how many of them are lent, and how many there may be."""
+        """Return the number of connections, how many are in use, and the maximum."""
         pool: Any = self.engine.pool
         return {"size": pool.checkedin() + pool.checkedout(), "active": pool.checkedout(), "max": self.connections}
 
     async def connect(self) -> AsyncConnection:
-        """Lend a connection; close it. Raises `DatabaseError`."""
+        """Return a connection, which the caller closes. Raises `DatabaseError`."""
         try:
             return await self.engine.connect()
         except Exception as exc:
-            raise self.explained(exc) from exc
+            raise self.translated(exc) from exc
 
     @contextlib.asynccontextmanager
     async def session(self, joined: AsyncConnection | None) -> AsyncIterator[AsyncSession]:
-        """Lend a session on its own connection, or within the transaction of `joined`, as a savepoint.
+        """Yield a session on its own connection, or as a savepoint in the transaction of `joined`.
 
-        The end of the block commits, an exception rolls back. Driver's and SQLAlchemy's errors about the database leave
-        as `DatabaseError`.
+        The end of the block commits, an exception rolls back. Errors of the driver and of SQLAlchemy about the database
+        are raised as `DatabaseError`.
         """
         if joined is not None:
             session = AsyncSession(joined, join_transaction_mode="create_savepoint", expire_on_commit=False)
-            texts, token = None, None
+            log, token = WriteLog(), None
         else:
             session = AsyncSession(self.engine, sync_session_class=_Session, expire_on_commit=False)
-            texts = session.sync_session.info["texts"] = set()
-            session.sync_session.info["committed"] = self._on_committed
-            token = statements.set(texts)
+            log = session.sync_session.info["log"] = WriteLog()
+            session.sync_session.info["on_committed"] = self._on_committed
+            token = write_log.set(log)
         try:
             try:
                 yield session
             except BaseException:
                 await session.rollback()
                 raise
-            waiting = set(texts or ())
+            uncommitted = WriteLog(set(log.texts), set(log.tables))
             try:
                 await session.commit()
             except BaseException:
-                self._on_doubt(waiting)
+                self._on_doubt(uncommitted)
                 raise
         except Exception as exc:
-            if (error := self.explained(exc)) is not exc:
+            if (error := self.translated(exc)) is not exc:
                 raise error from exc
             raise
         finally:
             if token is not None:
                 with contextlib.suppress(ValueError):  # closed from another context, as generators may be
-                    statements.reset(token)
+                    write_log.reset(token)
             await session.close()
 
-    def explained(self, exc: Exception) -> Exception:
-        """Return our own error for one about the database, and any other as it is."""
+    def translated(self, exc: Exception) -> Exception:
+        """Return a `DatabaseError` for an error about the database, and any other error unchanged."""
         if isinstance(exc, PoolTimeout):
             return DatabaseUnavailable(
-                f"no connection for a transaction or a session was free in time: there are {self.connections}"
-                " (three tenths of DB_POOL_MAX); one that is held for long is in bot.stats()"
+                f"no connection for a transaction or session was free in time: there are {self.connections} (three"
+                " tenths of DB_POOL_MAX); db.get_stats() lists open transactions"
             )
-        return translate(exc, was_connected=True) or exc
+        return translate_errors(was_connected=True).translated(exc)
 
     async def close(self) -> None:
-        """Close every connection that is not lent, and the others when they come back."""
+        """Close every connection, those in use when they are returned."""
         await self.engine.dispose()
 
 
@@ -120,39 +124,38 @@ def _set_up(connection: Any, _: Any) -> None:
 
 
 @event.listens_for(_Session, "after_commit")
-def _committed(session: Session) -> None:
-    texts: set[str] | None = session.info.get("texts")
-    if texts:
-        session.info["committed"](set(texts))
-        texts.clear()
+def _after_commit(session: Session) -> None:
+    log: WriteLog | None = session.info.get("log")
+    if log is not None and (log.texts or log.tables):
+        session.info["on_committed"](log.taken())
 
 
 @event.listens_for(_Session, "after_soft_rollback")
-def _rolled_back(session: Session, _: SessionTransaction) -> None:
-    if session.get_transaction() is None and (texts := session.info.get("texts")):
-        texts.clear()
+def _after_rollback(session: Session, _: SessionTransaction) -> None:
+    if session.get_transaction() is None and (log := session.info.get("log")) is not None:
+        log.clear()
 
 
-def _note(
+def _record(
     _: SyncConnection, __: Any, statement: str, ___: Any, context: Any, ____: bool
 ) -> None:  # the signature is SQLAlchemy's
-    texts = statements.get()
-    if texts is None:
+    log = write_log.get()
+    if log is None:
         return
-    if context is not None and context.compiled is not None and (table := _written(context)) is not None:
-        # The text of a bulk INSERT differs with the number of its rows: what counts is the table.
-        texts.add(table)
+    if context is not None and context.compiled is not None and (written := _table_written(context)) is not None:
+        # The text of a bulk INSERT differs with its number of rows, and the table is known anyway.
+        log.tables.add(written)
     else:
-        texts.add(statement)
+        log.texts.add(statement)
 
 
-def _written(context: Any) -> str | None:
-    """Return a short statement that writes what this one writes; None when it is no plain INSERT, UPDATE or DELETE."""
+def _table_written(context: Any) -> tuple[str, Action] | None:
+    """Return table and action of a plain INSERT, UPDATE or DELETE; None for other statements."""
     name = getattr(getattr(context.compiled.statement, "table", None), "fullname", None)
     if name is None or getattr(context.compiled, "ctes", None):
         return None
     if context.isinsert:
-        return f"INSERT INTO {name} DEFAULT VALUES"
+        return name, "INSERT"
     if context.isupdate:
-        return f"UPDATE {name} SET x = 1"
-    return f"DELETE FROM {name}" if context.isdelete else None
+        return name, "UPDATE"
+    return (name, "DELETE") if context.isdelete else None

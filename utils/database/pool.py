@@ -1,4 +1,4 @@
-"""The pool of raw asyncpg connections, and the verbs that everything else uses."""
+"""The pool of raw asyncpg connections, and the verbs that everything else is built on."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import asyncpg
+import orjson
 import stamina
 
-from utils.database.codecs import set_codecs
 from utils.database.target import ConnectTarget
-from utils.exceptions import DatabaseError, DatabaseUnavailable, driver_error, is_transient, translate
+from utils.exceptions import (
+    DRIVER_ERRORS,
+    DatabaseError,
+    DatabaseUnavailable,
+    is_transient,
+    translate,
+    translate_errors,
+)
 
 if TYPE_CHECKING:
     from asyncpg.pool import Pool as AsyncpgPool
@@ -29,20 +36,20 @@ else:
 
 _log = logging.getLogger(__name__)
 
-#: Generated columns and the drivers' catalogue queries need it; hosts still offer 13.
+#: Generated columns and the catalog queries of the drivers need this version; hosts still offer 13.
 OLDEST_SERVER = 130_000
-#: Seconds that one attempt to connect may take.
+#: Seconds for one attempt to connect.
 ATTEMPT_SECONDS = 10.0
-#: What a connection in trouble raises.
-_DRIVERS_OWN = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+#: Turns what a statement raises into our errors. An OSError about a file, such as the source of a COPY, stays.
+_BOUNDARY = translate_errors(files=False)
 
 
 class Pool:
     """A bounded pool of connections to one database.
 
-    `jsonb` is Python objects both ways. No connection goes back with an open transaction, changed settings, advisory
-    locks, LISTENs or (after `temp=True`) temporary tables. Errors of the driver leave the `async with` blocks and the
-    verbs as `DatabaseError` or `DatabaseUnavailable`, with the driver's own as `__cause__`.
+    `json` and `jsonb` are Python objects in both directions. A connection is returned without open transactions,
+    settings, advisory locks, LISTENs and (after `temp=True`) temporary tables. The `async with` blocks and the verbs
+    raise `DatabaseError` or `DatabaseUnavailable`, with the error of the driver as `__cause__`.
     """
 
     def __init__(
@@ -56,7 +63,7 @@ class Pool:
         command_timeout: float = 60.0,
         acquire_timeout: float = 30.0,
     ) -> None:
-        """Times are seconds; `direct` is the way around a pooler, None when `target` is direct already."""
+        """Times are in seconds. `direct` bypasses a pooler; None: `target` is direct."""
         self.target: ConnectTarget = target
         self.direct: ConnectTarget = direct or target
         self.pool_min: int = min(pool_min, pool_max)
@@ -68,10 +75,10 @@ class Pool:
         self.server_version_num: int = 0
         self._pool: AsyncpgPool[Record] | None = None
         self._waiting: int = 0
-        self._lent: int = 0
+        self._borrowed: int = 0
         self._created: int = 0
         self._used_temp: set[int] = set()
-        #: Server processes that did nothing to be cleaned up after.
+        #: Backends that ran nothing but a query, so there is nothing to reset.
         self._pure: set[int] = set()
         self._clock: tuple[datetime, float] | None = None
 
@@ -80,13 +87,13 @@ class Pool:
 
     @property
     def is_connected(self) -> bool:
-        """Whether `connect` has succeeded and `close` was not called."""
+        """Whether the pool is open."""
         return self._pool is not None and not self._pool.is_closing()
 
     async def connect(self) -> None:
-        """Open the pool, waiting up to `connect_timeout` seconds for a server that is starting or out of reach.
+        """Open the pool, retrying for `connect_timeout` seconds while the server is starting or unreachable.
 
-        Raises `DatabaseUnavailable` when the time is up, and `DatabaseError` at once for what waiting cannot mend.
+        Raises `DatabaseUnavailable` when the time is up, and `DatabaseError` at once for permanent errors.
         """
         if self._pool is not None:
             return
@@ -116,43 +123,43 @@ class Pool:
             waited = time.monotonic() - started
             raise DatabaseUnavailable(
                 f"{self.target} could not be reached within {waited:.0f} s: {error}. Is the server running, and is the"
-                " address right? DB_CONNECT_TIMEOUT says how long to keep trying.",
+                " address right? DB_CONNECT_TIMEOUT sets how long to keep trying.",
                 sqlstate=error.sqlstate,
             ) from exc
         try:
-            await self._greet()
+            await self._check_version()
         except BaseException:
             await self.close(timeout=5)
             raise
 
     async def close(self, timeout: float = 10.0) -> None:
-        """Close the pool; connections still in use after `timeout` seconds are cut."""
+        """Close the pool; connections still in use after `timeout` seconds are terminated."""
         pool, self._pool = self._pool, None
         if pool is None:
             return
         try:
             async with asyncio.timeout(timeout):
-                await pool.close()  # cuts what is left by itself when it is cancelled
+                await pool.close()  # terminates the remaining connections when it is cancelled
         except TimeoutError:
-            _log.warning("connections still in use after %s s were cut", timeout)
-        except _DRIVERS_OWN as exc:
+            _log.warning("terminated connections still in use after %s s", timeout)
+        except DRIVER_ERRORS as exc:
             _log.warning("the pool did not close cleanly: %s", exc)
 
     @contextlib.asynccontextmanager
     async def acquire(self, timeout: float | None = None, *, temp: bool = False) -> AsyncIterator[Connection]:
-        """Lend a connection; `temp`: its temporary tables are dropped when it goes back.
+        """Yield a connection. `temp`: drop its temporary tables when it is returned.
 
-        `timeout`: seconds to wait for a free one (None: `acquire_timeout`), then `DatabaseUnavailable`.
+        Raises `DatabaseUnavailable` when none is free within `timeout` seconds (None: `acquire_timeout`).
         """
         pool = self._connected()
-        conn = await self._lend(pool, self.acquire_timeout if timeout is None else timeout)
+        conn = await self._borrow(pool, self.acquire_timeout if timeout is None else timeout)
         if temp:
             self._used_temp.add(conn.get_server_pid())
         try:
-            with _translated():
+            with _BOUNDARY:
                 yield conn
         finally:
-            await self._take_back(pool, conn)
+            await self._return(pool, conn)
 
     @contextlib.asynccontextmanager
     async def transaction(
@@ -163,7 +170,7 @@ class Pool:
         isolation: Literal["read_committed", "repeatable_read", "serializable"] | None = None,
         readonly: bool = False,
     ) -> AsyncIterator[Connection]:
-        """Lend a connection inside a transaction: committed at the end, rolled back by any exception."""
+        """Yield a connection in a transaction, which is committed at the end and rolled back by an exception."""
         async with (
             self.acquire(timeout, temp=temp) as conn,
             conn.transaction(isolation=isolation, readonly=readonly),
@@ -180,61 +187,56 @@ class Pool:
         temp: bool = False,
         is_pure: bool = False,
     ) -> Any:
-        """Run one statement with a verb of asyncpg's.
+        """Run one statement with a method of `asyncpg.Connection`, such as "fetchrow".
 
-        `is_pure`: it reads tables and does nothing else, so that there is nothing to be cleaned up after it.
+        `is_pure`: it is a query without side effects, so the connection need not be reset.
         """
         pool = self._connected()
-        conn = await self._lend(pool, self.acquire_timeout)
+        conn = await self._borrow(pool, self.acquire_timeout)
         if temp:
             self._used_temp.add(conn.get_server_pid())
         try:
-            result = await getattr(conn, verb)(query, *args, timeout=timeout)
-        except Exception as exc:
-            error = _explained(exc)
-            if error is exc:
-                raise
-            raise error from exc
-        else:
+            with _BOUNDARY:
+                result = await getattr(conn, verb)(query, *args, timeout=timeout)
             if is_pure:
                 self._pure.add(conn.get_server_pid())
             return result
         finally:
-            await self._take_back(pool, conn)
+            await self._return(pool, conn)
 
     def _connected(self) -> AsyncpgPool[Record]:
         if self._pool is None:
-            raise DatabaseUnavailable("the database is not connected: it was closed, or never opened")
+            raise DatabaseUnavailable("the pool is not connected: it was closed, or never opened")
         return self._pool
 
-    async def _lend(self, pool: AsyncpgPool[Record], wait: float) -> PoolConnectionProxy[Record]:
-        """Lend a connection within `wait` seconds."""
-        is_free = self._lent < self.pool_max  # then nobody is waited for, and making a connection has its own bound
-        self._lent += 1
+    async def _borrow(self, pool: AsyncpgPool[Record], wait: float) -> PoolConnectionProxy[Record]:
+        """Return a connection within `wait` seconds."""
+        is_free = self._borrowed < self.pool_max  # then acquire() does not wait, and connecting has its own timeout
+        self._borrowed += 1
         self._waiting += 1
         try:
             if is_free:
                 return await pool.acquire()
-            async with asyncio.timeout(wait):  # the pool's own makes a task of every acquire
+            async with asyncio.timeout(wait):  # the timeout argument of acquire() would create a task each time
                 return await pool.acquire()
         except BaseException as exc:
-            self._lent -= 1
+            self._borrowed -= 1
             if not isinstance(exc, Exception):
                 raise
-            raise self._not_lent(exc, wait) from exc
+            raise self._not_acquired(exc, wait) from exc
         finally:
             self._waiting -= 1
 
-    async def _take_back(self, pool: AsyncpgPool[Record], conn: PoolConnectionProxy[Record]) -> None:
+    async def _return(self, pool: AsyncpgPool[Record], conn: PoolConnectionProxy[Record]) -> None:
         try:
             await pool.release(conn)
-        except _DRIVERS_OWN as exc:  # the pool has thrown the connection away already
-            _log.debug("a connection could not be reset and was dropped: %s", exc)
+        except DRIVER_ERRORS as exc:  # the pool has closed the connection
+            _log.debug("dropped a connection that could not be reset: %s", exc)
         finally:
-            self._lent -= 1
+            self._borrowed -= 1
 
     async def fetch(self, query: str, *args: Any, timeout: float | None = None) -> list[Record]:
-        """Return all rows; `timeout` (here and below) is seconds for the statement, None: `command_timeout`."""
+        """Return all rows. `timeout` (here and below) is in seconds, None: `command_timeout`."""
         rows: list[Record] = await self.run("fetch", query, args, timeout)
         return rows
 
@@ -244,16 +246,16 @@ class Pool:
         return row
 
     async def fetchval(self, query: str, *args: Any, timeout: float | None = None) -> Any:
-        """Return the first column of the first row, or None when there is none."""
+        """Return the first column of the first row, or None when there is no row."""
         return await self.run("fetchval", query, args, timeout)
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
-        """Run a statement and return the server's word for it, like `UPDATE 3`."""
-        word: str = await self.run("execute", query, args, timeout)
-        return word
+        """Run a statement and return the server's command tag, such as `UPDATE 3`."""
+        tag: str = await self.run("execute", query, args, timeout)
+        return tag
 
-    def _not_lent(self, exc: Exception, wait: float) -> Exception:
-        """Return what to raise when no connection was lent within `wait` seconds."""
+    def _not_acquired(self, exc: Exception, wait: float) -> Exception:
+        """Return what to raise when no connection was acquired within `wait` seconds."""
         pool = self._pool
         if isinstance(exc, TimeoutError) and pool is not None:
             in_use = pool.get_size() - pool.get_idle_size()
@@ -263,12 +265,12 @@ class Pool:
         return translate(exc, was_connected=True) or exc
 
     async def renew(self) -> None:
-        """Replace every connection: after foreign DDL their cached statements would fail once each."""
+        """Replace every connection: after DDL of another session their cached statements would fail once each."""
         if self._pool is not None:
             await self._pool.expire_connections()
 
     async def check(self, timeout: float = 5.0) -> bool:
-        """Tell whether the database answers within `timeout` seconds, and set `now` by its clock when it does."""
+        """Return whether the database answers within `timeout` seconds; if so, set `now` by its clock."""
         try:
             async with self.acquire(timeout) as conn:
                 await self._set_clock(conn, timeout)
@@ -278,12 +280,12 @@ class Pool:
         return True
 
     def now(self) -> datetime:
-        """Return the database's time, without asking it: as of `connect` or the last `check`, plus what passed since.
+        """Return the time of the database without asking it, as of `connect` or the last `check` plus the time since.
 
         Raises `DatabaseUnavailable` before the first `connect`.
         """
         if self._clock is None:
-            raise DatabaseUnavailable("the database's clock is not known before the first connect()")
+            raise DatabaseUnavailable("the time of the database is unknown before connect()")
         at, measured = self._clock
         return at + timedelta(seconds=time.monotonic() - measured)
 
@@ -298,33 +300,32 @@ class Pool:
         }  # fmt: skip
 
     async def validate_connections(self, timeout: float = 5.0) -> dict[str, int]:
-        """Ask every idle connection for an answer within `timeout` seconds, and throw away those that give none.
+        """Close idle connections that do not answer within `timeout` seconds; never raises for a lost database.
 
-        Returns how many were `checked` and how many `replaced`: the pool opens new ones when they are needed. A
-        database that is gone is no error here.
+        Returns how many were `checked` and how many `replaced`; the pool opens new ones on demand.
         """
         pool = self._pool
-        lent: list[PoolConnectionProxy[Record]] = []
+        borrowed: list[PoolConnectionProxy[Record]] = []
         if pool is None:
             return {"checked": 0, "replaced": 0}
         try:
             try:
                 async with asyncio.timeout(timeout):
-                    while pool.get_idle_size() and len(lent) < self.pool_max:  # who is lent already is being tried
-                        lent.append(await pool.acquire())
-            except _DRIVERS_OWN as exc:
+                    while pool.get_idle_size() and len(borrowed) < self.pool_max:  # those in use are being tried anyway
+                        borrowed.append(await pool.acquire())
+            except DRIVER_ERRORS as exc:
                 _log.warning("connections could not be checked: %s", translate(exc))
-            answered = await asyncio.gather(*(_answers(connection, timeout) for connection in lent))
+            answered = await asyncio.gather(*(_answers(connection, timeout) for connection in borrowed))
         except BaseException:
-            for connection in lent:
-                with contextlib.suppress(asyncpg.InterfaceError):  # it has been thrown away already
+            for connection in borrowed:
+                with contextlib.suppress(asyncpg.InterfaceError):  # the pool has closed it
                     connection.terminate()
             raise
-        given_back = (pool.release(connection, timeout=timeout) for connection in lent)
-        await asyncio.gather(*given_back, return_exceptions=True)
+        released = (pool.release(connection, timeout=timeout) for connection in borrowed)
+        await asyncio.gather(*released, return_exceptions=True)
         replaced = answered.count(False)
         if replaced:
-            _log.warning("connections were dead: they are replaced", extra={"replaced": replaced})
+            _log.warning("replacing dead connections", extra={"replaced": replaced})
         return {"checked": len(answered), "replaced": replaced}
 
     async def _open(self) -> AsyncpgPool[Record]:
@@ -342,7 +343,7 @@ class Pool:
         self._created += 1
         await set_codecs(conn)
 
-    async def _greet(self) -> None:
+    async def _check_version(self) -> None:
         async with self.acquire() as conn:
             self.server_version_num = int(await conn.fetchval("SELECT current_setting('server_version_num')"))
             await self._set_clock(conn, self.command_timeout)
@@ -358,7 +359,7 @@ class Pool:
         self._clock = at, (asked + time.monotonic()) / 2
 
     async def _reset(self, conn: asyncpg.Connection[Record]) -> None:
-        """Clean a connection that goes back; asyncpg has ended its transaction already."""
+        """Reset a returned connection; asyncpg has ended its transaction."""
         pid = conn.get_server_pid()
         if pid in self._pure:
             self._pure.discard(pid)
@@ -371,31 +372,22 @@ class Pool:
 
 
 async def _answers(connection: Connection, timeout: float) -> bool:
-    """Return whether a connection answers; one that does not is ended."""
+    """Return whether a connection answers; terminate it if not."""
     try:
         await connection.fetchval("SELECT 1", timeout=timeout)
-    except _DRIVERS_OWN:
-        with contextlib.suppress(asyncpg.InterfaceError):  # the pool knows already
+    except DRIVER_ERRORS:
+        with contextlib.suppress(asyncpg.InterfaceError):  # the pool has closed it
             connection.terminate()
         return False
     return True
 
 
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
-    """Turn what the driver raises into our own errors."""
-    try:
-        yield
-    except Exception as exc:
-        error = _explained(exc)
-        if error is exc:
-            raise
-        raise error from exc
-
-
-def _explained(exc: Exception) -> Exception:
-    """Return our own error for one of the driver's; a file that cannot be read stays an OSError."""
-    cause = driver_error(exc)
-    if cause is None or (isinstance(cause, OSError) and not isinstance(cause, ConnectionError | TimeoutError)):
-        return exc
-    return translate(exc) or exc
+async def set_codecs(conn: Any) -> None:
+    """Convert json and jsonb to and from Python objects (in binary, the only format that COPY uses)."""
+    await conn.set_type_codec(
+        "jsonb", schema="pg_catalog", format="binary",
+        encoder=lambda value: b"\x01" + orjson.dumps(value), decoder=lambda data: orjson.loads(data[1:]),
+    )  # fmt: skip
+    await conn.set_type_codec(
+        "json", schema="pg_catalog", format="binary", encoder=orjson.dumps, decoder=orjson.loads
+    )  # fmt: skip

@@ -12,6 +12,7 @@ Precedence, the first that is set wins (an empty value counts as not set):
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import uuid
 from collections.abc import Callable, Mapping
@@ -261,7 +262,7 @@ def _hosts(
         bracketed = re.fullmatch(r"\[([^\[\]]+)\](?::(.*))?", part)
         if bracketed:
             host, port = bracketed[1], bracketed[2]
-        elif part.startswith("/") or part.count(":") > 1:
+        elif part.startswith("/") or _is_ipv6(part):
             host, port = part, None  # a socket directory, or an IPv6 address in PGHOST, which has no brackets
         else:
             host, _, port = part.partition(":")
@@ -275,6 +276,14 @@ def _hosts(
         raise _invalid(source, f"names {len(hosts)} hosts but {len(given)} ports: give one port, or one for each host")
     given = given * len(hosts) if len(given) == 1 else given
     return tuple(hosts), tuple(port or given[index] for index, port in enumerate(ports))
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_host(host: str) -> bool:

@@ -1,4 +1,4 @@
-"""Transactions of cogs: bound to their context, nested ones savepoints, and known while they run."""
+"""Transactions of cogs: bound to their context, nested ones as savepoints."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import asyncpg
 
-from utils.database.orm import statements
-from utils.exceptions import DatabaseError, DatabaseUnavailable, translate
+from utils.database.orm import write_log
+from utils.database.statements import WriteLog
+from utils.exceptions import DRIVER_ERRORS, DatabaseError, translate_errors
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -27,66 +28,68 @@ Isolation = Literal["read_committed", "repeatable_read", "serializable"]
 _LEVELS: dict[str, str] = {
     "read_committed": "READ COMMITTED", "repeatable_read": "REPEATABLE READ", "serializable": "SERIALIZABLE",
 }  # fmt: skip
-#: Seconds for a transaction to be rolled back.
+#: Seconds for a rollback.
 ROLLBACK_SECONDS = 5.0
 
 _ABORTED = (
-    "a statement of this transaction failed before, and PostgreSQL takes no more of them: put what may fail into an"
-    " inner `async with db.transaction():`, which becomes a savepoint"
+    "an earlier statement of this transaction failed, so PostgreSQL accepts no more of them: run statements that may"
+    " fail in an inner `async with db.transaction():`, which is a savepoint"
 )
 
 
 class Root:
-    """The transaction on the server: one connection, used by one statement at a time."""
+    """A transaction on the server: one connection, used by one statement at a time."""
 
     def __init__(self, name: str) -> None:
         self.name: str = name
         self.began: float = time.monotonic()
-        #: Statements run so far.
+        #: Number of statements so far.
         self.statements: int = 0
-        #: Texts of what was run, for the cache; SQLAlchemy's as well.
-        self.texts: set[str] = set()
-        #: Tables that were copied into.
-        self.copied: set[str] = set()
+        #: What was run, including SQLAlchemy's statements.
+        self.log: WriteLog = WriteLog()
         self.lock: asyncio.Lock = asyncio.Lock()
         self.is_open: bool = False
-        #: Whether PostgreSQL refuses further statements; undone by a rollback to a savepoint.
+        #: Whether PostgreSQL rejects further statements, until a rollback to a savepoint.
         self.is_aborted: bool = False
-        #: Why it was ended from without; None: it was not.
+        #: Why it was ended from outside; None: it was not.
         self.ended_because: str | None = None
         self.connection: AsyncConnection | None = None
         self.raw: Any = None
         self.numbers = itertools.count(1)
 
     def describe(self) -> dict[str, Any]:
-        """Return name, age in seconds, and number of statements."""
+        """Return name, age in seconds and number of statements."""
         return {"name": self.name, "age": time.monotonic() - self.began, "statements": self.statements}
 
-    async def run(self, verb: str, *args: Any, text: str, **kwargs: Any) -> Any:
-        """Run one of asyncpg's verbs; one statement after the other, whichever task it comes from."""
+    async def run(self, verb: str, *args: Any, log: WriteLog | None = None, **kwargs: Any) -> Any:
+        """Run a method of `asyncpg.Connection`, one statement at a time, whichever task it comes from.
+
+        `log`: what it may write. None: nothing.
+        """
         async with self.lock:
             if self.ended_because is not None:
                 raise DatabaseError(self.ended_because)
             self.statements += 1
-            self.texts.add(text)
+            if log is not None:
+                self.log.texts |= log.texts
+                self.log.tables |= log.tables
             try:
-                return await getattr(self.raw, verb)(*args, **kwargs)
+                with translate_errors():
+                    return await getattr(self.raw, verb)(*args, **kwargs)
             except BaseException as exc:
                 was_aborted, self.is_aborted = self.is_aborted, True
-                if isinstance(exc, asyncpg.InFailedSQLTransactionError) and was_aborted:
-                    raise DatabaseError(_ABORTED, sqlstate=exc.sqlstate) from exc
-                error = translate(exc) if isinstance(exc, Exception) else None
-                if error is None or error is exc:
-                    raise
-                raise error from exc
+                cause = exc.__cause__
+                if was_aborted and isinstance(cause, asyncpg.InFailedSQLTransactionError):
+                    raise DatabaseError(_ABORTED, sqlstate=cause.sqlstate) from cause
+                raise
 
 
-#: The transaction that statements of this context belong to, and that of tasks which were started in it.
+#: The transaction of this context, inherited by the tasks started in it.
 current: ContextVar[Root | None] = ContextVar("transaction", default=None)
 
 
 def joined() -> Root | None:
-    """Return the open transaction of this context, or None. Raises `DatabaseError` when it was ended from without."""
+    """Return the open transaction of this context, or None. Raises `DatabaseError` when it was ended from outside."""
     root = current.get()
     if root is None or root.is_open:
         return root
@@ -98,19 +101,19 @@ def joined() -> Root | None:
 class Transaction:
     """`async with db.transaction():`, also `async with await db.transaction():`.
 
-    Statements in the block belong to it, `db`'s and those of sessions alike. The end of the block commits, an exception
-    rolls back. Inside another one it is a savepoint.
+    All statements in the block belong to it, those of `db` and of sessions. The end of the block commits, an exception
+    rolls back. Inside another transaction it is a savepoint.
     """
 
-    def __init__(self, access: Database, name: str | None, isolation: Isolation | None, *, readonly: bool) -> None:
-        self._access = access
+    def __init__(self, db: Database, name: str | None, isolation: Isolation | None, *, readonly: bool) -> None:
+        self._db = db
         self._isolation = isolation
         self._readonly = readonly
         self._root: Root | None = None
         self._savepoint: str | None = None
         self._tokens: list[tuple[ContextVar[Any], Token[Any]]] = []
         if isolation is not None and isolation not in _LEVELS:
-            raise DatabaseError(f"isolation {isolation!r} is unknown: choose of {', '.join(_LEVELS)}")
+            raise DatabaseError(f"unknown isolation {isolation!r}: use one of {', '.join(_LEVELS)}")
         self.name: str = name or sys._getframe(2).f_code.co_name
 
     def __await__(self) -> Generator[Any, None, Transaction]:
@@ -119,26 +122,28 @@ class Transaction:
 
     @property
     def age(self) -> float:
-        """Seconds since the outermost transaction began; 0 before."""
+        """Seconds since the outermost transaction began; 0 before that."""
         return 0.0 if self._root is None else time.monotonic() - self._root.began
 
     @property
     def statements(self) -> int:
-        """Statements run so far, those of inner and outer blocks included."""
+        """Number of statements so far, including those of inner and outer blocks."""
         return 0 if self._root is None else self._root.statements
 
     async def __aenter__(self) -> Transaction:
         if self._root is not None:
-            raise DatabaseError("this transaction was used before: call db.transaction() for each block")
+            raise DatabaseError("this transaction was already used: call db.transaction() for each block")
         outer = joined()
         self._tokens = []
         if outer is None:
             await self._begin()
             return self
         if self._isolation is not None or self._readonly:
-            raise DatabaseError("isolation and readonly are the outermost transaction's: an inner one is a savepoint")
+            raise DatabaseError(
+                "isolation and readonly can only be set on the outermost transaction: an inner one is a savepoint"
+            )
         savepoint = f"guildbook_{next(outer.numbers)}"
-        await outer.run("execute", f"SAVEPOINT {savepoint}", text="")
+        await outer.run("execute", f"SAVEPOINT {savepoint}")
         self._root, self._savepoint = outer, savepoint
         return self
 
@@ -146,41 +151,41 @@ class Transaction:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         root = self._root
-        assert root is not None, "begun before"
+        assert root is not None, "__aenter__ has begun it"
         if self._savepoint is not None:
             await self._end_savepoint(root, is_failed=error is not None)
             return
         for variable, token in reversed(self._tokens):
-            with contextlib.suppress(ValueError):  # ended in another context, as fixtures may be
+            with contextlib.suppress(ValueError):  # the block ended in another context, as in fixtures
                 variable.reset(token)
         if error is not None:
             await self._roll_back(root)
         else:
             await self._commit(root)
 
-    # Fetching is asked of the transaction or of `db`, which is the same.
+    # These verbs of the transaction and those of `db` do the same.
 
     async def fetch(self, sql: str, *args: Any, timeout: float | None = None) -> list[asyncpg.Record]:
-        """Return all rows; `timeout` (here and below): seconds, None: DB_COMMAND_TIMEOUT."""
-        return await self._access.fetch(sql, *args, timeout=timeout)
+        """Return all rows. `timeout` (here and below) is in seconds, None: DB_COMMAND_TIMEOUT."""
+        return await self._db.fetch(sql, *args, timeout=timeout)
 
     async def fetchrow(self, sql: str, *args: Any, timeout: float | None = None) -> asyncpg.Record | None:
         """Return the first row, or None when there is none."""
-        return await self._access.fetchrow(sql, *args, timeout=timeout)
+        return await self._db.fetchrow(sql, *args, timeout=timeout)
 
     async def fetchval(self, sql: str, *args: Any, timeout: float | None = None) -> Any:
-        """Return the first column of the first row, or None when there is none."""
-        return await self._access.fetchval(sql, *args, timeout=timeout)
+        """Return the first column of the first row, or None when there is no row."""
+        return await self._db.fetchval(sql, *args, timeout=timeout)
 
     async def execute(self, sql: str, *args: Any, timeout: float | None = None) -> str:
-        """Run a statement and return the server's word for it, like `UPDATE 3`."""
-        return await self._access.execute(sql, *args, timeout=timeout)
+        """Run a statement and return the server's command tag, such as `UPDATE 3`."""
+        return await self._db.execute(sql, *args, timeout=timeout)
 
     async def _begin(self) -> None:
         root = self._root = Root(self.name)
-        connection = root.connection = await self._access.orm.connect()
+        connection = root.connection = await self._db.orm.connect()
         try:
-            # SQLAlchemy is to leave BEGIN and COMMIT to us: it begins with its own first statement only.
+            # Leave BEGIN and COMMIT to us: SQLAlchemy would begin with its own first statement only.
             await connection.execution_options(isolation_level="AUTOCOMMIT")
             await connection.begin()
             root.raw = (await connection.get_raw_connection()).driver_connection
@@ -188,91 +193,88 @@ class Transaction:
             await root.raw.execute(f"BEGIN{level}{' READ ONLY' if self._readonly else ''}")
         except BaseException as exc:
             await _discard(root)
-            if isinstance(exc, Exception) and (error := self._access.orm.explained(exc)) is not exc:
+            if isinstance(exc, Exception) and (error := self._db.orm.translated(exc)) is not exc:
                 raise error from exc
             raise
         root.is_open = True
-        self._access.open_transactions.add(root)
-        self._tokens = [(current, current.set(root)), (statements, statements.set(root.texts))]
+        self._db.open_transactions.add(root)
+        self._tokens = [(current, current.set(root)), (write_log, write_log.set(root.log))]
 
     async def _commit(self, root: Root) -> None:
         async with root.lock:
-            self._access.open_transactions.discard(root)
+            self._db.open_transactions.discard(root)
             if root.ended_because is not None:
                 await _discard(root)
                 raise DatabaseError(root.ended_because)
             try:
-                word = await root.raw.execute("COMMIT")
-            except BaseException as exc:
+                with translate_errors():
+                    tag = await root.raw.execute("COMMIT")
+            except BaseException:
                 root.is_open = False
-                self._access.doubted(root.texts)
+                self._db.in_doubt(root.log)
                 await _discard(root)
-                error = translate(exc) if isinstance(exc, Exception) else None
-                if error is None or error is exc:
-                    raise
-                raise error from exc
+                raise
             root.is_open = False
-            if word == "COMMIT":
-                self._access.wrote(root)
-            await _give_back(root)
-        if word != "COMMIT":
+            if tag == "COMMIT":
+                self._db.committed(root.log)
+            await self._return(root)
+        if tag != "COMMIT":  # PostgreSQL answers ROLLBACK for an aborted transaction
             raise DatabaseError(f"nothing was committed: {_ABORTED}")
 
     async def _roll_back(self, root: Root) -> None:
         async with root.lock:
             root.is_open = False
-            self._access.open_transactions.discard(root)
+            self._db.open_transactions.discard(root)
             try:
                 async with asyncio.timeout(ROLLBACK_SECONDS):
                     await root.raw.execute("ROLLBACK")
-            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncio.CancelledError):
-                await _discard(root)  # the server rolls back what lost its connection
+            except (*DRIVER_ERRORS, asyncio.CancelledError):
+                await _discard(root)  # the server rolls back when the connection is closed
                 return
-            await _give_back(root)
+            await self._return(root)
+
+    async def _return(self, root: Root) -> None:
+        """Return the connection without settings, locks, listeners, cursors and temporary tables."""
+        assert root.connection is not None
+        try:
+            async with asyncio.timeout(ROLLBACK_SECONDS):
+                await root.raw.reset()
+                if self._db.may_leave_temp(root.log):
+                    await root.raw.execute("DISCARD TEMP")
+            await root.connection.close()
+        except (*DRIVER_ERRORS, asyncio.CancelledError):
+            await _discard(root)
 
     async def _end_savepoint(self, root: Root, *, is_failed: bool) -> None:
         if not is_failed and root.is_aborted:
             await self._undo(root)
-            raise DatabaseError(f"nothing of the inner block was kept: {_ABORTED}")
+            raise DatabaseError(f"the inner block was rolled back: {_ABORTED}")
         if is_failed:
             await self._undo(root)
         else:
-            await root.run("execute", f"RELEASE SAVEPOINT {self._savepoint}", text="")
+            await root.run("execute", f"RELEASE SAVEPOINT {self._savepoint}")
 
     async def _undo(self, root: Root) -> None:
         try:
-            await root.run("execute", f"ROLLBACK TO SAVEPOINT {self._savepoint}", text="")
+            await root.run("execute", f"ROLLBACK TO SAVEPOINT {self._savepoint}")
             root.is_aborted = False
-        except (DatabaseError, DatabaseUnavailable):
-            root.is_aborted = True  # the connection is gone: the outermost block says so
-
-
-async def _give_back(root: Root) -> None:
-    """Return a connection clean: without settings, locks, listeners, cursors and temporary tables of its last user."""
-    try:
-        async with asyncio.timeout(ROLLBACK_SECONDS):
-            await root.raw.reset()
-            if any("temp" in text.lower() for text in root.texts):
-                await root.raw.execute("DISCARD TEMP")
-        assert root.connection is not None
-        await root.connection.close()
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncio.CancelledError):
-        await _discard(root)
+        except DatabaseError:
+            root.is_aborted = True  # the connection is lost: the outermost block raises
 
 
 async def _discard(root: Root) -> None:
-    """End a connection whose state is not known."""
+    """Close a connection whose state is unknown."""
     if root.raw is not None:
         root.raw.terminate()
     if root.connection is not None:
-        with contextlib.suppress(Exception):  # whatever it says, the connection is gone
+        with contextlib.suppress(Exception):  # the connection is closed anyway
             await root.connection.invalidate()
         with contextlib.suppress(Exception):
             await root.connection.close()
 
 
 async def end_all(roots: set[Root], timeout: float) -> list[str]:
-    """Roll back what is open, within `timeout` seconds, and return the names; the blocks raise at their next step."""
+    """Roll back open transactions within `timeout` seconds; return their names. Their next statement raises."""
     names = []
     for root in list(roots):
         names.append(root.name)
@@ -283,7 +285,7 @@ async def end_all(roots: set[Root], timeout: float) -> list[str]:
         try:
             async with asyncio.timeout(max(0.0, ends_at - time.monotonic())), root.lock:
                 await root.raw.execute("ROLLBACK")
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        except DRIVER_ERRORS:
             root.raw.terminate()
         roots.discard(root)
     return names

@@ -102,7 +102,7 @@ async def test_a_process_does_not_drop_anything_because_of_its_own_message(
 async def test_more_tables_than_a_message_holds_are_told_as_all(processes: Pair, heard: list[list[Any]]) -> None:
     one, other = processes
     assert await kept(other, READ, 1) == 0
-    one.channel._announce(frozenset(f"public.table_{n}" for n in range(1_000)), False)
+    one.channel._collect(frozenset(f"public.table_{n}" for n in range(1_000)), False)
     await until(lambda: any(message[3] is None for message in heard))
     await until(lambda: other.cache.stats()["size"] == 0)
     assert await kept(other, READ, 1) == 0
@@ -125,11 +125,11 @@ async def test_a_killed_channel_is_made_anew_and_what_was_kept_before_is_dropped
 ) -> None:
     one, other = processes
     assert await kept(other, READ, 1) == 0
-    floods = other.cache._floods
+    floods = other.cache._flushes
     with caplog.at_level(logging.INFO):
         await other.kill_channel()
-        await until(lambda: other.cache._floods > floods and other.cache.is_trusted)
-    assert [record.levelname for record in caplog.records if "heard" in record.message] == ["WARNING", "INFO"]
+        await until(lambda: other.cache._flushes > floods and other.cache.is_trusted)
+    assert [record.levelname for record in caplog.records if "received" in record.message] == ["WARNING", "INFO"]
     assert await kept(other, READ, 1) == 0
     await one.write(UPDATE, 1)
     await becomes(other, 1, READ, 1)
@@ -153,7 +153,7 @@ async def test_a_process_that_hears_nothing_any_more_bypasses_its_cache(processe
     assert await kept(other, READ, 1) == 0
     connection = other.channel._connection
     assert connection is not None
-    await connection.remove_listener(CHANNEL, other.channel._heard)
+    await connection.remove_listener(CHANNEL, other.channel._on_message)
     await until(lambda: not other.cache.is_trusted)
     bypassed = other.cache.stats()["bypassed"]
     await other.read(READ, 1)

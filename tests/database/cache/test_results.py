@@ -1,4 +1,4 @@
-"""What results are kept under, and that nobody can change what the next reader gets."""
+"""What results are cached under, and that nobody can change what the next reader gets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 from utils.database import Pool
-from utils.database.cache.results import MOST_ROWS, keep, key_of
+from utils.database.cache.results import MAX_ROWS, cache_key, make_cacheable
 
 UTC = datetime.UTC
 ELSEWHERE = datetime.timezone(datetime.timedelta(hours=2))
@@ -29,26 +29,31 @@ class Colour(enum.IntEnum):
         (datetime.datetime(2024, 1, 1, 2, tzinfo=ELSEWHERE), datetime.datetime(2024, 1, 1, tzinfo=UTC)),
     ],
 )  # fmt: skip
-def test_what_is_equal_but_not_the_same_to_the_server_is_kept_apart(one: Any, other: Any) -> None:
-    assert key_of("fetch", "q", (one,)) != key_of("fetch", "q", (other,))
-    assert key_of("fetch", "q", (one,)) == key_of("fetch", "q", (one,))
+def test_what_is_equal_but_not_the_same_to_the_server_is_cached_apart(one: Any, other: Any) -> None:
+    assert cache_key("fetch", "q", (one,)) != cache_key("fetch", "q", (other,))
+    assert cache_key("fetch", "q", (one,)) == cache_key("fetch", "q", (one,))
 
 
-def test_verb_text_and_number_of_arguments_are_kept_apart() -> None:
-    keys = [key_of("fetch", "q", ()), key_of("fetchrow", "q", ()), key_of("fetch", "p", ()), key_of("fetch", "q", (1,))]
-    assert len({*keys, key_of("fetch", "q", (1, 1))}) == 5
+def test_verb_text_and_number_of_arguments_are_cached_apart() -> None:
+    keys = [
+        cache_key("fetch", "q", ()),
+        cache_key("fetchrow", "q", ()),
+        cache_key("fetch", "p", ()),
+        cache_key("fetch", "q", (1,)),
+    ]
+    assert len({*keys, cache_key("fetch", "q", (1, 1))}) == 5
 
 
 def test_an_argument_of_an_unknown_type_has_no_key() -> None:
-    assert key_of("fetch", "q", (object(),)) is None
-    assert key_of("fetch", "q", ([object()],)) is None
+    assert cache_key("fetch", "q", (object(),)) is None
+    assert cache_key("fetch", "q", ([object()],)) is None
 
 
 def test_a_key_does_not_change_with_the_list_that_it_was_made_of() -> None:
     given = [1, 2]
-    key = key_of("fetch", "q", (given,))
+    key = cache_key("fetch", "q", (given,))
     given.append(3)
-    assert key == key_of("fetch", "q", ([1, 2],))
+    assert key == cache_key("fetch", "q", ([1, 2],))
 
 
 async def test_no_reader_can_change_what_another_gets(database: Pool) -> None:
@@ -56,16 +61,16 @@ async def test_no_reader_can_change_what_another_gets(database: Pool) -> None:
         "SELECT n, jsonb_build_object('a', jsonb_build_array(n)) AS j, ARRAY[n, 2] AS l, ROW(n, ARRAY[3]) AS r,"
         " NULL AS nothing FROM generate_series(1, 3) n"
     )
-    kept = keep(rows, 0, frozenset())
-    assert kept is not None
-    first = kept.take()
+    cached = make_cacheable(rows, 0, frozenset())
+    assert cached is not None
+    first = cached.value()
     assert first == rows
     assert [list(row.items()) for row in first] == [list(row.items()) for row in rows]
     first[0]["j"]["a"].append("spoilt")
     first[0]["l"].clear()
     first[0]["r"][1].clear()
     first.clear()
-    second = kept.take()
+    second = cached.value()
     assert [type(row) for row in second] == [asyncpg.Record] * 3
     assert [row["j"] for row in second] == [{"a": [n]} for n in (1, 2, 3)]
     assert second[0]["l"] == [1, 2]
@@ -77,34 +82,34 @@ async def test_rows_without_lists_or_dicts_are_the_same_objects_in_a_list_of_one
     rows = await database.fetch(
         "SELECT n, n::text AS t, now() AS at, 1.5 AS x, int4range(1, 2) FROM generate_series(1, 2) n"
     )
-    kept = keep(rows, 0, frozenset())
-    assert kept is not None
-    taken = kept.take()
+    cached = make_cacheable(rows, 0, frozenset())
+    assert cached is not None
+    taken = cached.value()
     assert taken is not rows
     assert taken[0] is rows[0]
 
 
-async def test_an_array_of_rows_with_gaps_is_kept(database: Pool) -> None:
+async def test_an_array_of_rows_with_gaps_is_cached(database: Pool) -> None:
     await database.execute("CREATE TYPE pair AS (a int, b int[])")
     array = await database.fetchval("SELECT ARRAY[ROW(1, ARRAY[2])::pair, NULL]")
-    kept = keep(array, 0, frozenset())
-    assert kept is not None
-    kept.take()[0]["b"].clear()
-    assert kept.take() == array
+    cached = make_cacheable(array, 0, frozenset())
+    assert cached is not None
+    cached.value()[0]["b"].clear()
+    assert cached.value() == array
     assert array[0]["b"] == [2]
 
 
 @pytest.mark.parametrize("value", [None, 1, "x", 1.5, [1, [2]], {"a": {"b": []}}, [], (1, [2])])
-def test_single_values_are_kept_and_their_containers_copied(value: Any) -> None:
-    kept = keep(value, 0, frozenset())
-    assert kept is not None
-    assert kept.take() == value
+def test_single_values_are_cached_and_their_containers_copied(value: Any) -> None:
+    cached = make_cacheable(value, 0, frozenset())
+    assert cached is not None
+    assert cached.value() == value
     if isinstance(value, (list, dict)):
-        assert kept.take() is not kept.take()
+        assert cached.value() is not cached.value()
 
 
-async def test_what_cannot_be_handed_out_safely_is_not_kept(database: Pool) -> None:
+async def test_what_cannot_be_handed_out_safely_is_not_cached(database: Pool) -> None:
     twice = await database.fetchrow("SELECT 1 AS a, ARRAY[1] AS a")
-    assert keep(twice, 0, frozenset()) is None
-    assert keep(object(), 0, frozenset()) is None
-    assert keep([1] * (MOST_ROWS + 1), 0, frozenset()) is None
+    assert make_cacheable(twice, 0, frozenset()) is None
+    assert make_cacheable(object(), 0, frozenset()) is None
+    assert make_cacheable([1] * (MAX_ROWS + 1), 0, frozenset()) is None

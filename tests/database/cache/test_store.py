@@ -254,9 +254,9 @@ async def test_loading_again_empties_and_closing_keeps_nothing(cache: QueryCache
 
 async def test_nothing_is_given_out_from_the_moment_on_that_trust_has_ended(cache: QueryCache, clock: Clock) -> None:
     await cache.fetch("fetchval", READ, (1,), answering(1))
-    cache.trust(clock.now + 1)
+    cache.trust_until(clock.now + 1)
     assert await cache.fetch("fetchval", READ, (1,), answering(2)) == 1
     clock.now += 1
     assert await cache.fetch("fetchval", READ, (1,), answering(2)) == 2
-    cache.trust(math.inf)
+    cache.trust_until(math.inf)
     assert await cache.fetch("fetchval", READ, (1,), answering(3)) == 1

@@ -1,7 +1,7 @@
-"""The query cache: results of SELECTs, kept until one of their tables is written, here or in another process."""
+"""The query cache: results of queries, until a table that they read is written in this or another process."""
 
+from utils.database.cache.analysis import Statement
 from utils.database.cache.channel import Channel
-from utils.database.cache.statements import Statement
 from utils.database.cache.store import QueryCache
 
 __all__ = ["Channel", "QueryCache", "Statement"]

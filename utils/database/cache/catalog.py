@@ -1,18 +1,16 @@
-"""What the database says about its tables, views, foreign keys, triggers and functions: enough to follow a write."""
+"""Tables, views, foreign keys, triggers and functions of the database, as far as they decide what is written."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
-from utils.database.cache.tokens import Words
+from utils.database.cache.tokens import FunctionNames
 from utils.database.pool import Pool
+from utils.database.statements import Action
 
-Action = Literal["INSERT", "UPDATE", "DELETE", "TRUNCATE"]
-
-#: Seconds that the catalogue may take to answer.
+#: Seconds to load the catalog.
 _LOAD_SECONDS = 30.0
 
 _RELATIONS = """
@@ -41,7 +39,6 @@ _FOREIGN_KEYS = """
 SELECT confrelid AS parent, conrelid AS child, confdeltype::text AS on_delete, confupdtype::text AS on_update
 FROM pg_constraint WHERE contype = 'f' ORDER BY oid
 """
-#: The harmless ones only: what is not among them may be volatile, of somebody's own, or not there at all.
 _FUNCTIONS = """
 SELECT p.proname AS name,
     bool_or(p.pronamespace <> 'pg_catalog'::regnamespace) AS is_foreign,
@@ -59,23 +56,24 @@ class Relation:
     name: str
     kind: str
     is_row_secured: bool
-    #: Whether a write runs code of somebody's own: a trigger, a rule, a default with a volatile function.
+    #: Whether a write runs user code: a trigger, a rule, a default with a volatile function.
     has_side_effects: bool
     parents: tuple[int, ...]
-    #: A view's text, None for what is no view.
+    #: The query of a view; None for other relations.
     definition: str | None
+    #: The relations that a view reads.
     sources: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """One state of the catalogue. Tables are named "schema.table"; a partition goes by its topmost parent's name."""
+    """A snapshot of the catalog. Tables are named "schema.table"; a partition has the name of its topmost parent."""
 
     relations: Mapping[int, Relation]
-    #: (parent, child, what the child does ON DELETE, ON UPDATE), in the letters of pg_constraint.
+    #: (parent, child, ON DELETE action, ON UPDATE action), the actions as letters of pg_constraint.
     foreign_keys: tuple[tuple[int, int, str, str], ...]
-    words: Words
-    #: The schemas that a bare name is looked for in, in their order.
+    functions: FunctionNames
+    #: The schemas in which an unqualified name is looked up, in order.
     search_path: tuple[str, ...]
     _ids: dict[str, int] = field(init=False, repr=False, compare=False)
     _children: dict[int, list[int]] = field(init=False, repr=False, compare=False)
@@ -89,54 +87,53 @@ class Catalog:
         object.__setattr__(self, "_children", children)
 
     def find(self, schema: str | None, name: str) -> int | None:
-        """Return a relation's oid, None when there is none that a query of ours may read."""
+        """Return the oid of a relation; None for an unknown name and for system catalogs."""
         if schema is not None:
             return self._ids.get(f"{schema}.{name}")
-        if name.startswith("pg_"):  # pg_catalog comes before the search path
+        if name.startswith("pg_"):  # pg_catalog precedes the search path
             return None
         return next((found for s in self.search_path if (found := self._ids.get(f"{s}.{name}")) is not None), None)
 
-    def names(self, tables: Iterable[str]) -> frozenset[str] | None:
-        """Return the names by which reads go for tables that were written; None when one of them is unknown."""
+    def canonical_names(self, tables: Iterable[str]) -> frozenset[str] | None:
+        """Return the names under which `tables_read` returns these tables; None when one of them is unknown."""
         names: set[str] = set()
         for table in tables:
             schema, _, name = table.rpartition(".")
             oid = self.find(schema or None, name)
             if oid is None:
                 return None
-            tables_below = (
-                found for found in self._below([oid]) if found in self.relations and self.relations[found].kind != "v"
+            bases = (
+                found
+                for found in self._with_sources([oid])
+                if found in self.relations and self.relations[found].kind != "v"
             )
-            names.update(self.relations[root].name for root in self._roots(tables_below))
+            names.update(self.relations[root].name for root in self._roots(bases))
         return frozenset(names)
 
-    def read(self, oids: Iterable[int]) -> frozenset[str] | None:
-        """Return the tables that reading these relations reads; None when that depends on more than their rows."""
+    def tables_read(self, oids: Iterable[int]) -> frozenset[str] | None:
+        """Return the tables behind these relations; None when the result of reading them depends on more than rows."""
         found = set(oids)
-        seen = self._below(found)
+        seen = self._with_sources(found)
         for oid in seen:
             relation = self.relations.get(oid)
             if relation is None or relation.kind == "f" or relation.is_row_secured:
                 return None
-            if relation.definition is not None and not self.words.judge(relation.definition).is_steady:
+            if relation.definition is not None and not self.functions.effects_of(relation.definition).is_deterministic:
                 return None
         bases = (oid for oid in seen if self.relations[oid].kind != "v")
         return frozenset(self.relations[root].name for root in self._roots(bases))
 
-    def written(self, oids: Iterable[int], action: Action, *, cascades: bool = False) -> frozenset[str] | None:
-        """Return the tables that an action writes; None when triggers, rules or views of others do it unseen.
-
-        `cascades` is for TRUNCATE … CASCADE: whatever refers to the tables is emptied as well.
-        """
+    def tables_written(self, oids: Iterable[int], action: Action) -> frozenset[str] | None:
+        """Return the tables that an action on these relations writes; None when a trigger or rule may write others."""
         names: set[str] = set()
         seen: set[tuple[int, Action]] = set()
         open_: list[tuple[int, Action]] = [(oid, action) for oid in oids]
         while open_:
-            at = open_.pop()
-            if at in seen:
+            item = open_.pop()
+            if item in seen:
                 continue
-            seen.add(at)
-            oid, does = at
+            seen.add(item)
+            oid, does = item
             relation = self.relations.get(oid)
             if relation is None or relation.has_side_effects:
                 return None
@@ -149,16 +146,14 @@ class Catalog:
             for parent, child, on_delete, on_update in self.foreign_keys:
                 if parent != oid:
                     continue
-                if does == "TRUNCATE" and cascades:
-                    open_.append((child, "TRUNCATE"))
-                elif does == "DELETE" and on_delete in "cnd":
+                if does == "DELETE" and on_delete in "cnd":
                     open_.append((child, "DELETE" if on_delete == "c" else "UPDATE"))
                 elif does == "UPDATE" and on_update in "cnd":
                     open_.append((child, "UPDATE"))
         return frozenset(names)
 
-    def _below(self, oids: Iterable[int]) -> set[int]:
-        """Return the relations with everything that the views among them stand on."""
+    def _with_sources(self, oids: Iterable[int]) -> set[int]:
+        """Return the relations and everything that the views among them read."""
         seen: set[int] = set()
         open_ = list(oids)
         while open_:
@@ -169,7 +164,7 @@ class Catalog:
         return seen
 
     def _roots(self, oids: Iterable[int]) -> Iterator[int]:
-        """Yield the topmost parents of all relations that have a parent or a child with these in common."""
+        """Yield the topmost parents of the inheritance trees that contain these relations."""
         seen: set[int] = set()
         open_ = list(oids)
         while open_:
@@ -183,9 +178,9 @@ class Catalog:
                 yield oid
 
 
-async def load_catalog(database: Pool) -> Catalog:
-    """Read the catalogue; raises `DatabaseError` when the database does not answer."""
-    async with database.transaction(isolation="repeatable_read", readonly=True) as conn:
+async def load_catalog(pool: Pool) -> Catalog:
+    """Load the catalog. Raises `DatabaseError` when the database does not answer."""
+    async with pool.transaction(isolation="repeatable_read", readonly=True) as conn:
         async with asyncio.timeout(_LOAD_SECONDS):
             relations = await conn.fetch(_RELATIONS)
             keys = await conn.fetch(_FOREIGN_KEYS)
@@ -201,8 +196,8 @@ async def load_catalog(database: Pool) -> Catalog:
             for row in relations
         },
         tuple((row["parent"], row["child"], row["on_delete"], row["on_update"]) for row in keys),
-        Words(
-            steady=frozenset(row["name"] for row in functions if not row["is_foreign"] and not row["is_volatile"]),
+        FunctionNames(
+            builtin=frozenset(row["name"] for row in functions if not row["is_foreign"] and not row["is_volatile"]),
             foreign=frozenset(row["name"] for row in functions if row["is_foreign"]),
             volatile=frozenset(row["name"] for row in functions if row["is_volatile"]),
             writing=frozenset(row["name"] for row in functions if row["may_write"]),

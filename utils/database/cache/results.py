@@ -1,11 +1,11 @@
-"""What a result is kept under, and how it is handed out so that nobody can change what the next one gets."""
+"""Cached results: their keys, and how readers get copies that they may modify."""
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
 import uuid
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from decimal import Decimal
 from enum import Enum
 from typing import Any
@@ -13,17 +13,17 @@ from typing import Any
 import asyncpg
 
 try:
-    # A Record cannot be made or copied by public means; a test tells when this has gone.
+    # asyncpg has no public way to create or copy a Record. A test fails when this one is removed.
     from asyncpg.protocol.protocol import _create_record  # type: ignore[attr-defined]
 except ImportError:
     _create_record = None
 
 Key = tuple[Hashable, ...]
 
-#: Rows of a result that is still looked through and kept: 5,000 of ten cells take about 3 ms.
-MOST_ROWS = 5_000
+#: Larger results are not cached: checking 5,000 rows of ten cells takes about 3 ms.
+MAX_ROWS = 5_000
 
-#: Types whose equal values are sent to the server as equal bytes.
+#: Types whose equal values are encoded to equal bytes.
 _PLAIN = frozenset({int, str, bool, bytes, type(None), uuid.UUID, datetime.date, datetime.timedelta,
                     ipaddress.IPv4Address, ipaddress.IPv6Address, ipaddress.IPv4Network, ipaddress.IPv6Network,
                     ipaddress.IPv4Interface, ipaddress.IPv6Interface})  # fmt: skip
@@ -31,15 +31,19 @@ _IMMUTABLE = _PLAIN | {float, Decimal, datetime.datetime, datetime.time, asyncpg
                        asyncpg.Point, asyncpg.Box, asyncpg.Line, asyncpg.LineSegment, asyncpg.Circle}  # fmt: skip
 
 
-class _Unfit(Exception):
-    """A value that nothing is known about: it is neither compared nor copied."""
+class _NotCacheable(Exception):
+    """A value of a type that may be neither comparable nor copyable."""
 
 
-def key_of(verb: str, sql: str, args: tuple[Any, ...]) -> Key | None:
-    """Return what a result is kept under, or None when an argument cannot be frozen.
+def cache_key(verb: str, sql: str, args: tuple[Any, ...], reads: Sequence[str] | None = None) -> Key | None:
+    """Return the key of a result, or None when an argument has an unknown type.
 
-    Arguments that are equal but not the same to the server (1, True and 1.0) give different keys.
+    Arguments that are equal in Python but not for the server (1, True and 1.0) give different keys, and so do different
+    `reads`.
     """
+    if reads is not None:
+        key = cache_key(verb, sql, args)
+        return None if key is None else (*key, tuple(reads))
     if not args:
         return verb, sql
     types = tuple(map(type, args))
@@ -47,7 +51,7 @@ def key_of(verb: str, sql: str, args: tuple[Any, ...]) -> Key | None:
         return verb, sql, args, types
     try:
         return verb, sql, tuple(map(_frozen, args)), types
-    except _Unfit:
+    except _NotCacheable:
         return None
 
 
@@ -65,11 +69,11 @@ def _frozen(value: Any) -> Hashable:
         return kind, tuple((_frozen(name), _frozen(item)) for name, item in value.items())
     if isinstance(value, Enum):
         return kind, value.name
-    raise _Unfit
+    raise _NotCacheable
 
 
-class Kept:
-    """A result that is kept: `expires` is on the cache's clock, `tables` is what it was read from."""
+class CachedResult:
+    """A cached result. `expires` is a time of the cache's clock, `tables` are those that it was read from."""
 
     __slots__ = ("_copy", "_value", "expires", "tables")
 
@@ -77,28 +81,28 @@ class Kept:
         self._value: Any = value
         self.expires: float = expires
         self.tables: frozenset[str] = tables
-        #: Copies what has a list or dict among its cells, for each reader; None: there is none.
+        #: Copies the result for each reader; None: no cell is a list or dict.
         self._copy: Callable[[Any], Any] | None = copy
 
-    def take(self) -> Any:
-        """Return the result for one reader, who may do with it as he likes."""
+    def value(self) -> Any:
+        """Return the result for one reader, which may modify it."""
         value = self._value
         if self._copy is not None:
             return self._copy(value)
         return value.copy() if type(value) is list else value
 
 
-def keep(value: Any, expires: float, tables: frozenset[str]) -> Kept | None:
-    """Make a result ready to be handed out many times; None when it is too large or holds what cannot be copied."""
-    if type(value) is list and len(value) > MOST_ROWS:
+def make_cacheable(value: Any, expires: float, tables: frozenset[str]) -> CachedResult | None:
+    """Return a result to be cached; None when it is too large or contains a value that cannot be copied."""
+    if type(value) is list and len(value) > MAX_ROWS:
         return None
     is_rows = type(value) is list and all(type(row) is asyncpg.Record for row in value)
     try:
         is_mutable = _any_mutable(value) if is_rows else _is_mutable(value)
-    except _Unfit:
+    except _NotCacheable:
         return None
     copy = (_copy_rows if is_rows else _copy) if is_mutable else None
-    return Kept(value, expires, tables, copy)
+    return CachedResult(value, expires, tables, copy)
 
 
 def _is_mutable(value: Any) -> bool:
@@ -111,7 +115,7 @@ def _is_mutable(value: Any) -> bool:
         if not _any_mutable(value.values()):
             return False
         if _create_record is None or len(set(value.keys())) < len(value):
-            raise _Unfit
+            raise _NotCacheable
         return True
     if kind is tuple:
         return _any_mutable(value)
@@ -121,11 +125,11 @@ def _is_mutable(value: Any) -> bool:
     if kind is dict:
         _any_mutable(value.values())
         return True
-    raise _Unfit
+    raise _NotCacheable
 
 
 def _any_mutable(values: Iterable[Any]) -> bool:
-    return True in list(map(_is_mutable, values))  # all are looked at: one may be unfit
+    return True in list(map(_is_mutable, values))  # no any(): every value must be checked, one may not be cacheable
 
 
 def _copy(value: Any) -> Any:

@@ -1,45 +1,43 @@
-"""The results that are kept, and who may still have them."""
+"""The query cache of one process: what is cached, and what a write invalidates."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
-from types import TracebackType
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
+import stamina
 from cachetools import LRUCache
 
+from utils.cache import SingleFlight
+from utils.database.cache.analysis import UNKNOWN, Statement, analyse, is_query, parser
 from utils.database.cache.catalog import Catalog, load_catalog
-from utils.database.cache.results import Kept, Key, keep, key_of
-from utils.database.cache.statements import UNKNOWN, Statement, analyse, parser
+from utils.database.cache.results import CachedResult, Key, cache_key, make_cacheable
 from utils.database.pool import Pool
-from utils.exceptions import DatabaseError
+from utils.database.statements import WriteLog
+from utils.exceptions import DatabaseError, ValidationError
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-#: Seconds that tables bypass the cache after a write whose end is not known: the server gives up on it by then.
+#: Seconds that tables bypass the cache after a write whose outcome is unknown: the server has given up on it by then.
 DISTRUST_SECONDS = 5.0
-#: Readers of one question that go on in the same turn of the event loop.
-_WOKEN_AT_ONCE = 500
-#: Texts that are remembered.
-_MOST_TEXTS = 2_000
-#: Seconds between two attempts to read the catalogue again.
-_RELOAD_SECONDS = 0.2, 5.0
+#: Statements whose analysis is remembered.
+MAX_STATEMENTS = 2_000
+#: Seconds before the first and longest between later attempts to load the catalog again.
+RELOAD_SECONDS = 0.2, 5.0
 
 
 class QueryCache:
-    """Results of SELECTs, until a table that they were read from is written.
+    """Results of queries, cached until a table that they read is written.
 
-    A result is kept for `ttl` seconds at most, and only when nothing wrote its tables since its question went out.
-    Results of more than 5,000 rows, with two equally named columns beside a list or dict, or with cells of types that
-    are not known to be immutable are not kept. Nothing is kept before `load`, and nothing after a write that could not
-    be told until the catalogue has been read again.
+    A result is cached for at most `ttl` seconds, and only if none of its tables was written since the query was sent.
+    Results are not cached when they have more than 5,000 rows, two equally named columns beside a list or dict, or
+    cells of types that are not known to be immutable. Nothing is cached before `load`, nor after a write of unknown
+    tables until the catalog has been loaded again.
     """
 
     def __init__(
@@ -48,19 +46,22 @@ class QueryCache:
         """`ttl` is in seconds of `clock`."""
         self.ttl: float = ttl
         self.clock: Callable[[], float] = clock
-        #: Tells the other processes: (tables or None for all, whether they are to be distrusted). None: there are none.
-        self.announce: Callable[[frozenset[str] | None, bool], None] | None = None
+        #: Announces writes to other processes: (tables, None for all; whether they are to be distrusted).
+        self.on_write: Callable[[frozenset[str] | None, bool], None] | None = None
         self._results: _Results = _Results(max_results)
-        self._flights: dict[Key, _Flight] = {}
-        self._texts: LRUCache[str, Statement] = LRUCache(_MOST_TEXTS)
-        self._catalogue: Catalog | None = None
-        self._database: Pool | None = None
+        self._loads: SingleFlight[Key, CachedResult | _Uncacheable] = SingleFlight()
+        self._statements: LRUCache[str, Statement] = LRUCache(MAX_STATEMENTS)
+        self._tagged: LRUCache[tuple[str, tuple[str, ...]], Statement] = LRUCache(MAX_STATEMENTS)
+        self._catalog: Catalog | None = None
+        self._pool: Pool | None = None
         self._reload: asyncio.Task[None] | None = None
         self._is_outdated: bool = False
         self._schema_changes: int = 0
         self._trusted_until: float = math.inf
+        #: How often each table, and everything, was invalidated.
         self._writes: dict[str, int] = {}
-        self._floods: int = 0
+        self._flushes: int = 0
+        #: Until when tables, and everything, bypass the cache.
         self._distrusted: dict[str, float] = {}
         self._all_distrusted: float = -math.inf
         self._requests: int = 0
@@ -73,24 +74,25 @@ class QueryCache:
     def __repr__(self) -> str:
         return f"<QueryCache {self.stats()}>"
 
-    async def load(self, database: Pool) -> None:
-        """Read the catalogue and empty the cache: at the start and after every migration.
+    async def load(self, pool: Pool) -> None:
+        """Load the catalog and empty the cache: at the start and after every migration.
 
-        Raises `DatabaseError` when the database does not answer; nothing is kept then until it has been read.
+        Raises `DatabaseError` when the database does not answer; then nothing is cached until a later `load`.
         """
-        self._database = database
+        self._pool = pool
         self._is_outdated = True
         await asyncio.to_thread(parser)
         changes = self._schema_changes
-        catalogue = await load_catalog(database)
-        if catalogue != self._catalogue:
-            self._catalogue = catalogue
-            self._texts.clear()
-        self._is_outdated = changes != self._schema_changes  # then it is being read again
+        catalog = await load_catalog(pool)
+        if catalog != self._catalog:
+            self._catalog = catalog
+            self._statements.clear()
+        self._tagged.clear()
+        self._is_outdated = changes != self._schema_changes  # then it is being loaded again
         self._drop(None)
 
     async def close(self) -> None:
-        """Keep nothing any more."""
+        """Empty the cache and cache nothing more."""
         self._trusted_until = -math.inf
         task, self._reload = self._reload, None
         if task is not None:
@@ -98,86 +100,180 @@ class QueryCache:
             await asyncio.wait([task])
         self._drop(None)
 
-    def statement(self, sql: str) -> Statement:
-        """Return what a text reads and writes; nothing can be told before `load`."""
-        try:
-            return self._texts[sql]
-        except KeyError:
-            if self._catalogue is None:
-                return UNKNOWN
-            told = self._texts[sql] = analyse(sql, self._catalogue)
-            return told
+    # --- reading
 
-    def copied(self, table: str) -> frozenset[str] | None:
-        """Return what COPY into "schema.table" writes; None, as in a `Statement`: cannot be told."""
-        if self._catalogue is None:
-            return None
-        schema, _, name = table.rpartition(".")
-        oid = self._catalogue.find(schema or None, name)
-        return None if oid is None else self._catalogue.written([oid], "INSERT")
+    async def fetch(
+        self,
+        verb: str,
+        sql: str,
+        args: tuple[Any, ...],
+        run: Callable[[], Awaitable[T]],
+        *,
+        reads: Sequence[str] | None = None,
+    ) -> T:
+        """Return the cached result of a query, or await `run` and cache what it returns.
 
-    async def fetch(self, verb: str, sql: str, args: tuple[Any, ...], run: Callable[[], Awaitable[T]]) -> T:
-        """Return what is kept of this question, or what `run` returns; who asks the same meanwhile waits for it.
+        reads: the tables that the query reads; None: found out from its text.
 
-        An error of `run` goes to all who wait and is not kept. Once the last of them is cancelled, `run` is as well.
+        Concurrent callers share one `run`. Its error is raised to all of them and is not cached; when the last of them
+        is cancelled, so is `run`. Raises `ValidationError` for `reads` that cannot be right.
         """
         self._requests += 1
-        key = key_of(verb, sql, args)
         now = self.clock()
-        if key is not None and now < self._trusted_until and not self._is_outdated:
-            kept = self._results.get(key)
-            if kept is not None:
-                if now < kept.expires:
+        key = cache_key(verb, sql, args, reads)
+        statement = None
+        if now < self._trusted_until and not self._is_outdated:
+            cached = None if key is None else self._results.get(key)
+            if key is not None and cached is not None:
+                if now < cached.expires:
                     self._hits += 1
-                    return cast(T, kept.take())
+                    return cast(T, cached.value())
                 self._results.pop(key)
-            told = self.statement(sql)
-            if told.is_cacheable and told.reads is not None and not self._is_distrusted(told.reads, now):
-                return await self._share(key, told.reads, run)
-        self._bypassed += 1
-        return await run()
+            statement = self.statement(sql) if reads is None else self._tagged_statement(sql, tuple(reads))
+        if (
+            key is None
+            or statement is None
+            or not statement.is_cacheable
+            or statement.reads is None
+            or self._is_distrusted(statement.reads, now)
+        ):
+            self._bypassed += 1
+            return await run()
+        return await self._load(key, statement.reads, run)
 
-    def held(self, verb: str, sql: str, args: tuple[Any, ...]) -> Kept | None:
-        """Return what is kept of this question, None when nothing is: what `fetch` begins with, without a coroutine."""
-        key = key_of(verb, sql, args)
+    def cached(
+        self, verb: str, sql: str, args: tuple[Any, ...], reads: Sequence[str] | None = None
+    ) -> CachedResult | None:
+        """Return the cached result of a query, None when there is none: the first step of `fetch`, without awaiting."""
+        key = cache_key(verb, sql, args, reads)
         if key is None or self._is_outdated:
             return None
         now = self.clock()
-        kept = self._results.get(key)
-        if kept is None or now >= self._trusted_until or now >= kept.expires:
+        cached = self._results.get(key)
+        if cached is None or now >= self._trusted_until or now >= cached.expires:
             return None
         self._requests += 1
         self._hits += 1
-        return kept
+        return cached
 
-    def forget(self, sql: str, args: tuple[Any, ...]) -> None:
-        """Drop what is kept of this very question; a question under way is not kept either."""
+    def forget(self, sql: str, args: tuple[Any, ...], reads: Sequence[str] | None = None) -> None:
+        """Drop the cached results of one query. One that is running will not be cached."""
         for verb in ("fetch", "fetchrow", "fetchval"):
-            key = key_of(verb, sql, args)
+            key = cache_key(verb, sql, args, reads)
             if key is not None:
-                self._flights.pop(key, None)
+                self._loads.forget(key)
                 self._results.pop(key, None)
 
-    def invalidate(self, tables: Iterable[str] | None) -> None:
-        """Drop what was read from tables that were written, here and in the other processes.
+    async def _load(self, key: Key, tables: frozenset[str], run: Callable[[], Awaitable[T]]) -> T:
+        version = self._version(tables)
+        if self._loads.is_running(key, version):
+            self._shared += 1
 
-        `tables` are "schema.table"; None, or a name that the catalogue does not know: everything, and the catalogue
-        is read again.
+        async def load() -> CachedResult | _Uncacheable:
+            expires = self.clock() + self.ttl
+            value = await run()
+            result = make_cacheable(value, expires, tables)
+            if result is not None:
+                return result
+            self._uncacheable += 1
+            return _Uncacheable(value)
+
+        def store(result: CachedResult | _Uncacheable) -> None:
+            if isinstance(result, CachedResult) and version == self._version(tables):
+                self._results[key] = result
+
+        result = await self._loads.run(key, load, store, version=version)
+        if isinstance(result, _Uncacheable) and result.is_taken:
+            return await run()
+        return cast(T, result.value())
+
+    def _version(self, tables: frozenset[str]) -> tuple[int, ...]:
+        return self._flushes, *(self._writes.get(table, 0) for table in tables)
+
+    # --- what statements read and write
+
+    def statement(self, sql: str) -> Statement:
+        """Return what a text reads and writes; `UNKNOWN` before `load`."""
+        try:
+            return self._statements[sql]
+        except KeyError:
+            if self._catalog is None:
+                return UNKNOWN
+            statement = self._statements[sql] = analyse(sql, self._catalog)
+            return statement
+
+    def tables_of(self, log: WriteLog) -> frozenset[str] | None:
+        """Return the tables that the statements in the log wrote; None: unknown."""
+        found: set[str] = set()
+        for text in log.texts:
+            writes = self.statement(text).writes
+            if writes is None:
+                return None
+            found |= writes
+        for name, action in log.tables:
+            if self._catalog is None:
+                return None
+            if action is None:
+                written = self._catalog.canonical_names((name,))
+            else:
+                schema, _, bare = name.rpartition(".")
+                oid = self._catalog.find(schema or None, bare)
+                written = None if oid is None else self._catalog.tables_written([oid], action)
+            if written is None:
+                return None
+            found |= written
+        return frozenset(found)
+
+    def check_names(self, tables: Sequence[str], argument: str) -> None:
+        """Raise `ValidationError` unless every table or view exists, as far as the catalog is known at the moment."""
+        if isinstance(tables, str):
+            raise ValidationError(f"{argument}: expected a sequence of names such as ({tables!r},), got a string")
+        catalog = self._catalog
+        if catalog is None or self._is_outdated:
+            return
+        for table in tables:
+            if catalog.canonical_names((table,)) is None:
+                raise ValidationError(f"{argument}: there is no table or view {table!r}")
+
+    def _tagged_statement(self, sql: str, reads: tuple[str, ...]) -> Statement:
+        """Return the statement that `reads` describes. Tables whose writes go unseen make it uncacheable."""
+        statement = self._tagged.get((sql, reads))
+        if statement is None:
+            self.check_names(reads, "reads")
+            if not is_query(sql):
+                raise ValidationError("reads: only for a single SELECT, WITH, VALUES or TABLE that changes no rows")
+            assert self._catalog is not None, "checked by the caller"
+            ids = []
+            for table in reads:
+                schema, _, name = table.rpartition(".")
+                ids.append(self._catalog.find(schema or None, name))
+            tables = self._catalog.tables_read(oid for oid in ids if oid is not None)
+            statement = Statement(tables, frozenset(), tables is not None)
+            self._tagged[sql, reads] = statement
+        return statement
+
+    # --- writes
+
+    def invalidate(self, tables: Iterable[str] | None) -> None:
+        """Drop the results of tables that were written, here and in other processes.
+
+        `tables` are "schema.table". None, or a name that the catalog does not contain: everything, and the catalog is
+        loaded again.
         """
-        names = self._named(tables)
-        self.heard(names, is_distrusted=False)
-        if self.announce is not None and names != frozenset():
-            self.announce(names, False)
+        names = self._canonical(tables)
+        self.apply(names, is_distrusted=False)
+        if self.on_write is not None and names != frozenset():
+            self.on_write(names, False)
 
     def distrust(self, tables: Iterable[str] | None) -> None:
-        """Bypass the cache for tables for `DISTRUST_SECONDS`: a write to them may still come to its end (None: all)."""
-        names = self._named(tables)
-        self.heard(names, is_distrusted=True)
-        if self.announce is not None and names != frozenset():
-            self.announce(names, True)
+        """Bypass the cache for tables for `DISTRUST_SECONDS`, because a write may still be committed. None: all."""
+        names = self._canonical(tables)
+        self.apply(names, is_distrusted=True)
+        if self.on_write is not None and names != frozenset():
+            self.on_write(names, True)
 
-    def heard(self, tables: frozenset[str] | None, *, is_distrusted: bool) -> None:
-        """Invalidate or distrust tables because another process says so; None: all, by a write that cannot be told."""
+    def apply(self, tables: frozenset[str] | None, *, is_distrusted: bool) -> None:
+        """Apply a write of this or another process to this cache. None: unknown tables, perhaps the schema."""
         if is_distrusted:
             until = self.clock() + DISTRUST_SECONDS
             if tables is None:
@@ -185,33 +281,33 @@ class QueryCache:
             else:
                 self._distrusted.update(dict.fromkeys(tables, until))
         self._drop(tables)
-        if tables is None and self._database is not None:
+        if tables is None and self._pool is not None:
             self._is_outdated = True
             self._schema_changes += 1
             if self._reload is None or self._reload.done():
-                self._reload = asyncio.get_running_loop().create_task(self._load_again(), name="query cache: catalogue")
+                self._reload = asyncio.get_running_loop().create_task(self._load_again(), name="query cache: catalog")
 
     def flush(self, *, distrust: bool = False) -> None:
-        """Drop everything because writes may have gone unheard; the catalogue is taken to be as it was."""
+        """Drop everything because writes may have been missed; the catalog is assumed to be unchanged."""
         if distrust:
             self._all_distrusted = self.clock() + DISTRUST_SECONDS
         self._drop(None)
 
-    def trust(self, until: float) -> None:
-        """Set the moment of the clock from which everything is bypassed: what others wrote may be unheard by then."""
-        self._trusted_until = until
+    def trust_until(self, moment: float) -> None:
+        """Bypass the cache from this moment of `clock`: writes of other processes may be missed by then."""
+        self._trusted_until = moment
 
     @property
     def is_trusted(self) -> bool:
-        """Whether results are given out at the moment."""
-        return self.clock() < self._trusted_until and not self._is_outdated and self._catalogue is not None
+        """Whether cached results are returned at the moment."""
+        return self.clock() < self._trusted_until and not self._is_outdated and self._catalog is not None
 
     def stats(self) -> dict[str, float]:
         """Return the counters since the start.
 
-        A request is a hit or a miss; of the misses, `shared` waited for somebody else's question, `bypassed` were
-        asked as if there was no cache, and `uncacheable` results could not be kept. `evictions` made room for others,
-        `invalidations` were dropped because of writes. `hit_rate` is 0 to 1.
+        A request is a hit or a miss. Of the misses, `shared` joined a running query, `bypassed` went past the cache and
+        `uncacheable` had results that cannot be cached. `evictions` made room for other results, `invalidations` were
+        dropped because of writes. `hit_rate` is 0 to 1.
         """
         return {
             "hits": self._hits,
@@ -226,10 +322,8 @@ class QueryCache:
             "uncacheable": self._uncacheable,
         }
 
-    def _named(self, tables: Iterable[str] | None) -> frozenset[str] | None:
-        if tables is None or self._catalogue is None:
-            return None
-        return self._catalogue.names(tables)
+    def _canonical(self, tables: Iterable[str] | None) -> frozenset[str] | None:
+        return None if tables is None or self._catalog is None else self._catalog.canonical_names(tables)
 
     def _is_distrusted(self, tables: frozenset[str], now: float) -> bool:
         if now < self._all_distrusted:
@@ -238,7 +332,7 @@ class QueryCache:
 
     def _drop(self, tables: frozenset[str] | None) -> None:
         if tables is None:
-            self._floods += 1
+            self._flushes += 1
             self._invalidations += len(self._results)
             self._results.clear()
             return
@@ -246,127 +340,46 @@ class QueryCache:
             self._writes[table] = self._writes.get(table, 0) + 1
             self._invalidations += self._results.drop(table)
 
-    def _stamp(self, tables: frozenset[str]) -> tuple[int, ...]:
-        return self._floods, *(self._writes.get(table, 0) for table in tables)
-
-    async def _share(self, key: Key, tables: frozenset[str], run: Callable[[], Awaitable[T]]) -> T:
-        stamp = self._stamp(tables)
-        flight = self._flights.get(key)
-        if flight is None or flight.stamp != stamp:
-            flight = self._flights[key] = _Flight(stamp)
-            flight.task = asyncio.create_task(self._fly(flight, key, tables, run))
-        else:
-            self._shared += 1
-        kept = await flight.wait(lambda: self._land(key, flight))
-        if kept is None:
-            return await run() if flight.is_taken else cast(T, flight.take())
-        return cast(T, kept.take())
-
-    async def _fly(
-        self, flight: _Flight, key: Key, tables: frozenset[str], run: Callable[[], Awaitable[Any]]
-    ) -> Kept | None:
-        expires = self.clock() + self.ttl
-        try:
-            value = await run()
-            kept = keep(value, expires, tables)
-            if kept is None:
-                self._uncacheable += 1
-                flight.value = value
-            elif flight.stamp == self._stamp(tables) and self._flights.get(key) is flight:
-                self._results[key] = kept
-            return kept
-        finally:
-            self._land(key, flight)
-
-    def _land(self, key: Key, flight: _Flight) -> None:
-        if self._flights.get(key) is flight:
-            del self._flights[key]
-
     async def _load_again(self) -> None:
-        delay, most = _RELOAD_SECONDS
-        database = self._database
-        while database is not None and self._is_outdated:
-            await asyncio.sleep(delay)
-            delay = min(delay * 2, most)
-            if not database.is_connected:
-                continue
-            try:
-                await self.load(database)
-            except DatabaseError as exc:
-                _log.warning("nothing is cached until the database's catalogue can be read: %s", exc)
+        first, longest = RELOAD_SECONDS
+        while self._pool is not None and self._is_outdated:  # the schema may change again meanwhile
+            await asyncio.sleep(first)
+            async for attempt in stamina.retry_context(
+                on=DatabaseError, attempts=None, timeout=None, wait_initial=first, wait_max=longest, wait_jitter=first
+            ):
+                with attempt:
+                    try:
+                        await self.load(self._pool)
+                    except DatabaseError as exc:
+                        _log.warning("nothing is cached until the catalog can be loaded: %s", exc)
+                        raise
 
 
-class _Flight:
-    """A question under way, and those who wait for its answer."""
+class _Uncacheable:
+    """A result that cannot be copied: for one reader. The others run the query themselves."""
 
-    __slots__ = ("_unwoken", "is_taken", "stamp", "task", "traceback", "value", "waiters")
+    __slots__ = ("_value", "is_taken")
 
-    def __init__(self, stamp: tuple[int, ...]) -> None:
-        self.stamp: tuple[int, ...] = stamp
-        self.task: asyncio.Task[Kept | None] | None = None
-        self.waiters: int = 0
-        self._unwoken: deque[asyncio.Future[None]] = deque()
-        self.traceback: TracebackType | None = None
-        #: A result that is not kept: for one reader, the others ask for themselves.
-        self.value: Any = None
+    def __init__(self, value: Any) -> None:
+        self._value: Any = value
         self.is_taken: bool = False
 
-    async def wait(self, abandon: Callable[[], None]) -> Kept | None:
-        """Wait for the answer; the last to be cancelled cancels the question, and `abandon` is called at once."""
-        task = self.task
-        assert task is not None
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if not self.waiters:
-            task.add_done_callback(self._wake)
-        self._unwoken.append(done)
-        self.waiters += 1
-        try:
-            await done
-        except asyncio.CancelledError:
-            if self.waiters == 1 and not task.done():
-                abandon()
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([task])
-            if task.done() and not task.cancelled():
-                task.exception()  # nobody may be left to hear of it
-            raise
-        finally:
-            self.waiters -= 1
-        if task.cancelled():
-            raise asyncio.CancelledError
-        error = task.exception()
-        if error is not None:
-            # All raise the same one: each would add its own frames to what the others have added.
-            if self.traceback is None:
-                self.traceback = error.__traceback__
-            raise error.with_traceback(self.traceback)
-        return task.result()
-
-    def _wake(self, _task: object = None) -> None:
-        for _ in range(min(_WOKEN_AT_ONCE, len(self._unwoken))):
-            done = self._unwoken.popleft()
-            if not done.done():
-                done.set_result(None)
-        if self._unwoken:
-            asyncio.get_running_loop().call_soon(self._wake)
-
-    def take(self) -> Any:
-        """Return the result that is not kept, once."""
+    def value(self) -> Any:
+        """Return the result, once."""
         self.is_taken = True
-        value, self.value = self.value, None
+        value, self._value = self._value, None
         return value
 
 
-class _Results(LRUCache[Key, Kept]):
-    """The results, found by their tables as well."""
+class _Results(LRUCache[Key, CachedResult]):
+    """Results by key and by table."""
 
     def __init__(self, maxsize: int) -> None:
         super().__init__(maxsize)
         self.evictions: int = 0
         self._by_table: dict[str, set[Key]] = {}
 
-    def __setitem__(self, key: Key, value: Kept) -> None:
+    def __setitem__(self, key: Key, value: CachedResult) -> None:
         super().__setitem__(key, value)
         for table in value.tables:
             self._by_table.setdefault(table, set()).add(key)
@@ -376,19 +389,19 @@ class _Results(LRUCache[Key, Kept]):
             self._by_table[table].discard(key)
         super().__delitem__(key)
 
-    def popitem(self) -> tuple[Key, Kept]:
+    def popitem(self) -> tuple[Key, CachedResult]:
         self.evictions += 1
         return super().popitem()
 
     def drop(self, table: str) -> int:
-        """Drop what was read from a table, and return how many results that were."""
+        """Drop the results of a table and return their number."""
         keys = list(self._by_table.get(table, ()))
         for key in keys:
             del self[key]
         return len(keys)
 
     def clear(self) -> None:
-        """Drop all: no eviction."""
+        """Drop all results, without counting evictions."""
         evictions = self.evictions
         super().clear()
         self._by_table.clear()

@@ -28,7 +28,7 @@ from models import Part, mirrored_tables, part_of
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
 from utils.database.sql import sql_type
-from utils.database.wheel import binaries
+from utils.database.binaries import binaries
 from utils.exceptions import BackupError, DatabaseError, ForbiddenHere, translate_errors
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.backup import loading, scratch
@@ -37,7 +37,7 @@ from utils.operations.backup.source import Archive, Backups
 
 _log = logging.getLogger(__name__)
 
-#: PostgreSQL's majors that the embedded server has (utils/database/wheel.py).
+#: PostgreSQL's majors that the embedded server has (utils.database.binaries.py).
 WHEEL = 16, 18
 #: Rows of each table that are read, and compared where they can be.
 SAMPLE_ROWS = 200

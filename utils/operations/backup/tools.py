@@ -9,7 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
-from utils.database.wheel import binaries
+from utils.database.binaries import binaries
 from utils.exceptions import BackupError, DatabaseError
 
 #: Where Debian keeps the programs of each major (postgresql-common).

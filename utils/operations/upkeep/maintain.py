@@ -10,8 +10,8 @@ from typing import Literal
 import asyncpg
 
 from utils.database import Pool
+from utils.database.materialized_views import REFRESH_SECONDS, VIEWS
 from utils.database.partitions import ensure_partitions
-from utils.database.views import REFRESH_SECONDS, VIEWS
 from utils.exceptions import GuildbookError, MigrationError, translate
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.text import format_bytes
@@ -91,7 +91,9 @@ async def plan(database: Pool) -> list[Job]:
             jobs.append(Job("reindex", row["name"], why))
     for row in await database.fetch(VIEWS):
         how = (
-            "beside its readers" if row["is_gentle"] else "its readers wait: it was never filled or has no unique index"
+            "beside its readers"
+            if row["can_refresh_concurrently"]
+            else "its readers wait: it was never filled or has no unique index"
         )
         jobs.append(Job("refresh", row["quoted"], how))
     return jobs

@@ -1,4 +1,4 @@
-"""Materialized views, refreshed in the order in which they build on one another."""
+"""Materialized views, refreshed in the order in which they depend on one another."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-#: Seconds that the refresh of one view may take.
+#: Seconds for the refresh of one view.
 REFRESH_SECONDS = 1_800.0
 
-#: Answers name, quoted name, and whether it can be refreshed beside its readers: it was filled before, and has a unique
-#: index over all rows on plain columns (PostgreSQL manual, REFRESH MATERIALIZED VIEW). What others rest on comes first.
+#: Name, quoted name, and whether it can be refreshed concurrently: it was populated before, and has a unique index over
+#: all rows on plain columns (PostgreSQL manual, REFRESH MATERIALIZED VIEW). Views that others depend on come first.
 VIEWS = """
 WITH RECURSIVE found AS (
     SELECT c.oid, n.nspname || '.' || c.relname AS name, format('%I.%I', n.nspname, c.relname) AS quoted,
            c.relispopulated AND EXISTS (
                SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid
                AND i.indpred IS NULL AND i.indexprs IS NULL
-           ) AS is_gentle
+           ) AS can_refresh_concurrently
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind = 'm'
 ),
 builds_on AS (
@@ -38,27 +38,28 @@ depth AS (
     UNION
     SELECT b.base, d.top, d.steps + 1 FROM depth d JOIN builds_on b USING (view) WHERE d.steps < 50
 )
-SELECT name, quoted, is_gentle, max(steps) AS steps FROM found JOIN depth ON depth.top = found.oid
-GROUP BY name, quoted, is_gentle ORDER BY steps, name
+SELECT name, quoted, can_refresh_concurrently, max(steps) AS steps FROM found JOIN depth ON depth.top = found.oid
+GROUP BY name, quoted, can_refresh_concurrently ORDER BY steps, name
 """
 
 
-async def refresh(access: Database, names: Iterable[str] | None) -> dict[str, float]:
-    """Do what `Database.refresh_materialized_views` says."""
-    views = await access.fetch(VIEWS, use_cache=False)
+async def refresh(db: Database, names: Iterable[str] | None) -> dict[str, float]:
+    """Refresh views as `Database.refresh_materialized_views` documents it."""
+    views = await db.fetch(VIEWS, use_cache=False)
     if names is not None:
-        wanted = {name if "." in name else f"public.{name}" for name in names}
-        unknown = wanted - {view["name"] for view in views}
+        asked = {name if "." in name else f"public.{name}" for name in names}
+        unknown = asked - {view["name"] for view in views}
         if unknown:
             raise DatabaseError(f"there is no materialized view {', '.join(sorted(unknown))}")
-        views = [view for view in views if view["name"] in wanted]
+        views = [view for view in views if view["name"] in asked]
     seconds: dict[str, float] = {}
     failed: dict[str, DatabaseError] = {}
     for view in views:
         started = time.perf_counter()
-        how = "CONCURRENTLY " if view["is_gentle"] else ""
+        how = "CONCURRENTLY " if view["can_refresh_concurrently"] else ""
+        sql = f"REFRESH MATERIALIZED VIEW {how}{view['quoted']}"
         try:
-            await access.execute(f"REFRESH MATERIALIZED VIEW {how}{view['quoted']}", timeout=REFRESH_SECONDS)
+            await db.execute(sql, timeout=REFRESH_SECONDS)
         except DatabaseError as error:
             _log.warning("materialized view %s was not refreshed: %s", view["name"], error)
             failed[view["name"]] = error

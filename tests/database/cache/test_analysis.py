@@ -6,7 +6,8 @@ import pytest
 
 from utils.database import Pool
 from utils.database.cache import QueryCache, Statement
-from utils.database.cache.statements import LONGEST
+from utils.database.cache.analysis import MAX_LENGTH
+from utils.database.statements import WriteLog
 
 SCHEMA = """
 CREATE SEQUENCE numbers;
@@ -164,7 +165,6 @@ WRITES = {
     "DELETE FROM shop": of("shop", "item"),
     "DELETE FROM item": of("item"),
     "TRUNCATE sale, item": of("sale", "item"),
-    "TRUNCATE TABLE shop CASCADE": of("shop", "item", "sale"),
     "MERGE INTO item USING shop ON item.id = shop.id WHEN MATCHED THEN UPDATE SET id = 2"
     " WHEN NOT MATCHED THEN INSERT VALUES (1, 2)": of("item"),
     "WITH gone AS (DELETE FROM item RETURNING id) SELECT * FROM gone": of("item"),
@@ -186,6 +186,7 @@ async def test_a_write_is_followed_to_every_table_that_it_changes(cache: QueryCa
 
 
 UNTOLD = """
+TRUNCATE TABLE shop CASCADE
 SELECT bump()
 SELECT * FROM public.bump() AS b(n)
 EXPLAIN ANALYZE DELETE FROM shop
@@ -224,22 +225,25 @@ async def test_nothing_is_told_before_the_catalogue_is_loaded_nor_remembered(dat
 
 
 async def test_copy_writes_like_an_insert(cache: QueryCache) -> None:
-    assert cache.copied("shop") == of("shop")
-    assert cache.copied("other.shop") == of("other.shop")
-    assert cache.copied("public.log_2024") == of("log_")
-    assert cache.copied("watched") is None
-    assert cache.copied("nowhere") is None
+    def copied(table: str) -> frozenset[str] | None:
+        return cache.tables_of(WriteLog(tables={(table, "INSERT")}))
+
+    assert copied("shop") == of("shop")
+    assert copied("other.shop") == of("other.shop")
+    assert copied("public.log_2024") == of("log_")
+    assert copied("watched") is None
+    assert copied("nowhere") is None
 
 
 async def test_rows_of_a_long_insert_do_not_make_it_untellable(cache: QueryCache) -> None:
     row = "($1::INTEGER, NULL, 12)"
     long = " ".join(["INSERT INTO shop VALUES", ", ".join([row] * 5_000), "ON CONFLICT DO NOTHING"])
-    assert len(long) > LONGEST
+    assert len(long) > MAX_LENGTH
     assert cache.statement(long).writes == of("shop")
-    assert cache.statement(f"SELECT {'1 + ' * LONGEST}1").writes is None
+    assert cache.statement(f"SELECT {'1 + ' * MAX_LENGTH}1").writes is None
 
 
 async def test_a_text_near_the_limit_is_still_told(cache: QueryCache) -> None:
     long = " + ".join(["SELECT id FROM shop WHERE id = $1", *["$1"] * 1_500])
-    assert len(long) < LONGEST
+    assert len(long) < MAX_LENGTH
     assert cache.statement(long) == Statement(of("shop"), of(), True)
