@@ -155,7 +155,7 @@ class Scheduler:
         with contextlib.suppress(GuildbookError):  # logged and recorded
             await self._run_action(
                 "import",
-                lambda: importer.at_start(self._pool, directory, data_dir=self._settings.data_dir),
+                lambda: importer.import_new_files(self._pool, directory, data_dir=self._settings.data_dir),
                 directory=str(directory),
             )
 

@@ -1,4 +1,4 @@
-"""What several tests of the import need: files as bots keep them, and the way there and back."""
+"""Shared helpers: files as old bots wrote them, import and export."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils.settings import Settings
 GUILD = 41771983423143937
 USER = 80351110224678912
 STATS = "SELECT guild_id, user_id, message_count, last_active_at FROM member_stats ORDER BY guild_id, user_id"
-CHOICES = "SELECT guild_id, user_id, notifications, language FROM member_preferences ORDER BY guild_id, user_id"
+PREFERENCES = "SELECT guild_id, user_id, notifications, language FROM member_preferences ORDER BY guild_id, user_id"
 DOCUMENTS = (
     "SELECT guild_id, namespace, key, value, version FROM documents WHERE namespace <> 'legacy' ORDER BY 1, 2, 3"
 )
@@ -26,7 +26,7 @@ def settings(directory: Path) -> Settings:
 
 
 def member(**changes: Any) -> dict[str, Any]:
-    """Return an entry of members.json without a fault."""
+    """Return a valid entry of members.json."""
     return {
         "join_date": "2021-03-04T05:06:07+00:00",
         "roles": [str(GUILD), str(GUILD + 1)],
@@ -36,8 +36,8 @@ def member(**changes: Any) -> dict[str, Any]:
     }
 
 
-async def brought_in(database: Pool, directory: Path, name: str, content: Any, **options: Any) -> Outcome:
-    """Import one file; `content` is its text, its bytes, or what becomes JSON."""
+async def import_content(database: Pool, directory: Path, name: str, content: Any, **options: Any) -> Outcome:
+    """Import one file; `content` is its text, its bytes, or a value to encode as JSON."""
     path = directory / name
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -46,8 +46,8 @@ async def brought_in(database: Pool, directory: Path, name: str, content: Any, *
     return await import_files(database, settings(directory), [path], **options)
 
 
-async def written_out(database: Pool, directory: Path, what: str, form: Format = "json", **options: Any) -> str:
-    """Return what an export writes."""
+async def export_text(database: Pool, directory: Path, what: str, form: Format = "json", **options: Any) -> str:
+    """Export to a file and return its text."""
     path = directory / f"out.{form}"
     outcome = await export(database, what, path, form=form, **options)
     assert outcome.ok
@@ -55,11 +55,11 @@ async def written_out(database: Pool, directory: Path, what: str, form: Format =
     return path.read_bytes().decode()
 
 
-async def everything(database: Pool) -> list[list[tuple[Any, ...]]]:
-    """Return all that an import writes."""
-    return [[tuple(row) for row in await database.fetch(sql)] for sql in (DOCUMENTS, STATS, CHOICES)]
+async def stored_rows(database: Pool) -> list[list[tuple[Any, ...]]]:
+    """Return all rows that imports write: documents, statistics and preferences."""
+    return [[tuple(row) for row in await database.fetch(sql)] for sql in (DOCUMENTS, STATS, PREFERENCES)]
 
 
 def files_in(directory: Path) -> list[Path]:
-    """Return what is in a directory."""
+    """List a directory, sorted."""
     return sorted(directory.iterdir())

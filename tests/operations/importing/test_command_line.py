@@ -1,4 +1,4 @@
-"""`python bot.py import …` and `export …`; a process that is killed in between leaves all of a file or nothing."""
+"""`python bot.py import …` and `export …`, and imports killed at random points."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from tests.operations.importing.files import GUILD, USER, everything, files_in, member
+from tests.operations.importing.files import GUILD, USER, files_in, member, stored_rows
 from utils.database import Pool
 from utils.demo.child import ENTRY, environment
 
-#: Where in its course an import is killed, as a share of what an undisturbed one takes.
+#: Seeds of the random points at which imports are killed.
 SEEDS = range(10)
 ENTRIES = 20_000
 
 
-async def started(directory: Path, *arguments: str, **settings: str) -> asyncio.subprocess.Process:
+async def start(directory: Path, *arguments: str, **settings: str) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable, str(ENTRY), *arguments, cwd=directory, env=environment(DATA_DIR="data", **settings),
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
@@ -30,20 +30,20 @@ async def started(directory: Path, *arguments: str, **settings: str) -> asyncio.
 
 async def run(directory: Path, *arguments: str, **settings: str) -> tuple[int | None, str, str]:
     """Run `python bot.py …` and return its exit code and what it prints."""
-    process = await started(directory, *arguments, **settings)
+    process = await start(directory, *arguments, **settings)
     async with asyncio.timeout(60):
         output, errors = await process.communicate()
     return process.returncode, output.decode(), errors.decode()
 
 
-async def test_files_go_in_and_out(tmp_path: Path, database: Pool, database_url: str) -> None:
+async def test_import_and_export_commands(tmp_path: Path, database: Pool, database_url: str) -> None:
     whole = {f"{GUILD}_{USER + i}": member() for i in range(3)}
     (tmp_path / "members.json").write_text(json.dumps(whole))
     code, output, _ = await run(tmp_path, "import", "members.json", "--dry-run", DATABASE_URL=database_url)
     assert (code, output.count("would be written")) == (0, 1)
     code, output, _ = await run(tmp_path, "import", ".", "--json", DATABASE_URL=database_url)
-    told = json.loads(output)
-    assert (code, told["ok"], told["files"][0]["stats_new"]) == (0, True, 3)
+    report = json.loads(output)
+    assert (code, report["ok"], report["files"][0]["stats_new"]) == (0, True, 3)
     code, output, errors = await run(tmp_path, "export", "members", DATABASE_URL=database_url)
     assert (code, json.loads(output), errors) == (0, whole, "Exported 3 of documents legacy.members\n")
     arguments = ("export", "member_stats", "--format", "csv", "--guild", str(GUILD), "--to", "stats.csv")
@@ -56,30 +56,28 @@ async def test_files_go_in_and_out(tmp_path: Path, database: Pool, database_url:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "exit_code", "told"),
+    ("arguments", "exit_code", "message"),
     [
-        (("import", "gone.json"), 2, "gone.json: there is no such file or directory"),
-        (("import", "wrong.json"), 1, "line 2, column 8: a comma stands in front of the closing }"),
-        (("import", "wrong.json", "--as", "guilds"), 2, "'guilds' is no kind of file"),
-        (("export", "legacy.nothing"), 2, "there are no documents legacy.nothing"),
+        (("import", "gone.json"), 2, "gone.json: no such file or directory"),
+        (("import", "wrong.json"), 1, "line 2, column 8: remove the comma before the closing }"),
+        (("import", "wrong.json", "--as", "guilds"), 2, "'guilds' is not a kind of file"),
+        (("export", "legacy.nothing"), 2, "no documents in namespace legacy.nothing"),
         (("export", "member_stat"), 2, "member_stats"),
-        (("export", "member_stats", "--format", "xml"), 2, "'xml' is no format"),
-        (("export", "users", "--json"), 2, "give --to"),
+        (("export", "member_stats", "--format", "xml"), 2, "'xml' is not a format"),
+        (("export", "users", "--json"), 2, "pass --to FILE"),
     ],
 )
-async def test_what_is_wrong_is_a_line(
-    tmp_path: Path, database_url: str, arguments: tuple[str, ...], exit_code: int, told: str
+async def test_errors_are_one_line_without_traceback(
+    tmp_path: Path, database_url: str, arguments: tuple[str, ...], exit_code: int, message: str
 ) -> None:
     (tmp_path / "wrong.json").write_text('{"a": {},\n "b":{},\n}')
     code, output, errors = await run(tmp_path, *arguments, DATABASE_URL=database_url)
     assert code == exit_code
-    assert told in output + errors
+    assert message in output + errors
     assert "Traceback" not in errors
 
 
-async def test_an_import_that_is_killed_leaves_all_or_nothing(
-    tmp_path: Path, database: Pool, database_url: str
-) -> None:
+async def test_killed_import_leaves_all_or_nothing(tmp_path: Path, database: Pool, database_url: str) -> None:
     def content(round_: int) -> dict[str, Any]:
         statistics = {"message_count": 17 + round_, "last_active": None}
         return {f"{GUILD}_{USER + i}": member(statistics=statistics) for i in range(ENTRIES)}
@@ -87,25 +85,25 @@ async def test_an_import_that_is_killed_leaves_all_or_nothing(
     path = tmp_path / "members.json"
     path.write_text(json.dumps(content(0)))
     loop = asyncio.get_running_loop()
-    began = loop.time()
+    started_at = loop.time()
     code, _, errors = await run(tmp_path, "import", "members.json", DATABASE_URL=database_url)
-    whole = loop.time() - began
+    duration = loop.time() - started_at
     assert (code, errors) == (0, "")
-    held, ends = 0, set()
+    last, committed = 0, set()
     for seed in SEEDS:
         path.write_text(json.dumps(content(seed + 1)))
-        process = await started(tmp_path, "import", "members.json", DATABASE_URL=database_url)
-        # From the moment when something is copied, so that no point lies before the work.
+        process = await start(tmp_path, "import", "members.json", DATABASE_URL=database_url)
+        # Measure from the first copied file, so that no import is killed before it does anything.
         seen = len(_directories(tmp_path))
         async with asyncio.timeout(30):
             async for _ in ticks():
                 if len(_directories(tmp_path)) > seen or process.returncode is not None:
                     break
-        await asyncio.sleep(random.Random(seed).random() * whole * 0.7)
+        await asyncio.sleep(random.Random(seed).random() * duration * 0.7)
         if process.returncode is None:
             process.kill()
         await process.wait()
-        await _nobody_writes(database)
+        await _wait_until_idle(database)
         counted = await database.fetch("SELECT DISTINCT message_count FROM member_stats")
         stored = await database.fetch(
             "SELECT DISTINCT value #>> '{statistics,message_count}' AS count FROM documents"
@@ -113,13 +111,13 @@ async def test_an_import_that_is_killed_leaves_all_or_nothing(
         )
         assert len(counted) == len(stored) == 1, f"seed {seed}: a part of a file is there"
         assert int(stored[0]["count"]) == counted[0]["message_count"]
-        assert counted[0]["message_count"] in (17 + held, 18 + seed)
-        ends.add(counted[0]["message_count"] == 18 + seed)
-        held = counted[0]["message_count"] - 17
-    assert False in ends, "nothing was killed in time"
+        assert counted[0]["message_count"] in (17 + last, 18 + seed)
+        committed.add(counted[0]["message_count"] == 18 + seed)
+        last = counted[0]["message_count"] - 17
+    assert False in committed, "no import was killed before it committed"
     code, output, _ = await run(tmp_path, "import", "members.json", "--json", DATABASE_URL=database_url)
     assert code == 0
-    _, stats, _ = await everything(database)
+    _, stats, _ = await stored_rows(database)
     assert {row[2] for row in stats} == {17 + len(SEEDS)}
     assert len(stats) == ENTRIES
     assert json.loads(output)["files"][0]["entries"] == ENTRIES
@@ -129,8 +127,8 @@ def _directories(directory: Path) -> list[Path]:
     return files_in(directory / "data" / "imports") if (directory / "data").exists() else []
 
 
-async def _nobody_writes(database: Pool) -> None:
-    """Wait until the server has noticed that the process is gone."""
+async def _wait_until_idle(database: Pool) -> None:
+    """Wait until the server has noticed the end of the process."""
     busy = (
         "SELECT count(*) FROM pg_stat_activity"
         " WHERE datname = current_database() AND pid <> pg_backend_pid() AND state <> 'idle'"
@@ -142,7 +140,7 @@ async def _nobody_writes(database: Pool) -> None:
 
 
 async def ticks() -> AsyncIterator[None]:
-    """Come round every few milliseconds."""
+    """Yield every 5 ms."""
     while True:
         yield
         await asyncio.sleep(0.005)

@@ -1,1 +1,1 @@
-"""What bots used to keep in JSON files: read, checked, repaired, brought into the database, and written out again."""
+"""Importing JSON files of other bots into the database, and exporting documents and tables."""

@@ -1,68 +1,128 @@
-"""From entries of a file to rows for COPY: checked, repaired, and written down where they cannot be used."""
+"""Converts the entries of a file to rows for COPY: validates and repairs them, and records what cannot be used."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TextIO
 
 from utils.documents.codec import MAX_BYTES
 from utils.documents.documents import KEY_LENGTH, NAMESPACE
 from utils.exceptions import ValidationError
 from utils.operations.importing import repair
-from utils.operations.importing.escaping import Unstorable, storable_json, storable_key
-from utils.operations.importing.originals import Original
+from utils.operations.importing.escaping import UnstorableValue, storable_json, storable_key
+from utils.operations.importing.originals import Original, create_private
 from utils.operations.importing.reader import WINDOW, Entry, Reader
-from utils.operations.importing.repair import Unusable
-from utils.operations.importing.report import Rejects, Tally
+from utils.operations.importing.repair import UnusableValue
 
-T = TypeVar("T")
-
-#: Kinds of files by their names; any other is `documents`.
+#: Kinds of files, recognized by file name; any other file is `documents`.
 KINDS = ("members", "users", "emojis", "shop")
-#: What the originals of a file are kept under.
+#: Prefix of the namespaces in which the originals are stored.
 PREFIX = "legacy."
-#: Rows and characters of one batch.
+#: Maximum number of rows and of characters in a batch.
 BATCH_ROWS = 2_000
 BATCH_CHARACTERS = 2**20
-#: Columns of a row, in order; of an entry that is no member all from `message_count` on are NULL.
+#: Columns of a row, in order. For entries other than members, all from `message_count` on are NULL.
 COLUMNS = (
     "ordinal", "line", "guild_id", "key", "value", "user_id", "message_count", "last_active_at", "notifications",
     "language",
 )  # fmt: skip
 
-#: Where an object of an array or a line may say which one it is.
-_NAMED = ("key", "id", "_id", "user_id")
-#: A line of our own export.
-_EXPORTED = frozenset(("guild_id", "key", "value"))
+#: Fields that can be the key of an object in an array or on a line, in order of preference.
+_KEY_FIELDS = ("key", "id", "_id", "user_id")
+#: The fields of a line in our own export.
+_EXPORT_FIELDS = frozenset(("guild_id", "key", "value"))
 _BEFORE_VALUE = re.compile(r'\{\s*"guild_id"\s*:\s*"?\d+"?\s*,\s*"key"\s*:\s*"(?:[^"\\]|\\.)*"\s*,\s*"value"\s*:\s*')
 _SPECIAL = re.compile(r"[\\\n\r\t]")
 _COPY_ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def kind_of(path: Path) -> str:
-    """Return what a file holds, by its name."""
+    """Return the kind of a file, by its name."""
     stem = path.stem.lower()
     return stem if stem in KINDS else "documents"
 
 
 def namespace_of(path: Path, kind: str) -> str:
-    """Return where the originals of a file are kept."""
+    """Return the namespace in which the originals of a file are stored."""
     name = kind if kind != "documents" else re.sub(r"[^A-Za-z0-9_.:-]", "_", path.stem)
     return f"{PREFIX}{name}"[:100]
 
 
-def checked_namespace(namespace: str) -> str:
-    """Return a namespace that somebody chose. Raises `ValidationError`."""
+def check_namespace(namespace: str) -> None:
+    """Raise `ValidationError` if this is not a valid namespace."""
     if not NAMESPACE.fullmatch(namespace):
-        raise ValidationError(f"{namespace[:50]!r} is no namespace: up to 100 letters, digits and any of _ . : -")
-    return namespace
+        raise ValidationError(f"invalid namespace {namespace[:50]!r}: use 1 to 100 letters, digits and _ . : -")
+
+
+#: Examples recorded of each kind of repair or rejection, and the length of an example in characters.
+EXAMPLES = 3
+EXAMPLE_LENGTH = 80
+
+
+class Tally:
+    """Counts repairs or rejections by kind, with the first few examples of each."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, dict[str, Any]] = {}
+
+    def add(self, kind: str, key: str | None, line: int, value: Any = None) -> None:
+        """Count one occurrence; its key and value are recorded if it is among the first."""
+        entry = self.kinds.setdefault(kind, {"count": 0, "examples": []})
+        entry["count"] += 1
+        if entry["count"] <= EXAMPLES:
+            shown = None if value is None else ascii(value)[:EXAMPLE_LENGTH]
+            entry["examples"].append({"line": line, "key": None if key is None else shorten_key(key), "value": shown})
+
+    @property
+    def total(self) -> int:
+        """The number of occurrences of all kinds."""
+        return sum(kind["count"] for kind in self.kinds.values())
+
+
+class Rejects:
+    """Writes the entries that could not be used, or only partly, to a file, which is created with the first one.
+
+    Use it in a `with` block, which closes the file.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        """`path` None: only count the entries."""
+        self.path: Path | None = path
+        self.entries: int = 0
+        #: Number of entries of which nothing was stored.
+        self.lost: int = 0
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> Rejects:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, *, line: int, column: int, key: str | None, reasons: list[str], stored: bool, text: str) -> None:
+        """Record an entry; `stored` means that its original is in `documents` nevertheless."""
+        self.entries += 1
+        self.lost += not stored
+        if self.path is None:
+            return
+        if self._file is None:
+            self._file = create_private(self.path)
+        row = {"line": line, "column": column, "key": key, "reasons": reasons, "stored": stored, "text": text}
+        self._file.write(json.dumps(row) + "\n")  # ASCII, because the text may hold lone surrogates
+
+
+def shorten_key(key: str) -> str:
+    """Return a key for a report: printable and at most 80 characters."""
+    return key if key.isprintable() and len(key) <= EXAMPLE_LENGTH else ascii(key)[:EXAMPLE_LENGTH]
 
 
 class Rows:
-    """The rows of one file, with the tally of what was repaired and rejected; used by one thread at a time."""
+    """Reads one file as batches of rows and tallies repairs and rejections. Not thread-safe."""
 
     def __init__(
         self, original: Original, file: BinaryIO, kind: str, rejects: Rejects, *, window: int = WINDOW
@@ -72,13 +132,13 @@ class Rows:
         self.rejects: Rejects = rejects
         self.repaired: Tally = Tally()
         self.rejected: Tally = Tally()
-        #: Entries in the file so far.
+        #: Number of entries read so far.
         self.entries: int = 0
         self._entries: Iterator[Entry] = iter(self.reader)
         self._now = datetime.now(UTC)
 
     def batch(self) -> bytes:
-        """Return the next rows in COPY's text format, b'' at the end. Raises `ValidationError` for what is no JSON."""
+        """Return the next rows in COPY's text format, b'' at the end. Raises `ValidationError` for invalid JSON."""
         rows: list[str] = []
         size = 0
         for entry in self._entries:
@@ -89,7 +149,7 @@ class Rows:
             if len(rows) >= BATCH_ROWS or size >= BATCH_CHARACTERS:
                 break
         else:
-            if self.reader.marked and not self.repaired.kinds.get("byte order mark"):
+            if self.reader.has_bom and not self.repaired.kinds.get("byte order mark"):
                 self.repaired.add("byte order mark", None, 1)
         return "".join(rows).encode()
 
@@ -98,56 +158,56 @@ class Rows:
         key, reasons = entry.key, list[str]()
         try:
             guild_id, key, text, value = self._document(entry)
-        except (Unusable, Unstorable) as exc:
+        except (UnusableValue, UnstorableValue) as exc:
             self._reject(entry, key, [str(exc)], stored=False)
             return None
         user_id: int | None = None
-        chosen: tuple[Any, ...] = (None, None, None, None)
+        member_values: tuple[Any, ...] = (None, None, None, None)
         if self.kind == "members":
-            guild_id, user_id, chosen, reasons = self._member(entry, key, value)
+            guild_id, user_id, member_values, reasons = self._member(entry, key, value)
         elif self.kind == "users":
             try:
                 user_id = repair.snowflake(key)
-            except Unusable as exc:
+            except UnusableValue as exc:
                 reasons = [str(exc)]
         if reasons:
             self._reject(entry, key, reasons, stored=True)
-        fields = (self.entries, entry.line, guild_id, storable_key(key), text, user_id, *chosen)
+        fields = (self.entries, entry.line, guild_id, storable_key(key), text, user_id, *member_values)
         return "\t".join(map(_field, fields)) + "\n"
 
     def _document(self, entry: Entry) -> tuple[int, str, str, Any]:
-        """Return guild, key, text and value of the document. Raises `Unusable` and `Unstorable`."""
+        """Return the document's guild, key, text and value. Raises `UnusableValue` and `UnstorableValue`."""
         if entry.problem is not None:
-            raise Unusable(entry.problem)
+            raise UnusableValue(entry.problem)
         guild_id, key, text, value = 0, entry.key, entry.text, entry.value
-        if key is None and isinstance(value, dict) and value.keys() == _EXPORTED and isinstance(value["key"], str):
+        if key is None and isinstance(value, dict) and value.keys() == _EXPORT_FIELDS and isinstance(value["key"], str):
             before = _BEFORE_VALUE.match(text)
             if before is None:
-                raise Unusable("guild_id, key and value are not in this order")
+                raise UnusableValue("guild_id, key and value must be in this order")
             guild_id = int(value["guild_id"])
             if guild_id >= 2**63:
-                raise Unusable("the id is no Discord id")
+                raise UnusableValue("the id is not a Discord id")
             key, text, value = value["key"], text[before.end() : text.rindex("}")].rstrip(), value["value"]
         elif key is None:
             key = _key_in(value, self.kind)
         if not 0 < len(storable_key(key)) <= KEY_LENGTH:
-            raise Unusable(f"the key has not 1 to {KEY_LENGTH} characters")
+            raise UnusableValue(f"the key must have 1 to {KEY_LENGTH} characters")
         text = storable_json(text)
         if len(text) > MAX_BYTES // 4 and len(text.encode()) > MAX_BYTES:
-            raise Unusable(f"it has more than {MAX_BYTES:,} bytes: split it over several keys")
+            raise UnusableValue(f"the value is larger than {MAX_BYTES:,} bytes: split it over several keys")
         return guild_id, key, text, value
 
     def _member(self, entry: Entry, key: str, value: Any) -> tuple[int, int | None, tuple[Any, ...], list[str]]:
-        """Return guild, user, what goes into tables, and what could not be used."""
+        """Return guild, user, the values for the tables, and the reasons why others cannot be used."""
         try:
             guild_id, user_id, repaired = repair.member_key(key)
-        except Unusable as exc:
+        except UnusableValue as exc:
             return 0, None, (None, None, None, None), [str(exc)]
         if repaired:
             self.repaired.add(repaired, key, entry.line)
         reasons: list[str] = []
         if not isinstance(value, dict):
-            return guild_id, user_id, (None, None, None, None), ["it is no object"]
+            return guild_id, user_id, (None, None, None, None), ["it is not an object"]
         statistics = self._part(value, "statistics", reasons)
         choices = self._part(value, "preferences", reasons)
 
@@ -156,7 +216,7 @@ class Rows:
                 return None
             try:
                 result, repaired = convert(value)
-            except Unusable as exc:
+            except UnusableValue as exc:
                 reasons.append(f"{name}: {exc}")
                 return None
             if repaired:
@@ -174,7 +234,7 @@ class Rows:
     def _part(value: dict[str, Any], name: str, reasons: list[str]) -> dict[str, Any]:
         part = value.get(name)
         if part is not None and not isinstance(part, dict):
-            reasons.append(f"{name}: it is no object")
+            reasons.append(f"{name}: it is not an object")
         return part if isinstance(part, dict) else {}
 
     def _reject(self, entry: Entry, key: str | None, reasons: list[str], *, stored: bool) -> None:
@@ -186,19 +246,19 @@ class Rows:
 
 
 def _key_in(value: Any, kind: str) -> str:
-    """Return the key of an object of an array or a line. Raises `Unusable`."""
+    """Return the key of an object in an array or on a line. Raises `UnusableValue`."""
     if isinstance(value, dict):
         if kind == "members" and "guild_id" in value and "user_id" in value:
             return f"{repair.snowflake(value['guild_id'])}_{repair.snowflake(value['user_id'])}"
-        for name in _NAMED:
+        for name in _KEY_FIELDS:
             found = value.get(name)
             if isinstance(found, str) or (isinstance(found, int) and not isinstance(found, bool)):
                 return str(found)
-    raise Unusable("nothing in it says its key: none of key, id, _id, user_id")
+    raise UnusableValue("the entry has no key, id, _id or user_id")
 
 
 def _field(value: Any) -> str:
-    """Return a value as a field of COPY's text format."""
+    """Encode a value as a field of COPY's text format."""
     if value is None:
         return "\\N"
     if isinstance(value, str):

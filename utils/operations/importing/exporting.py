@@ -1,4 +1,4 @@
-"""Documents and tables written out: as JSON, JSON lines or CSV, in bounded memory, from one moment of the database."""
+"""Exports documents and tables as JSON, JSON lines or CSV, in bounded memory and from one snapshot."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from utils.operations.importing.entries import KINDS, PREFIX
 from utils.operations.importing.escaping import original_json, original_key
 
 Format = Literal["json", "jsonl", "csv"]
-#: Asks for a table whose name is also that of an imported file.
-TABLE = "table:"
-#: Rows that are fetched and written at once, and of what may be large: a document has up to 1 MB.
+#: Prefix that selects a table whose name is also the name of an imported file.
+TABLE_PREFIX = "table:"
+#: Number of rows to fetch and write at once, and of tables with JSON columns, whose rows may be large.
 BATCH_ROWS = 1_000
 LARGE_ROWS = 50
-#: Bytes of documents that are.
+#: Number of bytes of documents to fetch at once; a document has up to 1 MB.
 BATCH_BYTES = 4 * 2**20
-#: Seconds that one statement may take: documents are sorted before the first one comes.
+#: Timeout of a statement in seconds: documents are sorted before the first one is returned.
 STATEMENT_SECONDS = 1_800.0
 _DOCUMENTS = """
 SELECT guild_id, key, value::text AS value FROM documents
@@ -44,24 +44,24 @@ SELECT count(*), count(*) - count(DISTINCT key), coalesce(max(octet_length(value
 WHERE namespace = $1 AND ($2::bigint IS NULL OR guild_id = $2)
 """
 
-#: What the driver gives, by position.
+#: A record of the driver, accessed by position.
 Row = Any
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """What is exported, and how its rows are written."""
+    """A query and how to write its rows."""
 
     sql: str
     arguments: tuple[Any, ...]
-    #: Of the CSV; the fields are text or None.
+    #: The CSV header.
     header: tuple[str, ...]
-    #: One row as an element of the JSON array, a member of the object, or a line.
-    written: Callable[[Row], str]
+    #: Formats a row as an element of the JSON array, a member of the JSON object, or a line.
+    format_row: Callable[[Row], str]
     opening: str = ""
     closing: str = ""
     between: str = ""
-    #: None: nobody knows.
+    #: Number of rows; None if unknown.
     total: int | None = None
     batch: int = BATCH_ROWS
 
@@ -77,17 +77,16 @@ async def export(
 ) -> Outcome:
     """Write documents or a table to a file; see docs/importing.md.
 
-    `what`: members, users, emojis or shop as they were imported, else a table of `models` (`table:members` for one that
-    is called like a file), else a namespace of documents. `to`: a path, replaced at the end as a whole, readable for
-    its owner alone; or an open file, which is only written to. `guild_id` None: of all guilds. Raises
-    `ValidationError` for what does not exist or cannot be written in this form, `GuildbookError` when the file cannot
-    be written, and `DatabaseError`.
+    `what` is members, users, emojis or shop (as imported), a table of `models` (`table:members` if an imported file has
+    the same name), or a namespace of documents. `to` is a path, which is replaced atomically with a file that only its
+    owner can read, or an open file. `guild_id` None exports all guilds. Raises `ValidationError` if `what` does not
+    exist or cannot be written in this format, `GuildbookError` if the file cannot be written, and `DatabaseError`.
     """
     if form not in get_args(Format):
-        raise ValidationError(f"{form!r} is no format: json, jsonl or csv")
+        raise ValidationError(f"{form!r} is not a format: choose json, jsonl or csv")
     try:
         if isinstance(to, Path):
-            with _replaced(to) as file:
+            with _replace_file(to) as file:
                 rows, name = await _export(database, what, file, form, guild_id, progress)
         else:
             rows, name = await _export(database, what, to, form, guild_id, progress)
@@ -101,18 +100,18 @@ async def export(
 async def _export(
     database: Pool, what: str, file: BinaryIO, form: Format, guild_id: int | None, progress: Progress
 ) -> tuple[int, str]:
-    table, namespace = _found(what)
+    table, namespace = _resolve(what)
     name = f"documents {namespace}" if table is None else f"table {table.fullname}"
     rows = 0
     async with database.transaction(isolation="repeatable_read", readonly=True) as connection:
-        # Times in CSV are written by the server, and nobody should have to guess the zone.
+        # The server formats the times in CSV; always use UTC.
         await connection.execute("SET LOCAL TimeZone = 'UTC'")
         if table is None:
             source = await _documents(connection, what, namespace, form, guild_id)
         else:
             source = _table(table, form, guild_id)
         await asyncio.to_thread(file.write, source.opening.encode())
-        # Opened by itself: a cursor of asyncpg's `async for` fetches under the timeout of the pool.
+        # Not `async for`: asyncpg would fetch with the pool's timeout.
         cursor = await connection.cursor(source.sql, *source.arguments, timeout=STATEMENT_SECONDS)
         while batch := await cursor.fetch(source.batch, timeout=STATEMENT_SECONDS):
             await asyncio.to_thread(_write, file, source, batch, is_first=rows == 0)
@@ -124,41 +123,45 @@ async def _export(
 
 
 def _write(file: BinaryIO, source: _Source, batch: Sequence[Row], *, is_first: bool) -> None:
-    text = source.between.join(map(source.written, batch))
+    text = source.between.join(map(source.format_row, batch))
     file.write((text if is_first else source.between + text).encode())
 
 
-def _found(what: str) -> tuple[Table | None, str]:
-    """Return the table, or None and the namespace. Raises `ValidationError` for a name that is neither."""
+def _resolve(what: str) -> tuple[Table | None, str]:
+    """Return the table and '', or None and the namespace. Raises `ValidationError` for a name that is neither."""
     tables = Base.metadata.tables
     if what in KINDS:
         return None, f"{PREFIX}{what}"
-    name = what.removeprefix(TABLE)
+    name = what.removeprefix(TABLE_PREFIX)
     if name in tables:
         return tables[name], ""
     if what != name or not NAMESPACE.fullmatch(what):
         near = difflib.get_close_matches(name, tables, 1)
         raise ValidationError(
-            f"{what[:50]!r} is neither a table nor a namespace" + (f": was {near[0]} meant?" if near else "")
+            f"{what[:50]!r} is neither a table nor a namespace" + (f": did you mean {near[0]}?" if near else "")
         )
     return None, what
 
 
 async def _documents(connection: Connection, what: str, namespace: str, form: Format, guild_id: int | None) -> _Source:
-    counted = await connection.fetchrow(_COUNT_DOCUMENTS, namespace, guild_id, timeout=STATEMENT_SECONDS)
-    assert counted is not None, "an aggregate has one row"
-    total, twice, largest = counted
+    counts = await connection.fetchrow(_COUNT_DOCUMENTS, namespace, guild_id, timeout=STATEMENT_SECONDS)
+    assert counts is not None, "an aggregate has one row"
+    total, duplicates, largest = counts
     batch = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
     if not total:
         near = difflib.get_close_matches(what, Base.metadata.tables, 1)
-        hint = f"; the table is {TABLE}{what}" if what in Base.metadata.tables else near and f": was {near[0]} meant?"
-        raise ValidationError(
-            f"there are no documents {namespace}{'' if guild_id is None else f' of guild {guild_id}'}{hint or ''}"
+        hint = (
+            f"; the table is {TABLE_PREFIX}{what}"
+            if what in Base.metadata.tables
+            else near and f": did you mean {near[0]}?"
         )
-    if form == "json" and twice:
         raise ValidationError(
-            f"{twice:,} keys of {namespace} are in several guilds, and an object has each key once: export one with"
-            " --guild, or all with --format jsonl"
+            f"no documents in namespace {namespace}{'' if guild_id is None else f' in guild {guild_id}'}{hint or ''}"
+        )
+    if form == "json" and duplicates:
+        raise ValidationError(
+            f"{duplicates:,} keys of {namespace} exist in several guilds, but keys of a JSON object are unique:"
+            " export one guild with --guild, or all with --format jsonl"
         )
     arguments, header = (namespace, guild_id), ("guild_id", "key", "value")
     if form == "csv":
@@ -193,7 +196,7 @@ def _table(table: Table, form: Format, guild_id: int | None) -> _Source:
     if guild_id is not None:
         guild = rows.columns.get("guild_id" if table.name != "guilds" else "id")
         if guild is None:
-            raise ValidationError(f"table {table.fullname} is not by guild: leave --guild out")
+            raise ValidationError(f"table {table.fullname} has no guild column: omit --guild")
         statement = statement.where(guild == bindparam("guild", type_=BigInteger))
     sql = str(statement.compile(dialect=asyncpg_dialect()))  # type: ignore[no-untyped-call]
     arguments = () if guild_id is None else (guild_id,)
@@ -211,7 +214,7 @@ def _as_json(rows: Any) -> Any:
 
 
 def _csv(fields: Iterable[str | None]) -> str:
-    """Return a line of CSV as PostgreSQL reads it: NULL is nothing, an empty text is quoted."""
+    """Format a line of CSV for PostgreSQL: NULL is an empty field, an empty string is quoted."""
     return ",".join(map(_csv_field, fields)) + "\r\n"
 
 
@@ -224,8 +227,8 @@ def _csv_field(field: str | None) -> str:
 
 
 @contextlib.contextmanager
-def _replaced(path: Path) -> Iterator[BinaryIO]:
-    """Lend a new file that takes the place of `path` when all went well, and is gone otherwise."""
+def _replace_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that replaces `path` when the block succeeds and is deleted otherwise."""
     partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.partial")
     handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:

@@ -1,4 +1,4 @@
-"""The staged rows of one file, merged into `documents`, `member_stats` and `member_preferences`."""
+"""Merges the staged rows of one file into `documents`, `member_stats` and `member_preferences`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from utils.database.cache.channel import announce
 from utils.exceptions import DatabaseError
 from utils.operations.importing.entries import COLUMNS
 
-#: Seconds that one statement may take: a million rows on a small host.
+#: Timeout of a statement in seconds: enough for a million rows on a small host.
 STATEMENT_SECONDS = 1_800.0
-#: Held by an import until its end: two at once would wait for each other's rows. Chosen by us, like the others here.
+#: Key of the advisory lock that an import holds: two imports at once would block on each other's rows.
 _LOCK = 4_715_001
 _STAGING = """
 CREATE TEMP TABLE import_entries (
@@ -33,26 +33,26 @@ CREATE TEMP TABLE import_preferences (
 ) ON COMMIT DROP;
 SET LOCAL work_mem = '64MB';
 """
-#: A table that was never analysed looks empty, and the planner would look up a million rows one by one.
+#: The target tables may never have been analysed. The planner would assume that they are empty and use nested loops.
 _NO_NESTED_LOOPS = "SET LOCAL enable_nestloop = off"
 
 _ANALYZE = "ANALYZE import_entries"
-# Of entries with the same key the last one counts, as every JSON parser has it.
-_TWICE = """
-WITH gone AS (
+# Of entries with the same key, the last one is used, as JSON parsers do.
+_DROP_DUPLICATES = """
+WITH deleted AS (
     DELETE FROM import_entries AS e
     USING (
         SELECT guild_id, key, max(ordinal) AS last FROM import_entries GROUP BY guild_id, key HAVING count(*) > 1
     ) AS t
     WHERE e.guild_id = t.guild_id AND e.key = t.key AND e.ordinal < t.last RETURNING e.key, e.line
 )
-SELECT key, line, count(*) OVER () AS total FROM gone ORDER BY line LIMIT 3
+SELECT key, line, count(*) OVER () AS total FROM deleted ORDER BY line LIMIT 3
 """
-_SUPPRESSED = """
-WITH gone AS (
+_DROP_SUPPRESSED = """
+WITH deleted AS (
     DELETE FROM import_entries AS e USING ops.suppressions AS s WHERE s.user_id = e.user_id RETURNING e.ordinal
 )
-SELECT count(*) FROM gone
+SELECT count(*) FROM deleted
 """
 _CHANGED_DOCUMENTS = """
 INSERT INTO import_documents
@@ -60,7 +60,7 @@ SELECT e.ordinal, d.key IS NULL FROM import_entries AS e
 LEFT JOIN documents AS d ON d.guild_id = e.guild_id AND d.namespace = $1 AND d.key = e.key
 WHERE d.key IS NULL OR d.value <> e.value
 """
-# What was counted since may not be lost: the greater one stays.
+# Keep the greater value, so that messages counted by the bot are not lost.
 _CHANGED_STATS = """
 INSERT INTO import_stats
 SELECT e.guild_id, e.user_id, e.message_count, e.last_active_at, t.guild_id IS NULL
@@ -73,7 +73,7 @@ LEFT JOIN member_stats AS t ON t.guild_id = e.guild_id AND t.user_id = e.user_id
 WHERE t.guild_id IS NULL OR t.message_count < e.message_count
     OR greatest(t.last_active_at, e.last_active_at) IS DISTINCT FROM t.last_active_at
 """
-# What a member chose since wins: only what they did not choose is filled in.
+# A member's own choice takes precedence: only preferences they did not choose are set.
 _CHANGED_PREFERENCES = """
 INSERT INTO import_preferences
 SELECT e.guild_id, e.user_id, e.notifications, e.language, t.guild_id IS NULL
@@ -92,9 +92,9 @@ SELECT (SELECT count(*) FROM import_entries),
     (SELECT count(*) FROM import_stats WHERE is_new), (SELECT count(*) FROM import_stats WHERE NOT is_new),
     (SELECT count(*) FROM import_preferences WHERE is_new), (SELECT count(*) FROM import_preferences WHERE NOT is_new)
 """
-_FORGET = "TRUNCATE import_documents, import_stats, import_preferences"
-# A version begins with the time in microseconds, like those of `utils.documents.documents`; what an import adds has
-# them in the order of the file, so that an export restores it.
+_CLEAR = "TRUNCATE import_documents, import_stats, import_preferences"
+# A first version is the time in microseconds, as in `utils.documents.documents`. Versions increase in the order of the
+# file, so that an export can restore that order.
 _WRITE_DOCUMENTS = """
 INSERT INTO documents AS d (guild_id, namespace, key, value, version, updated_at)
 SELECT e.guild_id, $1, e.key, e.value,
@@ -118,21 +118,21 @@ ON CONFLICT (guild_id, user_id) DO UPDATE SET
     notifications = coalesce(t.notifications, excluded.notifications),
     language = coalesce(t.language, excluded.language)
 """
-_REMEMBER = """
+_RECORD_IMPORT = """
 INSERT INTO documents (guild_id, namespace, key, value, version)
 VALUES (0, $1, $2, $3::text::jsonb, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint)
 ON CONFLICT (guild_id, namespace, key) DO NOTHING
 """
-_REMEMBERED = "SELECT key FROM documents WHERE guild_id = 0 AND namespace = $1 AND key = ANY($2)"
-#: Where what was imported is remembered; the originals have namespaces that begin with `legacy.`.
-MEMORY = "legacy"
+_ALREADY_IMPORTED = "SELECT key FROM documents WHERE guild_id = 0 AND namespace = $1 AND key = ANY($2)"
+#: Namespace of the records of imported files; the originals are in namespaces that begin with `legacy.`.
+RECORDS = "legacy"
 #: As the query cache calls them.
 _WRITTEN = ("public.documents", "public.member_stats", "public.member_preferences")
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How many rows are staged, and how many of each table are new or change."""
+    """Number of staged rows, and for each table of new and changed rows."""
 
     staged: int
     documents_new: int
@@ -144,43 +144,43 @@ class Counts:
 
     @property
     def rows(self) -> int:
-        """Rows that are new or change, of all tables."""
+        """Number of new and changed rows in all tables."""
         return int(sum(asdict(self).values())) - self.staged
 
 
 class Merge:
-    """The import of one file, inside a transaction that the caller commits."""
+    """Merges one file, inside a transaction that the caller commits."""
 
     def __init__(self, connection: Connection, namespace: str) -> None:
         self._connection = connection
         self._namespace = namespace
 
     async def begin(self) -> None:
-        """Make the staging tables. Raises `DatabaseError` while another import is under way."""
+        """Create the staging tables. Raises `DatabaseError` while another import is running."""
         if not await self._connection.fetchval("SELECT pg_try_advisory_xact_lock($1)", _LOCK):
-            raise DatabaseError("another import is under way on this database: wait until it has ended")
+            raise DatabaseError("another import is running on this database: wait until it ends")
         await self._connection.execute(_STAGING)
         await self._connection.execute(_NO_NESTED_LOOPS)
 
     async def stage(self, batches: AsyncIterator[bytes]) -> None:
-        """Take the rows in."""
+        """Copy the rows into the staging table."""
         await self._connection.copy_to_table(
             "import_entries", source=batches, columns=COLUMNS, format="text", timeout=STATEMENT_SECONDS
         )
         await self._execute(_ANALYZE)
 
-    async def drop_twice(self) -> list[Any]:
-        """Drop all but the last of entries with the same key; return up to three with `key`, `line` and `total`."""
-        return list(await self._connection.fetch(_TWICE, timeout=STATEMENT_SECONDS))
+    async def drop_duplicates(self) -> list[Any]:
+        """Delete all but the last entry of each key; return up to three deleted rows with `key`, `line` and `total`."""
+        return list(await self._connection.fetch(_DROP_DUPLICATES, timeout=STATEMENT_SECONDS))
 
     async def drop_suppressed(self) -> int:
-        """Drop the entries of people who asked not to be kept, and return how many they were."""
-        gone = await self._connection.fetchval(_SUPPRESSED, timeout=STATEMENT_SECONDS)
-        return int(gone)
+        """Delete the entries of users in `ops.suppressions` and return how many there were."""
+        deleted = await self._connection.fetchval(_DROP_SUPPRESSED, timeout=STATEMENT_SECONDS)
+        return int(deleted)
 
     async def compare(self) -> Counts:
-        """Find what is new or would change."""
-        await self._execute(_FORGET)
+        """Find new and changed rows and count them."""
+        await self._execute(_CLEAR)
         await self._execute(_CHANGED_DOCUMENTS, self._namespace)
         await self._execute(_CHANGED_STATS)
         await self._execute(_CHANGED_PREFERENCES)
@@ -189,26 +189,26 @@ class Merge:
         return Counts(*row.values())
 
     async def write(self) -> None:
-        """Write what `compare` found."""
+        """Write the rows that `compare` found."""
         await self._execute(_WRITE_DOCUMENTS, self._namespace)
         await self._execute(_WRITE_STATS)
         await self._execute(_WRITE_PREFERENCES)
         await announce(self._connection, _WRITTEN)
 
-    async def remember(self, sha256: str, about: dict[str, Any]) -> None:
-        """Remember that a file was imported."""
-        await self._execute(_REMEMBER, MEMORY, memory_key(sha256), orjson.dumps(about).decode())
+    async def record_import(self, sha256: str, about: dict[str, Any]) -> None:
+        """Record that a file was imported."""
+        await self._execute(_RECORD_IMPORT, RECORDS, record_key(sha256), orjson.dumps(about).decode())
 
     async def _execute(self, sql: str, *arguments: Any) -> None:
         await self._connection.execute(sql, *arguments, timeout=STATEMENT_SECONDS)
 
 
-async def remembered(database: Any, digests: list[str]) -> set[str]:
-    """Return those of some files' SHA-256 that were imported already."""
-    keys = await database.fetch(_REMEMBERED, MEMORY, [memory_key(digest) for digest in digests])
+async def already_imported(database: Any, digests: list[str]) -> set[str]:
+    """Return which of these SHA-256 digests belong to files that were imported before."""
+    keys = await database.fetch(_ALREADY_IMPORTED, RECORDS, [record_key(digest) for digest in digests])
     return {row["key"].removeprefix("import:") for row in keys}
 
 
-def memory_key(sha256: str) -> str:
-    """Return the key of the document that remembers a file."""
+def record_key(sha256: str) -> str:
+    """Return the key of the document that records the import of a file."""
     return f"import:{sha256}"

@@ -1,4 +1,4 @@
-"""The files that are imported: found, copied away first, and known again by their SHA-256."""
+"""The files to import: finds them, copies them to the data directory, and identifies them by their SHA-256."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import TextIO
 
 from utils.exceptions import ValidationError
 
-#: What is looked for in a directory; the last two are JSON lines.
+#: File names to import from a directory; the last two are JSON lines.
 SUFFIXES = (".json", ".jsonl", ".ndjson")
-#: Under the data directory.
+#: Name of the directory of copies in the data directory.
 DIRECTORY = "imports"
 _BLOCK = 2**20
 
@@ -26,20 +26,20 @@ class Original:
     """One file to import."""
 
     path: Path
-    #: Hexadecimal; '' before it was read.
+    #: SHA-256 in hexadecimal.
     sha256: str
     size: int
 
     @property
     def is_lines(self) -> bool:
-        """Whether it holds JSON lines."""
+        """Whether it contains JSON lines."""
         return self.path.suffix.lower() in SUFFIXES[1:]
 
 
-def found(paths: Sequence[Path], *, may_be_none: bool = False) -> list[Path]:
-    """Return the files: those named, and of directories what is called .json, .jsonl or .ndjson.
+def find_files(paths: Sequence[Path], *, allow_none: bool = False) -> list[Path]:
+    """Return the given files, and the .json, .jsonl and .ndjson files in the given directories.
 
-    Raises `ValidationError` when one is not there or cannot be read, or there are none and that may not be.
+    Raises `ValidationError` if a path does not exist or cannot be read, and, unless `allow_none`, if there is no file.
     """
     files: list[Path] = []
     for path in paths:
@@ -47,28 +47,30 @@ def found(paths: Sequence[Path], *, may_be_none: bool = False) -> list[Path]:
             try:
                 files += sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
             except OSError as exc:
-                raise ValidationError(f"{path}: it cannot be read: {exc.strerror}") from None
+                raise ValidationError(f"{path}: cannot be read: {exc.strerror}") from None
         elif path.is_file():
             files.append(path)
         else:
-            raise ValidationError(f"{path}: there is no such file or directory")
-    if not files and not may_be_none:
-        raise ValidationError(f"{', '.join(map(str, paths)) or 'nothing'}: there is no file called *.json or *.jsonl")
+            raise ValidationError(f"{path}: no such file or directory")
+    if not files and not allow_none:
+        raise ValidationError(
+            f"no *.json, *.jsonl or *.ndjson file in {', '.join(map(str, paths)) or 'an empty list of paths'}"
+        )
     return list(dict.fromkeys(files))
 
 
-def digested(path: Path) -> Original:
-    """Return a file with its SHA-256. Raises `ValidationError`."""
+def hash_file(path: Path) -> Original:
+    """Return a file with its SHA-256 and size. Raises `ValidationError` if it cannot be read."""
     return _read(path, lambda _: None)
 
 
-def copied(
-    paths: Sequence[Path], data_dir: Path, told: Callable[[int], None] = lambda _: None
+def copy_files(
+    paths: Sequence[Path], data_dir: Path, on_progress: Callable[[int], None] = lambda _: None
 ) -> tuple[Path, list[Original]]:
-    """Copy files into a new directory of `data_dir`/imports, forced to disk; return it and the copies, in order.
+    """Copy files into a new directory in `data_dir`/imports, fsync them, and return the directory and the copies.
 
-    `told` gets the bytes copied so far. Raises `ValidationError` for what cannot be read, `OSError` for what cannot be
-    written.
+    `on_progress` is called with the number of bytes copied so far. Raises `ValidationError` if a file cannot be read,
+    `OSError` if it cannot be written.
     """
     parent = data_dir / DIRECTORY
     parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -78,35 +80,35 @@ def copied(
     try:
         copies, done = [], 0
         for path in paths:
-            target = partial / _free(partial, path.name)
-            with created(target) as file:
+            target = partial / _free_name(partial, path.name)
+            with create_private(target) as file:
 
                 def write(block: bytes, file: TextIO = file) -> None:
                     nonlocal done
                     file.buffer.write(block)
                     done += len(block)
-                    told(done)
+                    on_progress(done)
 
                 original = _read(path, write)
             copies.append(Original(target, original.sha256, original.size))
-        whole = hashlib.sha256("".join(copy.sha256 for copy in copies).encode()).hexdigest()
-        directory = parent / f"{at}-{whole[:12]}"
-        forced(partial)
+        digest = hashlib.sha256("".join(copy.sha256 for copy in copies).encode()).hexdigest()
+        directory = parent / f"{at}-{digest[:12]}"
+        fsync_directory(partial)
         partial.rename(directory)
-        forced(parent)
+        fsync_directory(parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return directory, [Original(directory / copy.path.name, copy.sha256, copy.size) for copy in copies]
 
 
-def created(path: Path) -> TextIO:
-    """Open a new file for its owner alone."""
+def create_private(path: Path) -> TextIO:
+    """Create a text file that only its owner can read."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
 
 
-def forced(directory: Path) -> None:
-    """Force to disk what a directory holds: its files and its names."""
+def fsync_directory(directory: Path) -> None:
+    """Flush a directory and the files in it to disk."""
     for path in (*directory.iterdir(), directory):
         if path is directory or path.is_file():
             handle = os.open(path, os.O_RDONLY)
@@ -121,7 +123,7 @@ def _read(path: Path, write: Callable[[bytes], None]) -> Original:
     try:
         file = path.open("rb")
     except OSError as exc:
-        raise ValidationError(f"{path}: it cannot be read: {exc.strerror}") from None
+        raise ValidationError(f"{path}: cannot be read: {exc.strerror}") from None
     with file:
         while block := file.read(_BLOCK):
             digest.update(block)
@@ -130,8 +132,8 @@ def _read(path: Path, write: Callable[[bytes], None]) -> Original:
     return Original(path, digest.hexdigest(), size)
 
 
-def _free(directory: Path, name: str) -> str:
-    """Return a name that no file in a directory has: two directories may have a file of the same name."""
+def _free_name(directory: Path, name: str) -> str:
+    """Return a file name that is free in a directory: two source directories may have a file of the same name."""
     number, path = 1, Path(name)
     while (directory / name).exists() or name == "report.json":
         number += 1
