@@ -56,14 +56,14 @@ def _run(settings: Settings) -> None:
 
 @app.command()
 def demo(
-    keep: Annotated[bool, typer.Option("--keep", help="Go on until Ctrl-C, with a trickle of events.")] = False,
-    data_dir: Annotated[Path, typer.Option(help="Where the demo's data goes; emptied first.")] = Path(".data/demo"),
+    keep: Annotated[bool, typer.Option("--keep", help="Run until Ctrl-C, with two events per second.")] = False,
+    data_dir: Annotated[Path, typer.Option(help="Directory of the demo's data; emptied first.")] = Path(".data/demo"),
 ) -> None:
-    """Show the real bot at work on a simulated Discord, and prove every row."""
-    from utils.demo import stage
+    """Run the real bot against a simulated Discord and verify every row."""
+    from utils.demo import runner
 
     with exit_on_errors():
-        raise typer.Exit(stage.run(data_dir, keep=keep))
+        raise typer.Exit(runner.run(data_dir, keep=keep))
 
 
 @new.command("cog")

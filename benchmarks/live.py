@@ -18,7 +18,7 @@ from benchmarks.figures import Figure, ratio
 from simulator.remote import SimulatorProcess
 from utils.database import Pool
 from utils.database.embedded import EmbeddedServer
-from utils.demo.proof import TABLES, compare
+from utils.demo.compare import TABLES, compare
 from utils.operations import migrations
 
 ROOT = Path(__file__).parent.parent

@@ -219,7 +219,7 @@ NAMES_ONLY = {
     "utils.database.partitions": "names and bounds of partitions",
     "utils.database.embedded": "the name of its one database, quoted",
     "utils.operations.migrations.schema_catalog": "a WITH of its own in front of each question",
-    "utils.demo.proof": "derived from models/",
+    "utils.demo.compare": "derived from models/",
     "cogs.mirror": "names of mirrored tables",
     "utils.operations.backup.swap": "names out of the catalogue, quoted",
     "utils.operations.backup.scratch": "names out of the catalogue, quoted",

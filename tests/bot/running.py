@@ -18,8 +18,8 @@ from simulator import Simulator
 from tests.waiting import until
 from utils.bot.client import Guildbook
 from utils.database import Pool
-from utils.demo.child import ENTRY, environment, free_port
-from utils.demo.proof import TABLES, compare
+from utils.demo.bot_process import ENTRY, environment, free_port
+from utils.demo.compare import TABLES, compare
 from utils.service.lease import Lease, holder
 from utils.settings import Settings
 

@@ -1,4 +1,4 @@
-"""The simulator for the demo's tests."""
+"""The simulator of the demo's tests."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from simulator import Limits, Simulator, World
 
 @pytest.fixture
 async def simulator(world: World) -> AsyncIterator[Simulator]:
-    """The test's own world served without limits."""
+    """The test's world, served without rate limits."""
     async with Simulator(world, limits=Limits.none()) as running:
         yield running

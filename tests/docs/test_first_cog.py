@@ -21,7 +21,7 @@ import pytest
 from simulator import Limits, Simulator, World
 from tests.docs.blocks import ROOT, TUTORIAL, Block, blocks_of
 from utils.database import ConnectTarget
-from utils.demo.child import environment, free_port
+from utils.demo.bot_process import environment, free_port
 
 BLOCKS = blocks_of(TUTORIAL)
 #: Lines that an author writes at most, the table included.

@@ -8,7 +8,7 @@ from typing import Any
 
 from simulator.remote import SimulatorProcess
 from utils.database import Pool
-from utils.demo.proof import TABLES, compare
+from utils.demo.compare import TABLES, compare
 
 #: Differences named in a verdict.
 MOST = 6

@@ -12,7 +12,7 @@ from typing import IO, Any
 import aiohttp
 
 from simulator.proxy import Proxy
-from utils.demo.child import ENTRY, environment, free_port
+from utils.demo.bot_process import ENTRY, environment, free_port
 
 #: Seconds for what takes two on an idle machine.
 PATIENCE = 60.0

@@ -52,7 +52,7 @@ def export(
         run_action("export", work, data_dir=data_dir, as_json=as_json, arguments=arguments)
     with exit_on_errors(as_json=as_json):  # what is exported is all that may stand on standard output
         if as_json:
-            raise ValidationError("--json: the result cannot go to standard output together with the export; pass --to FILE")
+            raise ValidationError("--json needs --to FILE: standard output already receives the export")
         outcome = run_with_pool(load_settings(), data_dir, pour)
         typer.echo(outcome.text, err=True)
 

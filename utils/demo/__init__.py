@@ -1,1 +1,1 @@
-"""The demo: the real bot on a simulated Discord, and the proof that its tables are right."""
+"""The demo: runs the real bot against a simulated Discord and verifies every row of its tables."""

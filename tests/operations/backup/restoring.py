@@ -20,7 +20,7 @@ import typer
 from utils.cli.restore import register
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
-from utils.demo.child import environment
+from utils.demo.bot_process import environment
 from utils.exceptions import BackupError
 from utils.operations.action import Progress
 from utils.operations.backup import scratch

@@ -16,7 +16,7 @@ from tests.bot.running import run_cli
 from tests.operations.backup.making import filled, vault_in
 from tests.operations.backup.restoring import cleaned, sums, until_true
 from utils.database import ConnectTarget, Pool
-from utils.demo.child import ENTRY, environment
+from utils.demo.bot_process import ENTRY, environment
 from utils.operations.backup import scratch
 from utils.operations.backup.manifest import SUFFIX
 from utils.operations.backup.service import BackupService

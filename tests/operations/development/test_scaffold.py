@@ -11,7 +11,7 @@ import pytest
 from models import Base
 from tests.docs.test_first_cog import cloned_sources
 from utils.bot.registrations import remove_tables
-from utils.demo.child import environment
+from utils.demo.bot_process import environment
 from utils.exceptions import MigrationError, ValidationError
 from utils.operations.development.scaffold import new_cog
 from utils.operations.migrations.environment import import_models

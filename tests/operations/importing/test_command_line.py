@@ -14,7 +14,7 @@ import pytest
 
 from tests.operations.importing.files import GUILD, USER, files_in, member, stored_rows
 from utils.database import Pool
-from utils.demo.child import ENTRY, environment
+from utils.demo.bot_process import ENTRY, environment
 
 #: Seeds of the random points at which imports are killed.
 SEEDS = range(10)
@@ -64,7 +64,7 @@ async def test_import_and_export_commands(tmp_path: Path, database: Pool, databa
         (("export", "legacy.nothing"), 2, "no documents in namespace legacy.nothing"),
         (("export", "member_stat"), 2, "member_stats"),
         (("export", "member_stats", "--format", "xml"), 2, "'xml' is not a format"),
-        (("export", "users", "--json"), 2, "pass --to FILE"),
+        (("export", "users", "--json"), 2, "needs --to FILE"),
     ],
 )
 async def test_errors_are_one_line_without_traceback(

@@ -12,7 +12,7 @@ import pytest
 
 from tests.operations.migrations.support import HEAD, KNOWN
 from utils.database import ConnectTarget
-from utils.demo.child import ENTRY, environment
+from utils.demo.bot_process import ENTRY, environment
 from utils.operations import migrations
 from utils.operations.migrations import schema_catalog
 

@@ -26,9 +26,9 @@ from sqlalchemy import Table
 
 from models import Part, mirrored_tables, part_of
 from utils.database import ConnectTarget, Pool
+from utils.database.binaries import binaries
 from utils.database.embedded import EmbeddedServer
 from utils.database.sql import sql_type
-from utils.database.binaries import binaries
 from utils.exceptions import BackupError, DatabaseError, ForbiddenHere, translate_errors
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.backup import loading, scratch

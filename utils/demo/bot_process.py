@@ -1,4 +1,4 @@
-"""The bot of the demo: `python bot.py` in a process of its own, and the place where its data lies."""
+"""The demo's bot, `python bot.py` in its own process, and its data directory."""
 
 from __future__ import annotations
 
@@ -21,90 +21,90 @@ from utils.exceptions import GuildbookError, SettingsError
 from utils.settings import variables
 
 ENTRY = Path(__file__).resolve().parents[2] / "bot.py"
-#: In every directory that a demo made: nothing else is ever emptied.
-MARK = "demo.lock"
+#: The lock file marks a directory as created by a demo; no other directory is ever cleared.
+LOCK_FILE = "demo.lock"
 STOP_SECONDS = 30.0
 
 
-class Place:
-    """The directory of one demo at a time."""
+class DataDirectory:
+    """The data directory of a demo, locked against other demos."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory: Path = directory.expanduser().resolve()
-        self.log: Path = self.directory / "bot.log"
-        self.pid_file: Path = self.directory / "bot.pid"
-        self.server: EmbeddedServer = EmbeddedServer(self.directory)
+    def __init__(self, path: Path) -> None:
+        self.path: Path = path.expanduser().resolve()
+        self.log: Path = self.path / "bot.log"
+        self.pid_file: Path = self.path / "bot.pid"
+        self.server: EmbeddedServer = EmbeddedServer(self.path)
 
     @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Hold the place against other demos. Raises `SettingsError` when it is someone else's, or in use."""
-        mark = self.directory / MARK
+    def lock(self) -> Iterator[None]:
+        """Lock the directory. Raises `SettingsError` if a demo did not create it, or another demo is using it."""
+        lock_file = self.path / LOCK_FILE
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            if not mark.exists() and any(self.directory.iterdir()):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not lock_file.exists() and any(self.path.iterdir()):
                 raise SettingsError(
-                    f"--data-dir: {self.directory} holds something that no demo made; expected a new directory"
+                    f"--data-dir: {self.path} contains files that no demo created: choose a new directory"
                 )
-            handle = mark.open("a")
+            handle = lock_file.open("a")
         except OSError as exc:
-            raise SettingsError(f"--data-dir: {self.directory} cannot be used: {exc.strerror}") from exc
+            raise SettingsError(f"--data-dir: {self.path} cannot be used: {exc.strerror}") from exc
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise SettingsError(
-                    f"--data-dir: another demo runs on {self.directory}; end it, or choose another directory"
+                    f"--data-dir: another demo is using {self.path}: stop it or choose another directory"
                 ) from None
             yield
 
-    async def emptied(self) -> None:
-        """Take away what an earlier demo left, its processes too if it was killed."""
-        await asyncio.to_thread(self._end_orphan)
+    async def clear(self) -> None:
+        """Delete an earlier demo's data, and end its processes if it was killed."""
+        await asyncio.to_thread(self._end_orphaned_bot)
         if (self.server.cluster / "postmaster.pid").exists():
-            with contextlib.suppress(GuildbookError):  # what cannot be started does not run
+            with contextlib.suppress(GuildbookError):  # a server that cannot be started is not running
                 await self.server.start()
                 await self.server.stop(force=True)
-        await asyncio.to_thread(self._clear)
+        await asyncio.to_thread(self._delete_files)
 
-    def _clear(self) -> None:
-        for entry in self.directory.iterdir():
+    def _delete_files(self) -> None:
+        for entry in self.path.iterdir():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
-            elif entry.name != MARK:
+            elif entry.name != LOCK_FILE:
                 entry.unlink()
 
-    def _end_orphan(self) -> None:
+    def _end_orphaned_bot(self) -> None:
         import psutil
 
         with contextlib.suppress(OSError, ValueError, psutil.Error):
             process = psutil.Process(int(self.pid_file.read_text()))
-            if Path(process.cwd()) == self.directory and str(ENTRY) in process.cmdline():
+            if Path(process.cwd()) == self.path and str(ENTRY) in process.cmdline():
                 process.terminate()
                 _, alive = psutil.wait_procs([process], timeout=STOP_SECONDS)
-                for stubborn in alive:
-                    stubborn.kill()
+                for survivor in alive:
+                    survivor.kill()
 
 
-class Bot:
-    """The bot's process."""
+class BotProcess:
+    """The process of the bot."""
 
-    def __init__(self, place: Place) -> None:
-        self.place: Place = place
+    def __init__(self, directory: DataDirectory) -> None:
+        self.directory: DataDirectory = directory
         self.port: int = free_port()
         self._process: asyncio.subprocess.Process | None = None
         self._log: IO[bytes] | None = None
 
     async def start(self, api_base: str, token: str) -> None:
-        """Start it the way everyone does, on the demo's data and a simulated Discord."""
-        self._log = self.place.log.open("ab")
+        """Start `python bot.py` with the demo's data directory and the simulated Discord."""
+        self._log = self.directory.log.open("ab")
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             str(ENTRY),
-            cwd=self.place.directory,  # no .env of anyone's lies here
+            cwd=self.directory.path,  # without a .env file
             env=environment(
                 DISCORD_API_BASE=api_base,
                 DISCORD_TOKEN=token,
-                DATA_DIR=str(self.place.directory),
+                DATA_DIR=str(self.directory.path),
                 HEALTH_HOST="127.0.0.1",
                 HEALTH_PORT=str(self.port),
                 LOG_FORMAT="json",
@@ -112,19 +112,19 @@ class Bot:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=self._log,
             stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for the demo, which passes it on in its own time
+            start_new_session=True,  # Ctrl-C must reach only the demo, which then stops the bot
         )
-        self.place.pid_file.write_text(str(self._process.pid))
+        self.directory.pid_file.write_text(str(self._process.pid))
 
     @property
     def returncode(self) -> int | None:
-        """How it ended; None while it runs."""
+        """The exit code; None while the bot runs."""
         return None if self._process is None else self._process.returncode
 
     async def readiness(self, session: aiohttp.ClientSession) -> dict[str, Any] | None:
-        """Return what GET /readyz says; None before it says anything. Raises `GuildbookError` when the bot ended."""
+        """Return the response of GET /readyz, None if there is none yet. Raises `GuildbookError` if the bot exited."""
         if self.returncode is not None:
-            raise GuildbookError(f"the bot ended early, exit code {self.returncode}:\n{self.last_words()}")
+            raise GuildbookError(f"the bot exited early with exit code {self.returncode}:\n{self.log_tail()}")
         try:
             async with session.get(f"http://127.0.0.1:{self.port}/readyz") as response:
                 answer: dict[str, Any] = await response.json()
@@ -132,14 +132,14 @@ class Bot:
         except (aiohttp.ClientError, TimeoutError):
             return None
 
-    def last_words(self, lines: int = 20) -> str:
-        """Return the end of its log."""
+    def log_tail(self, lines: int = 20) -> str:
+        """Return the last lines of the bot's log."""
         with contextlib.suppress(OSError):
-            return "\n".join(self.place.log.read_text(errors="replace").splitlines()[-lines:])
+            return "\n".join(self.directory.log.read_text(errors="replace").splitlines()[-lines:])
         return ""
 
     async def stop(self) -> int:
-        """Stop it as a host would, by SIGTERM, and return its exit code (negative: it had to be killed)."""
+        """Stop the bot with SIGTERM and return its exit code, which is negative if it had to be killed."""
         process = self._process
         if process is None:
             return 0
@@ -161,18 +161,18 @@ class Bot:
 
 
 def environment(**settings: str) -> dict[str, str]:
-    """Return our environment with these settings and none of the operator's own, the database's above all."""
-    ours = {*variables(), "PGSERVICE", "PGSERVICEFILE", "PGOPTIONS", "PGPASSFILE", "PGHOSTADDR"}
-    kept = {
+    """Return this process's environment with these settings and without the operator's own."""
+    own_variables = {*variables(), "PGSERVICE", "PGSERVICEFILE", "PGOPTIONS", "PGPASSFILE", "PGHOSTADDR"}
+    inherited = {
         name: value
         for name, value in os.environ.items()
-        if name.upper() not in ours and not name.upper().startswith("RAILWAY_")
+        if name.upper() not in own_variables and not name.upper().startswith("RAILWAY_")
     }
-    return kept | settings
+    return inherited | settings
 
 
 def free_port() -> int:
-    """Return a port that nobody uses just now."""
+    """Return a TCP port that is currently free."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
         return port
