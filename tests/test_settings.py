@@ -1,4 +1,4 @@
-"""What operators set: everything has a default, every wrong value its one line, and no secret is ever shown."""
+"""Settings: defaults, one line for each wrong value, and no secret in any message."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def refused(**values: str) -> str:
     return str(caught.value)
 
 
-def test_everything_has_its_documented_default() -> None:
+def test_defaults() -> None:
     settings = load()
     assert settings.discord_token is None
     assert settings.discord_api_base == "https://discord.com/api/v10"
@@ -54,7 +54,7 @@ def test_everything_has_its_documented_default() -> None:
     assert (settings.log_format, settings.log_level) == ("auto", "INFO")
 
 
-def test_values_are_read_as_people_write_them() -> None:
+def test_parses_values_as_people_write_them() -> None:
     settings = load(
         DISCORD_TOKEN=f"  Bot {TOKEN} ",
         ADMIN_USER_IDS="80351110224678912, 80351110224678913 80351110224678914;",
@@ -76,12 +76,12 @@ def test_values_are_read_as_people_write_them() -> None:
     assert settings.discord_api_base == "http://127.0.0.1:8080/api/v10"
 
 
-def test_settings_cannot_be_changed_afterwards() -> None:
+def test_is_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load().log_level = "DEBUG"
 
 
-def test_port_wins_over_health_port_and_zero_is_a_port() -> None:
+def test_port_overrides_health_port_and_may_be_zero() -> None:
     assert load(PORT="0", HEALTH_PORT="9000").effective_health_port == 0
     assert load(HEALTH_PORT="9000").effective_health_port == 9000
 
@@ -112,38 +112,38 @@ def test_port_wins_over_health_port_and_zero_is_a_port() -> None:
         ("DISCORD_GATEWAY_URL", "wss://[", "wss://"),
     ],
 )
-def test_a_wrong_value_is_one_line_that_says_what_is_expected(name: str, value: str, expected: str) -> None:
+def test_a_wrong_value_is_one_line(name: str, value: str, expected: str) -> None:
     message = refused(**{name: value})
     assert re.fullmatch(rf"{name}: '.*' is wrong; expected .*", message)
     assert expected in message
     assert value.split(", ")[-1] in message
 
 
-def test_times_between_backups_are_written_as_people_write_them() -> None:
+def test_parses_intervals() -> None:
     wanted = {"300": 300, "90s": 90, "5m": 300, "6 h": 21_600, "1D": 86_400, "2w": 1_209_600, "off": None}
     assert {text: load(BACKUP_EVERY=text).backup_every for text in wanted} == wanted
     assert load().backup_every is None
 
 
-def test_every_wrong_value_gets_its_own_line() -> None:
+def test_each_wrong_value_has_its_own_line() -> None:
     lines = refused(DB_POOL_MAX="many", LOG_LEVEL="loud", PORT="-1").splitlines()
     assert [line.partition(":")[0] for line in lines] == ["DB_POOL_MAX", "PORT", "LOG_LEVEL"]
 
 
-def test_more_connections_kept_than_allowed_is_refused() -> None:
-    assert "DB_POOL_MIN: 5 is more than DB_POOL_MAX (3)" in refused(DB_POOL_MIN="5", DB_POOL_MAX="3")
+def test_rejects_a_pool_minimum_above_the_maximum() -> None:
+    assert "DB_POOL_MIN: 5 must not exceed DB_POOL_MAX (3)" in refused(DB_POOL_MIN="5", DB_POOL_MAX="3")
 
 
 @pytest.mark.parametrize(
     "name", ["DISCORD_TOKEN", "DATABASE_URL", "DATABASE_UNPOOLED_URL", "DATABASE_PUBLIC_URL", "BACKUP_AGE_RECIPIENT"]
 )
-def test_a_wrong_secret_is_not_shown(name: str) -> None:
+def test_errors_do_not_show_secrets(name: str) -> None:
     message = refused(**{name: "hush hush-5up3r"})
     assert message.startswith(f"{name}: ")
     assert "hush" not in message
 
 
-def test_no_text_form_of_the_settings_holds_a_secret() -> None:
+def test_no_text_form_contains_a_secret() -> None:
     settings = load(
         DISCORD_TOKEN=TOKEN, DATABASE_URL="postgresql://u:hush-5up3r@h/d", PGPASSWORD="hush-2", DB_PASSWORD="hush-3"
     )
@@ -155,20 +155,20 @@ def test_no_text_form_of_the_settings_holds_a_secret() -> None:
     assert {TOKEN, "hush-5up3r", "hush-2", "hush-3"} <= set(settings.secrets())
 
 
-def test_on_railway_without_a_volume_the_embedded_server_is_refused() -> None:
+def test_railway_without_a_volume_needs_a_database_url() -> None:
     message = refused(RAILWAY_ENVIRONMENT_NAME="production")
     assert message.startswith("DATABASE_URL: not set, and this Railway service has no volume")
     assert load(RAILWAY_ENVIRONMENT_NAME="production", DATABASE_URL="postgresql://u@h/d").on_railway
 
 
-def test_on_railway_with_a_volume_the_data_goes_there() -> None:
+def test_railway_stores_data_on_the_volume() -> None:
     settings = load(RAILWAY_ENVIRONMENT_NAME="production", RAILWAY_VOLUME_MOUNT_PATH="/data")
     assert settings.data_dir == Path("/data/guildbook")
     assert load(RAILWAY_VOLUME_MOUNT_PATH="/data", DATA_DIR="/data/elsewhere").data_dir == Path("/data/elsewhere")
     assert "DATA_DIR: /tmp is not on the volume" in refused(RAILWAY_VOLUME_MOUNT_PATH="/data", DATA_DIR="/tmp")
 
 
-def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / ".env"
     file.write_text("LOG_LEVEL=ERROR\nFLUSH_ROWS=7\nSOMETHING_ELSE=1\n")
     monkeypatch.setenv("LOG_LEVEL", "DEBUG")
@@ -176,7 +176,7 @@ def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.
     assert (settings.log_level, settings.flush_rows) == ("DEBUG", 7)
 
 
-def test_a_file_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+def test_a_binary_file_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / ".env"
     file.write_bytes(b"LOG_LEVEL=\xff\xfe\n")
     with pytest.raises(SettingsError, match="UTF-8"):
@@ -185,22 +185,29 @@ def test_a_file_that_is_no_text_is_one_line(tmp_path: Path) -> None:
 
 
 @given(st.sampled_from(variables()), st.text(st.characters(exclude_characters="\0", codec="utf-8")))
-def test_whatever_is_typed_there_is_never_a_traceback(name: str, value: str) -> None:
+def test_no_value_causes_a_traceback(name: str, value: str) -> None:
     with contextlib.suppress(SettingsError):
         load(**{name: value})
         return
-    # A wrong part may be reported under the variable that made the parts count, or that is missing beside it.
+    # A wrong part may be reported under a variable that depends on it, or that is missing.
     related = {"D": "DISCORD_|DATABASE_|DATA_DIR|DB_", "P": "PG|PORT", "R": "DATA_DIR|DATABASE_URL"}.get(name[0], name)
     assert re.match(rf"{name}|{related}", refused(**{name: value}))
 
 
-def test_the_example_names_every_setting_and_nothing_else() -> None:
+def test_the_example_contains_exactly_the_settings() -> None:
     named = re.findall(r"^#?([A-Z][A-Z0-9_]*)=", EXAMPLE.read_text(), re.MULTILINE)
     assert sorted(named) == sorted(variables())
     assert len(named) == len(set(named))
 
 
-def test_the_example_loads_as_it_is_and_with_everything_switched_on(tmp_path: Path) -> None:
+def test_the_example_explains_each_setting_with_its_description() -> None:
+    blocks = re.findall(r"((?:^# .*\n)+)#?([A-Z][A-Z0-9_]*)=", EXAMPLE.read_text(), re.MULTILINE)
+    explained = {name: " ".join(line.removeprefix("# ") for line in text.splitlines()) for text, name in blocks}
+    fields = Settings.model_fields
+    assert explained == {name: fields[name.lower()].description for name in variables()}
+
+
+def test_the_example_loads_with_and_without_its_values(tmp_path: Path) -> None:
     assert load_settings(EXAMPLE) == load_settings(None)
     file = tmp_path / ".env"
     file.write_text(re.sub(r"^#([A-Z][A-Z0-9_]*=)", r"\1", EXAMPLE.read_text(), flags=re.MULTILINE))
@@ -208,7 +215,7 @@ def test_the_example_loads_as_it_is_and_with_everything_switched_on(tmp_path: Pa
     assert settings.admin_user_ids == {80351110224678912, 80351110224678913}
 
 
-def test_the_values_that_the_example_calls_defaults_are_the_defaults(tmp_path: Path) -> None:
+def test_defaults_in_the_example_are_the_defaults(tmp_path: Path) -> None:
     defaults = load_settings(None)
     names = "DATA_DIR AUTO_MIGRATE MEMBER_CACHE FLUSH_ROWS FLUSH_SECONDS LOG_FORMAT LOG_LEVEL SHUTDOWN_SECONDS"
     names += " DB_POOL_MIN DB_POOL_MAX DB_CONNECT_TIMEOUT DB_COMMAND_TIMEOUT CHUNK_TIMEOUT_SECONDS"
@@ -218,3 +225,20 @@ def test_the_values_that_the_example_calls_defaults_are_the_defaults(tmp_path: P
     file = tmp_path / ".env"
     file.write_text("\n".join(lines))
     assert load_settings(file) == defaults
+
+
+def test_resolves_the_database_once() -> None:
+    settings = load(DATABASE_URL="postgresql://u@pooler/d", DATABASE_UNPOOLED_URL="postgresql://u@server/d")
+    assert settings.target is not None
+    assert settings.direct_target is not None
+    assert settings.target is settings.target
+    assert (settings.target.hosts, settings.direct_target.hosts) == (("pooler",), ("server",))
+    assert load().target is None
+
+
+def test_a_data_dir_selects_the_embedded_server() -> None:
+    settings = load(DATABASE_URL="postgresql://u@server/d")
+    assert settings.with_data_dir(None) is settings
+    embedded = settings.with_data_dir(Path("elsewhere"))
+    assert (embedded.target, embedded.direct_target, embedded.data_dir) == (None, None, Path("elsewhere"))
+    assert settings.target is not None

@@ -1,4 +1,4 @@
-"""What operators set: the environment and `.env`, validated once at the start."""
+"""Settings from the environment and `.env`, validated once at the start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from utils.database.target import ConnectTarget, resolve_targets
 from utils.exceptions import SettingsError
 
-#: Where a token comes from, for the message that says it is missing.
+#: Where to get a token.
 DEVELOPER_PORTAL = "https://discord.com/developers/applications"
 #: Discord's (API reference, "API Versioning").
 DISCORD_API_BASE = "https://discord.com/api/v10"
@@ -23,7 +23,7 @@ _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _SECRETS = frozenset(
     (
         "DISCORD_TOKEN", "DATABASE_URL", "DATABASE_UNPOOLED_URL", "DATABASE_PUBLIC_URL", "PGPASSWORD", "DB_PASSWORD",
-        "BACKUP_URL", "BACKUP_AGE_RECIPIENT",  # the identity is easily taken for the recipient
+        "BACKUP_URL", "BACKUP_AGE_RECIPIENT",  # the secret identity is easily mistaken for the recipient
     )
 )  # fmt: skip
 
@@ -41,7 +41,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
 
 def _seconds(value: Any) -> Any:
-    """Read 90, 90s, 5m, 6h, 1d or 2w as seconds; `off` is None."""
+    """Convert 90, 90s, 5m, 6h, 1d or 2w to seconds, and `off` to None."""
     if not isinstance(value, str):
         return value
     text = value.strip().lower()
@@ -53,110 +53,245 @@ def _seconds(value: Any) -> Any:
     return int(found[1]) * _UNITS[found[2] or "s"]
 
 
-#: At least a minute: a backup that is always under way keeps nothing else from working, but is of no use either.
+#: At least a minute: more frequent backups would never stop running.
 Duration = Annotated[float, Field(ge=60, le=366 * 86_400)]
 
 
 class Settings(BaseSettings):
-    """Every setting; the variable's name is the field's in capitals. Times are seconds."""
+    """Every setting. The variable has the name of the field in upper case."""
 
     model_config = SettingsConfigDict(
         frozen=True, extra="ignore", env_ignore_empty=True, case_sensitive=False, env_file_encoding="utf-8"
     )
 
-    #: None: the bot cannot log in.
-    discord_token: SecretStr | None = None
-    discord_api_base: str = DISCORD_API_BASE
-    #: None: GET /gateway/bot says it.
-    discord_gateway_url: str | None = None
-    #: Who may operate the bot beside the application's owner or team.
-    admin_user_ids: Annotated[frozenset[Snowflake], NoDecode] = frozenset()
-    #: Where the operators' commands are registered; None: in direct messages with the bot.
-    admin_guild_id: Snowflake | None = None
+    discord_token: SecretStr | None = Field(
+        default=None,
+        description=(
+            "The bot's token: https://discord.com/developers/applications > your application > Bot > Reset Token."
+            " Not needed for `make demo`."
+        ),
+    )
+    discord_api_base: str = Field(
+        default=DISCORD_API_BASE, description="Base URL of Discord's REST API. Only for proxies and tests."
+    )
+    discord_gateway_url: str | None = Field(
+        default=None,
+        description="URL of the gateway. Without it, the answer of GET /gateway/bot. Only for proxies and tests.",
+    )
+    admin_user_ids: Annotated[frozenset[Snowflake], NoDecode] = Field(
+        default=frozenset(),
+        description=(
+            "User ids of people who may operate the bot besides the application's owner or team, separated by commas or"
+            " spaces."
+        ),
+    )
+    admin_guild_id: Snowflake | None = Field(
+        default=None,
+        description="The guild where the operators' commands are registered. Without it, direct messages with the bot.",
+    )
 
-    database_url: SecretStr | None = None
-    database_unpooled_url: SecretStr | None = None
-    database_public_url: SecretStr | None = None
-    pghost: str | None = None
-    pgport: str | None = None
-    pguser: str | None = None
-    pgpassword: SecretStr | None = None
-    pgdatabase: str | None = None
-    pgsslmode: str | None = None
-    db_host: str | None = None
-    db_port: str | None = None
-    db_user: str | None = None
-    db_password: SecretStr | None = None
-    db_name: str | None = None
-    db_ssl: str | None = None
-    db_pool_min: int = Field(default=1, ge=0, le=1_000)
-    #: At least 3: a reconcile writes users and members side by side, and one is for transactions and sessions of cogs.
-    db_pool_max: int = Field(default=10, ge=3, le=1_000)
-    #: How long to keep trying at the start.
-    db_connect_timeout: Seconds = 60.0
-    db_command_timeout: Seconds = 60.0
-    #: The embedded server's data, and other files that have to last.
-    data_dir: Path = Path(".data")
-    auto_migrate: bool = True
+    database_url: SecretStr | None = Field(
+        default=None,
+        description=(
+            "postgres://, postgresql:// or postgresql+asyncpg://; ?sslmode=, ?sslrootcert= and unix sockets"
+            " (?host=/run/postgresql) as in libpq. Write @ / ? # in the password as %40 %2F %3F %23."
+        ),
+    )
+    database_unpooled_url: SecretStr | None = Field(
+        default=None,
+        description=(
+            "An address that bypasses a pooler such as PgBouncer in transaction mode, for migrations and notifications."
+            " When it is set, DATABASE_URL is assumed to be pooled."
+        ),
+    )
+    database_public_url: SecretStr | None = Field(
+        default=None, description="Railway's public address of the database, read last."
+    )
+    pghost: str | None = Field(default=None, description="Host or socket directory. The PG* variables need it.")
+    pgport: str | None = Field(default=None, description="Port, or one for each host of PGHOST.")
+    pguser: str | None = Field(default=None, description="User.")
+    pgpassword: SecretStr | None = Field(default=None, description="Password.")
+    pgdatabase: str | None = Field(default=None, description="Name of the database. Without it, the name of the user.")
+    pgsslmode: str | None = Field(
+        default=None, description="disable, allow, prefer, require, verify-ca or verify-full."
+    )
+    db_host: str | None = Field(
+        default=None, description="Host, for hosts that set DB_* instead of PG*. The other DB_* variables here need it."
+    )
+    db_port: str | None = Field(default=None, description="Port.")
+    db_user: str | None = Field(default=None, description="User.")
+    db_password: SecretStr | None = Field(default=None, description="Password.")
+    db_name: str | None = Field(default=None, description="Name of the database.")
+    db_ssl: str | None = Field(default=None, description="true, false, or a mode as for PGSSLMODE.")
+    db_pool_min: int = Field(default=1, ge=0, le=1_000, description="Connections that are kept open.")
+    # A reconcile writes users and members side by side, and one connection is for transactions and sessions of cogs.
+    db_pool_max: int = Field(
+        default=10,
+        ge=3,
+        le=1_000,
+        description=(
+            "Maximum number of connections; three tenths are for transactions and sessions of cogs. The lease and the"
+            " notifications use one more each. All clients of the server share its max_connections."
+        ),
+    )
+    db_connect_timeout: Seconds = Field(
+        default=60.0, description="How long to retry connecting at the start, in seconds."
+    )
+    db_command_timeout: Seconds = Field(default=60.0, description="Timeout of one statement, in seconds.")
+    db_retry_seconds: Seconds = Field(
+        default=0.2,
+        description="Delay before the first retry when the database takes no rows, in seconds. It doubles each time.",
+    )
+    db_retry_max_seconds: Seconds = Field(
+        default=5.0, description="Longest delay between two such retries, in seconds."
+    )
+    data_dir: Path = Field(
+        default=Path(".data"),
+        description=(
+            "Directory of the embedded server's data and other persistent files. On Railway with a volume: guildbook/"
+            " on that volume."
+        ),
+    )
+    auto_migrate: bool = Field(
+        default=True, description="Whether to migrate the schema to the newest revision at the start."
+    )
 
-    #: Results of cogs' queries that are kept; 0: none.
-    cache_max_results: int = Field(default=2_000, ge=0, le=1_000_000)
-    cache_ttl_seconds: Seconds = 300.0
-    #: Milliseconds from which a cog's statement is logged as slow.
-    slow_query_ms: int = Field(default=500, ge=1, le=3_600_000)
-    #: development: every statement of cogs is logged, and `db reset` may be used.
-    environment: Literal["development", "production"] = "production"
-    #: How often a line of statistics is logged.
-    stats_seconds: Seconds = 300.0
+    cache_max_results: int = Field(
+        default=2_000, ge=0, le=1_000_000, description="Maximum number of cached query results of cogs; 0: no cache."
+    )
+    cache_ttl_seconds: Seconds = Field(default=300.0, description="How long a query result may be cached, in seconds.")
+    slow_query_ms: int = Field(
+        default=500, ge=1, le=3_600_000, description="Statements of cogs that take longer are logged, in milliseconds."
+    )
+    environment: Literal["development", "production"] = Field(
+        default="production",
+        description=(
+            "production or development. In development every statement of cogs is logged, and python bot.py db reset"
+            " needs no --yes-destroy."
+        ),
+    )
+    stats_seconds: Seconds = Field(default=300.0, description="Interval of the statistics in the log, in seconds.")
 
-    member_cache: Literal["none", "voice", "all"] = "none"
-    flush_rows: int = Field(default=500, ge=1, le=100_000)
-    flush_seconds: Seconds = 1.0
-    #: Rows and events that may wait in memory.
-    buffer_max_rows: int = Field(default=15_000, ge=100, le=10_000_000)
-    #: When events go to the journal on disk.
-    spool: Literal["outage", "always", "off"] = "outage"
-    #: Megabytes that journals may take on disk.
-    spool_max_mb: int = Field(default=1_024, ge=1, le=1_000_000)
-    #: The pause before the next try when the database cannot take rows, doubled each time up to the second figure.
-    db_retry_seconds: Seconds = 0.2
-    db_retry_max_seconds: Seconds = 5.0
-    #: How long a page of members may be awaited.
-    chunk_timeout_seconds: Seconds = 10.0
-    #: Discord's own bound between two full member requests of a guild; anything else is for tests and proxies.
-    chunk_cooldown_seconds: float = Field(default=30.0, ge=0, le=86_400, allow_inf_nan=False)
-    #: How long a clean end may take after a signal.
-    shutdown_seconds: Seconds = 25.0
+    member_cache: Literal["none", "voice", "all"] = Field(
+        default="none",
+        description=(
+            "Which members discord.py keeps in memory, for cogs that need them: none, voice or all. The mirror needs"
+            " none."
+        ),
+    )
+    flush_rows: int = Field(
+        default=500, ge=1, le=100_000, description="Number of buffered rows after which live changes are written."
+    )
+    flush_seconds: Seconds = Field(
+        default=1.0, description="Seconds after which live changes are written at the latest."
+    )
+    buffer_max_rows: int = Field(
+        default=15_000,
+        ge=100,
+        le=10_000_000,
+        description=(
+            "Maximum number of rows and events in memory, 1 to 2 KB each. Beyond it events go to the spool, and members"
+            " are dropped until the next reconcile restores them."
+        ),
+    )
+    spool: Literal["outage", "always", "off"] = Field(
+        default="outage",
+        description=(
+            "When to write events that Discord sends only once (joins, leaves, counted messages) to a journal under"
+            " DATA_DIR/spool. outage: when the database is unreachable; always: before anything else, so that even a"
+            " kill -9 loses none; off: never."
+        ),
+    )
+    spool_max_mb: int = Field(default=1_024, ge=1, le=1_000_000, description="Maximum size of the spool, in megabytes.")
+    chunk_timeout_seconds: Seconds = Field(
+        default=10.0, description="How long to wait for a page of members before the request fails, in seconds."
+    )
+    chunk_cooldown_seconds: float = Field(
+        default=30.0,
+        ge=0,
+        le=86_400,
+        allow_inf_nan=False,
+        description=(
+            "Seconds between two full member requests for one guild, as Discord requires. Change it for tests and"
+            " proxies only."
+        ),
+    )
+    shutdown_seconds: Seconds = Field(
+        default=25.0,
+        description=(
+            "How long a clean shutdown may take, in seconds. Stay below the host's own limit (Railway: set"
+            " RAILWAY_DEPLOYMENT_DRAINING_SECONDS=30)."
+        ),
+    )
 
-    #: Seconds between two scheduled backups; None: there are none. Written 300, 5m, 6h or 1d.
-    backup_every: Duration | None = None
-    #: Seconds between two scheduled drills; None: there are none.
-    drill_every: Duration | None = None
-    #: The newest backups that are kept, and of older ones the last of so many days, weeks and months.
-    backup_keep: int = Field(default=10, ge=1, le=100_000)
-    backup_keep_daily: int = Field(default=7, ge=0, le=10_000)
-    backup_keep_weekly: int = Field(default=4, ge=0, le=10_000)
-    backup_keep_monthly: int = Field(default=12, ge=0, le=10_000)
-    #: Where backups go beside DATA_DIR/backups: s3://, gs://, az:// or file://, as obstore reads it; None: nowhere.
-    backup_url: SecretStr | None = None
-    #: The age recipient (age1…) whom backups are encrypted to; None: they are not.
-    backup_age_recipient: str | None = None
-    #: The file with the identity that belongs to it, for restores and drills; None: an encrypted one is not readable.
-    backup_age_identity_file: Path | None = None
-    #: A directory of JSON files that the first start imports, once; None: none.
-    import_json: Path | None = None
+    backup_every: Duration | None = Field(
+        default=None,
+        description="Interval of scheduled backups: seconds, or a value such as 5m, 6h or 1d; off: none.",
+    )
+    drill_every: Duration | None = Field(
+        default=None,
+        description=(
+            "Interval of scheduled drills, which restore the newest backup into a scratch database, written as"
+            " BACKUP_EVERY; off: none."
+        ),
+    )
+    backup_keep: int = Field(default=10, ge=1, le=100_000, description="Number of newest backups to keep.")
+    backup_keep_daily: int = Field(
+        default=7, ge=0, le=10_000, description="Days for which the last backup is kept besides those."
+    )
+    backup_keep_weekly: int = Field(
+        default=4, ge=0, le=10_000, description="Weeks for which the last backup is kept besides those."
+    )
+    backup_keep_monthly: int = Field(
+        default=12, ge=0, le=10_000, description="Months for which the last backup is kept besides those."
+    )
+    backup_url: SecretStr | None = Field(
+        default=None,
+        description=(
+            "A second store for backups besides DATA_DIR/backups: s3://bucket/path, gs://bucket/path,"
+            " az://container/path or file:///path. Keys and endpoints come from the store's own variables"
+            " (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)."
+        ),
+    )
+    backup_age_recipient: str | None = Field(
+        default=None,
+        description="The age recipient that backups are encrypted to, as printed by age-keygen. Without it, no encryption.",
+    )
+    backup_age_identity_file: Path | None = Field(
+        default=None,
+        description="File with the matching age identity. Only restores and drills need it: store it elsewhere.",
+    )
+    import_json: Path | None = Field(
+        default=None,
+        description="Directory of JSON files (members.json, users.json, ...) that the first start imports, once.",
+    )
 
-    #: Wins over `health_port`: hosts set it.
-    port: Port | None = None
-    #: None: no health server; 0: any free port.
-    health_port: Port | None = None
-    #: None: every address, IPv4 and IPv6.
-    health_host: str | None = None
-    log_format: Literal["auto", "console", "json"] = "auto"
-    log_level: str = "INFO"
-    railway_volume_mount_path: Path | None = None
-    #: Whether this runs on Railway: any variable that begins with RAILWAY_ is set.
-    on_railway: bool = Field(default=False, exclude=True)
+    port: Port | None = Field(
+        default=None,
+        description=(
+            "Port of GET /healthz, /readyz and /metrics, as hosts set it; it overrides HEALTH_PORT. 0: any free port."
+        ),
+    )
+    health_port: Port | None = Field(
+        default=None, description="The same port, when the host sets none. Without both there is no health server."
+    )
+    health_host: str | None = Field(
+        default=None, description="Address of the health server. Without it, every address, IPv4 and IPv6."
+    )
+    log_format: Literal["auto", "console", "json"] = Field(
+        default="auto", description="auto, console or json. auto: console on a terminal, JSON lines elsewhere."
+    )
+    log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING, ERROR or CRITICAL.")
+    railway_volume_mount_path: Path | None = Field(
+        default=None,
+        description=(
+            "Set by Railway when the service has a volume. Any other RAILWAY_* variable without it disables the embedded"
+            " server, because the next deployment would lose its data."
+        ),
+    )
+    on_railway: bool = Field(
+        default=False, exclude=True, description="Whether this runs on Railway: any RAILWAY_* variable is set."
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -220,12 +355,12 @@ class Settings(BaseSettings):
 
     @property
     def effective_health_port(self) -> int | None:
-        """The port of the health server: PORT before HEALTH_PORT; 0: any free one; None: there is no server."""
+        """The port of the health server: PORT, otherwise HEALTH_PORT. 0: any free port; None: no server."""
         return self.port if self.port is not None else self.health_port
 
     @property
     def orm_connections(self) -> int:
-        """Connections of DB_POOL_MAX for transactions and sessions of cogs; the pool of raw ones has the others."""
+        """How many of DB_POOL_MAX are for transactions and sessions of cogs. The others are the pool of raw connections."""
         return max(1, self.db_pool_max * 3 // 10)
 
     @property
@@ -257,15 +392,15 @@ class Settings(BaseSettings):
 
 
 def variables() -> list[str]:
-    """Return the name of every variable that is read."""
+    """Return the name of every variable."""
     return [name.upper() for name in Settings.model_fields if name != "on_railway"]
 
 
 def load_settings(env_file: str | Path | None = ".env") -> Settings:
-    """Read the environment and, for what it does not set, `env_file` (None: no file; one that is missing is none).
+    """Read the environment and, for variables that it does not set, `env_file` (None or a missing file: no file).
 
-    Raises `SettingsError` with one line for each wrong value: the variable, what was seen unless it is secret, and
-    what is expected.
+    Raises `SettingsError` with one line for each wrong value: the variable, the value unless it is secret, and what is
+    expected.
     """
     try:
         settings = Settings(_env_file=env_file)  # type: ignore[call-arg]
@@ -273,7 +408,7 @@ def load_settings(env_file: str | Path | None = ".env") -> Settings:
         errors = exc.errors()
         raise SettingsError("\n".join(map(_line, errors)), variables=[*map(_variable, errors)]) from None
     except UnicodeDecodeError:
-        raise SettingsError(f"{env_file}: not a text file in UTF-8; write it anew from .env.example") from None
+        raise SettingsError(f"{env_file}: not a text file in UTF-8; copy .env.example again") from None
     except OSError as exc:
         raise SettingsError(f"{env_file}: cannot be read: {exc.strerror}") from None
     update: dict[str, Any] = {"on_railway": any(name.startswith("RAILWAY_") for name in os.environ)}
@@ -288,12 +423,12 @@ def _check(settings: Settings) -> None:
     wrong: dict[str, str] = {}
     if settings.db_retry_seconds > settings.db_retry_max_seconds:
         wrong["DB_RETRY_SECONDS"] = (
-            f"DB_RETRY_SECONDS: {settings.db_retry_seconds:g} is more than DB_RETRY_MAX_SECONDS"
-            f" ({settings.db_retry_max_seconds:g}); expected no more"
+            f"DB_RETRY_SECONDS: {settings.db_retry_seconds:g} must not exceed DB_RETRY_MAX_SECONDS"
+            f" ({settings.db_retry_max_seconds:g})"
         )
     if settings.db_pool_min > settings.db_pool_max:
         wrong["DB_POOL_MIN"] = (
-            f"DB_POOL_MIN: {settings.db_pool_min} is more than DB_POOL_MAX ({settings.db_pool_max}); expected no more"
+            f"DB_POOL_MIN: {settings.db_pool_min} must not exceed DB_POOL_MAX ({settings.db_pool_max})"
         )
     try:
         embedded = settings.target is None
