@@ -1,12 +1,15 @@
 # What operators type. Every target sets up .venv first; it is made anew only when requirements-dev.txt changes.
 
-# The first of these that is new enough.
-PYTHON ?= $(or $(shell for it in python3 python3.14 python3.13 python3.12 python3.11; do \
+# The first of these that is new enough. Assigned once, because each expansion of the shell call starts every one of them.
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(or $(shell for it in python3 python3.14 python3.13 python3.12 python3.11; do \
   $$it -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$it && break; done),python3)
+endif
 VENV := .venv
 RUN := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 READY := $(VENV)/.installed
+SOURCES := bot.py benchmarks cogs migrations models simulator tests utils
 # More workers than cores: tests wait for servers and processes most of the time.
 WORKERS ?= 4
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
@@ -47,12 +50,14 @@ bench: setup ## Measure, and write benchmarks/results/
 soak: setup ## Break everything for ten minutes (ARGS="--minutes 2 --kills 20 --seed 1")
 	@$(RUN) -m tests.faults $(ARGS)
 
-lint: setup ## ruff, mypy --strict, the migrations against the models, squawk
+lint: setup ## ruff, mypy --strict, the migrations against the models, squawk; list very long and very short files
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy .
 	@$(RUN) -m utils.operations.migrations check
 	@$(RUN) -m utils.operations.migrations lint
+	@find $(SOURCES) -name '*.py' ! -name __init__.py -exec wc -l {} + | sort -n | awk '$$2 != "total" && ($$1 < 40 || $$1 > 500) \
+	  { print $$2 ": " $$1 " lines: " ($$1 < 40 ? "part of another file?" : "two subjects?") }'
 
 format: setup ## Format the code
 	@$(VENV)/bin/ruff check --fix .

@@ -1,4 +1,4 @@
-"""The house rules that a reader relies on: imports run one way, files stay small, SQL is never made of values."""
+"""Rules on the source tree: imports run one way, only command lines print, SQL is never built from values."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("models", "utils", "cogs", "simulator", "tests", "benchmarks", "migrations")
-#: Every room, lowest first: a room may import itself and the rooms above it in this list, never one below.
+#: Every package and module of the product, lowest layer first: each may import itself and what stands before it here.
 #: (docs/explanation/architecture.md draws it.)
 LAYERS = (
     "models",
@@ -54,9 +52,9 @@ LAYERS = (
     "utils.demo",
     "bot",
 )
-#: `utils/` itself keeps at most so many modules.
+#: Maximum number of modules directly in `utils/`.
 LOOSE_MODULES = 10
-#: Modules whose output is what was asked for: command lines.
+#: Command lines, which print their results.
 COMMAND_LINES = {
     "simulator.__main__",
     "simulator.throughput",
@@ -84,7 +82,7 @@ def tree(name: str) -> ast.Module:
 def imported(name: str, *, at_once: bool = False, at_run_time: bool = False) -> Iterator[str]:
     """Yield the modules that a module imports.
 
-    `at_once`: only those that its own import needs; `at_run_time`: all but those under `TYPE_CHECKING`.
+    `at_once`: only those imported at module level; `at_run_time`: all except those under `TYPE_CHECKING`.
     """
     nodes = list(_at_once(tree(name).body)) if at_once else list(ast.walk(tree(name)))
     if at_run_time:
@@ -125,7 +123,7 @@ def _at_once(body: list[ast.stmt]) -> Iterator[ast.stmt]:
             yield node
 
 
-def ours(name: str) -> bool:
+def is_ours(name: str) -> bool:
     return name.split(".")[0] in (*PACKAGES, "bot")
 
 
@@ -134,16 +132,20 @@ def within(name: str, prefix: str) -> bool:
 
 
 def room_of(name: str) -> str:
-    """Return the room that a module belongs to: the longest entry of `LAYERS` that contains it."""
+    """Return the longest entry of `LAYERS` that contains a module."""
     return max((room for room in LAYERS if within(name, room)), key=len)
 
 
-@pytest.mark.parametrize("name", [name for name in PRODUCT if not within(name, "simulator")])
-def test_imports_point_to_lower_layers(name: str) -> None:
-    layer = LAYERS.index(room_of(name))
-    for other in imported(name, at_run_time=True):
-        if ours(other) and not within(other, "simulator") and other in FILES:
-            assert LAYERS.index(room_of(other)) <= layer, f"{name} imports {other}, which is a higher layer"
+def test_imports_point_to_lower_layers() -> None:
+    wrong = [
+        f"{name} imports {other}, which is in a higher layer"
+        for name in PRODUCT
+        if not within(name, "simulator")
+        for other in imported(name, at_run_time=True)
+        if is_ours(other) and not within(other, "simulator") and other in FILES
+        if LAYERS.index(room_of(other)) > LAYERS.index(room_of(name))
+    ]
+    assert wrong == []
 
 
 def test_every_room_is_in_the_layers() -> None:
@@ -162,15 +164,15 @@ def test_utils_has_few_loose_modules() -> None:
     assert len([path for path in (ROOT / "utils").glob("*.py") if path.name != "__init__.py"]) <= LOOSE_MODULES
 
 
-def test_the_product_knows_the_simulator_only_for_the_demo_and_the_simulator_nothing_of_the_product() -> None:
+def test_only_the_demo_imports_the_simulator() -> None:
     assert {name for name in PRODUCT for other in imported(name) if within(other, "simulator")} <= {
         name for name in PRODUCT if within(name, "simulator") or within(name, "utils.demo")
     }
     assert not [(name, other) for name in PRODUCT if within(name, "simulator") for other in imported(name)
-                if ours(other) and not within(other, "simulator")]  # fmt: skip
+                if is_ours(other) and not within(other, "simulator")]  # fmt: skip
 
 
-def test_below_the_mirrors_own_edge_nothing_knows_discord_py() -> None:
+def test_discord_py_stays_at_the_edge_of_the_mirror() -> None:
     knows = {name for name in PRODUCT if within(name, "utils.mirror") or within(name, "utils.database")
              for other in imported(name) if other.split(".")[0] == "discord"}  # fmt: skip
     assert knows <= {
@@ -180,7 +182,7 @@ def test_below_the_mirrors_own_edge_nothing_knows_discord_py() -> None:
     }
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
+def test_imports_have_no_cycles() -> None:
     graph = {
         name: {other for other in imported(name, at_once=True) if other in FILES and other != name} for name in PRODUCT
     }
@@ -190,7 +192,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         assert name not in path, " → ".join((*path[path.index(name) :], name))
         if name not in done:
             for other in sorted(graph[name]):
-                # A package imports its modules, and they reach it on the way to one another: no circle.
+                # A package imports its modules, and a module's import runs its package's __init__: not a cycle.
                 if not within(other, name) and not within(name, other):
                     visit(other, (*path, name))
             done.add(name)
@@ -199,19 +201,21 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("name", PRODUCT)
-def test_only_command_lines_print(name: str) -> None:
-    if name in COMMAND_LINES:
-        return
-    calls = [node.lineno for node in ast.walk(tree(name)) if isinstance(node, ast.Call)
-             and isinstance(node.func, ast.Name) and node.func.id == "print"]  # fmt: skip
-    assert not calls, f"{name} prints in lines {calls}"
+def test_only_command_lines_print() -> None:
+    prints = [
+        f"{name}:{node.lineno}"
+        for name in PRODUCT
+        if name not in COMMAND_LINES
+        for node in ast.walk(tree(name))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert prints == []
 
 
 SQL = re.compile(
     r"\b(SELECT .* FROM|INSERT INTO|UPDATE .* SET|DELETE FROM|TRUNCATE|CREATE |DROP |ALTER |NOTIFY )", re.DOTALL
 )
-#: f-strings that hold SQL, and why they may: no value of anybody's is in them, only names of our own.
+#: Modules that may build SQL with f-strings, and what they insert: only names of our own, never a value.
 NAMES_ONLY = {
     "utils.mirror.write.merge_sql": "derived from models/",
     "utils.mirror.reconcile.staging_sql": "derived from models/",
@@ -228,19 +232,28 @@ NAMES_ONLY = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in PRODUCT if name not in NAMES_ONLY and not within(name, "simulator")])
-def test_sql_is_never_put_together_from_values(name: str) -> None:
+def test_sql_is_never_built_from_values() -> None:
+    built = [
+        f"{name}:{line} {text[:60]!r}"
+        for name in PRODUCT
+        if name not in NAMES_ONLY and not within(name, "simulator")
+        for line, text in interpolated_strings(name)
+        if SQL.search(text)
+    ]
+    assert built == []
+
+
+def interpolated_strings(name: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and the constant part of every f-string and every string literal that `.format` is called on."""
     for node in ast.walk(tree(name)):
-        built = ""
         if isinstance(node, ast.JoinedStr) and any(isinstance(part, ast.FormattedValue) for part in node.values):
-            built = "".join(str(part.value) for part in node.values if isinstance(part, ast.Constant))
+            yield node.lineno, "".join(str(part.value) for part in node.values if isinstance(part, ast.Constant))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format":
-            built = node.func.value.value if (
-                isinstance(node.func.value, ast.Constant) and isinstance(node.func.value.value, str)
-            ) else ""  # fmt: skip
-        assert not SQL.search(built), f"{name}:{node.lineno} builds SQL: {built[:60]}"  # type: ignore[attr-defined]
+            literal = node.func.value
+            if isinstance(literal, ast.Constant) and isinstance(literal.value, str):
+                yield node.lineno, literal.value
 
 
-def test_the_rules_are_about_files_that_are_there() -> None:
+def test_exceptions_name_existing_files() -> None:
     assert len(PRODUCT) > 40
     assert set(NAMES_ONLY) <= set(FILES)

@@ -56,7 +56,9 @@ def test_every_command_can_be_typed(block: Block, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", sorted({block.page for block in blocks("sh") if "python bot.py" in block.text}), ids=str
+    "page",
+    sorted({block.page for block in blocks("sh") if "python bot.py" in block.text}),
+    ids=lambda page: str(page.relative_to(ROOT)),
 )
 async def test_operators_commands_do_what_a_page_says_one_after_the_other(page: Path, tmp_path: Path) -> None:
     """Every `python bot.py …` of a page, on a database with something in it, and the files that they name."""
@@ -167,7 +169,7 @@ def test_every_target_of_the_makefile_is_explained() -> None:
     makefile = (ROOT / "Makefile").read_text()
     phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
     assert phony is not None
-    explained = re.findall(r"^([a-z]+):.*## ", makefile, re.MULTILINE)
+    explained = re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE)
     assert sorted(explained) == sorted(phony[1].split())
     assert [name for name in explained if name not in ("help", "setup") and not _sets_up(makefile, name)] == []
 
