@@ -1,4 +1,4 @@
-"""`python bot.py export …`: documents and tables as JSON, JSON lines or CSV."""
+"""`python bot.py export …`: exports documents and tables as JSON, JSON lines or CSV."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ def export(
         str,
         typer.Argument(
             metavar="NAMESPACE|TABLE",
-            help="members, users, emojis or shop as imported; a table, table:members where both are; or a namespace.",
+            help="members, users, emojis or shop (as imported), a table (table:members if both exist), or a namespace.",
         ),
     ],
-    to: Annotated[Path | None, typer.Option(help="The file, replaced as a whole; standard output without it.")] = None,
+    to: Annotated[Path | None, typer.Option(help="File to replace; default: standard output.")] = None,
     form: Annotated[str, typer.Option("--format", help="json, jsonl or csv.")] = "json",
-    guild: Annotated[int | None, typer.Option(help="Of this guild only; 0: of none.")] = None,
+    guild: Annotated[int | None, typer.Option(help="Export only this guild; 0: without a guild.")] = None,
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Export documents or a table, as they are at one moment."""
+    """Export documents or a table from one snapshot."""
     arguments = {"what": what, "to": str(to) if to else None, "format": form, "guild_id": guild}
 
-    async def work(_: Settings, database: Pool, progress: Progress) -> Outcome:
+    async def work(_: Settings, pool: Pool, progress: Progress) -> Outcome:
         from utils.operations.importing import exporting
 
-        assert to is not None, "standard output goes another way"
-        return await exporting.export(database, what, to, form=_form(form), guild_id=guild, progress=progress)
+        assert to is not None, "without a file, to_stdout is used"
+        return await exporting.export(pool, what, to, form=_form(form), guild_id=guild, progress=progress)
 
-    async def pour(database: Pool) -> Outcome:
+    async def to_stdout(pool: Pool) -> Outcome:
         from utils.operations.importing import exporting
 
-        outcome = await exporting.export(database, what, sys.stdout.buffer, form=_form(form), guild_id=guild)
-        await record_action(database, "export", arguments, outcome.text)
+        outcome = await exporting.export(pool, what, sys.stdout.buffer, form=_form(form), guild_id=guild)
+        await record_action(pool, "export", arguments, outcome.text)
         return outcome
 
     if to is not None:
         run_action("export", work, data_dir=data_dir, as_json=as_json, arguments=arguments)
-    with exit_on_errors(as_json=as_json):  # what is exported is all that may stand on standard output
+    with exit_on_errors(as_json=as_json):  # standard output must contain only the export
         if as_json:
             raise ValidationError("--json needs --to FILE: standard output already receives the export")
-        outcome = run_with_pool(load_settings(), data_dir, pour)
+        outcome = run_with_pool(load_settings(), data_dir, to_stdout)
         typer.echo(outcome.text, err=True)
 
 

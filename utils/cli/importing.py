@@ -1,4 +1,4 @@
-"""`python bot.py import …`: what bots kept in JSON files, into the database."""
+"""`python bot.py import …`: imports JSON files of other bots into the database."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from utils.database import Pool
 from utils.operations.action import Outcome, Progress
 from utils.settings import Settings
 
-app = typer.Typer(help="Bring JSON files into the database.", subcommand_metavar="")
+app = typer.Typer(help="Import JSON files into the database.", subcommand_metavar="")
 
 
 @app.callback(invoke_without_command=True, context_settings={"allow_interspersed_args": True})
 def import_(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files, or directories of files.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing, only say what would be.")] = False,
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files or directories.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would be written.")] = False,
     kind: Annotated[
         str | None,
-        typer.Option("--as", help="members, users, emojis, shop or documents; by the files' names without it."),
+        typer.Option("--as", help="members, users, emojis, shop or documents; default: by the file name."),
     ] = None,
-    namespace: Annotated[str | None, typer.Option(help="Where the originals go; legacy.NAME without it.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Namespace for the originals; default: legacy.NAME.")] = None,
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Import JSON files: checked, repaired, copied away first, each in one transaction."""
+    """Copy, validate, repair and import JSON files, each in one transaction."""
 
-    async def work(settings: Settings, database: Pool, progress: Progress) -> Outcome:
+    async def work(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
         from utils.operations.importing import importer
 
-        if data_dir is not None:  # the originals go where the database is
+        if data_dir is not None:  # the originals are copied to the database's data directory
             settings = settings.model_copy(update={"data_dir": data_dir})
         return await importer.import_files(
-            database, settings, paths, dry_run, kind=kind, namespace=namespace, progress=progress
+            pool, settings, paths, dry_run, kind=kind, namespace=namespace, progress=progress
         )
 
     arguments = {"paths": [str(path) for path in paths], "dry_run": dry_run, "as": kind, "namespace": namespace}

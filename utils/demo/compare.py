@@ -51,14 +51,14 @@ def _text(key: Key) -> str:
     return "/".join(map(str, key))
 
 
-async def compare(db: Pool, table: str, expected: Iterable[Row], *, guild_id: int | None = None) -> Comparison:
+async def compare(pool: Pool, table: str, expected: Iterable[Row], *, guild_id: int | None = None) -> Comparison:
     """Compare the rows without a tombstone with `expected`, for one guild or for all guilds the bot is in.
 
     Columns missing from an expected row are ignored: those of a hidden channel keep their last known values. Extra
     rows are ignored for threads in hidden channels and for users without a membership, which the bot cannot observe.
     """
     names = [column.name for column in mirrored_tables()[table].primary_key.columns]
-    actual = {tuple(row[name] for name in names): row for row in await _rows(db, table, guild_id)}
+    actual = {tuple(row[name] for name in names): row for row in await _rows(pool, table, guild_id)}
     comparison = Comparison(table)
     for row in expected:
         key = tuple(row[name] for name in names)
@@ -81,7 +81,7 @@ _IS_OBSERVABLE = {
 }
 
 
-async def _rows(db: Pool, table: str, guild_id: int | None) -> list[asyncpg.Record]:
+async def _rows(pool: Pool, table: str, guild_id: int | None) -> list[asyncpg.Record]:
     observable = _IS_OBSERVABLE.get(table, "true").format(guild="($1::bigint IS NULL OR m.guild_id = $1)")
     column = {"guilds": "id", "users": None}.get(table, "guild_id")
     conditions = ["($1::bigint IS NULL OR true)"]  # every statement uses the parameter
@@ -93,4 +93,4 @@ async def _rows(db: Pool, table: str, guild_id: int | None) -> list[asyncpg.Reco
         conditions.append(f"t.{tombstone} IS NULL")
     where = " AND ".join(conditions)
     statement = f"SELECT t.*, {observable} AS is_observable FROM {table} AS t WHERE {where}"  # noqa: S608 - names are ours
-    return await db.fetch(statement, guild_id, timeout=60)
+    return await pool.fetch(statement, guild_id, timeout=60)

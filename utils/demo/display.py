@@ -77,27 +77,27 @@ def plain(value: object) -> str:
     return shown if len(shown) <= LENGTH else f"{shown[: LENGTH - 1]}…"
 
 
-async def contents(db: Pool) -> Table:
+async def contents(pool: Pool) -> Table:
     """Return the number of rows of each guild in each table."""
     table = Table(**_TABLE_STYLE)
     table.add_column("guild")
     columns = ("members", "left", "roles", "channels", "threads", "changes")
     for column in columns:
         table.add_column(column, justify="right")
-    for row in await db.fetch(_COUNTS):
+    for row in await pool.fetch(_COUNTS):
         table.add_row(Text(plain(row["name"])), *(f"{row[column]:,}" for column in columns))
-    users = await db.fetchval("SELECT count(*) FROM users")
+    users = await pool.fetchval("SELECT count(*) FROM users")
     table.add_row(f"plus {users:,} users", style="dim")
     return table
 
 
-async def history(db: Pool) -> Table:
+async def history(pool: Pool) -> Table:
     """Return a sample of the history with as many kinds of changes as possible."""
     table = Table(**_TABLE_STYLE)
     for column, width in (("at (UTC)", 8), ("where", 16), ("what", 24), ("change", 0)):
         table.add_column(column, no_wrap=True, min_width=width)
-    roles = {row["id"]: plain(row["name"]) for row in await db.fetch("SELECT id, name FROM roles")}
-    rows = await db.fetch(_HISTORY, HISTORY)
+    roles = {row["id"]: plain(row["name"]) for row in await pool.fetch("SELECT id, name FROM roles")}
+    rows = await pool.fetch(_HISTORY, HISTORY)
     for row in sorted(rows, key=lambda row: int(row["id"])):
         change = _change(row, roles)
         table.add_row(

@@ -113,16 +113,16 @@ class Demo:
         await self.bot.start(simulator.api_base, simulator.token)
         self.say(f"started the bot: python bot.py (log: {_short(self.directory.log)})")
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
-            db = await self._reach_database(session)
+            pool = await self._reach_database(session)
             try:
-                await self._watch_sync(session, db)
+                await self._watch_sync(session, pool)
                 await self._live(session)
-                comparisons = await self._compare_until_equal(db)
+                comparisons = await self._compare_until_equal(pool)
                 matches = not any(comparison.differences for comparison in comparisons)
                 self._heading("In the database")
-                self.console.print(await display.contents(db))
+                self.console.print(await display.contents(pool))
                 self._heading("A sample of the history, from the tables changes and user_changes")
-                self.console.print(await display.history(db))
+                self.console.print(await display.history(pool))
                 self._heading("Verification: every row compared with the simulated Discord")
                 self.console.print(display.comparisons(comparisons))
                 for comparison in comparisons:
@@ -132,7 +132,7 @@ class Demo:
                 if matches and keep:
                     await self._keep_running(session)
             finally:
-                await db.close()
+                await pool.close()
         return matches
 
     async def _reach_database(self, session: aiohttp.ClientSession) -> Pool:
@@ -141,12 +141,12 @@ class Demo:
             while "database" not in (await self.bot.readiness(session) or {}):  # noqa: ASYNC110 - another process
                 await asyncio.sleep(POLL_SECONDS)
         await self.directory.server.start()  # attaches to the server that the bot started
-        db = Pool(self.directory.server.target(), pool_max=3)
-        await db.connect()
-        self.say(f"PostgreSQL {db.server_version_num // 10_000} is running, the schema has been created")
-        return db
+        pool = Pool(self.directory.server.target(), pool_max=3)
+        await pool.connect()
+        self.say(f"PostgreSQL {pool.server_version_num // 10_000} is running, the schema has been created")
+        return pool
 
-    async def _watch_sync(self, session: aiohttp.ClientSession, db: Pool) -> None:
+    async def _watch_sync(self, session: aiohttp.ClientSession, pool: Pool) -> None:
         name, figures = (
             TextColumn("         {task.description:<16}"),
             TextColumn("{task.completed:,} of {task.total:,}"),
@@ -163,7 +163,7 @@ class Demo:
                 while True:
                     state = await self.bot.readiness(session) or {}
                     received = {int(id): seen for id, seen in state.get("members_received", {}).items()}
-                    rows = await db.fetch("SELECT guild_id, count(*) FROM members GROUP BY guild_id")
+                    rows = await pool.fetch("SELECT guild_id, count(*) FROM members GROUP BY guild_id")
                     stored: dict[int, int] = {row[0]: row[1] for row in rows}
                     for id, bar in bars.items():
                         progress.update(bar, completed=max(received.get(id, 0), stored.get(id, 0)))
@@ -180,11 +180,11 @@ class Demo:
         self.say(f"{self.scenario.counts.total()} live events: {counts}")
         await self.bot.readiness(session)  # raises if the bot exited
 
-    async def _compare_until_equal(self, db: Pool) -> list[Comparison]:
+    async def _compare_until_equal(self, pool: Pool) -> list[Comparison]:
         """Compare until the tables match or the time is up, and return the last comparison."""
         deadline = time.monotonic() + MATCH_SECONDS
         while True:
-            comparisons = [await compare(db, table, self.world.expected_rows(table)) for table in TABLES]
+            comparisons = [await compare(pool, table, self.world.expected_rows(table)) for table in TABLES]
             if not any(comparison.differences for comparison in comparisons):
                 self.say("the tables match the simulated Discord")
                 return comparisons

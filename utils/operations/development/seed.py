@@ -1,4 +1,4 @@
-"""What `python bot.py db seed|reset|describe` does: a database to write cogs against, and a look at one."""
+"""Seeding and resetting a development database (`python bot.py db seed` and `db reset`)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from utils.exceptions import GuildbookError
 from utils.operations import migrations
 from utils.service.lease import hold_as_operator
 
-#: The low bits of every seeded id: worker and process 31, the first of its millisecond. It tells them from Discord's.
-SEEDED = 0x3FF000
-#: What is seeded first was made then, and each thing thereafter up to so many milliseconds later.
+#: The low bits of every seeded id: worker 31, process 31, increment 0. They distinguish seeded ids from Discord's.
+SEEDED_BITS = 0x3FF000
+#: Creation time of the first seeded id, and the maximum number of milliseconds between two ids.
 FIRST = datetime(2019, 3, 1, tzinfo=UTC)
 STEP_MS = 60_000
-#: Seconds for one COPY or one look; a guild of a million members takes less.
-SECONDS = 600.0
+#: Timeout of a statement in seconds; a guild of a million members takes less.
+STATEMENT_SECONDS = 600.0
 
 _ADJECTIVES = (
     "amber", "brave", "calm", "dusty", "early", "faint", "gentle", "hollow", "icy", "jolly", "keen", "lucky", "mellow",
@@ -39,8 +39,8 @@ _CHANNELS = (
     ("help", 15), ("off-topic", 0), ("Voices", 4), ("Lounge", 2), ("Stage", 13),
 )  # fmt: skip
 _ROLES = ("Newcomer", "Regular", "Artist", "Helper", "Event crew", "Moderator", "Admin")
-#: Discord's numbers of permissions: view channels, send messages, read their history; the last role may do everything.
-_EVERYONE_MAY, _ADMIN_MAY = 1 << 10 | 1 << 11 | 1 << 16, 1 << 3
+#: Permission bits: view channels, send messages, read message history; and administrator for the last role.
+_EVERYONE_PERMISSIONS, _ADMIN_PERMISSIONS = 1 << 10 | 1 << 11 | 1 << 16, 1 << 3
 
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "guilds": (
@@ -63,50 +63,49 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-async def seed(
-    database: Pool, *, guilds: int = 3, members: int = 200, seed: int = 0, more: bool = False
-) -> dict[str, int]:
-    """Fill the database with made-up guilds of so many members each, and return how many rows, by table.
+async def seed(pool: Pool, *, guilds: int = 3, members: int = 200, seed: int = 0, more: bool = False) -> dict[str, int]:
+    """Insert generated guilds with `members` members each and return the number of rows by table.
 
-    One seed gives the same people, ids included; times reach up to now. All or nothing is written, and no history. The
-    rows' stamps are 0: whatever Discord says later wins, and a bot that starts on this database finds that it has left
-    these guilds. Raises
-    `GuildbookError` when guilds are there already, unless `more` asks for further ones beside them.
+    The same `seed` gives the same users, ids included; times range up to now. Everything is written in one transaction,
+    without history. The stamps are 0, so any event of Discord supersedes the rows; a bot that starts on this database
+    marks the guilds as left. Raises `GuildbookError` if the database contains guilds, unless `more` is set.
     """
     if guilds < 1 or members < 1:
-        raise GuildbookError(f"{guilds} guilds of {members} members cannot be seeded: at least 1 of each")
+        raise GuildbookError(f"cannot seed {guilds} guilds of {members} members: both must be at least 1")
     written: Counter[str] = Counter()
-    async with database.transaction() as connection:
-        await connection.execute("LOCK TABLE guilds IN SHARE ROW EXCLUSIVE MODE")  # nobody seeds at the same time
-        there = await connection.fetchval("SELECT count(*) FROM guilds")
-        if there and not more:
+    async with pool.transaction() as connection:
+        await connection.execute("LOCK TABLE guilds IN SHARE ROW EXCLUSIVE MODE")  # no concurrent seeding
+        existing = await connection.fetchval("SELECT count(*) FROM guilds")
+        if existing and not more:
             raise GuildbookError(
-                f"guilds are in this database already ({there}): seed an empty one (python bot.py db reset empties it),"
-                " or add to them with --more"
+                f"the database already contains {existing} guilds: empty it with python bot.py db reset,"
+                " or add more with --more"
             )
-        made = _Invention(random.Random(seed), await _last_seeded(connection), database.now())
+        generator = _Generator(random.Random(seed), await _last_seeded(connection), pool.now())
         for _ in range(guilds):
-            for table, records in made.guild(members).items():
-                await connection.copy_records_to_table(table, records=records, columns=_COLUMNS[table], timeout=SECONDS)
+            for table, records in generator.guild(members).items():
+                await connection.copy_records_to_table(
+                    table, records=records, columns=_COLUMNS[table], timeout=STATEMENT_SECONDS
+                )
                 written[table] += len(records)
-    for table in written:  # the planner knows nothing of them yet, and would read whole tables for one row
-        await database.execute("ANALYZE " + table, timeout=SECONDS)
+    for table in written:  # without statistics, the planner would use sequential scans
+        await pool.execute("ANALYZE " + table, timeout=STATEMENT_SECONDS)
     return dict(written)
 
 
 async def _last_seeded(connection: Connection) -> int:
-    """Return the greatest id that a seeding has given out, or the one before the first."""
+    """Return the greatest seeded id, or the one before the first."""
     last = await connection.fetchval(
         "SELECT max(id) FROM (SELECT id FROM guilds UNION ALL SELECT id FROM users UNION ALL SELECT id FROM roles"
         " UNION ALL SELECT id FROM channels UNION ALL SELECT id FROM threads) AS ids WHERE id & 4194303 = $1",
-        SEEDED,
-        timeout=SECONDS,
+        SEEDED_BITS,
+        timeout=STATEMENT_SECONDS,
     )
-    return last if last is not None else id_at(FIRST) + SEEDED
+    return last if last is not None else id_at(FIRST) + SEEDED_BITS
 
 
-class _Invention:
-    """Makes guilds up: people that some of them share, roles, channels, threads, and who wrote how much."""
+class _Generator:
+    """Generates guilds with roles, channels, threads, members (some shared between guilds) and statistics."""
 
     def __init__(self, rng: random.Random, last: int, now: datetime) -> None:
         self._rng = rng
@@ -115,27 +114,27 @@ class _Invention:
         self._known: list[int] = []
 
     def guild(self, size: int) -> dict[str, list[tuple[Any, ...]]]:
-        """Return the rows of one more guild, by table, in the order of `_COLUMNS`."""
+        """Return the rows of another guild by table, with the columns of `_COLUMNS`."""
         rng, guild_id = self._rng, self._id()
         users = list(self._users(size - min(size // 4, len(self._known))))
         shared = rng.sample(self._known, size - len(users))
         people = sorted([*shared, *(user[0] for user in users)])
         self._known += [user[0] for user in users][: max(1, size // 2)]
         owner_id = rng.choice(people)
-        founded = _made_at(guild_id)
+        founded = _created_at(guild_id)
         joined = founded + (self._now - founded) * 0.1
-        roles = [(guild_id, guild_id, "@everyone", 0, False, 0, _EVERYONE_MAY, False, False, 0)]
+        roles = [(guild_id, guild_id, "@everyone", 0, False, 0, _EVERYONE_PERMISSIONS, False, False, 0)]
         for position, name in enumerate(_ROLES, start=1):
-            may = _ADMIN_MAY if name == _ROLES[-1] else 0
+            permissions = _ADMIN_PERMISSIONS if name == _ROLES[-1] else 0
             colour, is_shown = rng.getrandbits(24), position > 3
-            roles.append((guild_id, self._id(), name, colour, is_shown, position, may, False, not is_shown, 0))
+            roles.append((guild_id, self._id(), name, colour, is_shown, position, permissions, False, not is_shown, 0))
         channels = list(self._channels(guild_id))
         members = [self._member(guild_id, id, roles[1:], joined, is_owner=id == owner_id) for id in people]
         stats = [self._stats(member) for member in members if rng.random() < 0.6]
-        here = sum(member[-1] is None for member in members)
+        present = sum(member[-1] is None for member in members)
         name = f"{rng.choice(_ADJECTIVES).title()} {rng.choice(_NOUNS).title()} {rng.choice(_CLUBS)}"
-        row = (guild_id, name, owner_id, "en-US", 300, rng.randrange(4), 1, 0, 0, 0, joined, here > 250, here, 500_000,
-               rng.randrange(4), rng.randrange(20), ["COMMUNITY", "NEWS"])  # fmt: skip
+        row = (guild_id, name, owner_id, "en-US", 300, rng.randrange(4), 1, 0, 0, 0, joined, present > 250, present,
+               500_000, rng.randrange(4), rng.randrange(20), ["COMMUNITY", "NEWS"])  # fmt: skip
         threads = list(self._threads(guild_id, [channel[1] for channel in channels if channel[3] == 0], people))
         return {"guilds": [row], "users": users, "members": members, "roles": roles, "channels": channels,
                 "threads": threads, "member_stats": stats}  # fmt: skip
@@ -175,7 +174,7 @@ class _Invention:
         self, guild_id: int, user_id: int, roles: Sequence[tuple[Any, ...]], opened: datetime, *, is_owner: bool
     ) -> tuple[Any, ...]:
         rng = self._rng
-        earliest = max(opened, _made_at(user_id))
+        earliest = max(opened, _created_at(user_id))
         joined = earliest + (self._now - earliest) * rng.random()
         left = joined + (self._now - joined) * rng.random() if not is_owner and rng.random() < 0.05 else None
         boosts = joined + (self._now - joined) * rng.random() if rng.random() < 0.03 else None
@@ -188,27 +187,25 @@ class _Invention:
         return *member[:2], int(self._rng.paretovariate(0.8)) % 50_000, joined + (until - joined) * self._rng.random()
 
 
-def _made_at(snowflake: int) -> datetime:
+def _created_at(snowflake: int) -> datetime:
     return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=(snowflake >> 22) + DISCORD_EPOCH_MS)
 
 
-async def reset(database: Pool, *, name: str | None, environment: str) -> str:
-    """Drop all tables of ours with everything in them, make them anew, and return the database's name.
+async def reset(pool: Pool, *, name: str | None, environment: str) -> str:
+    """Drop and recreate all of Guildbook's tables, with all data, and return the database's name.
 
-    Outside `environment` 'development' only when `name` is the database's name. What cogs keep in tables of their own
-    stays; one that refers to ours by a foreign key makes it fail. Raises `GuildbookError` when it may not be done,
-    always while a bot acts on the database, and `MigrationError` when it could not: `db upgrade` then makes what is
-    missing.
+    Unless `environment` is 'development', `name` must be the database's name. Tables of cogs are kept; a foreign key
+    from one of them to ours makes the reset fail. Raises `GuildbookError` if the reset is not allowed, always while a
+    bot is running on the database, and `MigrationError` if it fails: run `db upgrade` to create what is missing.
     """
-    found: str = await database.fetchval("SELECT current_database()")
+    found: str = await pool.fetchval("SELECT current_database()")
     if name is not None and name != found:
-        raise GuildbookError(f"the database at {database.target} is called {found}, not {name}: nothing was dropped")
+        raise GuildbookError(f"the database at {pool.target} is named {found}, not {name}: nothing was dropped")
     if environment != "development" and name is None:
         raise GuildbookError(
-            f"ENVIRONMENT is {environment}: to drop everything in {found} at {database.target}, say so with"
-            f" --yes-destroy {found}"
+            f"ENVIRONMENT is {environment}: to drop everything in {found} at {pool.target}, pass --yes-destroy {found}"
         )
-    async with hold_as_operator(database):
-        await migrations.downgrade(database, "base")
-        await migrations.upgrade(database)
+    async with hold_as_operator(pool):
+        await migrations.downgrade(pool, "base")
+        await migrations.upgrade(pool)
     return found

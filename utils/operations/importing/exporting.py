@@ -67,7 +67,7 @@ class _Source:
 
 
 async def export(
-    database: Pool,
+    pool: Pool,
     what: str,
     to: Path | BinaryIO,
     *,
@@ -87,9 +87,9 @@ async def export(
     try:
         if isinstance(to, Path):
             with _replace_file(to) as file:
-                rows, name = await _export(database, what, file, form, guild_id, progress)
+                rows, name = await _export(pool, what, file, form, guild_id, progress)
         else:
-            rows, name = await _export(database, what, to, form, guild_id, progress)
+            rows, name = await _export(pool, what, to, form, guild_id, progress)
     except OSError as exc:
         raise GuildbookError(f"{to if isinstance(to, Path) else 'the output'}: cannot be written: {exc}") from exc
     where = f" to {to}" if isinstance(to, Path) else ""
@@ -98,12 +98,12 @@ async def export(
 
 
 async def _export(
-    database: Pool, what: str, file: BinaryIO, form: Format, guild_id: int | None, progress: Progress
+    pool: Pool, what: str, file: BinaryIO, form: Format, guild_id: int | None, progress: Progress
 ) -> tuple[int, str]:
     table, namespace = _resolve(what)
     name = f"documents {namespace}" if table is None else f"table {table.fullname}"
     rows = 0
-    async with database.transaction(isolation="repeatable_read", readonly=True) as connection:
+    async with pool.transaction(isolation="repeatable_read", readonly=True) as connection:
         # The server formats the times in CSV; always use UTC.
         await connection.execute("SET LOCAL TimeZone = 'UTC'")
         if table is None:

@@ -93,7 +93,7 @@ class FileResult:
 
 
 async def import_files(
-    database: Pool,
+    pool: Pool,
     settings: Settings,
     paths: Sequence[Path],
     dry_run: bool = False,
@@ -116,11 +116,11 @@ async def import_files(
     files = await asyncio.to_thread(originals.find_files, paths)
     if namespace is not None and len(files) > 1:
         raise ValidationError(f"{len(files)} files cannot share the namespace {namespace}: import them one at a time")
-    return await _import(database, files, settings.data_dir, dry_run, kind, namespace, progress)
+    return await _import(pool, files, settings.data_dir, dry_run, kind, namespace, progress)
 
 
 async def import_new_files(
-    database: Pool, directory: Path, progress: Progress = ignore_progress, *, data_dir: Path
+    pool: Pool, directory: Path, progress: Progress = ignore_progress, *, data_dir: Path
 ) -> Outcome | None:
     """Import the files in a directory that were never imported before; return None if there are none.
 
@@ -129,13 +129,13 @@ async def import_new_files(
     """
     files = await asyncio.to_thread(originals.find_files, [directory], allow_none=True)
     digests = {path: (await asyncio.to_thread(originals.hash_file, path)).sha256 for path in files}
-    known = await already_imported(database, list(digests.values()))
+    known = await already_imported(pool, list(digests.values()))
     files = [path for path in files if digests[path] not in known]
-    return await _import(database, files, data_dir, False, None, None, progress) if files else None
+    return await _import(pool, files, data_dir, False, None, None, progress) if files else None
 
 
 async def _import(
-    database: Pool,
+    pool: Pool,
     files: list[Path],
     data_dir: Path,
     dry_run: bool,
@@ -154,7 +154,7 @@ async def _import(
         as_kind = kind or kind_of(path)
         where = namespace or namespace_of(path, as_kind)
         try:
-            done.append(await _import_file(database, source, as_kind, where, directory, progress))
+            done.append(await _import_file(pool, source, as_kind, where, directory, progress))
         except ValidationError as exc:
             failed.append((source.path.name, str(exc)))
         except OSError as exc:
@@ -194,7 +194,7 @@ async def _copy(files: list[Path], data_dir: Path, progress: Progress) -> tuple[
 
 
 async def _import_file(
-    database: Pool, source: Original, kind: str, namespace: str, directory: Path | None, progress: Progress
+    pool: Pool, source: Original, kind: str, namespace: str, directory: Path | None, progress: Progress
 ) -> FileResult:
     """Import one file in one transaction; if `directory` is None (a dry run), roll back before writing."""
     started = time.monotonic()
@@ -202,7 +202,7 @@ async def _import_file(
     path = None if directory is None else directory / f"{name}.rejected.jsonl"
     with source.path.open("rb") as file, Rejects(path) as rejects:
         rows = Rows(source, file, kind, rejects)
-        async with database.acquire(temp=True) as connection:
+        async with pool.acquire(temp=True) as connection:
             transaction = connection.transaction()
             await transaction.start()
             try:

@@ -203,9 +203,9 @@ class Merge:
         await self._connection.execute(sql, *arguments, timeout=STATEMENT_SECONDS)
 
 
-async def already_imported(database: Any, digests: list[str]) -> set[str]:
+async def already_imported(pool: Any, digests: list[str]) -> set[str]:
     """Return which of these SHA-256 digests belong to files that were imported before."""
-    keys = await database.fetch(_ALREADY_IMPORTED, RECORDS, [record_key(digest) for digest in digests])
+    keys = await pool.fetch(_ALREADY_IMPORTED, RECORDS, [record_key(digest) for digest in digests])
     return {row["key"].removeprefix("import:") for row in keys}
 
 
