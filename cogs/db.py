@@ -1,4 +1,4 @@
-"""/db: the operators' hands on the database. Everything here is also on the command line (`python bot.py db …`)."""
+"""The commands of /db, for operators. The command line has all of them too (`python bot.py db …`, `backup …`)."""
 
 from __future__ import annotations
 
@@ -20,48 +20,47 @@ from utils.operations.backup.service import BackupService
 from utils.operations.doctor import DoctorContext, run_checks
 from utils.operations.importing import exporting, importer
 from utils.operations.migrations import Actor, admin
-from utils.operations.migrations.preview import preview as written
+from utils.operations.migrations.preview import preview as preview_migration
 from utils.operations.slash import Answer, Reply
 from utils.operations.upkeep import maintain, picture
-from utils.operations.upkeep.statistics import Statistics, collect, figures
+from utils.operations.upkeep.statistics import Statistics, collect, summarize
 from utils.text import format_bytes
 
-#: Discord's bounds of an embed's field (API reference, "Embed Limits").
-FIELD = 1_024
-#: Where files for `/db import` are looked for, under DATA_DIR: a name from Discord leads nowhere else.
+#: Most characters of an embed field (API reference, "Embed Limits").
+FIELD_LENGTH = 1_024
+#: The directories of `/db import` and `/db export` under DATA_DIR; a name from Discord cannot lead out of them.
 IMPORTS = "import"
-#: Where `/db export` writes.
 EXPORTS = "export"
 
 Action = Callable[[Reply], Awaitable[str | Outcome | Answer]]
 
 
 class DatabaseCommands(BaseCog):
-    """Migrate, back up, restore, import, and look."""
+    """Statistics, maintenance, import and export, migrations and backups."""
 
     db_group = app_commands.Group(name="db", description="The database of this bot (operators only)")
     migrate = app_commands.Group(name="migrate", description="The schema", parent=db_group)
     backup = app_commands.Group(name="backup", description="Backups", parent=db_group)
 
-    # --- looking
+    # --- the data
 
-    @db_group.command(name="stats", description="What the tables hold, how they grow, and how the database fares")
+    @db_group.command(name="stats", description="Table sizes, their growth, and what database and bot are doing")
     async def stats(self, interaction: discord.Interaction[Guildbook]) -> None:
-        """Show the figures and a picture."""
+        """Show the statistics with a chart."""
 
         async def work(reply: Reply) -> Answer:
             backups = [{"id": known.id, "line": known.line} for known in (await self._vault().known())[:3]]
-            found = await collect(self._database, bot=self.bot.stats(), backups=backups)
+            statistics = await collect(self._database, bot=self.bot.stats(), backups=backups)
             try:
-                drawn: bytes | None = await picture.draw(found)
-            except GuildbookError as exc:  # the figures matter more
-                self.log.warning("the statistics are shown without their picture: %s", exc)
-                drawn = None
-            return _embedded(found, drawn)
+                chart: bytes | None = await picture.draw(statistics)
+            except GuildbookError as exc:  # the numbers matter more
+                self.log.warning("could not draw the chart of the statistics: %s", exc)
+                chart = None
+            return _to_embed(statistics, chart)
 
         await slash.operate(interaction, "db stats", work)
 
-    @db_group.command(name="health", description="Check settings, database, rights, disk, clock and tools")
+    @db_group.command(name="health", description="Check settings, database, privileges, disk, clock and tools")
     async def health(self, interaction: discord.Interaction[Guildbook]) -> None:
         """Run the doctor's checks."""
 
@@ -74,26 +73,28 @@ class DatabaseCommands(BaseCog):
 
         await self._run(interaction, "db health", work)
 
-    @db_group.command(name="maintain", description="Analyse, rebuild bloated indexes, refresh views, make partitions")
+    @db_group.command(
+        name="maintain", description="Analyze tables, rebuild bloated indexes, refresh views, create partitions"
+    )
     async def maintain(self, interaction: discord.Interaction[Guildbook]) -> None:
-        """Show what would be done, ask, and do it."""
+        """Show the due jobs, ask, and do them."""
 
         async def work(reply: Reply) -> Outcome:
-            would = await maintain.preview(self._database)
-            await reply.confirm(f"This would be done:\n{would.text}", "Do it")
+            jobs = await maintain.preview(self._database)
+            await reply.confirm(f"These jobs are due:\n{jobs.text}", "Do it")
             return await maintain.maintain(self._database, progress=reply.step)
 
         await self._run(interaction, "db maintain", work)
 
-    @db_group.command(name="import", description="Import JSON files that lie in DATA_DIR/import on the bot's machine")
+    @db_group.command(name="import", description="Import JSON files from DATA_DIR/import on the bot's machine")
     @app_commands.describe(
-        name="A file or directory there; without it, all of them",
-        dry_run="Only say what would be written (the default)",
+        name="A file or directory there; all by default",
+        dry_run="Only show what would be written (the default)",
     )
     async def import_(
         self, interaction: discord.Interaction[Guildbook], name: str | None = None, dry_run: bool = True
     ) -> None:
-        """Import, or say what an import would do."""
+        """Import files, or show what an import would write."""
 
         async def work(reply: Reply) -> Outcome:
             settings, path = self.bot.settings, self._path(IMPORTS, name)
@@ -103,14 +104,14 @@ class DatabaseCommands(BaseCog):
 
         await self._run(interaction, "db import", work, name=name, dry_run=dry_run)
 
-    @db_group.command(name="export", description="Write documents or a table into DATA_DIR/export on the bot's machine")
+    @db_group.command(name="export", description="Write documents or a table to DATA_DIR/export on the bot's machine")
     @app_commands.describe(
         what="members, users, emojis or shop as imported; a table; or a namespace of documents", form="The format"
     )
     async def export(
         self, interaction: discord.Interaction[Guildbook], what: str, form: Literal["json", "jsonl", "csv"] = "json"
     ) -> None:
-        """Export to a file that stays there: people's data is not sent through Discord."""
+        """Export to a file on the bot's machine: personal data is not sent through Discord."""
 
         async def work(reply: Reply) -> Outcome:
             file = self._path(EXPORTS, f"{what.strip().replace(':', '_')}.{form}")
@@ -119,7 +120,7 @@ class DatabaseCommands(BaseCog):
         await self._run(interaction, "db export", work, what=what, form=form)
 
     def _path(self, directory: str, name: str | None) -> Path:
-        """Return a path under DATA_DIR. Raises `ValidationError` for a name that leads elsewhere."""
+        """Return a path under a directory of DATA_DIR. Raises `ValidationError` for a name that leads out of it."""
         root = (self.bot.settings.data_dir / directory).resolve()
         path = (root / (name or ".")).resolve()
         if path != root and root not in path.parents:
@@ -129,14 +130,14 @@ class DatabaseCommands(BaseCog):
 
     # --- the schema
 
-    @migrate.command(name="status", description="The schema's revision, what waits, and what differs from the models")
+    @migrate.command(name="status", description="The current revision, pending revisions, and drift from the models")
     async def status(self, interaction: discord.Interaction[Guildbook]) -> None:
-        """Show where the schema is."""
+        """Show the state of the schema."""
         await self._run(
             interaction, "db migrate status", lambda reply: admin.status(self._database, progress=reply.step)
         )
 
-    @migrate.command(name="history", description="Every revision of the schema, and when it was applied")
+    @migrate.command(name="history", description="All revisions, and when and by whom each was applied")
     async def history(self, interaction: discord.Interaction[Guildbook]) -> None:
         """Show all revisions."""
         await self._run(
@@ -144,7 +145,7 @@ class DatabaseCommands(BaseCog):
         )
 
     @migrate.command(name="preview", description="The SQL that a migration would run, as a file")
-    @app_commands.describe(revision="Where to; without it the newest, or the one before", down="Back instead of on")
+    @app_commands.describe(revision="The newest by default, or for a downgrade the previous one", down="A downgrade")
     async def preview(
         self, interaction: discord.Interaction[Guildbook], revision: str | None = None, down: bool = False
     ) -> None:
@@ -152,18 +153,18 @@ class DatabaseCommands(BaseCog):
         await self._run(
             interaction,
             "db migrate preview",
-            lambda reply: written(self._database, revision, down=down, progress=reply.step),
+            lambda reply: preview_migration(self._database, revision, down=down, progress=reply.step),
             revision=revision,
             down=down,
         )
 
-    @migrate.command(name="upgrade", description="Bring the schema up to date")
+    @migrate.command(name="upgrade", description="Apply the pending revisions")
     async def upgrade(self, interaction: discord.Interaction[Guildbook]) -> None:
-        """Show what would be done, ask, and do it."""
+        """Show the migration, ask, and run it."""
 
         async def work(reply: Reply) -> Outcome:
-            would = await written(self._database)
-            await reply.confirm(would.text, "Upgrade")
+            migration = await preview_migration(self._database)
+            await reply.confirm(migration.text, "Upgrade")
             by = Actor("discord", interaction.user.id)
             outcome = await admin.upgrade(self._database, by=by, progress=reply.step)
             await self.db.renew()
@@ -171,15 +172,17 @@ class DatabaseCommands(BaseCog):
 
         await self._run(interaction, "db migrate upgrade", work)
 
-    @migrate.command(name="downgrade", description="Take the schema back; the bot ends, and starts with older code")
-    @app_commands.describe(revision="Where to: a revision's number")
+    @migrate.command(
+        name="downgrade", description="Revert revisions; the bot then stops, to be started with an older version"
+    )
+    @app_commands.describe(revision="The number of a revision")
     async def downgrade(self, interaction: discord.Interaction[Guildbook], revision: str) -> None:
-        """Show what would be lost, ask, back up, take the schema down, and end."""
+        """Show what would be lost, ask, back up, downgrade the schema, and shut down."""
 
         async def work(reply: Reply) -> Outcome:
-            would = await written(self._database, revision, down=True)
-            warning = "A backup is made first. Then this bot ends: it cannot work on an older schema."
-            await reply.confirm(f"{would.text}\n{warning}", "Downgrade")
+            migration = await preview_migration(self._database, revision, down=True)
+            warning = "A backup is made first. Then this bot shuts down: it cannot work on an older schema."
+            await reply.confirm(f"{migration.text}\n{warning}", "Downgrade")
 
             async def save() -> str:
                 return await self._vault().save(self._database, "before downgrade", reply.step)
@@ -188,29 +191,27 @@ class DatabaseCommands(BaseCog):
                 self._database,
                 revision,
                 backup=save,
-                exclusive=_together,
+                exclusive=_allow_own_lease,
                 by=Actor("discord", interaction.user.id),
                 progress=reply.step,
             )
             self.bot.shut_down(
                 MigrationError(
-                    f"an operator took the schema down to {revision}: start the version that fits it, or bring it up"
-                    " again (python bot.py db upgrade)"
+                    f"an operator downgraded the schema to {revision}: start a version that fits, or upgrade again"
+                    " (python bot.py db upgrade)"
                 )
             )
             return outcome
 
         await self._run(interaction, "db migrate downgrade", work, revision=revision)
 
-    @migrate.command(
-        name="stamp", description="Note a revision without running anything, if the tables are what it says"
-    )
-    @app_commands.describe(revision="A revision's number, or head")
+    @migrate.command(name="stamp", description="Record a revision without running it, if the schema is what it makes")
+    @app_commands.describe(revision="The number of a revision, or head")
     async def stamp(self, interaction: discord.Interaction[Guildbook], revision: str = "head") -> None:
-        """Set the revision."""
+        """Ask, compare, and record the revision."""
 
         async def work(reply: Reply) -> Outcome:
-            await reply.confirm(f"Note that the schema is at {revision}, without running anything?", "Stamp")
+            await reply.confirm(f"Record that the schema is at {revision}, without running anything?", "Stamp")
             return await admin.stamp(self._database, revision, by=Actor("discord", interaction.user.id))
 
         await self._run(interaction, "db migrate stamp", work, revision=revision)
@@ -305,24 +306,24 @@ class _BotContext(DoctorContext):
         return self._bot_pool
 
 
-def _together(database: Pool) -> contextlib.AbstractAsyncContextManager[None]:
-    """Let the schema be taken down while a bot acts: it is the one that was asked to."""
+def _allow_own_lease(pool: Pool) -> contextlib.AbstractAsyncContextManager[None]:
+    """Let a downgrade run although a bot acts: this one does, and it was asked to."""
     return contextlib.nullcontext()
 
 
-def _embedded(found: Statistics, drawn: bytes | None) -> Answer:
-    lines = figures(found)
+def _to_embed(statistics: Statistics, chart: bytes | None) -> Answer:
     embed = discord.Embed(
-        title=f"PostgreSQL {found.server['version']}, {format_bytes(found.server['bytes'])}", timestamp=found.at
+        title=f"PostgreSQL {statistics.server['version']}, {format_bytes(statistics.server['bytes'])}",
+        timestamp=statistics.at,
     )
-    for name, value in lines.items():
-        embed.add_field(name=name, value=discord.utils.escape_markdown(value)[:FIELD], inline=len(value) < 60)
-    if drawn is not None:
+    for name, value in summarize(statistics).items():
+        embed.add_field(name=name, value=discord.utils.escape_markdown(value)[:FIELD_LENGTH], inline=len(value) < 60)
+    if chart is not None:
         embed.set_image(url="attachment://statistics.png")
-    text = f"{len(found.tables)} tables, {format_bytes(found.server['bytes'])}"
-    return Answer(text, embed, None if drawn is None else ("statistics.png", drawn))
+    text = f"{len(statistics.tables)} tables, {format_bytes(statistics.server['bytes'])}"
+    return Answer(text, embed, None if chart is None else ("statistics.png", chart))
 
 
 async def setup(bot: Guildbook) -> None:
-    """Add the cog where operators are."""
+    """Add the cog to the operators' guild or to direct messages."""
     await slash.add_cog(bot, DatabaseCommands(bot))

@@ -1,4 +1,4 @@
-"""/db over the wire: every command by an operator, by nobody else, and what is dangerous only after a button."""
+"""/db over the wire: operators can run every command, nobody else can, and dangerous ones ask first."""
 
 from __future__ import annotations
 
@@ -18,42 +18,41 @@ from tests.waiting import until
 from utils.bot.client import Guildbook
 from utils.database import Pool
 from utils.exceptions import DatabaseUnavailable, MigrationError
-from utils.operations import slash
 from utils.operations.backup.service import BackupService
 from utils.operations.slash import REFUSAL
 
 
-class Given(NamedTuple):
-    """A command as it is typed, and what its last word begins with or holds."""
+class Command(NamedTuple):
+    """A command as it is typed, and a part of its answer."""
 
     path: str
     options: dict[str, Any]
-    #: The button to be pressed; None: it asks nothing.
+    #: The button to press; None if it does not ask.
     button: str | None
     answer: str
 
 
 COMMANDS = [
-    Given("stats", {}, None, "tables"),
-    Given("health", {}, None, "database"),
-    Given("maintain", {}, "Do it", "done: "),
-    Given("import", {}, None, "members.json → legacy.members: 1 entries, would be written"),
-    Given("import", {"name": "members.json", "dry_run": False}, "Import", "1 entries, written"),
-    Given("export", {"what": "members"}, None, "Exported 1 of documents legacy.members"),
-    Given("migrate status", {}, None, "pending: none"),
-    Given("migrate history", {}, None, "0001"),
-    Given("migrate preview", {"down": True}, None, "downgrade from"),
-    Given("migrate upgrade", {}, "Upgrade", "the schema is up to date"),
-    Given("migrate stamp", {}, "Stamp", "is recorded as"),
-    Given("backup create", {}, None, "backup 2"),
-    Given("backup create", {"tables": "members, users"}, None, "some tables only"),
-    Given("backup list", {}, None, "manual"),
-    Given("backup verify", {}, None, "is whole"),
-    Given("backup drill", {}, None, "came back whole"),
-    Given("backup prune", {}, "Delete", "0 of 2 backups deleted"),
-    Given("backup restore", {}, "Restore", "is the live database"),
+    Command("stats", {}, None, "tables"),
+    Command("health", {}, None, "database"),
+    Command("maintain", {}, "Do it", "done: "),
+    Command("import", {}, None, "members.json → legacy.members: 1 entries, would be written"),
+    Command("import", {"name": "members.json", "dry_run": False}, "Import", "1 entries, written"),
+    Command("export", {"what": "members"}, None, "Exported 1 of documents legacy.members"),
+    Command("migrate status", {}, None, "pending: none"),
+    Command("migrate history", {}, None, "0001"),
+    Command("migrate preview", {"down": True}, None, "downgrade from"),
+    Command("migrate upgrade", {}, "Upgrade", "the schema is up to date"),
+    Command("migrate stamp", {}, "Stamp", "is recorded as"),
+    Command("backup create", {}, None, "backup 2"),
+    Command("backup create", {"tables": "members, users"}, None, "some tables only"),
+    Command("backup list", {}, None, "manual"),
+    Command("backup verify", {}, None, "is whole"),
+    Command("backup drill", {}, None, "came back whole"),
+    Command("backup prune", {}, "Delete", "0 of 2 backups deleted"),
+    Command("backup restore", {}, "Restore", "is the live database"),
 ]
-PATHS = {given.path for given in COMMANDS} | {"migrate downgrade"}
+PATHS = {command.path for command in COMMANDS} | {"migrate downgrade"}
 
 
 @pytest.fixture
@@ -74,7 +73,6 @@ async def bot(
     tmp_path: Path, database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Guildbook]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(slash, "EDIT_SECONDS", 0.05)
     (tmp_path / "data" / "import").mkdir(parents=True)
     entry = {"join_date": "2024-01-01T00:00:00+00:00", "statistics": {"message_count": 3}}
     (tmp_path / "data" / "import" / "members.json").write_text(json.dumps({"5_7": entry}))
@@ -85,50 +83,48 @@ async def bot(
         yield client
 
 
-async def type_in(
+async def run_command(
     simulator: Simulator, user_id: int, path: str, options: dict[str, Any], **where: Any
 ) -> InteractionResult:
-    """Give a command of /db."""
+    """Run a command of /db."""
     *group, name = path.split()
     return await simulator.run_command(
         "db", subcommand_group=group[0] if group else None, subcommand=name, options=options, user_id=user_id, **where
     )
 
 
-async def last_word(database: Pool, result: InteractionResult) -> str:
-    """Return the reply once it stands in the books."""
+async def final_answer(database: Pool, result: InteractionResult) -> str:
+    """Return the final reply, once the audit log has it too."""
     async with asyncio.timeout(60):
         while True:
-            with contextlib.suppress(DatabaseUnavailable):  # while a restore takes its place
+            with contextlib.suppress(DatabaseUnavailable):  # while a restore swaps the database
                 written = await database.fetchval("SELECT result FROM ops.admin_actions ORDER BY id DESC LIMIT 1")
                 if written is not None and result.final_content == written:
                     return str(written)
             await asyncio.sleep(0.02)
 
 
-async def test_an_operator_can_do_everything_and_it_is_written_down(
-    bot: Guildbook, database: Pool, simulator: Simulator
-) -> None:
+async def test_operators_can_run_every_command(bot: Guildbook, database: Pool, simulator: Simulator) -> None:
     operator = simulator.world.operator_id
     await wait_until_mirrored(database, simulator)
-    for given in COMMANDS:
-        result = await type_in(simulator, operator, given.path, given.options)
+    for command in COMMANDS:
+        result = await run_command(simulator, operator, command.path, command.options)
         assert (await result.wait_done(until=lambda seen: seen.type is not None)).ephemeral
-        if given.button is not None:
+        if command.button is not None:
             await result.wait_done(60, until=lambda seen: bool(seen.buttons) or "Failed" in (seen.final_content or ""))
-            assert given.button in result.buttons, result.final_content
-            await simulator.press(result, result.buttons[given.button], user_id=operator)
-        told = await last_word(database, result)
-        assert given.answer in told, (given.path, told)
-        assert not told.startswith("Failed"), (given.path, told)
+            assert command.button in result.buttons, result.final_content
+            await simulator.press(result, result.buttons[command.button], user_id=operator)
+        answer = await final_answer(database, result)
+        assert command.answer in answer, (command.path, answer)
+        assert not answer.startswith("Failed"), (command.path, answer)
         assert not result.buttons
-        if given.path == "stats":
+        if command.path == "stats":
             assert result.files["statistics.png"].startswith(b"\x89PNG")
             assert {field["name"] for field in result.edits[-1].embeds[0]["fields"]} >= {"Pool", "Growth", "Last syncs"}
-        if given.path == "migrate preview":
+        if command.path == "migrate preview":
             assert [name for name in result.files if name.endswith(".sql")]
     rows = await database.fetch("SELECT user_id, command FROM ops.admin_actions ORDER BY id")
-    assert [tuple(row) for row in rows] == [(operator, f"db {given.path}") for given in COMMANDS]
+    assert [tuple(row) for row in rows] == [(operator, f"db {command.path}") for command in COMMANDS]
     assert await database.fetchval("SELECT message_count FROM member_stats WHERE user_id = 7") == 3
     data = bot.settings.data_dir
     assert json.loads((data / "export" / "members.json").read_text()) == json.loads(
@@ -137,7 +133,7 @@ async def test_an_operator_can_do_everything_and_it_is_written_down(
     await wait_until_mirrored(database, simulator)
 
 
-async def test_nobody_else_can_do_anything_not_the_guilds_owner_nor_its_administrators(
+async def test_nobody_else_can_run_any_command(
     tmp_path: Path, database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guild = next(iter(simulator.world.guilds.values()))
@@ -148,22 +144,22 @@ async def test_nobody_else_can_do_anything_not_the_guilds_owner_nor_its_administ
     monkeypatch.chdir(tmp_path)
     async with running_bot(database, simulator, extensions=["cogs.db"], data_dir=tmp_path, admin_guild_id=guild.id):
         before = await database.fetchval("SELECT count(*) FROM ops.admin_actions")
-        asked = 0
+        refused = 0
         for person in people:
             for path in sorted(PATHS):
                 needed = {"migrate downgrade": {"revision": "0001"}, "export": {"what": "members"}}.get(path, {})
-                result = await type_in(simulator, person, path, needed, guild_id=guild.id)
+                result = await run_command(simulator, person, path, needed, guild_id=guild.id)
                 await result.wait_done(30)
                 assert (result.final_content, result.ephemeral, result.buttons) == (REFUSAL, True, {})
-                asked += 1
+                refused += 1
         rows = await database.fetch("SELECT DISTINCT result FROM ops.admin_actions")
         assert [row["result"] for row in rows] == ["refused: not an operator"]
-        assert await database.fetchval("SELECT count(*) FROM ops.admin_actions") == before + asked
+        assert await database.fetchval("SELECT count(*) FROM ops.admin_actions") == before + refused
         assert not (tmp_path / "backups").exists()
 
 
 @pytest.mark.parametrize("in_guild", [True, False])
-async def test_the_commands_are_registered_where_operators_are_and_nowhere_else(
+async def test_registers_commands_only_where_operators_are(
     database: Pool, simulator: Simulator, tmp_path: Path, in_guild: bool
 ) -> None:
     guild_id = next(iter(simulator.world.guilds))
@@ -174,34 +170,32 @@ async def test_the_commands_are_registered_where_operators_are_and_nowhere_else(
         assert not (everywhere if in_guild else here)
         if in_guild:
             with pytest.raises(LookupError):
-                await type_in(simulator, simulator.world.operator_id, "stats", {})
+                await run_command(simulator, simulator.world.operator_id, "stats", {})
         else:  # in direct messages with the bot only
             assert everywhere[0]["contexts"] == [1]
             with pytest.raises(LookupError):
-                await type_in(simulator, simulator.world.operator_id, "stats", {}, guild_id=guild_id)
+                await run_command(simulator, simulator.world.operator_id, "stats", {}, guild_id=guild_id)
 
 
-async def test_a_downgrade_backs_up_ends_the_bot_and_stays_down(
-    bot: Guildbook, database: Pool, simulator: Simulator
-) -> None:
+async def test_downgrade_backs_up_and_shuts_the_bot_down(bot: Guildbook, database: Pool, simulator: Simulator) -> None:
     operator = simulator.world.operator_id
-    result = await type_in(simulator, operator, "migrate downgrade", {"revision": "0002"})
+    result = await run_command(simulator, operator, "migrate downgrade", {"revision": "0002"})
     await result.wait_done(until=lambda seen: bool(seen.buttons))
-    assert "Then this bot ends" in (result.final_content or "")
+    assert "Then this bot shuts down" in (result.final_content or "")
     await simulator.press(result, result.buttons["Downgrade"], user_id=operator)
-    told = await last_word(database, result)
-    assert "reverted: " in told
+    answer = await final_answer(database, result)
+    assert "reverted: " in answer
     assert "before downgrade" in "".join(entry.line for entry in await BackupService(bot.settings).known())
     await until(bot.is_closed)
     assert isinstance(bot.shutdown_error, MigrationError)
     assert await database.fetchval("SELECT version_num FROM alembic_version") == "0002"
 
 
-async def test_an_import_leads_nowhere_but_into_its_directory(
+async def test_import_and_export_stay_in_their_directories(
     bot: Guildbook, database: Pool, simulator: Simulator
 ) -> None:
     for name in ("../data/../../etc", "/etc/passwd", "../../x.json"):
-        result = await type_in(simulator, simulator.world.operator_id, "import", {"name": name})
-        assert "leads out of DATA_DIR/import" in await last_word(database, result)
-    result = await type_in(simulator, simulator.world.operator_id, "export", {"what": "../../members"})
-    assert "leads out of DATA_DIR/export" in await last_word(database, result)
+        result = await run_command(simulator, simulator.world.operator_id, "import", {"name": name})
+        assert "leads out of DATA_DIR/import" in await final_answer(database, result)
+    result = await run_command(simulator, simulator.world.operator_id, "export", {"what": "../../members"})
+    assert "leads out of DATA_DIR/export" in await final_answer(database, result)

@@ -16,7 +16,7 @@ from utils.logs import redact
 from utils.operations.action import Outcome, record_action
 from utils.operations.backup.drill import last_drill
 from utils.operations.backup.service import BackupService
-from utils.operations.upkeep import sizes
+from utils.operations.upkeep import statistics
 from utils.service import metrics
 from utils.settings import Settings
 
@@ -56,7 +56,7 @@ class Scheduler:
         """Start everything that the settings ask for."""
         settings = self._settings
         self._start_task(
-            "sizes", self._repeat("sizes", sizes.SAMPLE_SECONDS, self._seconds_since_sample, self._sample_sizes)
+            "sizes", self._repeat("sizes", statistics.SAMPLE_SECONDS, self._seconds_since_sample, self._sample_sizes)
         )
         if settings.backup_every is not None:
             self._start_task(
@@ -114,7 +114,7 @@ class Scheduler:
         return seconds
 
     async def _sample_sizes(self) -> None:
-        await sizes.sample(self._pool)
+        await statistics.sample_sizes(self._pool)
 
     async def _seconds_since_backup(self) -> float | None:
         newest = await BackupService(self._settings).newest()

@@ -1,1 +1,1 @@
-"""Looking after the database: its tables described, measured and maintained."""
+"""Upkeep of the database: maintenance, table descriptions and statistics."""

@@ -1,4 +1,4 @@
-"""What `python bot.py db describe` shows: the tables as PostgreSQL knows them, for people and as JSON."""
+"""Describe the tables as PostgreSQL knows them: columns, keys, indexes and sizes, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Column(TypedDict):
     name: str
     type: str
     nullable: bool
-    #: The default's SQL, of a generated column the expression; None without.
+    #: The default as SQL, or the expression of a generated column; None without.
     default: str | None
     generated: bool
     comment: str | None
 
 
 class Index(TypedDict):
-    """One index, also what is behind a primary key."""
+    """One index, including that of a primary key."""
 
     name: str
     definition: str
@@ -37,16 +37,16 @@ class Index(TypedDict):
 
 
 class Table(TypedDict):
-    """One table or view; partitions are counted with their table."""
+    """One table or view; partitions count with their table."""
 
     schema: str
     name: str
     #: table, partitioned table, view or materialized view.
     kind: str
     comment: str | None
-    #: What the planner believes; None when it was never analysed, and of a view.
+    #: The planner's estimate; None for a view, and if the table was never analyzed.
     estimated_rows: int | None
-    #: With indexes and what is kept aside (TOAST); of a view 0.
+    #: With indexes and TOAST data; 0 for a view.
     bytes: int
     partitions: int
     columns: list[Column]
@@ -95,41 +95,42 @@ WHERE i.indrelid = ANY($1::bigint[]) ORDER BY i.indrelid, NOT i.indisprimary, c.
 """
 
 
-async def describe(database: Pool, table: str | None = None) -> list[Table]:
-    """Return what there is: every table and view, or the one that `table` names, with a schema or without.
+async def describe(pool: Pool, table: str | None = None) -> list[Table]:
+    """Return every table and view, or the one that `table` names, with or without its schema.
 
-    All of it is plain JSON. Raises `GuildbookError` when there is no such table.
+    The result is plain JSON. Raises `GuildbookError` when there is no such table.
     """
-    async with database.transaction(isolation="repeatable_read", readonly=True) as connection:
-        found = await connection.fetch(_TABLES, table)
-        ids = [record["oid"] for record in found]
+    async with pool.transaction(isolation="repeatable_read", readonly=True) as connection:
+        relations = await connection.fetch(_TABLES, table)
+        if table is not None and not relations:
+            names = [_qualify(row["schema"], row["name"]) for row in await connection.fetch(_TABLES, None)]
+            similar = difflib.get_close_matches(table, names) or names
+            raise GuildbookError(
+                f"there is no table {table} in {pool.target}; there is {', '.join(similar) or 'none at all'}"
+            )
+        oids = [row["oid"] for row in relations]
         columns, keys, indexes = [
-            _by_table(await connection.fetch(query, ids)) for query in (_COLUMNS, _KEYS, _INDEXES)
+            _group_by_table(await connection.fetch(query, oids)) for query in (_COLUMNS, _KEYS, _INDEXES)
         ]
-        if table is not None and not found:
-            everything = await connection.fetch(_TABLES, None)
-            names = [_short(record["schema"], record["name"]) for record in everything]
-            near = difflib.get_close_matches(table, names) or names
-            raise GuildbookError(f"{table}: no such table in {database.target}; there is {', '.join(near) or 'none'}")
-    comments = _comments()
+    comments = _comments_of_models()
     return [
         Table(
-            schema=record["schema"],
-            name=record["name"],
-            kind=record["kind"],
-            comment=record["comment"] or comments.get((record["schema"], record["name"])),
-            estimated_rows=record["estimated_rows"],
-            bytes=record["bytes"],
-            partitions=record["partitions"],
-            columns=[Column(**row) for row in columns.get(record["oid"], [])],  # type: ignore[typeddict-item]
-            keys={row["name"]: row["definition"] for row in keys.get(record["oid"], [])},
-            indexes=[Index(**row) for row in indexes.get(record["oid"], [])],  # type: ignore[typeddict-item]
+            schema=row["schema"],
+            name=row["name"],
+            kind=row["kind"],
+            comment=row["comment"] or comments.get((row["schema"], row["name"])),
+            estimated_rows=row["estimated_rows"],
+            bytes=row["bytes"],
+            partitions=row["partitions"],
+            columns=[Column(**column) for column in columns.get(row["oid"], [])],  # type: ignore[typeddict-item]
+            keys={key["name"]: key["definition"] for key in keys.get(row["oid"], [])},
+            indexes=[Index(**index) for index in indexes.get(row["oid"], [])],  # type: ignore[typeddict-item]
         )
-        for record in found
+        for row in relations
     ]
 
 
-def _by_table(records: Sequence[Record]) -> dict[int, list[dict[str, Any]]]:
+def _group_by_table(records: Sequence[Record]) -> dict[int, list[dict[str, Any]]]:
     tables: dict[int, list[dict[str, Any]]] = {}
     for record in records:
         row = dict(record)
@@ -137,35 +138,13 @@ def _by_table(records: Sequence[Record]) -> dict[int, list[dict[str, Any]]]:
     return tables
 
 
-def _comments() -> dict[tuple[str, str], str]:
-    """Return what the models say of their tables, where the database has no comment."""
+def _comments_of_models() -> dict[tuple[str, str], str]:
+    """Return the first line of each model's docstring: a comment for tables that have none in the database."""
     classes = [mapper.class_ for mapper in Base.registry.mappers]
     return {
         (model.__table__.schema or "public", model.__table__.name): (model.__doc__ or "").split("\n")[0]
         for model in classes
     }
-
-
-def _short(schema: str, name: str) -> str:
-    return name if schema == "public" else f"{schema}.{name}"
-
-
-def _headline(table: Table) -> str:
-    rows = "rows not counted yet" if table["estimated_rows"] is None else f"about {table['estimated_rows']:,} rows"
-    parts = [f"{_short(table['schema'], table['name'])} ({table['kind']}"]
-    if table["kind"] != "view":
-        parts += [rows, format_bytes(table["bytes"])]
-    if table["partitions"]:
-        parts.append(f"partitions: {table['partitions']}")
-    return ", ".join(parts) + ")"
-
-
-def _about(column: Column) -> tuple[str, str, str]:
-    """Return what stands beside a column's name and type: whether it may be empty, the default, the comment."""
-    default = column["default"] or ""
-    if column["generated"]:
-        default = f"generated: {default}"
-    return "" if column["nullable"] else "not null", default, column["comment"] or ""
 
 
 def plain(tables: Sequence[Table]) -> str:
@@ -175,8 +154,8 @@ def plain(tables: Sequence[Table]) -> str:
         lines += [_headline(table)] + ([f"  {table['comment']}"] if table["comment"] else [])
         widths = [max((len(column[part]) for column in table["columns"]), default=0) for part in ("name", "type")]
         for column in table["columns"]:
-            about = "  ".join(filter(None, _about(column)))
-            lines.append(f"  {column['name']:<{widths[0]}}  {column['type']:<{widths[1]}}  {about}".rstrip())
+            details = "  ".join(filter(None, _details(column)))
+            lines.append(f"  {column['name']:<{widths[0]}}  {column['type']:<{widths[1]}}  {details}".rstrip())
         lines += [f"  key    {name}: {definition}" for name, definition in table["keys"].items()]
         lines += [f"  index  {index['definition']} ({format_bytes(index['bytes'])})" for index in table["indexes"]]
         lines.append("")
@@ -191,20 +170,39 @@ def pretty(tables: Sequence[Table]) -> Group:
 
     parts: list[Grid | Text] = []
     for table in tables:
-        caption = "\n".join(
+        footer = "\n".join(
             [f"{name}: {definition}" for name, definition in table["keys"].items()]
             + [f"{index['definition']} ({format_bytes(index['bytes'])})" for index in table["indexes"]]
         )
         parts.append(Text(_headline(table), style="bold"))
         if table["comment"]:
             parts.append(Text(table["comment"]))
-        grid = Grid("column", "type", "", "default", *(["comment"] if _has_comments(table) else []))
+        has_comments = any(column["comment"] for column in table["columns"])
+        grid = Grid("column", "type", "", "default", *(["comment"] if has_comments else []))
         for column in table["columns"]:
-            cells = [column["name"], column["type"], *_about(column)][: len(grid.columns)]
+            cells = [column["name"], column["type"], *_details(column)][: len(grid.columns)]
             grid.add_row(*(Text(cell) for cell in cells))
-        parts += [grid, Text(caption + "\n", style="dim")]
+        parts += [grid, Text(footer + "\n", style="dim")]
     return Group(*parts)
 
 
-def _has_comments(table: Table) -> bool:
-    return any(column["comment"] for column in table["columns"])
+def _qualify(schema: str, name: str) -> str:
+    return name if schema == "public" else f"{schema}.{name}"
+
+
+def _headline(table: Table) -> str:
+    rows = "rows not estimated yet" if table["estimated_rows"] is None else f"about {table['estimated_rows']:,} rows"
+    parts = [f"{_qualify(table['schema'], table['name'])} ({table['kind']}"]
+    if table["kind"] != "view":
+        parts += [rows, format_bytes(table["bytes"])]
+    if table["partitions"]:
+        parts.append(f"partitions: {table['partitions']}")
+    return ", ".join(parts) + ")"
+
+
+def _details(column: Column) -> tuple[str, str, str]:
+    """Return whether a column is nullable, its default, and its comment, as text."""
+    default = column["default"] or ""
+    if column["generated"]:
+        default = f"generated: {default}"
+    return "" if column["nullable"] else "not null", default, column["comment"] or ""

@@ -1,4 +1,4 @@
-"""Upkeep of the database, as `/db maintain` and `db maintain` do it: first what it would do, then doing it."""
+"""Routine maintenance of the database: list what is due, and do it."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ import asyncpg
 from utils.database import Pool
 from utils.database.materialized_views import REFRESH_SECONDS, VIEWS
 from utils.database.partitions import ensure_partitions
-from utils.exceptions import GuildbookError, MigrationError, translate
+from utils.exceptions import GuildbookError, MigrationError, translate_errors
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.text import format_bytes
 
 _log = logging.getLogger(__name__)
 
-#: An index that is so many times as large as its rows need, and wastes so many bytes, is built anew.
-BLOATED, WASTED = 2.0, 1_000_000
+#: An index is rebuilt when it is this many times as large as its rows need and wastes this many bytes.
+BLOAT_FACTOR, WASTED_BYTES = 2.0, 1_000_000
 #: Seconds for one statement; building an index reads its whole table.
 JOB_SECONDS = 3_600.0
-#: Seconds to wait for other people's locks: those who write must not wait longer for us.
+#: How long a statement waits for a lock; other writers queue behind it for as long.
 LOCK_TIMEOUT = "5s"
-#: "maintain" as a bigint: one at a time.
+#: "maintain" as a bigint: the advisory lock that lets one process maintain at a time.
 LOCK_KEY = 0x6D61696E7461696E
-_GENTLE = "beside its readers"
 
-#: Tables that were never analysed, or a tenth of which changed since: autovacuum's own measure (PostgreSQL manual,
-#: 19.10, autovacuum_analyze_scale_factor and _threshold), which partitioned tables as such never reach.
-_STALE = """
+#: Tables that were never analyzed, or of which a tenth changed since: autovacuum's own criterion (PostgreSQL manual,
+#: 19.10, autovacuum_analyze_scale_factor and _threshold), which it never applies to partitioned tables as a whole.
+_STALE_TABLES = """
 SELECT format('%I.%I', n.nspname, c.relname) AS name, greatest(c.reltuples, 0)::bigint AS rows, leaves.changed,
     c.reltuples < 0 AS is_new
 FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
@@ -45,9 +44,9 @@ WHERE c.relkind IN ('r', 'p', 'm') AND NOT c.relispartition AND c.relpersistence
     AND (c.reltuples < 0 AND leaves.bytes > 0 OR leaves.changed > 50 + 0.1 * greatest(c.reltuples, 0))
 ORDER BY 1
 """
-#: B-tree indexes with what their rows need: an index entry is its columns, eight bytes of header, aligned to eight, and
-#: a line pointer of four; pages are filled to nine tenths (PostgreSQL manual, 65.1 and 73.6). Deduplicated entries need
-#: less, so that an index is found bloated late rather than too soon.
+#: B-tree indexes with the size that their rows need: an index entry is its columns and a header of 8 bytes, aligned to
+#: 8 bytes, plus a line pointer of 4; pages are filled to nine tenths (PostgreSQL manual, 65.1 and 73.6). Deduplicated
+#: entries need less, so that this rather misses bloat than reports too much.
 _INDEXES = """
 SELECT format('%I.%I', n.nspname, i.relname) AS name, pg_relation_size(i.oid) AS bytes,
     (t.reltuples * ((7 + 8 + widths.width)::int / 8 * 8 + 4) / 0.9 + 16384)::bigint AS needed
@@ -66,69 +65,67 @@ ORDER BY 1
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One thing to do."""
+    """One maintenance task."""
 
     kind: Literal["analyze", "reindex", "refresh", "partitions"]
-    #: Quoted by the server, ready for SQL; of partitions empty.
+    #: The object's name, quoted by the server; empty for partitions.
     name: str
     why: str
+    #: Of a refresh: whether readers can use the view meanwhile.
+    concurrently: bool = False
 
     @property
     def line(self) -> str:
-        """What it does, for people."""
+        """The job as a line of text."""
         return f"{self.kind} {self.name.removeprefix('public.')}: {self.why}" if self.name else self.why
 
 
-async def plan(database: Pool) -> list[Job]:
-    """Return what there is to do, and change nothing. Raises `DatabaseError`."""
-    jobs = [Job("partitions", "", "make the partitions of the coming months where they are missing")]
-    for row in await database.fetch(_STALE):
-        why = "never analysed" if row["is_new"] else f"{row['changed']:,} of {row['rows']:,} rows changed since"
+async def plan(pool: Pool) -> list[Job]:
+    """Return the jobs that are due, without doing them. Raises `DatabaseError`."""
+    jobs = [Job("partitions", "", "create missing partitions for the coming months")]
+    for row in await pool.fetch(_STALE_TABLES):
+        why = "never analyzed" if row["is_new"] else f"{row['changed']:,} of {row['rows']:,} rows changed since"
         jobs.append(Job("analyze", row["name"], why))
-    for row in await database.fetch(_INDEXES):
-        if row["bytes"] > BLOATED * row["needed"] and row["bytes"] - row["needed"] > WASTED:
-            why = f"{format_bytes(row['bytes'])} where {format_bytes(row['needed'])} would do"
+    for row in await pool.fetch(_INDEXES):
+        if row["bytes"] > BLOAT_FACTOR * row["needed"] and row["bytes"] - row["needed"] > WASTED_BYTES:
+            why = f"{format_bytes(row['bytes'])}, of which its rows need {format_bytes(row['needed'])}"
             jobs.append(Job("reindex", row["name"], why))
-    for row in await database.fetch(VIEWS):
-        how = (
-            "beside its readers"
-            if row["can_refresh_concurrently"]
-            else "its readers wait: it was never filled or has no unique index"
-        )
-        jobs.append(Job("refresh", row["quoted"], how))
+    for row in await pool.fetch(VIEWS):
+        concurrently = row["can_refresh_concurrently"]
+        why = "concurrently" if concurrently else "blocks readers: it was never filled or has no unique index"
+        jobs.append(Job("refresh", row["quoted"], why, concurrently))
     return jobs
 
 
-async def preview(database: Pool) -> Outcome:
-    """Say what `maintain` would do."""
-    jobs = await plan(database)
+async def preview(pool: Pool) -> Outcome:
+    """Report what `maintain` would do."""
+    jobs = await plan(pool)
     return Outcome("\n".join(job.line for job in jobs), data={"jobs": [asdict(job) for job in jobs]})
 
 
-async def maintain(database: Pool, *, progress: Progress = ignore_progress) -> Outcome:
-    """Do what `plan` says, one after the other; what fails is told, and the rest is done all the same.
+async def maintain(pool: Pool, *, progress: Progress = ignore_progress, lock_timeout: str = LOCK_TIMEOUT) -> Outcome:
+    """Do what is due. A job that fails is reported, and the others are done all the same.
 
-    Raises `MigrationError` when another process is at it, and `DatabaseError`.
+    Raises `MigrationError` when another process maintains the database, and `DatabaseError`.
     """
-    jobs = await plan(database)
+    jobs = await plan(pool)
     done: list[str] = []
     failed: list[str] = []
+    with translate_errors():
+        connection = await asyncpg.connect(**pool.direct.connect_kwargs(), timeout=30)
     try:
-        connection = await asyncpg.connect(**database.direct.connect_kwargs(), timeout=30)
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
-        raise translate(exc) or exc from exc
-    try:
-        if not await connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK_KEY, timeout=30):
-            raise MigrationError("the database is being maintained already: wait until that is done")
-        await connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
+        with translate_errors():
+            if not await connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK_KEY, timeout=30):
+                raise MigrationError("another process maintains this database: wait until it is done")
+            await connection.execute("SELECT set_config('lock_timeout', $1, false)", lock_timeout)
         for number, job in enumerate(jobs):
             progress(Step("maintaining", number, len(jobs), "jobs"))
             started = time.monotonic()
             try:
-                await _do(connection, database, job)
-            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, GuildbookError) as exc:
-                error = translate(exc) or exc
-                _log.warning("maintenance, %s: %s", job.line, error)
+                with translate_errors():
+                    await _run(connection, pool, job)
+            except GuildbookError as error:
+                _log.warning("maintenance job failed: %s: %s", job.line, error)
                 failed.append(f"{job.line}: {error}")
             else:
                 done.append(f"{job.line} ({time.monotonic() - started:.1f} s)")
@@ -138,14 +135,14 @@ async def maintain(database: Pool, *, progress: Progress = ignore_progress) -> O
     return Outcome("\n".join(lines), data={"done": done, "failed": failed}, ok=not failed)
 
 
-async def _do(connection: asyncpg.Connection[asyncpg.Record], database: Pool, job: Job) -> None:
+async def _run(connection: asyncpg.Connection[asyncpg.Record], pool: Pool, job: Job) -> None:
     match job.kind:
         case "partitions":
-            await ensure_partitions(connection, database.now())
+            await ensure_partitions(connection, pool.now())
         case "analyze":
             await connection.execute("ANALYZE " + job.name, timeout=JOB_SECONDS)
         case "reindex":
             await connection.execute("REINDEX INDEX CONCURRENTLY " + job.name, timeout=JOB_SECONDS)
         case "refresh":
-            how = "CONCURRENTLY " if job.why == _GENTLE else ""
-            await connection.execute("REFRESH MATERIALIZED VIEW " + how + job.name, timeout=REFRESH_SECONDS)
+            option = "CONCURRENTLY " if job.concurrently else ""
+            await connection.execute("REFRESH MATERIALIZED VIEW " + option + job.name, timeout=REFRESH_SECONDS)

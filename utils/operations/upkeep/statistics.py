@@ -1,25 +1,58 @@
-"""The figures of `/db stats` and `db stats`."""
+"""Statistics: how large the tables are, how they grow, and what the server and the bot are doing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from utils.database import Pool
 from utils.operations.action import Outcome
-from utils.operations.upkeep.sizes import Sample, Size, growth, sizes
 from utils.text import format_bytes
 
-#: Tables shown to people, the largest; `--json` has all.
-SHOWN = 12
-#: Syncs and slow statements shown.
-LAST = 3
-#: Characters of a slow statement that are shown.
-STATEMENT = 80
+#: Seconds between two samples of the table sizes.
+SAMPLE_SECONDS = 6 * 3_600.0
+#: How long samples are kept, and after how many days only the first of each day is.
+RETENTION_DAYS, FULL_RESOLUTION_DAYS = 400, 31
+#: Tables that the text lists, the largest; `--json` has all.
+LISTED_TABLES = 12
+#: Syncs, backups and slow statements that the text lists.
+LISTED_EVENTS = 3
+#: Most characters of a slow statement.
+STATEMENT_LENGTH = 80
 
-_ACTIVE = """
+#: Name, estimated rows and bytes of every table outside the system catalogs; partitions count with their table. A
+#: table that was never analyzed has -1 rows (PostgreSQL manual, pg_class): the statistics' live rows stand in.
+_SIZES = """
+SELECT CASE WHEN n.nspname = 'public' THEN c.relname ELSE n.nspname || '.' || c.relname END AS name, sizes.rows,
+    sizes.bytes, sizes.dead
+FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+CROSS JOIN LATERAL (
+    SELECT coalesce(sum(CASE WHEN l.reltuples < 0 THEN s.n_live_tup ELSE l.reltuples::bigint END), 0)::bigint AS rows,
+        coalesce(sum(pg_total_relation_size(l.oid)), 0)::bigint AS bytes,
+        coalesce(sum(s.n_dead_tup), 0)::bigint AS dead
+    FROM pg_class AS l LEFT JOIN pg_stat_all_tables AS s ON s.relid = l.oid
+    WHERE l.relkind IN ('r', 'm')
+        AND (l.oid = c.oid OR l.oid IN (SELECT relid FROM pg_partition_tree(c.oid) WHERE isleaf))
+) AS sizes
+WHERE c.relkind IN ('r', 'p', 'm') AND NOT c.relispartition AND c.relpersistence <> 't'
+    AND n.nspname <> 'information_schema' AND n.nspname NOT LIKE 'pg\\_%'
+ORDER BY sizes.bytes DESC, name
+"""
+_SAMPLE = """
+INSERT INTO ops.table_sizes (at, table_name, rows, bytes)
+SELECT $1, * FROM unnest($2::text[], $3::bigint[], $4::bigint[])
+"""
+_THIN_OUT = """
+DELETE FROM ops.table_sizes WHERE at < $1 OR at < $2 AND at NOT IN (
+    SELECT min(at) FROM ops.table_sizes WHERE at < $2 GROUP BY date_trunc('day', at, 'UTC')
+)
+"""
+_GROWTH = (
+    "SELECT at, sum(bytes)::bigint AS bytes, sum(rows)::bigint AS rows FROM ops.table_sizes GROUP BY at ORDER BY at"
+)
+_ACTIVITY = """
 SELECT count(*) AS sessions, count(*) FILTER (WHERE state = 'active' AND pid <> pg_backend_pid()) AS active,
     count(*) FILTER (WHERE xact_start IS NOT NULL AND pid <> pg_backend_pid()) AS transactions,
     coalesce(extract(epoch FROM max(now() - xact_start) FILTER (WHERE pid <> pg_backend_pid())), 0)::float8 AS longest
@@ -37,80 +70,132 @@ FROM sync_runs WHERE finished_at IS NOT NULL ORDER BY id DESC LIMIT $1
 
 
 @dataclass(frozen=True, slots=True)
-class Statistics:
-    """How the database fares."""
+class TableSize:
+    """One table with its partitions, indexes and TOAST data."""
+
+    name: str
+    #: The planner's estimate.
+    rows: int
+    bytes: int
+    #: Dead rows that a vacuum has yet to remove, also estimated.
+    dead: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The size of all tables together at one time."""
 
     at: datetime
-    #: What the server says of itself: version, bytes, buffer_hits (percent), deadlocks, temp_files.
+    bytes: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What `/db stats` and `db stats` show."""
+
+    at: datetime
+    #: version, bytes, buffer_hits (percent), deadlocks, temp_files.
     server: dict[str, Any]
-    #: Sessions, how many are active or in a transaction, and the seconds of the longest one.
+    #: sessions, active, transactions, and longest: the age of the oldest transaction in seconds.
     activity: dict[str, Any]
-    tables: list[Size]
+    tables: list[TableSize]
     growth: list[Sample]
     syncs: list[dict[str, Any]]
-    #: The newest backups, as the manifests say; empty without any.
+    #: The newest backups.
     backups: list[dict[str, Any]]
-    #: What `Guildbook.stats` says; None from the command line, where no bot is asked.
+    #: `Guildbook.stats()`; None on the command line, where no bot runs.
     bot: Mapping[str, Any] | None
 
 
+async def table_sizes(pool: Pool) -> list[TableSize]:
+    """Return the size of every table, the largest first. Raises `DatabaseError`."""
+    return [TableSize(**dict(row)) for row in await pool.fetch(_SIZES)]
+
+
+async def sample_sizes(pool: Pool, *, now: datetime | None = None) -> int:
+    """Record the current sizes in `ops.table_sizes`, delete old samples, and return the number of tables.
+
+    `now`: the time of the sample; the database's by default.
+    """
+    now, tables = now or pool.now(), await table_sizes(pool)
+    columns = [[table.name for table in tables], [table.rows for table in tables], [table.bytes for table in tables]]
+    async with pool.transaction() as connection:
+        await connection.execute(_SAMPLE, now, *columns)
+        await connection.execute(
+            _THIN_OUT, now - timedelta(days=RETENTION_DAYS), now - timedelta(days=FULL_RESOLUTION_DAYS)
+        )
+    return len(tables)
+
+
+async def read_growth(pool: Pool) -> list[Sample]:
+    """Return all samples, oldest first."""
+    return [Sample(**dict(row)) for row in await pool.fetch(_GROWTH)]
+
+
 async def collect(
-    database: Pool, *, bot: Mapping[str, Any] | None = None, backups: Sequence[Mapping[str, Any]] = ()
+    pool: Pool, *, bot: Mapping[str, Any] | None = None, backups: Sequence[Mapping[str, Any]] = ()
 ) -> Statistics:
-    """Ask the database how it fares. Raises `DatabaseError`."""
-    server, activity = await database.fetchrow(_SERVER), await database.fetchrow(_ACTIVE)
+    """Return the statistics. `bot`: `Guildbook.stats()`; `backups`: the newest ones. Raises `DatabaseError`."""
+    server, activity = await pool.fetchrow(_SERVER), await pool.fetchrow(_ACTIVITY)
     return Statistics(
-        at=database.now(),
+        at=pool.now(),
         server=dict(server or {}),
         activity=dict(activity or {}),
-        tables=await sizes(database),
-        growth=await growth(database),
-        syncs=[dict(row) for row in await database.fetch(_SYNCS, LAST)],
+        tables=await table_sizes(pool),
+        growth=await read_growth(pool),
+        syncs=[dict(row) for row in await pool.fetch(_SYNCS, LISTED_EVENTS)],
         backups=[dict(backup) for backup in backups],
         bot=bot,
     )
 
 
-def outcome(found: Statistics) -> Outcome:
-    """Return the figures in plain lines and as JSON."""
-    heading = f"PostgreSQL {found.server['version']}, {format_bytes(found.server['bytes'])}"
-    lines = [heading, *(f"{name}: {value}" for name, value in figures(found).items()), ""]
-    lines += [f"{one.name:<28} {one.rows:>14,} rows {format_bytes(one.bytes):>10}" for one in found.tables[:SHOWN]]
-    return Outcome("\n".join(lines), data=asdict(found))
+def outcome(statistics: Statistics) -> Outcome:
+    """Return the statistics as text and JSON."""
+    lines = [f"PostgreSQL {statistics.server['version']}, {format_bytes(statistics.server['bytes'])}"]
+    lines += [*(f"{name}: {value}" for name, value in summarize(statistics).items()), ""]
+    lines += [
+        f"{table.name:<28} {table.rows:>14,} rows {format_bytes(table.bytes):>10}"
+        for table in statistics.tables[:LISTED_TABLES]
+    ]
+    return Outcome("\n".join(lines), data=asdict(statistics))
 
 
-def figures(found: Statistics) -> dict[str, str]:
-    """Return what is worth a line each: its name, and what it is."""
-    shown = {
-        "Rows": f"about {sum(one.rows for one in found.tables):,} in {len(found.tables)} tables,"
-        f" {sum(one.dead for one in found.tables):,} dead",
-        "Sessions": f"{found.activity['sessions']}, {found.activity['active']} active,"
-        f" {found.activity['transactions']} in a transaction (longest {found.activity['longest']:.1f} s)",
-        "Buffers": f"{found.server['buffer_hits']:g} % hits, {found.server['deadlocks']} deadlocks",
-        "Growth": _growth(found.growth),
-        "Last syncs": "; ".join(map(_sync, found.syncs)) or "none yet",
-        "Last backups": "; ".join(map(_backup, found.backups[:LAST])) or "none",
+def summarize(statistics: Statistics) -> dict[str, str]:
+    """Return the name and value of each line of the summary."""
+    activity, server, tables = statistics.activity, statistics.server, statistics.tables
+    lines = {
+        "Rows": f"about {sum(table.rows for table in tables):,} in {len(tables)} tables,"
+        f" {sum(table.dead for table in tables):,} dead",
+        "Sessions": f"{activity['sessions']}, {activity['active']} active,"
+        f" {activity['transactions']} in a transaction (longest {activity['longest']:.1f} s)",
+        "Buffers": f"{server['buffer_hits']:g} % hits, {server['deadlocks']} deadlocks",
+        "Growth": _describe_growth(statistics.growth),
+        "Last syncs": "; ".join(map(_describe_sync, statistics.syncs)) or "none yet",
+        "Last backups": "; ".join(map(_describe_backup, statistics.backups[:LISTED_EVENTS])) or "none",
     }
-    return shown if found.bot is None else shown | _of_bot(found.bot)
+    return lines if statistics.bot is None else lines | _summarize_bot(statistics.bot)
 
 
-def _of_bot(bot: Mapping[str, Any]) -> dict[str, str]:
-    pool, data = bot["pool"], bot["database"]
-    cache, slow = data.get("cache"), data["slow"]
-    shown = {"Pool": ", ".join(f"{name} {number}" for name, number in pool.items())}
+def _summarize_bot(bot: Mapping[str, Any]) -> dict[str, str]:
+    database = bot["database"]
+    cache, slow = database.get("cache"), database["slow"]
+    lines = {"Pool": ", ".join(f"{name} {number}" for name, number in bot["pool"].items())}
     if cache:
-        shown["Cache"] = f"{cache['hit_rate'] * 100:.1f} % hits, {cache['size']:,} results"
+        lines["Cache"] = f"{cache['hit_rate'] * 100:.1f} % hits, {cache['size']:,} results"
     if bot.get("buffer"):
         queue, spool = bot["queue"], bot["spool"]
         on_disk = "no spool" if spool is None else f"spool {format_bytes(spool['bytes'])}"
-        shown["Waiting"] = f"{bot['buffer']['rows']:,} rows, {queue['events']:,} events, {on_disk}"
-    latest = "; ".join(f"{one['ms']:.0f} ms {one['sql'][:STATEMENT]} ({one['caller']})" for one in slow[-LAST:])
-    shown["Slow queries"] = f"{data['slow_count']}" + (f": {latest}" if latest else "")
-    shown["Open transactions"] = f"{len(data['transactions'])} of cogs"
-    return shown
+        lines["Waiting"] = f"{bot['buffer']['rows']:,} rows, {queue['events']:,} events, {on_disk}"
+    latest = "; ".join(
+        f"{one['ms']:.0f} ms {one['sql'][:STATEMENT_LENGTH]} ({one['caller']})" for one in slow[-LISTED_EVENTS:]
+    )
+    lines["Slow queries"] = f"{database['slow_count']}" + (f": {latest}" if latest else "")
+    lines["Open transactions"] = f"{len(database['transactions'])} of cogs"
+    return lines
 
 
-def _growth(samples: list[Sample]) -> str:
+def _describe_growth(samples: Sequence[Sample]) -> str:
     if len(samples) < 2:
         return "not known yet: a sample is taken every six hours"
     first, last = samples[0], samples[-1]
@@ -119,10 +204,12 @@ def _growth(samples: list[Sample]) -> str:
     return f"{'+' if change >= 0 else '-'}{format_bytes(abs(change))} in {days:.1f} days"
 
 
-def _sync(run: Mapping[str, Any]) -> str:
-    what = f"failed: {run['error']}" if run["error"] else f"{run['rows_seen']:,} seen, {run['rows_updated']:,} changed"
-    return f"{run['finished_at']:%Y-%m-%d %H:%M} guild {run['guild_id']} ({what})"
+def _describe_sync(run: Mapping[str, Any]) -> str:
+    result = (
+        f"failed: {run['error']}" if run["error"] else f"{run['rows_seen']:,} seen, {run['rows_updated']:,} changed"
+    )
+    return f"{run['finished_at']:%Y-%m-%d %H:%M} guild {run['guild_id']} ({result})"
 
 
-def _backup(backup: Mapping[str, Any]) -> str:
+def _describe_backup(backup: Mapping[str, Any]) -> str:
     return str(backup.get("line") or backup.get("id"))
