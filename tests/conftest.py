@@ -3,7 +3,8 @@
 The suite runs in several processes (`make test` passes `-n`). A test must not depend on another one, on a fixed port
 or on a shared directory. Marks decide which run a test belongs to:
 
-- `slow`: restarts a server, kills a process or takes more than about two seconds.
+- `slow`: restarts a server, kills a process or takes more than about two seconds. Set here on every property test
+  that uses the database.
 - `exhaustive`: long histories, soaks and fuzzing; runs with `make test-all` only.
 - `quick` is set here on every test that carries neither: `make test ARGS="-m quick"`.
 """
@@ -45,6 +46,8 @@ Result = TypeVar("Result")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if hasattr(getattr(item, "obj", None), "hypothesis") and "server" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
         if not any(item.get_closest_marker(name) for name in ("slow", "exhaustive")):
             item.add_marker("quick")
 

@@ -18,6 +18,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FIRST_SECONDS", 0.01)
 
 
+@pytest.mark.slow
 async def test_two_transactions_in_each_others_way_both_come_to_their_end(database: Pool) -> None:
     async with accessed(database) as db:
         await db.execute(PUT, "apple", 0)

@@ -6,10 +6,14 @@ import asyncio
 import signal
 from pathlib import Path
 
+import pytest
+
 from simulator import Simulator
 from tests.bot.running import TIMEOUT, BotProcess, wait_until_mirrored
 from tests.waiting import until
 from utils.database import Pool
+
+pytestmark = pytest.mark.slow
 
 #: The low bits of a stamp count; the high ones are the epoch.
 COUNTER_BITS = 40

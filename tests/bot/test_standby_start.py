@@ -23,6 +23,8 @@ from utils.database.embedded import PORT, EmbeddedServer
 from utils.exceptions import DatabaseUnavailable, LeaseLost
 from utils.service import heap
 
+pytestmark = pytest.mark.slow
+
 
 @asynccontextmanager
 async def in_this_process(

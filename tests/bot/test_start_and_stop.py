@@ -5,11 +5,15 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
+
 from simulator import Simulator
 from tests.bot.running import BotProcess, mirror_differences, wait_until_mirrored
 from tests.waiting import until
 from utils.database import Connection, ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
+
+pytestmark = pytest.mark.slow
 
 
 def on_discord(simulator: Simulator, **settings: str) -> dict[str, str]:

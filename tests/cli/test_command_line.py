@@ -16,6 +16,8 @@ from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
 from utils.operations import migrations
 
+pytestmark = pytest.mark.slow
+
 
 async def db(directory: Path, *arguments: str, **settings: str) -> tuple[int, str]:
     """Run `python bot.py db …` and return its exit code and all that it prints."""

@@ -21,6 +21,8 @@ from utils.exceptions import DatabaseUnavailable, MigrationError
 from utils.operations.backup.service import BackupService
 from utils.operations.slash import REFUSAL
 
+pytestmark = pytest.mark.slow
+
 
 class Command(NamedTuple):
     """A command as it is typed, and a part of its answer."""

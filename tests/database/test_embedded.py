@@ -23,6 +23,8 @@ from utils.database.binaries import binaries
 from utils.database.embedded import EmbeddedServer
 from utils.exceptions import DatabaseError, DatabaseUnavailable
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -15,6 +15,8 @@ import pytest
 from utils.demo.bot_process import ENTRY, DataDirectory, environment
 from utils.exceptions import SettingsError
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT = 90.0
 
 

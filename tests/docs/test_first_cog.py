@@ -23,6 +23,8 @@ from tests.docs.blocks import ROOT, TUTORIAL, Block, blocks_of
 from utils.database import ConnectTarget
 from utils.demo.bot_process import environment, free_port
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = blocks_of(TUTORIAL)
 #: Lines that an author writes at most, the table included.
 LINES = 40

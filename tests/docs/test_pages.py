@@ -33,6 +33,7 @@ def test_every_block_is_of_a_language_that_is_tried() -> None:
     assert [f"{block}: {block.language!r}" for block in blocks() if block.language not in tried] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", blocks("sh"), ids=str)
 def test_every_command_can_be_typed(block: Block, tmp_path: Path) -> None:
     # Not run in earnest: the targets take minutes and are what CI runs, or need a token or a container engine.
@@ -55,6 +56,7 @@ def test_every_command_can_be_typed(block: Block, tmp_path: Path) -> None:
             pytest.fail(f"{block}: nobody tries {line!r}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
     sorted({block.page for block in blocks("sh") if "python bot.py" in block.text}),
@@ -111,6 +113,7 @@ def test_every_variable_that_is_named_is_read(block: Block) -> None:
         assert line.partition("=")[0] in (*variables(), *RAILWAYS), f"{block}: {line}"
 
 
+@pytest.mark.slow
 async def test_every_query_runs(database: Pool) -> None:
     world = World(seed=3)
     guild_id = world.add_guild(members=50)

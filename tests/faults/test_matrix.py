@@ -13,6 +13,8 @@ import pytest
 from tests.faults.matrix import FAULTS
 from tests.faults.rig import rigged
 
+pytestmark = pytest.mark.slow
+
 #: Seconds that events come before the fault and after it.
 BEFORE, AFTER = 1.0, 0.5
 #: Worlds that share the faults: each takes some seconds to be made.

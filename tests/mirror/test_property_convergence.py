@@ -16,6 +16,8 @@ from tests.mirror.driver import STEPS, Driver, Step, empty
 from utils.database import Pool
 from utils.database.embedded import EmbeddedServer
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = int(os.environ.get("GUILDBOOK_PROPERTY_EXAMPLES", "40"))
 
 #: What happens most of the time in Discord is drawn most of the time.

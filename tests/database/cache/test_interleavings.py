@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
+import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -75,6 +76,7 @@ def steps(kinds: tuple[Kind, ...]) -> st.SearchStrategy[list[Step]]:
 
 
 # Each example takes seconds: to shrink one would take minutes.
+@pytest.mark.slow
 @settings(max_examples=12, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(plan=steps(CALM) | steps(UNHEARD) | steps(WILD))
 async def test_no_read_is_older_than_allowed(processes: tuple[Process, Process], plan: list[Step]) -> None:

@@ -130,6 +130,7 @@ async def test_live_events_wait_for_a_database_that_takes_no_writes(
     assert [change[4]["nick"] for change in await changes(database, user_id=crowd[0])][-1] == "and once more"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("size", [6, 60], ids=["small guild", "large guild"])
 @pytest.mark.parametrize("known", [False, True], ids=["first sync", "a sync of what is known"])

@@ -263,6 +263,7 @@ async def test_members_that_memory_has_no_room_for_are_restored_by_a_reconcile(
     assert "memory is full" in caplog.text
 
 
+@pytest.mark.slow
 async def test_who_lost_the_lease_writes_nothing_more_and_leaves_its_events_to_the_one_that_acts(
     database: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -34,6 +34,8 @@ from utils.exceptions import SpoolError
 from utils.mirror.spool.journal import LOCK, DiskPolicy, Journal, is_dead
 from utils.mirror.spool.segments import READ_BYTES, Damage, Segments
 
+pytestmark = pytest.mark.slow
+
 
 class FailingCall:
     """Replaces a function of `os`; its next `times` calls fail."""

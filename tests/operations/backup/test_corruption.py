@@ -165,6 +165,7 @@ async def corrupted(tmp_path: Path, database: Pool, number: int, damages: list[D
     assert (await vault.verify(one.id)).ok, "and it is not that everything is refused"
 
 
+@pytest.mark.slow
 async def test_100_random_corruptions_are_all_refused_with_the_reason(tmp_path: Path, database: Pool) -> None:
     await corrupted(tmp_path, database, PLAIN, ANY)
 

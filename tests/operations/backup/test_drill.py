@@ -14,6 +14,8 @@ from utils.operations.backup import drill, loading, scratch
 from utils.operations.backup.source import Archive
 from utils.operations.development import seed
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 async def archive(tmp_path: Path, server: EmbeddedServer, database: Pool) -> Archive:

@@ -176,6 +176,7 @@ async def encrypting() -> psutil.Process:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.slow
 async def test_a_recipient_that_is_none_is_refused_before_anything_is_written(
     tmp_path: Path, database: Pool, database_url: str
 ) -> None:

@@ -22,6 +22,8 @@ from utils.operations.backup.manifest import SUFFIX
 from utils.operations.backup.service import BackupService
 from utils.operations.backup.store import UNFINISHED
 
+pytestmark = pytest.mark.slow
+
 #: Kills of a backup in the clear, of an encrypted one, and of the backup that a restore makes before.
 PLAIN, ENCRYPTED, SAFETY = 10, 5, 6
 #: Rows that take pg_dump a few tenths of a second.

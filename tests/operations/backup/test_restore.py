@@ -36,6 +36,8 @@ from utils.operations.backup.source import Archive
 from utils.operations.development import seed
 from utils.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 
 async def none() -> tuple[None, str]:
     return None, "There was nothing to back up."

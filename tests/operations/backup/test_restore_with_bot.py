@@ -16,6 +16,8 @@ from utils.database import Pool
 from utils.database.embedded import EmbeddedServer
 from utils.operations.backup.restore import bring_back
 
+pytestmark = pytest.mark.slow
+
 
 async def none() -> tuple[None, str]:
     return None, "There was nothing to back up."

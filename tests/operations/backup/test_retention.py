@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import get_args
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -83,6 +84,7 @@ def test_time_that_passes_takes_away_nothing_but_safety_copies(
     assert all(one.reason.startswith(SAFETY) for one in shelf if one.id in gone)
 
 
+@pytest.mark.slow
 def test_a_year_of_a_backup_every_five_minutes_leaves_33_with_the_defaults(tmp_path: Path) -> None:
     settings = settings_for(tmp_path)
     rules = Rules(

@@ -109,6 +109,7 @@ async def test_prune_deletes_in_both_places(tmp_path: Path, database: Pool, both
         assert {name.split(".")[0] for name in await place.names()} == {stays}
 
 
+@pytest.mark.slow
 async def test_a_large_archive_goes_in_pieces_and_comes_in_pieces(tmp_path: Path, database: Pool, s3: StandIn) -> None:
     await database.execute(LARGE)
     vault = vault_in(tmp_path, backup_url=URL)

@@ -39,6 +39,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return clone
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "check", ["ruff check", "ruff format --check", "mypy --strict", "pytest"], ids=lambda check: check.partition(" ")[0]
@@ -49,6 +50,7 @@ def test_what_is_written_passes(clone: Path, check: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_nothing_is_written_over(clone: Path) -> None:
     before = (clone / FILES[0]).read_text()
     done = run(clone, "bot.py", "new", "cog", NAME)
@@ -113,6 +115,7 @@ def test_tables_of_cogs_are_known_when_a_migration_is_written(tmp_path: Path, mo
         remove_tables(package.name)
 
 
+@pytest.mark.slow
 def test_a_table_that_cannot_be_read_stops_the_migration_with_one_line(clone: Path) -> None:
     broken = clone / "models" / "broken.py"
     broken.write_text("raise RuntimeError('no')")

@@ -16,6 +16,8 @@ from tests.operations.importing.files import GUILD, USER, files_in, member, stor
 from utils.database import Pool
 from utils.demo.bot_process import ENTRY, environment
 
+pytestmark = pytest.mark.slow
+
 #: Seeds of the random points at which imports are killed.
 SEEDS = range(10)
 ENTRIES = 20_000

@@ -20,6 +20,8 @@ from utils.operations.action import Step
 from utils.operations.migrations import Actor, MigrationOptions, admin, invalid_indexes, schema_catalog
 from utils.service.lease import hold_as_operator
 
+pytestmark = pytest.mark.slow
+
 
 async def back_up() -> str:
     return "backup 1"

@@ -16,6 +16,8 @@ from utils.demo.bot_process import ENTRY, environment
 from utils.operations import migrations
 from utils.operations.migrations import schema_catalog
 
+pytestmark = pytest.mark.slow
+
 #: The advisory lock that blocks the chosen statement; the process is killed there.
 STOP = 5_150
 #: Counts this session's DDL commands and blocks at the chosen one.

@@ -21,6 +21,8 @@ from utils.operations import migrations
 from utils.operations.migrations import MigrationOptions, __main__, schema_catalog
 from utils.operations.migrations.environment import LOCK_KEY
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 REVISIONS = ["0001", "0002", "0003", "0004", "0005"]
 HEAD = REVISIONS[-1]
