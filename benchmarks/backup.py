@@ -19,11 +19,10 @@ import psutil
 from benchmarks.figures import Figure, ratio
 from utils.database import ConnectTarget, Pool
 from utils.database.partitions import ensure_partitions
-from utils.operations.action import ignore_progress
-from utils.operations.backup import loading, tools
-from utils.operations.backup.create import COMPRESSION, Wanted
-from utils.operations.backup.restore import bring_back
-from utils.operations.backup.scratch import connected, quoted
+from utils.operations.backup import client_tools, load
+from utils.operations.backup.create import COMPRESSION, BackupRequest, create
+from utils.operations.backup.restore import restore_archive
+from utils.operations.backup.scratch import connect, quote_identifier
 from utils.operations.backup.service import BackupService
 from utils.settings import Settings
 
@@ -83,7 +82,7 @@ async def _run(*arguments: str, environment: dict[str, str]) -> None:
         async with asyncio.timeout(PATIENCE):
             code = await process.wait()
     finally:
-        await tools.ended(process)
+        await client_tools.kill(process)
     if code:
         raise RuntimeError(f"{Path(arguments[0]).name} ended with {code}")
 
@@ -105,7 +104,7 @@ async def _forced(pool: Pool) -> float:
 
 
 async def _restored_plainly(target: ConnectTarget, directory: Path, file: Path) -> None:
-    options = ["--no-owner", "--no-privileges", "--exit-on-error", f"--jobs={loading.jobs()}"]
+    options = ["--no-owner", "--no-privileges", "--exit-on-error", f"--jobs={load.jobs()}"]
     arguments = [*options, "--dbname", target.libpq_url(), str(file)]
     await _run(str(directory / "pg_restore"), *arguments, environment=target.libpq_environment())
 
@@ -114,8 +113,8 @@ async def _restored_plainly(target: ConnectTarget, directory: Path, file: Path) 
 async def _fresh(target: ConnectTarget) -> AsyncIterator[ConnectTarget]:
     """Lend a database with nothing in it."""
     fresh = target.with_database("plainly_restored")
-    name = quoted(str(fresh.database))
-    async with connected(target) as connection:
+    name = quote_identifier(str(fresh.database))
+    async with connect(target) as connection:
         await connection.execute(f"CREATE DATABASE {name} TEMPLATE template0")
         try:
             yield fresh
@@ -136,8 +135,8 @@ async def measure(pool: Pool, *, rounds: int = 5) -> list[Figure]:
     for table in ("users", "members", "changes"):
         await pool.execute(f"VACUUM ANALYZE {table}")
     room = Path(tempfile.mkdtemp(prefix="guildbook-bench-backup-"))
-    vault = BackupService(Settings(_env_file=None, data_dir=room))  # type: ignore[call-arg]
-    directory = await tools.found(pool.server_version_num // 10_000)
+    service = BackupService(Settings(_env_file=None, data_dir=room))  # type: ignore[call-arg]
+    directory = await client_tools.find_directory(pool.server_version_num // 10_000)
     id, size = "", 0
     made: list[float] = []
     dumped: list[float] = []
@@ -149,7 +148,7 @@ async def measure(pool: Pool, *, rounds: int = 5) -> list[Figure]:
     while_made, while_back, while_drilled = Watch(), Watch(), Watch()
 
     async def make() -> str:
-        return (await vault.make(pool, Wanted())).id
+        return (await create(pool, service.catalog, BackupRequest())).id
 
     async def dump() -> None:
         target = pool.direct
@@ -158,8 +157,8 @@ async def measure(pool: Pool, *, rounds: int = 5) -> list[Figure]:
         await _run(str(directory / "pg_dump"), *arguments, environment=target.libpq_environment())
 
     async def bring() -> None:
-        async with vault.opened(id, pool.server_version_num // 10_000, ignore_progress) as one:
-            done = await bring_back(pool, one, safety=_no_safety)
+        async with service.catalog.open(id, pool.server_version_num // 10_000) as one:
+            done = await restore_archive(pool, one, safety_backup=_no_safety)
             if not done.ok:
                 raise RuntimeError(done.text)
             until_live.append(float(done.data["seconds_until_live"]))
@@ -188,7 +187,7 @@ async def measure(pool: Pool, *, rounds: int = 5) -> list[Figure]:
         async with while_back.watching():
             await bring()
         async with while_drilled.watching():
-            drill_seconds, drilled = await _timed(pool, lambda: vault.drill(pool, id))
+            drill_seconds, drilled = await _timed(pool, lambda: service.drill(pool, id))
         if not drilled.ok:
             raise RuntimeError(drilled.text)
     finally:
@@ -201,7 +200,7 @@ async def measure(pool: Pool, *, rounds: int = 5) -> list[Figure]:
         ratio("bringing it back, counted: time against `pg_restore`", back, restored, "≤", 1.3),
         ratio("the same until it is live, checksum not counted", until_live[:rounds], restored),
         ratio("the first of these until all is on the disk, on both sides", back_on_disk, restored_on_disk),
-        Figure(f"`pg_restore -j {loading.jobs()}` for that", restored, unit=" s"),
+        Figure(f"`pg_restore -j {load.jobs()}` for that", restored, unit=" s"),
         Figure("a drill of it", (drill_seconds,), unit=" s"),
         Figure("longest loop stall while a backup is made", (while_made.stall * 1e3,), "≤", 50, " ms"),
         Figure("longest loop stall while one is brought back", (while_back.stall * 1e3,), "≤", 50, " ms"),

@@ -16,6 +16,8 @@ from utils.database import Pool
 from utils.exceptions import GuildbookError, MigrationError, ValidationError
 from utils.operations import slash
 from utils.operations.action import Outcome
+from utils.operations.backup.catalog import BackupCatalog
+from utils.operations.backup.create import BackupRequest, create
 from utils.operations.backup.service import BackupService
 from utils.operations.doctor import DoctorContext, run_checks
 from utils.operations.importing import exporting, importer
@@ -49,7 +51,7 @@ class DatabaseCommands(BaseCog):
         """Show the statistics with a chart."""
 
         async def work(reply: Reply) -> Answer:
-            backups = [{"id": known.id, "line": known.line} for known in (await self._vault().known())[:3]]
+            backups = [{"id": entry.id, "line": entry.line} for entry in (await self._backups().catalog.entries())[:3]]
             statistics = await collect(self._database, bot=self.bot.stats(), backups=backups)
             try:
                 chart: bytes | None = await picture.draw(statistics)
@@ -185,7 +187,8 @@ class DatabaseCommands(BaseCog):
             await reply.confirm(f"{migration.text}\n{warning}", "Downgrade")
 
             async def save() -> str:
-                return await self._vault().save(self._database, "before downgrade", reply.step)
+                request, catalog = BackupRequest("before downgrade"), BackupCatalog(self.bot.settings)
+                return (await create(self._database, catalog, request, progress=reply.step)).id
 
             outcome = await admin.downgrade(
                 self._database,
@@ -227,7 +230,7 @@ class DatabaseCommands(BaseCog):
 
         async def work(reply: Reply) -> Outcome:
             names = [name.strip() for name in (tables or "").split(",") if name.strip()]
-            return await self._vault().create(
+            return await self._backups().create(
                 self._database, tables=names, schema_only=schema_only, progress=reply.step
             )
 
@@ -236,14 +239,14 @@ class DatabaseCommands(BaseCog):
     @backup.command(name="list", description="The backups that there are, and how their last drill went")
     async def list_(self, interaction: discord.Interaction[Guildbook]) -> None:
         """Show all backups."""
-        await self._run(interaction, "db backup list", lambda reply: self._vault().listing())
+        await self._run(interaction, "db backup list", lambda reply: self._backups().list())
 
     @backup.command(name="verify", description="Check that a backup is whole")
     @app_commands.describe(id="Its id, or latest")
     async def verify(self, interaction: discord.Interaction[Guildbook], id: str = "latest") -> None:
         """Check a backup."""
         await self._run(
-            interaction, "db backup verify", lambda reply: self._vault().verify(id, progress=reply.step), id=id
+            interaction, "db backup verify", lambda reply: self._backups().verify(id, progress=reply.step), id=id
         )
 
     @backup.command(name="drill", description="Restore a backup beside the database and compare, changing nothing")
@@ -253,7 +256,7 @@ class DatabaseCommands(BaseCog):
         await self._run(
             interaction,
             "db backup drill",
-            lambda reply: self._vault().drill(self._database, id, progress=reply.step),
+            lambda reply: self._backups().drill(self._database, id, progress=reply.step),
             id=id,
         )
 
@@ -263,10 +266,11 @@ class DatabaseCommands(BaseCog):
         """Ask, and restore; the bot stays connected, and reconciles afterwards."""
 
         async def work(reply: Reply) -> Outcome:
-            known = await self._vault().find(id)
-            await reply.confirm(f"Put this in the database's place? {known.line}", "Restore")
-            return await self._vault().restore(
-                self._database, known.id, progress=reply.step, after=self.bot.reconnect_gateway
+            service = self._backups()
+            entry = await service.catalog.find(id)
+            await reply.confirm(f"Replace the database by this backup? {entry.line}", "Restore")
+            return await service.restore(
+                self._database, entry.id, progress=reply.step, after=self.bot.reconnect_gateway
             )
 
         await self._run(interaction, "db backup restore", work, id=id)
@@ -276,9 +280,9 @@ class DatabaseCommands(BaseCog):
         """Show what would go, ask, and delete it."""
 
         async def work(reply: Reply) -> Outcome:
-            would = await self._vault().prune(dry_run=True)
+            would = await self._backups().prune(dry_run=True)
             await reply.confirm(would.text, "Delete")
-            return await self._vault().prune()
+            return await self._backups().prune()
 
         await self._run(interaction, "db backup prune", work)
 
@@ -286,7 +290,7 @@ class DatabaseCommands(BaseCog):
     def _database(self) -> Pool:
         return self.db.pool
 
-    def _vault(self) -> BackupService:
+    def _backups(self) -> BackupService:
         return BackupService(self.bot.settings)
 
     async def _run(

@@ -225,10 +225,10 @@ NAMES_ONLY = {
     "utils.operations.migrations.schema_catalog": "a WITH of its own in front of each question",
     "utils.demo.compare": "derived from models/",
     "cogs.mirror": "names of mirrored tables",
-    "utils.operations.backup.swap": "names out of the catalogue, quoted",
-    "utils.operations.backup.scratch": "names out of the catalogue, quoted",
-    "utils.operations.backup.drill": "names out of models/ and the catalogue, quoted",
-    "utils.operations.backup.loading": "names out of a manifest that the catalogue knows, quoted",
+    "utils.operations.backup.swap": "quoted names from the catalogue",
+    "utils.operations.backup.scratch": "quoted names from the catalogue",
+    "utils.operations.backup.drill": "quoted names from models/ and the catalogue",
+    "utils.operations.backup.load": "quoted names from a manifest, known to the catalogue",
 }
 
 

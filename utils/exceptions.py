@@ -80,6 +80,22 @@ class BackupError(GuildbookError):
     """A backup could not be made, verified or restored."""
 
 
+class ClientToolsMissing(BackupError):
+    """There is no pg_dump and pg_restore of the server's major version on this machine."""
+
+    def __init__(self, major: int, found: Sequence[str] = ()) -> None:
+        #: What is wrong, and what to do about it.
+        self.problem: str = (
+            f"the server is PostgreSQL {major}, and no pg_dump {major} was found"
+            f" (found {', '.join(found) or 'none at all'})"
+        )
+        self.advice: str = (
+            f"install the package postgresql-client-{major} (on Debian, from apt.postgresql.org) or its equivalent, or"
+            " add its directory to PATH"
+        )
+        super().__init__(f"{self.problem}: {self.advice}")
+
+
 class ForbiddenHere(BackupError):
     """The server does not allow a second database."""
 

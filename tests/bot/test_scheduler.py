@@ -11,12 +11,11 @@ import pytest
 
 from simulator import Simulator
 from tests.bot.running import TIMEOUT, BotProcess, running_bot
-from tests.operations.backup.making import filled, vault_in
+from tests.operations.backup.helpers import fill, make_backup, make_service
 from tests.waiting import until
 from utils.bot.client import Guildbook
 from utils.bot.scheduler import Scheduler
 from utils.database import ConnectTarget, Pool
-from utils.operations.backup.create import Wanted
 from utils.service import metrics
 from utils.settings import Settings
 
@@ -51,16 +50,16 @@ async def test_runs_backups_drills_imports_and_size_samples(
         database, simulator, extensions=(), configure=run_at_once, data_dir=tmp_path / "data", **settings
     ):
         results = await recorded_results(database, "backup create", "backup drill", "import")
-    assert any("came back whole" in result for result in results)
+    assert any("was restored completely" in result for result in results)
     assert await database.fetchval("SELECT count(*) FROM documents WHERE namespace = 'legacy.shop'") == 1
     assert await database.fetchval("SELECT count(DISTINCT table_name) FROM ops.table_sizes") > 10
     assert "guildbook_drill_ok 1.0" in metrics.render().decode()
-    assert "scheduled" in (await vault_in(tmp_path / "data").find("latest")).line
+    assert "scheduled" in (await make_service(tmp_path / "data").catalog.find("latest")).line
 
 
 async def test_makes_no_backup_while_the_newest_is_recent(tmp_path: Path, database: Pool) -> None:
-    backups = vault_in(tmp_path)
-    await backups.make(database, Wanted())
+    backups = make_service(tmp_path)
+    await make_backup(backups, database)
     scheduler = scheduler_in(tmp_path, database, "5m")
     assert 0 <= (await scheduler._seconds_since_backup() or -1) < 60
     scheduler.start()
@@ -69,19 +68,19 @@ async def test_makes_no_backup_while_the_newest_is_recent(tmp_path: Path, databa
         await until(lambda: database.fetchval("SELECT count(*) FROM ops.table_sizes"))
     finally:
         await scheduler.stop(5)
-    assert len(await backups.known()) == 1
+    assert len(await backups.catalog.entries()) == 1
 
 
 async def test_makes_a_backup_when_the_newest_is_old(tmp_path: Path, database: Pool) -> None:
-    backups = vault_in(tmp_path)
-    await backups.make(database, Wanted())
+    backups = make_service(tmp_path)
+    await make_backup(backups, database)
     scheduler = scheduler_in(tmp_path, database, "5m", clock=lambda: datetime.now(UTC) + timedelta(hours=1))
     scheduler.start()
     try:
         await recorded_results(database, "backup create")
     finally:
         await scheduler.stop(5)
-    assert len(await backups.known()) == 2
+    assert len(await backups.catalog.entries()) == 2
 
 
 async def test_failed_backup_is_recorded_counted_and_retried(
@@ -95,7 +94,7 @@ async def test_failed_backup_is_recorded_counted_and_retried(
         results = await recorded_results(database, "backup create")
         assert results[0].startswith("Failed: ")
         (tmp_path / "backups").unlink()
-        await until(lambda: vault_in(tmp_path).newest())
+        await until(make_service(tmp_path).catalog.newest)
     finally:
         await scheduler.stop(5)
     assert metrics.duty_failures.labels("backup")._value.get() > before
@@ -105,8 +104,8 @@ async def test_failed_backup_is_recorded_counted_and_retried(
 async def test_start_on_a_lost_database_suggests_the_backup_to_restore(
     tmp_path: Path, database: Pool, empty_target: ConnectTarget, simulator: Simulator
 ) -> None:
-    await filled(database)
-    id = (await vault_in(tmp_path / "data").make(database, Wanted())).id
+    await fill(database)
+    id = (await make_backup(make_service(tmp_path / "data"), database)).id
     settings = {
         "DISCORD_TOKEN": simulator.token,
         "DISCORD_API_BASE": simulator.api_base,

@@ -13,12 +13,12 @@ import pytest
 
 from simulator import InteractionResult, Limits, Simulator, World
 from tests.bot.running import running_bot, wait_until_mirrored
-from tests.operations.backup.restoring import cleaned
+from tests.operations.backup.helpers import dropping_scratch_databases
 from tests.waiting import until
 from utils.bot.client import Guildbook
 from utils.database import Pool
 from utils.exceptions import DatabaseUnavailable, MigrationError
-from utils.operations.backup.service import BackupService
+from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.slash import REFUSAL
 
 pytestmark = pytest.mark.slow
@@ -49,10 +49,10 @@ COMMANDS = [
     Command("backup create", {}, None, "backup 2"),
     Command("backup create", {"tables": "members, users"}, None, "some tables only"),
     Command("backup list", {}, None, "manual"),
-    Command("backup verify", {}, None, "is whole"),
-    Command("backup drill", {}, None, "came back whole"),
+    Command("backup verify", {}, None, "is intact"),
+    Command("backup drill", {}, None, "was restored completely"),
     Command("backup prune", {}, "Delete", "0 of 2 backups deleted"),
-    Command("backup restore", {}, "Restore", "is the live database"),
+    Command("backup restore", {}, "Restore", "is now the live database"),
 ]
 PATHS = {command.path for command in COMMANDS} | {"migrate downgrade"}
 
@@ -79,7 +79,7 @@ async def bot(
     entry = {"join_date": "2024-01-01T00:00:00+00:00", "statistics": {"message_count": 3}}
     (tmp_path / "data" / "import" / "members.json").write_text(json.dumps({"5_7": entry}))
     async with (
-        cleaned(database.target),
+        dropping_scratch_databases(database.target),
         running_bot(database, simulator, extensions=["cogs.db"], data_dir=tmp_path / "data") as client,
     ):
         yield client
@@ -187,7 +187,7 @@ async def test_downgrade_backs_up_and_shuts_the_bot_down(bot: Guildbook, databas
     await simulator.press(result, result.buttons["Downgrade"], user_id=operator)
     answer = await final_answer(database, result)
     assert "reverted: " in answer
-    assert "before downgrade" in "".join(entry.line for entry in await BackupService(bot.settings).known())
+    assert "before downgrade" in "".join(entry.line for entry in await BackupCatalog(bot.settings).entries())
     await until(bot.is_closed)
     assert isinstance(bot.shutdown_error, MigrationError)
     assert await database.fetchval("SELECT version_num FROM alembic_version") == "0002"

@@ -22,8 +22,8 @@ from utils.database.partitions import ensure_partitions
 from utils.exceptions import DatabaseUnavailable, GuildbookError, LeaseLost, SettingsError
 from utils.mirror.spool.journal import is_dead
 from utils.operations import migrations
-from utils.operations.backup import recover
-from utils.operations.backup.service import BackupService
+from utils.operations.backup import recovery
+from utils.operations.backup.catalog import BackupCatalog
 from utils.service import heap, metrics
 from utils.service.health import HealthServer
 from utils.service.lease import Lease, has_table, holder
@@ -194,7 +194,7 @@ class Process:
     async def _suggest_restore(self, pool: Pool) -> None:
         """Log the restore command if the database lost data that a backup has."""
         try:
-            line = await recover.offer(pool, BackupService(self.settings))
+            line = await recovery.suggest_restore(pool, BackupCatalog(self.settings))
         except GuildbookError as exc:
             _log.warning("could not check whether a backup should be restored: %s", exc)
         else:

@@ -14,7 +14,7 @@ from utils.database import Pool
 from utils.exceptions import DatabaseError, GuildbookError
 from utils.logs import redact
 from utils.operations.action import Outcome, record_action
-from utils.operations.backup.drill import last_drill
+from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.service import BackupService
 from utils.operations.upkeep import statistics
 from utils.service import metrics
@@ -117,7 +117,7 @@ class Scheduler:
         await statistics.sample_sizes(self._pool)
 
     async def _seconds_since_backup(self) -> float | None:
-        newest = await BackupService(self._settings).newest()
+        newest = await BackupCatalog(self._settings).newest()
         return None if newest is None else self._seconds_since(newest.made_at)
 
     async def _back_up(self) -> None:
@@ -130,16 +130,13 @@ class Scheduler:
 
     async def _seconds_since_drill(self) -> float | None:
         """Return the seconds since the last drill of any of the newest `BACKUP_KEEP` backups."""
-        backups, ages = BackupService(self._settings), []
-        for entry in (await backups.known())[: self._settings.backup_keep]:
-            drill = await last_drill(backups, entry.id)
-            if drill is not None:
-                ages.append(self._seconds_since(datetime.fromisoformat(drill.at)))
-        return min(ages, default=None)
+        entries = await BackupCatalog(self._settings).entries()
+        drills = [entry.drill for entry in entries[: self._settings.backup_keep] if entry.drill is not None]
+        return min((self._seconds_since(drill.made_at) for drill in drills), default=None)
 
     async def _drill(self) -> None:
         backups = BackupService(self._settings)
-        if await backups.newest() is None:
+        if await backups.catalog.newest() is None:
             raise GuildbookError(
                 "there is no full backup to restore: set BACKUP_EVERY, or run python bot.py backup create"
             )

@@ -144,9 +144,11 @@ def _ask_for_name(settings: Settings, data_dir: Path | None, revision: str) -> s
 
 def _backup_before(settings: Settings, pool: Pool, progress: Progress) -> Callable[[], Awaitable[str]]:
     async def make() -> str:
-        from utils.operations.backup.kept import Kept
+        from utils.operations.backup.catalog import BackupCatalog
+        from utils.operations.backup.create import BackupRequest, create
 
-        return await Kept(settings).save(pool, "before downgrade", progress)
+        request = BackupRequest("before downgrade")
+        return (await create(pool, BackupCatalog(settings), request, progress=progress)).id
 
     return make
 

@@ -1,4 +1,4 @@
-"""Whatever happens to the files of a backup, it is refused with the reason, by verify and by restore alike."""
+"""A backup with damaged files is refused with the reason, by verify and by restore."""
 
 from __future__ import annotations
 
@@ -13,192 +13,192 @@ from typing import Any
 import orjson
 import pytest
 
-from tests.operations.backup.making import filled, vault_in
-from tests.operations.backup.restoring import sums
+from tests.operations.backup.helpers import fill, make_backup, make_service, table_checksums
 from utils.database import Pool
 from utils.exceptions import BackupError
-from utils.operations.action import ignore_progress
-from utils.operations.backup.create import Wanted
-from utils.operations.backup.manifest import Manifest, _seal, unpacked
+from utils.operations.backup.manifest import Manifest, parse_manifest, seal
 from utils.operations.backup.service import BackupService
 
-#: How many corruptions of each kind of backup, and the seeds of their dice.
+#: Number of random corruptions of a plain and of an encrypted backup, and their seed.
 PLAIN, ENCRYPTED = 100, 20
 SEED = 1_907
+
+pytestmark = pytest.mark.slow
 
 Damage = Callable[[random.Random, Path, Manifest, Manifest], None]
 
 
-def flipped(dice: random.Random, file: Path) -> None:
-    """Turn one bit over."""
+def flip_bit(rng: random.Random, file: Path) -> None:
+    """Flip one bit."""
     content = bytearray(file.read_bytes())
-    content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     file.write_bytes(content)
 
 
-def cut(dice: random.Random, file: Path) -> None:
-    """Leave a beginning of it, or nothing."""
+def truncate(rng: random.Random, file: Path) -> None:
+    """Truncate it, perhaps to nothing."""
     content = file.read_bytes()
-    file.write_bytes(content[: dice.choice((0, dice.randrange(len(content)), len(content) - 1))])
+    file.write_bytes(content[: rng.choice((0, rng.randrange(len(content)), len(content) - 1))])
 
 
-def lengthened(dice: random.Random, file: Path) -> None:
-    """Append some bytes; white space after a manifest would change nothing that it says."""
+def append(rng: random.Random, file: Path) -> None:
+    """Append some bytes; NUL, because white space after a manifest would change nothing."""
     with file.open("ab") as out:
-        out.write(dice.randbytes(dice.randrange(1, 5_000)) + b"\0")
+        out.write(rng.randbytes(rng.randrange(1, 5_000)) + b"\0")
 
 
-def zeroed(dice: random.Random, file: Path) -> None:
-    """Turn a piece into zeros, as a disk that lost power does."""
+def zero(rng: random.Random, file: Path) -> None:
+    """Overwrite a block with zeros, as a disk that lost power does."""
     content = bytearray(file.read_bytes())
-    start = dice.randrange(len(content))
-    piece = slice(start, min(start + 4_096, len(content)))
-    content[piece] = bytes(b ^ 0xFF if not b and start + 1 == len(content) else 0 for b in content[piece])
-    if content == file.read_bytes():  # they were zeros: then something else
+    start = rng.randrange(len(content))
+    block = slice(start, min(start + 4_096, len(content)))
+    content[block] = bytes(b ^ 0xFF if not b and start + 1 == len(content) else 0 for b in content[block])
+    if content == file.read_bytes():  # they were zeros already
         content[start] ^= 1
     file.write_bytes(content)
 
 
-def missing(dice: random.Random, file: Path) -> None:
-    """Take it away."""
+def delete(rng: random.Random, file: Path) -> None:
+    """Delete it."""
     file.unlink()
 
 
-def exchanged(one: Path, other: Path) -> None:
+def exchange(one: Path, other: Path) -> None:
     """Swap two files."""
-    aside = one.with_name("aside")
-    one.rename(aside)
+    temporary = one.with_name("temporary")
+    one.rename(temporary)
     other.rename(one)
-    aside.rename(other)
+    temporary.rename(other)
 
 
-def to_one(which: str, damage: Callable[[random.Random, Path], None]) -> Damage:
-    """Damage the archive or the manifest."""
+def damage_file(which: str, damage: Callable[[random.Random, Path], None]) -> Damage:
+    """Return a function that damages the archive or the manifest."""
 
-    def do(dice: random.Random, place: Path, one: Manifest, other: Manifest) -> None:
-        damage(dice, place / (one.file if which == "archive" else f"{one.id}.json"))
+    def do(rng: random.Random, place: Path, one: Manifest, other: Manifest) -> None:
+        damage(rng, place / (one.file if which == "archive" else f"{one.id}.json"))
 
     do.__name__ = f"{which} {damage.__name__}"
     return do
 
 
-def swapped_archives(dice: random.Random, place: Path, one: Manifest, other: Manifest) -> None:
-    exchanged(place / one.file, place / other.file)
+def swap_archives(rng: random.Random, place: Path, one: Manifest, other: Manifest) -> None:
+    exchange(place / one.file, place / other.file)
 
 
-def swapped_manifests(dice: random.Random, place: Path, one: Manifest, other: Manifest) -> None:
-    exchanged(place / f"{one.id}.json", place / f"{other.id}.json")
+def swap_manifests(rng: random.Random, place: Path, one: Manifest, other: Manifest) -> None:
+    exchange(place / f"{one.id}.json", place / f"{other.id}.json")
 
 
-def rewritten(**changes: Any) -> Damage:
-    """Put another manifest there, with a seal that fits it."""
+def rewrite(**changes: Any) -> Damage:
+    """Return a function that changes the manifest and its checksum."""
 
-    def do(dice: random.Random, place: Path, one: Manifest, other: Manifest) -> None:
-        content = orjson.loads(one.packed()) | changes
+    def do(rng: random.Random, place: Path, one: Manifest, other: Manifest) -> None:
+        content = orjson.loads(one.serialize()) | changes
         content.pop("seal")
         content = {name: value for name, value in content.items() if value is not ...}
-        (place / f"{one.id}.json").write_bytes(orjson.dumps(content | {"seal": _seal(content)}))
+        (place / f"{one.id}.json").write_bytes(orjson.dumps(content | {"seal": seal(content)}))
 
-    do.__name__ = f"rewritten {changes}"
+    do.__name__ = f"rewrite {changes}"
     return do
 
 
-ANY: list[Damage] = [
-    to_one(which, damage) for which in ("archive", "manifest") for damage in (flipped, flipped, cut, lengthened, zeroed)
-] + [to_one("archive", missing), to_one("manifest", missing), swapped_archives, swapped_manifests]  # fmt: skip
-#: Manifests that are whole, and are not ours or say what cannot be.
-STRANGE: list[Damage] = [
-    rewritten(project="somebody else's"), rewritten(project=None), rewritten(format=2), rewritten(format="1"),
-    rewritten(file="../../etc/passwd"), rewritten(file="20260101T000000Z-abcdef.dump"), rewritten(size=-1),
-    rewritten(sha256="0" * 64), rewritten(sha256=None), rewritten(size="large"), rewritten(rows=[1, 2]),
-    rewritten(rows={"public.users": "many"}), rewritten(created_at="2026-01-01T00:00:00"), rewritten(created_at=7),
-    rewritten(created_at="yesterday"), rewritten(server=""), rewritten(server=18), rewritten(id="latest"),
-    rewritten(kind="half"), rewritten(reason=None), rewritten(unknown=True), rewritten(rows=...),
+RANDOM: list[Damage] = [
+    damage_file(which, damage)
+    for which in ("archive", "manifest")
+    for damage in (flip_bit, flip_bit, truncate, append, zero, delete)
+] + [swap_archives, swap_manifests]
+#: Undamaged manifests of another project, or with impossible values.
+INVALID: list[Damage] = [
+    rewrite(project="somebody else's"), rewrite(project=None), rewrite(format=2), rewrite(format="1"),
+    rewrite(file="../../etc/passwd"), rewrite(file="20260101T000000Z-abcdef.dump"), rewrite(size=-1),
+    rewrite(sha256="0" * 64), rewrite(sha256=None), rewrite(size="large"), rewrite(rows=[1, 2]),
+    rewrite(rows={"public.users": "many"}), rewrite(created_at="2026-01-01T00:00:00"), rewrite(created_at=7),
+    rewrite(created_at="yesterday"), rewrite(server=""), rewrite(server=18), rewrite(id="latest"),
+    rewrite(kind="half"), rewrite(reason=None), rewrite(unknown=True), rewrite(rows=...),
 ]  # fmt: skip
 
 
-async def refused(vault: BackupService, database: Pool, id: str) -> list[str]:
-    """Return why verify, a restore and the listing refuse a backup; any error but theirs comes through."""
-    reasons = []
-    with pytest.raises(BackupError) as told:
-        await vault.verify(id)
-    reasons.append(str(told.value))
-    with pytest.raises(BackupError) as told:
-        await vault.restore(database, id)
-    reasons.append(str(told.value))
+async def check_refused(service: BackupService, database: Pool, id: str) -> list[str]:
+    """Check that verify, restore and open refuse a backup, and return the messages of the first two."""
+    messages = []
+    with pytest.raises(BackupError) as error:
+        await service.verify(id)
+    messages.append(str(error.value))
+    with pytest.raises(BackupError) as error:
+        await service.restore(database, id)
+    messages.append(str(error.value))
     with pytest.raises(BackupError):
-        async with vault.opened(id, 18, ignore_progress):
+        async with service.catalog.open(id, 18):
             pass
-    await vault.listing()
-    await vault.prune(dry_run=True)
-    return reasons
+    await service.list()
+    await service.prune(dry_run=True)
+    return messages
 
 
-async def corrupted(tmp_path: Path, database: Pool, number: int, damages: list[Damage], **given: Any) -> None:
-    """Make two backups, corrupt the first one so many times, and see each refused."""
-    await filled(database)
-    vault = vault_in(tmp_path / "data", **given)
-    one = await vault.make(database, Wanted())
-    await database.execute("UPDATE members SET nick = 'another'")  # else both archives may be the same, byte by byte
-    other = await vault.make(database, Wanted())
-    whole, place = tmp_path / "whole", vault.local.path
-    shutil.copytree(place, whole)
-    before = await sums(database.target)
-    dice, seen = random.Random(SEED), set[str]()
+async def corrupt_and_check(tmp_path: Path, database: Pool, number: int, damages: list[Damage], **given: Any) -> None:
+    """Make two backups, and check that each of `number` corruptions of the first is refused."""
+    await fill(database)
+    service = make_service(tmp_path / "data", **given)
+    one = await make_backup(service, database)
+    await database.execute("UPDATE members SET nick = 'another'")  # so that the archives differ
+    other = await make_backup(service, database)
+    intact, place = tmp_path / "intact", service.catalog.local.path
+    shutil.copytree(place, intact)
+    before = await table_checksums(database.target)
+    rng, seen = random.Random(SEED), set[str]()
     for turn in range(number):
         damage = damages[turn % len(damages)]
         shutil.rmtree(place)
-        shutil.copytree(whole, place)
-        damage(dice, place, one, other)
+        shutil.copytree(intact, place)
+        damage(rng, place, one, other)
         try:
-            for reason in await refused(vault, database, one.id):
-                assert one.id in reason or one.file in reason, reason
-                assert len(reason) < 700, reason
+            for message in await check_refused(service, database, one.id):
+                assert one.id in message or one.file in message, message
+                assert len(message) < 700, message
         except BaseException as exc:
             exc.add_note(f"turn {turn} of seed {SEED}: {damage.__name__}")
             raise
         seen.add(damage.__name__)
     assert len(seen) == len({damage.__name__ for damage in damages})
-    assert await sums(database.target) == before
+    assert await table_checksums(database.target) == before
     shutil.rmtree(place)
-    shutil.copytree(whole, place)
-    assert (await vault.verify(one.id)).ok, "and it is not that everything is refused"
+    shutil.copytree(intact, place)
+    assert (await service.verify(one.id)).ok, "the intact one is not refused"
 
 
-@pytest.mark.slow
-async def test_100_random_corruptions_are_all_refused_with_the_reason(tmp_path: Path, database: Pool) -> None:
-    await corrupted(tmp_path, database, PLAIN, ANY)
+async def test_refuses_100_random_corruptions(tmp_path: Path, database: Pool) -> None:
+    await corrupt_and_check(tmp_path, database, PLAIN, RANDOM)
 
 
-async def test_22_manifests_that_are_not_ours_or_say_what_cannot_be_are_refused(tmp_path: Path, database: Pool) -> None:
-    await corrupted(tmp_path, database, len(STRANGE), STRANGE)
+async def test_refuses_invalid_manifests(tmp_path: Path, database: Pool) -> None:
+    await corrupt_and_check(tmp_path, database, len(INVALID), INVALID)
 
 
-async def test_20_random_corruptions_of_an_encrypted_backup_are_all_refused(tmp_path: Path, database: Pool) -> None:
+async def test_refuses_20_corruptions_of_an_encrypted_backup(tmp_path: Path, database: Pool) -> None:
     pyrage = pytest.importorskip("pyrage")
     identity = pyrage.x25519.Identity.generate()
     (tmp_path / "key").write_text(f"{identity}\n")
     given = {"backup_age_recipient": str(identity.to_public()), "backup_age_identity_file": tmp_path / "key"}
-    await corrupted(tmp_path, database, ENCRYPTED, ANY, **given)
+    await corrupt_and_check(tmp_path, database, ENCRYPTED, RANDOM, **given)
 
 
-async def test_a_manifest_that_was_made_to_fit_a_cut_archive_does_not_save_it(tmp_path: Path, database: Pool) -> None:
-    await filled(database)
-    vault = vault_in(tmp_path)
-    one = await vault.make(database, Wanted())
-    file = vault.local.path / one.file
+async def test_refuses_a_truncated_archive_with_a_fitting_manifest(tmp_path: Path, database: Pool) -> None:
+    await fill(database)
+    service = make_service(tmp_path)
+    one = await make_backup(service, database)
+    file = service.catalog.local.path / one.file
     content = file.read_bytes()[:500]
     digest = hashlib.sha256(content).hexdigest()
     file.write_bytes(content)
     forged = replace(one, size=len(content), sha256=digest, plain_size=len(content), plain_sha256=digest)
-    await vault.local.write(f"{one.id}.json", forged.packed())
+    await service.catalog.local.write(f"{one.id}.json", forged.serialize())
     with pytest.raises(BackupError, match="pg_restore cannot read"):
-        await vault.verify(one.id)
+        await service.verify(one.id)
 
 
-def test_a_manifest_comes_back_as_it_was() -> None:
+def test_a_manifest_round_trips() -> None:
     made = Manifest(
         "20260101T000000Z-abcdef", "2026-01-01T00:00:00.000+00:00", "full", "manual", "20260101T000000Z-abcdef.dump",
         5, "a" * 64, 5, "a" * 64, None, "guildbook", "18.4", "18.4", None, {"public.users": 1}, 0.5,
     )  # fmt: skip
-    assert unpacked(made.packed(), f"{made.id}.json") == made
+    assert parse_manifest(made.serialize(), f"{made.id}.json") == made

@@ -1,4 +1,4 @@
-"""A backup comes back as it was made, or everything stays as it is."""
+"""A backup is restored as it was made, or everything stays as it is."""
 
 from __future__ import annotations
 
@@ -11,117 +11,114 @@ from pathlib import Path
 
 import pytest
 
-from tests.operations.backup.restoring import (
-    Shelf,
-    ask,
-    asking,
-    cleaned,
-    databases,
-    dumped,
-    pooled,
-    put_down,
-    sums,
-    tell,
-    typed,
+from tests.operations.backup.helpers import (
+    connect,
+    dropping_scratch_databases,
+    dump,
+    execute,
+    fetchval,
+    make_backup,
+    make_service,
+    open_pool,
+    run_backup_command,
+    scratch_databases,
+    table_checksums,
 )
-from utils.cli import restore as cli
+from utils.cli import backup as cli
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
-from utils.exceptions import BackupError, DatabaseUnavailable, ForbiddenHere, ValidationError
+from utils.exceptions import BackupError, ForbiddenHere, ValidationError
 from utils.operations import migrations
-from utils.operations.action import Progress, Step
-from utils.operations.backup import loading, scratch
-from utils.operations.backup.restore import bring_back, restore
-from utils.operations.backup.source import Archive
+from utils.operations.action import Step
+from utils.operations.backup import scratch
+from utils.operations.backup.catalog import Archive
+from utils.operations.backup.restore import restore_archive
+from utils.operations.backup.service import BackupService
 from utils.operations.development import seed
 from utils.settings import Settings
 
 pytestmark = pytest.mark.slow
 
 
-async def none() -> tuple[None, str]:
+async def no_safety_backup() -> tuple[None, str]:
     return None, "There was nothing to back up."
 
 
 @pytest.fixture
 async def archive(tmp_path: Path, server: EmbeddedServer, database: Pool) -> Archive:
-    """A backup of two guilds; since then people have joined, and left no trace of them in it."""
+    """A dump of two guilds, and a live database that has changed since."""
     await seed.seed(database, guilds=2, members=120, seed=3)
-    made = await dumped(server, database.target, tmp_path / "it's a dump")
-    await seed.seed(database, guilds=1, members=30, seed=4, more=True)
-    await tell(database.target, "INSERT INTO ops.suppressions (user_id) VALUES (9)")
+    made = await dump(server, database.target, tmp_path / "it's a dump")
+    await add_guild(database)
     return made
 
 
-async def test_a_restore_brings_every_row_back_and_keeps_ops_and_the_old_database(
-    server: EmbeddedServer, database: Pool, archive: Archive
-) -> None:
-    async with cleaned(database.target):
-        wanted = await sums(database.target)
-        first = await bring_back(database, archive, safety=none)
+async def add_guild(pool: Pool) -> None:
+    await seed.seed(pool, guilds=1, members=30, seed=4, more=True)
+    await execute(pool.target, "INSERT INTO ops.suppressions (user_id) VALUES (9)")
+
+
+async def test_restores_rows_and_keeps_ops_and_the_old_database(database: Pool, archive: Archive) -> None:
+    async with dropping_scratch_databases(database.target):
+        before = await table_checksums(database.target)
+        first = await restore_archive(database, archive, safety_backup=no_safety_backup)
         assert first.ok, first.text
         assert await database.fetchval("SELECT count(*) FROM guilds") == 2
         assert await database.fetchval("SELECT user_id FROM ops.suppressions") == 9
         assert await database.fetchval("SELECT count(*) FROM pg_stats WHERE tablename = 'members'") > 0
-        kept = await databases(database.target, scratch.BEFORE)
-        assert await sums(database.target.with_database(kept[0])) == wanted
-        assert kept[0] in first.text
-        assert await databases(database.target, scratch.RESTORE) == []
-        second = await bring_back(database, archive, safety=none)
-        assert await databases(database.target, scratch.BEFORE) == [second.data["before"]]
-        await bring_back(database, archive, safety=none, drop_old=True)
-        assert await databases(database.target, scratch.BEFORE) == []
+        [old] = await scratch_databases(database.target, scratch.BEFORE)
+        assert await table_checksums(database.target.with_database(old)) == before
+        assert old in first.text
+        assert await scratch_databases(database.target, scratch.RESTORE) == []
+        second = await restore_archive(database, archive, safety_backup=no_safety_backup)
+        assert await scratch_databases(database.target, scratch.BEFORE) == [second.data["before"]]
+        await restore_archive(database, archive, safety_backup=no_safety_backup, drop_old=True)
+        assert await scratch_databases(database.target, scratch.BEFORE) == []
 
 
-async def test_what_is_restored_has_the_rows_of_the_backup_checksum_for_checksum(
-    tmp_path: Path, server: EmbeddedServer, database: Pool
-) -> None:
+async def test_restored_rows_have_the_same_checksums(tmp_path: Path, server: EmbeddedServer, database: Pool) -> None:
     await seed.seed(database, guilds=2, members=50)
-    wanted = await sums(database.target)
-    made = await dumped(server, database.target, tmp_path / "dump")
+    expected = await table_checksums(database.target)
+    made = await dump(server, database.target, tmp_path / "dump")
     await database.execute("DELETE FROM members")
-    async with cleaned(database.target):
-        await bring_back(database, made, safety=none)
-        assert await sums(database.target) == wanted
+    async with dropping_scratch_databases(database.target):
+        await restore_archive(database, made, safety_backup=no_safety_backup)
+        assert await table_checksums(database.target) == expected
         assert await migrations.check_drift(database) == []
 
 
-async def test_every_step_is_told(database: Pool, archive: Archive) -> None:
+async def test_reports_every_step(database: Pool, archive: Archive) -> None:
     steps: list[Step] = []
-    async with cleaned(database.target):
-        await bring_back(database, archive, safety=none, progress=steps.append)
-    told = list(dict.fromkeys(step.text for step in steps))
-    assert told == ["safety backup", "restoring", "counting rows", "swapping"]
+    async with dropping_scratch_databases(database.target):
+        await restore_archive(database, archive, safety_backup=no_safety_backup, progress=steps.append)
+    texts = list(dict.fromkeys(step.text for step in steps))
+    assert texts == ["safety backup", "restoring", "counting rows", "swapping"]
     assert max(step.done for step in steps if step.text == "restoring") > 5
     assert next(step for step in reversed(steps) if step.text == "counting rows").done == len(archive.counts)
 
 
-async def test_an_older_backup_is_migrated_before_it_goes_live(
-    tmp_path: Path, server: EmbeddedServer, empty_target: ConnectTarget
-) -> None:
+async def test_migrates_an_older_backup(tmp_path: Path, server: EmbeddedServer, empty_target: ConnectTarget) -> None:
     revisions = await migrations.pending(empty_target)
     await migrations.upgrade(empty_target, revisions[0])
-    await tell(empty_target, "INSERT INTO guilds (id, name) VALUES (1, 'old')")
-    made = await dumped(server, empty_target, tmp_path / "dump")
+    await execute(empty_target, "INSERT INTO guilds (id, name) VALUES (1, 'old')")
+    made = await dump(server, empty_target, tmp_path / "dump")
     await migrations.upgrade(empty_target)
-    async with cleaned(empty_target), pooled(empty_target) as database:
-        done = await bring_back(database, made, safety=none)
-        assert done.data["migrated"] == revisions[1:]
-        assert await database.fetchval("SELECT name FROM guilds") == "old"
-        assert await migrations.pending(database) == []
-        assert await migrations.check_drift(database) == []
+    async with dropping_scratch_databases(empty_target), open_pool(empty_target) as pool:
+        outcome = await restore_archive(pool, made, safety_backup=no_safety_backup)
+        assert outcome.data["migrated"] == revisions[1:]
+        assert await pool.fetchval("SELECT name FROM guilds") == "old"
+        assert await migrations.pending(pool) == []
+        assert await migrations.check_drift(pool) == []
 
 
 @pytest.mark.parametrize("change", ["revision", "counts", "no table", "truncated", "no revision"])
-async def test_a_backup_that_is_not_what_it_says_is_refused_and_nothing_changes(
-    database: Pool, archive: Archive, change: str
-) -> None:
-    wanted = await sums(database.target)
-    said = "did not come back"
+async def test_refuses_an_archive_unlike_its_manifest(database: Pool, archive: Archive, change: str) -> None:
+    before = await table_checksums(database.target)
+    message = "was not restored as it was made"
     if change == "revision":
-        archive, said = dataclasses.replace(archive, revision="9999"), "newer Guildbook"
+        archive, message = dataclasses.replace(archive, revision="9999"), "newer Guildbook"
     elif change == "no revision":
-        archive, said = dataclasses.replace(archive, revision=None), "no tables"
+        archive, message = dataclasses.replace(archive, revision=None), "contains no tables"
     elif change == "counts":
         counts = {**archive.counts, ("public", "members"): archive.counts["public", "members"] + 1}
         archive = dataclasses.replace(archive, counts=counts)
@@ -129,137 +126,151 @@ async def test_a_backup_that_is_not_what_it_says_is_refused_and_nothing_changes(
         archive = dataclasses.replace(archive, counts={**archive.counts, ("public", "nothing"): 0})
     else:
         archive.file.write_bytes(archive.file.read_bytes()[: archive.file.stat().st_size // 2])
-        said = "pg_restore could not load"
-    with pytest.raises(BackupError, match=said):
-        await bring_back(database, archive, safety=none)
-    assert await sums(database.target) == wanted
+        message = "pg_restore could not load"
+    with pytest.raises(BackupError, match=message):
+        await restore_archive(database, archive, safety_backup=no_safety_backup)
+    assert await table_checksums(database.target) == before
     for purpose in (scratch.RESTORE, scratch.BEFORE):
-        assert await databases(database.target, purpose) == []
+        assert await scratch_databases(database.target, purpose) == []
 
 
-@pytest.mark.parametrize("when", ["restoring", "counting rows", "swapping"])
-async def test_a_restore_that_is_called_off_leaves_nothing_behind(database: Pool, archive: Archive, when: str) -> None:
-    wanted = await sums(database.target)
+@pytest.mark.parametrize("phase", ["restoring", "counting rows", "swapping"])
+async def test_a_cancelled_restore_leaves_nothing_behind(database: Pool, archive: Archive, phase: str) -> None:
+    before = await table_checksums(database.target)
     reached = asyncio.Event()
 
-    def told(step: Step) -> None:
-        if step.text == when and (step.done or when == "swapping"):
+    def progress(step: Step) -> None:
+        if step.text == phase and (step.done or phase == "swapping"):
             reached.set()
 
-    task = asyncio.create_task(bring_back(database, archive, safety=none, progress=told))
+    task = asyncio.create_task(restore_archive(database, archive, safety_backup=no_safety_backup, progress=progress))
     await reached.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await sums(database.target) == wanted
-    assert await databases(database.target, scratch.RESTORE) == []
+    assert await table_checksums(database.target) == before
+    assert await scratch_databases(database.target, scratch.RESTORE) == []
 
 
-async def test_where_no_second_database_is_allowed_the_line_to_type_does_it(
-    database: Pool, archive: Archive, empty_target: ConnectTarget
-) -> None:
-    """The line is run as it stands, by a user who may not make databases and owns everything in this one."""
+async def test_prints_a_working_command_without_createdb(database: Pool, archive: Archive) -> None:
+    """The command is run as printed, by a user who may not create databases and owns everything in this one."""
     role = f"poor_{database.target.database}"
-    home = database.target.with_database("postgres")
+    postgres = database.target.with_database("postgres")
     members = await database.fetchval("SELECT count(*) FROM members")
-    await tell(home, f"CREATE ROLE {role} LOGIN", f"ALTER DATABASE {database.target.database} OWNER TO {role}")
+    await execute(postgres, f"CREATE ROLE {role} LOGIN", f"ALTER DATABASE {database.target.database} OWNER TO {role}")
     try:
-        ours = dataclasses.replace(database.target, user=role)
-        await tell(database.target, f"ALTER SCHEMA public OWNER TO {role}", f"ALTER SCHEMA ops OWNER TO {role}")
-        async with asking(database.target) as connection:
+        await execute(database.target, f"ALTER SCHEMA public OWNER TO {role}", f"ALTER SCHEMA ops OWNER TO {role}")
+        async with connect(database.target) as connection:
             owned = await connection.fetch(
                 "SELECT oid::regclass::text FROM pg_class AS c WHERE relkind IN ('r', 'p', 'v', 'm', 'S')"
                 " AND relnamespace IN ('public'::regnamespace, 'ops'::regnamespace)"
                 " AND NOT EXISTS (SELECT FROM pg_depend AS d WHERE d.objid = c.oid AND d.deptype = 'a'"
                 " AND d.classid = 'pg_class'::regclass AND relkind = 'S')"
             )
-        await tell(database.target, *(f"ALTER TABLE {row[0]} OWNER TO {role}" for row in owned))
-        async with pooled(ours) as poor:
-            with pytest.raises(ForbiddenHere, match="CREATEDB") as refused:
-                await bring_back(poor, archive, safety=none)
+        await execute(database.target, *(f"ALTER TABLE {row[0]} OWNER TO {role}" for row in owned))
+        async with open_pool(dataclasses.replace(database.target, user=role)) as poor:
+            with pytest.raises(ForbiddenHere, match="CREATEDB") as error:
+                await restore_archive(poor, archive, safety_backup=no_safety_backup)
         assert await database.fetchval("SELECT count(*) FROM members") == members
-        line = str(refused.value).splitlines()[-1]
-        process = await asyncio.create_subprocess_shell(f"set -o pipefail; {line}", executable="/bin/bash")
+        command = str(error.value).splitlines()[-1]
+        process = await asyncio.create_subprocess_shell(f"set -o pipefail; {command}", executable="/bin/bash")
         assert await process.wait() == 0
         await database.renew()
         assert await database.fetchval("SELECT count(*) FROM members") == archive.counts["public", "members"]
         assert await database.fetchval("SELECT user_id FROM ops.suppressions") == 9
     finally:
-        await tell(home, f"ALTER DATABASE {database.target.database} OWNER TO postgres")
-        await tell(database.target, f"REASSIGN OWNED BY {role} TO postgres", f"DROP OWNED BY {role}")
-        await tell(home, f"DROP ROLE {role}")
+        await execute(postgres, f"ALTER DATABASE {database.target.database} OWNER TO postgres")
+        await execute(database.target, f"REASSIGN OWNED BY {role} TO postgres", f"DROP OWNED BY {role}")
+        await execute(postgres, f"DROP ROLE {role}")
 
 
-async def test_a_pooler_without_a_way_around_it_is_refused(database: Pool, archive: Archive) -> None:
+async def test_refuses_a_pooler(database: Pool, archive: Archive) -> None:
     database.direct = dataclasses.replace(database.target, pooled=True)
     with pytest.raises(BackupError, match="DATABASE_UNPOOLED_URL"):
-        await bring_back(database, archive, safety=none)
+        await restore_archive(database, archive, safety_backup=no_safety_backup)
 
 
-async def test_what_fails_after_the_swap_is_said_and_undoes_nothing(database: Pool, archive: Archive) -> None:
+async def test_a_failure_after_the_swap_is_reported(database: Pool, archive: Archive) -> None:
     async def after() -> None:
-        raise BackupError("the guilds cannot be asked for")
+        raise BackupError("the guilds cannot be fetched")
 
-    async with cleaned(database.target):
-        done = await bring_back(database, archive, safety=none, after=after)
-        assert not done.ok
-        assert "the guilds cannot be asked for" in done.text
+    async with dropping_scratch_databases(database.target):
+        outcome = await restore_archive(database, archive, safety_backup=no_safety_backup, after=after)
+        assert not outcome.ok
+        assert "the guilds cannot be fetched" in outcome.text
         assert await database.fetchval("SELECT count(*) FROM guilds") == 2
-    assert await ask(database.target, "SELECT 1") == 1
+    assert await fetchval(database.target, "SELECT 1") == 1
 
 
-async def test_what_is_there_is_backed_up_first_unless_it_is_nothing_or_damaged(
-    database: Pool, archive: Archive, empty_target: ConnectTarget
+# --- the safety backup
+
+
+@pytest.fixture
+async def service(tmp_path: Path, database: Pool) -> BackupService:
+    """A service with one backup of two guilds, and a live database that has changed since."""
+    await seed.seed(database, guilds=2, members=120, seed=3)
+    service = make_service(tmp_path)
+    await make_backup(service, database)
+    await add_guild(database)
+    return service
+
+
+async def test_backs_up_first_unless_empty_or_damaged(
+    service: BackupService, database: Pool, empty_target: ConnectTarget
 ) -> None:
-    shelf = Shelf(archive)
-    async with cleaned(database.target):
-        done = await restore(database, shelf)
-        assert shelf.saved == ["before restore"]
-        assert "safe" in done.text
+    [first] = await service.catalog.entries()
+    async with dropping_scratch_databases(database.target):
+        outcome = await service.restore(database, "latest")
+        safety_copy = await service.catalog.find(outcome.data["safety_backup"])
+        assert safety_copy.manifest is not None
+        assert safety_copy.manifest.reason == "before restore"
+        assert safety_copy.id in outcome.text
         await database.execute("DROP TABLE members CASCADE")
-        done = await restore(database, shelf, archive.id, drop_old=True)
-        assert shelf.saved == ["before restore"]
-        assert "damaged" in done.text
-        assert await databases(database.target, scratch.BEFORE) == [done.data["before"]], "there is no backup of it"
-    async with cleaned(empty_target), pooled(empty_target) as empty:
-        done = await restore(empty, shelf, drop_old=True)
-        assert shelf.saved == ["before restore"]
-        assert "nothing to back up" in done.text
-        assert await databases(empty_target, scratch.BEFORE) == []
-        assert await sums(empty_target) == await sums(database.target)
+        outcome = await service.restore(database, first.id, drop_old=True)
+        assert outcome.data["safety_backup"] is None
+        assert "damaged" in outcome.text
+        kept = await scratch_databases(database.target, scratch.BEFORE)
+        assert kept == [outcome.data["before"]], "it is kept because there is no backup of it"
+    async with dropping_scratch_databases(empty_target), open_pool(empty_target) as empty:
+        outcome = await service.restore(empty, first.id, drop_old=True)
+        assert outcome.data["safety_backup"] is None
+        assert "had no tables" in outcome.text
+        assert await scratch_databases(empty_target, scratch.BEFORE) == []
+        assert await table_checksums(empty_target) == await table_checksums(database.target)
+    assert {entry.id for entry in await service.catalog.entries()} == {first.id, safety_copy.id}
 
 
-async def test_a_safety_backup_that_fails_stops_the_restore(database: Pool, archive: Archive) -> None:
-    class Full(Shelf):
-        async def save(self, database: Pool, reason: str, progress: Progress) -> str:
-            raise BackupError("the disk is full")
+async def test_a_failed_safety_backup_stops_the_restore(service: BackupService, database: Pool) -> None:
+    lock = service.catalog.local.path / ".lock"
+    lock.unlink()
+    lock.mkdir()  # so that nothing can be written there
+    before = await table_checksums(database.target)
+    with pytest.raises(BackupError, match="cannot be written to"):
+        await service.restore(database, "latest")
+    assert await table_checksums(database.target) == before
 
-    wanted = await sums(database.target)
-    with pytest.raises(BackupError, match="disk is full"):
-        await restore(database, Full(archive))
-    assert await sums(database.target) == wanted
+
+# --- the command line
 
 
-async def test_the_command_line_restores_says_so_in_the_books_and_asks_when_it_can(
-    tmp_path: Path, database: Pool, archive: Archive
-) -> None:
-    put_down(tmp_path, archive)
-    async with cleaned(database.target):
-        unasked = await typed(tmp_path, database.target, "restore", "latest")
-        assert unasked.code == 2
-        assert f"{database.target.database}" in unasked.err
-        assert "--yes" in unasked.err
+async def test_command_line_restores_after_confirmation(tmp_path: Path, service: BackupService, database: Pool) -> None:
+    [entry] = await service.catalog.entries()
+    async with dropping_scratch_databases(database.target):
+        unconfirmed = await run_backup_command(tmp_path, database.target, "restore", "latest")
+        assert unconfirmed.code == 2
+        assert f"{database.target.database}" in unconfirmed.err
+        assert "--yes" in unconfirmed.err
         assert await database.fetchval("SELECT count(*) FROM guilds") == 3
-        missing = await typed(tmp_path, database.target, "restore", "nothing", "--yes", "--json")
+        missing = await run_backup_command(tmp_path, database.target, "restore", "nothing", "--yes", "--json")
         assert (missing.code, json.loads(missing.out)["ok"]) == (1, False)
-        done = await typed(tmp_path, database.target, "restore", archive.id, "--yes")
-        assert (done.code, done.err) == (0, "")
-        assert archive.id in done.out
+        restored = await run_backup_command(tmp_path, database.target, "restore", entry.id, "--yes")
+        assert (restored.code, restored.err) == (0, "")
+        assert entry.id in restored.out
         assert await database.fetchval("SELECT count(*) FROM guilds") == 2
-        drilled = await typed(tmp_path, database.target, "drill", "--json")
+        drilled = await run_backup_command(tmp_path, database.target, "drill", "--json")
         assert json.loads(drilled.out)["where"] == "beside the live database"
-    books = await database.fetch("SELECT command, left(result, 6) AS result FROM ops.admin_actions ORDER BY id")
-    assert [tuple(row) for row in books] == [
+    actions = await database.fetch("SELECT command, left(result, 6) AS result FROM ops.admin_actions ORDER BY id")
+    assert [tuple(row) for row in actions] == [
         ("backup restore", "Failed"),
         ("backup restore", "Backup"),
         ("backup drill", "Backup"),
@@ -267,7 +278,7 @@ async def test_the_command_line_restores_says_so_in_the_books_and_asks_when_it_c
 
 
 @pytest.mark.parametrize(("answer", "is_right"), [("{}\n", True), ("nope\n", False), ("\n", False)])
-def test_on_a_terminal_the_name_of_the_database_is_asked_for(
+def test_a_terminal_is_asked_for_the_database_name(
     database_url: str, monkeypatch: pytest.MonkeyPatch, answer: str, is_right: bool
 ) -> None:
     settings = Settings(_env_file=None, database_url=database_url)  # type: ignore[call-arg,arg-type]
@@ -276,15 +287,4 @@ def test_on_a_terminal_the_name_of_the_database_is_asked_for(
     monkeypatch.setattr(stdin, "isatty", lambda: True)
     monkeypatch.setattr("sys.stdin", stdin)
     with contextlib.nullcontext() if is_right else pytest.raises(ValidationError, match="nothing was done"):
-        cli._confirm(settings, None)
-
-
-async def test_a_table_that_cannot_be_counted_or_analysed_is_one_line_not_a_group(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loading, "COUNT_SECONDS", 0.2)
-    async with database.transaction() as connection:
-        await connection.execute("LOCK TABLE guilds")
-        for work in (loading.count(database.target, [("public", "guilds")]), loading.analyse(database.target)):
-            with pytest.raises(DatabaseUnavailable, match="did not answer in time"):
-                await work
+        cli._confirm(settings)

@@ -1,4 +1,4 @@
-"""A restore under a bot that acts: it goes on, and what it mirrors is the world again."""
+"""A restore under a running bot, which keeps running and converges with Discord again."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 
 from simulator import Limits, Simulator, World
 from tests.bot.running import BotProcess, running_bot, wait_until_mirrored
-from tests.operations.backup.restoring import cleaned, dumped, until_true
+from tests.operations.backup.helpers import dropping_scratch_databases, dump, until_query
 from tests.waiting import until
 from utils.database import Pool
 from utils.database.embedded import EmbeddedServer
-from utils.operations.backup.restore import bring_back
+from utils.operations.backup.restore import restore_archive
 
 pytestmark = pytest.mark.slow
 
 
-async def none() -> tuple[None, str]:
+async def no_safety_backup() -> tuple[None, str]:
     return None, "There was nothing to back up."
 
 
@@ -37,7 +37,7 @@ async def simulator(world: World) -> AsyncIterator[Simulator]:
         yield running
 
 
-async def test_a_bot_that_acts_keeps_its_lease_and_reconciles_what_the_backup_did_not_know(
+async def test_a_running_bot_keeps_its_lease_and_reconciles(
     tmp_path: Path,
     server: EmbeddedServer,
     database: Pool,
@@ -45,9 +45,12 @@ async def test_a_bot_that_acts_keeps_its_lease_and_reconciles_what_the_backup_di
     simulator: Simulator,
 ) -> None:
     small = list(world.guilds)[1]
-    async with cleaned(database.target), running_bot(database, simulator, extensions=()) as bot:
+    async with (
+        dropping_scratch_databases(database.target),
+        running_bot(database, simulator, extensions=()) as bot,
+    ):
         await wait_until_mirrored(database, simulator)
-        archive = await dumped(server, database.target, tmp_path / "dump")
+        archive = await dump(server, database.target, tmp_path / "dump")
         since = [world.join(small) for _ in range(20)]
         rng = random.Random(7)
         for _ in range(200):
@@ -56,11 +59,11 @@ async def test_a_bot_that_acts_keeps_its_lease_and_reconciles_what_the_backup_di
 
         async def reconcile() -> None:
             assert await database.fetchval("SELECT count(*) FROM members WHERE user_id = ANY($1)", since) == 0
-            # A listing is not enough: threads, for one, come with a session's beginning alone.
+            # A listing is not enough: threads, for one, are sent only at the start of a session.
             assert simulator.faults.invalidate_session(resumable=False) == 1
 
-        done = await bring_back(database, archive, safety=none, after=reconcile)
-        assert done.ok, done.text
+        outcome = await restore_archive(database, archive, safety_backup=no_safety_backup, after=reconcile)
+        assert outcome.ok, outcome.text
         for _ in range(5):
             world.join(small)
         await wait_until_mirrored(database, simulator)
@@ -69,7 +72,7 @@ async def test_a_bot_that_acts_keeps_its_lease_and_reconciles_what_the_backup_di
         await until(lambda: bot.readiness()[0])
 
 
-async def test_a_bot_in_another_process_begins_anew_by_itself(
+async def test_a_bot_in_another_process_starts_over(
     tmp_path: Path, server: EmbeddedServer, database: Pool, world: World, simulator: Simulator
 ) -> None:
     small = list(world.guilds)[1]
@@ -79,20 +82,20 @@ async def test_a_bot_in_another_process_begins_anew_by_itself(
         "DATABASE_URL": database.target.libpq_url(),
         "DATA_DIR": str(tmp_path / "data"),
     }
-    async with cleaned(database.target), BotProcess(tmp_path, **settings) as bot:
+    async with dropping_scratch_databases(database.target), BotProcess(tmp_path, **settings) as bot:
         await bot.wait_until_ready()
         await wait_until_mirrored(database, simulator)
-        archive = await dumped(server, database.target, tmp_path / "dump")
+        archive = await dump(server, database.target, tmp_path / "dump")
         rng = random.Random(7)
         for _ in range(200):
             world.random_event(rng)
         await wait_until_mirrored(database, simulator)
         epoch = await database.fetchval("SELECT epoch FROM ops.leases")
-        done = await bring_back(database, archive, safety=none)
-        assert done.ok, done.text
+        outcome = await restore_archive(database, archive, safety_backup=no_safety_backup)
+        assert outcome.ok, outcome.text
         for _ in range(5):
             world.join(small)
-        await until_true(database.target, "SELECT epoch = $1 + 2 FROM ops.leases", epoch)
+        await until_query(database.target, "SELECT epoch = $1 + 2 FROM ops.leases", epoch)
         await wait_until_mirrored(database, simulator)
         await bot.wait_until_ready()
         assert await database.fetchval("SELECT count(*) FROM ops.dead_letters") == 0

@@ -1,4 +1,4 @@
-"""Make a backup: pg_dump and exact counts on one snapshot, checksums on the way, and the manifest last."""
+"""Creates a backup: pg_dump and exact row counts on one snapshot, checksums on the way, and the manifest last."""
 
 from __future__ import annotations
 
@@ -17,30 +17,37 @@ import asyncpg
 
 from utils.database import ConnectTarget, Pool
 from utils.database.pool import ATTEMPT_SECONDS
-from utils.exceptions import BackupError, translate
+from utils.exceptions import BackupError, GuildbookError, translate_errors
 from utils.operations.action import Progress, Step, ignore_progress
-from utils.operations.backup import encryption, tools
-from utils.operations.backup.manifest import ARCHIVE, ENCRYPTED, SUFFIX, Kind, Manifest, new_id
-from utils.operations.backup.pipeline import Command, Passed, run
-from utils.operations.backup.retention import SAFETY
-from utils.operations.backup.store import Directory, Remote
+from utils.operations.backup import client_tools, encryption
+from utils.operations.backup.catalog import BackupCatalog
+from utils.operations.backup.manifest import (
+    ARCHIVE_SUFFIX,
+    ENCRYPTED_SUFFIX,
+    MANIFEST_SUFFIX,
+    SAFETY_PREFIX,
+    Kind,
+    Manifest,
+    new_id,
+)
+from utils.operations.backup.pipeline import Command, Digest, run
+from utils.operations.backup.scratch import Connection, connect
+from utils.operations.backup.store import Remote
 
 _log = logging.getLogger(__name__)
 
-#: gzip's fastest: on rows of a mirror its archives are a sixth larger than those of pg_dump's own 6, in half the time.
+#: gzip level. Archives of a mirror are a sixth larger than with pg_dump's default of 6, in half the time.
 COMPRESSION = 1
-#: Seconds for one table to be counted; for pg_dump to wait for a table that is locked.
+#: Seconds to count one table, and for pg_dump to wait for a locked table.
 COUNT_SECONDS, LOCK_SECONDS = 3_600.0, 60
-#: Seconds for any other statement of the snapshot's session, and for its end.
-STATEMENT_SECONDS, GOODBYE_SECONDS = 60.0, 10.0
-#: Limits that the server, the database or the role may set, and that a long backup would run into; 17 has the last.
-_LIMITS = ["statement_timeout", "idle_in_transaction_session_timeout", "transaction_timeout"]
-#: PostgreSQL 14 has `client_connection_check_interval`.
-_CHECKS_CLIENT = 140_000
-#: The archive before encryption, for drills without an identity; begins with a dot, so that no store lists it.
-PLAIN = ".plain-"
+#: Seconds for any other statement of the snapshot's session, and for closing it.
+STATEMENT_SECONDS, CLOSE_SECONDS = 60.0, 10.0
+#: Timeouts that the server, database or role may set and that a long backup would exceed; only 17 has the last one.
+_TIMEOUTS = ["statement_timeout", "idle_in_transaction_session_timeout", "transaction_timeout"]
+#: First server version with `client_connection_check_interval`.
+_HAS_CLIENT_CHECK = 140_000
 
-#: Tables that pg_dump dumps rows of, partitions through their parents.
+#: The tables whose rows pg_dump dumps; partitions through their parents.
 _TABLES = """
 SELECT n.nspname AS schema, c.relname AS name, format('%I.%I', n.nspname, c.relname) AS quoted,
     ARRAY(SELECT format('%I.%I', pn.nspname, p.relname) FROM pg_partition_tree(c.oid) AS t
@@ -52,112 +59,219 @@ WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND c.relpersistence <> '
         AND d.deptype = 'e')
 ORDER BY c.relpages DESC, 1, 2
 """
+#: The sessions that hold a lock which keeps pg_dump waiting.
+_LOCK_HOLDERS = """
+SELECT DISTINCT format('%s is locked by process %s (%s)', l.relation::regclass, l.pid,
+    coalesce(nullif(a.application_name, ''), a.usename, 'unnamed')) AS line
+FROM pg_locks AS l LEFT JOIN pg_stat_activity AS a USING (pid)
+WHERE l.granted AND l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock'
+    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND l.relation = ANY(SELECT to_regclass(name) FROM unnest($1::text[]) AS name)
+ORDER BY line LIMIT 3
+"""
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What to back up."""
+class BackupRequest:
+    """What to back up, and why."""
 
     reason: str = "manual"
-    #: Names, with a schema or without; empty: everything.
+    #: Names of tables, with or without their schema; empty for all.
     tables: Sequence[str] = ()
     schema_only: bool = False
 
     @property
     def kind(self) -> Kind:
-        """What that makes it."""
+        """The kind of backup that results."""
         return "schema" if self.schema_only else "tables" if self.tables else "full"
 
 
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where it goes, and how."""
+async def create(
+    pool: Pool,
+    catalog: BackupCatalog,
+    request: BackupRequest,
+    *,
+    progress: Progress = ignore_progress,
+    lock_seconds: float = LOCK_SECONDS,
+) -> Manifest:
+    """Back up the database into every store of the catalog, and return the manifest.
 
-    local: Directory
-    #: None: nowhere else.
-    remote: Remote | None = None
-    #: The age recipient; None: it is not encrypted.
-    recipient: str | None = None
-    #: Whether the archive before encryption stays beside it until the next one.
-    keeps_plain: bool = False
-
-
-async def create(database: Pool, places: Places, wanted: Wanted, *, progress: Progress = ignore_progress) -> Manifest:
-    """Back the database up and return the manifest.
-
-    Raises `BackupError`; nothing is left of a backup that failed or was called off, unless all that failed was to store
-    it elsewhere as well.
+    `lock_seconds` is how long pg_dump waits for a locked table. Raises `BackupError`. A failed or cancelled backup
+    leaves nothing behind, unless only the upload failed: then the local copy stays.
     """
-    direct = database.direct
+    direct = pool.direct
     if direct.pooled:
-        raise BackupError(f"{direct} is a pooler, and pg_dump needs the server itself: set DATABASE_UNPOOLED_URL")
+        raise BackupError(f"{direct} is a pooler, and pg_dump needs a direct connection: set DATABASE_UNPOOLED_URL")
     started = time.monotonic()
-    local = places.local
-    directory = await tools.found(database.server_version_num // 10_000)
+    local, recipient = catalog.local, catalog.settings.backup_age_recipient
+    tools = await client_tools.find_directory(pool.server_version_num // 10_000)
     try:
         await asyncio.to_thread(local.prepare)
     except OSError as exc:
         raise BackupError(f"{local.name} cannot be written to: {exc.strerror}") from exc
     id = new_id()
-    name = id + (ENCRYPTED if places.recipient else ARCHIVE)
+    name = id + (ENCRYPTED_SUFFIX if recipient else ARCHIVE_SUFFIX)
+    plaintext = catalog.plaintext_path(id)
     with contextlib.ExitStack() as stack:
         unfinished = stack.enter_context(local.unfinished(name))
-        plain = local.path / f"{PLAIN}{id}"
-        async with _snapshot(direct) as (connection, snapshot, facts):
-            tables = await _chosen(connection, wanted)
-            checks = database.server_version_num >= _CHECKS_CLIENT
-            programs = [_dump(directory, direct, snapshot, tables, wanted, checks_client=checks)]
-            if places.recipient:
-                programs.append(Command(encryption.encryption(places.recipient), dict(os.environ)))
-            copy = plain if places.recipient and places.keeps_plain else None
+        async with _snapshot(direct) as snapshot:
+            tables = await _select_tables(snapshot.connection, request)
+            command = _dump_command(
+                tools,
+                direct,
+                snapshot.name,
+                tables,
+                request,
+                lock_seconds=lock_seconds,
+                checks_client=pool.server_version_num >= _HAS_CLIENT_CHECK,
+            )
+            commands = [command]
+            if recipient:
+                commands.append(Command(encryption.encrypt_command(recipient), dict(os.environ)))
             try:
-                passed, rows = await _both(
-                    run(programs, unfinished, copy=copy, progress=progress),
-                    _counted(connection, () if wanted.schema_only else tables),
+                digests, rows = await _dump_and_count(
+                    run(commands, unfinished, copy=plaintext if catalog.keeps_plaintext else None, progress=progress),
+                    _count_rows(snapshot.connection, () if request.schema_only else tables),
                 )
             except BaseException as exc:
-                await asyncio.to_thread(plain.unlink, missing_ok=True)
-                if isinstance(exc, BackupError) and "LOCK TABLE" in str(exc):
-                    raise BackupError(
-                        f"a table stayed locked by somebody else for {LOCK_SECONDS} s: try again later ({exc})"
-                    ) from exc
+                await asyncio.to_thread(plaintext.unlink, missing_ok=True)
+                if isinstance(exc, BackupError) and (holders := await _lock_holders(direct, tables)):
+                    raise BackupError(f"{exc}. {'; '.join(holders)}: end that session, or try again later") from exc
                 raise
         manifest = Manifest(
             id=id,
-            created_at=facts["at"].astimezone(UTC).isoformat(timespec="milliseconds"),
-            kind=wanted.kind,
-            reason=wanted.reason,
+            created_at=snapshot.facts["at"].astimezone(UTC).isoformat(timespec="milliseconds"),
+            kind=request.kind,
+            reason=request.reason,
             file=name,
-            size=passed[-1].size,
-            sha256=passed[-1].sha256,
-            plain_size=passed[0].size,
-            plain_sha256=passed[0].sha256,
-            recipient=places.recipient,
-            database=facts["database"],
-            server=facts["version"],
-            tool=await tools.version(directory / "pg_dump") or "",
-            revision=facts["revision"],
+            size=digests[-1].size,
+            sha256=digests[-1].sha256,
+            plain_size=digests[0].size,
+            plain_sha256=digests[0].sha256,
+            recipient=recipient,
+            database=snapshot.facts["database"],
+            server=snapshot.facts["version"],
+            tool=await client_tools.program_version(tools / "pg_dump") or "",
+            revision=snapshot.revision,
             rows=rows,
             seconds=round(time.monotonic() - started, 2),
         )
         await asyncio.to_thread(local.finish, unfinished, name)
-        await local.write(f"{id}{SUFFIX}", manifest.packed())
-    await asyncio.to_thread(_forget_plain, local.path, id)
-    if places.remote is not None:
+        await local.write(f"{id}{MANIFEST_SUFFIX}", manifest.serialize())
+    await catalog.delete_plaintext(keep=id)
+    if catalog.remote is not None:
         try:
-            await _upload(places.remote, local.path / name, manifest, progress)
+            await _upload(catalog.remote, local.path / name, manifest, progress)
         except BackupError as exc:
-            told = f"backup {id} is whole in {local.name}, but not stored elsewhere: {exc}"
-            if not wanted.reason.startswith(SAFETY):  # for taking something back, the one that is here is enough
-                raise BackupError(told) from exc
-            _log.warning("%s", told)
+            message = f"backup {id} is complete in {local.name}, but was not stored remotely: {exc}"
+            # A safety copy serves to undo what follows, for which the local copy is enough.
+            if not request.reason.startswith(SAFETY_PREFIX):
+                raise BackupError(message) from exc
+            _log.warning("%s", message)
     return manifest
 
 
-async def _both(
-    dumping: Coroutine[Any, Any, list[Passed]], counting: Coroutine[Any, Any, dict[str, int]]
-) -> tuple[list[Passed], dict[str, int]]:
-    """Return what both return; as soon as one fails, the other is called off."""
+# --- the snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """An open transaction that sees one moment of the database."""
+
+    connection: Connection
+    #: Its name for pg_dump's `--snapshot`.
+    name: str
+    #: Its time (`at`), `database` and server `version`.
+    facts: asyncpg.Record
+    revision: str | None
+
+
+@contextlib.asynccontextmanager
+async def _snapshot(target: ConnectTarget) -> AsyncIterator[_Snapshot]:
+    with translate_errors(f"snapshot of {target.database}"):
+        connection: Connection = await asyncpg.connect(
+            **target.connect_kwargs(), timeout=ATTEMPT_SECONDS, command_timeout=STATEMENT_SECONDS
+        )
+        try:
+            transaction = connection.transaction(isolation="repeatable_read", readonly=True)
+            await transaction.start()
+            await connection.execute(
+                "SELECT set_config(name, '0', true) FROM pg_settings WHERE name = ANY($1::text[])", _TIMEOUTS
+            )
+            await connection.execute("SELECT set_config('lock_timeout', $1, true)", f"{LOCK_SECONDS}s")
+            facts = await connection.fetchrow(
+                "SELECT pg_export_snapshot() AS snapshot, now() AS at, current_database() AS database,"
+                " current_setting('server_version') AS version,"
+                " to_regclass('public.alembic_version') IS NOT NULL AS has_revision"
+            )
+            assert facts is not None, "one row"
+            revision = None
+            if facts["has_revision"]:
+                revision = await connection.fetchval("SELECT version_num FROM public.alembic_version")
+            yield _Snapshot(connection, facts["snapshot"], facts, revision)
+        finally:
+            # Closing also tells the server to stop a count that was cancelled here.
+            with contextlib.suppress(TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                await connection.close(timeout=CLOSE_SECONDS)
+            connection.terminate()
+
+
+async def _select_tables(connection: Connection, request: BackupRequest) -> list[asyncpg.Record]:
+    """Return the tables to dump. Raises `BackupError` for unknown names."""
+    tables = await connection.fetch(_TABLES)
+    if not request.tables:
+        return list(tables)
+    by_name = {f"{table['schema']}.{table['name']}": table for table in tables}
+    names = [name if "." in name else f"public.{name}" for name in request.tables]
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        known = ", ".join(sorted(name.removeprefix("public.") for name in by_name))
+        raise BackupError(f"there is no table {', '.join(unknown)}: choose from {known}")
+    return [by_name[name] for name in dict.fromkeys(names)]
+
+
+async def _count_rows(connection: Connection, tables: Sequence[asyncpg.Record]) -> dict[str, int]:
+    rows = {}
+    for table in tables:
+        query = "SELECT count(*) FROM " + table["quoted"]  # noqa: S608 - quoted by the server
+        rows[f"{table['schema']}.{table['name']}"] = await connection.fetchval(query, timeout=COUNT_SECONDS)
+    return dict(sorted(rows.items()))
+
+
+# --- dumping and uploading
+
+
+def _dump_command(
+    tools: Path,
+    target: ConnectTarget,
+    snapshot: str,
+    tables: Sequence[asyncpg.Record],
+    request: BackupRequest,
+    *,
+    lock_seconds: float = LOCK_SECONDS,
+    checks_client: bool = True,
+) -> Command:
+    arguments = [
+        str(tools / "pg_dump"), "--format=custom", f"--compress={COMPRESSION}", "--no-owner", "--no-privileges",
+        f"--snapshot={snapshot}", f"--lock-wait-timeout={lock_seconds:g}s", "--no-password",
+    ]  # fmt: skip
+    if request.schema_only:
+        arguments.append("--schema-only")
+    if request.tables:
+        names = [name for table in tables for name in (table["parts"] or [table["quoted"]])]
+        arguments += [f"--table={name}" for name in names]  # as patterns, quoted names match themselves
+    arguments += ["--dbname", target.libpq_url()]
+    environment = client_tools.environment()
+    if checks_client:
+        # Without it, the session of a killed pg_dump stays as long as it waits for a lock.
+        environment["PGOPTIONS"] = "-c client_connection_check_interval=1s"
+    return Command(arguments, {**environment, "LC_ALL": "C", **target.libpq_environment()})
+
+
+async def _dump_and_count(
+    dumping: Coroutine[Any, Any, list[Digest]], counting: Coroutine[Any, Any, dict[str, int]]
+) -> tuple[list[Digest], dict[str, int]]:
+    """Run both and return both results; the first failure cancels the other."""
     dump, count = asyncio.create_task(dumping), asyncio.create_task(counting)
     try:
         await asyncio.wait({dump, count}, return_when=asyncio.FIRST_EXCEPTION)
@@ -171,105 +285,30 @@ async def _both(
         await asyncio.wait({dump, count})
         for task in (dump, count):
             if not task.cancelled():
-                task.exception()  # what the other one failed with is told; this one's is not missed
+                task.exception()  # marks it as retrieved: the first failure is the one that is raised
 
 
-def _forget_plain(directory: Path, but: str) -> None:
-    for path in directory.glob(f"{PLAIN}*"):
-        if path.name != f"{PLAIN}{but}":
-            path.unlink(missing_ok=True)
-
-
-@contextlib.asynccontextmanager
-async def _snapshot(target: ConnectTarget) -> AsyncIterator[tuple[Any, str, dict[str, Any]]]:
-    """Lend a connection whose transaction sees one moment, that moment's name for pg_dump, and what it is."""
+async def _lock_holders(target: ConnectTarget, tables: Sequence[asyncpg.Record]) -> list[str]:
+    """Return one line for each session that keeps these tables locked, which pg_dump gives up waiting for."""
+    names = [name for table in tables for name in (table["quoted"], *table["parts"])]
     try:
-        connection = await asyncpg.connect(
-            **target.connect_kwargs(), timeout=ATTEMPT_SECONDS, command_timeout=STATEMENT_SECONDS
-        )
-        try:
-            transaction = connection.transaction(isolation="repeatable_read", readonly=True)
-            await transaction.start()
-            await connection.execute(
-                "SELECT set_config(name, '0', true) FROM pg_settings WHERE name = ANY($1::text[])", _LIMITS
-            )
-            await connection.execute("SELECT set_config('lock_timeout', $1, true)", f"{LOCK_SECONDS}s")
-            facts = await connection.fetchrow(
-                "SELECT pg_export_snapshot() AS snapshot, now() AS at, current_database() AS database,"
-                " current_setting('server_version') AS version,"
-                " to_regclass('public.alembic_version') IS NOT NULL AS is_ours"
-            )
-            assert facts is not None, "one row"
-            revision = None
-            if facts["is_ours"]:
-                revision = await connection.fetchval("SELECT version_num FROM public.alembic_version")
-            yield connection, facts["snapshot"], {**facts, "revision": revision}
-        finally:
-            # A count that was called off goes on in the server unless it is told so, which closing does.
-            with contextlib.suppress(TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
-                await connection.close(timeout=GOODBYE_SECONDS)
-            connection.terminate()
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as exc:
-        raise translate(exc) or exc from exc
-
-
-async def _chosen(connection: Any, wanted: Wanted) -> list[Any]:
-    """Return the tables to be dumped. Raises `BackupError` for names that are none."""
-    found = await connection.fetch(_TABLES)
-    if not wanted.tables:
-        return list(found)
-    by_name = {f"{row['schema']}.{row['name']}": row for row in found}
-    names = [name if "." in name else f"public.{name}" for name in wanted.tables]
-    unknown = [name for name in names if name not in by_name]
-    if unknown:
-        there = ", ".join(sorted(name.removeprefix("public.") for name in by_name))
-        raise BackupError(f"there is no table {', '.join(unknown)}; there is {there}")
-    return [by_name[name] for name in dict.fromkeys(names)]
-
-
-async def _counted(connection: Any, tables: Sequence[Any]) -> dict[str, int]:
-    rows = {}
-    for table in tables:
-        query = "SELECT count(*) FROM " + table["quoted"]  # noqa: S608 - quoted by the server
-        rows[f"{table['schema']}.{table['name']}"] = await connection.fetchval(query, timeout=COUNT_SECONDS)
-    return dict(sorted(rows.items()))
-
-
-def _dump(
-    directory: Path,
-    target: ConnectTarget,
-    snapshot: str,
-    tables: Sequence[Any],
-    wanted: Wanted,
-    *,
-    checks_client: bool = True,
-) -> Command:
-    arguments = [
-        str(directory / "pg_dump"), "--format=custom", f"--compress={COMPRESSION}", "--no-owner", "--no-privileges",
-        f"--snapshot={snapshot}", f"--lock-wait-timeout={LOCK_SECONDS}s", "--no-password",
-    ]  # fmt: skip
-    if wanted.schema_only:
-        arguments.append("--schema-only")
-    if wanted.tables:
-        names = [name for table in tables for name in (table["parts"] or [table["quoted"]])]
-        arguments += [f"--table={name}" for name in names]  # as patterns, quoted names stand for themselves
-    arguments += ["--dbname", target.libpq_url()]
-    environment = tools.environment()
-    if checks_client:
-        # Else the session of a pg_dump that was killed stays for as long as it waits for a lock.
-        environment["PGOPTIONS"] = "-c client_connection_check_interval=1s"
-    return Command(arguments, {**environment, "LC_ALL": "C", **target.libpq_environment()})
+        async with connect(target) as connection:
+            with translate_errors("looking for locks"):
+                return [row["line"] for row in await connection.fetch(_LOCK_HOLDERS, names)]
+    except GuildbookError as exc:
+        _log.debug("could not look for locks: %s", exc)
+        return []
 
 
 async def _upload(remote: Remote, path: Path, manifest: Manifest, progress: Progress) -> None:
-    """Put it into the remote store, read it back, and only then its manifest."""
+    """Upload the archive, read it back, and only then upload its manifest."""
     progress(Step(f"uploading to {remote.name}"))
     await remote.upload(path, manifest.file)
-    there = await remote.checksum(manifest.file, progress)
-    if (there.size, there.sha256) != (manifest.size, manifest.sha256):
+    stored = await remote.digest(manifest.file, progress)
+    if (stored.size, stored.sha256) != (manifest.size, manifest.sha256):
         await remote.delete(manifest.file)
         raise BackupError(
-            f"{remote.name} holds something else than was sent as {manifest.file} ({there.size:,} bytes, expected"
+            f"{remote.name} stored something other than was sent as {manifest.file} ({stored.size:,} bytes, expected"
             f" {manifest.size:,}): it was deleted there; try again"
         )
-    await remote.write(f"{manifest.id}{SUFFIX}", manifest.packed())
+    await remote.write(f"{manifest.id}{MANIFEST_SUFFIX}", manifest.serialize())

@@ -1,8 +1,9 @@
-"""What is written down of a backup, beside its archive: a backup without its manifest does not exist."""
+"""What is stored beside an archive: its manifest, without which it is no backup, and the result of its last drill."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import secrets
 from dataclasses import asdict, dataclass, field, fields
@@ -15,47 +16,51 @@ from pydantic import TypeAdapter, ValidationError
 from utils.exceptions import BackupError
 from utils.text import format_bytes
 
-#: Says whose backup it is: anything else is refused.
+#: The project that a backup belongs to; any other is refused.
 PROJECT = "guildbook"
-#: Of the manifest. A newer one is refused: what it promises is not known.
+#: Version of the manifest's format. Any other is refused, because its meaning is unknown.
 FORMAT = 1
-#: Ids sort by time.
+#: Ids sort by time: the second of creation, then random digits.
 ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}")
-ARCHIVE, ENCRYPTED, SUFFIX = ".dump", ".dump.age", ".json"
-#: Bytes that a manifest may have: what is larger is something else, and is not read.
-LARGEST = 4_000_000
+#: Length of the part of an id that is the second of creation.
+TIMESTAMP_LENGTH = len("20260102T030405Z")
+ARCHIVE_SUFFIX, ENCRYPTED_SUFFIX, MANIFEST_SUFFIX, DRILL_SUFFIX = ".dump", ".dump.age", ".json", ".drill.json"
+#: Largest manifest and largest drill result in bytes. A larger file is something else and is not read.
+MAX_MANIFEST_BYTES, MAX_DRILL_BYTES = 4_000_000, 1_000_000
+#: Reasons with this prefix mark safety copies, made automatically before a dangerous operation.
+SAFETY_PREFIX = "before "
 
 Kind = Literal["full", "tables", "schema"]
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One backup."""
+    """The description of one backup."""
 
     id: str
-    #: ISO 8601, UTC: when its snapshot was taken.
+    #: When the snapshot was taken: ISO 8601, UTC.
     created_at: str
-    #: Only a full one can take the database's place.
+    #: Only a full backup can replace the database.
     kind: Kind
     #: manual, scheduled, before restore, …
     reason: str
-    #: Name of the archive beside the manifest.
+    #: Name of the archive, in the same store as the manifest.
     file: str
-    #: Of that file, as it is stored.
+    #: Bytes and SHA-256 of the archive as stored.
     size: int
     sha256: str
-    #: Of the archive before encryption; the same without.
+    #: The same before encryption; equal to `size` and `sha256` if it is not encrypted.
     plain_size: int
     plain_sha256: str
-    #: The age recipient; None: it is not encrypted.
+    #: The age recipient; None if it is not encrypted.
     recipient: str | None
     database: str
-    #: PostgreSQL's version, and pg_dump's.
+    #: Version of the PostgreSQL server, and of pg_dump.
     server: str
     tool: str
-    #: The schema's revision; None: it has no tables of ours.
+    #: Revision of the schema; None if the database had no Guildbook tables.
     revision: str | None
-    #: Exact rows by `schema.table`, of the same snapshot as the archive. Empty of a schema-only one.
+    #: Exact row counts by `schema.table`, from the snapshot that was dumped. Empty for a schema-only backup.
     rows: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     project: str = PROJECT
@@ -63,80 +68,150 @@ class Manifest:
 
     @property
     def made_at(self) -> datetime:
-        """When its snapshot was taken."""
+        """When the snapshot was taken."""
         return datetime.fromisoformat(self.created_at)
 
     @property
     def major(self) -> int:
-        """PostgreSQL's major that it was made with."""
+        """Major version of the PostgreSQL server."""
         return int(re.split(r"\D", self.server, maxsplit=1)[0])
 
     @property
-    def total(self) -> int:
-        """Rows in all."""
+    def total_rows(self) -> int:
+        """Number of rows in all tables."""
         return sum(self.rows.values())
 
     @property
+    def is_safety_copy(self) -> bool:
+        """Whether it was made automatically before a dangerous operation."""
+        return self.reason.startswith(SAFETY_PREFIX)
+
+    @property
     def line(self) -> str:
-        """It in a line for people."""
-        what = {"full": "", "tables": ", some tables only", "schema": ", without rows"}[self.kind]
-        sealed = ", encrypted" if self.recipient else ""
+        """A one-line summary for people."""
+        scope = {"full": "", "tables": ", some tables only", "schema": ", without rows"}[self.kind]
+        encrypted = ", encrypted" if self.recipient else ""
         return (
-            f"{self.id}: {format_bytes(self.size)}, {self.total:,} rows in {len(self.rows)} tables, PostgreSQL"
-            f" {self.server.split()[0]}, schema {self.revision or 'none'}, {self.reason}{what}{sealed}"
+            f"{self.id}: {format_bytes(self.size)}, {self.total_rows:,} rows in {len(self.rows)} tables, PostgreSQL"
+            f" {self.server.split()[0]}, schema {self.revision or 'none'}, {self.reason}{scope}{encrypted}"
         )
 
-    def packed(self) -> bytes:
-        """Return it as the file that is stored: JSON, with a seal over all of it."""
+    def serialize(self) -> bytes:
+        """Return the content of the manifest file: JSON with a checksum ("seal") over all fields."""
         content = asdict(self)
-        return orjson.dumps(content | {"seal": _seal(content)}, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
+        return orjson.dumps(content | {"seal": seal(content)}, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
 
 
-_TYPES = TypeAdapter(Manifest)
-_NAMES = {one.name for one in fields(Manifest)}
+_FIELD_TYPES = TypeAdapter(Manifest)
+_FIELD_NAMES = {one.name for one in fields(Manifest)}
 
 
 def new_id() -> str:
-    """Return the id of a backup that begins now."""
+    """Return the id of a backup that starts now."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
 
 
-def unpacked(content: bytes, name: str) -> Manifest:
-    """Return the manifest in a file called `name`. Raises `BackupError` when it is not whole, or not one of ours."""
+def created_at(id: str) -> datetime:
+    """Return the second in which the backup with this id was started."""
+    return datetime.strptime(id[:TIMESTAMP_LENGTH], "%Y%m%dT%H%M%S%z")
+
+
+def parse_manifest(content: bytes, name: str) -> Manifest:
+    """Return the manifest in a file called `name`. Raises `BackupError` if it is damaged or not one of ours."""
     try:
-        found = orjson.loads(content)
-        seal = found.pop("seal")
-        project, number = found["project"], found["format"]
+        values = orjson.loads(content)
+        stored_seal = values.pop("seal")
+        project, version = values["project"], values["format"]
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
-        raise BackupError(f"{name} is damaged: it is no manifest of a backup ({type(exc).__name__})") from None
+        raise BackupError(f"{name} is damaged: not the manifest of a backup ({type(exc).__name__})") from None
     if project != PROJECT:
-        raise BackupError(f"{name} belongs to the project {str(project)[:50]!r}, not to {PROJECT}: take it elsewhere")
-    if number != FORMAT:
         raise BackupError(
-            f"{name} has format {str(number)[:20]}, this version knows {FORMAT}: use the one that wrote it"
+            f"{name} belongs to the project {str(project)[:50]!r}, not to {PROJECT}: use a store of its own"
         )
-    if seal != _seal(found):
-        raise BackupError(f"{name} is damaged: what it says was changed after it was written")
+    if version != FORMAT:
+        raise BackupError(
+            f"{name} has format {str(version)[:20]}, this version reads {FORMAT}: use the version that wrote it"
+        )
+    if stored_seal != seal(values):
+        raise BackupError(f"{name} is damaged: its content does not match its checksum")
     try:
-        manifest = Manifest(**found)
-        _TYPES.validate_json(orjson.dumps(found), strict=True)
+        manifest = Manifest(**values)
+        _FIELD_TYPES.validate_json(orjson.dumps(values), strict=True)
         made_at, _ = manifest.made_at, manifest.major
     except ValidationError as exc:
         first = exc.errors()[0]
         raise BackupError(f"{name} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except (TypeError, ValueError) as exc:
         raise BackupError(f"{name} is damaged: {exc}") from None
-    # What is not said is not to be taken from the defaults: without rows nothing would be counted after a restore.
-    if missing := _NAMES - found.keys():
+    # Defaults must not fill gaps: without `rows`, a restore would count nothing.
+    if missing := _FIELD_NAMES - values.keys():
         raise BackupError(f"{name} is damaged: it lacks {', '.join(sorted(missing))}")
     if made_at.tzinfo is None:
         raise BackupError(f"{name} is damaged: created_at has no time zone: {manifest.created_at}")
-    if f"{manifest.id}{SUFFIX}" != name:
+    if f"{manifest.id}{MANIFEST_SUFFIX}" != name:
         raise BackupError(f"{name} holds the manifest of backup {manifest.id}: the files were swapped")
-    if manifest.file not in (manifest.id + ARCHIVE, manifest.id + ENCRYPTED):
-        raise BackupError(f"{name} names the archive {manifest.file[:80]!r}, which is not its own")
+    if manifest.file not in (manifest.id + ARCHIVE_SUFFIX, manifest.id + ENCRYPTED_SUFFIX):
+        raise BackupError(f"{name} names {manifest.file[:80]!r} as its archive, which belongs to another backup")
     return manifest
 
 
-def _seal(content: dict[str, Any]) -> str:
+def seal(content: dict[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's fields; it reveals damage, not forgery."""
     return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class DrillResult:
+    """The result of a drill, stored as `<id>.drill.json`."""
+
+    backup: str
+    #: ISO 8601, UTC.
+    at: str
+    ok: bool
+    seconds: float
+    #: "beside the live database" or "on a temporary server".
+    where: str
+    #: Tables and rows counted, equal to the manifest's unless `problems` says otherwise.
+    tables: int
+    rows: int
+    #: Sampled rows: read, equal to the live database's, and changed there since.
+    rows_read: int = 0
+    rows_compared: int = 0
+    rows_changed: int = 0
+    problems: tuple[str, ...] = ()
+
+    @property
+    def made_at(self) -> datetime:
+        """When the drill ended."""
+        return datetime.fromisoformat(self.at)
+
+    @property
+    def line(self) -> str:
+        """A short summary for listings."""
+        return f"drill of {self.at[:16].replace('T', ' ')} {'passed' if self.ok else 'FAILED'}"
+
+    def lines(self) -> list[str]:
+        """Return the full report for people."""
+        verdict = "was restored completely" if self.ok else "COULD NOT BE RESTORED COMPLETELY"
+        lines = [f"Backup {self.backup} {verdict} {self.where}, in {self.seconds:.1f} s."]
+        if self.ok:
+            lines.append(f"Counted {self.rows:,} rows in {self.tables} tables and read {self.rows_read:,} of them.")
+        if self.rows_compared:
+            lines.append(
+                f"Of these, {self.rows_compared:,} are the same in the live database and {self.rows_changed:,} have"
+                " changed there since."
+            )
+        return [*lines, *self.problems]
+
+    def serialize(self) -> bytes:
+        """Return the content of the result file."""
+        return json.dumps(asdict(self), indent=2).encode()
+
+
+def parse_drill_result(content: bytes) -> DrillResult:
+    """Return the drill result in a file's content. Raises `ValueError` if it is damaged."""
+    try:
+        values = json.loads(content)
+        return DrillResult(**{**values, "problems": tuple(values["problems"])})
+    except (TypeError, KeyError) as exc:
+        raise ValueError(f"not the result of a drill: {exc}") from exc

@@ -1,4 +1,4 @@
-"""Bytes from programs and files through checksums into files: in threads, bounded in memory, ended when called off."""
+"""Runs programs as a pipe into a file: in threads, with checksums, in bounded memory, killed when cancelled."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from typing import IO
 from utils.exceptions import BackupError
 from utils.operations.action import Progress, Step, ignore_progress
 
-#: Bytes in hand at a time.
+#: Bytes copied at a time.
 CHUNK = 1 << 20
-#: Seconds between two words of how far it has come.
-TELL_SECONDS = 0.25
-#: Seconds without a byte after which a program is given up: pg_dump may have to wait for a lock, and for large indexes.
-SILENT_SECONDS = 3_600.0
+#: Seconds between two progress reports.
+PROGRESS_SECONDS = 0.25
+#: Seconds without output after which the programs are killed: pg_dump may wait for a lock, or for a large index.
+STALL_SECONDS = 3_600.0
 ROOT = Path(__file__).resolve().parents[3]
 
 
 @dataclass(slots=True)
-class Passed:
-    """What went through one place."""
+class Digest:
+    """Size in bytes and SHA-256 (hexadecimal) of a file or stream; the checksum is empty until its end."""
 
     size: int = 0
     sha256: str = ""
@@ -36,14 +36,14 @@ class Passed:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A program to be run."""
+    """A program to run."""
 
     arguments: Sequence[str]
     environment: Mapping[str, str]
 
     @property
     def name(self) -> str:
-        """What it is called, for people."""
+        """Its name in error messages."""
         module = "utils.operations.backup.encryption"
         return "age" if module in self.arguments else Path(self.arguments[0]).name
 
@@ -56,158 +56,162 @@ async def run(
     copy: Path | None = None,
     progress: Progress = ignore_progress,
     what: str = "dumping",
-) -> list[Passed]:
-    """Run programs as a pipe from `source` (None: the first one makes it all up) into a new file, made durable.
+) -> list[Digest]:
+    """Run commands as a pipe into a new file, which is synced to disk.
 
-    Returns what came out of each program, the last one's being the file. `copy`: where the first one's output goes as
-    well. Raises `BackupError` with a program's last words when it fails. Called off, all of them are killed.
+    `source` is the first command's standard input (None: nothing); `copy` also receives the first command's output.
+    Returns the digest of each command's output; the last one is that of the file. Raises `BackupError` with the end of
+    a failed command's standard error. All of them are killed when the caller is cancelled.
     """
     pipe = _Pipe(commands, out, source, copy)
-    working = asyncio.ensure_future(asyncio.to_thread(pipe.work))
+    working = asyncio.ensure_future(asyncio.to_thread(pipe.run))
     try:
-        seen, quiet = -1, 0.0
-        while not (await asyncio.wait({working}, timeout=TELL_SECONDS))[0]:
-            passed = pipe.passed[-1].size
-            quiet = quiet + TELL_SECONDS if passed == seen else 0.0
-            seen = passed
-            progress(Step(what, passed, None, "bytes"))
-            if quiet > SILENT_SECONDS:
-                raise BackupError(f"{commands[0].name} gave nothing for {SILENT_SECONDS / 60:g} minutes and was ended")
+        last_size, idle = -1, 0.0
+        while not (await asyncio.wait({working}, timeout=PROGRESS_SECONDS))[0]:
+            size = pipe.digests[-1].size
+            idle = idle + PROGRESS_SECONDS if size == last_size else 0.0
+            last_size = size
+            progress(Step(what, size, None, "bytes"))
+            if idle > STALL_SECONDS:
+                raise BackupError(
+                    f"{commands[0].name} produced no output for {STALL_SECONDS / 60:g} minutes and was killed"
+                )
         return working.result()
     except OSError as exc:
-        raise BackupError(f"{out.parent} takes no more: {exc.strerror or exc}") from exc
+        raise BackupError(f"{out.parent} cannot be written to: {exc.strerror or exc}") from exc
     finally:
         pipe.kill()
         with contextlib.suppress(BaseException):
             await asyncio.shield(working)
 
 
+def file_digest(path: Path) -> Digest:
+    """Return size and SHA-256 of a file. Blocks for about a second per gigabyte; raises `OSError`."""
+    digest, sha256, buffer = Digest(), hashlib.sha256(), memoryview(bytearray(CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            sha256.update(buffer[:count])
+            digest.size += count
+    digest.sha256 = sha256.hexdigest()
+    return digest
+
+
 class _Pipe:
-    """The programs of one pipe and the threads between them."""
+    """The processes of one pipe and the threads that copy between them."""
 
     def __init__(self, commands: Sequence[Command], out: Path, source: Path | None, copy: Path | None) -> None:
         self._commands = commands
         self._out = out
         self._source = source
-        self._copy = copy
-        self._running: list[subprocess.Popen[bytes]] = []
-        self._guard = threading.Lock()
+        self._copy_path = copy
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._lock = threading.Lock()
         self._is_killed = False
         self._errors: list[BaseException] = []
-        self.passed = [Passed() for _ in commands]
+        self.digests = [Digest() for _ in commands]
 
     def kill(self) -> None:
-        """End what still runs; the threads then come to the end of their pipes."""
-        with self._guard:
+        """Kill the processes that are still running; the threads then reach the end of their streams."""
+        with self._lock:
             self._is_killed = True
-            for process in self._running:
+            for process in self._processes:
                 if process.poll() is None:
                     process.kill()
 
-    def work(self) -> list[Passed]:
+    def run(self) -> list[Digest]:
+        """Start the processes, copy until all have ended, and return the digests. Blocks."""
         with contextlib.ExitStack() as stack:
-            words = [stack.enter_context(tempfile.TemporaryFile()) for _ in self._commands]
-            entry = stack.enter_context(self._source.open("rb")) if self._source else None
+            stderrs = [stack.enter_context(tempfile.TemporaryFile()) for _ in self._commands]
+            stdin = stack.enter_context(self._source.open("rb")) if self._source else None
             for number, command in enumerate(self._commands):
-                self._start(command, entry if number == 0 else None, is_first=number == 0, words=words[number])
-            copy = stack.enter_context(_made(self._copy)) if self._copy else None
+                self._start(command, stdin if number == 0 else None, is_first=number == 0, stderr=stderrs[number])
+            copy = stack.enter_context(_create_private(self._copy_path)) if self._copy_path else None
             threads = [
-                threading.Thread(target=self._between, args=(number, copy if number == 0 else None), daemon=True)
-                for number in range(len(self._running) - 1)
+                threading.Thread(target=self._forward, args=(number, copy if number == 0 else None), daemon=True)
+                for number in range(len(self._processes) - 1)
             ]
             for thread in threads:
                 thread.start()
-            with _made(self._out) as out:
+            with _create_private(self._out) as out:
                 try:
-                    self._pump(self._running[-1].stdout, out, self.passed[-1], copy if not threads else None)
-                    _force(out)
+                    self._copy(self._processes[-1].stdout, out, self.digests[-1], copy if not threads else None)
+                    _sync(out)
                 finally:
-                    # When the last one failed, those before it work for nobody, and would only notice with a next byte.
-                    if self._errors or self._is_killed or self._running[-1].wait():
+                    # If the last process failed, the ones before it would notice only at their next write.
+                    if self._errors or self._is_killed or self._processes[-1].wait():
                         self.kill()
                     for thread in threads:
                         thread.join()
-                    codes = [process.wait() for process in self._running]
+                    codes = [process.wait() for process in self._processes]
             if copy is not None:
-                _force(copy)
-            self._judge(codes, words)
-        return self.passed
+                _sync(copy)
+            self._raise_on_failure(codes, stderrs)
+        return self.digests
 
-    def _start(self, command: Command, entry: IO[bytes] | None, *, is_first: bool, words: IO[bytes]) -> None:
-        with self._guard:
+    def _start(self, command: Command, source: IO[bytes] | None, *, is_first: bool, stderr: IO[bytes]) -> None:
+        with self._lock:
             if self._is_killed:
-                raise BackupError("it was called off")
-            stdin = (entry or subprocess.DEVNULL) if is_first else subprocess.PIPE
+                raise BackupError("cancelled")
+            stdin = (source or subprocess.DEVNULL) if is_first else subprocess.PIPE
             try:
                 process = subprocess.Popen(
-                    command.arguments, stdin=stdin, stdout=subprocess.PIPE, stderr=words, bufsize=0, cwd=ROOT,
+                    command.arguments, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, bufsize=0, cwd=ROOT,
                     env=dict(command.environment), start_new_session=True,
                 )  # fmt: skip
             except OSError as exc:
-                for other in self._running:
+                for other in self._processes:
                     other.kill()
                     other.wait()
                 raise BackupError(f"{command.name} cannot be run: {exc.strerror}") from exc
-            self._running.append(process)
+            self._processes.append(process)
 
-    def _between(self, number: int, copy: IO[bytes] | None) -> None:
-        """Carry one program's output to the next one."""
-        entry = self._running[number + 1].stdin
-        assert entry is not None
+    def _forward(self, number: int, copy: IO[bytes] | None) -> None:
+        """Copy the output of one process to the next."""
+        stdin = self._processes[number + 1].stdin
+        assert stdin is not None
         try:
-            with entry:
-                self._pump(self._running[number].stdout, entry, self.passed[number], copy)
+            with stdin:
+                self._copy(self._processes[number].stdout, stdin, self.digests[number], copy)
         except BrokenPipeError:
-            pass  # the next one ended: its words say why
+            pass  # the next process ended: its standard error says why
         except BaseException as exc:
             self._errors.append(exc)
             self.kill()
 
-    def _pump(self, source: IO[bytes] | None, out: IO[bytes], passed: Passed, copy: IO[bytes] | None) -> None:
+    def _copy(self, source: IO[bytes] | None, out: IO[bytes], digest: Digest, copy: IO[bytes] | None) -> None:
         assert source is not None
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+        sha256, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
         with source:
             while count := source.readinto(buffer):  # type: ignore[attr-defined]
-                part = buffer[:count]
-                digest.update(part)
-                _write(out, part)
+                chunk = buffer[:count]
+                sha256.update(chunk)
+                _write(out, chunk)
                 if copy is not None:
-                    _write(copy, part)
-                passed.size += count
-        passed.sha256 = digest.hexdigest()
+                    _write(copy, chunk)
+                digest.size += count
+        digest.sha256 = sha256.hexdigest()
 
-    def _judge(self, codes: list[int], words: Sequence[IO[bytes]]) -> None:
+    def _raise_on_failure(self, codes: list[int], stderrs: Sequence[IO[bytes]]) -> None:
         if self._errors:
             raise self._errors[0]
-        for command, code, said in reversed(list(zip(self._commands, codes, words, strict=True))):
+        for command, code, stderr in reversed(list(zip(self._commands, codes, stderrs, strict=True))):
             if code:
-                said.seek(0)
-                lines = said.read().decode(errors="replace").strip().splitlines()
-                told = " ".join(line.removeprefix(f"{command.name}: ") for line in lines[-3:])
-                raise BackupError(f"{command.name} failed: {told or f'exit code {code}'}")
+                stderr.seek(0)
+                lines = stderr.read().decode(errors="replace").strip().splitlines()
+                message = " ".join(line.removeprefix(f"{command.name}: ") for line in lines[-3:])
+                raise BackupError(f"{command.name} failed: {message or f'exit code {code}'}")
 
 
-def _made(path: Path) -> IO[bytes]:
-    """Open a new file that only we can read."""
+def _create_private(path: Path) -> IO[bytes]:
+    """Open a new file that only its owner can read."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0)
 
 
-def _write(out: IO[bytes], part: memoryview) -> None:
-    while part:
-        part = part[out.write(part) :]
+def _write(out: IO[bytes], chunk: memoryview) -> None:
+    while chunk:
+        chunk = chunk[out.write(chunk) :]
 
 
-def _force(out: IO[bytes]) -> None:
+def _sync(out: IO[bytes]) -> None:
     out.flush()
     os.fsync(out.fileno())
-
-
-def checksum(path: Path) -> Passed:
-    """Return size and SHA-256 of a file; takes a second for each gigabyte or two."""
-    passed, digest, buffer = Passed(), hashlib.sha256(), memoryview(bytearray(CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            passed.size += count
-    passed.sha256 = digest.hexdigest()
-    return passed

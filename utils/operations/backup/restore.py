@@ -1,4 +1,4 @@
-"""Bring a backup back: into a scratch database first, counted there, and only then in the live one's place."""
+"""Restores a backup: into a scratch database first, whose rows are counted before it replaces the live one."""
 
 from __future__ import annotations
 
@@ -18,196 +18,203 @@ from utils.database.partitions import ensure_partitions
 from utils.exceptions import BackupError, ForbiddenHere, GuildbookError, translate_errors
 from utils.operations import migrations
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
-from utils.operations.backup import loading, recover, scratch, swap
-from utils.operations.backup.source import Archive, Backups
+from utils.operations.backup import load, recovery, scratch, swap
+from utils.operations.backup.catalog import Archive, BackupCatalog
+from utils.operations.backup.create import BackupRequest, create
 
 _log = logging.getLogger(__name__)
 
-
-#: Makes the backup of what is there now and returns its id, or why there is none.
-Safety = Callable[[], Awaitable[tuple[str | None, str]]]
+#: Makes a backup of the live database and returns its id, or None and why there is none.
+SafetyBackup = Callable[[], Awaitable[tuple[str | None, str]]]
 
 
 async def restore(
-    database: Pool,
-    backups: Backups,
-    which: str = "latest",
+    pool: Pool,
+    catalog: BackupCatalog,
+    id: str = "latest",
     *,
     drop_old: bool = False,
     progress: Progress = ignore_progress,
     after: Callable[[], Awaitable[None]] | None = None,
 ) -> Outcome:
-    """Put a backup (its id, or "latest") in the live database's place, after a backup of what is there.
+    """Replace the live database by a backup, after backing up what is there.
 
-    `after` is awaited once it is live, and is to have everything reconciled: by a new session with Discord, as threads
-    come with nothing else. Without it whoever holds the lease loses it: a bot that runs somewhere begins anew, which
-    reconciles too. `drop_old`: what was there is not kept, unless it could not be backed up.
-    Raises `BackupError`, and leaves everything as it was, when the backup is not whole or cannot be brought in.
+    `after` is awaited once the restored database is live, and should reconcile everything in a new session with
+    Discord, because only that sends all threads. Without it, the holder of the lease loses it: a bot that is running
+    starts over, which reconciles too. With `drop_old` the old database is dropped, unless it could not be backed up.
+    Raises `BackupError`, and leaves everything as it was, if the backup is damaged or cannot be loaded.
     """
     progress(Step("checking the backup"))
-    async with backups.opened(which, database.server_version_num // 10_000, progress) as archive:
-        found = await recover.assess(database)
+    async with catalog.open(id, pool.server_version_num // 10_000, progress=progress) as archive:
+        assessment = await recovery.assess(pool)
 
-        async def safety() -> tuple[str | None, str]:
-            if not found.has_tables:
-                return None, "There was nothing to back up before."
-            if found.state == "damaged":
-                return None, f"The database until then was not backed up, it is damaged: {found.reason}."
-            return await backups.save(database, "before restore", progress), ""
+        async def safety_backup() -> tuple[str | None, str]:
+            if not assessment.has_tables:
+                return None, "The old database had no tables of Guildbook's, so it was not backed up."
+            if assessment.state == "damaged":
+                return None, f"The old database was damaged, so it was not backed up: {assessment.reason}."
+            manifest = await create(pool, catalog, BackupRequest("before restore"), progress=progress)
+            return manifest.id, ""
 
-        may_drop = drop_old and found.state != "damaged"
-        return await bring_back(database, archive, safety=safety, drop_old=may_drop, progress=progress, after=after)
+        return await restore_archive(
+            pool,
+            archive,
+            safety_backup=safety_backup,
+            drop_old=drop_old and assessment.state != "damaged",
+            progress=progress,
+            after=after,
+        )
 
 
-async def bring_back(
-    database: Pool,
+async def restore_archive(
+    pool: Pool,
     archive: Archive,
     *,
-    safety: Safety,
+    safety_backup: SafetyBackup,
     drop_old: bool = False,
     progress: Progress = ignore_progress,
     after: Callable[[], Awaitable[None]] | None = None,
 ) -> Outcome:
-    """Do what `restore` does with a backup that has been checked."""
-    live = database.direct
+    """Do what `restore` does, with a verified archive."""
+    live = pool.direct
     if live.pooled:
         raise BackupError(
-            f"{live} is a pooler, and a restore needs the server itself: set DATABASE_UNPOOLED_URL. Nothing was changed"
+            f"{live} is a pooler, and a restore needs a direct connection: set DATABASE_UNPOOLED_URL. Nothing was"
+            " changed"
         )
-    name: str = await database.fetchval("SELECT current_database()")
+    name: str = await pool.fetchval("SELECT current_database()")
     live = live.with_database(name)
-    mark = scratch.stamp()
-    before = scratch.beside(name, scratch.BEFORE, mark)
+    suffix = scratch.new_suffix()
+    before = scratch.scratch_name(name, scratch.BEFORE, suffix)
     try:
-        await scratch.allowed(live, name, to_rename=True)
+        await scratch.check_privileges(live, name, to_rename=True)
     except ForbiddenHere as error:
-        line = loading.by_hand(archive, live)
         raise ForbiddenHere(
-            f"{error}, so backup {archive.id} cannot be restored beside the live database. To restore it over the live"
-            f" one: stop the bot, type this, and start the bot (schema ops stays as it is; everything else in the"
-            f" database is replaced, in one transaction):\n{line}"
+            f"{error}, so backup {archive.id} cannot be restored next to the live database. To restore it over the live"
+            " one, stop the bot, run this command, and start the bot (it replaces everything in the database except"
+            f" schema ops, in one transaction):\n{load.in_place_command(archive, live)}"
         ) from error
-    steps = await _steps(archive)
+    revisions = await _missing_revisions(archive)
     progress(Step("safety backup"))
-    saved, unsaved = await safety()
+    safety_id, why_none = await safety_backup()
     started = time.monotonic()
-    async with scratch.scratch(live, name, scratch.RESTORE, mark) as made:
-        dropping = asyncio.create_task(_drop_older(live, name), name="dropping the database of an earlier restore")
+    async with scratch.scratch_database(live, name, scratch.RESTORE, suffix) as database:
+        dropping = asyncio.create_task(_drop_earlier(live, name), name="dropping the database of an earlier restore")
         try:
-            await loading.load_and_check(archive, made.target, progress=progress)
+            await load.load_and_check(archive, database.target, progress=progress)
             await dropping
         finally:
             dropping.cancel()
             await asyncio.wait({dropping})
-        if steps:
-            progress(Step("migrating", 0, len(steps), "revisions"))
-            await migrations.upgrade(made.target)
-        async with scratch.connected(made.target) as connection:
-            with translate_errors("making partitions"):
-                await ensure_partitions(connection, database.now())
+        if revisions:
+            progress(Step("migrating", 0, len(revisions), "revisions"))
+            await migrations.upgrade(database.target)
+        async with scratch.connect(database.target) as connection:
+            with translate_errors("creating partitions"):
+                await ensure_partitions(connection, pool.now())
         progress(Step("swapping"))
-        with _unheard():
+        with _quiet_pool():
             swapped = await swap.swap(
                 live,
                 name,
-                made.name,
+                database.name,
                 before,
-                comment=f"{name} until backup {archive.id} was restored; the next restore drops this",
-                depose=after is None,
+                comment=f"{name} until backup {archive.id} was restored; dropped by the next restore",
+                revoke_lease=after is None,
             )
-    live_after = round(time.monotonic() - started, 2)
+    seconds_until_live = round(time.monotonic() - started, 2)
     lines = [
-        f"Backup {archive.id} of {archive.made_at:%Y-%m-%d %H:%M} UTC is the live database {name} now:"
-        f" {sum(archive.counts.values()):,} rows in {len(archive.counts)} tables, each counted."
+        f"Backup {archive.id} of {archive.made_at:%Y-%m-%d %H:%M} UTC is now the live database {name}:"
+        f" {sum(archive.counts.values()):,} rows in {len(archive.counts)} tables, all counted."
     ]
-    if steps:
-        lines.append(f"It was migrated from revision {archive.revision} to {steps[-1]}.")
-    lines.append(f"What was there was backed up before: {saved}." if saved else unsaved)
-    if swapped.is_other:
-        lines.append("The live database had begun anew since that backup: schema ops holds the rows of both.")
+    if revisions:
+        lines.append(f"It was migrated from revision {archive.revision} to {revisions[-1]}.")
+    lines.append(f"The old database was backed up first: {safety_id}." if safety_id else why_none)
+    if swapped.has_diverged:
+        lines.append("The live database had begun anew since that backup: schema ops has the rows of both.")
     else:
-        lines.append(f"Schema ops kept its state: {sum(swapped.kept_rows.values()):,} rows.")
-    lines += [f"Not taken over from the old database: {line}" for line in swapped.not_carried]
-    old, is_well = await _afterwards(database, name, before, drop_old, after)
-    lines += old
+        lines.append(f"Schema ops was kept: {sum(swapped.ops_rows.values()):,} rows.")
+    lines += [f"Not copied from the old database: {line}" for line in swapped.not_copied]
+    more_lines, is_ok = await _finish(pool, name, before, drop_old, after)
+    lines += more_lines
     seconds = round(time.monotonic() - started, 2)
     data: dict[str, Any] = {
         "backup": archive.id,
         "database": name,
         "seconds": seconds,
-        #: Until it was in its place; statistics and tidying up come after.
-        "seconds_until_live": live_after,
-        "safety_backup": saved,
-        "migrated": steps,
+        #: Until the swap; gathering statistics and cleaning up come after.
+        "seconds_until_live": seconds_until_live,
+        "safety_backup": safety_id,
+        "migrated": revisions,
         "rows": sum(archive.counts.values()),
-        "ops": swapped.kept_rows,
-        "began_anew": swapped.is_other,
+        "ops": swapped.ops_rows,
+        "began_anew": swapped.has_diverged,
         "before": None if drop_old else before,
     }
-    _log.info("a backup was restored", extra={"backup": archive.id, "seconds": seconds, "database_name": name})
-    return Outcome("\n".join(lines), data, ok=is_well)
+    _log.info("backup restored", extra={"backup": archive.id, "seconds": seconds, "database_name": name})
+    return Outcome("\n".join(lines), data, ok=is_ok)
 
 
-async def _steps(archive: Archive) -> list[str]:
-    """Return the revisions that the backup lacks, oldest first. Raises `BackupError` for one that is not known."""
+async def _missing_revisions(archive: Archive) -> list[str]:
+    """Return the revisions that the backup lacks, oldest first. Raises `BackupError` if its own is unknown."""
     if archive.revision is None:
-        raise BackupError(f"backup {archive.id} has no tables of Guildbook's: there is nothing to restore")
+        raise BackupError(f"backup {archive.id} contains no tables of Guildbook's: there is nothing to restore")
     scripts = ScriptDirectory(str(migrations.SCRIPTS))
     try:
-        steps = [step.revision for step in scripts.iterate_revisions("heads", archive.revision)]
+        revisions = [script.revision for script in scripts.iterate_revisions("heads", archive.revision)]
     except (CommandError, RevisionError):
         raise BackupError(
             f"backup {archive.id} is at revision {archive.revision}, which this version does not know: it was made by a"
             " newer Guildbook. Restore it with that version"
         ) from None
-    return steps[::-1]
+    return revisions[::-1]
 
 
-async def _afterwards(
-    database: Pool, name: str, before: str, drop_old: bool, after: Callable[[], Awaitable[None]] | None
+async def _finish(
+    pool: Pool, name: str, before: str, drop_old: bool, after: Callable[[], Awaitable[None]] | None
 ) -> tuple[list[str], bool]:
-    """Do what the restored database still needs; it is live already, so that nothing here undoes the restore."""
+    """Do what the restored database still needs; it is live already, so a failure is reported and not raised."""
     lines: list[str] = []
-    is_well = True
-    live = database.direct.with_database(name)
+    is_ok = True
+    live = pool.direct.with_database(name)
     for what, work in (
-        ("new connections", database.renew),
+        ("reconnecting", pool.renew),
         ("the reconcile", after),
-        ("the planner's statistics", lambda: loading.analyse(live)),
+        ("gathering statistics", lambda: load.analyze(live)),
     ):
         try:
             if work is not None:
                 await work()
         except GuildbookError as error:
-            is_well = False
-            lines.append(f"Restored, but {what}: {error}")
+            is_ok = False
+            lines.append(f"Restored, but {what} failed: {error}")
     try:
-        lines += await _put_away(live, name, before, drop_old)
+        lines += await _report_old(live, name, before, drop_old)
     except GuildbookError as error:
-        is_well = False
-        lines.append(f"Restored, but the old databases could not be dropped: {error}")
+        is_ok = False
+        lines.append(f"Restored, but the old database could not be dropped: {error}")
     if after is None:
-        lines.append("A bot that runs begins anew by itself and reconciles every guild.")
-    return lines, is_well
+        lines.append("A running bot starts over by itself and reconciles every guild.")
+    return lines, is_ok
 
 
-async def _drop_older(live: ConnectTarget, name: str) -> None:
-    """Drop what earlier restores kept.
+async def _drop_earlier(live: ConnectTarget, name: str) -> None:
+    """Drop the databases that earlier restores kept.
 
-    While this one loads: it waits for a checkpoint of everything, and the sooner it begins the less there is to flush.
+    Concurrently with the load: DROP waits for a full checkpoint, and the earlier it starts, the less there is to flush.
     """
     try:
-        async with scratch.connected(await scratch.home(live, name)) as connection:
+        async with scratch.connect(await scratch.maintenance_target(live, name)) as connection:
             with translate_errors("dropping the database of an earlier restore"):
-                for old in await scratch.there(connection, name, scratch.BEFORE):
+                for old in await scratch.list_databases(connection, name, scratch.BEFORE):
                     await scratch.drop(connection, old)
     except GuildbookError as error:
         _log.warning("the next restore tries again: %s", error)
 
 
-async def _put_away(live: ConnectTarget, name: str, before: str, drop_old: bool) -> list[str]:
-    """Say what is kept of the old database, or with `drop_old` drop it."""
-    async with scratch.connected(await scratch.home(live, name)) as connection:
+async def _report_old(live: ConnectTarget, name: str, before: str, drop_old: bool) -> list[str]:
+    """Drop the old database if `drop_old`, and say what became of it."""
+    async with scratch.connect(await scratch.maintenance_target(live, name)) as connection:
         with translate_errors("dropping the old database"):
             if drop_old:
                 await scratch.drop(connection, before)
@@ -217,12 +224,12 @@ async def _put_away(live: ConnectTarget, name: str, before: str, drop_old: bool)
 
 
 @contextlib.contextmanager
-def _unheard() -> Iterator[None]:
-    """Keep asyncpg's pool from printing a traceback for each connection that the swap ends."""
+def _quiet_pool() -> Iterator[None]:
+    """Suppress the traceback that asyncpg's pool logs for each connection that the swap terminates."""
     logger = logging.getLogger("asyncpg.pool")
 
     def is_other(record: logging.LogRecord) -> bool:
-        return "connection floor" not in str(record.msg)
+        return "connection floor" not in str(record.msg)  # the record has nothing else to tell it by
 
     logger.addFilter(is_other)
     try:

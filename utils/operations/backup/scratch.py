@@ -1,9 +1,9 @@
-"""Databases beside the live one, on the same server: where a backup is restored before anybody relies on it.
+"""Scratch databases: databases next to the live one, in which a backup is restored before it is relied on.
 
-Their names tell what they are: `guildbook_restore_20260102_030405_9f3c` and `…_drill_…` are scratch ones,
-`…_before_…` is what a restore put aside. Who makes a scratch database holds an advisory lock of its name in the
-maintenance database: one that nobody holds was left by a process that was killed, and is dropped by the next restore
-or drill.
+Their names tell their purpose: `guildbook_restore_20260102_030405_9f3c` and `…_drill_…` are scratch databases,
+`…_before_…` is the former live database that a restore replaced. The creator of a scratch database holds an advisory
+lock on its name in the maintenance database. One that nobody holds belonged to a killed process; the next restore or
+drill drops it.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ else:
 _log = logging.getLogger(__name__)
 
 RESTORE, DRILL, BEFORE = "restore", "drill", "before"
-#: Databases that every server has, to work from: nobody may be connected to one that is renamed (PostgreSQL manual,
-#: 23.3).
-_HOMES = ("postgres", "template1")
-#: PostgreSQL cuts longer names off, in bytes (manual, 4.1.1).
-_NAME_BYTES = 63
-_STAMP = r"\d{8}_\d{6}_[0-9a-f]{4}"
-#: Seconds: to connect, and for a statement that may have to wait for a checkpoint.
+#: Databases that every server has. A session in one of them can rename the live database; a session in the live one
+#: cannot (PostgreSQL manual, 23.3).
+_MAINTENANCE_DATABASES = ("postgres", "template1")
+#: PostgreSQL truncates longer identifiers, in bytes (manual, 4.1.1).
+_MAX_NAME_BYTES = 63
+_SUFFIX = r"\d{8}_\d{6}_[0-9a-f]{4}"
+#: Seconds to connect, and for a statement that may have to wait for a checkpoint.
 CONNECT_SECONDS = 10.0
 STATEMENT_SECONDS = 300.0
-#: SQLSTATEs of a server that has the database but not for us (PostgreSQL manual, appendix A).
-_NOT_FOR_US = ("3D000", "28000", "28P01", "42501", "55000", "08P01")
+#: SQLSTATEs of a server that refuses us one database (PostgreSQL manual, appendix A).
+_DATABASE_REFUSED = ("3D000", "28000", "28P01", "42501", "55000", "08P01")
 
 _PROPERTIES = """
 SELECT d.oid, pg_encoding_to_char(d.encoding) AS encoding, d.datcollate, d.datctype, d.datconnlimit,
     to_jsonb(d) ->> 'datlocprovider' AS provider,
     coalesce(to_jsonb(d) ->> 'datlocale', to_jsonb(d) ->> 'daticulocale') AS locale,
     pg_get_userbyid(d.datdba) AS owner, t.spcname AS tablespace, pg_database_size(d.oid) AS bytes,
-    pg_has_role(d.datdba, 'USAGE') AS is_ours, r.rolcreatedb OR r.rolsuper AS may_create, current_user::text AS us
+    pg_has_role(d.datdba, 'USAGE') AS is_owner, r.rolcreatedb OR r.rolsuper AS can_create, current_user::text AS role
 FROM pg_database AS d JOIN pg_tablespace AS t ON t.oid = d.dattablespace
 JOIN pg_roles AS r ON r.rolname = current_user WHERE d.datname = $1
 """
 
-#: Settings whose value is a list of names; the catalogue has them quoted each (pg_dump's variable_is_guc_list_quote).
-_LISTS = frozenset(
+#: Settings whose value is a list of names, each quoted in the catalogue (pg_dump's variable_is_guc_list_quote).
+_LIST_SETTINGS = frozenset(
     ("local_preload_libraries", "search_path", "session_preload_libraries", "shared_preload_libraries",
      "temp_tablespaces", "unix_socket_directories")
 )  # fmt: skip
@@ -73,54 +73,59 @@ WHERE b.datname = $1 AND a.grantee <> b.datdba
 
 
 @dataclass(frozen=True, slots=True)
-class Scratch:
-    """A scratch database, for as long as the block that made it."""
+class ScratchDatabase:
+    """A scratch database, inside the block that created it."""
 
     name: str
     target: ConnectTarget
 
 
-def quoted(name: str) -> str:
-    """Return an identifier as SQL takes it, whatever is in it."""
+def quote_identifier(name: str) -> str:
+    """Return a name as an SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
 
 
-def literal(value: str) -> str:
-    """Return a text as SQL takes it, for statements that take no parameters."""
+def quote_literal(value: str) -> str:
+    """Return a string as an SQL literal, for statements that take no parameters."""
     text = value.replace("'", "''")
     return f"E'{text.replace(chr(92), chr(92) * 2)}'" if "\\" in text else f"'{text}'"
 
 
-def stamp() -> str:
-    """Return what tells one restore or drill from all others: the time, UTC, and four letters."""
+# --- names
+
+
+def new_suffix() -> str:
+    """Return the unique end of a scratch database's name: the time in UTC, and random digits."""
     return f"{datetime.now(UTC):%Y%m%d_%H%M%S}_{secrets.token_hex(2)}"
 
 
-def beside(database: str, purpose: str, mark: str) -> str:
-    """Return the name of a database of `database`'s, at most 63 bytes long."""
-    return f"{_base(database)}_{purpose}_{mark}"
+def scratch_name(database: str, purpose: str, suffix: str) -> str:
+    """Return the name of a database next to `database`, at most 63 bytes long."""
+    return f"{_name_prefix(database)}_{purpose}_{suffix}"
 
 
-def _base(database: str) -> str:
-    room = _NAME_BYTES - len("_restore_20260102_030405_9f3c")
-    if len(database.encode()) <= room:
+def _name_prefix(database: str) -> str:
+    limit = _MAX_NAME_BYTES - len("_restore_20260102_030405_9f3c")
+    if len(database.encode()) <= limit:
         return database
-    # Two long names that begin alike must not take each other's databases for their own.
-    return (
-        database.encode()[: room - 7].decode(errors="ignore") + "_" + hashlib.sha256(database.encode()).hexdigest()[:6]
-    )
+    # A hash keeps databases apart whose long names start alike.
+    digest = hashlib.sha256(database.encode()).hexdigest()[:6]
+    return f"{database.encode()[: limit - 7].decode(errors='ignore')}_{digest}"
 
 
-async def there(connection: Connection, database: str, *purposes: str) -> list[str]:
-    """Return the databases beside `database` that serve one of these purposes, oldest first."""
-    fits = re.compile(rf"{re.escape(_base(database))}_(?:{'|'.join(purposes)})_({_STAMP})")
-    found = [fits.fullmatch(row["datname"]) for row in await connection.fetch("SELECT datname FROM pg_database")]
-    return [match[0] for match in sorted(filter(None, found), key=lambda match: match[1])]
+async def list_databases(connection: Connection, database: str, *purposes: str) -> list[str]:
+    """Return the names of the databases next to `database` with one of these purposes, oldest first."""
+    pattern = re.compile(rf"{re.escape(_name_prefix(database))}_(?:{'|'.join(purposes)})_({_SUFFIX})")
+    matches = [pattern.fullmatch(row["datname"]) for row in await connection.fetch("SELECT datname FROM pg_database")]
+    return [match[0] for match in sorted(filter(None, matches), key=lambda match: match[1])]
+
+
+# --- connections and privileges
 
 
 @contextlib.asynccontextmanager
-async def connected(target: ConnectTarget) -> AsyncIterator[Connection]:
-    """Lend a connection of our own to a database; an error in the block cuts it off, open transaction and all."""
+async def connect(target: ConnectTarget) -> AsyncIterator[Connection]:
+    """Yield a connection of its own to a database; an error in the block terminates it, with any open transaction."""
     with translate_errors(f"database {target.database}"):
         async with asyncio.timeout(CONNECT_SECONDS):
             connection: Connection = await asyncpg.connect(
@@ -134,174 +139,182 @@ async def connected(target: ConnectTarget) -> AsyncIterator[Connection]:
                 connection.terminate()
 
 
-async def home(live: ConnectTarget, database: str) -> ConnectTarget:
-    """Return the address of a database of the same server to work from. Raises `ForbiddenHere` when there is none."""
-    refused = ""
-    for name in _HOMES:
+async def maintenance_target(live: ConnectTarget, database: str) -> ConnectTarget:
+    """Return the address of another database on the same server. Raises `ForbiddenHere` if we may enter none."""
+    reason = ""
+    for name in _MAINTENANCE_DATABASES:
         if name == database:
             continue
         target = live.with_database(name)
         try:
-            async with connected(target) as connection:
+            async with connect(target) as connection:
                 await connection.fetchval("SELECT 1")
         except DatabaseError as error:
-            if error.sqlstate is None or error.sqlstate not in _NOT_FOR_US:
+            if error.sqlstate is None or error.sqlstate not in _DATABASE_REFUSED:
                 raise
-            refused = str(error)
+            reason = str(error)
         else:
             return target
-    raise ForbiddenHere(f"the server lets us into no database but our own ({refused})")
+    raise ForbiddenHere(f"the server allows connections to no database but {database} ({reason})")
 
 
-async def permitted(connection: Connection, database: str, *, to_rename: bool) -> asyncpg.Record:
-    """Return what the server says of a database. Raises `ForbiddenHere` when we may not make one like it.
+async def check_privileges(live: ConnectTarget, database: str, *, to_rename: bool) -> None:
+    """Raise `ForbiddenHere` unless we may create a database like `database` and, with `to_rename`, rename it."""
+    async with connect(await maintenance_target(live, database)) as connection:
+        await _read_properties(connection, database, to_rename=to_rename)
 
-    `to_rename`: neither when we may not rename it.
-    """
-    found = await connection.fetchrow(_PROPERTIES, database)
-    if found is None:
-        raise BackupError(f"database {database} is gone from the server: was it renamed?")
-    if not found["may_create"]:
+
+async def _read_properties(connection: Connection, database: str, *, to_rename: bool) -> asyncpg.Record:
+    """Return the properties of a database that a scratch one copies. Raises as `check_privileges` does."""
+    properties = await connection.fetchrow(_PROPERTIES, database)
+    if properties is None:
+        raise BackupError(f"database {database} no longer exists: was it renamed?")
+    role = properties["role"]
+    if not properties["can_create"]:
         raise ForbiddenHere(
-            f"the database user {found['us']} may not make databases (ALTER ROLE {quoted(found['us'])} CREATEDB allows"
-            " it)"
+            f"the database user {role} may not create databases (to allow it: ALTER ROLE {quote_identifier(role)}"
+            " CREATEDB)"
         )
-    if to_rename and not found["is_ours"]:
+    if to_rename and not properties["is_owner"]:
         raise ForbiddenHere(
-            f"database {database} belongs to {found['owner']}, and {found['us']} may not rename it"
-            f" (ALTER DATABASE {quoted(database)} OWNER TO {quoted(found['us'])} allows it)"
+            f"database {database} belongs to {properties['owner']}, and {role} may not rename it (to allow it: ALTER"
+            f" DATABASE {quote_identifier(database)} OWNER TO {quote_identifier(role)})"
         )
-    return found
+    return properties
 
 
-async def allowed(live: ConnectTarget, database: str, *, to_rename: bool) -> None:
-    """Raise `ForbiddenHere` when the server does not allow what `scratch` and, `to_rename`, the swap need."""
-    async with connected(await home(live, database)) as connection:
-        await permitted(connection, database, to_rename=to_rename)
+# --- creating and dropping
 
 
 @contextlib.asynccontextmanager
-async def scratch(live: ConnectTarget, database: str, purpose: str, mark: str) -> AsyncIterator[Scratch]:
-    """Make an empty database like `database` beside it, and drop it after the block unless it has another name by then.
+async def scratch_database(
+    live: ConnectTarget, database: str, purpose: str, suffix: str
+) -> AsyncIterator[ScratchDatabase]:
+    """Create an empty database like `database`, and drop it after the block unless it has been renamed.
 
-    First those are dropped that killed processes left. Raises `ForbiddenHere` when the server does not allow a second
-    database, and `BackupError` while another restore of `database` is under way.
+    Leftovers of killed processes are dropped first. Raises `ForbiddenHere` if the server does not allow a second
+    database, and `BackupError` while another restore of `database` is running.
     """
-    at = await home(live, database)
-    name = beside(database, purpose, mark)
-    async with connected(at) as connection:
+    maintenance = await maintenance_target(live, database)
+    name = scratch_name(database, purpose, suffix)
+    async with connect(maintenance) as connection:
         if purpose == RESTORE and not await _lock(connection, f"restore of {database}"):
-            raise BackupError(f"another restore of {database} is under way: wait for its end")
-        found = await permitted(connection, database, to_rename=purpose == RESTORE)
-        await sweep(connection, database)
+            raise BackupError(f"another restore of {database} is running: wait until it ends")
+        properties = await _read_properties(connection, database, to_rename=purpose == RESTORE)
+        await drop_leftovers(connection, database)
         await _lock(connection, name)
         try:
-            await connection.execute(_create(name, found, connection.get_server_version().major))
-            yield Scratch(name, live.with_database(name))
+            await connection.execute(_create_statement(name, properties, connection.get_server_version().major))
+            yield ScratchDatabase(name, live.with_database(name))
         finally:
-            await _drop_at_last(at, connection, name)
+            await _try_to_drop(maintenance, connection, name)
 
 
-async def sweep(connection: Connection, database: str) -> list[str]:
-    """Drop the scratch databases that killed processes left beside `database`; return their names."""
+async def drop_leftovers(connection: Connection, database: str) -> list[str]:
+    """Drop the scratch databases that killed processes left next to `database`; return their names."""
     dropped: list[str] = []
-    for name in await there(connection, database, RESTORE, DRILL):
+    for name in await list_databases(connection, database, RESTORE, DRILL):
         if not await _lock(connection, name):
-            continue  # somebody works in it
+            continue  # its owner is alive
         try:
             await drop(connection, name)
-        except asyncpg.PostgresError as error:  # the next one may have more luck
-            _log.warning("database %s, which a killed restore left, could not be dropped: %s", name, translate(error))
+        except asyncpg.PostgresError as error:  # the next restore or drill tries again
+            _log.warning("could not drop database %s of a killed restore or drill: %s", name, translate(error))
         else:
-            _log.info("database %s, which a killed restore or drill left, was dropped", name)
+            _log.info("dropped database %s of a killed restore or drill", name)
             dropped.append(name)
         finally:
-            await connection.execute("SELECT pg_advisory_unlock($1)", _key(name))
+            await connection.execute("SELECT pg_advisory_unlock($1)", _lock_key(name))
     return dropped
 
 
 async def drop(connection: Connection, name: str) -> None:
-    """Drop a database, whoever is connected to it."""
-    await connection.execute(f"DROP DATABASE IF EXISTS {quoted(name)} WITH (FORCE)")
+    """Drop a database and end the sessions in it."""
+    await connection.execute(f"DROP DATABASE IF EXISTS {quote_identifier(name)} WITH (FORCE)")
 
 
-async def _drop_at_last(at: ConnectTarget, connection: Connection, name: str) -> None:
+async def _try_to_drop(maintenance: ConnectTarget, connection: Connection, name: str) -> None:
     try:
         if not connection.is_closed():
             await drop(connection, name)
             return
-        async with connected(at) as fresh:  # it has been idle for a while: a firewall may have forgotten it
+        async with connect(maintenance) as fresh:  # a firewall may have closed the idle connection
             await drop(fresh, name)
     except (DatabaseError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
-        _log.warning("database %s could not be dropped, the next restore or drill does it: %s", name, translate(error))
+        _log.warning("could not drop database %s, the next restore or drill will: %s", name, translate(error))
 
 
-async def _lock(connection: Connection, what: str) -> bool:
-    """Take the advisory lock of a name for as long as the connection lives; False when another session has it."""
-    return bool(await connection.fetchval("SELECT pg_try_advisory_lock($1)", _key(what)))
+async def _lock(connection: Connection, name: str) -> bool:
+    """Take the advisory lock of a name until the connection ends; False if another session holds it."""
+    return bool(await connection.fetchval("SELECT pg_try_advisory_lock($1)", _lock_key(name)))
 
 
-def _key(what: str) -> int:
-    digest = hashlib.sha256(f"guildbook {what}".encode()).digest()
+def _lock_key(name: str) -> int:
+    digest = hashlib.sha256(f"guildbook {name}".encode()).digest()
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
-def _create(name: str, like: asyncpg.Record, major: int) -> str:
-    """Return the statement that makes an empty database with the encoding, sorting, place and owner of another."""
-    parts = [f"CREATE DATABASE {quoted(name)} TEMPLATE template0 OWNER {quoted(like['owner'])}"]
-    parts.append(f"ENCODING {literal(like['encoding'])}")
-    parts.append(f"LC_COLLATE {literal(like['datcollate'])} LC_CTYPE {literal(like['datctype'])}")
-    provider, locale = like["provider"], like["locale"]
+def _create_statement(name: str, properties: asyncpg.Record, major: int) -> str:
+    """Return the statement that creates an empty database with the properties of another."""
+    parts = [f"CREATE DATABASE {quote_identifier(name)} TEMPLATE template0"]
+    parts.append(f"OWNER {quote_identifier(properties['owner'])} ENCODING {quote_literal(properties['encoding'])}")
+    collate, ctype = quote_literal(properties["datcollate"]), quote_literal(properties["datctype"])
+    parts.append(f"LC_COLLATE {collate} LC_CTYPE {ctype}")
+    provider, locale = properties["provider"], properties["locale"]
     if provider == "i" and locale:
-        parts.append(f"LOCALE_PROVIDER icu ICU_LOCALE {literal(locale)}")
+        parts.append(f"LOCALE_PROVIDER icu ICU_LOCALE {quote_literal(locale)}")
     elif provider == "b" and locale:
-        parts.append(f"LOCALE_PROVIDER builtin BUILTIN_LOCALE {literal(locale)}")
+        parts.append(f"LOCALE_PROVIDER builtin BUILTIN_LOCALE {quote_literal(locale)}")
     elif provider == "c" and major >= 15:
         parts.append("LOCALE_PROVIDER libc")
-    if like["tablespace"] != "pg_default":
-        parts.append(f"TABLESPACE {quoted(like['tablespace'])}")
-    if like["datconnlimit"] >= 0:
-        parts.append(f"CONNECTION LIMIT {like['datconnlimit']}")
+    if properties["tablespace"] != "pg_default":
+        parts.append(f"TABLESPACE {quote_identifier(properties['tablespace'])}")
+    if properties["datconnlimit"] >= 0:
+        parts.append(f"CONNECTION LIMIT {properties['datconnlimit']}")
     return " ".join(parts)
 
 
-async def carry_over(connection: Connection, database: str, scratch: str) -> list[str]:
-    """Give `scratch` the settings and grants of `database`; return what could not be given, as lines."""
-    statements = [_setting(scratch, row) for row in await connection.fetch(_SETTINGS, database)]
+# --- settings and grants
+
+
+async def copy_settings(connection: Connection, database: str, scratch: str) -> list[str]:
+    """Copy the settings of `database` and the grants on it to `scratch`; return one line for each that failed."""
+    statements = [_setting_statement(scratch, row) for row in await connection.fetch(_SETTINGS, database)]
     if await connection.fetchval("SELECT datacl IS NOT NULL FROM pg_database WHERE datname = $1", database):
-        statements.append(f"REVOKE ALL ON DATABASE {quoted(scratch)} FROM PUBLIC")
-        statements += [_grant(scratch, row) for row in await connection.fetch(_GRANTS, database)]
+        statements.append(f"REVOKE ALL ON DATABASE {quote_identifier(scratch)} FROM PUBLIC")
+        statements += [_grant_statement(scratch, row) for row in await connection.fetch(_GRANTS, database)]
     failed: list[str] = []
     for statement in statements:
         try:
             await connection.execute(statement)
         except asyncpg.PostgresError as error:
-            failed.append(f"{statement.replace(quoted(scratch), quoted(database))}: {translate(error)}")
+            shown = statement.replace(quote_identifier(scratch), quote_identifier(database))
+            failed.append(f"{shown}: {translate(error)}")
     return failed
 
 
-def _setting(scratch: str, row: asyncpg.Record) -> str:
+def _setting_statement(scratch: str, row: asyncpg.Record) -> str:
     name, _, value = row["setting"].partition("=")
-    at = f"DATABASE {quoted(scratch)}"
-    who = f"ALTER {at}" if row["role"] is None else f"ALTER ROLE {quoted(row['role'])} IN {at}"
-    return f"{who} SET {name} TO {_listed(value) if name in _LISTS else literal(value)}"
+    database = f"DATABASE {quote_identifier(scratch)}"
+    subject = database if row["role"] is None else f"ROLE {quote_identifier(row['role'])} IN {database}"
+    return f"ALTER {subject} SET {name} TO {_list_value(value) if name in _LIST_SETTINGS else quote_literal(value)}"
 
 
-def _listed(value: str) -> str:
-    """Take a list of names apart as the catalogue has it, and put it together as SQL takes it."""
+def _list_value(value: str) -> str:
+    """Return a list of names, quoted as identifiers in the catalogue, as the literals that SET takes."""
     names, name, is_quoted = [], "", False
-    for letter in value:
-        if letter == '"':
+    for character in value:
+        if character == '"':
             is_quoted = not is_quoted
-        elif letter == "," and not is_quoted:
+        elif character == "," and not is_quoted:
             names.append(name.strip())
             name = ""
         else:
-            name += letter
-    return ", ".join(literal(name) for name in [*names, name.strip()])
+            name += character
+    return ", ".join(quote_literal(name) for name in [*names, name.strip()])
 
 
-def _grant(scratch: str, row: asyncpg.Record) -> str:
-    role = "PUBLIC" if row["role"] is None else quoted(row["role"])
+def _grant_statement(scratch: str, row: asyncpg.Record) -> str:
+    role = "PUBLIC" if row["role"] is None else quote_identifier(row["role"])
     option = " WITH GRANT OPTION" if row["is_grantable"] else ""
-    return f"GRANT {row['privilege']} ON DATABASE {quoted(scratch)} TO {role}{option}"
+    return f"GRANT {row['privilege']} ON DATABASE {quote_identifier(scratch)} TO {role}{option}"

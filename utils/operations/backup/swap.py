@@ -1,9 +1,9 @@
-"""Put a restored database in the place of the live one, by renaming both in one transaction.
+"""Puts a restored database in the place of the live one, by renaming both in one transaction.
 
-Until its commit the old database is the live one, afterwards the new one, whatever is killed in between. Before it the
-rows of schema `ops` go from the one to the other, so nothing may be written meanwhile: every writing transaction of a
-bot has a row of `ops.leases` locked, and a lock on the tables of `ops` keeps them all waiting; then their sessions are
-ended. A bot takes that for a short outage.
+Until its commit the old database is live, afterwards the new one, whatever is killed in between. The rows of schema
+`ops` are copied from the old to the new database first, so nothing may be written meanwhile: every writing transaction
+of a bot locks a row of `ops.leases`, so a lock on the tables of `ops` keeps all of them waiting. Then their sessions
+are terminated, which a bot treats as a short outage.
 """
 
 from __future__ import annotations
@@ -16,154 +16,199 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import asyncpg
+import stamina
 
 from utils.database import ConnectTarget
 from utils.exceptions import BackupError, DatabaseError, translate, translate_errors
-from utils.operations.backup.scratch import Connection, carry_over, connected, home, literal, quoted
+from utils.operations.backup.scratch import (
+    Connection,
+    connect,
+    copy_settings,
+    maintenance_target,
+    quote_identifier,
+    quote_literal,
+)
 from utils.service import lease
 
 _log = logging.getLogger(__name__)
 
-#: Tries, and the pause before the second, which grows by as much with each.
+#: Attempts, and seconds of the first and longest pause between two.
 ATTEMPTS = 6
-PAUSE_SECONDS = 0.5
-#: Seconds to wait for the transactions that write just now.
+MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.5, 3.0
+#: Seconds to wait for the transactions that are writing.
 LOCK_SECONDS = 5
-#: Seconds after which the server by itself lets the writers go on when we have fallen silent.
-SILENT_SECONDS = 60
+#: Seconds after which the server releases the lock on `ops` by itself if this process has died.
+IDLE_SECONDS = 60
 #: Seconds between two looks at who is still connected.
-LOOK_SECONDS = 0.02
-#: Seconds for one renaming: the server itself waits 5 s for others to leave (CountOtherDBBackends).
+POLL_SECONDS = 0.02
+#: Seconds for one rename: the server itself waits 5 s for other sessions to end (CountOtherDBBackends).
 RENAME_SECONDS = 15.0
+#: insufficient_privilege (PostgreSQL manual, appendix A).
+_INSUFFICIENT_PRIVILEGE = "42501"
 
 _SESSIONS = """
 SELECT pid, usename, application_name FROM pg_stat_activity
 WHERE datname = ANY($1::text[]) AND pid <> ALL($2::int[]) AND usename IS NOT NULL
 """
-_HAS_LOCK = """
+_HAS_RENAME_LOCK = """
 SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND granted AND locktype = 'object' AND mode = 'AccessExclusiveLock'
     AND classid = 'pg_database'::regclass AND objid = (SELECT oid FROM pg_database WHERE datname = $2))
 """
-#: Who is logging in and waits for the renaming's end, only to learn that the database is another one by then.
-_AT_THE_DOOR = """
+#: Sessions whose login waits for the end of the renaming.
+_WAITING_LOGINS = """
 SELECT pid FROM pg_locks WHERE NOT granted AND locktype = 'object' AND classid = 'pg_database'::regclass
     AND objid = (SELECT oid FROM pg_database WHERE datname = $1)
+"""
+_OPS_COLUMNS = """
+SELECT c.relname AS table, a.attname AS column, format_type(a.atttypid, a.atttypmod) AS type
+FROM pg_class AS c JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+WHERE c.relnamespace = to_regnamespace('ops') AND c.relkind IN ('r', 'p') AND NOT c.relispartition
+    AND a.attgenerated = '' ORDER BY c.relname, a.attnum
+"""
+_OPS_SEQUENCES = "SELECT relname FROM pg_class WHERE relnamespace = to_regnamespace('ops') AND relkind = 'S'"
+#: Columns of a table whose default draws from a sequence.
+_SEQUENCE_COLUMNS = """
+SELECT a.attname FROM pg_attrdef AS d JOIN pg_attribute AS a ON a.attrelid = d.adrelid AND a.attnum = d.adnum
+WHERE d.adrelid = $1::text::regclass AND pg_get_expr(d.adbin, d.adrelid) LIKE 'nextval(%'
 """
 
 
 @dataclass(slots=True)
-class Swapped:
+class SwapResult:
     """What a swap did."""
 
     attempts: int = 1
-    #: Rows of `ops` that were taken over, by table.
-    kept_rows: dict[str, int] = field(default_factory=dict)
-    #: True: the live database is not the one that the backup continues, so the backup's rows of `ops` count too.
-    is_other: bool = False
-    #: What of the old database's settings and grants could not be given to the new one, as lines.
-    not_carried: list[str] = field(default_factory=list)
+    #: Number of rows copied to the new database, by table of `ops`.
+    ops_rows: dict[str, int] = field(default_factory=dict)
+    #: True if the live database began anew since the backup, so that the backup's rows of `ops` were kept too.
+    has_diverged: bool = False
+    #: Settings of the old database and grants on it that could not be copied, one line each.
+    not_copied: list[str] = field(default_factory=list)
 
 
 async def swap(
-    live: ConnectTarget, database: str, scratch: str, before: str, *, comment: str, depose: bool = False
-) -> Swapped:
-    """Rename `database` to `before` and `scratch` to `database`, with the newest rows of `ops`.
+    live: ConnectTarget,
+    database: str,
+    scratch: str,
+    before: str,
+    *,
+    comment: str,
+    revoke_lease: bool = False,
+    attempts: int = ATTEMPTS,
+    lock_seconds: float = LOCK_SECONDS,
+) -> SwapResult:
+    """Rename `database` to `before` and `scratch` to `database`, after copying the rows of `ops`.
 
-    All sessions of both are ended. `comment` goes to the old one. `depose`: whoever holds the lease loses it, and with
-    it begins anew as if it had just been started, which reconciles everything. Tried up to `ATTEMPTS` times; raises
-    `BackupError` with who is in the way when none succeeds: then everything is as it was.
+    All sessions of both are terminated. `comment` is attached to the old one. With `revoke_lease`, the holder of the
+    lease loses it, starts over and reconciles everything. `lock_seconds` is how long each attempt waits for
+    transactions that are writing. Raises `BackupError` after the last attempt, naming the sessions in the way; then
+    nothing was changed.
     """
-    at = await home(live, database)
-    async with connected(at) as connection:
+    maintenance = await maintenance_target(live, database)
+    async with connect(maintenance) as connection:
         with translate_errors("the database's settings"):
-            new = await connection.fetchval("SELECT oid FROM pg_database WHERE datname = $1", scratch)
-            not_carried = await carry_over(connection, database, scratch)
-    done = Swapped(not_carried=not_carried)
-    attempt = 0
-    while True:
-        attempt += 1
-        done.attempts = attempt
-        try:
-            done.kept_rows, done.is_other = await _try(live, at, database, scratch, before, comment, depose)
-        except (DatabaseError, TimeoutError) as error:
-            if await _is_in_place(at, database, new):  # only the answer was lost
-                return done
-            permanent = isinstance(error, DatabaseError) and error.sqlstate == "42501"
-            if attempt >= ATTEMPTS or permanent:
-                raise BackupError(
-                    f"{database} could not be swapped in {attempt} {'try' if attempt == 1 else 'tries'}:"
-                    f" {error}{await _in_the_way(at, database, scratch)}. Nothing was changed"
-                ) from error
-            _log.warning("the databases could not be swapped, trying again: %s", error)
-        else:
-            return done
-        await asyncio.sleep(PAUSE_SECONDS * attempt)
+            new_oid = await connection.fetchval("SELECT oid FROM pg_database WHERE datname = $1", scratch)
+            not_copied = await copy_settings(connection, database, scratch)
+    result = SwapResult(not_copied=not_copied)
+    try:
+        async for attempt in stamina.retry_context(
+            on=_is_retryable, attempts=attempts, timeout=None,
+            wait_initial=MIN_PAUSE_SECONDS, wait_max=MAX_PAUSE_SECONDS, wait_jitter=MIN_PAUSE_SECONDS,
+        ):  # fmt: skip
+            with attempt:
+                result.attempts = attempt.num
+                try:
+                    result.ops_rows, result.has_diverged = await _attempt(
+                        live, maintenance, database, scratch, before, comment, revoke_lease, lock_seconds
+                    )
+                except (DatabaseError, TimeoutError) as error:
+                    if await _has_oid(maintenance, database, new_oid):  # committed, but the answer was lost
+                        return result
+                    _log.warning("the databases could not be swapped in attempt %d: %s", attempt.num, error)
+                    raise
+    except (DatabaseError, TimeoutError) as error:
+        raise BackupError(
+            f"{database} could not be swapped in {result.attempts}"
+            f" {'attempt' if result.attempts == 1 else 'attempts'}:"
+            f" {error}{await _remaining_sessions(maintenance, database, scratch)}. Nothing was changed"
+        ) from error
+    return result
 
 
-async def _try(
-    live: ConnectTarget, at: ConnectTarget, database: str, scratch: str, before: str, comment: str, depose: bool
+def _is_retryable(error: Exception) -> bool:
+    if isinstance(error, DatabaseError):
+        return error.sqlstate != _INSUFFICIENT_PRIVILEGE
+    return isinstance(error, TimeoutError)
+
+
+async def _attempt(
+    live: ConnectTarget,
+    maintenance: ConnectTarget,
+    database: str,
+    scratch: str,
+    before: str,
+    comment: str,
+    revoke_lease: bool,
+    lock_seconds: float,
 ) -> tuple[dict[str, int], bool]:
-    async with connected(at) as ender, connected(at) as renamer, connected(live) as keeper:
+    async with connect(maintenance) as killer, connect(maintenance) as renamer, connect(live) as locker:
         with translate_errors("the rows of ops"):
-            kept = await _take_ops_over(keeper, live.with_database(scratch), depose)
+            copied = await _transfer_ops(locker, live.with_database(scratch), revoke_lease, lock_seconds)
         with translate_errors("renaming"):
             async with asyncio.timeout(2 * RENAME_SECONDS):
-                await _rename(ender, renamer, keeper, database, scratch, before, comment)
-    return kept
+                await _rename(killer, renamer, locker, database, scratch, before, comment)
+    return copied
 
 
 # --- the rows of ops
 
 
-async def _take_ops_over(keeper: Connection, target: ConnectTarget, depose: bool) -> tuple[dict[str, int], bool]:
-    """Lock the tables of `ops` for as long as `keeper` is open, and put their rows in the place of `target`'s."""
-    tables = await columns_of_ops(keeper)
-    alive = await lease.list_live(keeper)
-    await keeper.execute(
-        f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '{LOCK_SECONDS}s';"
-        f" SET LOCAL idle_in_transaction_session_timeout = '{SILENT_SECONDS}s'"
+async def _transfer_ops(
+    locker: Connection, target: ConnectTarget, revoke_lease: bool, lock_seconds: float
+) -> tuple[dict[str, int], bool]:
+    """Lock the tables of `ops` until `locker` is closed, and copy their rows to the database `target`."""
+    tables = await columns_of_ops(locker)
+    live_leases = await lease.list_live(locker)
+    await locker.execute(
+        f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '{lock_seconds:g}s';"
+        f" SET LOCAL idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'"
     )
     if tables:
-        # Readers go on; whoever writes there, or checks the lease to write elsewhere, waits. Leases first: so do they.
+        # Readers go on; whoever writes there, or checks the lease to write elsewhere, waits. Writers lock their lease
+        # first, so it comes first here too.
         ordered = sorted(tables, key=lambda table: table != "leases")
-        await keeper.execute(f"LOCK TABLE {', '.join(map(_in_ops, ordered))} IN EXCLUSIVE MODE")
-    alive |= await lease.list_live(keeper)
-    async with connected(target) as other, other.transaction():
-        is_other = await _is_other(keeper, other)
-        kept = await copy_ops(keeper, other, tables, add=is_other)
-        if is_other or (depose and "leases" in kept):
-            # Every later stamp has to be greater than those in the rows; nobody has this epoch, so whoever acts finds
-            # that it does no more.
+        await locker.execute(f"LOCK TABLE {', '.join(map(_in_ops, ordered))} IN EXCLUSIVE MODE")
+    live_leases |= await lease.list_live(locker)
+    async with connect(target) as other, other.transaction():
+        has_diverged = await _has_diverged(locker, other)
+        copied = await copy_ops(locker, other, tables, add=has_diverged)
+        if has_diverged or (revoke_lease and "leases" in copied):
+            # Later stamps must exceed those in the restored rows. Nobody holds the new epoch, so the current holder
+            # finds that it has lost the lease.
             await lease.depose(other)
-        elif alive and "leases" in kept:  # who held it when we made them wait holds it afterwards
-            await lease.revive(other, alive)
-    return kept, is_other
+        elif live_leases and "leases" in copied:  # the blocked holder must not lose its lease meanwhile
+            await lease.revive(other, live_leases)
+    return copied, has_diverged
 
 
-async def _is_other(live: Connection, restored: Connection) -> bool:
-    """Return whether the live database began anew since the backup: its leases are not later ones of the same row.
+async def _has_diverged(live: Connection, restored: Connection) -> bool:
+    """Return whether the live database began anew since the backup: its leases do not continue those of the backup.
 
-    What the bot wrote there has lower stamps than the rows of the backup, and what people asked for before is not in
-    its `ops`.
+    Then the rows that the bot wrote there have lower stamps than those of the backup, and its `ops` lacks what people
+    asked for before.
     """
-    now = await lease.list_epochs(live)
+    live_epochs = await lease.list_epochs(live)
     for shard, (epoch, taken_at) in (await lease.list_epochs(restored)).items():
-        at, when = now.get(shard, (0, None))
-        if at < epoch or (at == epoch and when != taken_at):
+        live_epoch, live_taken_at = live_epochs.get(shard, (0, None))
+        if live_epoch < epoch or (live_epoch == epoch and live_taken_at != taken_at):
             return True
     return False
 
 
 async def columns_of_ops(connection: Connection) -> dict[str, dict[str, str]]:
-    """Return the tables of `ops` with their columns and the columns' types, but for generated ones."""
-    rows = await connection.fetch(
-        "SELECT c.relname AS table, a.attname AS column, format_type(a.atttypid, a.atttypmod) AS type"
-        " FROM pg_class AS c JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped"
-        " WHERE c.relnamespace = to_regnamespace('ops') AND c.relkind IN ('r', 'p') AND NOT c.relispartition"
-        " AND a.attgenerated = '' ORDER BY c.relname, a.attnum"
-    )
+    """Return the tables of `ops` with the types of their columns; generated columns are left out."""
     tables: dict[str, dict[str, str]] = {}
-    for row in rows:
+    for row in await connection.fetch(_OPS_COLUMNS):
         tables.setdefault(row["table"], {})[row["column"]] = row["type"]
     return tables
 
@@ -171,174 +216,172 @@ async def columns_of_ops(connection: Connection) -> dict[str, dict[str, str]]:
 async def copy_ops(
     source: Connection, target: Connection, tables: dict[str, dict[str, str]], *, add: bool = False
 ) -> dict[str, int]:
-    """Replace the rows of `target`'s tables of `ops` by those of `source`, and set its sequences; return the numbers.
+    """Replace the rows of the target's tables of `ops` by the source's, set its sequences, and return row counts.
 
-    `add`: they come in addition, where there is none of the same key. What only one of the two has is left alone: it
-    belongs to another revision of the schema.
+    With `add` the rows are added, except those whose key exists. Tables and columns that only one database has are left
+    alone: they belong to another revision of the schema.
     """
-    others = await columns_of_ops(target)
-    both = [table for table in tables if table in others]
+    target_tables = await columns_of_ops(target)
+    common = [table for table in tables if table in target_tables]
     copied: dict[str, int] = {}
-    if both and not add:
-        await target.execute(f"TRUNCATE {', '.join(map(_in_ops, both))}")
-    for table in both:
-        columns = [column for column in tables[table] if column in others[table]]
-        same = all(tables[table][column] == others[table][column] for column in columns)
+    if common and not add:
+        await target.execute(f"TRUNCATE {', '.join(map(_in_ops, common))}")
+    for table in common:
+        columns = [column for column in tables[table] if column in target_tables[table]]
         if add:
-            copied[table] = await _add(source, target, table, columns)
+            copied[table] = await _add_rows(source, target, table, columns)
         else:
-            copied[table] = await _pipe(source, target, table, columns, "binary" if same else "text")
+            has_same_types = all(tables[table][column] == target_tables[table][column] for column in columns)
+            copied[table] = await _copy_rows(source, target, table, columns, "binary" if has_same_types else "text")
     if add:
         return copied
-    for row in await source.fetch(
-        "SELECT relname FROM pg_class WHERE relnamespace = to_regnamespace('ops') AND relkind = 'S'"
-    ):
+    for row in await source.fetch(_OPS_SEQUENCES):
         name = _in_ops(row["relname"])
-        at = await source.fetchrow(f"SELECT last_value, is_called FROM {name}")  # noqa: S608 - out of the catalogue
-        assert at is not None, "a sequence has one row"
+        state = await source.fetchrow(f"SELECT last_value, is_called FROM {name}")  # noqa: S608 - from the catalogue
+        assert state is not None, "a sequence has one row"
         await target.execute(
-            "SELECT setval(found, $2, $3) FROM to_regclass($1) AS found WHERE found IS NOT NULL", name, *at.values()
+            "SELECT setval(found, $2, $3) FROM to_regclass($1) AS found WHERE found IS NOT NULL", name, *state.values()
         )
     return copied
 
 
-async def _add(source: Connection, target: Connection, table: str, columns: list[str]) -> int:
-    """Add the rows that `target` has none of the same key for; keys that sequences give are given anew."""
-    drawn = await target.fetch(
-        "SELECT a.attname FROM pg_attrdef AS d JOIN pg_attribute AS a ON a.attrelid = d.adrelid AND a.attnum = d.adnum"
-        " WHERE d.adrelid = $1::text::regclass AND pg_get_expr(d.adbin, d.adrelid) LIKE 'nextval(%'",
-        _in_ops(table),
-    )
-    columns = [column for column in columns if column not in {row["attname"] for row in drawn}]
-    names = ", ".join(map(quoted, columns))
+async def _add_rows(source: Connection, target: Connection, table: str, columns: list[str]) -> int:
+    """Add the rows whose key the target does not have; keys from sequences are drawn anew."""
+    drawn = {row["attname"] for row in await target.fetch(_SEQUENCE_COLUMNS, _in_ops(table))}
+    columns = [column for column in columns if column not in drawn]
+    names = ", ".join(map(quote_identifier, columns))
     await target.execute(
         f"CREATE TEMP TABLE added ON COMMIT DROP AS SELECT {names} FROM {_in_ops(table)} WITH NO DATA"  # noqa: S608
     )
-    await _pipe(source, target, table, columns, "text", into="added")
-    word = await target.execute(
+    await _copy_rows(source, target, table, columns, "text", into="added")
+    status = await target.execute(
         f"INSERT INTO {_in_ops(table)} ({names}) SELECT {names} FROM added ON CONFLICT DO NOTHING"  # noqa: S608
     )
     await target.execute("DROP TABLE added")
-    return int(word.split()[-1])
+    return int(status.split()[-1])
 
 
-async def _pipe(
-    source: Connection, target: Connection, table: str, columns: list[str], kind: Any, *, into: str | None = None
+async def _copy_rows(
+    source: Connection, target: Connection, table: str, columns: list[str], copy_format: Any, *, into: str | None = None
 ) -> int:
-    """COPY a table of `ops` from one connection to another, a few pieces in memory at a time; return the rows."""
-    pieces: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=16)
+    """COPY a table of `ops` from one connection to another, in bounded memory; return the number of rows."""
+    queue: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=16)
 
-    async def take() -> None:
-        names = ", ".join(map(quoted, columns))
-        query = f"SELECT {names} FROM {_in_ops(table)}"  # noqa: S608 - names out of the catalogue
-        await source.copy_from_query(query, output=pieces.put, format=kind, timeout=None)
-        await pieces.put(None)
+    async def read() -> None:
+        names = ", ".join(map(quote_identifier, columns))
+        query = f"SELECT {names} FROM {_in_ops(table)}"  # noqa: S608 - names from the catalogue
+        await source.copy_from_query(query, output=queue.put, format=copy_format, timeout=None)
+        await queue.put(None)
 
-    async def give() -> AsyncIterator[bytes]:
-        while (piece := await pieces.get()) is not None:
-            yield piece
+    async def chunks() -> AsyncIterator[bytes]:
+        while (chunk := await queue.get()) is not None:
+            yield chunk
 
-    taking = asyncio.create_task(take())
-    giving = asyncio.create_task(
+    reading = asyncio.create_task(read())
+    writing = asyncio.create_task(
         target.copy_to_table(
             into or table,
             schema_name=None if into else "ops",
             columns=columns,
-            source=give(),
-            format=kind,
+            source=chunks(),
+            format=copy_format,
             timeout=None,
         )
     )
     try:
-        await asyncio.wait({taking, giving}, return_when=asyncio.FIRST_EXCEPTION)
-        for task in (taking, giving):
+        await asyncio.wait({reading, writing}, return_when=asyncio.FIRST_EXCEPTION)
+        for task in (reading, writing):
             if task.done():
                 task.result()
-        return int(giving.result().split()[-1])
+        return int(writing.result().split()[-1])
     finally:
-        taking.cancel()
-        giving.cancel()
-        await asyncio.wait({taking, giving}, timeout=5)
+        reading.cancel()
+        writing.cancel()
+        await asyncio.wait({reading, writing}, timeout=5)
 
 
 def _in_ops(name: str) -> str:
-    return f"ops.{quoted(name)}"
+    return f"ops.{quote_identifier(name)}"
 
 
-# --- the renaming
+# --- renaming
 
 
 async def _rename(
-    ender: Connection, renamer: Connection, keeper: Connection, database: str, scratch: str, before: str, comment: str
+    killer: Connection, renamer: Connection, locker: Connection, database: str, scratch: str, before: str, comment: str
 ) -> None:
-    """Rename both in one transaction; `ender` sees to it that nobody is connected, `keeper` leaves as the last."""
-    former = await ender.fetchval(
+    """Rename both databases in one transaction, while `killer` ends all sessions, that of `locker` last."""
+    former_comment = await killer.fetchval(
         "SELECT shobj_description(oid, 'pg_database') FROM pg_database WHERE datname = $1", database
     )
-    pid: int = renamer.get_server_pid()
+    renamer_pid: int = renamer.get_server_pid()
     await renamer.execute("BEGIN")
-    # From here on the lock that the renaming takes lets nobody log in, so that who is ended does not come back.
+    # The rename's lock keeps new sessions out from here on, so whoever is terminated cannot return.
     renaming = asyncio.create_task(
-        renamer.execute(f"ALTER DATABASE {quoted(database)} RENAME TO {quoted(before)}", timeout=RENAME_SECONDS)
+        renamer.execute(
+            f"ALTER DATABASE {quote_identifier(database)} RENAME TO {quote_identifier(before)}", timeout=RENAME_SECONDS
+        )
     )
     try:
         while not renaming.done():
-            await _end_sessions(ender, pid, keeper, database, scratch)
-            await asyncio.wait({renaming}, timeout=LOOK_SECONDS)
+            await _end_sessions(killer, renamer_pid, locker, database, scratch)
+            await asyncio.wait({renaming}, timeout=POLL_SECONDS)
         await renaming
     finally:
         renaming.cancel()
+    comment_now = "NULL" if former_comment is None else quote_literal(former_comment)
     await renamer.execute(
-        f"ALTER DATABASE {quoted(scratch)} RENAME TO {quoted(database)};"
-        f" COMMENT ON DATABASE {quoted(before)} IS {literal(comment)};"
-        f" COMMENT ON DATABASE {quoted(database)} IS {'NULL' if former is None else literal(former)}",
+        f"ALTER DATABASE {quote_identifier(scratch)} RENAME TO {quote_identifier(database)};"
+        f" COMMENT ON DATABASE {quote_identifier(before)} IS {quote_literal(comment)};"
+        f" COMMENT ON DATABASE {quote_identifier(database)} IS {comment_now}",
         timeout=RENAME_SECONDS,
     )
-    # They would be told that the database does not exist, which sounds final; being cut off sounds like trying again.
-    for row in await ender.fetch(_AT_THE_DOOR, database):
-        await _end(ender, row["pid"])
+    # Waiting logins would get "database does not exist", which looks permanent; a terminated one is retried.
+    for row in await killer.fetch(_WAITING_LOGINS, database):
+        await _terminate(killer, row["pid"])
     await renamer.execute("COMMIT")
 
 
-async def _end_sessions(ender: Connection, pid: int, keeper: Connection, database: str, scratch: str) -> None:
-    """End every session in both databases once nobody else can log in, those first that wait for the keeper's lock."""
-    if not await ender.fetchval(_HAS_LOCK, pid, database):
+async def _end_sessions(killer: Connection, renamer_pid: int, locker: Connection, database: str, scratch: str) -> None:
+    """Terminate every session in both databases once nobody else can log in; those blocked by `locker` go first."""
+    if not await killer.fetchval(_HAS_RENAME_LOCK, renamer_pid, database):
         return
-    others = []
-    if not keeper.is_closed():
-        others.append(keeper.get_server_pid())
-    rest = await ender.fetch(_SESSIONS, [database, scratch], others)
-    for row in rest:
-        await _end(ender, row["pid"])
-    if not rest and not keeper.is_closed():
-        keeper.terminate()
+    spared = [] if locker.is_closed() else [locker.get_server_pid()]
+    sessions = await killer.fetch(_SESSIONS, [database, scratch], spared)
+    for row in sessions:
+        await _terminate(killer, row["pid"])
+    if not sessions and not locker.is_closed():
+        locker.terminate()
 
 
-async def _end(ender: Connection, pid: int) -> None:
-    with contextlib.suppress(asyncpg.InsufficientPrivilegeError):  # said when it stays in the way
-        await ender.execute("SELECT pg_terminate_backend($1)", pid)
+async def _terminate(killer: Connection, pid: int) -> None:
+    with contextlib.suppress(asyncpg.InsufficientPrivilegeError):  # reported if the session stays in the way
+        await killer.execute("SELECT pg_terminate_backend($1)", pid)
 
 
-async def _is_in_place(at: ConnectTarget, database: str, oid: int) -> bool:
+async def _has_oid(maintenance: ConnectTarget, database: str, oid: int) -> bool:
+    """Return whether the database with this name has this OID, that is, whether the swap was committed."""
     try:
-        async with connected(at) as connection:
+        async with connect(maintenance) as connection:
             return bool(await connection.fetchval("SELECT oid = $2 FROM pg_database WHERE datname = $1", database, oid))
     except (DatabaseError, asyncpg.PostgresError) as error:
-        _log.warning("the server does not say whether the databases were swapped: %s", translate(error))
+        _log.warning("could not find out whether the databases were swapped: %s", translate(error))
         return False
 
 
-async def _in_the_way(at: ConnectTarget, database: str, scratch: str) -> str:
-    """Say who is connected still, for people."""
+async def _remaining_sessions(maintenance: ConnectTarget, database: str, scratch: str) -> str:
+    """Return the end of an error message that names who is still connected; empty if nobody is."""
     try:
-        async with connected(at) as connection:
+        async with connect(maintenance) as connection:
             rows = await connection.fetch(_SESSIONS, [database, scratch], [])
             prepared = await connection.fetchval(
                 "SELECT count(*) FROM pg_prepared_xacts WHERE database = ANY($1::name[])", [database, scratch]
             )
     except (DatabaseError, asyncpg.PostgresError):
         return ""
-    who = [f"user {row['usename']} ({row['application_name'] or 'unnamed'}, process {row['pid']})" for row in rows[:5]]
+    names = [
+        f"user {row['usename']} ({row['application_name'] or 'unnamed'}, process {row['pid']})" for row in rows[:5]
+    ]
     if prepared:
-        who.append(f"{prepared} prepared transactions (ROLLBACK PREPARED ends them)")
-    return f"; still connected: {', '.join(who)}: end these sessions" if who else ""
+        names.append(f"{prepared} prepared transactions (ROLLBACK PREPARED ends them)")
+    return f"; still connected: {', '.join(names)}: end these sessions" if names else ""

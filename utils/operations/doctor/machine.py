@@ -61,10 +61,10 @@ def _probe(directory: Path, free_bytes: Callable[[Path], int]) -> tuple[int, str
 
 async def check_backups(context: DoctorContext) -> Sequence[Finding]:
     """Check the age of the newest full backup."""
-    from utils.operations.backup.kept import Kept
+    from utils.operations.backup.catalog import BackupCatalog
 
     context.require("BACKUP_URL", "BACKUP_AGE_RECIPIENT", "BACKUP_AGE_IDENTITY_FILE", "BACKUP_EVERY", "DATA_DIR")
-    newest = await Kept(context.settings.model_copy(update={"data_dir": context.data_dir})).newest()
+    newest = await BackupCatalog(context.settings.model_copy(update={"data_dir": context.data_dir})).newest()
     every = context.settings.backup_every
     advice = "run python bot.py backup create" + ("" if every else ", or schedule backups with BACKUP_EVERY=1d")
     if newest is None:

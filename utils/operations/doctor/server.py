@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from utils.database import Pool
 from utils.database.pool import OLDEST_SERVER, Record
-from utils.exceptions import BackupError, DatabaseError
+from utils.exceptions import ClientToolsMissing, DatabaseError
 from utils.operations import migrations
 from utils.operations.doctor.context import DoctorContext
 from utils.operations.doctor.discord import report_skew
@@ -141,14 +141,14 @@ async def check_clock(context: DoctorContext) -> Sequence[Finding]:
 
 async def check_tools(context: DoctorContext) -> Sequence[Finding]:
     """Check that pg_dump and pg_restore of the server's major version are installed."""
-    from utils.operations.backup import tools
+    from utils.operations.backup import client_tools
 
     major = (await context.pool()).server_version_num // 10_000
     try:
-        directory = await tools.found(major)
-    except BackupError as exc:
+        directory = await client_tools.find_directory(major)
+    except ClientToolsMissing as exc:
         is_needed = context.settings.backup_every is not None
-        return [Finding("fail" if is_needed else "warn", "tools", str(exc))]
+        return [Finding("fail" if is_needed else "warn", "tools", exc.problem, exc.advice)]
     return [Finding("ok", "tools", f"pg_dump and pg_restore {major} in {directory}")]
 
 

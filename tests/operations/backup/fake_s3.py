@@ -1,4 +1,4 @@
-"""A stand-in for S3 on loopback: what a backup's store asks of it, and the lies that a store may tell."""
+"""A fake S3 server on loopback, with the faults that a store may have."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from xml.sax.saxutils import escape, unescape
 
 from aiohttp import web
 
-ACCESS_KEY, SECRET_KEY = "stand-in-access", "hush-secret-of-the-stand-in"
+ACCESS_KEY, SECRET_KEY = "fake-access", "hush-fake-secret"
 #: Objects on one page of a listing: few, so that a listing has several.
 PAGE = 3
 _HEAD = '<?xml version="1.0" encoding="UTF-8"?>'
 
 
-class StandIn:
-    """One server with one bucket, in memory."""
+class FakeS3:
+    """A server with one bucket, in memory."""
 
     def __init__(self, bucket: str = "bucket") -> None:
         self.bucket = bucket
         self.objects: dict[str, bytes] = {}
-        #: What was asked, by verb: PUT, PART, CREATE, COMPLETE, ABORT, GET, HEAD, LIST, DELETE.
-        self.asked: Counter[str] = Counter()
-        #: Largest body in bytes that came in one request.
-        self.largest = 0
-        #: What is done to an archive as it is stored, unnoticed.
+        #: Number of requests by verb: PUT, PART, CREATE, COMPLETE, ABORT, GET, HEAD, LIST, DELETE.
+        self.requests: Counter[str] = Counter()
+        #: Largest request body in bytes.
+        self.largest_body = 0
+        #: Applied to an archive before it is stored.
         self.damage: Callable[[bytes], bytes] | None = None
-        #: Verbs that are answered with an error of the server's, and those that are never answered.
+        #: Verbs answered with an internal error, and verbs never answered.
         self.failing: set[str] = set()
         self.silent: set[str] = set()
-        #: Pieces in which a body is sent, a fifth of a second apart; 0: at once.
+        #: Number of chunks, 0.2 s apart, in which a body is sent; 0: all at once.
         self.drips = 0
         self._uploads: dict[str, dict[int, bytes]] = {}
         self._numbers = itertools.count(1)
@@ -45,12 +45,12 @@ class StandIn:
         self.url = ""
 
     @property
-    def uploads(self) -> int:
-        """Multipart uploads that were neither completed nor aborted."""
+    def open_uploads(self) -> int:
+        """Number of multipart uploads that were neither completed nor aborted."""
         return len(self._uploads)
 
     def environment(self) -> dict[str, str]:
-        """Return the variables that lead to it."""
+        """Return the environment variables that point to it."""
         return {
             "AWS_ENDPOINT_URL": self.url,
             "AWS_ALLOW_HTTP": "true",
@@ -59,7 +59,7 @@ class StandIn:
             "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
         }
 
-    async def __aenter__(self) -> StandIn:
+    async def __aenter__(self) -> FakeS3:
         app = web.Application(client_max_size=1 << 30)
         app.router.add_route("*", "/{path:.*}", self._answer)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -74,7 +74,7 @@ class StandIn:
         await self.stop()
 
     async def stop(self) -> None:
-        """Be away: connections are refused from now on."""
+        """Stop: connections are refused from now on."""
         self._closing.set()
         if self._runner is not None:
             await self._runner.cleanup()
@@ -82,14 +82,14 @@ class StandIn:
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         if f"Credential={ACCESS_KEY}/" not in request.headers.get("Authorization", ""):
-            return _error(403, "AccessDenied", "there is no right signature")
+            return _error(403, "AccessDenied", "the signature is wrong")
         bucket, _, key = unquote(request.path).lstrip("/").partition("/")
         if bucket != self.bucket:
             return _error(404, "NoSuchBucket", f"there is no bucket {bucket}")
         verb = _verb(request)
-        self.asked[verb] += 1
+        self.requests[verb] += 1
         body = await request.read()
-        self.largest = max(self.largest, len(body))
+        self.largest_body = max(self.largest_body, len(body))
         if verb in self.silent:
             await self._closing.wait()
         if verb in self.failing:
@@ -100,10 +100,10 @@ class StandIn:
         return response
 
     def _put(self, request: web.Request, key: str, body: bytes) -> web.Response:
-        self._keep(key, body)
+        self._store(key, body)
         return web.Response(headers={"ETag": _tag(body)})
 
-    def _keep(self, key: str, body: bytes) -> None:
+    def _store(self, key: str, body: bytes) -> None:
         is_archive = not key.endswith(".json")
         self.objects[key] = self.damage(body) if self.damage is not None and is_archive else body
 
@@ -122,7 +122,7 @@ class StandIn:
     def _complete(self, request: web.Request, key: str, body: bytes) -> web.Response:
         parts = self._uploads.pop(request.query["uploadId"])
         content = b"".join(parts[number] for number in sorted(parts))
-        self._keep(key, content)
+        self._store(key, content)
         return _xml(
             f"<CompleteMultipartUploadResult><Key>{escape(key)}</Key><ETag>{escape(_tag(content))}</ETag>"
             "</CompleteMultipartUploadResult>"
@@ -133,7 +133,7 @@ class StandIn:
         return web.Response(status=204)
 
     async def _drip(self, request: web.Request, response: web.Response) -> web.StreamResponse:
-        """Send a body in so many pieces, with a moment between them."""
+        """Send a body in `drips` chunks with pauses between them."""
         slow = web.StreamResponse(status=response.status, headers=response.headers)
         content = response.body
         assert isinstance(content, bytes)
@@ -150,10 +150,10 @@ class StandIn:
         if content is None:
             return _error(404, "NoSuchKey", "The specified key does not exist.")
         headers = {"ETag": _tag(content), "Last-Modified": formatdate(0, usegmt=True), "Accept-Ranges": "bytes"}
-        wanted = request.http_range
-        if wanted.start is None and wanted.stop is None:
+        range_ = request.http_range
+        if range_.start is None and range_.stop is None:
             return web.Response(body=content, headers=headers)
-        start, stop, _ = wanted.indices(len(content))
+        start, stop, _ = range_.indices(len(content))
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
         return web.Response(status=206, body=content[start:stop], headers=headers)
 
@@ -183,8 +183,8 @@ class StandIn:
         keys = [unescape(found) for found in re.findall(r"<Key>(.*?)</Key>", body.decode())]
         for one in keys:
             self.objects.pop(one, None)
-        told = "".join(f"<Deleted><Key>{escape(one)}</Key></Deleted>" for one in keys)
-        return _xml(f"<DeleteResult>{told}</DeleteResult>")
+        deleted = "".join(f"<Deleted><Key>{escape(one)}</Key></Deleted>" for one in keys)
+        return _xml(f"<DeleteResult>{deleted}</DeleteResult>")
 
 
 def _verb(request: web.Request) -> str:

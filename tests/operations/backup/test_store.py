@@ -1,0 +1,253 @@
+"""Backups in a remote store: uploaded in parts, read back before they count, and used when the local copy is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from tests.operations.backup.fake_s3 import SECRET_KEY, FakeS3
+from tests.operations.backup.helpers import (
+    dropping_scratch_databases,
+    fill,
+    make_backup,
+    make_service,
+    make_settings,
+    table_checksums,
+)
+from utils.database import Pool
+from utils.exceptions import BackupError
+from utils.operations.backup.catalog import BackupCatalog
+from utils.operations.backup.create import BackupRequest
+from utils.operations.backup.manifest import MANIFEST_SUFFIX
+from utils.operations.backup.service import BackupService
+from utils.operations.backup.store import PART_BYTES, Remote
+
+#: With something that looks like a password; obstore ignores it.
+URL = "s3://login:hush-5up3r@bucket/of/mine"
+SCHEMA_ONLY = BackupRequest(schema_only=True)
+#: Rows that cannot be compressed, for an archive of more than ten megabytes.
+LARGE = """
+INSERT INTO documents (guild_id, namespace, key, value)
+SELECT 1, 'large', n::text, to_jsonb((
+    SELECT string_agg(md5(random()::text || i || n), '') FROM generate_series(1, 400) AS i))
+FROM generate_series(1, 2200) AS n
+"""
+
+
+@pytest.fixture
+async def s3(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeS3]:
+    """A fake S3 server that the environment points to."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    async with FakeS3() as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(params=["s3", "file"])
+async def service(request: pytest.FixtureRequest, tmp_path: Path, s3: FakeS3) -> BackupService:
+    """A service with a remote store of either kind."""
+    url = URL if request.param == "s3" else (tmp_path / "else where").as_uri().replace("%20", " ")
+    return make_service(tmp_path / "local", backup_url=url)
+
+
+def remote_of(service: BackupService) -> Remote:
+    assert service.catalog.remote is not None
+    return service.catalog.remote
+
+
+async def test_stores_the_same_files_in_both_stores(database: Pool, service: BackupService) -> None:
+    await fill(database)
+    outcome = await service.create(database)
+    manifest = (await service.catalog.find("latest")).manifest
+    assert manifest is not None
+    names = {manifest.file: manifest.size, f"{manifest.id}{MANIFEST_SUFFIX}": len(manifest.serialize())}
+    assert await service.catalog.local.names() == await remote_of(service).names() == names
+    assert outcome.text.endswith(f"stored in {service.catalog.local.name} and {remote_of(service).name}")
+    assert len((await service.verify(manifest.id)).data["checks"]) == 2
+
+
+async def test_restores_from_the_remote_store(database: Pool, service: BackupService) -> None:
+    await fill(database)
+    expected = await table_checksums(database.target)
+    backup = await make_backup(service, database)
+    shutil.rmtree(service.catalog.local.path)
+    await database.execute("DELETE FROM members")
+    entry = await service.catalog.find("latest")
+    assert (entry.id, entry.places) == (backup.id, (remote_of(service).name,))
+    async with dropping_scratch_databases(database.target):
+        assert (await service.restore(database, "latest")).ok
+        assert await table_checksums(database.target) == expected
+        assert (await service.drill(database, backup.id)).ok
+    assert list((service.catalog.local.path.parent / "opened").iterdir()) == []
+
+
+async def test_lists_which_store_has_what(database: Pool, service: BackupService) -> None:
+    backups = [await make_backup(service, database, SCHEMA_ONLY) for _ in range(4)]
+    remote_only, local_only, both, damaged = [backup.id for backup in backups]
+    await remote_of(service).delete(f"{local_only}{MANIFEST_SUFFIX}")
+    await service.catalog.local.delete(f"{remote_only}{MANIFEST_SUFFIX}")
+    await service.catalog.local.write(f"{damaged}{MANIFEST_SUFFIX}", b"{}")
+    local, remote = service.catalog.local.name, remote_of(service).name
+    entries = {entry.id: entry for entry in await service.catalog.entries()}
+    assert {id: entry.places for id, entry in entries.items()} == {
+        remote_only: (remote,),
+        local_only: (local,),
+        both: (local, remote),
+        damaged: (local, remote),
+    }
+    assert "is damaged" in entries[damaged].line
+    assert len((await service.list()).text.splitlines()) == 4
+
+
+@pytest.mark.slow
+async def test_transfers_large_archives_in_parts(tmp_path: Path, database: Pool, s3: FakeS3) -> None:
+    await database.execute(LARGE)
+    service = make_service(tmp_path, backup_url=URL)
+    backup = await make_backup(service, database)
+    parts = -(-backup.size // PART_BYTES)
+    assert backup.size > 10_000_000
+    assert (s3.requests["CREATE"], s3.requests["PART"], s3.requests["COMPLETE"], s3.open_uploads) == (1, parts, 1, 0)
+    assert s3.requests["GET"] == parts, "it was read back once"
+    assert s3.largest_body == PART_BYTES
+    assert f"of/mine/{backup.file}" in s3.objects
+    shutil.rmtree(service.catalog.local.path)
+    async with service.catalog.open(backup.id, 18) as archive:
+        assert archive.file.stat().st_size == backup.size
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda content: content[:-1], lambda content: b"", lambda content: bytes([content[0] ^ 1]) + content[1:]],
+    ids=["truncated", "emptied", "flipped"],
+)
+async def test_deletes_an_upload_that_the_store_damaged(
+    tmp_path: Path, database: Pool, s3: FakeS3, damage: Callable[[bytes], bytes]
+) -> None:
+    s3.damage = damage
+    service = make_service(tmp_path, backup_url=URL)
+    with pytest.raises(BackupError, match="stored something other than was sent"):
+        await make_backup(service, database, SCHEMA_ONLY)
+    assert s3.objects == {}
+    assert [entry.places for entry in await service.catalog.entries()] == [(service.catalog.local.name,)]
+    assert not [path for path in service.catalog.local.path.iterdir() if path.name.startswith(".unfinished")]
+
+
+@pytest.mark.parametrize("fault", ["stopped", "failing", "silent", "denied", "no bucket"])
+async def test_store_faults_are_bounded_and_reveal_no_secret(
+    tmp_path: Path, database: Pool, s3: FakeS3, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    if fault == "denied":
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another-key")
+    if fault == "stopped":
+        await s3.stop()
+    if fault in ("failing", "silent"):
+        (s3.failing if fault == "failing" else s3.silent).update(("PUT", "CREATE", "LIST", "GET", "HEAD"))
+    url = SecretStr(URL.replace("bucket", "nobodys") if fault == "no bucket" else URL)
+    remote = Remote(url, request_seconds=0.5, retry_seconds=1.0)
+    settings = make_settings(tmp_path)
+    service = BackupService(settings, catalog=BackupCatalog(settings, remote=remote))
+    messages = []
+    for work in (make_backup(service, database, SCHEMA_ONLY), service.prune()):
+        with pytest.raises(BackupError) as error:
+            await work
+        messages.append(str(error.value))
+    listing = await service.list()
+    messages.append(listing.text)
+    for message in messages:
+        assert remote.name in message
+        for secret in ("hush", "login", SECRET_KEY, "another-key", "fake-access"):
+            assert secret not in message
+    assert not listing.ok
+    assert "without rows" in listing.text, "the local copy is listed all the same"
+
+
+async def test_local_backups_work_while_the_store_is_down(tmp_path: Path, database: Pool, s3: FakeS3) -> None:
+    service = make_service(tmp_path, backup_url=URL)
+    backup = await make_backup(service, database)
+    await s3.stop()
+    assert (await service.drill(database)).ok
+    async with service.catalog.open(backup.id, 18) as archive:
+        assert archive.id == backup.id
+    safety_copy = await make_backup(service, database, BackupRequest("before restore"))
+    assert safety_copy.id in {entry.id for entry in await service.catalog.entries()}
+
+
+async def test_uses_the_remote_copy_if_the_local_one_is_damaged(database: Pool, service: BackupService) -> None:
+    older = await make_backup(service, database)
+    backup = await make_backup(service, database)
+    for damaged in ("archive", "manifest"):
+        path = service.catalog.local.path / (backup.file if damaged == "archive" else f"{backup.id}.json")
+        path.unlink() if damaged == "archive" else path.write_bytes(b"{}")
+        for id in ("latest", backup.id):
+            async with service.catalog.open(id, 18) as archive:
+                assert archive.id == backup.id != older.id
+                assert archive.file.name == "downloaded"
+
+
+async def test_a_download_may_take_longer_than_one_request(tmp_path: Path, s3: FakeS3) -> None:
+    remote = Remote(SecretStr(URL), request_seconds=1.5, retry_seconds=0.1, part_bytes=1_000)
+    content = os.urandom(3_500)
+    s3.objects["of/mine/x"] = content
+    s3.drips = 3
+    digest = await remote.download("x", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == content
+    assert digest.size == len(content)
+    assert s3.requests["GET"] == 4
+
+
+async def test_reports_an_archive_missing_from_the_store(database: Pool, service: BackupService) -> None:
+    backup = await make_backup(service, database)
+    shutil.rmtree(service.catalog.local.path)
+    await remote_of(service).delete(backup.file)
+    with pytest.raises(BackupError, match=f"{backup.file} is not in"):
+        async with service.catalog.open(backup.id, 18):
+            pass
+    with pytest.raises(BackupError, match=f"{backup.file} is not in"):
+        await service.verify(backup.id)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s4://me:hush@bucket/x", "s4://bucket/x cannot be used"),
+        ("az://box?sig=hush", "az://box cannot be used"),
+        ("file:hush/relative", "not the URL of a store"),
+        ("file://hush/relative", "not the URL of a store"),
+        ("hush", "not the URL of a store"),
+        ("s3:///hush", "not the URL of a store"),
+    ],
+)
+def test_rejects_invalid_urls_without_their_secrets(tmp_path: Path, url: str, message: str) -> None:
+    with pytest.raises(BackupError, match=message) as error:
+        BackupService(make_settings(tmp_path, backup_url=url))
+    assert "hush" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_prune_deletes_in_both_stores(database: Pool, service: BackupService) -> None:
+    ids = [(await make_backup(service, database)).id for _ in range(3)]
+    rules = {"backup_keep": 1, "backup_keep_daily": 0, "backup_keep_weekly": 0, "backup_keep_monthly": 0}
+    strict = BackupService(service.catalog.settings.model_copy(update=rules))
+    assert (await strict.prune(dry_run=True)).data["files"] == 8
+    assert len(await service.catalog.entries()) == 3
+    assert set((await strict.prune()).data["deleted"]) == {*ids[:-1]}
+    for store in service.catalog.stores:
+        assert {name.split(".")[0] for name in await store.names()} == {ids[-1]}
+
+
+async def test_prune_deletes_interrupted_uploads_after_a_day(database: Pool, service: BackupService) -> None:
+    backup = await make_backup(service, database)
+    remote = remote_of(service)
+    recent, old = backup.id[:-6] + "ffffff.dump", "20250101T000000Z-abcdef.dump"
+    for name in (recent, old, "notes-of-mine.txt"):
+        await remote.write(name, b"half")
+    await service.prune()
+    names = {backup.file, f"{backup.id}{MANIFEST_SUFFIX}", recent, "notes-of-mine.txt"}
+    assert set(await remote.names()) == names

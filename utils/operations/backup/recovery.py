@@ -1,0 +1,89 @@
+"""Notices at start that the database has lost what a backup still has, and says how to restore it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from models import Base
+from utils.database import Pool
+from utils.exceptions import DatabaseError, DatabaseUnavailable
+from utils.operations import migrations
+from utils.operations.backup.catalog import BackupCatalog
+
+#: Tables that every revision has (migration 0001).
+_ESSENTIAL_TABLES = frozenset(("alembic_version", "guilds", "users", "members", "roles", "channels", "ops.leases"))
+#: SQLSTATEs of a database that is itself damaged: internal error, corrupted data or index, missing or unreadable file
+#: (PostgreSQL manual, appendix A).
+_CORRUPTION = ("XX000", "XX001", "XX002", "58030", "58P01")
+_UNDEFINED_TABLE = "42P01"
+_MISSING = "ARRAY(SELECT name FROM unnest($1::text[]) AS expected(name) WHERE to_regclass(name) IS NULL) AS missing"
+_ASSESS = "SELECT " + _MISSING + ", NOT EXISTS (SELECT FROM guilds) AS is_empty"  # noqa: S608 - constants
+#: Seconds for the query, which must not hold up a start.
+TIMEOUT_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """The state of the live database."""
+
+    state: Literal["fine", "empty", "damaged"]
+    #: Why it is not fine, for people; empty if it is.
+    reason: str = ""
+    #: False if it has no tables of Guildbook's, so that nothing can be lost.
+    has_tables: bool = True
+
+    @property
+    def is_fine(self) -> bool:
+        """Whether there is nothing to recover."""
+        return self.state == "fine"
+
+
+async def assess(pool: Pool) -> Assessment:
+    """Return whether the database is empty (no tables of Guildbook's, or no guild in them), damaged, or fine.
+
+    One query if it is fine. Raises `DatabaseUnavailable` if it does not answer.
+    """
+    expected = sorted({"alembic_version", *(table.fullname for table in Base.metadata.sorted_tables)})
+    try:
+        try:
+            row = await pool.fetchrow(_ASSESS, expected, timeout=TIMEOUT_SECONDS)
+            assert row is not None, "one row"
+            missing, is_empty = list(row["missing"]), bool(row["is_empty"])
+        except DatabaseError as error:
+            if error.sqlstate != _UNDEFINED_TABLE:
+                raise
+            missing, is_empty = list(await pool.fetchval("SELECT " + _MISSING, expected, timeout=TIMEOUT_SECONDS)), True
+        if len(missing) == len(expected):
+            return Assessment("empty", "it has no tables yet", has_tables=False)
+        lost = [name for name in missing if name in _ESSENTIAL_TABLES]
+        # A schema at the newest revision must have every table.
+        if missing and not lost and not await migrations.pending(pool):
+            lost = missing
+    except DatabaseUnavailable:
+        raise
+    except DatabaseError as error:
+        if error.sqlstate not in _CORRUPTION:
+            raise
+        return Assessment("damaged", str(error))
+    if lost:
+        return Assessment("damaged", f"tables are missing: {', '.join(lost[:5])}{', …' if len(lost) > 5 else ''}")
+    return Assessment("empty", "it has no guilds") if is_empty else Assessment("fine")
+
+
+async def suggest_restore(pool: Pool, catalog: BackupCatalog) -> str | None:
+    """Return a line with the command to type if the database has lost what a backup has; None otherwise.
+
+    Raises `DatabaseUnavailable`, and `BackupError` if the backups cannot be read.
+    """
+    assessment = await assess(pool)
+    if assessment.is_fine:
+        return None
+    newest = await catalog.newest()
+    if newest is None or not newest.total_rows:
+        return None
+    return (
+        f"the database is {assessment.state} ({assessment.reason}), and there is backup {newest.id} of"
+        f" {newest.made_at:%Y-%m-%d %H:%M} UTC with {newest.total_rows:,} rows: to restore it, run python bot.py backup"
+        f" restore {newest.id}"
+    )
