@@ -1,4 +1,4 @@
-"""Backups against PostgreSQL's own programs on a few million rows: making one, bringing it back, and the loop."""
+"""Backups and restores of a few million rows against plain pg_dump and pg_restore, and event-loop stalls."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from utils.settings import Settings
 
 #: Rows of the tables that hold nearly all of a mirror.
 USERS, MEMBERS, CHANGES = 1_100_000, 1_200_000, 200_000
-#: Nothing may take longer than this, in seconds.
-PATIENCE = 900.0
+#: Seconds within which every program must end.
+TIMEOUT = 900.0
 _FILL = (
     "INSERT INTO guilds (id, name) SELECT n::bigint << 22, 'guild ' || n FROM generate_series(1, 20) AS n",
     "INSERT INTO users (id, username, discriminator, global_name, avatar, bot, public_flags, stamp)"
@@ -47,39 +47,41 @@ _FILL = (
 )
 
 
-class Watch:
-    """The longest time that the loop was held, and the highest resident size, during a block."""
+class LoopMonitor:
+    """Measures the longest event-loop stall and the growth of memory during a block."""
 
     def __init__(self) -> None:
+        #: Seconds.
         self.stall = 0.0
+        #: Megabytes.
         self.growth = 0.0
 
     @contextlib.asynccontextmanager
-    async def watching(self) -> AsyncIterator[None]:
-        task = asyncio.create_task(self._watch())
+    async def run(self) -> AsyncIterator[None]:
+        task = asyncio.create_task(self._monitor())
         try:
             await asyncio.sleep(0.01)
             yield
         finally:
             task.cancel()
 
-    async def _watch(self) -> None:
+    async def _monitor(self) -> None:
         process = psutil.Process()
-        began = process.memory_info().rss
+        initial = process.memory_info().rss
         last = time.perf_counter()
         for turn in range(sys.maxsize):
             await asyncio.sleep(0.001)
             now = time.perf_counter()
             self.stall = max(self.stall, now - last - 0.001)
             if turn % 50 == 0:
-                self.growth = max(self.growth, (process.memory_info().rss - began) / 2**20)
+                self.growth = max(self.growth, (process.memory_info().rss - initial) / 2**20)
             last = time.perf_counter()
 
 
 async def _run(*arguments: str, environment: dict[str, str]) -> None:
     process = await asyncio.create_subprocess_exec(*arguments, env={**os.environ, **environment})
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             code = await process.wait()
     finally:
         await client_tools.kill(process)
@@ -88,30 +90,30 @@ async def _run(*arguments: str, environment: dict[str, str]) -> None:
 
 
 async def _timed(pool: Pool, work: Callable[[], Awaitable[Any]]) -> tuple[float, Any]:
-    """Return seconds and result; what was written before is on the disk when it begins."""
+    """Return the seconds and the result of an operation, which starts with nothing left to flush."""
     await pool.execute("CHECKPOINT")
-    await asyncio.to_thread(os.sync)  # in a thread: it may take longer than any stall that is looked for
+    await asyncio.to_thread(os.sync)  # in a thread, because it may take longer than the stalls to measure
     started = time.perf_counter()
     result = await work()
     return time.perf_counter() - started, result
 
 
-async def _forced(pool: Pool) -> float:
-    """Return the seconds that it takes until all that was written is on the disk."""
+async def _checkpoint(pool: Pool) -> float:
+    """Return the seconds that a checkpoint takes."""
     started = time.perf_counter()
     await pool.execute("CHECKPOINT")
     return time.perf_counter() - started
 
 
-async def _restored_plainly(target: ConnectTarget, directory: Path, file: Path) -> None:
+async def _restore_plainly(target: ConnectTarget, directory: Path, file: Path) -> None:
     options = ["--no-owner", "--no-privileges", "--exit-on-error", f"--jobs={load.jobs()}"]
     arguments = [*options, "--dbname", target.libpq_url(), str(file)]
     await _run(str(directory / "pg_restore"), *arguments, environment=target.libpq_environment())
 
 
 @contextlib.asynccontextmanager
-async def _fresh(target: ConnectTarget) -> AsyncIterator[ConnectTarget]:
-    """Lend a database with nothing in it."""
+async def _empty_database(target: ConnectTarget) -> AsyncIterator[ConnectTarget]:
+    """Yield the address of an empty database."""
     fresh = target.with_database("plainly_restored")
     name = quote_identifier(str(fresh.database))
     async with connect(target) as connection:
@@ -122,89 +124,89 @@ async def _fresh(target: ConnectTarget) -> AsyncIterator[ConnectTarget]:
             await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-async def _no_safety() -> tuple[None, str]:
+async def _no_safety_backup() -> tuple[None, str]:
     return None, ""
 
 
 async def measure(pool: Pool, *, rounds: int = 5) -> list[Figure]:
-    """Fill the tables, then make and bring back backups in turn with `pg_dump` and `pg_restore`."""
+    """Fill the tables, then create and restore backups, alternating with plain `pg_dump` and `pg_restore`."""
     async with pool.acquire() as connection:
-        await ensure_partitions(connection, pool.now())  # as every start of the bot does
+        await ensure_partitions(connection, pool.now())  # as the bot does at start
     for statement, number in zip(_FILL, ((), (USERS,), (MEMBERS,), (CHANGES,)), strict=True):
         await pool.execute(statement, *number)
     for table in ("users", "members", "changes"):
         await pool.execute(f"VACUUM ANALYZE {table}")
-    room = Path(tempfile.mkdtemp(prefix="guildbook-bench-backup-"))
-    service = BackupService(Settings(_env_file=None, data_dir=room))  # type: ignore[call-arg]
-    directory = await client_tools.find_directory(pool.server_version_num // 10_000)
+    directory = Path(tempfile.mkdtemp(prefix="guildbook-bench-backup-"))
+    service = BackupService(Settings(_env_file=None, data_dir=directory))  # type: ignore[call-arg]
+    tools = await client_tools.find_directory(pool.server_version_num // 10_000)
     id, size = "", 0
-    made: list[float] = []
+    created: list[float] = []
     dumped: list[float] = []
-    back: list[float] = []
     restored: list[float] = []
-    back_on_disk: list[float] = []
+    restored_to_disk: list[float] = []
     until_live: list[float] = []
-    restored_on_disk: list[float] = []
-    while_made, while_back, while_drilled = Watch(), Watch(), Watch()
+    plainly_restored: list[float] = []
+    plainly_restored_to_disk: list[float] = []
+    while_creating, while_restoring, while_drilling = LoopMonitor(), LoopMonitor(), LoopMonitor()
 
-    async def make() -> str:
+    async def create_backup() -> str:
         return (await create(pool, service.catalog, BackupRequest())).id
 
     async def dump() -> None:
         target = pool.direct
         options = ["--format=custom", f"--compress={COMPRESSION}", "--no-owner", "--no-privileges"]
-        arguments = [*options, "--file", str(room / "plain.dump"), "--dbname", target.libpq_url()]
-        await _run(str(directory / "pg_dump"), *arguments, environment=target.libpq_environment())
+        arguments = [*options, "--file", str(directory / "plain.dump"), "--dbname", target.libpq_url()]
+        await _run(str(tools / "pg_dump"), *arguments, environment=target.libpq_environment())
 
-    async def bring() -> None:
-        async with service.catalog.open(id, pool.server_version_num // 10_000) as one:
-            done = await restore_archive(pool, one, safety_backup=_no_safety)
-            if not done.ok:
-                raise RuntimeError(done.text)
-            until_live.append(float(done.data["seconds_until_live"]))
+    async def restore_backup() -> None:
+        async with service.catalog.open(id, pool.server_version_num // 10_000) as archive:
+            outcome = await restore_archive(pool, archive, safety_backup=_no_safety_backup)
+            if not outcome.ok:
+                raise RuntimeError(outcome.text)
+            until_live.append(float(outcome.data["seconds_until_live"]))
 
     try:
         for turn in range(rounds):
-            ways: list[tuple[list[float], Callable[[], Awaitable[Any]]]] = [(made, make), (dumped, dump)]
-            for seconds, work in ways if turn % 2 else ways[::-1]:
+            sides: list[tuple[list[float], Callable[[], Awaitable[Any]]]] = [(created, create_backup), (dumped, dump)]
+            for seconds, work in sides if turn % 2 else sides[::-1]:
                 spent, result = await _timed(pool, work)
                 seconds.append(spent)
                 id = result or id
-            size = (room / "plain.dump").stat().st_size
+            size = (directory / "plain.dump").stat().st_size
         for turn in range(rounds):
             for is_ours in (True, False) if turn % 2 else (False, True):
                 if is_ours:
-                    back.append((await _timed(pool, bring))[0])
-                    back_on_disk.append(back[-1] + await _forced(pool))
+                    restored.append((await _timed(pool, restore_backup))[0])
+                    restored_to_disk.append(restored[-1] + await _checkpoint(pool))
                     continue
-                async with _fresh(pool.direct) as fresh:
-                    plainly = partial(_restored_plainly, fresh, directory, room / "plain.dump")
-                    restored.append((await _timed(pool, plainly))[0])
-                    restored_on_disk.append(restored[-1] + await _forced(pool))
-        # Not in the rounds before: who looks a thousand times a second takes time from one side only.
-        async with while_made.watching():
-            id = await make()
-        async with while_back.watching():
-            await bring()
-        async with while_drilled.watching():
+                async with _empty_database(pool.direct) as empty:
+                    work = partial(_restore_plainly, empty, tools, directory / "plain.dump")
+                    plainly_restored.append((await _timed(pool, work))[0])
+                    plainly_restored_to_disk.append(plainly_restored[-1] + await _checkpoint(pool))
+        # Not in the rounds above: a monitor that wakes a thousand times a second would slow down one side only.
+        async with while_creating.run():
+            id = await create_backup()
+        async with while_restoring.run():
+            await restore_backup()
+        async with while_drilling.run():
             drill_seconds, drilled = await _timed(pool, lambda: service.drill(pool, id))
         if not drilled.ok:
             raise RuntimeError(drilled.text)
     finally:
-        shutil.rmtree(room, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
     rows = USERS + MEMBERS + CHANGES
     return [
-        ratio(f"making a backup of {rows:,} rows: time against `pg_dump -Fc`", made, dumped, "≤", 1.15),
+        ratio(f"making a backup of {rows:,} rows: time against `pg_dump -Fc`", created, dumped, "≤", 1.15),
         Figure("`pg_dump -Fc` for that", dumped, unit=" s"),
         Figure("its archive", (size / 1e6,), unit=" MB"),
-        ratio("bringing it back, counted: time against `pg_restore`", back, restored, "≤", 1.3),
-        ratio("the same until it is live, checksum not counted", until_live[:rounds], restored),
-        ratio("the first of these until all is on the disk, on both sides", back_on_disk, restored_on_disk),
-        Figure(f"`pg_restore -j {load.jobs()}` for that", restored, unit=" s"),
+        ratio("bringing it back, counted: time against `pg_restore`", restored, plainly_restored, "≤", 1.3),
+        ratio("the same until it is live, checksum not counted", until_live[:rounds], plainly_restored),
+        ratio("the first of these until all is on the disk, on both sides", restored_to_disk, plainly_restored_to_disk),
+        Figure(f"`pg_restore -j {load.jobs()}` for that", plainly_restored, unit=" s"),
         Figure("a drill of it", (drill_seconds,), unit=" s"),
-        Figure("longest loop stall while a backup is made", (while_made.stall * 1e3,), "≤", 50, " ms"),
-        Figure("longest loop stall while one is brought back", (while_back.stall * 1e3,), "≤", 50, " ms"),
-        Figure("longest loop stall during a drill", (while_drilled.stall * 1e3,), "≤", 50, " ms"),
-        Figure("memory growth while a backup is made", (while_made.growth,), unit=" MB"),
-        Figure("memory growth while one is brought back", (while_back.growth,), unit=" MB"),
+        Figure("longest loop stall while a backup is made", (while_creating.stall * 1e3,), "≤", 50, " ms"),
+        Figure("longest loop stall while one is brought back", (while_restoring.stall * 1e3,), "≤", 50, " ms"),
+        Figure("longest loop stall during a drill", (while_drilling.stall * 1e3,), "≤", 50, " ms"),
+        Figure("memory growth while a backup is made", (while_creating.growth,), unit=" MB"),
+        Figure("memory growth while one is brought back", (while_restoring.growth,), unit=" MB"),
     ]
