@@ -255,7 +255,7 @@ class Settings(BaseSettings):
     )
     backup_age_recipient: str | None = Field(
         default=None,
-        description="The age recipient that backups are encrypted to, as printed by age-keygen. Without it, no encryption.",
+        description="The age recipient to encrypt backups to, as printed by age-keygen. Without it, no encryption.",
     )
     backup_age_identity_file: Path | None = Field(
         default=None,
@@ -285,8 +285,8 @@ class Settings(BaseSettings):
     railway_volume_mount_path: Path | None = Field(
         default=None,
         description=(
-            "Set by Railway when the service has a volume. Any other RAILWAY_* variable without it disables the embedded"
-            " server, because the next deployment would lose its data."
+            "Set by Railway when the service has a volume. Any other RAILWAY_* variable without it disables the"
+            " embedded server, because the next deployment would lose its data."
         ),
     )
     on_railway: bool = Field(
@@ -360,7 +360,7 @@ class Settings(BaseSettings):
 
     @property
     def orm_connections(self) -> int:
-        """How many of DB_POOL_MAX are for transactions and sessions of cogs. The others are the pool of raw connections."""
+        """How many of DB_POOL_MAX are for transactions and sessions of cogs; the others are for the raw pool."""
         return max(1, self.db_pool_max * 3 // 10)
 
     @property
