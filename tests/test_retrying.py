@@ -19,7 +19,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-async def test_two_transactions_in_each_others_way_both_come_to_their_end(database: Pool) -> None:
+async def test_deadlocked_transactions_both_finish(database: Pool) -> None:
     async with accessed(database) as db:
         await db.execute(PUT, "apple", 0)
         has_read = asyncio.Barrier(2)
@@ -40,7 +40,7 @@ async def test_two_transactions_in_each_others_way_both_come_to_their_end(databa
         assert tries > 2
 
 
-async def test_what_cannot_be_mended_is_raised_at_once(database: Pool) -> None:
+async def test_permanent_errors_are_raised_at_once(database: Pool) -> None:
     tries = 0
 
     @retrying()
@@ -54,7 +54,7 @@ async def test_what_cannot_be_mended_is_raised_at_once(database: Pool) -> None:
     assert tries == 1
 
 
-async def test_attempts_are_bounded_and_the_last_error_is_raised() -> None:
+async def test_raises_the_last_error_after_all_attempts() -> None:
     tries = 0
 
     @retrying(attempts=3)

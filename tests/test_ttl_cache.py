@@ -19,7 +19,7 @@ class Clock:
         return self.now
 
 
-async def test_a_value_is_kept_for_its_time_and_no_longer() -> None:
+async def test_values_expire() -> None:
     clock = Clock()
     cache = TTLCache[str, int](ttl=10, clock=clock)
     cache.set("a", 1)
@@ -33,7 +33,7 @@ async def test_a_value_is_kept_for_its_time_and_no_longer() -> None:
     }  # fmt: skip
 
 
-async def test_the_least_recently_used_makes_room() -> None:
+async def test_evicts_the_least_recently_used() -> None:
     cache = TTLCache[int, int](max_size=2)
     cache.set(1, 1)
     cache.set(2, 2)
@@ -43,7 +43,7 @@ async def test_the_least_recently_used_makes_room() -> None:
     assert (cache.stats()["evictions"], len(cache)) == (1, 2)
 
 
-async def test_what_expired_is_not_counted_as_having_made_room() -> None:
+async def test_expiry_is_not_eviction() -> None:
     clock = Clock()
     cache = TTLCache[int, int](max_size=1, ttl=1, clock=clock)
     cache.set(1, 1)
@@ -53,7 +53,7 @@ async def test_what_expired_is_not_counted_as_having_made_room() -> None:
     assert not cache.delete(1)
 
 
-async def test_deleted_and_cleared_values_are_invalidations() -> None:
+async def test_counts_invalidations() -> None:
     cache = TTLCache[str, int | None]()
     for key in "abc":
         cache.set(key, None)
@@ -64,7 +64,7 @@ async def test_deleted_and_cleared_values_are_invalidations() -> None:
     assert (cache.stats()["invalidations"], len(cache)) == (3, 0)
 
 
-async def test_a_thousand_who_ask_at_once_make_one_load() -> None:
+async def test_concurrent_callers_share_one_load() -> None:
     cache, loads = TTLCache[str, int](), 0
 
     async def load() -> int:
@@ -78,7 +78,7 @@ async def test_a_thousand_who_ask_at_once_make_one_load() -> None:
     assert (cache.stats()["hits"], cache.stats()["misses"]) == (1, 1000)
 
 
-async def test_an_error_goes_to_all_who_wait_and_is_not_kept() -> None:
+async def test_errors_reach_all_callers_and_are_not_cached() -> None:
     cache, gate = TTLCache[str, int](), asyncio.Event()
 
     async def fail() -> int:
@@ -97,7 +97,7 @@ async def test_an_error_goes_to_all_who_wait_and_is_not_kept() -> None:
 
 
 @pytest.mark.parametrize("how", ["set", "delete", "clear"])
-async def test_what_was_loaded_before_a_change_is_not_kept_after_it(how: str) -> None:
+async def test_a_change_during_a_load_prevents_caching(how: str) -> None:
     cache, gate = TTLCache[str, str](), asyncio.Event()
 
     async def old() -> str:
@@ -121,7 +121,7 @@ async def test_what_was_loaded_before_a_change_is_not_kept_after_it(how: str) ->
     assert cache.get("a") == "new"
 
 
-async def test_who_is_cancelled_takes_nobody_along_and_the_last_one_ends_the_load() -> None:
+async def test_cancelling_the_last_caller_cancels_the_load() -> None:
     cache, gate, ended = TTLCache[str, int](), asyncio.Event(), asyncio.Event()
 
     async def load() -> int:

@@ -1,4 +1,4 @@
-"""One policy for what may succeed when it is tried again, for cogs as for the bot itself."""
+"""The retry policy for calls that may succeed later, used by cogs and by the bot itself."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ _log = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: Seconds before the second try, doubled each time up to the second figure; each with as much again at random.
-FIRST_SECONDS, LONGEST_SECONDS = 0.1, 5.0
+#: Seconds before the second attempt, doubled each time, and the maximum. Jitter adds up to as much again.
+FIRST_SECONDS, MAX_SECONDS = 0.1, 5.0
 
 
 def retrying(
     attempts: int = 5, seconds: float = 30.0
 ) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
-    """Try a coroutine function again when the database was away, overloaded, or in the way of itself.
+    """Return a decorator that retries a coroutine function after transient errors (`utils.exceptions.is_transient`).
 
-    `attempts` and `seconds` bound it, whichever ends first; then the last error is raised. What trying again cannot
-    mend is raised at once. Inside an open transaction there is one attempt: what failed in it can only be undone as a
-    whole, so put the decorator on the function that opens it.
+    attempts, seconds: whichever is reached first ends the retries, and the last error is raised.
+
+    Permanent errors are raised at once. Inside an open transaction there is one attempt, because a failed transaction
+    can only be repeated as a whole: decorate the function that opens it.
     """
 
     def decorate(function: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
@@ -38,21 +39,21 @@ def retrying(
             if joined() is not None:
                 return await function(*args, **kwargs)
             async for attempt in stamina.retry_context(
-                on=_worth_it, attempts=attempts, timeout=seconds,
-                wait_initial=FIRST_SECONDS, wait_max=LONGEST_SECONDS, wait_jitter=FIRST_SECONDS,
+                on=_is_transient, attempts=attempts, timeout=seconds,
+                wait_initial=FIRST_SECONDS, wait_max=MAX_SECONDS, wait_jitter=FIRST_SECONDS,
             ):  # fmt: skip
                 with attempt:
                     if attempt.num > 1:
-                        _log.info("trying %s again", function.__qualname__, extra={"attempt": attempt.num})
+                        _log.info("retrying %s", function.__qualname__, extra={"attempt": attempt.num})
                     return await function(*args, **kwargs)
-            raise AssertionError("the last attempt returns or raises")
+            raise AssertionError("unreachable: the last attempt returns or raises")
 
         return wrapper
 
     return decorate
 
 
-def _worth_it(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     return is_transient(error)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of `Database` share."""
+"""Helpers for tests of `Database`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from utils.database.cache import QueryCache
 
 @contextlib.asynccontextmanager
 async def accessed(database: Pool, *, cached: bool = True, **given: Any) -> AsyncIterator[Database]:
-    """Lend what a cog has, with a table `shelf(item, price)` to use."""
+    """Yield a `Database` with a table `shelf(item, price, extra)`."""
     await database.execute("CREATE TABLE IF NOT EXISTS shelf (item text PRIMARY KEY, price bigint, extra jsonb)")
     cache = QueryCache() if cached else None
     if cache is not None:

@@ -1,4 +1,4 @@
-"""The verbs of cogs, what they leave behind (nothing), and what they tell about themselves."""
+"""The verbs of `Database`, resetting of connections, caching, logs and statistics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from models import User
 from tests.database.access import COUNT, PRICE, PUT, accessed
 from utils.database import Pool
 from utils.database.access import Database
-from utils.exceptions import DatabaseError
+from utils.exceptions import DatabaseError, ValidationError
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ async def db(database: Pool) -> AsyncIterator[Database]:
         yield access
 
 
-async def test_every_verb_does_what_it_says(db: Database) -> None:
+async def test_verbs(db: Database) -> None:
     assert await db.execute(PUT, "apple", 1) == "INSERT 0 1"
     await db.execute_many(PUT, [("pear", 2), ("plum", 3)])
     assert await db.copy_records_to_table("shelf", records=[("fig", 4)], columns=["item", "price"]) == "COPY 1"
@@ -40,7 +40,7 @@ async def test_every_verb_does_what_it_says(db: Database) -> None:
 
 
 @pytest.mark.parametrize("way", ["execute", "many", "copy", "transaction", "session", "borrowed", "borrowed copy"])
-async def test_whatever_writes_is_seen_at_once_by_cached_reads(db: Database, way: str) -> None:
+async def test_cached_reads_see_every_kind_of_write(db: Database, way: str) -> None:
     assert await db.fetchval(COUNT) == 0
     assert await db.fetchval(COUNT) == 0
     assert db.get_cache_stats()["hits"] == 1
@@ -67,7 +67,7 @@ async def test_whatever_writes_is_seen_at_once_by_cached_reads(db: Database, way
     assert await db.fetchval(COUNT) == 1
 
 
-async def test_objects_of_sqlalchemy_make_cached_reads_go_too(db: Database) -> None:
+async def test_orm_writes_invalidate_cached_reads(db: Database) -> None:
     names = "SELECT username FROM users ORDER BY id"
     assert await db.fetch(names) == []
     async with db.sessions() as session:
@@ -83,7 +83,7 @@ async def test_objects_of_sqlalchemy_make_cached_reads_go_too(db: Database) -> N
     assert len(await db.fetch(names)) == 48
 
 
-async def test_what_is_rolled_back_is_never_read(db: Database) -> None:
+async def test_rolled_back_writes_are_never_read(db: Database) -> None:
     with pytest.raises(RuntimeError):
         async with db.transaction():
             await db.execute(PUT, "apple", 1)
@@ -92,7 +92,7 @@ async def test_what_is_rolled_back_is_never_read(db: Database) -> None:
     assert await db.fetchval(COUNT) == 0
 
 
-async def test_the_cache_can_be_passed_by_or_asked_anew(db: Database, database: Pool) -> None:
+async def test_reads_can_bypass_or_refresh_the_cache(db: Database, database: Pool) -> None:
     await db.execute(PUT, "apple", 1)
     assert await db.fetchval(PRICE, "apple") == 1
     await database.execute(PUT, "apple", 2)  # from elsewhere, and nobody says so
@@ -113,7 +113,7 @@ LEAKS = {
 
 @pytest.mark.parametrize("leak", LEAKS)
 @pytest.mark.parametrize("way", ["verb", "transaction", "borrowed"])
-async def test_nothing_leaks_to_the_next_user_of_a_connection(target: Any, leak: str, way: str) -> None:
+async def test_connections_are_reset_for_the_next_user(target: Any, leak: str, way: str) -> None:
     do, ask, leaked = LEAKS[leak]
     database = Pool(target, pool_max=1)
     await database.connect()
@@ -137,7 +137,7 @@ async def test_nothing_leaks_to_the_next_user_of_a_connection(target: Any, leak:
     await database.close()
 
 
-async def test_a_transaction_that_a_borrower_leaves_open_is_rolled_back(target: Any) -> None:
+async def test_a_transaction_left_open_on_a_raw_connection_is_rolled_back(target: Any) -> None:
     database = Pool(target, pool_max=1)
     await database.connect()
     async with accessed(database) as db:
@@ -149,7 +149,7 @@ async def test_a_transaction_that_a_borrower_leaves_open_is_rolled_back(target: 
     await database.close()
 
 
-async def test_a_named_statement_outlives_its_connections(db: Database) -> None:
+async def test_prepared_statements_survive_their_connections(db: Database) -> None:
     statement = await db.prepare_statement("price of", PRICE)
     await db.execute(PUT, "apple", 1)
     assert await statement.fetchval("apple") == 1
@@ -167,9 +167,7 @@ async def test_a_named_statement_outlives_its_connections(db: Database) -> None:
         await db.prepare_statement("broken", "SELECT * FROM nowhere")
 
 
-async def test_a_slow_statement_is_logged_with_who_asked_and_without_its_arguments(
-    database: Pool, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_slow_statements_are_logged_without_arguments(database: Pool, caplog: pytest.LogCaptureFixture) -> None:
     async with accessed(database, slow_ms=50) as db:
         with caplog.at_level(logging.WARNING, "utils.database.statements"):
             await db.fetchval("SELECT pg_sleep($1), 'x' || $2", 0.06, "secret")
@@ -177,26 +175,26 @@ async def test_a_slow_statement_is_logged_with_who_asked_and_without_its_argumen
         (record,) = [record for record in caplog.records if record.name == "utils.database.statements"]
         (kept,) = db.get_stats()["slow"]
     assert "test_access_statements.py" in record.__dict__["caller"]
-    assert "test_a_slow_statement" in kept["caller"]
+    assert "test_slow_statements" in kept["caller"]
     assert kept["ms"] >= 60
     assert "secret" not in str(record.__dict__)
 
 
-async def test_in_development_every_statement_is_logged(database: Pool, caplog: pytest.LogCaptureFixture) -> None:
+async def test_all_statements_are_logged_in_development(database: Pool, caplog: pytest.LogCaptureFixture) -> None:
     async with accessed(database, log_queries=True) as db:
         with caplog.at_level(logging.INFO, "utils.database.statements"):
             await db.fetchval("SELECT   1")
     assert "SELECT 1" in [record.__dict__.get("sql") for record in caplog.records]
 
 
-async def test_a_plan_can_be_had_and_analysing_changes_nothing(db: Database) -> None:
+async def test_explain_changes_nothing(db: Database) -> None:
     assert "shelf" in await db.explain(PRICE, "apple")
     plan = await db.explain(PUT, "apple", 1, analyze=True)
     assert "actual" in plan
     assert await db.fetchval(COUNT) == 0
 
 
-async def test_health_says_whether_the_database_answers(db: Database) -> None:
+async def test_health_check(db: Database) -> None:
     health = await db.check_connection_health()
     assert health["healthy"]
     assert health["error"] is None
@@ -208,7 +206,7 @@ async def test_health_says_whether_the_database_answers(db: Database) -> None:
     assert "not connected" in health["error"]
 
 
-async def test_materialized_views_are_refreshed_in_their_order_and_one_that_fails_costs_itself_alone(
+async def test_refreshes_views_in_order_despite_failures(
     db: Database,
 ) -> None:
     for statement in (
@@ -229,7 +227,7 @@ async def test_materialized_views_are_refreshed_in_their_order_and_one_that_fail
         await db.refresh_materialized_views(["nowhere"])
 
 
-async def test_statistics_tell_pools_cache_and_transactions(db: Database) -> None:
+async def test_statistics(db: Database) -> None:
     async with db.transaction("counting"):
         stats = db.get_stats()
         assert [entry["name"] for entry in stats["transactions"]] == ["counting"]
@@ -238,7 +236,7 @@ async def test_statistics_tell_pools_cache_and_transactions(db: Database) -> Non
     assert {"created", "active", "idle", "waiting"} <= set(stats["pool"])
 
 
-async def test_after_a_change_of_the_schema_everything_goes_on(db: Database) -> None:
+async def test_renew_after_a_schema_change(db: Database) -> None:
     await db.execute(PUT, "apple", 1)
     every = "SELECT * FROM shelf"
     assert len(await db.fetch(every)) == 1
@@ -249,7 +247,7 @@ async def test_after_a_change_of_the_schema_everything_goes_on(db: Database) -> 
     assert "weight" in (await db.fetch(every))[0].keys()  # noqa: SIM118 - a record's `in` looks at values
 
 
-async def test_cancelling_one_of_many_readers_does_not_cost_the_others_their_answer(db: Database) -> None:
+async def test_cancelling_one_reader_does_not_affect_the_others(db: Database) -> None:
     slow = "SELECT item, (SELECT count(*) FROM generate_series(1, 300000)) FROM shelf"
     await db.execute(PUT, "apple", 1)
     readers = [asyncio.create_task(db.fetch(slow)) for _ in range(5)]
@@ -258,3 +256,73 @@ async def test_cancelling_one_of_many_readers_does_not_cost_the_others_their_ans
     results = await asyncio.gather(*readers, return_exceptions=True)
     assert isinstance(results[0], asyncio.CancelledError)
     assert [len(rows) for rows in results[1:] if not isinstance(rows, BaseException)] == [1] * 4
+
+
+UNANALYSABLE = "SELECT count(*) FROM shelf WHERE random() >= 0"
+
+
+async def test_reads_makes_any_query_cacheable(db: Database) -> None:
+    assert await db.fetchval(UNANALYSABLE) == 0
+    assert await db.fetchval(UNANALYSABLE) == 0
+    assert db.get_cache_stats()["hits"] == 0
+    assert await db.fetchval(UNANALYSABLE, reads=("shelf",)) == 0
+    assert await db.fetchval(UNANALYSABLE, reads=("shelf",)) == 0
+    assert db.get_cache_stats()["hits"] == 1
+    await db.execute(PUT, "apple", 1)
+    assert await db.fetchval(UNANALYSABLE, reads=("public.shelf",)) == 1
+    assert await db.fetchval(UNANALYSABLE, reads=("shelf",)) == 1
+    await db.execute(PUT, "pear", 1)
+    assert len(await db.fetch("SELECT item FROM shelf", reads=("shelf",))) == 2
+
+
+async def test_reads_of_a_view_follows_its_tables(db: Database) -> None:
+    await db.pool.execute("CREATE VIEW cheap AS SELECT item FROM shelf WHERE price < 5")
+    await db.renew()
+    count = "SELECT count(*) FROM cheap"
+    assert await db.fetchval(count, reads=("cheap",)) == 0
+    await db.execute(PUT, "apple", 1)
+    assert await db.fetchval(count, reads=("cheap",)) == 1
+
+
+@pytest.mark.parametrize(
+    ("sql", "reads", "message"),
+    [
+        (COUNT, ("shelve",), "no table or view 'shelve'"),
+        (COUNT, "shelf", "sequence of names"),
+        ("INSERT INTO shelf VALUES ('x') RETURNING 1", ("shelf",), "only for a single SELECT"),
+        ("WITH gone AS (DELETE FROM shelf RETURNING 1) SELECT 1", ("shelf",), "only for a single SELECT"),
+        ("SELECT 1; SELECT 2", ("shelf",), "only for a single SELECT"),
+        ("SELECT * FROM shelf FOR UPDATE", ("shelf",), "only for a single SELECT"),
+    ],
+)
+async def test_rejects_reads_that_cannot_be_right(db: Database, sql: str, reads: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        await db.fetch(sql, reads=reads)
+
+
+@pytest.mark.parametrize("in_transaction", [False, True])
+async def test_writes_names_what_a_statement_writes(db: Database, in_transaction: bool) -> None:
+    await db.pool.execute(
+        "CREATE FUNCTION put(name text) RETURNS void LANGUAGE sql VOLATILE AS 'INSERT INTO shelf VALUES (name)'"
+    )
+    await db.renew()
+    names = "SELECT username FROM users"
+    assert (await db.fetchval(COUNT), await db.fetch(names)) == (0, [])
+    if in_transaction:
+        async with db.transaction():
+            await db.execute("SELECT put('apple')", writes=("shelf",))
+    else:
+        await db.execute("SELECT put('apple')", writes=("shelf",))
+    hits = db.get_cache_stats()["hits"]
+    assert (await db.fetchval(COUNT), await db.fetch(names)) == (1, [])
+    assert db.get_cache_stats()["hits"] == hits + 1, "the result of the other table was kept"
+    with pytest.raises(ValidationError, match="no table or view 'shelve'"):
+        await db.execute("SELECT put('pear')", writes=("shelve",))
+    assert await db.fetchval(COUNT, use_cache=False) == 1
+
+
+async def test_writes_may_be_empty(db: Database) -> None:
+    assert await db.fetchval(COUNT) == 0
+    await db.execute("DO $$ BEGIN END $$", writes=())
+    assert await db.fetchval(COUNT) == 0
+    assert db.get_cache_stats()["hits"] == 1

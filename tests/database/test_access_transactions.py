@@ -25,7 +25,7 @@ async def db(database: Pool) -> AsyncIterator[Database]:
         yield access
 
 
-async def test_statements_of_a_block_are_committed_together_or_not_at_all(db: Database) -> None:
+async def test_a_block_is_atomic(db: Database) -> None:
     async with db.transaction():
         await db.execute(PUT, "apple", 1)
         assert await db.fetchval(PRICE, "apple") == 1
@@ -38,7 +38,7 @@ async def test_statements_of_a_block_are_committed_together_or_not_at_all(db: Da
     assert await db.fetchval(COUNT) == 1
 
 
-async def test_an_inner_block_is_undone_alone(db: Database) -> None:
+async def test_an_inner_block_rolls_back_alone(db: Database) -> None:
     async with db.transaction():
         await db.execute(PUT, "apple", 1)
         with pytest.raises(RuntimeError):
@@ -53,7 +53,7 @@ async def test_an_inner_block_is_undone_alone(db: Database) -> None:
     assert [row["item"] for row in await db.fetch("SELECT item FROM shelf ORDER BY item")] == ["apple", "plum"]
 
 
-async def test_a_refused_statement_says_what_to_do_and_an_inner_block_saves_the_rest(db: Database) -> None:
+async def test_a_failed_statement_aborts_unless_in_an_inner_block(db: Database) -> None:
     with pytest.raises(DatabaseError, match="nothing was committed"):
         async with db.transaction():
             await db.execute(PUT, "apple", 1)
@@ -71,7 +71,7 @@ async def test_a_refused_statement_says_what_to_do_and_an_inner_block_saves_the_
     assert await db.fetchval(COUNT) == 1
 
 
-async def test_raw_statements_and_sessions_commit_and_roll_back_together(db: Database) -> None:
+async def test_raw_statements_and_sessions_share_a_transaction(db: Database) -> None:
     with pytest.raises(RuntimeError):
         async with db.transaction():
             await db.execute(PUT, "apple", 1)
@@ -91,7 +91,7 @@ async def test_raw_statements_and_sessions_commit_and_roll_back_together(db: Dat
     assert await db.fetchval(COUNT) == 1
 
 
-async def test_a_session_that_fails_inside_a_transaction_leaves_the_rest_of_it(db: Database) -> None:
+async def test_a_failed_session_rolls_back_to_its_savepoint(db: Database) -> None:
     async with db.transaction():
         await db.execute(PUT, "apple", 1)
         with pytest.raises(DatabaseError) as raised:
@@ -102,7 +102,7 @@ async def test_a_session_that_fails_inside_a_transaction_leaves_the_rest_of_it(d
     assert await db.fetchval(COUNT) == 2
 
 
-async def test_json_is_the_same_on_every_way(db: Database) -> None:
+async def test_json_is_the_same_raw_and_orm(db: Database) -> None:
     value = {"a": [1, {"b": None}], "c": "ä"}
     await db.execute("INSERT INTO shelf (item, extra) VALUES ('x', $1)", value)
     async with db.transaction():
@@ -119,7 +119,7 @@ async def test_json_is_the_same_on_every_way(db: Database) -> None:
     assert await db.fetchval("SELECT jsonb_typeof(permission_overwrites) FROM channels") == "object"
 
 
-async def test_tasks_started_in_a_transaction_take_part_in_it_one_after_the_other(db: Database) -> None:
+async def test_tasks_inherit_the_transaction(db: Database) -> None:
     with pytest.raises(RuntimeError):
         async with db.transaction():
             await asyncio.gather(*(db.execute(PUT, f"apple {n}", n) for n in range(10)))
@@ -128,7 +128,7 @@ async def test_tasks_started_in_a_transaction_take_part_in_it_one_after_the_othe
     assert await db.fetchval(COUNT) == 0
 
 
-async def test_a_task_that_outlives_the_transaction_uses_the_pool_and_one_with_an_empty_context_does_at_once(
+async def test_tasks_outside_the_transaction_use_the_pool(
     db: Database,
 ) -> None:
     is_over = asyncio.Event()
@@ -147,7 +147,7 @@ async def test_a_task_that_outlives_the_transaction_uses_the_pool_and_one_with_a
     assert await task == 2
 
 
-async def test_transactions_of_different_tasks_know_nothing_of_each_other(db: Database) -> None:
+async def test_transactions_of_different_tasks_are_separate(db: Database) -> None:
     is_written, is_seen = asyncio.Event(), asyncio.Event()
 
     async def write() -> None:
@@ -168,7 +168,7 @@ async def test_transactions_of_different_tasks_know_nothing_of_each_other(db: Da
     assert await db.fetchval(COUNT) == 1
 
 
-async def test_a_cancelled_block_is_rolled_back_and_its_connection_is_good_for_the_next(db: Database) -> None:
+async def test_a_cancelled_block_is_rolled_back(db: Database) -> None:
     began = asyncio.Event()
 
     async def work() -> None:
@@ -188,7 +188,7 @@ async def test_a_cancelled_block_is_rolled_back_and_its_connection_is_good_for_t
         assert await db.fetchval(COUNT) == 0
 
 
-async def test_isolation_and_read_only_are_the_outermost_ones(db: Database) -> None:
+async def test_isolation_is_set_on_the_outermost_transaction(db: Database) -> None:
     async with db.transaction(isolation="serializable", readonly=True):
         assert await db.fetchval("SHOW transaction_isolation") == "serializable"
         with pytest.raises(DatabaseError, match="outermost"):
@@ -203,7 +203,7 @@ async def test_isolation_and_read_only_are_the_outermost_ones(db: Database) -> N
         db.transaction(isolation="dirty")  # type: ignore[arg-type]
 
 
-async def test_open_transactions_are_listed_by_name_and_rolled_back_with_the_bot(db: Database) -> None:
+async def test_closing_rolls_back_open_transactions(db: Database) -> None:
     is_open, may_go_on = asyncio.Event(), asyncio.Event()
 
     async def work() -> None:
@@ -226,15 +226,15 @@ async def test_open_transactions_are_listed_by_name_and_rolled_back_with_the_bot
     assert db.get_stats()["transactions"] == []
 
 
-async def test_a_name_that_nobody_gave_is_that_of_the_function(db: Database) -> None:
+async def test_the_default_name_is_the_calling_function(db: Database) -> None:
     async with db.transaction() as transaction:
-        assert transaction.name == "test_a_name_that_nobody_gave_is_that_of_the_function"
+        assert transaction.name == "test_the_default_name_is_the_calling_function"
         await transaction.execute(PUT, "apple", 1)
         assert await transaction.fetchval(COUNT) == transaction.statements - 1 == 1
         assert transaction.age > 0
 
 
-async def test_a_connection_that_dies_costs_its_transaction_alone(db: Database) -> None:
+async def test_a_lost_connection_fails_only_its_transaction(db: Database) -> None:
     with pytest.raises(DatabaseUnavailable):
         async with db.transaction():
             await db.execute(PUT, "apple", 1)
@@ -245,7 +245,7 @@ async def test_a_connection_that_dies_costs_its_transaction_alone(db: Database) 
         assert await db.fetchval(COUNT) == 0
 
 
-async def test_several_statements_at_once(db: Database) -> None:
+async def test_execute_in_transaction(db: Database) -> None:
     words = await db.execute_in_transaction([(PUT, ("apple", 1)), (PUT, ("pear", 2)), ("DELETE FROM shelf", ())])
     assert words == ["INSERT 0 1", "INSERT 0 1", "DELETE 2"]
     with pytest.raises(DatabaseError, match="nowhere"):
@@ -253,7 +253,7 @@ async def test_several_statements_at_once(db: Database) -> None:
     assert await db.fetchval(COUNT) == 0
 
 
-async def test_waiting_for_a_connection_is_bounded_and_said(database: Pool) -> None:
+async def test_waiting_for_a_connection_times_out(database: Pool) -> None:
     database.acquire_timeout = 0.2
     async with accessed(database, orm_connections=1) as db, db.transaction("the holder"):
         other = asyncio.get_running_loop().create_task(_open(db), context=contextvars.Context())

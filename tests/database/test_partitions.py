@@ -33,40 +33,40 @@ async def where(database: Pool) -> dict[str, int]:
     return {row["place"]: row["n"] for row in rows}
 
 
-def test_both_histories_are_cut_into_months() -> None:
+def test_partitioned_tables() -> None:
     assert partitioned_tables() == ["changes", "user_changes"]
 
 
-def test_ids_count_from_discords_epoch_as_in_its_documentation() -> None:
+def test_ids_count_from_discords_epoch() -> None:
     example = 175928847299117063  # Discord API reference, "Snowflakes": 2016-04-30 11:18:25.796 UTC
     assert id_at(datetime(2016, 4, 30, 11, 18, 25, 796_000, tzinfo=UTC)) == example >> 22 << 22
 
 
-async def test_this_month_and_the_next_ones_are_made_across_the_turn_of_the_year(database: Pool) -> None:
+async def test_creates_months_across_the_turn_of_the_year(database: Pool) -> None:
     made = await ensure(database)
     assert made == [f"{t}_{m}" for t in ("changes", "user_changes") for m in ("y2026m11", "y2026m12", "y2027m01")]
     assert await migrations.check_drift(database) == []
 
 
-async def test_asking_again_makes_nothing(database: Pool) -> None:
+async def test_is_idempotent(database: Pool) -> None:
     await ensure(database)
     assert await ensure(database) == []
     assert await ensure(database, month_start(2026, 12)) == ["changes_y2027m02", "user_changes_y2027m02"]
 
 
-async def test_rows_land_in_the_month_of_their_id_to_the_millisecond(database: Pool) -> None:
+async def test_rows_are_routed_to_the_month_of_their_id(database: Pool) -> None:
     await ensure(database)
     start, instant = month_start(2026, 12), timedelta(milliseconds=1)
     await note(database, start - instant, start, month_start(2027, 1) - instant, month_start(2027, 2))
     assert await where(database) == {"changes_y2026m11": 1, "changes_y2026m12": 2, "changes_default": 1}
 
 
-async def test_the_clocks_zone_does_not_move_the_months(database: Pool) -> None:
+async def test_months_are_utc(database: Pool) -> None:
     eve = datetime(2026, 12, 31, 20, tzinfo=timezone(timedelta(hours=-5)))
     assert (await ensure(database, eve, 0))[0] == "changes_y2027m01"
 
 
-async def test_rows_that_waited_in_the_default_partition_are_moved(database: Pool) -> None:
+async def test_moves_rows_out_of_the_default_partition(database: Pool) -> None:
     await note(database, month_start(2026, 10), NOVEMBER, NOVEMBER + timedelta(days=1), month_start(2026, 12))
     await ensure(database, months_ahead=0)
     assert await where(database) == {"changes_y2026m11": 2, "changes_default": 2}
@@ -74,7 +74,7 @@ async def test_rows_that_waited_in_the_default_partition_are_moved(database: Poo
     assert await migrations.check_drift(database) == []
 
 
-async def test_what_is_written_later_to_a_moved_month_goes_there_and_duplicates_are_refused(database: Pool) -> None:
+async def test_later_rows_go_to_the_new_partition(database: Pool) -> None:
     await note(database, NOVEMBER)
     await ensure(database, months_ahead=0)
     with pytest.raises(Exception, match="duplicate key"):
@@ -83,16 +83,14 @@ async def test_what_is_written_later_to_a_moved_month_goes_there_and_duplicates_
     assert await where(database) == {"changes_y2026m11": 2}
 
 
-async def test_two_processes_at_once_make_each_month_once(database: Pool) -> None:
+async def test_concurrent_calls_create_each_month_once(database: Pool) -> None:
     await note(database, NOVEMBER)
     results = await asyncio.gather(*(ensure(database) for _ in range(4)))
     assert sorted(name for made in results for name in made) == sorted(set(await names(database)))
     assert await where(database) == {"changes_y2026m11": 1}
 
 
-async def test_a_table_that_stays_locked_is_left_for_the_next_call(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_gives_up_on_a_locked_table(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("utils.database.partitions.LOCK_TIMEOUT", "100ms")
     async with database.transaction() as holder:
         await holder.execute("LOCK TABLE changes_default IN ROW EXCLUSIVE MODE")

@@ -28,7 +28,7 @@ async def pool(target: ConnectTarget, **options: float) -> AsyncIterator[Pool]:
         await db.close()
 
 
-async def test_jsonb_and_json_are_python_objects_both_ways_in_copy_too(database: Pool) -> None:
+async def test_json_is_python_objects_also_in_copy(database: Pool) -> None:
     value = {"a": [1, 2.5, None, "ü🙂"], "b": {"c": True}}
     async with database.acquire(temp=True) as conn:
         await conn.execute("CREATE TEMP TABLE t (n int, j json, b jsonb)")
@@ -40,7 +40,7 @@ async def test_jsonb_and_json_are_python_objects_both_ways_in_copy_too(database:
     assert arrays == [value, [value]]
 
 
-async def test_the_verbs_do_what_they_say(database: Pool) -> None:
+async def test_verbs(database: Pool) -> None:
     assert await database.execute("INSERT INTO users (id) VALUES ($1), ($2)", 1, 2) == "INSERT 0 2"
     assert [row["id"] for row in await database.fetch("SELECT id FROM users ORDER BY id")] == [1, 2]
     row = await database.fetchrow("SELECT id, username FROM users WHERE id = $1", 1)
@@ -50,7 +50,7 @@ async def test_the_verbs_do_what_they_say(database: Pool) -> None:
     assert await database.fetchval("SELECT count(*) FROM users") == 2
 
 
-async def test_a_transaction_is_all_or_nothing(database: Pool) -> None:
+async def test_a_transaction_is_atomic(database: Pool) -> None:
     async with database.transaction() as conn:
         await conn.execute("INSERT INTO users (id) VALUES (1)")
     with contextlib.suppress(ZeroDivisionError):
@@ -60,7 +60,7 @@ async def test_a_transaction_is_all_or_nothing(database: Pool) -> None:
     assert await database.fetchval("SELECT array_agg(id) FROM users") == [1]
 
 
-async def test_a_connection_comes_back_clean(target: ConnectTarget) -> None:
+async def test_connections_are_reset(target: ConnectTarget) -> None:
     async with pool(target, pool_max=1) as db:
         async with db.acquire(temp=True) as conn:
             pid = conn.get_server_pid()
@@ -76,7 +76,7 @@ async def test_a_connection_comes_back_clean(target: ConnectTarget) -> None:
             assert await conn.fetchval("SELECT count(*) FROM users") == 0
 
 
-async def test_temporary_tables_go_even_when_the_block_failed(target: ConnectTarget) -> None:
+async def test_temporary_tables_are_dropped_after_a_failed_block(target: ConnectTarget) -> None:
     async with pool(target, pool_max=1) as db:
 
         async def fail(lend: Callable[..., contextlib.AbstractAsyncContextManager[Connection]]) -> None:
@@ -90,7 +90,7 @@ async def test_temporary_tables_go_even_when_the_block_failed(target: ConnectTar
         assert await db.fetchval("SELECT to_regclass('pg_temp.left_over')") is None
 
 
-async def test_waiting_for_a_connection_is_bounded_and_says_how_many_are_in_use(target: ConnectTarget) -> None:
+async def test_waiting_for_a_connection_times_out(target: ConnectTarget) -> None:
     async with pool(target, pool_max=1) as db, db.acquire():
         assert db.pool_stats() == {
             "created": 1, "active": 1, "idle": 0, "waiting": 0, "size": 1, "max": 1,
@@ -100,7 +100,7 @@ async def test_waiting_for_a_connection_is_bounded_and_says_how_many_are_in_use(
                 pass
 
 
-async def test_a_driver_error_becomes_ours_with_its_code_and_its_cause(database: Pool) -> None:
+async def test_driver_errors_are_translated(database: Pool) -> None:
     await database.execute("INSERT INTO users (id) VALUES (1)")
     with pytest.raises(DatabaseError, match="duplicate key") as caught:
         await database.execute("INSERT INTO users (id) VALUES (1)")
@@ -110,7 +110,7 @@ async def test_a_driver_error_becomes_ours_with_its_code_and_its_cause(database:
     assert not is_transient(caught.value)
 
 
-async def test_inside_the_block_the_drivers_own_errors_can_be_caught(database: Pool) -> None:
+async def test_driver_errors_can_be_caught_inside_the_block(database: Pool) -> None:
     async with database.transaction() as conn:
         with contextlib.suppress(asyncpg.UndefinedTableError):
             async with conn.transaction():
@@ -118,13 +118,13 @@ async def test_inside_the_block_the_drivers_own_errors_can_be_caught(database: P
         assert await conn.fetchval("SELECT 1") == 1
 
 
-async def test_a_file_that_is_missing_is_no_database_error(database: Pool) -> None:
+async def test_file_errors_are_not_translated(database: Pool) -> None:
     with pytest.raises(FileNotFoundError):
         async with database.acquire():
             raise FileNotFoundError("members.csv")
 
 
-async def test_a_statement_that_takes_too_long_is_stopped_and_the_pool_lives_on(target: ConnectTarget) -> None:
+async def test_a_statement_timeout_leaves_the_pool_usable(target: ConnectTarget) -> None:
     async with pool(target, pool_max=1, command_timeout=0.2) as db:
         with pytest.raises(DatabaseUnavailable, match="did not answer in time"):
             await db.fetchval("SELECT pg_sleep(30)")
@@ -132,7 +132,7 @@ async def test_a_statement_that_takes_too_long_is_stopped_and_the_pool_lives_on(
         assert await db.fetchval("SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(30)%'") == 1
 
 
-async def test_a_cancelled_task_gives_its_connection_back(target: ConnectTarget) -> None:
+async def test_a_cancelled_task_returns_its_connection(target: ConnectTarget) -> None:
     async with pool(target, pool_max=1) as db:
         inside = asyncio.Event()
 
@@ -155,7 +155,7 @@ async def test_a_cancelled_task_gives_its_connection_back(target: ConnectTarget)
         assert await db.fetchval("SELECT count(*) FROM users") == 0
 
 
-async def test_a_connection_killed_by_the_server_is_transient_and_replaced(target: ConnectTarget) -> None:
+async def test_a_killed_connection_is_transient_and_replaced(target: ConnectTarget) -> None:
     async with pool(target, pool_max=1) as db:
         other = await asyncpg.connect(**target.connect_kwargs())
 
@@ -171,7 +171,7 @@ async def test_a_connection_killed_by_the_server_is_transient_and_replaced(targe
         await other.close()
 
 
-async def test_foreign_ddl_costs_nothing_after_renew(target: ConnectTarget) -> None:
+async def test_renew_after_ddl_of_another_session(target: ConnectTarget) -> None:
     async with pool(target, pool_max=1) as db:
         query = "SELECT * FROM users"
         await db.fetch(query)
@@ -185,7 +185,7 @@ async def test_foreign_ddl_costs_nothing_after_renew(target: ConnectTarget) -> N
         assert await db.fetchval("SELECT pg_backend_pid()") != pid
 
 
-async def test_now_is_the_databases_clock(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_now_follows_the_clock_of_the_database(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     before = await database.fetchval("SELECT clock_timestamp()")
     now = database.now()
     after = await database.fetchval("SELECT clock_timestamp()")
@@ -198,11 +198,11 @@ async def test_now_is_the_databases_clock(database: Pool, monkeypatch: pytest.Mo
     assert database.now() >= before
 
 
-async def test_the_version_is_known(database: Pool, server: EmbeddedServer) -> None:
+async def test_server_version(database: Pool, server: EmbeddedServer) -> None:
     assert database.server_version_num // 10_000 == server.version
 
 
-async def test_a_server_that_comes_up_late_is_waited_for_and_said_so(
+async def test_connect_waits_for_a_late_server(
     server: EmbeddedServer, target: ConnectTarget, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A port where nobody listens at first, then a door to the real server."""
@@ -230,7 +230,7 @@ async def test_a_server_that_comes_up_late_is_waited_for_and_said_so(
     assert "no connection to the database" in caplog.text
 
 
-async def test_a_server_that_never_comes_is_given_up_with_advice() -> None:
+async def test_connect_gives_up_with_advice() -> None:
     nowhere = ConnectTarget(("/nowhere",), (5432,), user="amy", password="s3cr3t", database="guilds")
     db = Pool(nowhere, connect_timeout=0.3)
     with pytest.raises(DatabaseUnavailable) as caught:
@@ -243,7 +243,7 @@ async def test_a_server_that_never_comes_is_given_up_with_advice() -> None:
     assert not await db.check()
 
 
-async def test_what_waiting_cannot_mend_is_said_at_once(server: EmbeddedServer) -> None:
+async def test_permanent_errors_end_connect_at_once(server: EmbeddedServer) -> None:
     db = Pool(server.target("nobody_made_this"), connect_timeout=3600)
     with pytest.raises(DatabaseError, match="does not exist") as caught:
         await asyncio.wait_for(db.connect(), 20)
@@ -251,9 +251,7 @@ async def test_what_waiting_cannot_mend_is_said_at_once(server: EmbeddedServer) 
     assert "create it" in str(caught.value)
 
 
-async def test_a_server_without_tls_is_not_waited_for_when_tls_is_demanded(
-    server: EmbeddedServer, target: ConnectTarget
-) -> None:
+async def test_missing_tls_ends_connect_at_once(server: EmbeddedServer, target: ConnectTarget) -> None:
     with socket.create_server(("127.0.0.1", 0)) as reserved:
         port = reserved.getsockname()[1]
     demanding = ConnectTarget(("127.0.0.1",), (port,), user="postgres", database=target.database, sslmode="require")
@@ -263,7 +261,7 @@ async def test_a_server_without_tls_is_not_waited_for_when_tls_is_demanded(
     assert not isinstance(caught.value, DatabaseUnavailable)
 
 
-async def test_closing_cuts_those_who_do_not_let_go(target: ConnectTarget) -> None:
+async def test_close_terminates_connections_in_use(target: ConnectTarget) -> None:
     db = Pool(target)
     await db.connect()
     async with contextlib.AsyncExitStack() as stack:
@@ -275,7 +273,7 @@ async def test_closing_cuts_those_who_do_not_let_go(target: ConnectTarget) -> No
     await db.close()
 
 
-async def test_through_a_pooler_no_statement_is_named_and_nothing_is_set(target: ConnectTarget) -> None:
+async def test_pooled_connections_name_no_statements(target: ConnectTarget) -> None:
     async with pool(replace(target, pooled=True), pool_max=1) as db:
         assert await db.fetchval("SELECT $1::int", 4) == 4
         assert await db.fetchval("SELECT $1::jsonb", {"a": 1}) == {"a": 1}
@@ -309,7 +307,7 @@ async def test_through_a_pooler_no_statement_is_named_and_nothing_is_set(target:
         (PermissionError(13, "Permission denied"), False),
     ],
 )
-def test_what_may_succeed_later_is_told_from_what_will_not(error: Exception, transient: bool) -> None:
+def test_is_transient(error: Exception, transient: bool) -> None:
     assert is_transient(error) is transient
     ours = translate(error)
     assert isinstance(ours, DatabaseError)
@@ -319,7 +317,7 @@ def test_what_may_succeed_later_is_told_from_what_will_not(error: Exception, tra
     assert is_transient(wrapped) is transient
 
 
-def test_what_is_no_databases_fault_is_not_translated() -> None:
+def test_other_errors_are_not_translated() -> None:
     assert translate(ValueError("x")) is None
     assert not is_transient(ValueError("x"))
 

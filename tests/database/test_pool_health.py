@@ -44,7 +44,7 @@ async def behind_a_network(target: ConnectTarget, connections: int) -> AsyncIter
             yield db, network
 
 
-async def test_the_figures_tell_what_was_created_is_active_idle_and_waited_for(target: ConnectTarget) -> None:
+async def test_pool_stats(target: ConnectTarget) -> None:
     async with warm(target, 2) as db:
         assert db.pool_stats() == {"created": 2, "active": 0, "idle": 2, "waiting": 0, "size": 2, "max": 2}
         async with db.acquire(), db.acquire() as conn:
@@ -57,19 +57,19 @@ async def test_the_figures_tell_what_was_created_is_active_idle_and_waited_for(t
         assert db.pool_stats()["waiting"] == 0
 
 
-async def test_connections_that_answer_are_kept(target: ConnectTarget) -> None:
+async def test_keeps_connections_that_answer(target: ConnectTarget) -> None:
     async with warm(target, 3) as db:
         assert await db.validate_connections() == {"checked": 3, "replaced": 0}
         assert db.pool_stats() == {"created": 3, "active": 0, "idle": 3, "waiting": 0, "size": 3, "max": 3}
 
 
-async def test_who_works_with_a_connection_is_left_alone(target: ConnectTarget) -> None:
+async def test_ignores_connections_in_use(target: ConnectTarget) -> None:
     async with warm(target, 3) as db, db.acquire() as conn, conn.transaction():
         assert await db.validate_connections() == {"checked": 2, "replaced": 0}
         assert await conn.fetchval("SELECT 1") == 1
 
 
-async def test_connections_that_the_server_ended_go_and_the_pool_recovers(target: ConnectTarget) -> None:
+async def test_replaces_terminated_connections(target: ConnectTarget) -> None:
     async with warm(target, 3) as db:
         other = await asyncpg.connect(**target.connect_kwargs())
         ended = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = $1 AND pid <> $2"
@@ -86,7 +86,7 @@ async def test_connections_that_the_server_ended_go_and_the_pool_recovers(target
         await other.close()
 
 
-async def test_connections_that_are_silent_are_thrown_away_and_replaced_once_the_network_is_back(
+async def test_replaces_silent_connections(
     target: ConnectTarget,
 ) -> None:
     async with behind_a_network(target, 3) as (db, network):
@@ -100,7 +100,7 @@ async def test_connections_that_are_silent_are_thrown_away_and_replaced_once_the
         assert db.pool_stats()["created"] > 3
 
 
-async def test_a_database_out_of_reach_is_no_error_and_its_return_needs_no_restart(target: ConnectTarget) -> None:
+async def test_survives_an_unreachable_database(target: ConnectTarget) -> None:
     async with behind_a_network(target, 2) as (db, network):
         network.cut()
         async with asyncio.timeout(PATIENCE):
@@ -114,7 +114,7 @@ async def test_a_database_out_of_reach_is_no_error_and_its_return_needs_no_resta
         assert await db.fetchval("SELECT 1") == 1
 
 
-async def test_a_check_that_is_cancelled_leaves_no_connection_lent(target: ConnectTarget) -> None:
+async def test_a_cancelled_check_returns_its_connections(target: ConnectTarget) -> None:
     async with behind_a_network(target, 3) as (db, network):
         network.freeze()
         checking = asyncio.create_task(db.validate_connections(timeout=60))
@@ -130,13 +130,11 @@ async def test_a_check_that_is_cancelled_leaves_no_connection_lent(target: Conne
                 await stack.enter_async_context(db.acquire())
 
 
-async def test_without_a_pool_nothing_is_checked(target: ConnectTarget) -> None:
+async def test_checks_nothing_before_connect(target: ConnectTarget) -> None:
     assert await Pool(target).validate_connections() == {"checked": 0, "replaced": 0}
 
 
-async def test_a_database_that_is_renamed_for_a_moment_may_be_asked_again(
-    target: ConnectTarget, server: EmbeddedServer
-) -> None:
+async def test_a_database_being_renamed_is_transient(target: ConnectTarget, server: EmbeddedServer) -> None:
     database = Pool(target, pool_min=0, pool_max=2)  # which makes no connection by itself
     await database.connect()
     access = Database(database)

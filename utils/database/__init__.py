@@ -1,4 +1,4 @@
-"""The way to PostgreSQL: where it is, the pool, the embedded server, partitions."""
+"""PostgreSQL: targets, the pool, the embedded server, `bot.db` and its query cache, partitions."""
 
 from utils.database.pool import Connection, Pool
 from utils.database.target import ConnectTarget

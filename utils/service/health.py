@@ -1,4 +1,4 @@
-"""GET /healthz, /readyz and /metrics, for whoever watches over the process."""
+"""The HTTP server for GET /healthz, /readyz and /metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from utils.service import metrics
 
 _log = logging.getLogger(__name__)
 
-#: A verdict, and what it rests on.
+#: Whether a check passes, and details for the answer.
 Verdict = tuple[bool, dict[str, Any]]
 
 
@@ -26,9 +26,9 @@ def _always() -> Verdict:
 
 
 class HealthServer:
-    """A small HTTP server; `ready` and `alive` are asked at every request and must not block.
+    """A small HTTP server. `ready` and `alive` are called at every request and must not block.
 
-    `host` None binds every address, IPv4 and IPv6; `port` 0 takes a free one, which `port` tells after `start`.
+    `host` None binds every address, IPv4 and IPv6. `port` 0 binds a free port, which `port` holds after `start`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class HealthServer:
         return f"<HealthServer host={self.host!r} port={self.port} running={self._runner is not None}>"
 
     async def start(self) -> None:
-        """Begin to answer. Raises `SettingsError` when the port or address cannot be had."""
+        """Start answering. Raises `SettingsError` when the address cannot be bound."""
         if self._runner is not None:
             return
         sockets = await self._bind()
@@ -64,10 +64,10 @@ class HealthServer:
         for bound in sockets:
             await web.SockSite(self._runner, bound).start()
         self.port = sockets[0].getsockname()[1]
-        _log.info("health server listens on port %s", self.port)
+        _log.info("health server listening on port %s", self.port)
 
     async def stop(self, timeout: float = 5.0) -> None:
-        """Stop answering, in `timeout` seconds at most."""
+        """Stop within `timeout` seconds."""
         runner, self._runner = self._runner, None
         if runner is None:
             return
@@ -75,7 +75,7 @@ class HealthServer:
             async with asyncio.timeout(timeout):
                 await runner.cleanup()
         except TimeoutError:
-            _log.warning("health server was cut off after %s s", timeout)
+            _log.warning("health server did not stop within %s s", timeout)
 
     async def _bind(self) -> list[socket.socket]:
         try:
@@ -86,9 +86,9 @@ class HealthServer:
             return _bind_each(found)
         except OSError as exc:
             where = self.host or "any address"
-            why = "another process has it" if exc.errno == errno.EADDRINUSE else exc.strerror or str(exc)
+            why = "another process uses it" if exc.errno == errno.EADDRINUSE else exc.strerror or str(exc)
             raise SettingsError(
-                f"PORT/HEALTH_PORT: port {self.port} on {where} cannot be used: {why}; expected a free one (0: any)"
+                f"PORT/HEALTH_PORT: port {self.port} on {where} cannot be used: {why}; expected a free port (0: any)"
             ) from exc
 
     async def _healthz(self, request: web.Request) -> web.Response:
@@ -109,7 +109,7 @@ def _answer(good: bool, details: dict[str, Any]) -> web.Response:
 
 
 def _bind_everywhere(port: int) -> socket.socket:
-    """Bind one socket for IPv4 and IPv6, or IPv4 alone where the machine has no IPv6."""
+    """Bind one socket for IPv4 and IPv6, or only IPv4 on a machine without IPv6."""
     if socket.has_dualstack_ipv6():
         try:
             return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
@@ -120,7 +120,7 @@ def _bind_everywhere(port: int) -> socket.socket:
 
 
 def _bind_each(found: list[Any]) -> list[socket.socket]:
-    """Bind every address that a name stands for, all on the port that the first one got."""
+    """Bind every address of a host name, all on the port of the first one."""
     sockets: list[socket.socket] = []
     try:
         for family, _, _, _, address in found:

@@ -97,7 +97,7 @@ CACHEABLE = {
 
 
 @pytest.mark.parametrize("sql", CACHEABLE)
-async def test_a_plain_query_reads_its_tables_and_writes_nothing(cache: QueryCache, sql: str) -> None:
+async def test_cacheable_queries(cache: QueryCache, sql: str) -> None:
     assert cache.statement(sql) == Statement(CACHEABLE[sql], of(), True)
 
 
@@ -150,7 +150,7 @@ LISTEN x
 
 
 @pytest.mark.parametrize("sql", UNCACHEABLE.strip().splitlines())
-async def test_what_depends_on_more_than_rows_is_not_cached_and_writes_nothing(cache: QueryCache, sql: str) -> None:
+async def test_uncacheable_queries(cache: QueryCache, sql: str) -> None:
     told = cache.statement(sql)
     assert not told.is_cacheable
     assert told.writes == of()
@@ -179,7 +179,7 @@ WRITES = {
 
 
 @pytest.mark.parametrize("sql", WRITES)
-async def test_a_write_is_followed_to_every_table_that_it_changes(cache: QueryCache, sql: str) -> None:
+async def test_writes_include_cascades(cache: QueryCache, sql: str) -> None:
     told = cache.statement(sql)
     assert told.writes == WRITES[sql]
     assert not told.is_cacheable
@@ -211,13 +211,13 @@ WITH x AS (DELETE FROM shop RETURNING )))
 
 
 @pytest.mark.parametrize("sql", UNTOLD.strip().splitlines())
-async def test_what_cannot_be_told_may_have_written_anything(cache: QueryCache, sql: str) -> None:
+async def test_unknown_writes(cache: QueryCache, sql: str) -> None:
     told = cache.statement(sql)
     assert told.writes is None
     assert not told.is_cacheable
 
 
-async def test_nothing_is_told_before_the_catalogue_is_loaded_nor_remembered(database: Pool) -> None:
+async def test_everything_is_unknown_before_load(database: Pool) -> None:
     cache = QueryCache()
     assert cache.statement("SELECT 1") == Statement(None, None, False)
     await cache.load(database)
@@ -235,7 +235,7 @@ async def test_copy_writes_like_an_insert(cache: QueryCache) -> None:
     assert copied("nowhere") is None
 
 
-async def test_rows_of_a_long_insert_do_not_make_it_untellable(cache: QueryCache) -> None:
+async def test_long_value_lists_are_shortened(cache: QueryCache) -> None:
     row = "($1::INTEGER, NULL, 12)"
     long = " ".join(["INSERT INTO shop VALUES", ", ".join([row] * 5_000), "ON CONFLICT DO NOTHING"])
     assert len(long) > MAX_LENGTH
@@ -243,7 +243,7 @@ async def test_rows_of_a_long_insert_do_not_make_it_untellable(cache: QueryCache
     assert cache.statement(f"SELECT {'1 + ' * MAX_LENGTH}1").writes is None
 
 
-async def test_a_text_near_the_limit_is_still_told(cache: QueryCache) -> None:
+async def test_text_near_the_limit_is_analysed(cache: QueryCache) -> None:
     long = " + ".join(["SELECT id FROM shop WHERE id = $1", *["$1"] * 1_500])
     assert len(long) < MAX_LENGTH
     assert cache.statement(long) == Statement(of("shop"), of(), True)

@@ -51,7 +51,7 @@ async def becomes(process: Process, expected: Any, sql: str, *args: Any) -> None
             await asyncio.sleep(0.01)
 
 
-async def test_a_write_is_seen_by_its_own_process_at_once_and_soon_by_the_other(processes: Pair) -> None:
+async def test_writes_reach_both_processes(processes: Pair) -> None:
     one, other = processes
     for process in processes:
         assert await kept(process, READ, 1) == 0
@@ -63,7 +63,7 @@ async def test_a_write_is_seen_by_its_own_process_at_once_and_soon_by_the_other(
     await becomes(other, 1, THROUGH_VIEW)
 
 
-async def test_what_a_transaction_took_back_is_told_to_nobody(processes: Pair, heard: list[list[Any]]) -> None:
+async def test_rolled_back_writes_are_not_announced(processes: Pair, heard: list[list[Any]]) -> None:
     one, other = processes
     assert await kept(other, READ, 1) == 0
     assert await one.write(UPDATE, 1, commit=False) == 1
@@ -72,9 +72,7 @@ async def test_what_a_transaction_took_back_is_told_to_nobody(processes: Pair, h
     assert not [message for message in heard if message[3] or message[4]]
 
 
-async def test_many_writes_are_told_in_few_messages_that_name_their_tables(
-    processes: Pair, heard: list[list[Any]]
-) -> None:
+async def test_writes_are_coalesced(processes: Pair, heard: list[list[Any]]) -> None:
     one, _ = processes
     for _ in range(200):
         one.cache.invalidate(["counter"])
@@ -85,9 +83,7 @@ async def test_many_writes_are_told_in_few_messages_that_name_their_tables(
     assert len(told) == 1
 
 
-async def test_a_process_does_not_drop_anything_because_of_its_own_message(
-    processes: Pair, heard: list[list[Any]]
-) -> None:
+async def test_ignores_its_own_messages(processes: Pair, heard: list[list[Any]]) -> None:
     one, _ = processes
     await one.write(UPDATE, 1)
     assert await kept(one, READ, 1) == 1
@@ -99,7 +95,7 @@ async def test_a_process_does_not_drop_anything_because_of_its_own_message(
     assert one.cache.stats()["hits"] == hits + 1
 
 
-async def test_more_tables_than_a_message_holds_are_told_as_all(processes: Pair, heard: list[list[Any]]) -> None:
+async def test_too_many_tables_are_announced_as_all(processes: Pair, heard: list[list[Any]]) -> None:
     one, other = processes
     assert await kept(other, READ, 1) == 0
     one.channel._collect(frozenset(f"public.table_{n}" for n in range(1_000)), False)
@@ -108,7 +104,7 @@ async def test_more_tables_than_a_message_holds_are_told_as_all(processes: Pair,
     assert await kept(other, READ, 1) == 0
 
 
-async def test_a_write_with_no_known_end_is_bypassed_in_both(processes: Pair) -> None:
+async def test_a_write_in_doubt_bypasses_both_caches(processes: Pair) -> None:
     one, other = processes
     assert await kept(other, READ, 1) == 0
     with pytest.raises(DatabaseError):
@@ -120,9 +116,7 @@ async def test_a_write_with_no_known_end_is_bypassed_in_both(processes: Pair) ->
         assert process.cache.stats()["bypassed"] == bypassed + 1
 
 
-async def test_a_killed_channel_is_made_anew_and_what_was_kept_before_is_dropped(
-    processes: Pair, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_reconnects_and_flushes(processes: Pair, caplog: pytest.LogCaptureFixture) -> None:
     one, other = processes
     assert await kept(other, READ, 1) == 0
     floods = other.cache._flushes
@@ -135,7 +129,7 @@ async def test_a_killed_channel_is_made_anew_and_what_was_kept_before_is_dropped
     await becomes(other, 1, READ, 1)
 
 
-async def test_a_write_is_told_through_the_pool_while_the_channel_is_down(processes: Pair) -> None:
+async def test_announces_through_the_pool_while_disconnected(processes: Pair) -> None:
     one, other = processes
     assert await kept(other, READ, 1) == 0
     one.channel.direct = replace(one.channel.direct, hosts=("/nowhere",))
@@ -148,7 +142,7 @@ async def test_a_write_is_told_through_the_pool_while_the_channel_is_down(proces
     assert await one.read(READ, 1) == 1
 
 
-async def test_a_process_that_hears_nothing_any_more_bypasses_its_cache(processes: Pair) -> None:
+async def test_bypasses_the_cache_when_deaf(processes: Pair) -> None:
     _, other = processes
     assert await kept(other, READ, 1) == 0
     connection = other.channel._connection
@@ -161,7 +155,7 @@ async def test_a_process_that_hears_nothing_any_more_bypasses_its_cache(processe
     await until(lambda: other.channel._connection is not connection and other.cache.is_trusted)
 
 
-async def test_a_process_that_falls_silent_without_a_farewell_takes_what_others_kept_with_it(processes: Pair) -> None:
+async def test_a_lost_peer_flushes_the_cache(processes: Pair) -> None:
     one, other = processes
     assert await kept(other, READ, 1) == 0
     for task in one.channel._tasks:
@@ -171,9 +165,7 @@ async def test_a_process_that_falls_silent_without_a_farewell_takes_what_others_
     assert await other.read(READ, 1) == 1
 
 
-async def test_a_process_that_ends_in_order_says_its_last_writes_and_is_not_missed(
-    processes: Pair, target: ConnectTarget
-) -> None:
+async def test_a_clean_stop_announces_the_last_writes(processes: Pair, target: ConnectTarget) -> None:
     one, other = processes
     async with started(target) as third:
         await until(lambda: third.channel.sender in other.channel._peers)
@@ -185,7 +177,7 @@ async def test_a_process_that_ends_in_order_says_its_last_writes_and_is_not_miss
     assert one.cache.is_trusted
 
 
-async def test_behind_a_pooler_only_the_time_to_live_is_left_and_one_line_says_so(
+async def test_behind_a_pooler_only_the_ttl_remains(
     target: ConnectTarget, database: Pool, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = QueryCache()
@@ -201,14 +193,14 @@ async def test_behind_a_pooler_only_the_time_to_live_is_left_and_one_line_says_s
     assert not cache.is_trusted
 
 
-async def test_a_message_of_somebody_else_drops_everything(processes: Pair) -> None:
+async def test_an_unknown_message_flushes_the_cache(processes: Pair) -> None:
     one, other = processes
     assert await kept(other, READ, 1) == 0
     await one.database.execute("SELECT pg_notify($1, 'hello')", CHANNEL)
     await until(lambda: other.cache.stats()["size"] == 0)
 
 
-async def test_a_view_made_by_one_process_is_followed_by_the_other(processes: Pair) -> None:
+async def test_a_new_view_is_known_to_both_processes(processes: Pair) -> None:
     one, other = processes
     sql = "SELECT v FROM doubled"
     create = "CREATE VIEW doubled AS SELECT 2 * sum(value)::bigint AS v FROM counter"

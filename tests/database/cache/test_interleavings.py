@@ -79,7 +79,7 @@ def steps(kinds: tuple[Kind, ...]) -> st.SearchStrategy[list[Step]]:
 @pytest.mark.slow
 @settings(max_examples=12, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(plan=steps(CALM) | steps(UNHEARD) | steps(WILD))
-async def test_no_read_is_older_than_allowed(processes: tuple[Process, Process], plan: list[Step]) -> None:
+async def test_no_read_is_too_old(processes: tuple[Process, Process], plan: list[Step]) -> None:
     history = History()
     await processes[0].database.execute("UPDATE counter SET value = 0")
     for process in processes:
@@ -112,7 +112,7 @@ async def test_no_read_is_older_than_allowed(processes: tuple[Process, Process],
     assert history.stale == []
 
 
-async def test_the_check_itself_finds_a_cache_that_does_not_listen(processes: tuple[Process, Process]) -> None:
+async def test_the_check_detects_a_deaf_cache(processes: tuple[Process, Process]) -> None:
     deaf = processes[1]
     deaf.cache = deaf.access.cache = QueryCache()
     await deaf.cache.load(deaf.database)

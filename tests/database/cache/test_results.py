@@ -29,12 +29,12 @@ class Colour(enum.IntEnum):
         (datetime.datetime(2024, 1, 1, 2, tzinfo=ELSEWHERE), datetime.datetime(2024, 1, 1, tzinfo=UTC)),
     ],
 )  # fmt: skip
-def test_what_is_equal_but_not_the_same_to_the_server_is_cached_apart(one: Any, other: Any) -> None:
+def test_equal_values_of_different_types_have_different_keys(one: Any, other: Any) -> None:
     assert cache_key("fetch", "q", (one,)) != cache_key("fetch", "q", (other,))
     assert cache_key("fetch", "q", (one,)) == cache_key("fetch", "q", (one,))
 
 
-def test_verb_text_and_number_of_arguments_are_cached_apart() -> None:
+def test_key_includes_verb_sql_arguments_and_tags() -> None:
     keys = [
         cache_key("fetch", "q", ()),
         cache_key("fetchrow", "q", ()),
@@ -49,14 +49,14 @@ def test_an_argument_of_an_unknown_type_has_no_key() -> None:
     assert cache_key("fetch", "q", ([object()],)) is None
 
 
-def test_a_key_does_not_change_with_the_list_that_it_was_made_of() -> None:
+def test_a_key_does_not_change_with_its_arguments() -> None:
     given = [1, 2]
     key = cache_key("fetch", "q", (given,))
     given.append(3)
     assert key == cache_key("fetch", "q", ([1, 2],))
 
 
-async def test_no_reader_can_change_what_another_gets(database: Pool) -> None:
+async def test_readers_get_independent_copies(database: Pool) -> None:
     rows = await database.fetch(
         "SELECT n, jsonb_build_object('a', jsonb_build_array(n)) AS j, ARRAY[n, 2] AS l, ROW(n, ARRAY[3]) AS r,"
         " NULL AS nothing FROM generate_series(1, 3) n"
@@ -78,7 +78,7 @@ async def test_no_reader_can_change_what_another_gets(database: Pool) -> None:
     assert second[0].get("nothing", "missing") is None
 
 
-async def test_rows_without_lists_or_dicts_are_the_same_objects_in_a_list_of_ones_own(database: Pool) -> None:
+async def test_immutable_rows_are_shared(database: Pool) -> None:
     rows = await database.fetch(
         "SELECT n, n::text AS t, now() AS at, 1.5 AS x, int4range(1, 2) FROM generate_series(1, 2) n"
     )
@@ -89,7 +89,7 @@ async def test_rows_without_lists_or_dicts_are_the_same_objects_in_a_list_of_one
     assert taken[0] is rows[0]
 
 
-async def test_an_array_of_rows_with_gaps_is_cached(database: Pool) -> None:
+async def test_caches_arrays_of_composites_with_nulls(database: Pool) -> None:
     await database.execute("CREATE TYPE pair AS (a int, b int[])")
     array = await database.fetchval("SELECT ARRAY[ROW(1, ARRAY[2])::pair, NULL]")
     cached = make_cacheable(array, 0, frozenset())
@@ -100,7 +100,7 @@ async def test_an_array_of_rows_with_gaps_is_cached(database: Pool) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 1, "x", 1.5, [1, [2]], {"a": {"b": []}}, [], (1, [2])])
-def test_single_values_are_cached_and_their_containers_copied(value: Any) -> None:
+def test_copies_containers(value: Any) -> None:
     cached = make_cacheable(value, 0, frozenset())
     assert cached is not None
     assert cached.value() == value
@@ -108,7 +108,7 @@ def test_single_values_are_cached_and_their_containers_copied(value: Any) -> Non
         assert cached.value() is not cached.value()
 
 
-async def test_what_cannot_be_handed_out_safely_is_not_cached(database: Pool) -> None:
+async def test_rejects_what_cannot_be_copied(database: Pool) -> None:
     twice = await database.fetchrow("SELECT 1 AS a, ARRAY[1] AS a")
     assert make_cacheable(twice, 0, frozenset()) is None
     assert make_cacheable(object(), 0, frozenset()) is None

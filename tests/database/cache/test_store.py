@@ -68,7 +68,7 @@ async def cache(database: Pool, clock: Clock) -> QueryCache:
     return made
 
 
-async def test_the_second_reader_gets_what_the_first_was_told(cache: QueryCache) -> None:
+async def test_the_second_read_hits(cache: QueryCache) -> None:
     assert await cache.fetch("fetchval", READ, (1,), answering(5)) == 5
     assert await cache.fetch("fetchval", READ, (1,), answering(6)) == 5
     assert await cache.fetch("fetchval", READ, (2,), answering(7)) == 7
@@ -78,14 +78,14 @@ async def test_the_second_reader_gets_what_the_first_was_told(cache: QueryCache)
     assert stats["hit_rate"] == 0.25
 
 
-async def test_none_and_no_rows_are_results_like_others(cache: QueryCache) -> None:
+async def test_caches_none_and_empty_results(cache: QueryCache) -> None:
     assert await cache.fetch("fetchrow", READ, (1,), answering(None)) is None
     assert await cache.fetch("fetchrow", READ, (1,), answering(1)) is None
     assert await cache.fetch("fetch", READ, (1,), answering([])) == []
     assert await cache.fetch("fetch", READ, (1,), answering([1])) == []
 
 
-async def test_a_result_ends_with_its_time(cache: QueryCache, clock: Clock) -> None:
+async def test_results_expire(cache: QueryCache, clock: Clock) -> None:
     await cache.fetch("fetchval", READ, (1,), answering(5))
     clock.now += cache.ttl - 1
     assert await cache.fetch("fetchval", READ, (1,), answering(6)) == 5
@@ -93,7 +93,7 @@ async def test_a_result_ends_with_its_time(cache: QueryCache, clock: Clock) -> N
     assert await cache.fetch("fetchval", READ, (1,), answering(6)) == 6
 
 
-async def test_the_longest_unread_result_makes_room(cache: QueryCache) -> None:
+async def test_evicts_the_least_recently_used(cache: QueryCache) -> None:
     for n in (1, 2, 3, 1, 4):
         await cache.fetch("fetchval", READ, (n,), answering(n))
     assert cache.stats()["evictions"] == 1
@@ -101,7 +101,7 @@ async def test_the_longest_unread_result_makes_room(cache: QueryCache) -> None:
     assert await cache.fetch("fetchval", READ, (2,), answering(None)) is None
 
 
-async def test_a_write_drops_what_was_read_from_its_table_only(cache: QueryCache) -> None:
+async def test_a_write_drops_only_results_of_its_table(cache: QueryCache) -> None:
     await cache.fetch("fetchval", READ, (1,), answering(5))
     await cache.fetch("fetchval", BOTH, (), answering(5))
     cache.invalidate(["b"])
@@ -113,7 +113,7 @@ async def test_a_write_drops_what_was_read_from_its_table_only(cache: QueryCache
     assert cache.stats()["evictions"] == 0
 
 
-async def test_a_result_whose_tables_were_written_meanwhile_is_not_kept_nor_shared(cache: QueryCache) -> None:
+async def test_a_write_during_a_query_prevents_caching(cache: QueryCache) -> None:
     asked = Asked()
     early = asyncio.create_task(cache.fetch("fetchval", READ, (1,), asked))
     await until(lambda: asked.times == 1)
@@ -127,7 +127,7 @@ async def test_a_result_whose_tables_were_written_meanwhile_is_not_kept_nor_shar
     assert await cache.fetch("fetchval", READ, (1,), asked) == "new"
 
 
-async def test_ten_thousand_who_ask_the_same_at_once_make_one_query(cache: QueryCache, database: Pool) -> None:
+async def test_ten_thousand_callers_share_one_query(cache: QueryCache, database: Pool) -> None:
     asked = 0
 
     async def run() -> Any:
@@ -141,7 +141,7 @@ async def test_ten_thousand_who_ask_the_same_at_once_make_one_query(cache: Query
     assert all(result[0]["one"] == 1 for result in results)
 
 
-async def test_an_error_goes_to_all_who_wait_and_is_not_kept(cache: QueryCache) -> None:
+async def test_errors_reach_all_callers_and_are_not_cached(cache: QueryCache) -> None:
     asked = Asked()
     waiting = [asyncio.create_task(cache.fetch("fetchval", READ, (1,), asked)) for _ in range(50)]
     await until(lambda: asked.times == 1)
@@ -156,7 +156,7 @@ async def test_an_error_goes_to_all_who_wait_and_is_not_kept(cache: QueryCache) 
     assert await cache.fetch("fetchval", READ, (1,), answering(1)) == 1
 
 
-async def test_the_first_readers_cancellation_does_not_touch_the_others(cache: QueryCache) -> None:
+async def test_cancelling_the_first_caller_keeps_the_query(cache: QueryCache) -> None:
     asked = Asked()
     first, second = (asyncio.create_task(cache.fetch("fetchval", READ, (1,), asked)) for _ in range(2))
     await until(lambda: asked.times == 1)
@@ -168,7 +168,7 @@ async def test_the_first_readers_cancellation_does_not_touch_the_others(cache: Q
     assert asked.cancelled == 0
 
 
-async def test_the_question_is_given_up_with_its_last_reader(cache: QueryCache) -> None:
+async def test_cancelling_the_last_caller_cancels_the_query(cache: QueryCache) -> None:
     asked = Asked()
     waiting = [asyncio.create_task(cache.fetch("fetchval", READ, (1,), asked)) for _ in range(3)]
     await until(lambda: asked.times == 1)
@@ -179,14 +179,14 @@ async def test_the_question_is_given_up_with_its_last_reader(cache: QueryCache) 
     assert await cache.fetch("fetchval", READ, (1,), answering(1)) == 1
 
 
-async def test_what_is_not_cacheable_is_asked_each_time(cache: QueryCache) -> None:
+async def test_uncacheable_queries_always_run(cache: QueryCache) -> None:
     for sql, args in (("SELECT now()", ()), ("UPDATE a SET v = 1", ()), (READ, (object(),))):
         assert await cache.fetch("fetchval", sql, args, answering(1)) == 1
         assert await cache.fetch("fetchval", sql, args, answering(2)) == 2
     assert cache.stats()["bypassed"] == 6
 
 
-async def test_a_result_that_cannot_be_copied_goes_to_one_reader_and_the_others_ask_themselves(
+async def test_an_uncopyable_result_goes_to_one_caller(
     cache: QueryCache,
 ) -> None:
     answers = [object() for _ in range(3)]
@@ -201,7 +201,7 @@ async def test_a_result_that_cannot_be_copied_goes_to_one_reader_and_the_others_
     assert cache.stats()["uncacheable"] == 1
 
 
-async def test_forgetting_drops_one_question_under_every_verb_and_under_way(cache: QueryCache) -> None:
+async def test_forget_drops_one_query_in_every_form(cache: QueryCache) -> None:
     asked = Asked()
     await cache.fetch("fetchval", READ, (1,), answering(1))
     await cache.fetch("fetchval", READ, (2,), answering(2))
@@ -215,9 +215,7 @@ async def test_forgetting_drops_one_question_under_every_verb_and_under_way(cach
     assert await cache.fetch("fetchval", READ, (2,), answering("new")) == 2
 
 
-async def test_tables_whose_write_has_no_known_end_bypass_the_cache_for_a_while(
-    cache: QueryCache, clock: Clock
-) -> None:
+async def test_writes_in_doubt_bypass_the_cache(cache: QueryCache, clock: Clock) -> None:
     await cache.fetch("fetchval", BOTH, (), answering(1))
     cache.distrust(["b"])
     assert await cache.fetch("fetchval", BOTH, (), answering(2)) == 2
@@ -229,9 +227,7 @@ async def test_tables_whose_write_has_no_known_end_bypass_the_cache_for_a_while(
     assert await cache.fetch("fetchval", BOTH, (), answering(5)) == 4
 
 
-async def test_a_write_that_cannot_be_told_empties_the_cache_until_the_catalogue_is_known_again(
-    cache: QueryCache, database: Pool
-) -> None:
+async def test_unknown_writes_flush_and_reload(cache: QueryCache, database: Pool) -> None:
     await cache.fetch("fetchval", "SELECT * FROM seen", (), answering(1))
     await database.execute("CREATE VIEW seen AS SELECT * FROM a")
     await cache.fetch("fetchval", READ, (1,), answering(1))
@@ -244,7 +240,7 @@ async def test_a_write_that_cannot_be_told_empties_the_cache_until_the_catalogue
     assert await cache.fetch("fetchval", READ, (1,), answering(5)) == 4
 
 
-async def test_loading_again_empties_and_closing_keeps_nothing(cache: QueryCache, database: Pool) -> None:
+async def test_load_flushes_and_close_disables(cache: QueryCache, database: Pool) -> None:
     await cache.fetch("fetchval", READ, (1,), answering(1))
     await cache.load(database)
     assert await cache.fetch("fetchval", READ, (1,), answering(2)) == 2
@@ -252,7 +248,7 @@ async def test_loading_again_empties_and_closing_keeps_nothing(cache: QueryCache
     assert await cache.fetch("fetchval", READ, (1,), answering(3)) == 3
 
 
-async def test_nothing_is_given_out_from_the_moment_on_that_trust_has_ended(cache: QueryCache, clock: Clock) -> None:
+async def test_trust_ends_at_its_moment(cache: QueryCache, clock: Clock) -> None:
     await cache.fetch("fetchval", READ, (1,), answering(1))
     cache.trust_until(clock.now + 1)
     assert await cache.fetch("fetchval", READ, (1,), answering(2)) == 1

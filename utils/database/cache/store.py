@@ -129,7 +129,7 @@ class QueryCache:
                     self._hits += 1
                     return cast(T, cached.value())
                 self._results.pop(key)
-            statement = self.statement(sql) if reads is None else self._tagged_statement(sql, tuple(reads))
+            statement = self.statement(sql) if reads is None else self._tagged_statement(sql, reads)
         if (
             key is None
             or statement is None
@@ -235,9 +235,10 @@ class QueryCache:
             if catalog.canonical_names((table,)) is None:
                 raise ValidationError(f"{argument}: there is no table or view {table!r}")
 
-    def _tagged_statement(self, sql: str, reads: tuple[str, ...]) -> Statement:
+    def _tagged_statement(self, sql: str, reads: Sequence[str]) -> Statement:
         """Return the statement that `reads` describes. Tables whose writes go unseen make it uncacheable."""
-        statement = self._tagged.get((sql, reads))
+        key = sql, tuple(reads)
+        statement = self._tagged.get(key)
         if statement is None:
             self.check_names(reads, "reads")
             if not is_query(sql):
@@ -249,7 +250,7 @@ class QueryCache:
                 ids.append(self._catalog.find(schema or None, name))
             tables = self._catalog.tables_read(oid for oid in ids if oid is not None)
             statement = Statement(tables, frozenset(), tables is not None)
-            self._tagged[sql, reads] = statement
+            self._tagged[key] = statement
         return statement
 
     # --- writes
