@@ -1,4 +1,4 @@
-"""The schema: tables and views, nothing that runs. Merge, staging, COPY lists and migrations derive from it."""
+"""The schema: tables, views and relationships. Merge, staging, COPY lists and migrations derive from it."""
 
 from models.base import DISCORD_EPOCH_MS, Base, Erase, Part, mirrored_tables, part_of
 from models.documents import Document
@@ -47,5 +47,3 @@ __all__ = [
     "mirrored_tables",
     "part_of",
 ]
-
-import models.relations  # noqa: F401 - adds the relationships

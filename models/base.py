@@ -1,4 +1,4 @@
-"""What every table shares: naming, snowflake keys, ordering stamps, and the marks that other code derives from."""
+"""Shared by all tables: naming convention, snowflake columns, stamps, and the marks that other code derives from."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import BigInteger, Column, Computed, DateTime, MetaData, Table, func
-from sqlalchemy.orm import DeclarativeBase, Mapped, MappedColumn, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedColumn, mapped_column, relationship
 
-#: First millisecond of 2015 in Unix time: the zero of every snowflake (Discord API reference, "Snowflakes").
+#: First millisecond of 2015 in Unix time, from which snowflakes count (Discord API reference, "Snowflakes").
 DISCORD_EPOCH_MS = 1_420_070_400_000
 
 
 class Erase(enum.Enum):
-    """What erasing one person must do to a column."""
+    """What erasing a person's data does to a column."""
 
-    KEEP = "keep"  #: says nothing about a person
-    SUBJECT = "subject"  #: names the person: rows are found by it
-    CLEAR = "clear"  #: is about the person: emptied in every row found
+    KEEP = "keep"  #: not about a person
+    SUBJECT = "subject"  #: the person's id, by which their rows are found
+    CLEAR = "clear"  #: about the person: emptied in every row found
 
 
 class Part(enum.Enum):
-    """What a column is to the merge that keeps a mirrored table equal to Discord."""
+    """How the merge treats a column of a mirrored table."""
 
-    DATA = "data"  #: compared, written, and kept in `changes`
-    QUIET = "quiet"  #: compared and written, but no history: it moves without anyone acting
-    TOMBSTONE = "tombstone"  #: when the thing went away; None while it is there
-    STAMP = "stamp"  #: order of the observation that last changed the row
+    DATA = "data"  #: compared, written, and recorded in `changes`
+    QUIET = "quiet"  #: compared and written, not recorded: it changes without anyone acting
+    TOMBSTONE = "tombstone"  #: when the object was removed; None while it exists
+    STAMP = "stamp"  #: stamp of the observation that last changed the row
     TOUCHED = "touched"  #: database time of the last change
 
 
 class Base(DeclarativeBase):
-    """The declarative base: one metadata for every table."""
+    """The declarative base; its metadata holds all tables."""
 
     metadata = MetaData(
         naming_convention={
@@ -43,7 +43,7 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {datetime: DateTime(timezone=True)}  # noqa: RUF012 - read by SQLAlchemy, never changed
+    type_annotation_map = {datetime: DateTime(timezone=True)}  # noqa: RUF012 - read by SQLAlchemy only
 
 
 def marked(
@@ -52,24 +52,24 @@ def marked(
     part: Part = Part.DATA,
     **kwargs: Any,
 ) -> MappedColumn[Any]:
-    """Declare a column together with its marks."""
+    """Declare a column with its marks."""
     return mapped_column(*args, info={"erase": erase, "part": part}, **kwargs)
 
 
 def snowflake(*args: Any, erase: Erase = Erase.KEEP, **kwargs: Any) -> MappedColumn[Any]:
-    """Declare a column that holds a Discord id (without autoincrement: Discord hands the ids out)."""
+    """Declare a column that holds a Discord id; without autoincrement, because Discord assigns the ids."""
     if kwargs.get("primary_key"):
         kwargs.setdefault("autoincrement", False)
     return marked(BigInteger, *args, erase=erase, **kwargs)
 
 
 def created_at_of(column: str) -> Computed:
-    """Return the generated-column expression for the moment in which a snowflake was made."""
+    """Return the generated-column expression for a snowflake's creation time."""
     return Computed(f"to_timestamp((({column} >> 22) + {DISCORD_EPOCH_MS}) / 1000.0)", persisted=True)
 
 
 def time_id(sequence: str) -> str:
-    """Return the default of a time-ordered id: milliseconds like a snowflake's, then a sequence's low 22 bits."""
+    """Return the default of a time-ordered id: milliseconds as in a snowflake, then the low 22 bits of a sequence."""
     return (
         f"(((extract(epoch FROM clock_timestamp()) * 1000)::bigint - {DISCORD_EPOCH_MS}) << 22)"
         f" | (nextval('{sequence}') & 4194303)"
@@ -77,31 +77,36 @@ def time_id(sequence: str) -> str:
 
 
 class Mirrored:
-    """Columns of every table that the merge keeps equal to Discord."""
+    """Columns of every mirrored table."""
 
-    #: Order of the observation that last changed the row: lease epoch in the high bits, receive counter in the low 40.
+    #: Stamp of the observation that last changed the row: lease epoch in the high bits, receive counter in the low 40.
     stamp: Mapped[int] = mapped_column(
         BigInteger, nullable=False, server_default="0", info={"erase": Erase.KEEP, "part": Part.STAMP}, sort_order=90
     )
-    #: Pool time of the last change to the row.
+    #: Database time of the last change to the row.
     updated_at: Mapped[datetime] = mapped_column(
         nullable=False, server_default=func.now(), info={"erase": Erase.KEEP, "part": Part.TOUCHED}, sort_order=91
     )
 
 
 def tombstone() -> MappedColumn[Any]:
-    """Declare the column that says when the thing went away."""
+    """Declare the column that holds the time of an object's removal."""
     return marked(DateTime(timezone=True), part=Part.TOMBSTONE, sort_order=80)
 
 
+def related(join: str, **kwargs: Any) -> Any:
+    """Declare a relationship without a foreign key: read-only, and loaded only on request."""
+    return relationship(primaryjoin=join, viewonly=True, lazy="raise", **kwargs)
+
+
 def part_of(column: Column[Any]) -> Part:
-    """Return what a column is to the merge (unmarked columns are data)."""
+    """Return how the merge treats a column; an unmarked column is data."""
     part: Part = column.info.get("part", Part.DATA)
     return part
 
 
 def mirrored_tables() -> dict[str, Table]:
-    """Return the tables that the merge keeps equal to Discord, by name."""
+    """Return the tables that mirror Discord, by name."""
     return {
         name: table
         for name, table in Base.metadata.tables.items()

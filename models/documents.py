@@ -1,4 +1,4 @@
-"""What cogs keep without a table of their own: typed documents, by guild, namespace and key."""
+"""Documents: JSON values that cogs store by guild, namespace and key, without a table of their own."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from models.base import Base, marked, snowflake
 
 
 class Document(Base):
-    """One value of a cog's; what it may hold is said by the cog's model alone."""
+    """A JSON value stored by a cog; the cog's model defines its shape."""
 
     __tablename__ = "documents"
 
-    #: 0: of no guild.
+    #: 0 for global documents.
     guild_id: Mapped[int] = snowflake(primary_key=True)
-    #: Which store it is in, chosen by the cog.
+    #: The name of the store, chosen by the cog.
     namespace: Mapped[str] = marked(Text, primary_key=True)
-    #: Ids in decimal. Ordered by code points on every server, so that the pages of a listing are.
+    #: Ids are written in decimal. Sorted by code point on every server, so that listings page consistently.
     key: Mapped[str] = marked(Text(collation="C"), primary_key=True)
     value: Mapped[Any] = marked(JSONB, nullable=False)
-    #: Raised by every write, and never one that the key had before.
+    #: Increased by every write; a key never has the same version twice.
     version: Mapped[int] = marked(BigInteger, nullable=False, server_default="1")
     updated_at: Mapped[datetime] = marked(nullable=False, server_default=func.now())
-    #: The last value that did not fit the model, as it was before it was repaired or replaced; None: there was none.
+    #: The last value that did not match the model, before it was repaired or replaced; None if there was none.
     quarantined: Mapped[Any | None] = marked(JSONB(none_as_null=True))
-    #: Why it did not fit; None: there was none.
+    #: Why it did not match; None if there was none.
     problem: Mapped[str | None] = marked(Text)

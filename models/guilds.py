@@ -1,4 +1,4 @@
-"""Guilds and what belongs to them: roles, channels and threads."""
+"""Guilds, roles, channels and threads."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ARRAY, BigInteger, Computed, Index, Integer, SmallInteger, Text
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import Mapped, relationship
+from sqlalchemy.orm import Mapped
 
-from models.base import Base, Erase, Mirrored, Part, created_at_of, marked, snowflake, tombstone
+from models.base import Base, Erase, Mirrored, Part, created_at_of, marked, related, snowflake, tombstone
 
 if TYPE_CHECKING:
     from models.people import User
-
-
-def _related(join: str, **kwargs: Any) -> Any:
-    """Declare what belongs to a row: read only, and never loaded unless it was asked for."""
-    return relationship(primaryjoin=join, viewonly=True, lazy="raise", **kwargs)
 
 
 class Guild(Mirrored, Base):
@@ -49,32 +44,32 @@ class Guild(Mirrored, Base):
     #: When the bot joined.
     joined_at: Mapped[datetime | None] = marked()
     large: Mapped[bool | None] = marked(part=Part.QUIET)
-    #: True during an outage of Discord's: the guild is still there, its data just cannot be seen.
+    #: True during an outage of Discord's: the bot is still in the guild but does not see its data.
     unavailable: Mapped[bool] = marked(nullable=False, server_default="false", part=Part.QUIET)
-    #: What Discord said last; it drifts. `count(*)` over members that have not left is the truth.
+    #: Discord's latest figure, which drifts; `count(*)` over members who have not left is exact.
     member_count: Mapped[int | None] = marked(Integer, part=Part.QUIET)
     max_members: Mapped[int | None] = marked(Integer)
     premium_tier: Mapped[int | None] = marked(SmallInteger)
     premium_subscription_count: Mapped[int | None] = marked(Integer)
     vanity_url_code: Mapped[str | None] = marked(Text)
-    #: Sorted, because Discord sends them in any order.
+    #: Sorted, because Discord's order varies.
     features: Mapped[list[str] | None] = marked(ARRAY(Text))
     created_at: Mapped[datetime] = marked(created_at_of("id"))
     #: When the bot left or was removed; None while it is in the guild.
     left_at: Mapped[datetime | None] = tombstone()
     is_active: Mapped[bool] = marked(Computed("left_at IS NULL", persisted=True), sort_order=81)
 
-    #: None when the owner was never seen.
-    owner: Mapped[User | None] = _related("foreign(Guild.owner_id) == User.id")
-    #: This and the next two: what is there now, without what was deleted.
-    roles: Mapped[list[Role]] = _related(
+    #: None if the owner was never seen.
+    owner: Mapped[User | None] = related("foreign(Guild.owner_id) == User.id")
+    #: This and the next two exclude what was deleted.
+    roles: Mapped[list[Role]] = related(
         "and_(Guild.id == foreign(Role.guild_id), Role.deleted_at.is_(None))", order_by="(Role.position, Role.id)"
     )
-    channels: Mapped[list[Channel]] = _related(
+    channels: Mapped[list[Channel]] = related(
         "and_(Guild.id == foreign(Channel.guild_id), Channel.deleted_at.is_(None))",
         order_by="(Channel.position, Channel.id)",
     )
-    threads: Mapped[list[Thread]] = _related(
+    threads: Mapped[list[Thread]] = related(
         "and_(Guild.id == foreign(Thread.guild_id), Thread.deleted_at.is_(None))", order_by="Thread.id"
     )
 
@@ -99,18 +94,18 @@ class Role(Mirrored, Base):
     flags: Mapped[int | None] = marked(Integer)
     deleted_at: Mapped[datetime | None] = tombstone()
 
-    guild: Mapped[Guild | None] = _related("foreign(Role.guild_id) == Guild.id")
+    guild: Mapped[Guild | None] = related("foreign(Role.guild_id) == Guild.id")
 
 
 class Channel(Mirrored, Base):
-    """A channel of a guild, of any kind but threads."""
+    """A channel of a guild, of any type except threads."""
 
     __tablename__ = "channels"
     __table_args__ = (Index(None, "guild_id", "parent_id"),)
 
     guild_id: Mapped[int] = snowflake(primary_key=True)
     id: Mapped[int] = snowflake(primary_key=True)
-    #: None when the channel was hidden from the bot ever since it was first seen.
+    #: None if the channel has been hidden from the bot since it was first seen.
     name: Mapped[str | None] = marked(Text)
     type: Mapped[int | None] = marked(SmallInteger)
     parent_id: Mapped[int | None] = snowflake()
@@ -119,22 +114,22 @@ class Channel(Mirrored, Base):
     nsfw: Mapped[bool | None] = marked()
     #: Seconds.
     slowmode: Mapped[int | None] = marked(Integer)
-    #: Sorted by id, because Discord sends them in any order.
+    #: Sorted by id, because Discord's order varies.
     permission_overwrites: Mapped[list[dict[str, Any]] | None] = marked(JSONB)
-    #: Bits per second, of voice channels.
+    #: Bits per second; voice channels only.
     bitrate: Mapped[int | None] = marked(Integer)
     user_limit: Mapped[int | None] = marked(Integer)
     rtc_region: Mapped[str | None] = marked(Text)
     #: Minutes.
     default_auto_archive_duration: Mapped[int | None] = marked(Integer)
     flags: Mapped[int | None] = marked(BigInteger)
-    #: True while the bot may not view the channel: the other columns then hold what was last seen.
+    #: True while the bot may not view the channel; the other columns then keep their last known values.
     hidden: Mapped[bool] = marked(nullable=False, server_default="false", part=Part.QUIET)
     deleted_at: Mapped[datetime | None] = tombstone()
 
-    guild: Mapped[Guild | None] = _related("foreign(Channel.guild_id) == Guild.id")
-    #: What is there now, archived or not.
-    threads: Mapped[list[Thread]] = _related(
+    guild: Mapped[Guild | None] = related("foreign(Channel.guild_id) == Guild.id")
+    #: Archived ones included, deleted ones excluded.
+    threads: Mapped[list[Thread]] = related(
         "and_(Channel.guild_id == foreign(Thread.guild_id), Channel.id == foreign(Thread.parent_id),"
         " Thread.deleted_at.is_(None))",
         order_by="Thread.id",
@@ -163,14 +158,14 @@ class Thread(Mirrored, Base):
     #: Seconds.
     slowmode: Mapped[int | None] = marked(Integer)
     flags: Mapped[int | None] = marked(BigInteger)
-    #: Sorted, because Discord sends them in any order.
+    #: Sorted, because Discord's order varies.
     applied_tags: Mapped[list[int] | None] = marked(ARRAY(BigInteger))
     deleted_at: Mapped[datetime | None] = tombstone()
 
-    guild: Mapped[Guild | None] = _related("foreign(Thread.guild_id) == Guild.id")
-    #: The channel, deleted or not.
-    parent: Mapped[Channel | None] = _related(
+    guild: Mapped[Guild | None] = related("foreign(Thread.guild_id) == Guild.id")
+    #: The channel, even if deleted.
+    parent: Mapped[Channel | None] = related(
         "and_(foreign(Thread.guild_id) == Channel.guild_id, foreign(Thread.parent_id) == Channel.id)"
     )
-    #: None when the owner was never seen.
-    owner: Mapped[User | None] = _related("foreign(Thread.owner_id) == User.id")
+    #: None if the owner was never seen.
+    owner: Mapped[User | None] = related("foreign(Thread.owner_id) == User.id")

@@ -1,4 +1,4 @@
-"""What happened: the changes of mirrored rows, and the runs of the reconcile."""
+"""History: changes of mirrored rows, membership events, and reconcile runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy.orm import Mapped
 
 from models.base import Base, Erase, marked, snowflake, time_id
 
-#: Feeds the low bits of the time-ordered ids; in `ops`, so that a restore never sets it back.
+#: The low bits of time-ordered ids; in `ops`, so that a restore never resets it.
 change_ids = Sequence("change_ids", schema="ops", metadata=Base.metadata)
 
 
@@ -20,7 +20,7 @@ def _known_action() -> CheckConstraint:
 
 
 class Change(Base):
-    """One update, removal or return of a row that belongs to a guild; a first appearance leaves none."""
+    """One update, removal or return of a guild's row; an insert is not recorded."""
 
     __tablename__ = "changes"
     __table_args__ = (
@@ -37,19 +37,19 @@ class Change(Base):
     #: Primary key of the row, column by column.
     key: Mapped[dict[str, Any]] = marked(JSONB, nullable=False)
     action: Mapped[str] = marked(Text, nullable=False)
-    #: The person whom the row is about; None for what is about nobody.
+    #: The user that the row is about; None if it is not about a user.
     user_id: Mapped[int | None] = snowflake(erase=Erase.SUBJECT)
-    #: The columns that changed, as they were.
+    #: The changed columns with their old values.
     before: Mapped[dict[str, Any] | None] = marked(JSONB, erase=Erase.CLEAR)
-    #: The columns that changed, as they are since.
+    #: The changed columns with their new values.
     after: Mapped[dict[str, Any] | None] = marked(JSONB, erase=Erase.CLEAR)
     at: Mapped[datetime] = marked(nullable=False, server_default=func.now())
-    #: True when a listing showed it, false when Discord told of it as it happened.
+    #: True if found by a listing, false if Discord sent an event.
     inferred: Mapped[bool] = marked(Boolean, nullable=False, server_default=false())
 
 
 class UserChange(Base):
-    """One update of a user: what belongs to no guild."""
+    """One update of a user, which belongs to no guild."""
 
     __tablename__ = "user_changes"
     __table_args__ = (_known_action(), Index(None, "id"), {"postgresql_partition_by": "RANGE (id)"})
@@ -66,7 +66,7 @@ class UserChange(Base):
 
 
 class MemberEvent(Base):
-    """Somebody joined, left, was banned or unbanned."""
+    """A user joined, left, was banned or unbanned."""
 
     __tablename__ = "member_events"
     __table_args__ = (
@@ -80,15 +80,15 @@ class MemberEvent(Base):
     id: Mapped[int] = snowflake(primary_key=True, server_default=text(time_id("ops.change_ids")))
     user_id: Mapped[int] = snowflake(nullable=False, erase=Erase.SUBJECT)
     kind: Mapped[str] = marked(Text, nullable=False)
-    #: Of a join what Discord says, of the others when they were heard of.
+    #: Discord's timestamp for a join; for other kinds the time at which the event was received.
     at: Mapped[datetime] = marked(nullable=False)
-    #: True when nobody was connected to hear of it: a complete listing proves that it happened.
+    #: True if no process received the event: a complete listing proves that it happened.
     inferred: Mapped[bool] = marked(Boolean, nullable=False, server_default=false())
-    #: The earliest and the latest moment at which it can have happened, on the database's clock: of what is inferred
-    #: those of the listings before and after, of the others None and when they were heard of.
+    #: Earliest and latest possible time, on the database's clock. Inferred: the times of the listings before and after;
+    #: otherwise None and the time at which the event was received.
     earliest: Mapped[datetime | None] = marked()
     latest: Mapped[datetime | None] = marked()
-    #: Order of the observation, like that of rows: of what is inferred that of the listing.
+    #: Stamp of the observation, as in rows; if inferred, the stamp of the listing.
     stamp: Mapped[int] = marked(BigInteger, nullable=False, server_default="0")
 
 
@@ -107,16 +107,16 @@ class SyncRun(Base):
     started_at: Mapped[datetime] = marked(nullable=False)
     finished_at: Mapped[datetime] = marked(nullable=False)
     state: Mapped[str] = marked(Text, nullable=False)
-    #: Where the listing came from: op 8 over the gateway, or GET /guilds/{id}/members.
+    #: Source of the listing: op 8 over the gateway, or GET /guilds/{id}/members.
     source: Mapped[str] = marked(Text, nullable=False)
-    #: What asked for it: ready, available, request, retry.
+    #: Why it ran: ready, available, request, retry.
     reason: Mapped[str] = marked(Text, nullable=False)
-    #: Order of the observation: rows with an older stamp that the listing did not show are gone. None when it failed.
+    #: Stamp of the listing: rows with an older stamp that it did not show are gone. None if it failed.
     stamp: Mapped[int | None] = marked(BigInteger)
     pages: Mapped[int] = marked(Integer, nullable=False)
     rows_seen: Mapped[int] = marked(Integer, nullable=False)
     rows_inserted: Mapped[int] = marked(Integer, nullable=False)
     rows_updated: Mapped[int] = marked(Integer, nullable=False)
     rows_left: Mapped[int] = marked(Integer, nullable=False)
-    #: None when it succeeded.
+    #: None if it succeeded.
     error: Mapped[str | None] = marked(Text)

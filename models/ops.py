@@ -1,4 +1,4 @@
-"""Schema `ops`: what the running bot keeps for itself, and what a restore never overwrites."""
+"""Schema `ops`: operational state of the bot, which a restore never overwrites."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from models.base import Base, Erase, marked, snowflake
 
 
 class Lease(Base):
-    """Which process acts for a shard, and in which epoch: the high bits of every ordering stamp."""
+    """The process that serves a shard, and its epoch: the high bits of every stamp."""
 
     __tablename__ = "leases"
     __table_args__ = {"schema": "ops"}  # noqa: RUF012 - read by SQLAlchemy, never changed
 
     shard: Mapped[int] = marked(Integer, primary_key=True, autoincrement=False)
     holder: Mapped[str] = marked(Text, nullable=False)
-    #: Raised by every process that takes the shard over.
+    #: Increased by every process that takes over the shard.
     epoch: Mapped[int] = marked(BigInteger, nullable=False)
     taken_at: Mapped[datetime] = marked(nullable=False, server_default=func.now())
-    #: On the database's clock. None: given back.
+    #: On the database's clock; None after a release.
     expires_at: Mapped[datetime | None] = marked()
 
 
 class Position(Base):
-    """How far the events of one journal are in the database: all up to this stamp, committed together with them."""
+    """The stamp up to which a journal's events are in the database, committed together with them."""
 
     __tablename__ = "positions"
     __table_args__ = {"schema": "ops"}  # noqa: RUF012 - read by SQLAlchemy, never changed
 
-    #: Name of the process that wrote the journal, as in `ops.leases`.
+    #: Name of the process that wrote the journal, as in `ops.leases.holder`.
     journal: Mapped[str] = marked(Text, primary_key=True)
     position: Mapped[int] = marked(BigInteger, nullable=False)
     updated_at: Mapped[datetime] = marked(nullable=False, server_default=func.now())
 
 
 class CountedMessage(Base):
-    """A message that `member_stats` has counted; kept for a day, so that it counts once whoever tells of it again."""
+    """A message counted in `member_stats`, remembered for a day so that a repeated event is not counted again."""
 
     __tablename__ = "counted_messages"
     __table_args__ = {"schema": "ops"}  # noqa: RUF012 - read by SQLAlchemy, never changed
@@ -49,7 +49,7 @@ class CountedMessage(Base):
 
 
 class DeadLetter(Base):
-    """A row or an event that the database refused, with its error; the rest of its batch was written."""
+    """A row or event that the database rejected, with the error; the rest of its batch was written."""
 
     __tablename__ = "dead_letters"
     __table_args__ = (Index(None, "at"), {"schema": "ops"})
@@ -59,18 +59,18 @@ class DeadLetter(Base):
     table_name: Mapped[str] = marked(Text, nullable=False)
     #: Primary key of the row, column by column.
     key: Mapped[dict[str, Any]] = marked(JSONB, nullable=False)
-    #: The person whom the row is about; None for what is about nobody.
+    #: The user that the row is about; None if it is not about a user.
     user_id: Mapped[int | None] = snowflake(erase=Erase.SUBJECT)
-    #: What was to be written.
+    #: The values that were to be written.
     payload: Mapped[dict[str, Any] | None] = marked(JSONB, erase=Erase.CLEAR)
     stamp: Mapped[int] = marked(BigInteger, nullable=False)
-    #: PostgreSQL's error code.
+    #: PostgreSQL's error code; None if the driver raised the error.
     sqlstate: Mapped[str | None] = marked(Text)
     error: Mapped[str] = marked(Text, nullable=False)
 
 
 class AdminAction(Base):
-    """Who ran which operator's command, when, and with what result."""
+    """Audit log: which operator ran which command, when, and with what result."""
 
     __tablename__ = "admin_actions"
     __table_args__ = (Index(None, "at"), {"schema": "ops"})
@@ -95,7 +95,7 @@ class Migration(Base):
 
     id: Mapped[int] = marked(BigInteger, primary_key=True)
     at: Mapped[datetime] = marked(nullable=False, server_default=func.now())
-    #: The revision that was applied, reverted or stamped; of a pause the one that the schema is downgraded to.
+    #: The revision that was applied, reverted or stamped; for a pause, the one that the schema is downgraded to.
     revision: Mapped[str] = marked(Text, nullable=False)
     #: AUTO_MIGRATE is paused when the latest pause or resume is a pause.
     action: Mapped[str] = marked(Text, nullable=False)
@@ -110,7 +110,7 @@ class Migration(Base):
 
 
 class TableSize(Base):
-    """How large a table was: a sample every few hours, from which growth is read."""
+    """The size of a table, sampled every few hours to show growth."""
 
     __tablename__ = "table_sizes"
     __table_args__ = {"schema": "ops"}  # noqa: RUF012 - read by SQLAlchemy, never changed
@@ -125,7 +125,7 @@ class TableSize(Base):
 
 
 class CommandTree(Base):
-    """The slash commands last registered with Discord, so that a start registers them only when they changed."""
+    """The slash commands last registered with Discord; they are registered again only if they changed."""
 
     __tablename__ = "command_trees"
     __table_args__ = {"schema": "ops"}  # noqa: RUF012 - read by SQLAlchemy, never changed
@@ -139,7 +139,7 @@ class CommandTree(Base):
 
 
 class Suppression(Base):
-    """A person who asked not to be kept: nothing about them is written again."""
+    """A user who asked not to be stored: nothing about them is written again."""
 
     __tablename__ = "suppressions"
     __table_args__ = {"schema": "ops"}  # noqa: RUF012 - read by SQLAlchemy, never changed

@@ -1,4 +1,4 @@
-"""Users, and their memberships in guilds."""
+"""Users, and their memberships, statistics and preferences in guilds."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from sqlalchemy import ARRAY, BigInteger, Index, Integer, SmallInteger, Text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped
 
-from models.base import Base, Erase, Mirrored, created_at_of, marked, snowflake, tombstone
+from models.base import Base, Erase, Mirrored, created_at_of, marked, related, snowflake, tombstone
 
 if TYPE_CHECKING:
     from models.guilds import Guild
 
 
 class User(Mirrored, Base):
-    """A Discord account that the bot has seen. Nothing refers to it by foreign key: it is shared by all guilds."""
+    """A Discord account that the bot has seen. No foreign key refers to it, because all guilds share it."""
 
     __tablename__ = "users"
 
     id: Mapped[int] = snowflake(primary_key=True, erase=Erase.SUBJECT)
     username: Mapped[str | None] = marked(Text, erase=Erase.CLEAR)
-    #: '0' for people, four digits for bots.
+    #: '0' for users, four digits for bots.
     discriminator: Mapped[str | None] = marked(Text, erase=Erase.CLEAR)
     global_name: Mapped[str | None] = marked(Text, erase=Erase.CLEAR)
     avatar: Mapped[str | None] = marked(Text, erase=Erase.CLEAR)
-    #: None also where it was never asked for: only GET /users sends it.
+    #: Sent by GET /users only; None if it was never requested.
     banner: Mapped[str | None] = marked(Text, erase=Erase.CLEAR)
     accent_color: Mapped[int | None] = marked(Integer, erase=Erase.CLEAR)
     bot: Mapped[bool | None] = marked()
     system: Mapped[bool | None] = marked()
     public_flags: Mapped[int | None] = marked(BigInteger, erase=Erase.CLEAR)
-    #: This and the next four: for the bot's own account only, Discord shows them of no one else.
+    #: This and the next four are shown for the bot's own account only.
     flags: Mapped[int | None] = marked(BigInteger, erase=Erase.CLEAR)
     locale: Mapped[str | None] = marked(Text, erase=Erase.CLEAR)
     mfa_enabled: Mapped[bool | None] = marked(erase=Erase.CLEAR)
@@ -40,12 +40,14 @@ class User(Mirrored, Base):
     premium_type: Mapped[int | None] = marked(SmallInteger, erase=Erase.CLEAR)
     created_at: Mapped[datetime] = marked(created_at_of("id"))
 
-    if TYPE_CHECKING:  # added in models/relations.py
-        memberships: Mapped[list[Member]]
+    #: Guilds that the user is in, without those that they left.
+    memberships: Mapped[list[Member]] = related(
+        "and_(User.id == foreign(Member.user_id), Member.left_at.is_(None))", order_by="Member.guild_id"
+    )
 
     @property
     def avatar_url(self) -> str:
-        """The address of the avatar, or of Discord's default one (Discord API reference, "Image Formatting")."""
+        """The URL of the avatar, or of Discord's default one (Discord API reference, "Image Formatting")."""
         base = "https://cdn.discordapp.com"
         if self.avatar is None:
             index = (self.id >> 22) % 6 if self.discriminator in (None, "0") else int(self.discriminator) % 5
@@ -63,27 +65,28 @@ class Member(Mirrored, Base):
     guild_id: Mapped[int] = snowflake(primary_key=True)
     user_id: Mapped[int] = snowflake(primary_key=True, erase=Erase.SUBJECT)
     nick: Mapped[str | None] = marked(Text, erase=Erase.CLEAR)
-    #: Hash of the avatar for this guild alone.
+    #: Hash of the guild-specific avatar.
     avatar: Mapped[str | None] = marked(Text, erase=Erase.CLEAR)
     #: Sorted, without @everyone.
     roles: Mapped[list[int]] = marked(ARRAY(BigInteger), nullable=False, server_default="{}", erase=Erase.CLEAR)
-    #: None for guests whom Discord reports without one.
+    #: None for guests, whom Discord reports without one.
     joined_at: Mapped[datetime | None] = marked(erase=Erase.CLEAR)
     premium_since: Mapped[datetime | None] = marked(erase=Erase.CLEAR)
     timed_out_until: Mapped[datetime | None] = marked(erase=Erase.CLEAR)
     pending: Mapped[bool | None] = marked()
     flags: Mapped[int | None] = marked(Integer)
-    #: When the member left; None while they are there.
+    #: When the member left; None while they are in the guild.
     left_at: Mapped[datetime | None] = tombstone()
 
-    if TYPE_CHECKING:  # added in models/relations.py
-        user: Mapped[User | None]
-        guild: Mapped[Guild | None]
-        stats: Mapped[MemberStats | None]
+    user: Mapped[User | None] = related("foreign(Member.user_id) == User.id")
+    guild: Mapped[Guild | None] = related("foreign(Member.guild_id) == Guild.id")
+    stats: Mapped[MemberStats | None] = related(
+        "and_(foreign(Member.guild_id) == MemberStats.guild_id, foreign(Member.user_id) == MemberStats.user_id)"
+    )
 
 
 class MemberStats(Base):
-    """What a member did in a guild, added up; it stays when they leave."""
+    """A member's activity counters in a guild; kept when they leave."""
 
     __tablename__ = "member_stats"
     __table_args__ = (Index(None, "user_id"),)
@@ -91,26 +94,25 @@ class MemberStats(Base):
     guild_id: Mapped[int] = snowflake(primary_key=True)
     user_id: Mapped[int] = snowflake(primary_key=True, erase=Erase.SUBJECT)
     message_count: Mapped[int] = marked(BigInteger, nullable=False, server_default="0", erase=Erase.CLEAR)
-    #: When the last message that was counted was written.
+    #: When the last counted message was sent.
     last_active_at: Mapped[datetime | None] = marked(erase=Erase.CLEAR)
-    #: For cogs that hand out points.
+    #: For cogs that award experience points.
     xp: Mapped[int] = marked(BigInteger, nullable=False, server_default="0", erase=Erase.CLEAR)
 
-    if TYPE_CHECKING:  # added in models/relations.py
-        user: Mapped[User | None]
+    user: Mapped[User | None] = related("foreign(MemberStats.user_id) == User.id")
 
 
 class MemberPreferences(Base):
-    """What a member chose in a guild; it stays when they leave."""
+    """A member's preferences in a guild; kept when they leave."""
 
     __tablename__ = "member_preferences"
     __table_args__ = (Index(None, "user_id"),)
 
     guild_id: Mapped[int] = snowflake(primary_key=True)
     user_id: Mapped[int] = snowflake(primary_key=True, erase=Erase.SUBJECT)
-    #: Whether the bot may notify them of its own accord; None: they did not choose.
+    #: Whether the bot may send unsolicited notifications; None if not chosen.
     notifications: Mapped[bool | None] = marked(erase=Erase.CLEAR)
-    #: A language tag (BCP 47) like `de` or `pt-BR`; None: they did not choose.
+    #: A language tag (BCP 47) such as `de` or `pt-BR`; None if not chosen.
     language: Mapped[str | None] = marked(Text, erase=Erase.CLEAR)
-    #: For cogs that let members choose more.
+    #: For preferences defined by cogs.
     extra: Mapped[dict[str, Any]] = marked(JSONB, nullable=False, server_default="{}", erase=Erase.CLEAR)

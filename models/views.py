@@ -1,6 +1,6 @@
-"""Views, as versioned SQL: Alembic compares tables and indexes only."""
+"""Definitions of views, which Alembic does not compare."""
 
-#: Who holds which role. Joined from `roles`, because a view over unnest(roles) cannot use the GIN index.
+#: The members of each role. Joins `roles`, because a view over unnest(roles) could not use the GIN index.
 ROLE_MEMBERSHIP = """
 CREATE VIEW role_membership AS
 SELECT r.guild_id, r.id AS role_id, m.user_id

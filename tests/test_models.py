@@ -1,4 +1,4 @@
-"""The schema as the rest relies on it: marks on every column, keys that can be sharded, names that are promised."""
+"""The schema: marks on every column, keys that can be sharded, documented names."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from models import Base, Erase, Part, User, mirrored_tables, part_of
 TABLES = dict(Base.metadata.tables)
 MIRRORED = mirrored_tables()
 
-#: DESIGN.md, "Tables": names that operators and scripts rely on.
-PROMISED = {
+#: Columns that operators and scripts rely on.
+DOCUMENTED = {
     "guilds": "id name icon splash discovery_splash banner description owner_id preferred_locale afk_channel_id "
     "afk_timeout verification_level default_message_notifications explicit_content_filter mfa_level nsfw_level "
     "application_id system_channel_id system_channel_flags rules_channel_id public_updates_channel_id joined_at large "
@@ -47,21 +47,19 @@ KEYS = {
 
 
 @pytest.mark.parametrize("name", sorted(TABLES))
-def test_every_column_says_what_an_erase_must_do_to_it(name: str) -> None:
+def test_every_column_has_an_erase_mark(name: str) -> None:
     for column in TABLES[name].columns:
         assert isinstance(column.info.get("erase"), Erase), f"{name}.{column.name}"
 
 
 @pytest.mark.parametrize("name", sorted(TABLES))
-def test_what_is_about_a_person_stands_beside_who_it_is(name: str) -> None:
+def test_personal_columns_have_a_subject_column(name: str) -> None:
     marks = {column.info["erase"] for column in TABLES[name].columns}
-    assert Erase.CLEAR not in marks or Erase.SUBJECT in marks, (
-        f"{name} has columns to clear and no way to find the rows"
-    )
+    assert Erase.CLEAR not in marks or Erase.SUBJECT in marks, f"{name} has columns to clear but no subject column"
 
 
 @pytest.mark.parametrize("name", sorted(TABLES))
-def test_what_an_erase_clears_may_be_empty(name: str) -> None:
+def test_columns_to_clear_can_be_empty(name: str) -> None:
     for column in TABLES[name].columns:
         if column.info["erase"] is Erase.CLEAR:
             assert column.nullable or column.server_default is not None, f"{name}.{column.name}"
@@ -69,7 +67,7 @@ def test_what_an_erase_clears_may_be_empty(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["threads"])
-def test_the_history_of_what_a_person_owns_can_be_found_by_that_person(name: str) -> None:
+def test_history_of_personal_rows_has_the_user_id(name: str) -> None:
     from utils.mirror.records.rows import Mode, value_columns
     from utils.mirror.write import merge_sql
 
@@ -80,7 +78,7 @@ def test_the_history_of_what_a_person_owns_can_be_found_by_that_person(name: str
 
 
 @pytest.mark.parametrize("name", sorted(MIRRORED))
-def test_every_mirrored_column_has_its_part_in_the_merge(name: str) -> None:
+def test_every_mirrored_column_has_a_merge_part(name: str) -> None:
     parts = {column.name: column.info.get("part") for column in MIRRORED[name].columns}
     assert all(isinstance(part, Part) for part in parts.values()), parts
     found = [part for part in parts.values() if part in (Part.STAMP, Part.TOUCHED, Part.TOMBSTONE)]
@@ -90,23 +88,23 @@ def test_every_mirrored_column_has_its_part_in_the_merge(name: str) -> None:
     assert parts["updated_at"] is Part.TOUCHED
 
 
-def test_the_mirrored_tables_are_these() -> None:
+def test_lists_the_mirrored_tables() -> None:
     assert set(MIRRORED) == {"guilds", "users", "members", "roles", "channels", "threads"}
     assert part_of(TABLES["sync_runs"].columns["pages"]) is Part.DATA
 
 
-@pytest.mark.parametrize("name", sorted(PROMISED))
-def test_the_promised_columns_are_there(name: str) -> None:
-    assert set(PROMISED[name].split()) <= set(TABLES[name].columns.keys())
+@pytest.mark.parametrize("name", sorted(DOCUMENTED))
+def test_documented_columns_exist(name: str) -> None:
+    assert set(DOCUMENTED[name].split()) <= set(TABLES[name].columns.keys())
 
 
 @pytest.mark.parametrize("name", sorted(KEYS))
-def test_the_promised_keys_are_the_primary_keys(name: str) -> None:
+def test_documented_primary_keys(name: str) -> None:
     assert [column.name for column in TABLES[name].primary_key.columns] == KEYS[name]
 
 
 @pytest.mark.parametrize("name", sorted(name for name, table in TABLES.items() if table.schema is None))
-def test_what_a_guild_owns_is_kept_by_guild_so_that_it_can_be_sharded(name: str) -> None:
+def test_guild_owned_tables_can_be_sharded_by_guild(name: str) -> None:
     table = TABLES[name]
     if "guild_id" not in table.columns:
         assert name in ("guilds", "users", "user_changes")
@@ -120,16 +118,16 @@ def test_what_a_guild_owns_is_kept_by_guild_so_that_it_can_be_sharded(name: str)
 
 
 @pytest.mark.parametrize("name", sorted(TABLES))
-def test_nothing_refers_to_users_and_no_id_of_discords_is_counted_up(name: str) -> None:
+def test_no_foreign_keys_to_users_and_no_serial_ids(name: str) -> None:
     table = TABLES[name]
     assert all(key.column.table.name != "users" for key in table.foreign_keys)
     ddl = str(CreateTable(table).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
-    if name not in ("ops.admin_actions", "ops.dead_letters", "ops.migrations"):  # ids of our own, which count up
+    if name not in ("ops.admin_actions", "ops.dead_letters", "ops.migrations"):  # ids assigned by the database
         assert "SERIAL" not in ddl
 
 
 @pytest.mark.parametrize("name", sorted(TABLES))
-def test_ids_are_bigint_and_moments_have_a_time_zone(name: str) -> None:
+def test_ids_are_bigint_and_timestamps_have_a_time_zone(name: str) -> None:
     for column in TABLES[name].columns:
         if column.name == "id" or column.name.endswith("_id"):
             assert isinstance(column.type, BigInteger), f"{name}.{column.name}"
@@ -139,11 +137,11 @@ def test_ids_are_bigint_and_moments_have_a_time_zone(name: str) -> None:
             assert isinstance(column.type, DateTime), f"{name}.{column.name}"
 
 
-def test_no_table_keeps_an_e_mail_address() -> None:
+def test_no_table_stores_email_addresses() -> None:
     assert not [name for table in TABLES.values() for name in table.columns.keys() if "mail" in name]  # noqa: SIM118
 
 
-def test_every_model_is_a_table_of_its_own() -> None:
+def test_every_model_has_its_own_table() -> None:
     tables = [mapper.local_table for mapper in Base.registry.mappers]
     assert all(isinstance(table, Table) for table in tables)
     assert len({str(table) for table in tables}) == len(tables) == len(TABLES)
@@ -161,5 +159,5 @@ AVATARS = [
 
 
 @pytest.mark.parametrize(("values", "path"), AVATARS)
-def test_an_avatar_has_an_address_with_or_without_a_picture(values: dict[str, str | None], path: str) -> None:
+def test_avatar_url(values: dict[str, str | None], path: str) -> None:
     assert User(id=175928847299117063, **values).avatar_url == f"https://cdn.discordapp.com/{path}"

@@ -30,7 +30,6 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import joinedload, selectinload
 from sqlalchemy.orm.interfaces import ORMOption
 
-import models.relations  # noqa: F401 - adds the relationships of users and members
 from models import Base, Part
 from utils.exceptions import Conflict, GuildbookError, NotFound, ValidationError, driver_error, translate
 from utils.repositories import upsert
