@@ -1,4 +1,4 @@
-"""Two databases are swapped completely or not at all, with the newest rows of `ops`, whoever is connected."""
+"""Two databases are swapped completely or not at all, with the newest rows of `ops`, under open sessions."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ async def test_revoking_the_lease_raises_its_epoch(target: ConnectTarget, fresh:
 
 
 async def test_loses_no_write_committed_before_the_swap(target: ConnectTarget, fresh: ConnectTarget) -> None:
-    """Whatever persistent writers have committed is in `ops` of the new database."""
+    """Every row that concurrent writers have committed is in `ops` of the new database."""
     await execute(target, "INSERT INTO ops.leases (shard, holder, epoch) VALUES (0, 'bot', 1)")
     committed: list[int] = []
     errors: list[str] = []

@@ -1,1 +1,1 @@
-"""Backups: make, store, verify, restore, drill, prune."""
+"""Backups: create, store, verify, restore, drill, prune."""

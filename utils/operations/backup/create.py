@@ -25,7 +25,6 @@ from utils.operations.backup.manifest import (
     ARCHIVE_SUFFIX,
     ENCRYPTED_SUFFIX,
     MANIFEST_SUFFIX,
-    SAFETY_PREFIX,
     Kind,
     Manifest,
     new_id,
@@ -165,7 +164,7 @@ async def create(
         except BackupError as exc:
             message = f"backup {id} is complete in {local.name}, but was not stored remotely: {exc}"
             # A safety copy serves to undo what follows, for which the local copy is enough.
-            if not request.reason.startswith(SAFETY_PREFIX):
+            if not manifest.is_safety_copy:
                 raise BackupError(message) from exc
             _log.warning("%s", message)
     return manifest

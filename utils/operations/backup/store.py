@@ -1,4 +1,4 @@
-"""Where backup files are stored: a local directory, and whatever obstore reaches (S3 and compatible, GCS, Azure)."""
+"""Where backup files are stored: a local directory, or a store that obstore supports (S3, GCS, Azure, …)."""
 
 from __future__ import annotations
 

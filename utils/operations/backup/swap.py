@@ -174,8 +174,8 @@ async def _transfer_ops(
         f" SET LOCAL idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'"
     )
     if tables:
-        # Readers go on; whoever writes there, or checks the lease to write elsewhere, waits. Writers lock their lease
-        # first, so it comes first here too.
+        # Blocks writers of these tables, and everyone who checks the lease before writing to others; readers go on.
+        # Writers lock their lease first, so it is locked first here too.
         ordered = sorted(tables, key=lambda table: table != "leases")
         await locker.execute(f"LOCK TABLE {', '.join(map(_in_ops, ordered))} IN EXCLUSIVE MODE")
     live_leases |= await lease.list_live(locker)
@@ -194,8 +194,8 @@ async def _transfer_ops(
 async def _has_diverged(live: Connection, restored: Connection) -> bool:
     """Return whether the live database began anew since the backup: its leases do not continue those of the backup.
 
-    Then the rows that the bot wrote there have lower stamps than those of the backup, and its `ops` lacks what people
-    asked for before.
+    Then the rows that the bot wrote there have lower stamps than those of the backup, and its `ops` lacks earlier
+    requests to be forgotten.
     """
     live_epochs = await lease.list_epochs(live)
     for shard, (epoch, taken_at) in (await lease.list_epochs(restored)).items():
@@ -316,7 +316,7 @@ async def _rename(
     )
     renamer_pid: int = renamer.get_server_pid()
     await renamer.execute("BEGIN")
-    # The rename's lock keeps new sessions out from here on, so whoever is terminated cannot return.
+    # The rename's lock keeps new sessions out from here on, so terminated clients cannot return.
     renaming = asyncio.create_task(
         renamer.execute(
             f"ALTER DATABASE {quote_identifier(database)} RENAME TO {quote_identifier(before)}", timeout=RENAME_SECONDS
