@@ -20,8 +20,6 @@ from tests.waiting import until
 from utils.database import Pool
 from utils.exceptions import DatabaseError
 from utils.mirror import Mirror
-from utils.mirror import mirror as mirror_module
-from utils.mirror.discord import source
 from utils.mirror.discord.source import DiscordSource
 from utils.mirror.discord.tap import install
 from utils.mirror.reconcile.listing import Listing
@@ -117,7 +115,6 @@ def small_world(
     monkeypatch: pytest.MonkeyPatch, *sizes: int, seed: int = 1, pages_per_second: float | None = None, **limits: Any
 ) -> tuple[Simulator, list[int]]:
     """Return a simulator with guilds of these sizes, whose member pages are `PAGE` long, and the guilds' ids."""
-    monkeypatch.setattr(source, "MEMBERS_PAGE", PAGE)
     world = World(seed=seed)
     ids = [world.add_guild(members=size, roles=4, channels=7, threads=3, archived_threads=2) for size in sizes]
     paced = Limits.none(pages_per_second=pages_per_second, members_per_page=PAGE)
@@ -126,7 +123,6 @@ def small_world(
 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten waits of minutes and seconds, our own and discord.py's, that no test is about."""
-    monkeypatch.setattr(mirror_module, "ARRIVAL_SECONDS", 0.2)
     monkeypatch.setattr(http, "asyncio", _Impatient())
     monkeypatch.setattr(backoff.ExponentialBackoff, "delay", lambda self: 0.01)
 
@@ -163,10 +159,11 @@ async def mirrored(
     journal = None if spool is None else await Journal.open(spool, fence.holder, max_bytes=2**26)
     mirror = Mirror(
         database,
-        DiscordSource(client, timeout=10.0),
+        DiscordSource(client, timeout=10.0, members_page=PAGE),
         fence,
         EventQueue(journal, spool=mode, max_rows=max_rows),
         shards=1,
+        arrival_seconds=0.2,
         flush_policy=FlushPolicy(
             flush_seconds=flush_seconds, transaction_events=transaction_events, replay_seconds=replay_seconds
         ),
@@ -174,7 +171,6 @@ async def mirrored(
             page_timeout=page_timeout,
             cooldown=cooldown,
             retry_seconds=0.05,
-            members_page=source.MEMBERS_PAGE,
             user_batch_pages=user_batch_pages,
             thread_requests_per_second=1_000,  # the simulator has its own limits
             thread_retry_seconds=0.05,

@@ -56,6 +56,8 @@ class Mirror:
         flush_policy: FlushPolicy,
         reconcile_policy: ReconcilePolicy,
         spool: Path | None = None,
+        pause_seconds: float = PAUSE_SECONDS,
+        arrival_seconds: float = ARRIVAL_SECONDS,
         on_lost: Callable[[], None] = lambda: None,
         has_slept: Callable[[], bool] = lambda: False,
         on_written: Callable[[frozenset[str]], None] = lambda _: None,
@@ -77,6 +79,8 @@ class Mirror:
         self.archived = ArchivedThreads(self.writer, source, self.stamps, self.reconciler)
         self._source = source
         self._spool = spool
+        self._pause_seconds = pause_seconds
+        self._arrival_seconds = arrival_seconds
         #: `time.monotonic()` of the last READY or GUILD_CREATE.
         self._last_arrival: float = 0.0
         #: Messages received since the metric was last brought up to date: a counter's lock costs as much as all else.
@@ -129,7 +133,7 @@ class Mirror:
         ready = (
             len(self._ready) == self.shards
             and progress["reconciled"] == progress["available"]
-            and (progress["unavailable"] == 0 or time.monotonic() - self._last_arrival > ARRIVAL_SECONDS)
+            and (progress["unavailable"] == 0 or time.monotonic() - self._last_arrival > self._arrival_seconds)
         )
         return ready, {"shards_ready": len(self._ready), **progress}
 
@@ -203,20 +207,20 @@ class Mirror:
     async def _until_less_crowded(self) -> None:
         """Let the database and the disk catch up with events that come faster than they take them."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(PAUSE_SECONDS):
+            async with asyncio.timeout(self._pause_seconds):
                 while self.writer.queue.is_crowded:  # noqa: ASYNC110 - the disk and the database both make room
                     await asyncio.sleep(ROOM_SECONDS)
 
     async def _pause(self) -> None:
         full = [listing for listing in self.reconciler.listings.values() if listing.pages_waiting >= PAGES_WAITING]
         try:
-            async with asyncio.timeout(PAUSE_SECONDS):
+            async with asyncio.timeout(self._pause_seconds):
                 for listing in full:
                     await listing.wait_for_room(PAGES_WAITING)
         except TimeoutError:
             for listing in full:
                 if listing.pages_waiting >= PAGES_WAITING:
-                    why = f"guild {listing.guild_id}: the database took no page for {PAUSE_SECONDS:g} s"
+                    why = f"guild {listing.guild_id}: the database took no page for {self._pause_seconds:g} s"
                     listing.abandon(SyncError(why))
 
     def _chunk(self, data: Payload) -> bool:

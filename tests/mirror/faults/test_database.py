@@ -198,7 +198,7 @@ async def test_what_waits_at_a_stop_is_written_or_said_to_be_lost(
                 await until(bot.has_heard_all)
                 await bot.mirror.stop(0.1)
                 bot.killed = True
-    assert any("could not be written" in record.getMessage() for record in caplog.records)
+    assert any("rows were not written" in record.getMessage() for record in caplog.records)
 
 
 async def test_rows_that_wait_since_before_a_listing_never_lie_over_it(

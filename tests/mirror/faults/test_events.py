@@ -174,10 +174,8 @@ async def test_what_cannot_be_written_at_the_end_is_left_to_the_disk_or_said_to_
                     await until(bot.has_heard_all)
                     await bot.mirror.stop(0.3)
                     bot.killed = True
-            assert ("30 events could not be written: they are in the spool" in caplog.text) == (mode == "outage")
-            assert ("30 of 30 events that could not be written are lost: SPOOL is off" in caplog.text) == (
-                mode == "off"
-            )
+            assert ("30 events were not written; they are in the spool" in caplog.text) == (mode == "outage")
+            assert ("30 of 30 unwritten events are lost: SPOOL is off" in caplog.text) == (mode == "off")
             caplog.clear()
         assert sum((await counted(database)).values()) == 0
         async with mirrored(database, simulator, monkeypatch, spool=tmp_path) as bot:

@@ -1,4 +1,4 @@
-"""A listing under way: complete only when every announced page has come, and never waited for without a bound."""
+"""A member listing: complete only when every announced page was received, and every wait has a bound."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.mirror.tables import GUILD, when
 from utils.database import Pool
 from utils.exceptions import SyncError
 from utils.mirror import mirror as module
+from utils.mirror.discord.source import DiscordSource
 from utils.mirror.reconcile.listing import Listing
 from utils.mirror.reconcile.reconciler import ReconcilePolicy
 from utils.mirror.records.rows import Row
@@ -25,10 +26,10 @@ from utils.service.lease import Fence
 SOON = 0.01
 
 
-def listing(touched: LiveOverlay | None = None) -> Listing:
+def listing(overlay: LiveOverlay | None = None) -> Listing:
     return Listing(
         GUILD, stamp=10, source="gateway", reason="request", started_at=when(0),
-        overlay=touched or LiveOverlay(), on_malformed=lambda error: None,
+        overlay=overlay or LiveOverlay(), on_malformed=lambda error: None,
     )  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def shown(pages: list[Page]) -> list[int]:
 
 
 @given(data=st.data())
-async def test_every_order_and_repetition_of_all_pages_is_complete_and_each_page_counts_once(
+async def test_all_pages_in_any_order_are_complete_and_count_once(
     data: st.DataObject,
 ) -> None:
     count = data.draw(st.integers(1, 6), label="pages")
@@ -68,7 +69,7 @@ async def test_every_order_and_repetition_of_all_pages_is_complete_and_each_page
 
 
 @given(data=st.data())
-async def test_no_listing_with_a_page_missing_is_complete(data: st.DataObject) -> None:
+async def test_listing_with_a_missing_page_is_incomplete(data: st.DataObject) -> None:
     count = data.draw(st.integers(2, 6), label="pages")
     missing = data.draw(st.integers(0, count - 1), label="missing")
     found = listing()
@@ -81,7 +82,7 @@ async def test_no_listing_with_a_page_missing_is_complete(data: st.DataObject) -
 
 
 @pytest.mark.parametrize(("index", "count"), [(1, 4), (3, 3), (-1, 3), (0, 0), (5, 3)])
-async def test_pages_that_contradict_one_another_prove_nothing(index: int, count: int) -> None:
+async def test_contradicting_pages_fail_the_listing(index: int, count: int) -> None:
     found = listing()
     found.add_chunk(chunk(0, 3, 1))
     found.add_chunk(chunk(index, count, 2))
@@ -90,12 +91,12 @@ async def test_pages_that_contradict_one_another_prove_nothing(index: int, count
         await drained(found)
 
 
-async def test_the_wait_for_a_page_has_a_bound_and_says_what_had_come() -> None:
+async def test_wait_for_a_page_times_out_and_names_what_came() -> None:
     with pytest.raises(SyncError, match=r"no page within 0\.01 s; 0 received"):
         await listing().next_page(SOON)
 
 
-async def test_a_page_ends_the_wait_for_it() -> None:
+async def test_page_ends_the_wait() -> None:
     found = listing()
     waiting = asyncio.create_task(found.next_page(5))
     await asyncio.sleep(0)
@@ -106,7 +107,7 @@ async def test_a_page_ends_the_wait_for_it() -> None:
     assert await found.next_page(SOON) is None
 
 
-async def test_a_failure_ends_the_wait_and_hides_the_pages_that_had_come() -> None:
+async def test_failure_ends_the_wait_and_discards_pages() -> None:
     found = listing()
     found.add_chunk(chunk(0, 2, 1))
     found.fail(SyncError("the socket dropped"))
@@ -121,14 +122,14 @@ async def test_a_failure_ends_the_wait_and_hides_the_pages_that_had_come() -> No
         await waiting
 
 
-async def test_a_failure_after_the_last_page_takes_nothing_from_the_proof() -> None:
+async def test_failure_after_the_last_page_is_ignored() -> None:
     found = listing()
     found.add_chunk(chunk(0, 1, 1))
     found.fail(SyncError("too late"))
     assert shown(await drained(found)) == [1]
 
 
-async def test_whoever_waits_for_room_is_released_by_a_page_taken_a_failure_and_the_end() -> None:
+async def test_wait_for_room_ends_with_a_page_a_failure_or_close() -> None:
     async def fails(found: Listing) -> None:
         found.fail(SyncError("x"))
 
@@ -146,29 +147,26 @@ async def test_whoever_waits_for_room_is_released_by_a_page_taken_a_failure_and_
         await asyncio.wait_for(waiting, 5)
 
 
-async def test_the_gateway_is_not_held_up_again_by_a_listing_that_no_page_is_taken_from(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each message would wait for as long again, and the session die of unanswered heartbeats."""
-    monkeypatch.setattr(module, "PAUSE_SECONDS", SOON)
+async def test_stuck_listing_pauses_the_gateway_only_once(database: Pool) -> None:
+    """Otherwise each message would wait as long again, and the session would miss its heartbeats."""
     found = listing()
     for index in range(8):
         found.add_chunk(chunk(index, 8, index + 1))
     mirror = module.Mirror(
-        database, None, Fence("nobody", 1), EventQueue(None, spool="off", max_rows=1_000), shards=1,  # type: ignore[arg-type]
-        flush_policy=FlushPolicy(), reconcile_policy=ReconcilePolicy(page_timeout=1.0, cooldown=0),
+        database, DiscordSource(None), Fence("nobody", 1), EventQueue(None, spool="off", max_rows=1_000), shards=1,  # type: ignore[arg-type]
+        flush_policy=FlushPolicy(), reconcile_policy=ReconcilePolicy(page_timeout=1.0, cooldown=0), pause_seconds=SOON,
     )  # fmt: skip
     mirror.reconciler.listings["nonce"] = found
     await mirror._pause()
     assert found.pages_waiting < module.PAGES_WAITING or found._error is not None
 
 
-async def test_who_was_touched_and_who_could_not_be_read_is_spared() -> None:
-    touched = LiveOverlay()
-    touched.open("listing")
-    touched.add(Row("members", (GUILD, 1), {}), 9)
-    touched.add(Row("members", (GUILD, 2), {}), 11)
-    found = listing(touched)
+async def test_protects_touched_and_unreadable_members() -> None:
+    overlay = LiveOverlay()
+    overlay.open("listing")
+    overlay.add(Row("members", (GUILD, 1), {}), 9)
+    overlay.add(Row("members", (GUILD, 2), {}), 11)
+    found = listing(overlay)
     broken = chunk(0, 2, 4)
     broken["members"].append({"user": {"id": "3"}})
     found.add_chunk(broken)

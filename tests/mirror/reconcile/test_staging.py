@@ -1,4 +1,4 @@
-"""Large listings through staging: what is written, what is spared, and what is left behind when one breaks."""
+"""Large listings through staging: what is written, what is protected, and what a failed one leaves behind."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def listed(ids: range, stamp: int, **values: Any) -> list[Page]:
     return [page([member_record(id, stamp, **values)]) for id in ids]
 
 
-async def test_a_first_listing_fills_the_guild_and_leaves_no_history(database: Pool, writer: MirrorWriter) -> None:
+async def test_first_listing_inserts_members_without_history(database: Pool, writer: MirrorWriter) -> None:
     run = await stage(writer, listed(range(1, 60), 10, nick="n"), 10)
     assert counts(run) == (59, 0, 0)
     assert (run.pages, run.rows_seen) == (59, 59)
@@ -70,7 +70,7 @@ async def test_a_first_listing_fills_the_guild_and_leaves_no_history(database: P
 
 
 @pytest.mark.parametrize("source", ["gateway", "rest"])
-async def test_the_same_listing_again_writes_nothing(database: Pool, writer: MirrorWriter, source: str) -> None:
+async def test_equal_listing_writes_nothing(database: Pool, writer: MirrorWriter, source: str) -> None:
     await stage(writer, listed(range(1, 60), 10, nick="n", roles=[3]), 10, source=source)
     before = await versions(database, "members"), await versions(database, "users")
     run = await stage(writer, listed(range(1, 60), 20, nick="n", roles=[3]), 20, source=source)
@@ -83,7 +83,7 @@ async def test_the_same_listing_again_writes_nothing(database: Pool, writer: Mir
         assert await connection.fetchval(dead) == 0
 
 
-async def test_who_changed_left_came_and_returned_is_told_apart(database: Pool, writer: MirrorWriter) -> None:
+async def test_distinguishes_changes_leaves_joins_and_returns(database: Pool, writer: MirrorWriter) -> None:
     await stage(writer, listed(range(1, 41), 10, nick="n"), 10)
     await write(database, said("members", (GUILD, 40), 15, left_at=when(1), may_insert=False))
     await write(database, said("members", (OTHER_GUILD, 2), 1, nick="elsewhere"))
@@ -105,7 +105,7 @@ async def test_who_changed_left_came_and_returned_is_told_apart(database: Pool, 
 
 
 @pytest.mark.parametrize("known", [range(1, 3), range(1, 301)])
-async def test_a_member_listed_twice_is_written_once(database: Pool, writer: MirrorWriter, known: range) -> None:
+async def test_member_listed_twice_is_written_once(database: Pool, writer: MirrorWriter, known: range) -> None:
     await stage(writer, listed(known, 10), 10)
     twice = [*listed(range(1, 302), 20, nick="new"), *listed(range(299, 302), 20, nick="new")]
     await stage(writer, twice, 20)
@@ -114,9 +114,7 @@ async def test_a_member_listed_twice_is_written_once(database: Pool, writer: Mir
     assert len(await history(database)) == len(known)
 
 
-async def test_a_first_listing_with_a_member_twice_fails_whole_and_succeeds_over_rest(
-    database: Pool, writer: MirrorWriter
-) -> None:
+async def test_first_listing_with_a_duplicate_succeeds_over_rest(database: Pool, writer: MirrorWriter) -> None:
     twice = [*listed(range(1, 9), 10), *listed(range(8, 9), 10)]
     with pytest.raises(ExceptionGroup) as caught:
         await stage(writer, twice, 10)
@@ -126,10 +124,10 @@ async def test_a_first_listing_with_a_member_twice_fails_whole_and_succeeds_over
     assert counts(run) == (8, 0, 0)
 
 
-async def test_what_live_events_spoke_of_since_beats_the_listing(database: Pool, writer: MirrorWriter) -> None:
+async def test_live_events_beat_an_older_listing(database: Pool, writer: MirrorWriter) -> None:
     await stage(writer, listed(range(1, 41), 10, nick="n"), 10)
     writer.overlay.open("listing")
-    writer.put(Row("members", (GUILD, 1), {"nick": "n"}), 25)  # it changed nothing, so the table keeps no trace of it
+    writer.put(Row("members", (GUILD, 1), {"nick": "n"}), 25)  # no change, so the table has no trace of it
     writer.put(Row("members", (GUILD, 2), {"nick": "live"}), 26)
     writer.put(Row("users", (3,), {"username": "user 3"}), 27)
     writer.put(Row("members", (GUILD, 50), {"nick": "joined", "left_at": None}), 28)
@@ -142,9 +140,7 @@ async def test_what_live_events_spoke_of_since_beats_the_listing(database: Pool,
 
 
 @pytest.mark.parametrize("known", [range(0), range(1, 41)])
-async def test_a_listing_that_breaks_leaves_the_members_as_they_were(
-    database: Pool, writer: MirrorWriter, known: range
-) -> None:
+async def test_failed_listing_leaves_members_unchanged(database: Pool, writer: MirrorWriter, known: range) -> None:
     await applied(
         database,
         Batch(groups=[Group("members", LISTED_MEMBER_COLUMNS, Mode.MERGE, [member_record(i, 1) for i in known])]),
@@ -162,7 +158,7 @@ async def test_a_listing_that_breaks_leaves_the_members_as_they_were(
 
 
 @pytest.mark.parametrize("breaks", [None, SyncError("the socket dropped")])
-async def test_no_staging_table_and_no_setting_stays_on_a_connection(
+async def test_leaves_no_staging_table_or_setting_behind(
     database: Pool, writer: MirrorWriter, breaks: SyncError | None
 ) -> None:
     await write(database, said("members", (GUILD, 1), 1, nick="n"))
@@ -178,7 +174,7 @@ async def test_no_staging_table_and_no_setting_stays_on_a_connection(
             assert await connection.fetchval("SELECT current_setting('work_mem')") != "64MB"
 
 
-async def test_nobody_is_buried_when_a_member_could_not_be_read_at_all(database: Pool, writer: MirrorWriter) -> None:
+async def test_member_without_a_readable_id_prevents_tombstones(database: Pool, writer: MirrorWriter) -> None:
     await stage(writer, listed(range(1, 41), 10), 10)
     unreadable = page([member_record(1, 20)])
     unreadable.unreadable.append(None)
@@ -189,9 +185,7 @@ async def test_nobody_is_buried_when_a_member_could_not_be_read_at_all(database:
     assert (await row(database, "members", (GUILD, 2)))["left_at"] is None
 
 
-async def test_an_older_listing_writes_nothing_after_a_later_one_was_completed(
-    database: Pool, writer: MirrorWriter
-) -> None:
+async def test_superseded_listing_writes_nothing(database: Pool, writer: MirrorWriter) -> None:
     await stage(writer, listed(range(1, 41), 10, nick="n"), 10)
     await applied(database, Batch(runs=[complete_run(100)]))
     before = await rows(database, "members")
@@ -201,8 +195,8 @@ async def test_an_older_listing_writes_nothing_after_a_later_one_was_completed(
     assert await rows(database, "members") == before
 
 
-async def test_users_stay_when_the_members_of_the_listing_fail(database: Pool, writer: MirrorWriter) -> None:
-    """Users are merged in their own transactions: a user row is true whatever becomes of the listing."""
+async def test_failed_listing_keeps_its_users(database: Pool, writer: MirrorWriter) -> None:
+    """Users are merged in transactions of their own: a user row is valid even if the listing fails."""
     with pytest.raises(ExceptionGroup):
         await stage(writer, listed(range(1, 60), 10), 10, breaks=SyncError("the socket dropped"))
     assert await rows(database, "members") == {}
@@ -225,7 +219,7 @@ async def state(database: Pool) -> tuple[Any, ...]:
     notes = [await history(database, table) for table in ("changes", "user_changes")]
     shown = [[(*note[:4], sorted(note[4]), sorted(note[5])) for note in found] for found in notes]
     found = await rows(database, "members")
-    for value in found.values():  # the moment of a listing is not that of another
+    for value in found.values():  # the times of two listings differ
         value["left_at"] = value["left_at"] is not None
     runs = "SELECT state, rows_inserted, rows_updated, rows_left FROM sync_runs"
     return (
@@ -239,7 +233,7 @@ async def state(database: Pool) -> tuple[Any, ...]:
 
 @settings(max_examples=40)
 @given(before=MEMBERS, gone=st.sets(st.integers(1, 8)), after=MEMBERS, newer=st.sets(st.integers(1, 8)))
-async def test_staging_and_a_small_batch_leave_the_same_tables(
+async def test_staging_and_small_batch_leave_equal_tables(
     database: Pool, before: Members, gone: set[int], after: Members, newer: set[int]
 ) -> None:
     records = [member_record(id, 20, **values) for id, values in after.items()]

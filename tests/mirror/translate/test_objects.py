@@ -10,6 +10,7 @@ import pytest
 from tests.mirror.tables import GUILD, when
 from utils.database import Pool
 from utils.mirror import Mirror
+from utils.mirror.discord.source import DiscordSource
 from utils.mirror.discord.tap import decode
 from utils.mirror.reconcile.reconciler import ReconcilePolicy
 from utils.mirror.records.rows import Row
@@ -238,7 +239,7 @@ async def test_a_number_beyond_all_bounds_does_not_make_the_receiver_raise(datab
 
 def unstarted(database: Pool) -> Mirror:
     return Mirror(
-        database, None, Fence("nobody", 1), EventQueue(None, spool="off", max_rows=1_000), shards=1,  # type: ignore[arg-type]
+        database, DiscordSource(None), Fence("nobody", 1), EventQueue(None, spool="off", max_rows=1_000), shards=1,  # type: ignore[arg-type]
         flush_policy=FlushPolicy(), reconcile_policy=ReconcilePolicy(page_timeout=1.0, cooldown=0),
     )  # fmt: skip
 

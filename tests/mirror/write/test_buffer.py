@@ -1,4 +1,4 @@
-"""The write-behind buffer: one entry a row, and nothing lost between taking and giving back."""
+"""The write-behind buffer: one entry for each row, and nothing is lost between `take` and `give_back`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def buffer(rows: int = 500, seconds: float = 60.0) -> Buffer:
     return Buffer(flush_rows=rows, flush_seconds=seconds)
 
 
-async def test_a_later_event_is_laid_over_an_earlier_one_column_by_column() -> None:
+async def test_later_event_wins_by_column() -> None:
     waiting = buffer()
     waiting.put(member(1, nick="a", roles=[1]), 10)
     waiting.put(member(1, may_insert=False, nick="b"), 11)
@@ -30,7 +30,7 @@ async def test_a_later_event_is_laid_over_an_earlier_one_column_by_column() -> N
     assert len(waiting) == 0
 
 
-async def test_what_is_given_back_lies_under_what_came_meanwhile() -> None:
+async def test_given_back_entries_are_older_than_new_ones() -> None:
     waiting = buffer()
     waiting.put(member(1, nick="a", roles=[1]), 10)
     waiting.put(member(2, nick="x"), 11)
@@ -43,7 +43,7 @@ async def test_what_is_given_back_lies_under_what_came_meanwhile() -> None:
     }
 
 
-async def test_members_of_a_held_guild_stay_and_everything_else_is_handed_out() -> None:
+async def test_take_leaves_the_members_of_a_held_guild() -> None:
     waiting = buffer()
     for row in (member(1), member(1, guild_id=OTHER_GUILD), Row("roles", (GUILD, 1), {}), Row("guilds", (GUILD,), {})):
         waiting.put(row, 1)
@@ -57,13 +57,13 @@ async def test_members_of_a_held_guild_stay_and_everything_else_is_handed_out() 
     assert set(waiting.take()) == {("members", (GUILD, 1)), ("members", (GUILD, 2))}
 
 
-async def test_memory_that_is_needed_is_taken_from_the_members_that_wait_longest() -> None:
+async def test_drops_the_oldest_members_with_their_users() -> None:
     waiting = buffer()
     waiting.put(Row("roles", (GUILD, 1), {}), 1)
     for user_id in (1, 2, 3):
         waiting.put(Row("users", (user_id,), {}), 2)
         waiting.put(member(user_id), 2)
-    waiting.put(member(1), 3)  # still the one that waits longest
+    waiting.put(member(1), 3)  # still the oldest
     waiting.put(member(9, guild_id=OTHER_GUILD), 4)
     assert waiting.drop_oldest_members(2) == (4, {GUILD})
     assert set(waiting.take()) == {
@@ -72,7 +72,7 @@ async def test_memory_that_is_needed_is_taken_from_the_members_that_wait_longest
     assert waiting.drop_oldest_members(2) == (0, set())
 
 
-async def test_the_age_is_that_of_what_waits() -> None:
+async def test_age_is_that_of_the_oldest_entry() -> None:
     waiting = buffer()
     assert waiting.age == 0.0
     waiting.put(member(1), 1)
@@ -86,24 +86,24 @@ async def test_the_age_is_that_of_what_waits() -> None:
     assert waiting._oldest_at is not None
 
 
-async def test_a_flush_is_due_by_number_by_age_and_when_woken() -> None:
+async def test_flush_is_due_by_size_by_age_and_on_request() -> None:
     waiting = buffer(rows=2)
     due = asyncio.create_task(waiting.wait_until_due())
     waiting.put(member(1), 1)
     waiting.put(member(1), 2)
     await asyncio.sleep(0)
-    assert not due.done(), "two events about one row are one row"
+    assert not due.done(), "two events about one row count as one"
     waiting.put(member(2), 3)
     await asyncio.wait_for(due, 5)
     due = asyncio.create_task(waiting.wait_until_due())
     await asyncio.sleep(0)
-    assert not due.done(), "a flush that was due is not due for ever"
+    assert not due.done(), "a flush is due once"
     waiting.request_flush()
     await asyncio.wait_for(due, 5)
     await asyncio.wait_for(buffer(seconds=0.01).wait_until_due(), 5)
 
 
-async def test_rows_are_grouped_by_what_they_speak_of_with_keys_in_order() -> None:
+async def test_groups_rows_by_columns_in_key_order() -> None:
     entries: Entries = {
         ("members", (GUILD, 3)): Entry({"nick": "c"}, True, 3),
         ("members", (GUILD, 1)): Entry({"nick": "a"}, True, 1),
@@ -131,10 +131,10 @@ EVENTS = st.lists(
 @pytest.mark.slow
 @settings(max_examples=200)
 @given(events=EVENTS)
-async def test_whatever_fails_and_comes_back_the_last_word_on_each_column_is_written_last(
+async def test_newest_value_of_each_column_is_written_last(
     events: list[tuple[int, dict[str, int], str]],
 ) -> None:
-    waiting, table, truth = buffer(), dict[int, dict[str, Any]](), dict[int, dict[str, Any]]()
+    waiting, table, expected = buffer(), dict[int, dict[str, Any]](), dict[int, dict[str, Any]]()
     failing: Entries | None = None
 
     def write(entries: Entries) -> None:
@@ -143,7 +143,7 @@ async def test_whatever_fails_and_comes_back_the_last_word_on_each_column_is_wri
 
     for stamp, (user_id, values, then) in enumerate(events, start=1):
         waiting.put(Row("members", (GUILD, user_id), dict(values)), stamp)
-        truth.setdefault(user_id, {}).update(values)
+        expected.setdefault(user_id, {}).update(values)
         if failing is not None:
             waiting.give_back(failing)
             failing = None
@@ -161,4 +161,4 @@ async def test_whatever_fails_and_comes_back_the_last_word_on_each_column_is_wri
     waiting.release(GUILD)
     waiting.give_back(failing or {})
     write(waiting.take())
-    assert table == truth
+    assert table == expected

@@ -1,4 +1,4 @@
-"""The merge against a model of it in plain Python: any observations, in any order, in any batches."""
+"""The merge compared with a model in plain Python: any observations, in any order, in any batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Model:
     """What `members` and `changes` should hold: newer stamps win, equal values leave no trace."""
 
     rows: dict[Key, dict[str, Any]] = field(default_factory=dict)
-    notes: list[tuple[Key, str, set[str]]] = field(default_factory=list)
+    changes: list[tuple[Key, str, set[str]]] = field(default_factory=list)
 
     def write(self, key: Key, entry: Entry) -> None:
         known = self.rows.get(key)
@@ -39,7 +39,7 @@ class Model:
             return
         was, now = known["left_at"], values.get("left_at", known["left_at"])
         action = "remove" if now and not was else "return" if was and not now else "update"
-        self.notes.append((key, action, changed))
+        self.changes.append((key, action, changed))
         known |= values | {"stamp": entry.stamp}
 
 
@@ -57,17 +57,17 @@ VALUES = st.fixed_dictionaries(
 OBSERVATIONS = st.tuples(KEYS, st.builds(Entry, values=VALUES, may_insert=st.booleans(), stamp=st.integers(1, 6)))
 
 
-def _in_order(note: tuple[Key, str, set[str]]) -> tuple[Key, str, list[str]]:
-    key, action, changed = note
+def _in_order(change: tuple[Key, str, set[str]]) -> tuple[Key, str, list[str]]:
+    key, action, changed = change
     return key, action, sorted(changed)
 
 
 async def compare(database: Pool, model: Model) -> None:
     found = await rows(database, "members")
-    wanted = dict.fromkeys(found, (*COLUMNS, "stamp"))
-    assert {key: {name: found[key][name] for name in wanted[key]} for key in found} == model.rows
-    notes = [(key, action, set(before)) for _, key, action, _, before, _ in await history(database)]
-    assert sorted(map(_in_order, notes)) == sorted(map(_in_order, model.notes))
+    expected = dict.fromkeys(found, (*COLUMNS, "stamp"))
+    assert {key: {name: found[key][name] for name in expected[key]} for key in found} == model.rows
+    changes = [(key, action, set(before)) for _, key, action, _, before, _ in await history(database)]
+    assert sorted(map(_in_order, changes)) == sorted(map(_in_order, model.changes))
     for _, key, _, user_id, before, after in await history(database):
         assert user_id == key[1]
         assert before.keys() == after.keys()
@@ -76,9 +76,7 @@ async def compare(database: Pool, model: Model) -> None:
 
 @settings(max_examples=60)
 @given(batches=st.lists(st.dictionaries(KEYS, OBSERVATIONS.map(lambda pair: pair[1])), max_size=6))
-async def test_batches_in_any_order_of_stamps_end_as_the_model_says(
-    database: Pool, batches: list[dict[Key, Entry]]
-) -> None:
+async def test_batches_with_any_stamps_match_the_model(database: Pool, batches: list[dict[Key, Entry]]) -> None:
     await empty(database)
     model = Model()
     for batch in batches:
@@ -90,14 +88,14 @@ async def test_batches_in_any_order_of_stamps_end_as_the_model_says(
 
 @settings(max_examples=40)
 @given(events=st.lists(OBSERVATIONS, max_size=12), data=st.data())
-async def test_events_in_the_order_received_end_as_the_newest_says_however_they_are_batched(
+async def test_events_end_as_the_newest_says_in_any_batching(
     database: Pool, events: list[tuple[Key, Entry]], data: st.DataObject
 ) -> None:
     await empty(database)
     buffer = Buffer(flush_rows=1_000, flush_seconds=1.0)
     newest: dict[Key, dict[str, Any]] = {}
     for stamp, (key, entry) in enumerate(events, start=1):
-        # What only speaks of a row finds one: the reconcile sees to that.
+        # A partial observation always finds a row, because a reconcile has inserted it.
         buffer.put(Row("members", key, entry.values, entry.may_insert or key not in newest), stamp)
         known = newest.setdefault(key, dict.fromkeys(COLUMNS) | {"roles": []})
         known |= entry.values
@@ -109,7 +107,7 @@ async def test_events_in_the_order_received_end_as_the_newest_says_however_they_
     assert {key: {name: found[key][name] for name in fields} for key in found} == {
         key: {name: value[name] for name in fields} for key, value in newest.items()
     }
-    # Of several removals in a row any one may be the first that was written; whether the row is gone may not differ.
+    # Of consecutive removals, any one may be the first that was written; whether the row is removed must be the same.
     assert {key: value["left_at"] is None for key, value in found.items()} == {
         key: value["left_at"] is None for key, value in newest.items()
     }

@@ -12,7 +12,7 @@ from collections.abc import Coroutine, Iterable
 from typing import Any, NamedTuple
 
 from utils.exceptions import GuildbookError, SyncError
-from utils.mirror.discord.source import MEMBERS_PAGE, DiscordSource
+from utils.mirror.discord.source import DiscordSource
 from utils.mirror.reconcile.guild_queue import GuildQueue, GuildState
 from utils.mirror.reconcile.listing import Listing
 from utils.mirror.reconcile.staging import USER_BATCH_PAGES, StagedListing
@@ -51,8 +51,6 @@ class ReconcilePolicy(NamedTuple):
     #: Delay before the first retry of a failed reconcile; it doubles up to the maximum.
     retry_seconds: float = 2.0
     retry_max_seconds: float = 300.0
-    #: Members on a full REST page.
-    members_page: int = MEMBERS_PAGE
     #: Pages of a large listing after which its users are merged and committed.
     user_batch_pages: int = USER_BATCH_PAGES
     #: Archived threads: requests in a second, and the delay before a failed guild is retried, likewise.
@@ -67,7 +65,7 @@ class Reconciler:
     def __init__(self, writer: MirrorWriter, source: DiscordSource, stamps: Stamps, policy: ReconcilePolicy) -> None:
         self.policy = policy
         self.queue: GuildQueue = GuildQueue(
-            cooldown=policy.cooldown, rest_workers=REST_WORKERS, members_page=policy.members_page
+            cooldown=policy.cooldown, rest_workers=REST_WORKERS, members_page=source.members_page
         )
         self.guilds: dict[int, GuildState] = {}
         #: Listings that the gateway answers, by nonce.

@@ -1,4 +1,4 @@
-"""What is gone: by a complete listing, with a deleted role or channel, and with the guilds that READY leaves out."""
+"""Removals that Discord sends no event for: absences, cascades of deletions, and guilds missing from READY."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ def gone(found: dict[Any, dict[str, Any]], column: str) -> set[Any]:
 
 
 @pytest.mark.parametrize(("table", "tombstone"), TABLES)
-async def test_a_complete_listing_buries_what_it_does_not_show_in_its_own_guild(
-    database: Pool, table: str, tombstone: str
-) -> None:
+async def test_complete_listing_tombstones_absent_rows_of_its_guild(database: Pool, table: str, tombstone: str) -> None:
     await write(
         database,
         *(said(table, (guild, id), 10, flags=0) for guild in (GUILD, OTHER_GUILD) for id in (1, 2, 3)),
@@ -51,7 +49,7 @@ async def test_a_complete_listing_buries_what_it_does_not_show_in_its_own_guild(
     assert all(before == {tombstone: None} and set(after) == {tombstone} for *_, before, after in notes)
 
 
-async def test_listings_of_several_guilds_bury_by_their_own_stamps(database: Pool) -> None:
+async def test_each_listing_applies_its_own_stamp(database: Pool) -> None:
     await write(database, *(said("members", (guild, 1), 10, flags=0) for guild in (GUILD, OTHER_GUILD)))
     await write_groups(
         database, absences=[Absence("members", GUILD, 10, set()), Absence("members", OTHER_GUILD, 11, set())]
@@ -59,7 +57,7 @@ async def test_listings_of_several_guilds_bury_by_their_own_stamps(database: Poo
     assert gone(await rows(database, "members"), "left_at") == {(OTHER_GUILD, 1)}
 
 
-async def test_what_is_gone_already_is_not_buried_again(database: Pool) -> None:
+async def test_existing_tombstones_stay_unchanged(database: Pool) -> None:
     await write(database, said("members", (GUILD, 1), 10, left_at=when(1)))
     before = await versions(database, "members")
     await write_groups(database, absences=[Absence("members", GUILD, 50, set())])
@@ -67,20 +65,20 @@ async def test_what_is_gone_already_is_not_buried_again(database: Pool) -> None:
     assert await history(database) == []
 
 
-async def test_an_empty_listing_of_an_unknown_guild_buries_nobody(database: Pool) -> None:
+async def test_empty_listing_of_an_unknown_guild_changes_nothing(database: Pool) -> None:
     await write(database, said("members", (OTHER_GUILD, 1), 10, flags=0))
     written = await write_groups(database, absences=[Absence("members", GUILD, 50, set())])
     assert written.total == 0
 
 
-async def test_the_run_of_a_listing_counts_who_left(database: Pool) -> None:
+async def test_run_counts_members_that_left(database: Pool) -> None:
     await write(database, *(said("members", (GUILD, id), 10, flags=0) for id in range(1, 6)))
     run = Run(GUILD, when(0), "rest", "request", 50)
     await applied(database, Batch(absences=[Absence("members", GUILD, 50, {1, 2})], runs=[run]))
     assert tuple(await database.fetchrow("SELECT state, stamp, rows_left FROM sync_runs") or ()) == ("complete", 50, 3)
 
 
-async def test_a_deleted_role_leaves_the_members_of_its_guild_alone(database: Pool) -> None:
+async def test_deleted_role_is_removed_from_its_members(database: Pool) -> None:
     await write(
         database,
         said("roles", (GUILD, 5), 1, name="r"),
@@ -99,7 +97,7 @@ async def test_a_deleted_role_leaves_the_members_of_its_guild_alone(database: Po
     ]
 
 
-async def test_several_roles_deleted_at_once_leave_one_change_each_member(database: Pool) -> None:
+async def test_deleted_roles_leave_one_change_for_each_member(database: Pool) -> None:
     await write(database, said("members", (GUILD, 1), 9, roles=[5, 6, 7]))
     async with database.transaction() as connection:
         await apply_cascade(connection, database, "roles", [(GUILD, 5, 2), (GUILD, 7, 3)])
@@ -108,13 +106,13 @@ async def test_several_roles_deleted_at_once_leave_one_change_each_member(databa
     assert len(await history(database)) == 1
 
 
-async def test_a_role_that_a_listing_did_not_show_leaves_the_members_too(database: Pool) -> None:
+async def test_absent_role_is_removed_from_its_members(database: Pool) -> None:
     await write(database, said("roles", (GUILD, 5), 1, name="r"), said("members", (GUILD, 1), 1, roles=[5, 6]))
     await write_groups(database, absences=[Absence("roles", GUILD, 50, {6})])
     assert (await row(database, "members", (GUILD, 1)))["roles"] == [6]
 
 
-async def test_a_deleted_channel_takes_its_own_threads_with_it(database: Pool) -> None:
+async def test_deleted_channel_tombstones_its_threads(database: Pool) -> None:
     await write(
         database,
         said("channels", (GUILD, 5), 1, name="c"),
@@ -131,13 +129,13 @@ async def test_a_deleted_channel_takes_its_own_threads_with_it(database: Pool) -
     assert notes == [((GUILD, 10), "remove")]
 
 
-async def test_a_channel_that_a_listing_did_not_show_takes_its_threads_too(database: Pool) -> None:
+async def test_absent_channel_tombstones_its_threads(database: Pool) -> None:
     await write(database, said("channels", (GUILD, 5), 1, name="c"), said("threads", (GUILD, 10), 1, parent_id=5))
     await write_groups(database, absences=[Absence("channels", GUILD, 50, set())])
     assert gone(await rows(database, "threads"), "deleted_at") == {(GUILD, 10)}
 
 
-async def test_ready_buries_the_guilds_of_its_shard_that_it_does_not_name(database: Pool) -> None:
+async def test_ready_marks_missing_guilds_of_its_shard_as_left(database: Pool) -> None:
     guilds = {shard: [(number << 22) for number in range(1, 12) if number % 2 == shard] for shard in (0, 1)}
     await write(database, *(said("guilds", (id,), 10, name="g") for ids in guilds.values() for id in ids))
     kept, *left = guilds[1]
@@ -151,7 +149,7 @@ async def test_ready_buries_the_guilds_of_its_shard_that_it_does_not_name(databa
     assert sorted(key for _, key, action, *_ in notes if action == "remove") == [(id,) for id in left]
 
 
-async def test_a_guild_that_was_left_and_is_joined_again_returns(database: Pool) -> None:
+async def test_rejoined_guild_is_active_again(database: Pool) -> None:
     await write(database, said("guilds", (GUILD,), 10, name="g", left_at=None))
     await applied(database, Batch(ready=[((GUILD >> 22) % 1, 1, set(), 50)]))
     await write(database, said("guilds", (GUILD,), 60, name="g", left_at=None))
@@ -159,7 +157,7 @@ async def test_a_guild_that_was_left_and_is_joined_again_returns(database: Pool)
     assert [action for _, _, action, *_ in await history(database)] == ["remove", "return"]
 
 
-async def test_members_of_a_guild_that_was_left_stay_as_they_were(database: Pool) -> None:
+async def test_leaving_a_guild_keeps_its_members(database: Pool) -> None:
     await write(database, said("guilds", (GUILD,), 1, name="g"), said("members", (GUILD, 1), 1, flags=0))
     await write(database, said("guilds", (GUILD,), 2, left_at=when(1), may_insert=False))
     assert (await row(database, "members", (GUILD, 1)))["left_at"] is None

@@ -1,4 +1,4 @@
-"""One batch merged into its tables: what is written, what is left alone, and what stands in the history."""
+"""One batch: what the merge writes, what it leaves alone, and the history it records."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def member(user_id: int, stamp: int, *, guild_id: int = GUILD, may_insert: bool 
     return said("members", (guild_id, user_id), stamp, may_insert=may_insert, **values)
 
 
-async def test_a_first_appearance_is_inserted_and_leaves_no_history(database: Pool) -> None:
+async def test_inserts_new_rows_without_history(database: Pool) -> None:
     written = await write(
         database,
         member(1, 10, nick="Ann", roles=[5, 6], left_at=None),
@@ -63,7 +63,7 @@ async def test_a_first_appearance_is_inserted_and_leaves_no_history(database: Po
     assert (found["nick"], found["roles"], found["left_at"], found["stamp"]) == ("Ann", [5, 6], None, 10)
 
 
-async def test_an_update_writes_the_columns_it_speaks_of_and_notes_those_that_changed(database: Pool) -> None:
+async def test_updates_given_columns_and_records_the_changed_ones(database: Pool) -> None:
     await write(database, member(1, 10, nick="Ann", roles=[5], flags=0, pending=True, left_at=None))
     written = await write(database, member(1, 20, nick="Anna", roles=[5], pending=False))
     assert written.updated == {"members": 1}
@@ -74,7 +74,7 @@ async def test_an_update_writes_the_columns_it_speaks_of_and_notes_those_that_ch
     ]
 
 
-async def test_the_history_of_a_user_stands_in_user_changes(database: Pool) -> None:
+async def test_records_users_in_user_changes(database: Pool) -> None:
     await write(database, said("users", (7,), 1, username="a", avatar=None))
     await write(database, said("users", (7,), 2, username="b", avatar=None))
     assert await history(database) == []
@@ -83,14 +83,14 @@ async def test_the_history_of_a_user_stands_in_user_changes(database: Pool) -> N
     ]
 
 
-async def test_what_belongs_to_nobody_is_noted_without_a_user(database: Pool) -> None:
+async def test_records_channels_without_a_user(database: Pool) -> None:
     await write(database, said("channels", (GUILD, 3), 1, name="a", permission_overwrites='[{"id": "1"}]'))
     await write(database, said("channels", (GUILD, 3), 2, name="a", permission_overwrites='[{"id": "2"}]'))
     before, after = {"permission_overwrites": [{"id": "1"}]}, {"permission_overwrites": [{"id": "2"}]}
     assert await history(database) == [("channels", (GUILD, 3), "update", None, before, after)]
 
 
-async def test_a_removal_and_a_return_are_told_apart_from_an_update(database: Pool) -> None:
+async def test_distinguishes_removal_return_and_update(database: Pool) -> None:
     await write(database, member(1, 10, nick="Ann", left_at=None))
     await write(database, member(1, 20, left_at=when(5), may_insert=False))
     assert (await row(database, "members", (GUILD, 1)))["left_at"] == when(5)
@@ -100,7 +100,7 @@ async def test_a_removal_and_a_return_are_told_apart_from_an_update(database: Po
     assert actions == [("remove", ["left_at"], ["left_at"]), ("return", ["left_at", "nick"], ["left_at", "nick"])]
 
 
-async def test_a_removal_told_twice_keeps_the_first_time_and_writes_nothing(database: Pool) -> None:
+async def test_repeated_removal_keeps_the_first_time(database: Pool) -> None:
     await write(database, member(1, 10, left_at=None), said("roles", (GUILD, 2), 10, name="r", deleted_at=None))
     await write(database, member(1, 20, left_at=when(5)), said("roles", (GUILD, 2), 20, deleted_at=when(5)))
     before = await versions(database, "members"), await versions(database, "roles")
@@ -109,7 +109,7 @@ async def test_a_removal_told_twice_keeps_the_first_time_and_writes_nothing(data
     assert (await row(database, "members", (GUILD, 1)))["left_at"] == when(5)
 
 
-async def test_quiet_columns_are_written_without_history(database: Pool) -> None:
+async def test_quiet_columns_leave_no_history(database: Pool) -> None:
     await write(database, said("guilds", (GUILD,), 1, name="g", member_count=1, large=False, unavailable=False))
     await write(database, said("guilds", (GUILD,), 2, member_count=2, large=True, unavailable=True))
     found = await row(database, "guilds", (GUILD,))
@@ -117,7 +117,7 @@ async def test_quiet_columns_are_written_without_history(database: Pool) -> None
     assert await history(database) == []
 
 
-async def test_equal_values_write_nothing_at_all(database: Pool) -> None:
+async def test_equal_values_write_nothing(database: Pool) -> None:
     overwrites = '[{"id": "1", "allow": "0"}]'
     everything = [
         member(1, 10, nick=None, roles=[1, 2], joined_at=when(1), left_at=None),
@@ -137,7 +137,7 @@ async def test_equal_values_write_nothing_at_all(database: Pool) -> None:
     assert (await row(database, "members", (GUILD, 1)))["stamp"] == 10
 
 
-async def test_an_older_stamp_never_overwrites_a_newer_one(database: Pool) -> None:
+async def test_older_stamp_never_overwrites_a_newer_one(database: Pool) -> None:
     await write(database, member(1, 20, nick="new", left_at=None))
     for late in (member(1, 19, nick="old", left_at=None), member(1, 5, left_at=when(1), may_insert=False)):
         written = await write(database, late)
@@ -147,7 +147,7 @@ async def test_an_older_stamp_never_overwrites_a_newer_one(database: Pool) -> No
     assert (await row(database, "members", (GUILD, 1)))["nick"] == "same stamp"
 
 
-async def test_what_only_speaks_of_a_row_never_makes_one(database: Pool) -> None:
+async def test_partial_observations_insert_nothing(database: Pool) -> None:
     written = await write(
         database,
         member(1, 10, left_at=when(1), may_insert=False),
@@ -158,7 +158,7 @@ async def test_what_only_speaks_of_a_row_never_makes_one(database: Pool) -> None
     assert [await rows(database, table) for table in ("members", "guilds", "roles")] == [{}, {}, {}]
 
 
-async def test_what_may_only_fill_never_changes_a_row(database: Pool) -> None:
+async def test_insert_mode_updates_nothing(database: Pool) -> None:
     await write(database, member(1, 10, nick="live", left_at=None))
     records: list[tuple[Any, ...]] = [
         (GUILD, user_id, "listed", None, [], when(0), None, None, False, 0, None, 50) for user_id in (1, 2)
@@ -169,7 +169,7 @@ async def test_what_may_only_fill_never_changes_a_row(database: Pool) -> None:
     assert (await row(database, "members", (GUILD, 2)))["nick"] == "listed"
 
 
-async def test_members_older_than_the_last_complete_listing_are_dropped(database: Pool) -> None:
+async def test_drops_members_older_than_the_last_listing(database: Pool) -> None:
     await write(database, member(1, 10, nick="before", left_at=None))
     await applied(database, Batch(runs=[complete_run(100)]))
     written = await write(
@@ -190,7 +190,7 @@ async def test_members_older_than_the_last_complete_listing_are_dropped(database
     }
 
 
-async def test_a_failed_listing_dates_nothing(database: Pool) -> None:
+async def test_failed_listing_drops_nothing(database: Pool) -> None:
     failed = complete_run(100)
     failed.error = "half of it never came"
     await applied(database, Batch(runs=[failed]))
@@ -200,7 +200,7 @@ async def test_a_failed_listing_dates_nothing(database: Pool) -> None:
 
 
 @pytest.mark.parametrize("text", ODD)
-async def test_any_text_comes_back_as_it_went_in(database: Pool, text: str) -> None:
+async def test_stores_any_text(database: Pool, text: str) -> None:
     await write(
         database,
         said("guilds", (GUILD,), 1, name=text, features=sorted([text, "A", f"{text},{text}"])),
@@ -217,7 +217,7 @@ async def test_any_text_comes_back_as_it_went_in(database: Pool, text: str) -> N
     assert (before["name"], after["name"]) == (text, text + "!")
 
 
-async def test_arrays_and_documents_may_be_empty_null_and_large(database: Pool) -> None:
+async def test_stores_empty_null_and_large_arrays_and_jsonb(database: Pool) -> None:
     many = list(range(2**62, 2**62 + 250))
     overwrites = [{"id": str(number), "type": 0, "allow": "1"} for number in range(100)]
     await write(
@@ -236,21 +236,19 @@ async def test_arrays_and_documents_may_be_empty_null_and_large(database: Pool) 
     assert [found[GUILD, id]["permission_overwrites"] for id in (1, 2, 3)] == [overwrites, None, []]
 
 
-async def test_a_batch_larger_than_one_statement_is_written_whole(database: Pool) -> None:
+async def test_writes_batches_larger_than_one_statement(database: Pool) -> None:
     await write(database, *(member(number, 1, nick=str(number), left_at=None) for number in range(1, 2502)))
     assert await database.fetchval("SELECT count(*) FROM members WHERE nick = user_id::text") == 2501
 
 
-async def test_guilds_are_written_apart_even_where_ids_are_the_same(database: Pool) -> None:
+async def test_keeps_guilds_with_equal_ids_apart(database: Pool) -> None:
     await write(database, member(1, 1, nick="a", left_at=None), member(1, 1, guild_id=OTHER_GUILD, nick="b"))
     await write(database, member(1, 2, left_at=when(1), may_insert=False))
     assert (await row(database, "members", (GUILD, 1)))["left_at"] == when(1)
     assert (await row(database, "members", (OTHER_GUILD, 1)))["left_at"] is None
 
 
-async def test_nothing_of_a_batch_is_there_when_its_last_statement_fails(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_failed_statement_rolls_back_the_batch(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     await write(database, member(1, 1, nick="a", left_at=None))
     run = complete_run(50)
     run.reason = None  # type: ignore[assignment]
@@ -261,9 +259,7 @@ async def test_nothing_of_a_batch_is_there_when_its_last_statement_fails(
     assert await history(database) == []
 
 
-async def test_a_batch_that_is_tried_again_counts_its_rows_once(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_retried_batch_counts_its_rows_once(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     record, failing = batch_module.insert_sync_run, [DatabaseUnavailable("the server is shutting down")]
 
     async def interrupted(*arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""Events in the tables: each once, whoever tells of it again, and what listings prove beside them."""
+"""Events: each is recorded once, whichever process reports it, and listings infer only what no event reported."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ ANN, BOB = 1, 2
 
 @pytest.fixture
 async def fence(database: Pool) -> Fence:
-    return await seize(database, "the process under test")
+    return await seize(database, "the holder")
 
 
 def stamp(fence: Fence, counter: int, *, epochs_ago: int = 0) -> int:
     return (fence.epoch - epochs_ago << COUNTER_BITS) + counter
 
 
-async def tell(database: Pool, fence: Fence, *events: Event, journal: str = "a journal") -> int:
+async def write_events(database: Pool, fence: Fence, *events: Event, journal: str = "a journal") -> int:
     batch = EventBatch(journal, list(events), max(event.stamp for event in events))
     return (await write_batch(database, Batch(events=batch), fence)).events
 
@@ -54,7 +54,7 @@ async def listed(
     await write_batch(database, batch, fence)
 
 
-async def told_of(database: Pool, user_id: int = ANN) -> list[tuple[str, bool]]:
+async def events_of(database: Pool, user_id: int = ANN) -> list[tuple[str, bool]]:
     records = await database.fetch("SELECT kind, inferred FROM member_events WHERE user_id = $1 ORDER BY id", user_id)
     return [(record["kind"], record["inferred"]) for record in records]
 
@@ -73,79 +73,79 @@ _times = st.datetimes(min_value=datetime(2015, 1, 1), max_value=datetime(2200, 1
     event=st.builds(Message, _ids, _ids, _ids, _ids)
     | st.builds(Membership, _ids, _ids, _ids, st.sampled_from(["join", "leave", "ban", "unban"]), _times, _times)
 )
-def test_an_event_comes_out_of_a_journal_as_it_went_in(event: Event) -> None:
+def test_events_survive_encoding(event: Event) -> None:
     assert decode_event(event.stamp, encode_event(event)) == event
 
 
-async def test_a_message_counts_once_whoever_tells_of_it(database: Pool, fence: Fence) -> None:
+async def test_counts_a_message_once_across_journals(database: Pool, fence: Fence) -> None:
     first = [Message(stamp(fence, n), GUILD, ANN, 100 + n) for n in (1, 2, 3)]
-    assert await tell(database, fence, *first) == 3
+    assert await write_events(database, fence, *first) == 3
     again = [Message(stamp(fence, n), GUILD, ANN, 100 + n) for n in (2, 3, 4)]
-    assert await tell(database, fence, *again, *again, journal="another process's") == 1
+    assert await write_events(database, fence, *again, *again, journal="another journal") == 1
     assert await counts(database) == {ANN: 4}
 
 
-async def test_activity_is_as_of_the_newest_message_and_never_goes_back(database: Pool, fence: Fence) -> None:
+async def test_last_active_at_never_goes_back(database: Pool, fence: Fence) -> None:
     newest = (1_700_000_000_000 - 1_420_070_400_000) << 22
-    await tell(database, fence, Message(stamp(fence, 1), GUILD, ANN, newest))
-    await tell(database, fence, Message(stamp(fence, 2), GUILD, ANN, 7))
+    await write_events(database, fence, Message(stamp(fence, 1), GUILD, ANN, newest))
+    await write_events(database, fence, Message(stamp(fence, 2), GUILD, ANN, 7))
     (row,) = await database.fetch("SELECT * FROM member_stats")
     assert (row["message_count"], row["last_active_at"].timestamp()) == (2, 1_700_000_000)
 
 
-async def test_what_is_at_or_below_the_position_is_left_out(database: Pool, fence: Fence) -> None:
+async def test_skips_events_up_to_the_position(database: Pool, fence: Fence) -> None:
     events = [Membership(stamp(fence, n), GUILD, n, "ban", when(n), when(n)) for n in (1, 2, 3)]
-    await tell(database, fence, *events[:2])
-    await tell(database, fence, *events)
+    await write_events(database, fence, *events[:2])
+    await write_events(database, fence, *events)
     assert await database.fetchval("SELECT count(*) FROM member_events") == 3
     assert await database.fetchval(event_statements.SELECT_POSITION, "a journal") == stamp(fence, 3)
 
 
-async def test_nothing_is_written_after_another_process_has_taken_over(database: Pool, fence: Fence) -> None:
-    await seize(database, "the other one")
+async def test_writes_nothing_after_losing_the_lease(database: Pool, fence: Fence) -> None:
+    await seize(database, "another process")
     with pytest.raises(Exception, match="another process"):
-        await tell(database, fence, Message(stamp(fence, 1), GUILD, ANN, 1))
+        await write_events(database, fence, Message(stamp(fence, 1), GUILD, ANN, 1))
     with pytest.raises(Exception, match="another process"):
         await write_batch(database, Batch(entries=dict([said("users", (ANN,), 1, username="a")])), fence)
     assert await counts(database) == {}
     assert await database.fetchval("SELECT count(*) FROM users") == 0
 
 
-async def test_a_first_listing_proves_no_join_and_a_later_one_does(database: Pool, fence: Fence) -> None:
+async def test_infers_joins_from_the_second_listing_on(database: Pool, fence: Fence) -> None:
     await listed(database, fence, 10, {ANN: when(1)})
-    assert await told_of(database) == []
+    assert await events_of(database) == []
     await listed(database, fence, 20, {ANN: when(1), BOB: when(15)})
-    assert await told_of(database, BOB) == [("join", True)]
+    assert await events_of(database, BOB) == [("join", True)]
     (event,) = await database.fetch("SELECT * FROM member_events")
     assert (event["at"], event["earliest"]) == (when(15), when(10))
     assert event["latest"] > when(10)
 
 
-async def test_a_listing_that_does_not_show_somebody_proves_that_they_left(database: Pool, fence: Fence) -> None:
+async def test_infers_a_leave_for_an_absent_member(database: Pool, fence: Fence) -> None:
     await listed(database, fence, 10, {ANN: when(1), BOB: when(2)})
     await listed(database, fence, 20, {BOB: when(2)})
-    assert await told_of(database) == [("leave", True)]
+    assert await events_of(database) == [("leave", True)]
     (event,) = await database.fetch("SELECT * FROM member_events")
     assert event["earliest"] == when(10)
     assert event["latest"] == event["at"] > when(10)
 
 
-async def test_another_time_of_joining_proves_a_leave_and_a_join(database: Pool, fence: Fence) -> None:
+async def test_infers_leave_and_join_from_a_new_join_time(database: Pool, fence: Fence) -> None:
     await listed(database, fence, 10, {ANN: when(1)})
     await listed(database, fence, 20, {ANN: when(15)})
-    assert await told_of(database) == [("leave", True), ("join", True)]
+    assert await events_of(database) == [("leave", True), ("join", True)]
     await listed(database, fence, 30, {ANN: when(15)})
-    assert len(await told_of(database)) == 2
+    assert len(await events_of(database)) == 2
 
 
-async def test_who_comes_back_unheard_has_joined(database: Pool, fence: Fence) -> None:
+async def test_infers_a_join_for_a_returning_member(database: Pool, fence: Fence) -> None:
     await listed(database, fence, 10, {ANN: when(1), BOB: when(1)})
     await listed(database, fence, 20, {BOB: when(1)})
     await listed(database, fence, 30, {ANN: when(25), BOB: when(1)})
-    assert await told_of(database) == [("leave", True), ("join", True)]
+    assert await events_of(database) == [("leave", True), ("join", True)]
 
 
-async def test_what_was_heard_live_is_not_inferred_once_more(database: Pool, fence: Fence) -> None:
+async def test_does_not_infer_what_events_reported(database: Pool, fence: Fence) -> None:
     await listed(database, fence, 10, {ANN: when(1)})
     joined: tuple[tuple[str, Any], Entry] = said(
         "members", (GUILD, BOB), stamp(fence, 11), **_member(joined_at=when(11))
@@ -154,73 +154,71 @@ async def test_what_was_heard_live_is_not_inferred_once_more(database: Pool, fen
     await write_batch(
         database, Batch(entries=dict([joined]), events=EventBatch("j", list[Event](events), stamp(fence, 11))), fence
     )
-    await tell(database, fence, Membership(stamp(fence, 12), GUILD, ANN, "leave", when(12), when(12)))
+    await write_events(database, fence, Membership(stamp(fence, 12), GUILD, ANN, "leave", when(12), when(12)))
     await listed(database, fence, 20, {BOB: when(11)})
-    assert await told_of(database) == [("leave", False)]
-    assert await told_of(database, BOB) == [("join", False)]
+    assert await events_of(database) == [("leave", False)]
+    assert await events_of(database, BOB) == [("join", False)]
 
 
-async def test_a_leave_that_was_heard_before_the_row_was_written_is_not_inferred_once_more(
-    database: Pool, fence: Fence
-) -> None:
-    """The process was killed between the two: the leave stood in its journal, the row in its buffer."""
+async def test_does_not_infer_a_leave_whose_row_was_lost(database: Pool, fence: Fence) -> None:
+    """A killed process leaves the event in its journal, but the row was in its buffer."""
     await listed(database, fence, 10, {ANN: when(1), BOB: when(1)})
-    await tell(database, fence, Membership(stamp(fence, 11), GUILD, ANN, "leave", when(12), when(12)))
+    await write_events(database, fence, Membership(stamp(fence, 11), GUILD, ANN, "leave", when(12), when(12)))
     await listed(database, fence, 20, {ANN: when(15), BOB: when(1)})
-    assert await told_of(database) == [("leave", False), ("join", True)]
-    await tell(database, fence, Membership(stamp(fence, 21), GUILD, BOB, "leave", when(22), when(22)))
+    assert await events_of(database) == [("leave", False), ("join", True)]
+    await write_events(database, fence, Membership(stamp(fence, 21), GUILD, BOB, "leave", when(22), when(22)))
     await listed(database, fence, 30, {ANN: when(15)})
-    assert await told_of(database, BOB) == [("leave", False)]
+    assert await events_of(database, BOB) == [("leave", False)]
 
 
-async def test_a_join_that_a_listing_proves_stands_before_a_leave_heard_since(database: Pool, fence: Fence) -> None:
-    """The listing was asked for before the leave was heard, and written after it; the row of the leave was lost."""
+async def test_infers_a_join_before_a_later_leave_event(database: Pool, fence: Fence) -> None:
+    """The listing was requested before the leave event and written after it, and the row of the leave was lost."""
     await listed(database, fence, 10, {BOB: when(1)})
-    await tell(database, fence, Membership(stamp(fence, 21), GUILD, ANN, "leave", when(22), when(22)))
+    await write_events(database, fence, Membership(stamp(fence, 21), GUILD, ANN, "leave", when(22), when(22)))
     await listed(database, fence, 20, {ANN: when(15), BOB: when(1)})
     await listed(database, fence, 30, {BOB: when(1)})
-    assert sorted(await told_of(database)) == [("join", True), ("leave", False)]
+    assert sorted(await events_of(database)) == [("join", True), ("leave", False)]
 
 
-async def test_a_leave_that_a_listing_has_just_proven_is_not_a_second_one(database: Pool, fence: Fence) -> None:
+async def test_leave_event_after_an_inferred_leave_is_a_repeat(database: Pool, fence: Fence) -> None:
     await listed(database, fence, 10, {ANN: when(1), BOB: when(1)})
     await listed(database, fence, 20, {BOB: when(1)})
     now = database.now()
-    assert await tell(database, fence, Membership(stamp(fence, 21), GUILD, ANN, "leave", now, now)) == 0
+    assert await write_events(database, fence, Membership(stamp(fence, 21), GUILD, ANN, "leave", now, now)) == 0
     rejoined = [
         Membership(stamp(fence, 22), GUILD, ANN, "join", now, now),
         Membership(stamp(fence, 23), GUILD, ANN, "leave", now, now),
     ]
-    assert await tell(database, fence, *rejoined) == 2
+    assert await write_events(database, fence, *rejoined) == 2
 
 
-def _heard(first: int, kinds: Sequence[str], data: st.DataObject, skew: int, most_late: int) -> list[Membership]:
-    """Return what one process heard, each a little late in its own way; of joins Discord says the time."""
-    heard: list[Membership] = []
+def _received(first: int, kinds: Sequence[str], data: st.DataObject, skew: int, most_late: int) -> list[Membership]:
+    """Return what one process received, each event a little late; a join has the time that Discord sent."""
+    received: list[Membership] = []
     late = 0
     for turn, kind in enumerate(kinds, start=1):
         late = max(late, 10 * turn + data.draw(st.integers(0, most_late), label="late"))
         at = when(10 * turn + skew) if kind == "join" else when(late)
-        heard.append(Membership(first + turn, GUILD, ANN, kind, at, when(late)))
-    return heard
+        received.append(Membership(first + turn, GUILD, ANN, kind, at, when(late)))
+    return received
 
 
 async def _replay(database: Pool, now: Fence, old: list[Membership], data: st.DataObject) -> None:
-    """Write a former process's journal in pieces, as the one that acts now does."""
+    """Replay a former holder's journal in pieces."""
     done = 0
     while done < len(old):
         count = data.draw(st.integers(1, len(old) - done), label="replayed at once")
         piece, context = old[done : done + count], old[:done] + old[done + count :]
-        batch = EventBatch("the former one's", list[Event](piece), piece[-1].stamp, context=context)
+        batch = EventBatch("former journal", list[Event](piece), piece[-1].stamp, context=context)
         await write_batch(database, Batch(events=batch), now)
         done += count
 
 
 @given(kinds=st.lists(st.sampled_from(["ban", "unban", "move"]), max_size=12), data=st.data())
-async def test_what_two_processes_heard_is_written_once(database: Pool, kinds: list[str], data: st.DataObject) -> None:
-    """The one that lost its lease replays later, in pieces, what the other wrote some of already."""
+async def test_records_once_what_two_processes_received(database: Pool, kinds: list[str], data: st.DataObject) -> None:
+    """The journal of the former holder is replayed in pieces; the new holder has recorded a part of it."""
     await database.execute("TRUNCATE member_events, ops.positions")
-    now = await seize(database, "the one that acts now")
+    now = await seize(database, "the new holder")
     present, happened = True, list[str]()
     for kind in kinds:
         if kind == "move":
@@ -228,31 +226,29 @@ async def test_what_two_processes_heard_is_written_once(database: Pool, kinds: l
             present = not present
         elif happened.count("ban") - happened.count("unban") == (0 if kind == "ban" else 1):
             happened.append(kind)
-    heard_by_it = data.draw(st.integers(0, len(happened)), label="heard by the former holder")
-    heard_since = data.draw(st.integers(0, heard_by_it), label="heard from there on by the new one")
-    skew = data.draw(st.sampled_from([0, 300, -300]), label="seconds that Discord's clock is ahead of the database's")
-    live = _heard(stamp(now, 0), happened, data, skew, 4)[heard_since:]
+    by_former = data.draw(st.integers(0, len(happened)), label="received by the former holder")
+    by_new_from = data.draw(st.integers(0, by_former), label="first received by the new holder")
+    skew = data.draw(st.sampled_from([0, 300, -300]), label="seconds that Discord's clock is ahead")
+    live = _received(stamp(now, 0), happened, data, skew, 4)[by_new_from:]
     if live:
-        await tell(database, now, *live, journal="the new one's")
-    await _replay(database, now, _heard(stamp(now, 0, epochs_ago=1), happened, data, skew, 4)[:heard_by_it], data)
+        await write_events(database, now, *live, journal="new journal")
+    await _replay(database, now, _received(stamp(now, 0, epochs_ago=1), happened, data, skew, 4)[:by_former], data)
     records = await database.fetch("SELECT kind FROM member_events ORDER BY latest")
     assert [record["kind"] for record in records] == happened
 
 
 @given(moves=st.integers(1, 8), data=st.data())
-async def test_moves_closer_together_than_two_processes_hear_are_told_apart_by_the_joins(
-    database: Pool, moves: int, data: st.DataObject
-) -> None:
-    """Somebody joins and leaves within milliseconds, by which the two processes' times differ."""
+async def test_joins_tell_fast_moves_of_two_processes_apart(database: Pool, moves: int, data: st.DataObject) -> None:
+    """A member joins and leaves within milliseconds, less than the two processes' times differ."""
     await database.execute("TRUNCATE member_events, ops.positions")
-    now = await seize(database, "the one that acts now")
+    now = await seize(database, "the new holder")
     happened = [("join", "leave")[turn % 2] for turn in range(moves)]
-    heard_by_it = data.draw(st.integers(0, moves), label="heard by the former holder")
-    heard_since = data.draw(st.integers(0, heard_by_it), label="heard from there on by the new one")
-    live = _heard(stamp(now, 0), happened, data, 0, 40)[heard_since:]
+    by_former = data.draw(st.integers(0, moves), label="received by the former holder")
+    by_new_from = data.draw(st.integers(0, by_former), label="first received by the new holder")
+    live = _received(stamp(now, 0), happened, data, 0, 40)[by_new_from:]
     if live:
-        await tell(database, now, *live, journal="the new one's")
-    await _replay(database, now, _heard(stamp(now, 0, epochs_ago=1), happened, data, 0, 40)[:heard_by_it], data)
+        await write_events(database, now, *live, journal="new journal")
+    await _replay(database, now, _received(stamp(now, 0, epochs_ago=1), happened, data, 0, 40)[:by_former], data)
     written = Counter(record["kind"] for record in await database.fetch("SELECT kind FROM member_events"))
     assert written == Counter(happened)
 
