@@ -1,11 +1,11 @@
-"""What happens to channels and threads, and the messages in them."""
+"""Mutations of channels, threads and messages."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from .entities import Channel, ChannelType, Guild, Json, Thread
-from .guild_mutations import refuse_unknown
+from .guild_mutations import reject_unknown_fields
 from .ids import iso
 from .payloads import (
     channel_payload,
@@ -48,8 +48,8 @@ class ChannelMutations(WorldState):
     def create_channel(
         self, guild_id: int, name: str | None = None, type: int = ChannelType.TEXT, **fields: Any
     ) -> int:
-        """Create a channel of a type, with drawn settings where none are given; returns its id."""
-        refuse_unknown("channel", fields, _CHANNEL_FIELDS)
+        """Create a channel and return its id; settings not given are random."""
+        reject_unknown_fields("channel", fields, _CHANNEL_FIELDS)
         guild = self.guild(guild_id)
         self.tick()
         channel = draw_channel(self.rng, guild, self.new_id(), type, len(guild.channels))
@@ -60,8 +60,8 @@ class ChannelMutations(WorldState):
         return channel.id
 
     def update_channel(self, guild_id: int, channel_id: int, **fields: Any) -> None:
-        """Change a channel; of a hidden one the bot hears only a new position or type."""
-        refuse_unknown("channel", fields, _CHANNEL_FIELDS)
+        """Update a channel; for a hidden one, an event is sent only if position or type changes."""
+        reject_unknown_fields("channel", fields, _CHANNEL_FIELDS)
         guild, channel = self.guild(guild_id), self.channel(guild_id, channel_id)
         self.tick()
         before = (channel.position, channel.type)
@@ -71,7 +71,7 @@ class ChannelMutations(WorldState):
             self.emit("CHANNEL_UPDATE", guild, channel_payload(channel))
 
     def delete_channel(self, guild_id: int, channel_id: int) -> None:
-        """Delete a channel: its threads go silently, a category's children and guild settings lose their link."""
+        """Delete a channel, its threads (without events), and references from child channels and guild settings."""
         guild, channel = self.guild(guild_id), self.channel(guild_id, channel_id)
         self.tick()
         payload = channel_payload(channel)
@@ -84,14 +84,14 @@ class ChannelMutations(WorldState):
                 child.parent_id = None
                 if not child.hidden:
                     self.emit("CHANNEL_UPDATE", guild, channel_payload(child))
-        pointing = [name for name in _CHANNEL_SETTINGS if getattr(guild, name) == channel_id]
-        for name in pointing:
+        references = [name for name in _CHANNEL_SETTINGS if getattr(guild, name) == channel_id]
+        for name in references:
             setattr(guild, name, None)
-        if pointing:
+        if references:
             self.emit("GUILD_UPDATE", guild, guild_payload(guild))
 
     def hide_channel(self, guild_id: int, channel_id: int) -> None:
-        """Take the bot's view of a channel away: CHANNEL_UPDATE with the obfuscated channel."""
+        """Hide a channel from the bot: CHANNEL_UPDATE with the obfuscated channel."""
         guild, channel = self.guild(guild_id), self.channel(guild_id, channel_id)
         if channel.hidden:
             return
@@ -100,7 +100,7 @@ class ChannelMutations(WorldState):
         self.emit("CHANNEL_UPDATE", guild, channel_payload(channel))
 
     def reveal_channel(self, guild_id: int, channel_id: int) -> None:
-        """Give the bot's view of a channel back: CHANNEL_UPDATE in full, then its active threads."""
+        """Make a channel visible to the bot: CHANNEL_UPDATE in full, then THREAD_LIST_SYNC with its active threads."""
         guild, channel = self.guild(guild_id), self.channel(guild_id, channel_id)
         if not channel.hidden:
             return
@@ -116,7 +116,7 @@ class ChannelMutations(WorldState):
 
     def create_thread(self, guild_id: int, channel_id: int, name: str | None = None, **fields: Any) -> int:
         """Create a thread in a channel and return its id."""
-        refuse_unknown("thread", fields, _THREAD_FIELDS)
+        reject_unknown_fields("thread", fields, _THREAD_FIELDS)
         guild, channel = self.guild(guild_id), self.channel(guild_id, channel_id)
         now = self.tick()
         thread = draw_thread(self.rng, channel, self.new_id(), guild.owner_id, now)
@@ -127,8 +127,8 @@ class ChannelMutations(WorldState):
         return thread.id
 
     def update_thread(self, guild_id: int, thread_id: int, **fields: Any) -> None:
-        """Change a thread."""
-        refuse_unknown("thread", fields, _THREAD_FIELDS)
+        """Update a thread."""
+        reject_unknown_fields("thread", fields, _THREAD_FIELDS)
         guild, thread = self.guild(guild_id), self.thread(guild_id, thread_id)
         now = self.tick()
         for name, value in fields.items():
@@ -140,7 +140,7 @@ class ChannelMutations(WorldState):
     def archive_thread(
         self, guild_id: int, thread_id: int, *, archived: bool = True, locked: bool | None = None
     ) -> None:
-        """Archive a thread or, with `archived=False`, bring it back; archiving unpins a forum post."""
+        """Archive a thread or, with `archived=False`, unarchive it; archiving unpins a forum post."""
         guild, thread = self.guild(guild_id), self.thread(guild_id, thread_id)
         thread.archive_timestamp = self.tick()
         thread.archived = archived
@@ -165,7 +165,7 @@ class ChannelMutations(WorldState):
             self.emit("THREAD_DELETE", guild, ids | {"type": thread.type})
 
     def message(self, guild_id: int, channel_id: int, user_id: int, content: str) -> int:
-        """Let a member write a message and return its id; only bots with the content intent see the content."""
+        """Send a message as a member and return its id; only bots with the message content intent get the content."""
         guild, member = self.guild(guild_id), self.member(guild_id, user_id)
         place: Channel | Thread = guild.threads.get(channel_id) or self.channel(guild_id, channel_id)
         now = self.tick()
@@ -181,14 +181,14 @@ class ChannelMutations(WorldState):
         payload |= {"timestamp": iso(now), "edited_timestamp": None, "tts": False, "mention_everyone": False}
         payload |= {"mentions": [], "mention_roles": [], "attachments": [], "embeds": [], "pinned": False, "flags": 0}
         payload |= {"components": [], "nonce": None}
-        # A bot reads what it wrote itself, intent or not.
+        # A bot gets the content of its own messages even without the intent.
         redacted = None if user_id == self.bot.id else payload | {"content": ""}
         if self.emit("MESSAGE_CREATE", guild, payload, Intent.GUILD_MESSAGES, redacted=redacted):
             self.ledger.record_message(message_id, guild_id, user_id)
         return message_id
 
     def react(self, guild_id: int, channel_id: int, message_id: int, user_id: int, emoji: str = "👍") -> None:
-        """Let a member react to a message with a unicode emoji."""
+        """Add a member's reaction with a Unicode emoji."""
         guild, member = self.guild(guild_id), self.member(guild_id, user_id)
         self.tick()
         if guild.sees(channel_id):

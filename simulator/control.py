@@ -1,4 +1,4 @@
-"""The control endpoint: driving a simulator from another process, over HTTP and JSON."""
+"""The control endpoint: controls a simulator from another process over HTTP and JSON."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from aiohttp import web
 if TYPE_CHECKING:
     from .server import Simulator
 
-_ROWS_A_WRITE = 2000
+_ROWS_PER_WRITE = 2000
 _TIME_KEY = "$time"
 
 
 def encode(value: Any) -> Any:
-    """Make a value fit JSON: times are tagged, objects that are data become dicts."""
+    """Convert a value to JSON types; datetimes are tagged, dataclasses become dicts."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, datetime):
@@ -32,15 +32,15 @@ def encode(value: Any) -> Any:
     if isinstance(value, Sequence):
         return [encode(item) for item in value]
     if is_dataclass(value):
-        shown = {f.name: encode(getattr(value, f.name)) for f in fields(value) if not f.name.startswith("_")}
-        return shown | {
+        content = {f.name: encode(getattr(value, f.name)) for f in fields(value) if not f.name.startswith("_")}
+        return content | {
             name: encode(getattr(value, name)) for name in ("final_content", "done") if hasattr(value, name)
         }
     return repr(value)
 
 
 def decode(value: Any) -> Any:
-    """Undo `encode` for times."""
+    """Decode JSON from `encode`, restoring datetimes."""
     if isinstance(value, dict):
         if value.keys() == {_TIME_KEY}:
             return datetime.fromisoformat(value[_TIME_KEY])
@@ -55,7 +55,7 @@ class Control:
 
     def __init__(self, simulator: Simulator) -> None:
         self._simulator = simulator
-        self._dice: dict[int, random.Random] = {}
+        self._rngs: dict[int, random.Random] = {}
         self._roots: dict[str, Any] = {
             "world": simulator.world,
             "faults": simulator.faults,
@@ -69,41 +69,41 @@ class Control:
         }
 
     def routes(self) -> list[web.RouteDef]:
-        """List the routes this class answers."""
+        """Return the routes of this class."""
         return [web.post("/control", self._call), web.get("/control/rows/{table}", self._rows)]
 
     async def random_events(self, events: int, seed: int = 1, seconds: float = 0.0) -> list[str]:
-        """Let random events happen, spread over some seconds, going on where the same seed left off."""
-        dice = self._dice.setdefault(seed, random.Random(seed))
-        told = []
+        """Apply random mutations, spread over `seconds`; a seed continues where its last call stopped."""
+        rng = self._rngs.setdefault(seed, random.Random(seed))
+        descriptions = []
         for number in range(events):
-            told.append(self._simulator.world.random_event(dice))
+            descriptions.append(self._simulator.world.random_event(rng))
             if seconds or number % 100 == 99:
                 await asyncio.sleep(seconds / events)
-        return told
+        return descriptions
 
     async def run_command(self, name: str, *, timeout: float = 10.0, **where: Any) -> Any:
-        """Run a slash command and give what it came to."""
+        """Run a slash command and return its result when it is done."""
         result = await self._simulator.run_command(name, **where)
         return await result.wait_done(timeout)
 
     async def _call(self, request: web.Request) -> web.Response:
         try:
-            asked = await request.json()
-            target = self._find(str(asked["call"]))
+            call = await request.json()
+            target = self._find(str(call["call"]))
             value = target
             if callable(target):
-                value = target(*decode(asked.get("args", [])), **decode(asked.get("kwargs", {})))
+                value = target(*decode(call.get("args", [])), **decode(call.get("kwargs", {})))
             if asyncio.iscoroutine(value):
                 value = await value
             return web.json_response({"result": encode(value)})
-        except Exception as exc:  # whatever went wrong belongs to the caller, in the other process
+        except Exception as exc:  # errors are reported to the caller in the other process
             return web.json_response({"error": f"{type(exc).__name__}: {exc}"}, status=400)
 
     def _find(self, name: str) -> Any:
         head, *rest = name.split(".")
         if head not in self._roots or any(part.startswith("_") for part in rest):
-            raise LookupError(f"nothing called {name!r}: names begin with {', '.join(self._roots)}")
+            raise LookupError(f"unknown name {name!r}: names start with {', '.join(self._roots)}")
         found = self._roots[head]
         for part in rest:
             found = getattr(found, part)
@@ -117,7 +117,7 @@ class Control:
         lines: list[str] = []
         for row in rows:
             lines.append(json.dumps(encode(row)))
-            if len(lines) >= _ROWS_A_WRITE:
+            if len(lines) >= _ROWS_PER_WRITE:
                 await response.write(("\n".join(lines) + "\n").encode("ascii"))
                 lines.clear()
         if lines:

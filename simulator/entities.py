@@ -1,4 +1,4 @@
-"""What a Discord world is made of: plain data, ids as int, times as microseconds since 1970."""
+"""The entities of a world: plain data, with ids as int and times in microseconds since 1970."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ THREADED_TYPES = frozenset({ChannelType.TEXT, ChannelType.NEWS, ChannelType.FORU
 
 @dataclass(slots=True, eq=False)
 class User:
-    """One account; `guild_ids` are the guilds of this world it is a member of."""
+    """A user; `guild_ids` are the guilds of the world that it is a member of."""
 
     id: int
     username: str
@@ -49,7 +49,7 @@ class User:
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """One user in one guild; `rendered` caches its JSON until something about it changes."""
+    """A user in a guild; `rendered` caches its JSON until it changes."""
 
     user: User
     guild_id: int
@@ -66,7 +66,7 @@ class Member:
 
 @dataclass(slots=True, eq=False)
 class Role:
-    """One role; the @everyone role has its guild's id."""
+    """A role; @everyone has its guild's id."""
 
     id: int
     name: str
@@ -84,7 +84,7 @@ class Role:
 
 @dataclass(slots=True, eq=False)
 class Channel:
-    """One guild channel, as it really is; `hidden` says that the bot may not view it."""
+    """A guild channel; `hidden` means that the bot cannot view it."""
 
     id: int
     guild_id: int
@@ -108,7 +108,7 @@ class Channel:
 
 @dataclass(slots=True, eq=False)
 class Thread:
-    """One thread or forum post."""
+    """A thread or forum post."""
 
     id: int
     guild_id: int
@@ -132,7 +132,7 @@ class Thread:
 
 @dataclass(slots=True, eq=False)
 class Guild:
-    """One guild with everything in it; `present` says whether the bot is in it, `available` whether it is up."""
+    """A guild with its contents; `present`: the bot is in it, `available`: it is not in an outage."""
 
     id: int
     name: str
@@ -161,7 +161,7 @@ class Guild:
     premium_subscription_count: int = 0
     vanity_url_code: str | None = None
     features: list[str] = field(default_factory=list)
-    # Settled when the guild arrives or comes back, because Discord says it in GUILD_CREATE alone.
+    # Set when the guild is created or becomes available again, because only GUILD_CREATE contains it.
     large: bool = False
     available: bool = True
     present: bool = True
@@ -171,33 +171,33 @@ class Guild:
     members: dict[int, Member] = field(default_factory=dict)
     bans: set[int] = field(default_factory=set)
     voice: dict[int, int] = field(default_factory=dict)
-    # Replaced, never changed in place: a member request under way keeps the listing it began with.
+    # Replaced, never modified in place: a member request in progress keeps the list it started with.
     _ordered: list[int] | None = None
 
     def ordered_member_ids(self) -> list[int]:
-        """List the members' ids in ascending order, the order of every listing Discord gives."""
+        """Return the members' ids in ascending order, the order of Discord's listings."""
         if self._ordered is None:
             self._ordered = sorted(self.members)
         return self._ordered
 
     def add_member(self, member: Member) -> None:
-        """Put a member in, forgetting the ordered listing."""
+        """Add a member."""
         self.members[member.user.id] = member
         self._ordered = None
 
     def pop_member(self, user_id: int) -> Member:
-        """Take a member out, forgetting the ordered listing."""
+        """Remove and return a member."""
         self._ordered = None
         return self.members.pop(user_id)
 
     def sees(self, channel_id: int) -> bool:
-        """Say whether the bot may view a channel, or a thread by way of its parent."""
+        """Return whether the bot can view a channel, or a thread's parent channel."""
         thread = self.threads.get(channel_id)
         channel = self.channels.get(thread.parent_id if thread else channel_id)
         return channel is not None and not channel.hidden
 
 
-# What `World.update_guild` may set: the settings a guild's own administrators or Discord change.
+# The fields that `World.update_guild` can set.
 GUILD_SETTINGS = frozenset(
     [
         "name",

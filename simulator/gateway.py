@@ -12,7 +12,7 @@ from aiohttp import WSMsgType, web
 
 from .chunks import MemberRequest, clean_nonce, query_page, user_ids_page
 from .entities import Json
-from .limits import Window
+from .limits import SlidingWindow
 from .payloads import own_user_payload, to_bytes
 from .session import Session
 from .state import PRIVILEGED, Emission, Intent
@@ -21,14 +21,14 @@ from .transport import Transport, open_transport
 if TYPE_CHECKING:
     from .server import Simulator
 
-# How long a session without a socket can still be resumed, and how many such sessions are kept.
+# How long a disconnected session can be resumed, and the maximum number of sessions.
 RESUME_WINDOW_S = 180.0
 _MAX_SESSIONS = 64
 _MAX_COMMAND_BYTES = 4096
 
 
 class CloseGateway(Exception):
-    """The connection is to be closed with one of the gateway's close codes."""
+    """Close the connection with this gateway close code."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
@@ -37,23 +37,23 @@ class CloseGateway(Exception):
 
 
 class Connection:
-    """One websocket with its compression stream; messages are compressed and written without a break between."""
+    """One websocket with its compression stream. Compressing and writing a message is not interrupted by an await."""
 
     def __init__(self, gateway: Gateway, ws: web.WebSocketResponse, transport: Transport, request: web.Request) -> None:
         self._gateway = gateway
         self._ws = ws
         self._transport = transport
         self._tcp = request.transport
-        # Whoever comes by way of a proxy goes on by way of it.
+        # A client that connected through a proxy must also resume through it.
         self.url = f"ws://{request.host}/gateway"
-        self._loose: set[asyncio.Task[None]] = set()
+        self._background_sends: set[asyncio.Task[None]] = set()
         self.last_heartbeat = time.monotonic()
         self.session: Session | None = None
         self.pump: asyncio.Task[None] | None = None
-        self.commands = Window(gateway.limits.gateway_commands, gateway.limits.gateway_window)
+        self.commands = SlidingWindow(gateway.limits.gateway_commands, gateway.limits.gateway_window)
 
     async def send(self, message: bytes) -> None:
-        """Send a message and wait until the socket has room again."""
+        """Send a message and wait until the socket accepts more."""
         running = self._gateway.faults.running
         if not running.is_set():
             await running.wait()
@@ -64,31 +64,31 @@ class Connection:
             await self._ws.send_str(data.decode("utf-8", "replace"))
 
     async def send_json(self, payload: Json) -> None:
-        """Send a payload that is no dispatch."""
+        """Send a payload other than a dispatch."""
         with suppress(ConnectionError, RuntimeError):
             await self.send(to_bytes(payload))
 
     def send_soon(self, payload: Json) -> None:
-        """Send a payload from code that cannot wait."""
+        """Send a payload in the background."""
         task = asyncio.get_running_loop().create_task(self.send_json(payload))
-        self._loose.add(task)
-        task.add_done_callback(self._loose.discard)
+        self._background_sends.add(task)
+        task.add_done_callback(self._background_sends.discard)
 
     async def close(self, code: int, reason: str) -> None:
-        """Close with a handshake, waiting no longer than a second for the client's half."""
+        """Close with a handshake, waiting at most a second for the client."""
         with suppress(TimeoutError, ConnectionError, RuntimeError):
             async with asyncio.timeout(1.0):
                 await self._ws.close(code=code, message=reason.encode())
         self.abort()
 
     def abort(self) -> None:
-        """Cut the TCP connection."""
+        """Reset the TCP connection."""
         if self._tcp is not None:
             self._tcp.abort()
 
     def release(self) -> None:
-        """Stop sending and let go of the session, which may be resumed later."""
-        for task in (self.pump, *self._loose):
+        """Stop sending and detach from the session, which can be resumed later."""
+        for task in (self.pump, *self._background_sends):
             if task is not None:
                 task.cancel()
         if self.session is not None and self.session.socket is self:
@@ -97,7 +97,7 @@ class Connection:
 
 
 class Gateway:
-    """Accepts connections, keeps the sessions, and hands them the world's events."""
+    """Accepts connections, manages sessions, and passes them the world's events."""
 
     def __init__(self, simulator: Simulator) -> None:
         self._simulator = simulator
@@ -113,31 +113,33 @@ class Gateway:
         self._session_number = 0
 
     @property
-    def waiting(self) -> int:
-        """Dispatches that wait to be sent to a client that is connected."""
-        return max((s.waiting for s in self.sessions.values() if s.socket is not None and not s.dead), default=0)
+    def pending_dispatches(self) -> int:
+        """The largest number of dispatches queued for a connected client."""
+        return max(
+            (s.pending_dispatches for s in self.sessions.values() if s.socket is not None and not s.dead), default=0
+        )
 
     @property
     def has_sent_all(self) -> bool:
-        """Whether no client that is connected is owed anything."""
+        """Whether every connected client has been sent everything."""
         return all(s.has_sent_all for s in self.sessions.values() if s.socket is not None and not s.dead)
 
     def receive(self, emission: Emission) -> None:
-        """Give an event of the world to every session it concerns."""
+        """Pass an event of the world to every session, which filters it."""
         for session in list(self.sessions.values()):
             session.receive(emission)
 
     def dispatch(self, guild_id: int | None, name: str, payload: Json) -> int:
-        """Dispatch something that is no change of the world; without a guild it goes to shard 0."""
+        """Dispatch an event that is not a mutation (to shard 0 without a guild); return the number of sessions."""
         body = to_bytes(payload)
         alive = [session for session in self.sessions.values() if not session.dead]
-        found = [s for s in alive if (s.owns(guild_id) if guild_id is not None else s.shard[0] == 0)]
-        for session in found:
+        recipients = [s for s in alive if (s.owns(guild_id) if guild_id is not None else s.shard[0] == 0)]
+        for session in recipients:
             session.enqueue(name, body)
-        return len(found)
+        return len(recipients)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Serve one websocket from HELLO to its end."""
+        """Serve one websocket from HELLO until it closes."""
         try:
             transport = open_transport(request.query.get("compress"))
         except ValueError as exc:
@@ -145,7 +147,7 @@ class Gateway:
         ws = web.WebSocketResponse(compress=False, max_msg_size=0, autoping=True)
         try:
             await ws.prepare(request)
-        except ConnectionError:  # its client has gone meanwhile
+        except ConnectionError:  # the client has disconnected
             raise web.HTTPServiceUnavailable from None
         connection = Connection(self, ws, transport, request)
         self.connections.add(connection)
@@ -213,14 +215,14 @@ class Gateway:
         shard_id, shard_count = data.get("shard") or (0, 1)
         if not 0 <= shard_id < shard_count:
             raise CloseGateway(4010, "Invalid shard.")
-        self._forget_old_sessions()
+        self._discard_old_sessions()
         self.identifies += 1
         self._session_number += 1
         session_id = f"{self.world.seed:08x}{self._session_number:024x}"
         pace = self.limits.pages_per_second
         threshold = min(250, max(50, int(data.get("large_threshold") or 50)))
         session = Session(self.world, self.faults, session_id, intents, (shard_id, shard_count), pace, threshold)
-        session.introduce(self._ready(session, connection.url, sharded="shard" in data))
+        session.queue_ready(self._ready(session, connection.url, sharded="shard" in data))
         self.sessions[session_id] = session
         self._attach(connection, session)
 
@@ -250,15 +252,15 @@ class Gateway:
             raise CloseGateway(4004, "Authentication failed.")
         session = self.sessions.get(str(data.get("session_id")))
         sequence = data.get("seq")
-        refused = self.faults.take_refused_resume()
-        if session is None or refused or not isinstance(sequence, int) or not session.can_resume(sequence):
+        is_refused = self.faults.take_refused_resume()
+        if session is None or is_refused or not isinstance(sequence, int) or not session.can_resume(sequence):
             if session is not None:
-                session.forget()
+                session.discard()
             await connection.send_json({"op": 9, "d": False})
             return
         for other in self.connections:
             if other.session is session:
-                # Two pumps of one session would send events where the client no longer listens.
+                # The old connection would take events that the client no longer reads.
                 other.release()
                 other.abort()
         self.resumes += 1
@@ -281,12 +283,12 @@ class Gateway:
 
         connection.pump = asyncio.create_task(serve())
 
-    def _forget_old_sessions(self) -> None:
+    def _discard_old_sessions(self) -> None:
         now = time.monotonic()
         for session in list(self.sessions.values()):
             stale = session.socket is None and now - session.disconnected_at > RESUME_WINDOW_S
             if session.dead or stale or len(self.sessions) >= _MAX_SESSIONS:
-                session.forget()
+                session.discard()
                 del self.sessions[session.id]
 
     def _request_members(self, session: Session, data: Json) -> None:
@@ -296,19 +298,19 @@ class Gateway:
             guild = self.world.guilds.get(int(data["guild_id"]))
             user_ids = data.get("user_ids")
             listed: list[Any] = user_ids if isinstance(user_ids, list) else [user_ids]
-            wanted = None if user_ids is None else [int(user_id) for user_id in listed]
+            requested = None if user_ids is None else [int(user_id) for user_id in listed]
             query, limit = data.get("query"), int(data.get("limit") or 0)
         except (KeyError, TypeError, ValueError):
             raise CloseGateway(4002, "Error while decoding payload.") from None
         if guild is None or not (guild.present and guild.available and session.owns(guild.id)):
             return
         nonce = clean_nonce(data.get("nonce"))
-        if wanted is not None:
-            session.enqueue("GUILD_MEMBERS_CHUNK", user_ids_page(guild, wanted, nonce))
+        if requested is not None:
+            session.enqueue("GUILD_MEMBERS_CHUNK", user_ids_page(guild, requested, nonce))
         elif query or limit:
             session.enqueue("GUILD_MEMBERS_CHUNK", query_page(guild, str(query or ""), limit, nonce))
         elif query is not None and session.intents & Intent.GUILD_MEMBERS:
-            # Without the intent the full list is never sent, and nothing says so.
+            # Without the intent, Discord ignores the request.
             self._full_request(session, MemberRequest(guild, nonce, self.limits.members_per_page), nonce)
 
     def _full_request(self, session: Session, request: MemberRequest, nonce: str | None) -> None:
@@ -328,5 +330,5 @@ class Gateway:
         self._last_full[guild_id] = now
         if self.faults.take_ignored_request(guild_id):
             return
-        request.follow(self.faults.take_page_order(guild_id, request.count))
+        request.set_page_order(self.faults.take_page_order(guild_id, request.count))
         session.request_members(request)

@@ -1,4 +1,4 @@
-"""What happens to guilds as a whole, to their roles, and to the bot's place in them."""
+"""Mutations of guilds, roles and the bot's membership."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _ROLE_FIELDS = frozenset(
 )
 
 
-def refuse_unknown(what: str, given: dict[str, Any], known: frozenset[str]) -> None:
-    """Raise a readable error for fields that a thing does not have."""
+def reject_unknown_fields(kind: str, given: dict[str, Any], known: frozenset[str]) -> None:
+    """Raise TypeError for fields that an object of this kind does not have."""
     unknown = sorted(given.keys() - known)
     if unknown:
-        raise TypeError(f"a {what} has no field {', '.join(unknown)}: choose from {', '.join(sorted(known))}")
+        raise TypeError(f"a {kind} has no field {', '.join(unknown)}: choose from {', '.join(sorted(known))}")
 
 
 class GuildMutations(WorldState):
     """Changes to guilds and roles, each with the gateway events Discord sends for it."""
 
     def update_guild(self, guild_id: int, **fields: Any) -> None:
-        """Change guild settings, told by GUILD_UPDATE."""
-        refuse_unknown("guild", fields, GUILD_SETTINGS)
+        """Update guild settings (GUILD_UPDATE)."""
+        reject_unknown_fields("guild", fields, GUILD_SETTINGS)
         guild = self.guild(guild_id)
         self.tick()
         for name, value in fields.items():
@@ -48,7 +48,7 @@ class GuildMutations(WorldState):
 
     def create_role(self, guild_id: int, name: str = "new role", **fields: Any) -> int:
         """Create a role and return its id."""
-        refuse_unknown("role", fields, _ROLE_FIELDS)
+        reject_unknown_fields("role", fields, _ROLE_FIELDS)
         guild = self.guild(guild_id)
         self.tick()
         role = Role(self.new_id(), name, **fields)
@@ -57,8 +57,8 @@ class GuildMutations(WorldState):
         return role.id
 
     def update_role(self, guild_id: int, role_id: int, **fields: Any) -> None:
-        """Change a role."""
-        refuse_unknown("role", fields, _ROLE_FIELDS)
+        """Update a role."""
+        reject_unknown_fields("role", fields, _ROLE_FIELDS)
         guild, role = self.guild(guild_id), self._role(guild_id, role_id)
         self.tick()
         for name, value in fields.items():
@@ -66,7 +66,7 @@ class GuildMutations(WorldState):
         self.emit("GUILD_ROLE_UPDATE", guild, {"guild_id": str(guild_id), "role": role_payload(role)})
 
     def delete_role(self, guild_id: int, role_id: int) -> None:
-        """Delete a role: Discord takes it from its members without a word about them."""
+        """Delete a role and remove it from its members, for which Discord sends no events."""
         guild = self.guild(guild_id)
         self._role(guild_id, role_id)
         if role_id == guild_id:
@@ -80,23 +80,23 @@ class GuildMutations(WorldState):
         self.emit("GUILD_ROLE_DELETE", guild, {"guild_id": str(guild_id), "role_id": str(role_id)})
 
     def guild_outage(self, guild_id: int) -> None:
-        """Make a guild unavailable: nothing more is heard of it, but it lives on."""
+        """Make a guild unavailable: it sends no events, but it can still change."""
         guild = self.guild(guild_id)
         if not guild.available:
             return
         self.tick()
         guild.available = False
-        self._tell(guild, "GUILD_DELETE", {"id": str(guild_id), "unavailable": True})
+        self._emit_guild(guild, "GUILD_DELETE", {"id": str(guild_id), "unavailable": True})
 
     def guild_restore(self, guild_id: int) -> None:
-        """End an outage: GUILD_CREATE brings the guild as it now is."""
+        """End an outage: GUILD_CREATE with the guild's current state."""
         guild = self.guild(guild_id)
         if guild.available:
             return
         self.tick()
         guild.available = True
         guild.large = len(guild.members) > LARGE_THRESHOLD
-        self._tell(guild, "GUILD_CREATE", {})
+        self._emit_guild(guild, "GUILD_CREATE", {})
 
     def remove_bot(self, guild_id: int) -> None:
         """Remove the bot from a guild: GUILD_DELETE without `unavailable`."""
@@ -106,22 +106,22 @@ class GuildMutations(WorldState):
         self.tick()
         guild.pop_member(self.bot.id)
         self.bot.guild_ids.remove(guild_id)
-        self._tell(guild, "GUILD_DELETE", {"id": str(guild_id)})
+        self._emit_guild(guild, "GUILD_DELETE", {"id": str(guild_id)})
         guild.present = False
 
     def add_bot_back(self, guild_id: int) -> None:
-        """Let the bot join a guild again, as a newly joined guild."""
+        """Add the bot to a guild again, as a newly joined guild."""
         guild = self.guild(guild_id)
         if guild.present:
-            raise ValueError(f"the bot is in guild {guild_id} already")
+            raise ValueError(f"the bot is already in guild {guild_id}")
         guild.joined_at = self.tick()
         guild.present = guild.available = True
         self.add_bot_member(guild)
         guild.large = len(guild.members) > LARGE_THRESHOLD
-        self._tell(guild, "GUILD_CREATE", {}, newly_joined=True)
+        self._emit_guild(guild, "GUILD_CREATE", {}, newly_joined=True)
 
     def add_bot_member(self, guild: Guild) -> None:
-        """Make the bot a member of a guild, with its own role where there is one."""
+        """Make the bot a member of a guild, with its managed role if there is one."""
         own = tuple(r.id for r in guild.roles.values() if r.tags and r.tags.get("bot_id") == str(self.bot.id))
         member = draw_member(self.rng, self.bot, guild.id, [own], self.now_us, self.now_us)
         member.nick, member.joined_at, member.flags, member.pending = None, guild.joined_at, 0, False
@@ -135,7 +135,7 @@ class GuildMutations(WorldState):
         except KeyError:
             raise UnknownEntity(f"guild {guild_id} has no role {role_id}") from None
 
-    def _tell(self, guild: Guild, name: str, payload: dict[str, Any], *, newly_joined: bool = False) -> None:
+    def _emit_guild(self, guild: Guild, name: str, payload: dict[str, Any], *, newly_joined: bool = False) -> None:
         if guild.present:
             body = to_bytes(payload)
             self.publish(Emission(name, guild.id, body, int(Intent.GUILDS), newly_joined=newly_joined))

@@ -1,4 +1,4 @@
-"""Rendering of interactions: the command a user ran, its options and what they refer to."""
+"""Renders interactions: the command, its options and the objects they refer to."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def component_payload(
     user_id: int,
     guild_id: int | None,
 ) -> Json:
-    """Render INTERACTION_CREATE for a button under a message."""
+    """Render INTERACTION_CREATE for a button of a message."""
     data: Json = {"component_type": 2, "custom_id": custom_id}
     payload = _envelope(simulator, 3, data, interaction_id, token, user_id, guild_id, None)
     return payload | {"message": message | {"channel_id": payload["channel_id"]}}
@@ -80,19 +80,22 @@ def _envelope(
         channel = simulator.channels.direct_channel(user_id)
         return payload | {"user": user_payload(world.user(user_id)), "channel": channel, "channel_id": channel["id"]}
     guild = world.guild(guild_id)
-    place = channel_id
-    if place is None:
-        place = next((c.id for c in guild.channels.values() if c.type == 0 and not c.hidden), None)
-    if place is None:
-        raise LookupError(f"guild {guild_id} has no text channel that the bot may view")
+    if channel_id is None:
+        channel_id = next((c.id for c in guild.channels.values() if c.type == 0 and not c.hidden), None)
+    if channel_id is None:
+        raise LookupError(f"guild {guild_id} has no text channel that the bot can view")
     member = member_payload(world.member(guild_id, user_id)) | {"permissions": str(_ALL_PERMISSIONS)}
     partial = {"id": str(guild_id), "locale": guild.preferred_locale, "features": guild.features}
     payload |= {"guild_id": str(guild_id), "guild": partial, "guild_locale": guild.preferred_locale}
-    return payload | {"member": member, "channel": _place(simulator, guild_id, place), "channel_id": str(place)}
+    return payload | {
+        "member": member,
+        "channel": _channel(simulator, guild_id, channel_id),
+        "channel_id": str(channel_id),
+    }
 
 
 def message_payload(simulator: Simulator, body: Json) -> Json:
-    """Render the message that an answer to an interaction becomes."""
+    """Render the message created by a response to an interaction."""
     now_us = time.time_ns() // 1000
     world = simulator.world
     return {
@@ -117,7 +120,7 @@ def message_payload(simulator: Simulator, body: Json) -> Json:
     }
 
 
-def _place(simulator: Simulator, guild_id: int, channel_id: int) -> Json:
+def _channel(simulator: Simulator, guild_id: int, channel_id: int) -> Json:
     world = simulator.world
     thread = world.guild(guild_id).threads.get(channel_id)
     if thread is not None:
@@ -158,7 +161,7 @@ def _value(simulator: Simulator, kind: int, value: Any, guild_id: int | None, re
     if kind not in (_USER, _CHANNEL, _ROLE, _MENTIONABLE):
         return value
     if kind == _CHANNEL and guild_id is not None:
-        resolved.setdefault("channels", {})[str(value)] = _place(simulator, guild_id, int(value))
+        resolved.setdefault("channels", {})[str(value)] = _channel(simulator, guild_id, int(value))
     elif guild_id is not None and kind in (_ROLE, _MENTIONABLE) and int(value) in world.guild(guild_id).roles:
         resolved.setdefault("roles", {})[str(value)] = role_payload(world.guild(guild_id).roles[int(value)])
     else:

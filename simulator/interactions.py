@@ -1,4 +1,4 @@
-"""Slash commands: their registry, their invocation, and the answers a bot gives."""
+"""Slash commands: registration, invocation and the bot's responses."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
     from .server import Simulator
 
 # https://docs.discord.com/developers/interactions/receiving-and-responding
-FIRST_ANSWER_S = 3.0
-TOKEN_LIFE_S = 15 * 60.0
+RESPONSE_DEADLINE_S = 3.0
+TOKEN_LIFETIME_S = 15 * 60.0
 _EPHEMERAL = 1 << 6
 _LOADING = 1 << 7
 _DEFERRALS = (5, 6)
-# Answers of a component that change the message under which it stands: deferred, and at once.
+# Responses of a component that update its message: deferred and immediate.
 _DEFERRED_UPDATE, _UPDATE = 6, 7
-_MAX_KEPT = 1000
+_MAX_RESULTS = 1000
 
 
 @dataclass(slots=True)
 class Edit:
-    """One state of a reply; `at` is seconds after the command was run."""
+    """One version of a reply; `at` is in seconds after the command was run."""
 
     at: float
     content: str
@@ -54,7 +54,7 @@ class Edit:
 
 @dataclass(slots=True)
 class InteractionResult:
-    """What a bot made of one command: its first answer, then every edit in order."""
+    """The bot's response to one command: its first response, then every edit in order."""
 
     id: int
     token: str
@@ -69,57 +69,57 @@ class InteractionResult:
     followups: list[Json] = field(default_factory=list)
     message: Json | None = None
     choices: list[Json] | None = None
-    #: Files of the reply by name, the newest of each.
+    #: Attached files by name, the latest version of each.
     files: dict[str, bytes] = field(default_factory=dict)
     user_id: int = 0
     guild_id: int | None = None
-    #: Of a button that was pressed: the reply that it stands under.
-    under: InteractionResult | None = None
+    #: For a pressed button: the result whose reply contains it.
+    parent: InteractionResult | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def final_content(self) -> str | None:
-        """The reply's text as it stands, None while there is none."""
+        """The reply's current text; None if there is none yet."""
         if self.edits:
             return self.edits[-1].content
         return self.content
 
     @property
     def buttons(self) -> dict[str, str]:
-        """The buttons under the reply that can be pressed: custom id by label."""
+        """The enabled buttons of the reply: custom id by label."""
         rows = (self.message or {}).get("components") or []
         found = [button for row in rows for button in row.get("components", []) if not button.get("disabled")]
         return {str(button.get("label")): button["custom_id"] for button in found if "custom_id" in button}
 
     @property
     def done(self) -> bool:
-        """Whether there is something to read: an answer that is no deferral, an edit or a follow-up."""
+        """Whether there is a response other than a deferral, an edit or a follow-up."""
         return (self.type is not None and not self.deferred) or bool(self.edits) or bool(self.followups)
 
     async def wait_done(
         self, timeout: float = 10.0, until: Callable[[InteractionResult], bool] | None = None
     ) -> InteractionResult:
-        """Wait until the command is answered or, with `until`, until that holds of the result.
+        """Wait until `done`, or until `until` returns true for the result.
 
-        Raises TimeoutError, saying what there was by then.
+        Raises TimeoutError with the result so far.
         """
-        reached = until or (lambda result: result.done)
+        condition = until or (lambda result: result.done)
         try:
             async with asyncio.timeout(timeout):
-                while not reached(self):
+                while not condition(self):
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
             raise TimeoutError(f"not done after {timeout} s: {self!r}") from None
         return self
 
-    def touch(self) -> None:
-        """Wake whoever waits for a change."""
+    def notify(self) -> None:
+        """Wake waiting tasks."""
         self._changed.set()
 
 
 class InteractionRoutes:
-    """Answers for application commands, interaction callbacks and the webhooks that carry replies."""
+    """Routes of application commands, interaction callbacks and webhooks with replies."""
 
     def __init__(self, simulator: Simulator) -> None:
         self._simulator = simulator
@@ -128,17 +128,17 @@ class InteractionRoutes:
         self._by_token: dict[str, InteractionResult] = {}
         self._number = 0
         self.syncs: Counter[int | None] = Counter()
-        self.response_deadline = FIRST_ANSWER_S
-        self.token_lifetime = TOKEN_LIFE_S
+        self.response_deadline = RESPONSE_DEADLINE_S
+        self.token_lifetime = TOKEN_LIFETIME_S
 
     def routes(self) -> list[web.RouteDef]:
-        """List the routes this class answers."""
-        everywhere = f"{API}/applications/{{application_id}}/commands"
+        """Return the routes of this class."""
+        global_commands = f"{API}/applications/{{application_id}}/commands"
         guild = f"{API}/applications/{{application_id}}/guilds/{{guild_id}}/commands"
         webhook = f"{API}/webhooks/{{application_id}}/{{token}}"
         message = f"{webhook}/messages/{{message_id}}"
         routes = [web.post(f"{API}/interactions/{{interaction_id}}/{{token}}/callback", self.callback)]
-        for base in (everywhere, guild):
+        for base in (global_commands, guild):
             routes += [web.get(base, self.list_commands), web.put(base, self.overwrite), web.post(base, self.upsert)]
         routes += [web.post(webhook, self.follow_up), web.get(message, self.read)]
         return [*routes, web.patch(message, self.edit), web.delete(message, self.delete)]
@@ -158,35 +158,35 @@ class InteractionRoutes:
     ) -> InteractionResult:
         """Send INTERACTION_CREATE for a registered command."""
         command = self._find(name, guild_id)
-        result = self._begun(user_id, guild_id)
+        result = self._new_result(user_id, guild_id)
         payload = interaction_payload(
             self._simulator, command, result.id, result.token, user_id, guild_id, channel_id, path, options
         )
-        return self._sent(result, payload)
+        return self._dispatch(result, payload)
 
-    def press(self, under: InteractionResult, custom_id: str, user_id: int) -> InteractionResult:
-        """Send INTERACTION_CREATE for a button under a reply; Discord's clients may show one that is gone already."""
-        if under.message is None:
-            raise LookupError("there is no reply yet, and so no button")
-        result = self._begun(user_id, under.guild_id)
-        result.under = under
+    def press(self, parent: InteractionResult, custom_id: str, user_id: int) -> InteractionResult:
+        """Send INTERACTION_CREATE for a button of a reply; it may have been removed, as clients may still show it."""
+        if parent.message is None:
+            raise LookupError("there is no reply yet, so there is no button")
+        result = self._new_result(user_id, parent.guild_id)
+        result.parent = parent
         payload = component_payload(
-            self._simulator, under.message, custom_id, result.id, result.token, user_id, under.guild_id
+            self._simulator, parent.message, custom_id, result.id, result.token, user_id, parent.guild_id
         )
-        return self._sent(result, payload)
+        return self._dispatch(result, payload)
 
-    def _begun(self, user_id: int, guild_id: int | None) -> InteractionResult:
+    def _new_result(self, user_id: int, guild_id: int | None) -> InteractionResult:
         self._number += 1
-        # Libraries take an interaction's age from its id, so this one is of the real present.
+        # Libraries derive an interaction's age from its id, so it must use the real time.
         id = snowflake_at(time.time_ns() // 1000, self._number & 0xFFF)
         return InteractionResult(id, secrets.token_hex(32), time.monotonic(), user_id=user_id, guild_id=guild_id)
 
-    def _sent(self, result: InteractionResult, payload: Json) -> InteractionResult:
+    def _dispatch(self, result: InteractionResult, payload: Json) -> InteractionResult:
         guild_id = result.guild_id
         if self._simulator.gateway.dispatch(guild_id, "INTERACTION_CREATE", payload) == 0:
-            raise LookupError("no client is connected that this command could reach")
+            raise LookupError("no client is connected that could receive the command")
         self._by_token[result.token] = result
-        if len(self._by_token) > _MAX_KEPT:
+        if len(self._by_token) > _MAX_RESULTS:
             del self._by_token[next(iter(self._by_token))]
         return result
 
@@ -197,17 +197,17 @@ class InteractionRoutes:
                 return command
         for command in self._registered.get(None, []):
             contexts = command.get("contexts")
-            wanted = 1 if guild_id is None else 0
-            in_place = contexts is None or wanted in contexts
+            context = 1 if guild_id is None else 0
+            is_available = contexts is None or context in contexts
             if guild_id is None and command.get("dm_permission") is False:
-                in_place = False
-            if command["name"] == name and command["type"] == 1 and in_place:
+                is_available = False
+            if command["name"] == name and command["type"] == 1 and is_available:
                 return command
         known = sorted(c["name"] for c in [*own, *self._registered.get(None, [])])
         place = "direct messages" if guild_id is None else f"guild {guild_id}"
         raise LookupError(f"no command /{name} is registered for {place}; registered: {', '.join(known) or 'none'}")
 
-    # Registry.
+    # Registration.
 
     async def list_commands(self, request: web.Request) -> web.Response:
         return answer(self.commands(self._scope(request)))
@@ -215,19 +215,19 @@ class InteractionRoutes:
     async def overwrite(self, request: web.Request) -> web.Response:
         scope = self._scope(request)
         try:
-            wanted = await request.json()
+            commands = await request.json()
         except ValueError:
             raise ApiError(*INVALID_FORM) from None
-        if not isinstance(wanted, list):
+        if not isinstance(commands, list):
             raise ApiError(*INVALID_FORM)
         self.syncs[scope] += 1
-        self._registered[scope] = [self._complete(command, scope) for command in wanted]
+        self._registered[scope] = [self._complete(command, scope) for command in commands]
         return answer(self._registered[scope])
 
     async def upsert(self, request: web.Request) -> web.Response:
         scope, command = self._scope(request), self._complete(await read_body(request), self._scope(request))
-        kept = [c for c in self._registered.get(scope, []) if c["name"] != command["name"]]
-        self._registered[scope] = [*kept, command]
+        others = [c for c in self._registered.get(scope, []) if c["name"] != command["name"]]
+        self._registered[scope] = [*others, command]
         return answer(command, 201)
 
     def _scope(self, request: web.Request) -> int | None:
@@ -237,16 +237,22 @@ class InteractionRoutes:
         if not isinstance(command, dict) or not isinstance(command.get("name"), str):
             raise ApiError(*INVALID_FORM)
         known = {c["name"]: c["id"] for c in self._registered.get(scope, [])}
-        plain: Json = {"type": 1, "options": [], "description": "", "default_member_permissions": None, "nsfw": False}
-        plain |= {"dm_permission": True, "contexts": None, "integration_types": [0]}
+        defaults: Json = {
+            "type": 1,
+            "options": [],
+            "description": "",
+            "default_member_permissions": None,
+            "nsfw": False,
+        }
+        defaults |= {"dm_permission": True, "contexts": None, "integration_types": [0]}
         ids: Json = {
             "id": known.get(command["name"]) or str(self._world.new_id()),
             "version": str(self._world.new_id()),
         }
         ids["application_id"] = str(self._world.application_id)
-        return plain | command | ids | ({} if scope is None else {"guild_id": str(scope)})
+        return defaults | command | ids | ({} if scope is None else {"guild_id": str(scope)})
 
-    # Answers.
+    # Responses.
 
     async def callback(self, request: web.Request) -> web.Response:
         result = self._by_token.get(request.match_info["token"])
@@ -267,14 +273,14 @@ class InteractionRoutes:
         if not result.deferred:
             result.content, result.embeds = str(data.get("content") or ""), data.get("embeds") or []
         flags = int(data.get("flags") or 0) | (_LOADING if result.deferred else 0)
-        if result.under is not None and result.type in (_DEFERRED_UPDATE, _UPDATE):
-            result.message = result.under.message
+        if result.parent is not None and result.type in (_DEFERRED_UPDATE, _UPDATE):
+            result.message = result.parent.message
             if result.type == _UPDATE:
-                self._change(result.under, data)
+                self._change(result.parent, data)
         else:
             result.message = message_payload(self._simulator, data | {"flags": flags})
         result.files |= await _files(request)
-        result.touch()
+        result.notify()
         if request.query.get("with_response", "").lower() not in ("1", "true"):
             return web.Response(status=204)
         shown = result.message or {}
@@ -294,16 +300,16 @@ class InteractionRoutes:
             self._change(result, body)
         else:
             _update(message, body)
-            result.touch()
+            result.notify()
         return answer(message)
 
     def _change(self, result: InteractionResult, body: Json) -> None:
-        """Change a reply, and note how it reads from now on."""
+        """Edit a reply and record the new version."""
         assert result.message is not None
         _update(result.message, body)
         at = time.monotonic() - result.started
         result.edits.append(Edit(at, result.message["content"], list(result.message["embeds"] or [])))
-        result.touch()
+        result.notify()
 
     async def delete(self, request: web.Request) -> web.Response:
         result = self._result(request)
@@ -321,14 +327,14 @@ class InteractionRoutes:
         body = await read_body(request)
         message = message_payload(self._simulator, body)
         if result.deferred and not result.edits and not result.followups and result.message is not None:
-            # The first follow-up to a deferral becomes the reply itself.
+            # The first follow-up after a deferral becomes the reply.
             message["id"], message["flags"] = result.message["id"], result.message["flags"] & ~_LOADING
             result.message = message
             at = time.monotonic() - result.started
             result.edits.append(Edit(at, message["content"], message["embeds"]))
         else:
             result.followups.append(message)
-        result.touch()
+        result.notify()
         return answer(message)
 
     def _result(self, request: web.Request) -> InteractionResult:
@@ -340,11 +346,11 @@ class InteractionRoutes:
         return result
 
     def _message(self, result: InteractionResult, request: web.Request) -> Json:
-        wanted = request.match_info["message_id"]
-        if result.message is not None and wanted in ("@original", result.message["id"]):
+        message_id = request.match_info["message_id"]
+        if result.message is not None and message_id in ("@original", result.message["id"]):
             return result.message
         for message in result.followups:
-            if message["id"] == wanted:
+            if message["id"] == message_id:
                 return message
         raise ApiError(*UNKNOWN_MESSAGE)
 
@@ -357,7 +363,7 @@ def _update(message: Json, body: Json) -> None:
 
 
 async def _files(request: web.Request) -> dict[str, bytes]:
-    """Return the files of a multipart form; aiohttp reads it once and keeps it."""
+    """Return the files of a multipart form, which aiohttp parses once and caches."""
     if not request.content_type.startswith("multipart/"):
         return {}
     fields = (await request.post()).values()

@@ -1,4 +1,4 @@
-"""Malformed payloads: what a gateway should never send, and sooner or later does."""
+"""Malformed payloads that a gateway should never send."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TOO_LARGE = str((1 << 63) + 7)
 
 
 def malformed_events(guild: Guild) -> dict[str, bytes | dict[str, Any]]:
-    """Build one broken event of each kind about a guild; what they say happened did not happen."""
+    """Build one malformed event of each kind about a guild. Nothing in the world changes."""
     gid = str(guild.id)
     user: dict[str, Any] = {"id": "77", "username": "broken", "discriminator": "0", "global_name": None, "avatar": None}
     member: dict[str, Any] = {

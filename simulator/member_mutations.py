@@ -1,4 +1,4 @@
-"""What happens to people: joins, leaves, bans, renames, member changes."""
+"""Mutations of users and members: joins, leaves, bans, renames, member updates."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class MemberMutations(WorldState):
     """Changes to users and members, each with the gateway events Discord sends for it."""
 
     def join(self, guild_id: int, user_id: int | None = None) -> int:
-        """Let a user join a guild, a brand-new account when no id is given; returns the user's id."""
+        """Add a user, or a new account if no id is given, to a guild; return the user's id."""
         guild = self.guild(guild_id)
         now = self.tick()
         if user_id is None:
             user = draw_user(self.rng, self.new_user_id())
-            self._know(user)
+            self._register_user(user)
         else:
             user = self.users.get(user_id) or draw_user(self.rng, user_id)
-            self._know(user)
+            self._register_user(user)
         if user.id in guild.members:
             raise ValueError(f"user {user.id} is already a member of guild {guild_id}")
         guild.bans.discard(user.id)
@@ -49,19 +49,19 @@ class MemberMutations(WorldState):
         return user.id
 
     def leave(self, guild_id: int, user_id: int) -> None:
-        """Let a member leave."""
+        """Remove a member who leaves."""
         guild = self.guild(guild_id)
         if user_id == self.bot.id:
-            raise ValueError("the bot itself leaves by `remove_bot`")
+            raise ValueError("use remove_bot() to remove the bot")
         self.member(guild_id, user_id)
         self.tick()
         self._remove(guild, user_id)
 
     def ban(self, guild_id: int, user_id: int) -> None:
-        """Ban a user, member or not: GUILD_BAN_ADD comes before GUILD_MEMBER_REMOVE."""
+        """Ban a user, member or not; GUILD_BAN_ADD precedes GUILD_MEMBER_REMOVE."""
         guild, user = self.guild(guild_id), self.user(user_id)
         if user_id == self.bot.id:
-            raise ValueError("the bot itself leaves by `remove_bot`")
+            raise ValueError("use remove_bot() to remove the bot")
         self.tick()
         guild.bans.add(user_id)
         payload = {"guild_id": str(guild_id), "user": user_payload(user)}
@@ -71,7 +71,7 @@ class MemberMutations(WorldState):
             self._remove(guild, user_id)
 
     def unban(self, guild_id: int, user_id: int) -> None:
-        """Lift a ban."""
+        """Remove a ban."""
         guild, user = self.guild(guild_id), self.user(user_id)
         if user_id not in guild.bans:
             raise UnknownEntity(f"user {user_id} is not banned from guild {guild_id}")
@@ -90,7 +90,7 @@ class MemberMutations(WorldState):
         avatar: str | Unset | None = UNSET,
         public_flags: int | Unset = UNSET,
     ) -> None:
-        """Change an account: bots hear of it as GUILD_MEMBER_UPDATE in each guild they share with it."""
+        """Update a user: the bot gets GUILD_MEMBER_UPDATE in each shared guild."""
         user = self.user(user_id)
         if user is self.bot:
             self.update_own_user(username=username, avatar=avatar)
@@ -101,7 +101,7 @@ class MemberMutations(WorldState):
             self._member_update(self.guilds[guild_id], self.guilds[guild_id].members[user_id])
 
     def update_own_user(self, *, username: str | Unset = UNSET, avatar: str | Unset | None = UNSET) -> None:
-        """Change the bot's own account, told by USER_UPDATE."""
+        """Update the bot's own account (USER_UPDATE)."""
         self.tick()
         self._change_user(self.bot, username=username, avatar=avatar)
         self.emit("USER_UPDATE", None, own_user_payload(self.bot), 0)
@@ -119,7 +119,7 @@ class MemberMutations(WorldState):
         pending: bool | Unset = UNSET,
         flags: int | Unset = UNSET,
     ) -> None:
-        """Change a membership; what is not given stays."""
+        """Update a member; fields not given are unchanged."""
         guild, member = self.guild(guild_id), self.member(guild_id, user_id)
         self.tick()
         if not isinstance(nick, Unset):
@@ -137,17 +137,17 @@ class MemberMutations(WorldState):
         if not isinstance(flags, Unset):
             member.flags = flags
         member.rendered = None
-        told = {"nick": not isinstance(nick, Unset), "pending": not isinstance(pending, Unset)}
-        self._member_update(guild, member, told)
+        changed = {"nick": not isinstance(nick, Unset), "pending": not isinstance(pending, Unset)}
+        self._member_update(guild, member, changed)
 
     def _known_roles(self, guild: Guild, roles: Iterable[int]) -> tuple[int, ...]:
-        wanted = tuple(dict.fromkeys(roles))
-        for role_id in wanted:
+        role_ids = tuple(dict.fromkeys(roles))
+        for role_id in role_ids:
             if role_id not in guild.roles or role_id == guild.id:
-                raise UnknownEntity(f"guild {guild.id} has no role {role_id} that a member could be given")
-        return wanted
+                raise UnknownEntity(f"guild {guild.id} has no role {role_id} that can be assigned")
+        return role_ids
 
-    def _know(self, user: User) -> None:
+    def _register_user(self, user: User) -> None:
         if user.id not in self.users:
             self.users[user.id] = user
             self.user_ids.append(user.id)
@@ -168,11 +168,11 @@ class MemberMutations(WorldState):
         if self.emit("GUILD_MEMBER_REMOVE", guild, payload, Intent.GUILD_MEMBERS):
             self.ledger.record_member_event(guild.id, user_id, "leave")
 
-    def _member_update(self, guild: Guild, member: Member, told: dict[str, bool] | None = None) -> None:
+    def _member_update(self, guild: Guild, member: Member, changed: dict[str, bool] | None = None) -> None:
         payload: Json = member_payload(member) | {"guild_id": str(guild.id)}
-        # Discord may leave out `nick` and `pending` when they did not change: absent is not null.
+        # Discord may omit `nick` and `pending` if they did not change. Absent does not mean null.
         for name in ("nick", "pending"):
-            if not (told or {}).get(name) and self.rng.getrandbits(1):
+            if not (changed or {}).get(name) and self.rng.getrandbits(1):
                 del payload[name]
         payload["joined_at"] = iso(member.joined_at)
         own = member.user is self.bot

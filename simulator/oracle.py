@@ -1,4 +1,4 @@
-"""The oracle: the rows that a faithful mirror of the world must hold right now."""
+"""The test oracle: the rows that a correct mirror of the world contains now."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def expected_rows(world: WorldState, table: str, guild_id: int | None) -> Iterat
     """Yield the rows of one table, of one guild or of every guild the bot is in."""
     guilds = [g for g in world.guilds.values() if g.present and guild_id in (None, g.id)]
     if table == "users":
-        yield from map(_user, _users(world, guilds, everyone=guild_id is None))
+        yield from map(_user, _users(world, guilds, with_bot=guild_id is None))
         return
     for guild in guilds:
         if table == "guilds":
@@ -48,11 +48,11 @@ def expected_rows(world: WorldState, table: str, guild_id: int | None) -> Iterat
         elif table == "threads":
             yield from (_thread(thread) for thread in guild.threads.values() if guild.sees(thread.id))
         else:
-            raise ValueError(f"no table called {table!r}: choose one of {', '.join(TABLES)}")
+            raise ValueError(f"unknown table {table!r}: choose from {', '.join(TABLES)}")
 
 
-def _users(world: WorldState, guilds: Iterable[Guild], *, everyone: bool) -> Iterable[User]:
-    found: dict[int, User] = {world.bot.id: world.bot} if everyone else {}
+def _users(world: WorldState, guilds: Iterable[Guild], *, with_bot: bool) -> Iterable[User]:
+    found: dict[int, User] = {world.bot.id: world.bot} if with_bot else {}
     for guild in guilds:
         for member in guild.members.values():
             found[member.user.id] = member.user

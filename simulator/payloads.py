@@ -1,4 +1,4 @@
-"""Rendering: entities to the JSON that Discord sends, as dicts or, for members, as cached bytes."""
+"""Renders entities to the JSON that Discord sends, as dicts or, for members, as cached bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .ids import iso
 
 
 def to_bytes(payload: object) -> bytes:
-    """Encode a payload in ASCII: lone surrogates and NUL travel as escapes, as Discord sends them."""
+    """Encode a payload in ASCII, with NUL and lone surrogates as escapes, as Discord does."""
     return json.dumps(payload, separators=(",", ":")).encode("ascii")
 
 
@@ -34,7 +34,7 @@ def text_or_null(value: str | None) -> str:
 
 
 def user_json(user: User) -> str:
-    """Render a user once and keep it: gateway users have no banner and no accent colour."""
+    """Render a user and cache the result; users on the gateway have no banner and accent colour."""
     rendered = user.rendered
     if rendered is None:
         extra = (',"bot":true' if user.bot else "") + (',"system":true' if user.system else "")
@@ -52,7 +52,7 @@ def _time(micros: int | None) -> str:
 
 
 def member_json(member: Member) -> bytes:
-    """Render a guild member once and keep it until it changes."""
+    """Render a guild member and cache the result until the member changes."""
     rendered = member.rendered
     if rendered is None:
         roles = '["' + '","'.join(map(str, member.roles)) + '"]' if member.roles else "[]"
@@ -78,7 +78,7 @@ def user_payload(user: User) -> Json:
 
 
 def own_user_payload(user: User) -> Json:
-    """Render the bot's own account, which alone shows its flags and settings."""
+    """Render the bot's own account, with flags and settings that other users do not have."""
     own = {"flags": user.public_flags, "mfa_enabled": True, "verified": True, "email": None, "locale": "en-US"}
     return {**user_payload(user), "bio": "", "premium_type": 0, "banner": None, "accent_color": None, **own}
 
@@ -112,7 +112,7 @@ def role_payload(role: Role) -> Json:
 
 
 def channel_payload(channel: Channel) -> Json:
-    """Render a guild channel as the bot may see it: over the gateway a hidden one arrives obfuscated."""
+    """Render a guild channel; one that is hidden from the bot is obfuscated."""
     if channel.hidden:
         return _obfuscated(channel)
     payload: Json = {
@@ -167,7 +167,7 @@ def _obfuscated(channel: Channel) -> Json:
 
 
 def thread_payload(thread: Thread, bot_id: int) -> Json:
-    """Render a thread, with the bot's own membership where it has joined."""
+    """Render a thread, with the bot's membership if it has joined."""
     metadata: Json = {
         "archived": thread.archived,
         "archive_timestamp": iso(thread.archive_timestamp),
@@ -237,7 +237,7 @@ _PLAIN_FIELDS = [
 
 
 def guild_payload(guild: Guild) -> Json:
-    """Render a guild as GUILD_UPDATE and REST have it: settings, roles, no channels or members."""
+    """Render a guild for GUILD_UPDATE and REST: settings and roles, without channels and members."""
     payload: Json = {"id": str(guild.id)}
     payload |= {name: getattr(guild, name) for name in _PLAIN_FIELDS}
     for name in _ID_FIELDS:
@@ -249,12 +249,12 @@ def guild_payload(guild: Guild) -> Json:
     return payload
 
 
-def guild_create_payload(guild: Guild, bot_id: int, *, newly_joined: bool = False, whole: bool = False) -> Json:
-    """Render GUILD_CREATE: of the members only the bot and who is in voice, unless it is to be whole.
+def guild_create_payload(guild: Guild, bot_id: int, *, newly_joined: bool = False, all_members: bool = False) -> Json:
+    """Render GUILD_CREATE, with only the bot and members in voice channels unless `all_members`.
 
-    A newly joined guild has no `unavailable` key; one that the bot was in before has it, false.
+    A newly joined guild has no `unavailable` key; for others it is false.
     """
-    shown = guild.members.keys() if whole else {bot_id, *guild.voice} & guild.members.keys()
+    shown = guild.members.keys() if all_members else {bot_id, *guild.voice} & guild.members.keys()
     voice: Json = {"self_mute": False, "self_deaf": False, "mute": False, "deaf": False, "self_video": False}
     voice |= {"suppress": False, "request_to_speak_timestamp": None}
     payload = guild_payload(guild) | {

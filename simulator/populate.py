@@ -1,4 +1,4 @@
-"""Seeded content: the names, flags and odd corners that real guilds have."""
+"""Generates users, members, roles, channels and threads from a seed, with the variety of real guilds."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ _MASK128: Final = (1 << 128) - 1
 
 
 def draw_user(rng: random.Random, user_id: int) -> User:
-    """Make one account whose every field comes from the seed."""
+    """Generate a user."""
     bits = rng.getrandbits(192)
     bot = bits & 63 == 0
     pick = bits >> 6
@@ -120,9 +120,9 @@ def draw_user(rng: random.Random, user_id: int) -> User:
 
 
 def draw_member(
-    rng: random.Random, user: User, guild_id: int, role_sets: list[tuple[int, ...]], now: int, founded: int
+    rng: random.Random, user: User, guild_id: int, role_sets: list[tuple[int, ...]], now: int, created_at: int
 ) -> Member:
-    """Make one membership: mostly plain, with the rarities (guest, timed out, boosting, nameless) mixed in."""
+    """Generate a member; some are guests, timed out, boosting or without a join date."""
     bits = rng.getrandbits(128)
     rare = (bits >> 40) & 0xFF
     return Member(
@@ -131,7 +131,7 @@ def draw_member(
         NICKS[(bits >> 3) & 7] if bits & 7 == 0 else None,
         f"{bits:032x}" if (bits >> 10) & 31 == 0 else None,
         role_sets[(bits >> 16) % len(role_sets)],
-        None if rare == 0 else founded + (bits >> 48) % max(1, now - founded),
+        None if rare == 0 else created_at + (bits >> 48) % max(1, now - created_at),
         now - (bits >> 60) % _YEAR_US if rare in (1, 2, 3, 4) else None,
         now + ((bits >> 64) % (28 * 86_400_000_000)) - 86_400_000_000 if rare in (5, 6, 7) else None,
         rare in (8, 9, 10),
@@ -140,7 +140,7 @@ def draw_member(
 
 
 def draw_roles(rng: random.Random, guild: Guild, ids: Iterable[int], bot_id: int) -> None:
-    """Fill in @everyone and the given roles: the first is the bot's own, the second the boosters'."""
+    """Generate @everyone and the given roles: the first is the bot's, the second the boosters'."""
     guild.roles[guild.id] = Role(guild.id, "@everyone", position=0, permissions=0x637DA257)
     for number, role_id in enumerate(ids):
         role = Role(role_id, f"{rng.choice(WORDS)} {number}", position=number + 1)
@@ -159,7 +159,7 @@ def draw_roles(rng: random.Random, guild: Guild, ids: Iterable[int], bot_id: int
 
 
 def draw_overwrites(rng: random.Random, guild: Guild) -> list[Json]:
-    """Make the permission overwrites of one channel: roles first, perhaps a member."""
+    """Generate the permission overwrites of a channel: for roles and sometimes a member."""
     roles = rng.sample(sorted(guild.roles), k=min(len(guild.roles), rng.randrange(3)))
     overwrites: list[Json] = [
         {"id": str(role_id), "type": 0, "allow": str(rng.getrandbits(40)), "deny": str(rng.getrandbits(12) & ~0x400)}
@@ -177,7 +177,7 @@ _LAYOUT: Final = (
 
 
 def draw_channel(rng: random.Random, guild: Guild, channel_id: int, kind: int, position: int) -> Channel:
-    """Make one channel of a kind, with the fields that kind has."""
+    """Generate a channel with the fields of its type."""
     categories = [c.id for c in guild.channels.values() if c.type == ChannelType.CATEGORY]
     channel = Channel(channel_id, guild.id, int(kind), f"{rng.choice(WORDS)}-{position}", position)
     channel.permission_overwrites = draw_overwrites(rng, guild)
@@ -202,7 +202,7 @@ def draw_channel(rng: random.Random, guild: Guild, channel_id: int, kind: int, p
 
 
 def draw_channels(rng: random.Random, guild: Guild, ids: list[int], hidden: int) -> None:
-    """Lay out a guild's channels, hide the last few that are no categories, and point the settings at some."""
+    """Generate a guild's channels, hide the last `hidden` ones, and set the guild settings that refer to channels."""
     for number, channel_id in enumerate(ids):
         guild.channels[channel_id] = draw_channel(rng, guild, channel_id, _LAYOUT[number % len(_LAYOUT)], number)
     plain = [c for c in guild.channels.values() if c.type != ChannelType.CATEGORY]
@@ -219,7 +219,7 @@ def draw_channels(rng: random.Random, guild: Guild, ids: list[int], hidden: int)
 
 
 def draw_thread(rng: random.Random, parent: Channel, thread_id: int, owner_id: int, now: int) -> Thread:
-    """Make one thread of the type its parent channel allows."""
+    """Generate a thread of a type that its parent channel allows."""
     kind = ChannelType.PUBLIC_THREAD
     if parent.type == ChannelType.NEWS:
         kind = ChannelType.NEWS_THREAD
@@ -238,5 +238,5 @@ def draw_thread(rng: random.Random, parent: Channel, thread_id: int, owner_id: i
 
 
 def thread_parents(guild: Guild) -> list[Channel]:
-    """List the visible channels that can hold threads."""
+    """Return the visible channels that can have threads."""
     return [c for c in guild.channels.values() if c.type in THREADED_TYPES and not c.hidden]

@@ -1,4 +1,4 @@
-"""A TCP proxy that misbehaves on demand: the network between a client and its server."""
+"""A TCP proxy with injectable faults: latency, resets and frozen connections."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from collections import deque
 from types import TracebackType
 
 _CHUNK = 1 << 16
-#: Bytes on their way in one direction of one connection, from which its sender is no longer read.
-_ON_THE_WAY = 1 << 22
-#: Close by RST, without a word.
+#: Maximum number of buffered bytes in one direction of one connection.
+_MAX_BUFFERED = 1 << 22
+#: SO_LINGER value that makes close() send RST.
 _RESET = struct.pack("ii", 1, 0)
 
 Upstream = tuple[str, int] | str
 
 
 class _Pipe:
-    """One direction of one connection: reads, holds for as long as the latency is, writes."""
+    """Forwards one direction of one connection with the proxy's latency."""
 
     def __init__(self, proxy: Proxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._proxy = proxy
         self._reader = reader
         self._writer = writer
-        #: With the moment when it is due; b"" for the end, None for a reset.
-        self._held: deque[tuple[float, bytes | None]] = deque()
+        #: Chunks with the time when they are due; b"" is end of stream, None is a reset.
+        self._buffer: deque[tuple[float, bytes | None]] = deque()
         self._size = 0
-        self._news = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
+        self._has_data = asyncio.Event()
+        self._has_room = asyncio.Event()
+        self._has_room.set()
 
     async def run(self) -> None:
         """Forward until one side ends."""
@@ -43,29 +43,29 @@ class _Pipe:
 
     async def _read(self) -> None:
         while True:
-            await self._room.wait()
+            await self._has_room.wait()
             try:
                 data: bytes | None = await self._reader.read(_CHUNK)
             except OSError:
                 data = None
-            self._held.append((time.monotonic() + self._proxy.latency, data))
+            self._buffer.append((time.monotonic() + self._proxy.latency, data))
             self._size += len(data or b"")
-            self._news.set()
+            self._has_data.set()
             if not data:
                 return
-            if self._size > _ON_THE_WAY:
-                self._room.clear()
+            if self._size > _MAX_BUFFERED:
+                self._has_room.clear()
 
     async def _write(self) -> None:
         while True:
-            while not self._held:
-                self._news.clear()
-                await self._news.wait()
-            due, data = self._held.popleft()
+            while not self._buffer:
+                self._has_data.clear()
+                await self._has_data.wait()
+            due, data = self._buffer.popleft()
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             await self._proxy.flowing.wait()
             if data is None:
-                raise ConnectionResetError("the other side was reset")
+                raise ConnectionResetError("the peer was reset")
             if not data:
                 if self._writer.can_write_eof():
                     self._writer.write_eof()
@@ -74,22 +74,22 @@ class _Pipe:
             await self._writer.drain()
             self._proxy.bytes += len(data)
             self._size -= len(data)
-            self._room.set()
+            self._has_room.set()
 
 
 class Proxy:
-    """Listens on a port of this machine and forwards to `upstream`, an address or the path of a unix socket.
+    """Listens on a local port and forwards to `upstream`, an address or the path of a Unix socket.
 
-    `latency` is seconds, in each direction.
+    `latency` is in seconds, for each direction.
     """
 
     def __init__(self, upstream: Upstream, *, latency: float = 0.0) -> None:
         self.upstream = upstream
         self.latency = latency
         self.port = 0
-        #: Bytes forwarded, both ways.
+        #: Number of bytes forwarded in both directions.
         self.bytes = 0
-        #: Set while anything is forwarded.
+        #: Cleared while the proxy is frozen.
         self.flowing = asyncio.Event()
         self.flowing.set()
         self._is_cut = False
@@ -101,7 +101,7 @@ class Proxy:
 
     @property
     def connections(self) -> int:
-        """How many there are."""
+        """Number of open connections."""
         return len(self._connections)
 
     async def __aenter__(self) -> Proxy:
@@ -122,16 +122,16 @@ class Proxy:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def cut(self) -> None:
-        """Reset every connection, and every new one at once, until `heal`."""
+        """Reset every connection, including new ones, until `heal`."""
         self._is_cut = True
         self.reset_all()
 
     def freeze(self) -> None:
-        """Forward nothing until `heal`: connections stay open, new ones are accepted, and nobody hears a word."""
+        """Forward nothing until `heal`; connections stay open and new ones are accepted."""
         self.flowing.clear()
 
     def heal(self) -> None:
-        """Forward again."""
+        """Undo `cut` and `freeze`."""
         self._is_cut = False
         self.flowing.set()
 
@@ -157,7 +157,7 @@ class Proxy:
             running += [asyncio.create_task(pipe.run()) for pipe in pipes]
             await asyncio.gather(*running)
         except asyncio.CancelledError:
-            pass  # the proxy ends
+            pass  # the proxy is stopping
         except OSError:
             for each in writers:
                 _reset(each)

@@ -1,4 +1,4 @@
-"""Chance: one random thing that happens in a world, weighted towards what happens often."""
+"""Random mutations of a world, weighted by how often they occur on Discord."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from .populate import DISPLAY_NAMES, NICKS, TOPICS, WORDS, thread_parents
 if TYPE_CHECKING:
     from .world import World
 
-_Happening = Callable[["World", random.Random, Guild], str | None]
+_Mutation = Callable[["World", random.Random, Guild], str | None]
 
 
 def random_event(world: World, rng: random.Random) -> str:
-    """Let one random thing happen; a draw that does not fit the guild (nobody to ban) is drawn again."""
+    """Apply one random mutation and describe it; draws again if it is impossible in the guild (no user to unban)."""
     guilds = [guild for guild in world.guilds.values() if guild.present]
     if not guilds:
-        raise ValueError("nothing can happen in a world without a guild that the bot is in")
+        raise ValueError("the world has no guild that the bot is in")
     for _ in range(100):
-        happening = rng.choices(_HAPPENINGS, _WEIGHTS)[0]
-        told = happening(world, rng, rng.choice(guilds))
-        if told is not None:
-            return told
-    raise RuntimeError("100 draws found nothing that can happen in this world")
+        mutation = rng.choices(_MUTATIONS, _WEIGHTS)[0]
+        description = mutation(world, rng, rng.choice(guilds))
+        if description is not None:
+            return description
+    raise RuntimeError("no mutation was possible in 100 draws")
 
 
-def _someone(world: World, rng: random.Random, guild: Guild) -> int | None:
-    others = guild.ordered_member_ids()
+def _random_member(world: World, rng: random.Random, guild: Guild) -> int | None:
+    member_ids = guild.ordered_member_ids()
     for _ in range(8):
-        user_id = rng.choice(others)
+        user_id = rng.choice(member_ids)
         if user_id not in (world.bot.id, guild.owner_id):
             return user_id
     return None
 
 
-def _name(rng: random.Random) -> str:
+def _random_name(rng: random.Random) -> str:
     return rng.choice((rng.choice(DISPLAY_NAMES), f"{rng.choice(WORDS)} {rng.randrange(1000)}"))
 
 
@@ -51,7 +51,7 @@ def _join(world: World, rng: random.Random, guild: Guild) -> str | None:
 
 
 def _leave(world: World, rng: random.Random, guild: Guild) -> str | None:
-    user_id = _someone(world, rng, guild)
+    user_id = _random_member(world, rng, guild)
     if user_id is None or len(guild.members) < 4:
         return None
     world.leave(guild.id, user_id)
@@ -59,7 +59,7 @@ def _leave(world: World, rng: random.Random, guild: Guild) -> str | None:
 
 
 def _ban(world: World, rng: random.Random, guild: Guild) -> str | None:
-    user_id = _someone(world, rng, guild)
+    user_id = _random_member(world, rng, guild)
     if user_id is None or len(guild.members) < 4:
         return None
     world.ban(guild.id, user_id)
@@ -75,23 +75,23 @@ def _unban(world: World, rng: random.Random, guild: Guild) -> str | None:
 
 
 def _rename(world: World, rng: random.Random, guild: Guild) -> str | None:
-    user_id = _someone(world, rng, guild)
+    user_id = _random_member(world, rng, guild)
     if user_id is None:
         return None
     if rng.randrange(2):
-        world.rename_user(user_id, global_name=rng.choice((None, _name(rng))))
+        world.rename_user(user_id, global_name=rng.choice((None, _random_name(rng))))
     else:
         world.rename_user(user_id, username=f"{rng.choice(WORDS)}{rng.getrandbits(24):x}")
     return f"{user_id} changed its name"
 
 
 def _member(world: World, rng: random.Random, guild: Guild) -> str | None:
-    user_id = _someone(world, rng, guild)
+    user_id = _random_member(world, rng, guild)
     if user_id is None:
         return None
     kind = rng.randrange(6)
     if kind == 0:
-        world.update_member(guild.id, user_id, nick=rng.choice((None, *NICKS, _name(rng))))
+        world.update_member(guild.id, user_id, nick=rng.choice((None, *NICKS, _random_name(rng))))
     elif kind == 1:
         until = to_datetime(world.now_us) + timedelta(minutes=rng.randrange(1, 10_000))
         world.update_member(guild.id, user_id, timed_out_until=rng.choice((None, until)))
@@ -106,17 +106,18 @@ def _member(world: World, rng: random.Random, guild: Guild) -> str | None:
 
 
 def _role(world: World, rng: random.Random, guild: Guild) -> str | None:
-    free = sorted(r.id for r in guild.roles.values() if r.id != guild.id and not r.managed)
+    editable = sorted(r.id for r in guild.roles.values() if r.id != guild.id and not r.managed)
     kind = rng.randrange(4)
-    if kind == 0 and len(free) < 50:
-        return f"role {world.create_role(guild.id, _name(rng), color=rng.getrandbits(24))} came up in {guild.id}"
-    if not free:
+    if kind == 0 and len(editable) < 50:
+        role_id = world.create_role(guild.id, _random_name(rng), color=rng.getrandbits(24))
+        return f"role {role_id} created in {guild.id}"
+    if not editable:
         return None
-    role_id = rng.choice(free)
+    role_id = rng.choice(editable)
     if kind == 1:
         world.delete_role(guild.id, role_id)
         return f"role {role_id} was deleted in {guild.id}"
-    world.update_role(guild.id, role_id, name=_name(rng), permissions=rng.getrandbits(50), hoist=kind == 2)
+    world.update_role(guild.id, role_id, name=_random_name(rng), permissions=rng.getrandbits(50), hoist=kind == 2)
     return f"role {role_id} changed in {guild.id}"
 
 
@@ -124,7 +125,7 @@ def _channel(world: World, rng: random.Random, guild: Guild) -> str | None:
     kind = rng.randrange(8)
     if kind == 0 and len(guild.channels) < 60:
         kinds = (ChannelType.TEXT, ChannelType.VOICE, ChannelType.CATEGORY, ChannelType.NEWS, ChannelType.FORUM)
-        return f"channel {world.create_channel(guild.id, _name(rng), rng.choice(kinds))} came up in {guild.id}"
+        return f"channel {world.create_channel(guild.id, _random_name(rng), rng.choice(kinds))} created in {guild.id}"
     if len(guild.channels) < 2:
         return None
     channel = rng.choice(list(guild.channels.values()))
@@ -137,15 +138,16 @@ def _channel(world: World, rng: random.Random, guild: Guild) -> str | None:
     if channel.type in (ChannelType.TEXT, ChannelType.NEWS, ChannelType.FORUM):
         world.update_channel(guild.id, channel.id, topic=rng.choice(TOPICS), slowmode=rng.choice((0, 5, 30)))
     else:
-        world.update_channel(guild.id, channel.id, name=_name(rng), position=rng.randrange(60))
+        world.update_channel(guild.id, channel.id, name=_random_name(rng), position=rng.randrange(60))
     return f"channel {channel.id} changed in {guild.id}"
 
 
 def _thread(world: World, rng: random.Random, guild: Guild) -> str | None:
     kind = rng.randrange(6)
-    places = thread_parents(guild)
-    if kind <= 1 and places and len(guild.threads) < 100:
-        return f"thread {world.create_thread(guild.id, rng.choice(places).id, _name(rng))} came up in {guild.id}"
+    parents = thread_parents(guild)
+    if kind <= 1 and parents and len(guild.threads) < 100:
+        thread_id = world.create_thread(guild.id, rng.choice(parents).id, _random_name(rng))
+        return f"thread {thread_id} created in {guild.id}"
     if not guild.threads:
         return None
     thread = rng.choice(list(guild.threads.values()))
@@ -153,7 +155,7 @@ def _thread(world: World, rng: random.Random, guild: Guild) -> str | None:
         world.delete_thread(guild.id, thread.id)
         return f"thread {thread.id} was deleted in {guild.id}"
     if kind == 3 and not thread.archived:
-        world.update_thread(guild.id, thread.id, name=_name(rng), slowmode=rng.choice((0, 5, 30)))
+        world.update_thread(guild.id, thread.id, name=_random_name(rng), slowmode=rng.choice((0, 5, 30)))
     else:
         world.archive_thread(guild.id, thread.id, archived=not thread.archived)
     return f"thread {thread.id} changed in {guild.id}"
@@ -162,7 +164,7 @@ def _thread(world: World, rng: random.Random, guild: Guild) -> str | None:
 def _settings(world: World, rng: random.Random, guild: Guild) -> str:
     kind = rng.randrange(3)
     if kind == 0:
-        world.update_guild(guild.id, name=_name(rng))
+        world.update_guild(guild.id, name=_random_name(rng))
     elif kind == 1:
         world.update_guild(
             guild.id, description=rng.choice((None, "changed", "説明")), afk_timeout=rng.choice((60, 300))
@@ -173,16 +175,16 @@ def _settings(world: World, rng: random.Random, guild: Guild) -> str:
 
 
 def _message(world: World, rng: random.Random, guild: Guild) -> str | None:
-    user_id = _someone(world, rng, guild)
+    user_id = _random_member(world, rng, guild)
     texts = [c.id for c in guild.channels.values() if c.type in (ChannelType.TEXT, ChannelType.NEWS)]
     if user_id is None or not texts:
         return None
-    return f"message {world.message(guild.id, rng.choice(texts), user_id, _name(rng))} in {guild.id}"
+    return f"message {world.message(guild.id, rng.choice(texts), user_id, _random_name(rng))} in {guild.id}"
 
 
-_TABLE: tuple[tuple[_Happening, int], ...] = (
+_TABLE: tuple[tuple[_Mutation, int], ...] = (
     (_member, 30), (_join, 14), (_leave, 12), (_rename, 14), (_ban, 3), (_unban, 2), (_role, 6), (_channel, 9),
     (_thread, 10), (_settings, 3), (_message, 5),
 )  # fmt: skip
-_HAPPENINGS = [happening for happening, _ in _TABLE]
+_MUTATIONS = [mutation for mutation, _ in _TABLE]
 _WEIGHTS = [weight for _, weight in _TABLE]

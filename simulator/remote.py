@@ -1,4 +1,4 @@
-"""A simulator in a process of its own, for tests that measure theirs."""
+"""A simulator in a separate process, for tests that measure their own."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _LINE_LIMIT = 64 << 20
 
 
 class SimulatorProcess:
-    """Runs `python -m simulator` with the given arguments for the length of an `async with`.
+    """Runs `python -m simulator` with the given arguments inside an `async with` block.
 
-    `call` reaches the world, the lies and the counters by name; `rows` asks the oracle.
+    `call` accesses the world, the fault injector and the counters by name; `rows` returns expected rows.
     """
 
     def __init__(self, *args: str, call_timeout: float = 120.0) -> None:
@@ -38,7 +38,7 @@ class SimulatorProcess:
 
     @property
     def pid(self) -> int | None:
-        """The process id while it runs."""
+        """The process id; None while it is not running."""
         return None if self._process is None else self._process.pid
 
     async def __aenter__(self) -> SimulatorProcess:
@@ -70,16 +70,16 @@ class SimulatorProcess:
         await self._stop()
 
     async def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Call or read something by its dotted name; raises RuntimeError with what the simulator said."""
-        asked = {"call": name, "args": encode(args), "kwargs": encode(kwargs)}
-        async with self._running().post(self.control_url, json=asked) as response:
-            answered = json.loads(await response.text())
-        if "error" in answered:
-            raise RuntimeError(f"{name}: {answered['error']}")
-        return decode(answered["result"])
+        """Call or read an attribute by its dotted name. Raises RuntimeError with the simulator's error message."""
+        request = {"call": name, "args": encode(args), "kwargs": encode(kwargs)}
+        async with self._running().post(self.control_url, json=request) as response:
+            answer = json.loads(await response.text())
+        if "error" in answer:
+            raise RuntimeError(f"{name}: {answer['error']}")
+        return decode(answer["result"])
 
     async def rows(self, table: str, guild_id: int | None = None) -> list[dict[str, Any]]:
-        """List what a faithful mirror's table must hold now."""
+        """Return the rows that a correct mirror's table contains now."""
         query = {} if guild_id is None else {"guild_id": str(guild_id)}
         async with self._running().get(f"{self.control_url}/rows/{table}", params=query) as response:
             response.raise_for_status()
@@ -87,7 +87,7 @@ class SimulatorProcess:
 
     def _running(self) -> aiohttp.ClientSession:
         if self._session is None:
-            raise RuntimeError("the simulator process runs only inside `async with SimulatorProcess(...)`")
+            raise RuntimeError("the simulator process only runs inside `async with SimulatorProcess(...)`")
         return self._session
 
     async def _read_addresses(self, process: asyncio.subprocess.Process) -> None:
@@ -97,9 +97,9 @@ class SimulatorProcess:
             line = await process.stdout.readline()
         if not line:
             raise RuntimeError(f"the simulator process ended before it listened (arguments {self._args})")
-        told = json.loads(line)
-        self.api_base, self.gateway_url = told["api_base"], told["gateway_url"]
-        self.token, self.control_url = told["token"], told["control"]
+        addresses = json.loads(line)
+        self.api_base, self.gateway_url = addresses["api_base"], addresses["gateway_url"]
+        self.token, self.control_url = addresses["token"], addresses["control"]
 
     async def _stop(self) -> None:
         process = self._process

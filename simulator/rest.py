@@ -1,4 +1,4 @@
-"""REST: authorization, rate limits, faults and the error form that every route shares."""
+"""REST: authorization, rate limits, fault injection and error responses of all routes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from .entities import Channel, Guild, Json, Thread
-from .limits import Window
+from .limits import SlidingWindow
 from .payloads import to_bytes
 
 if TYPE_CHECKING:
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 API = "/api/v10"
 _Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
-# Webhook and interaction routes carry their own token, and the global limit does not count them.
+# Webhook and interaction routes have their own token and do not count against the global limit.
 _TOKENLESS = re.compile(rf"^{API}/(webhooks/\d+/[^/]+|interactions/\d+/[^/]+/callback|gateway$)")
 _MAX_BUCKETS = 10_000
 
 
 class ApiError(Exception):
-    """An answer in Discord's error form; the codes are those of its documentation."""
+    """An error response with one of Discord's documented codes."""
 
     def __init__(self, status: int, code: int, message: str) -> None:
         super().__init__(message)
@@ -49,12 +49,12 @@ NOT_FOUND = (404, 0, "404: Not Found")
 
 
 def answer(payload: object, status: int = 200) -> web.Response:
-    """Answer with JSON."""
+    """Return a JSON response."""
     return web.Response(body=to_bytes(payload), status=status, content_type="application/json")
 
 
 async def read_body(request: web.Request) -> Json:
-    """Read a JSON body, also out of the `payload_json` part of a multipart form."""
+    """Read a JSON body, or the `payload_json` part of a multipart form."""
     if request.content_type.startswith("multipart/"):
         part = (await request.post()).get("payload_json")
         text = part if isinstance(part, str) else "{}"
@@ -70,7 +70,7 @@ async def read_body(request: web.Request) -> Json:
 
 
 def number(request: web.Request, name: str, default: int, low: int, high: int) -> int:
-    """Read a number from the query string, refusing what is out of range."""
+    """Read an integer from the query string. Raises `ApiError` if it is out of range."""
     text = request.query.get(name)
     if text is None:
         return default
@@ -80,12 +80,12 @@ def number(request: web.Request, name: str, default: int, low: int, high: int) -
 
 
 class RestRules:
-    """What stands before every route: who may ask, how often, and the lies told about it."""
+    """Middleware of all routes: authorization, rate limits and fault injection."""
 
     def __init__(self, simulator: Simulator) -> None:
         self._simulator = simulator
-        self._everything = Window(simulator.limits.rest_per_second, 1.0)
-        self._buckets: dict[str, Window] = {}
+        self._global_limit = SlidingWindow(simulator.limits.rest_per_second, 1.0)
+        self._buckets: dict[str, SlidingWindow] = {}
         self.requests: Counter[str] = Counter()
         self.limited = 0
         self.answered = 0
@@ -102,33 +102,33 @@ class RestRules:
         return apply
 
     async def _apply(self, request: web.Request, handler: _Answer) -> web.StreamResponse:
-        """Apply the rules to a request, then let its route answer."""
+        """Apply the rules to a request, then call its route."""
         if not request.path.startswith(API):
             return await handler(request)
         simulator = self._simulator
-        asked = f"{request.method} {request.path[len(API) :]}"
-        self.requests[asked] += 1
+        route = f"{request.method} {request.path[len(API) :]}"
+        self.requests[route] += 1
         if len(self.requests) > _MAX_BUCKETS:
             del self.requests[next(iter(self.requests))]
-        fault, delay = simulator.faults.take_rest_fault(asked)
+        fault, delay = simulator.faults.take_rest_fault(route)
         if simulator.limits.rest_latency:
             await asyncio.sleep(simulator.limits.rest_latency)
         if fault is not None and fault.status == 429:
-            return self._too_many(fault.retry_after, scope="user")
+            return self._rate_limited(fault.retry_after, scope="user")
         if fault is not None:
-            return answer({"message": f"{fault.status}: fault", "code": 0}, fault.status or 500)
+            return answer({"message": f"{fault.status}: injected fault", "code": 0}, fault.status or 500)
         headers: dict[str, str] = {}
         if not _TOKENLESS.match(request.path):
             if request.headers.get("Authorization") != f"Bot {simulator.token}":
                 return answer({"message": "401: Unauthorized", "code": 0}, 401)
-            wait = self._everything.take()
+            wait = self._global_limit.take()
             if wait:
-                return self._too_many(wait, scope="global")
+                return self._rate_limited(wait, scope="global")
             if simulator.limits.route_limit is not None:
-                bucket = self._bucket(asked)
+                bucket = self._bucket(route)
                 wait = bucket.take()
                 if wait:
-                    return self._too_many(wait, scope="user")
+                    return self._rate_limited(wait, scope="user")
                 window = simulator.limits.route_window
                 headers = {"X-RateLimit-Limit": str(simulator.limits.route_limit), "X-RateLimit-Bucket": "simulated"}
                 headers |= {"X-RateLimit-Remaining": f"{bucket.remaining:.0f}"}
@@ -141,39 +141,39 @@ class RestRules:
             response = answer({"message": f"{exc.status}: {exc.reason}", "code": 0}, exc.status)
         response.headers.update(headers)
         self.answered += 1
-        # Late means stale: the answer was true when the request came in.
+        # The delayed response shows the state at the time of the request.
         if delay:
             await asyncio.sleep(delay)
         return response
 
-    def _bucket(self, asked: str) -> Window:
+    def _bucket(self, route: str) -> SlidingWindow:
         if len(self._buckets) >= _MAX_BUCKETS:
             self._buckets.clear()
         limits = self._simulator.limits
-        return self._buckets.setdefault(asked, Window(limits.route_limit or 0, limits.route_window))
+        return self._buckets.setdefault(route, SlidingWindow(limits.route_limit or 0, limits.route_window))
 
-    def _too_many(self, seconds: float, *, scope: str) -> web.Response:
+    def _rate_limited(self, seconds: float, *, scope: str) -> web.Response:
         self.limited += 1
-        everywhere = scope == "global"
-        body = {"message": "You are being rate limited.", "retry_after": round(seconds, 3), "global": everywhere}
+        is_global = scope == "global"
+        body = {"message": "You are being rate limited.", "retry_after": round(seconds, 3), "global": is_global}
         response = answer(body, 429)
-        # discord.py takes a 429 without Via for a ban by Cloudflare.
+        # discord.py treats a 429 without a Via header as a ban by Cloudflare.
         response.headers.update({"Retry-After": f"{seconds:.3f}", "Via": "1.1 google", "X-RateLimit-Scope": scope})
-        if everywhere:
+        if is_global:
             response.headers["X-RateLimit-Global"] = "true"
         return response
 
 
 def visible_guild(simulator: Simulator, request: web.Request) -> Guild:
-    """Find the guild a path names, as far as the bot may see it."""
+    """Return the guild in the path. Raises `ApiError` if the bot cannot access it."""
     guild = simulator.world.guilds.get(path_id(request, "guild_id"))
     if guild is None:
         raise ApiError(*UNKNOWN_GUILD)
-    return reachable(guild)
+    return require_access(guild)
 
 
-def reachable(guild: Guild) -> Guild:
-    """Refuse a guild that the bot is not in, and fail for one that is down."""
+def require_access(guild: Guild) -> Guild:
+    """Return the guild. Raises `ApiError` if the bot is not in it or it is unavailable."""
     if not guild.present:
         raise ApiError(*MISSING_ACCESS)
     if not guild.available:
@@ -182,15 +182,15 @@ def reachable(guild: Guild) -> Guild:
 
 
 def visible_channel(simulator: Simulator, request: web.Request) -> tuple[Guild, Channel | Thread]:
-    """Find the channel or thread a path names: 404 when it is gone, 403 when it is hidden."""
+    """Return the channel or thread in the path. Raises `ApiError`: 404 if unknown, 403 if hidden."""
     channel_id = path_id(request, "channel_id")
     found = simulator.world.find_channel(channel_id)
     if found is None:
         raise ApiError(*UNKNOWN_CHANNEL)
-    guild, place = found
-    if not reachable(guild).sees(channel_id):
+    guild, channel = found
+    if not require_access(guild).sees(channel_id):
         raise ApiError(*MISSING_ACCESS)
-    return guild, place
+    return guild, channel
 
 
 def path_id(request: web.Request, name: str) -> int:

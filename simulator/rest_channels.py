@@ -1,4 +1,4 @@
-"""REST routes about channels, their threads and messages."""
+"""REST routes of channels, threads and messages."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from .rest import (
 if TYPE_CHECKING:
     from .server import Simulator
 
-_MAX_KEPT = 1000
+_MAX_MESSAGES = 1000
 
 
 class ChannelRoutes:
-    """Answers for `/channels`, and keeps the messages the bot wrote so that it can edit them."""
+    """Routes under `/channels`; stores the bot's messages so that it can edit them."""
 
     def __init__(self, simulator: Simulator) -> None:
         self._simulator = simulator
@@ -39,7 +39,7 @@ class ChannelRoutes:
         self._direct: dict[int, int] = {}
 
     def routes(self) -> list[web.RouteDef]:
-        """List the routes this class answers."""
+        """Return the routes of this class."""
         channel = f"{API}/channels/{{channel_id}}"
         return [
             web.get(channel, self.channel),
@@ -55,10 +55,10 @@ class ChannelRoutes:
         ]
 
     async def channel(self, request: web.Request) -> web.Response:
-        _, place = visible_channel(self._simulator, request)
-        if isinstance(place, Thread):
-            return answer(thread_payload(place, self._world.bot.id))
-        return answer(channel_payload(place))
+        _, channel = visible_channel(self._simulator, request)
+        if isinstance(channel, Thread):
+            return answer(thread_payload(channel, self._world.bot.id))
+        return answer(channel_payload(channel))
 
     async def archived_public(self, request: web.Request) -> web.Response:
         return self._archived(request, private=False)
@@ -113,7 +113,7 @@ class ChannelRoutes:
             message_id = self._world.message(guild.id, channel_id, self._world.bot.id, content)
         message = self._render(message_id, channel_id, body)
         self.sent[message_id] = message
-        if len(self.sent) > _MAX_KEPT:
+        if len(self.sent) > _MAX_MESSAGES:
             del self.sent[next(iter(self.sent))]
         return answer(message)
 
@@ -142,7 +142,7 @@ class ChannelRoutes:
         return answer(self.direct_channel(recipient.id))
 
     def direct_channel(self, user_id: int) -> Json:
-        """Render the direct-message channel between the bot and a user; its id stays the same."""
+        """Render the direct-message channel between the bot and a user; its id is derived from the user's."""
         channel_id = user_id ^ 1 << 62
         self._direct[channel_id] = user_id
         recipient = user_payload(self._world.user(user_id))

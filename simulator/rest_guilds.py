@@ -1,4 +1,4 @@
-"""REST routes about the bot itself, its guilds and their members."""
+"""REST routes of the bot's account, guilds and members."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 
 def _gateway_url(request: web.Request) -> str:
-    # Whoever comes by way of a proxy goes on by way of it.
+    # A client that connected through a proxy must also use it for the gateway.
     return f"ws://{request.host}/gateway"
 
 
 class GuildRoutes:
-    """Answers for `/gateway`, `/users`, `/applications/@me` and `/guilds`."""
+    """Routes under `/gateway`, `/users`, `/applications/@me` and `/guilds`."""
 
     def __init__(self, simulator: Simulator) -> None:
         self._simulator = simulator
         self._world = simulator.world
 
     def routes(self) -> list[web.RouteDef]:
-        """List the routes this class answers."""
+        """Return the routes of this class."""
         guild = f"{API}/guilds/{{guild_id}}"
         return [
             web.get(f"{API}/gateway", self.gateway),

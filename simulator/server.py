@@ -1,4 +1,4 @@
-"""The simulator: one world served over HTTP and websocket on a localhost port."""
+"""The simulator: serves one world over HTTP and websocket on a localhost port."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .state import PRIVILEGED, Intent
 from .traffic import Traffic
 from .world import World
 
-# Application flags that say which privileged intents are switched on (the "limited" ones, for apps in few guilds).
+# Application flags of enabled privileged intents (the "limited" ones, for applications in few guilds).
 _INTENT_FLAGS = {Intent.GUILD_PRESENCES: 1 << 13, Intent.GUILD_MEMBERS: 1 << 15, Intent.MESSAGE_CONTENT: 1 << 19}
 
 
 class Simulator:
-    """Serves a world as Discord would: `api_base` for REST, `gateway_url` for the gateway.
+    """Serves a world like Discord: `api_base` for REST, `gateway_url` for the gateway.
 
-    `privileged_intents` are those switched on in the developer portal; `heartbeat_interval` is in seconds.
+    `privileged_intents` are those enabled in the developer portal; `heartbeat_interval` is in seconds.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Simulator:
         self._host = host
         self._port = port
         self._runner: web.AppRunner | None = None
-        self.traffic = Traffic(world, waiting=lambda: self.gateway.waiting)
+        self.traffic = Traffic(world, pending=lambda: self.gateway.pending_dispatches)
         self.faults = FaultInjector(world, lambda: list(self.gateway.sessions.values()))
         self.gateway = Gateway(self)
         self.rules = RestRules(self)
@@ -60,34 +60,34 @@ class Simulator:
 
     @property
     def base_url(self) -> str:
-        """The address everything is served under."""
+        """The base URL of all routes."""
         return f"http://{self._host}:{self._port}"
 
     @property
     def api_base(self) -> str:
-        """The REST address, in place of https://discord.com/api/v10."""
+        """The REST base URL, in place of https://discord.com/api/v10."""
         return f"{self.base_url}{API}"
 
     @property
     def gateway_url(self) -> str:
-        """The gateway address, in place of wss://gateway.discord.gg/."""
+        """The gateway URL, in place of wss://gateway.discord.gg/."""
         return f"ws://{self._host}:{self._port}/gateway"
 
     @property
     def application_flags(self) -> int:
-        """The application's flags, which tell the privileged intents it has."""
+        """The application's flags, which include its privileged intents."""
         return sum(flag for intent, flag in _INTENT_FLAGS.items() if self.privileged_intents & intent)
 
     async def start(self, *extra_routes: web.RouteDef) -> None:
-        """Listen; with port 0 the system chooses one."""
+        """Start listening; port 0 selects a free port."""
         if self._runner is not None:
-            raise RuntimeError("the simulator runs already")
+            raise RuntimeError("the simulator is already running")
         self.world.prerender()
         app = web.Application(client_max_size=1 << 24)
         app.router.add_get("/gateway", self.gateway.handle)
         app.router.add_get("/gateway/", self.gateway.handle)
         routes = [route for area in (self._guilds, self.channels, self.interactions) for route in area.routes()]
-        routes += [*extra_routes, web.route("*", API + "/{rest:.*}", self._nowhere)]
+        routes += [*extra_routes, web.route("*", API + "/{rest:.*}", self._not_found)]
         applied = self.rules.applied_to
         app.add_routes([web.RouteDef(it.method, it.path, applied(it.handler), it.kwargs) for it in routes])
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
@@ -99,7 +99,7 @@ class Simulator:
         self.world.listeners.append(self.gateway.receive)
 
     async def stop(self) -> None:
-        """Cut every connection and stop listening."""
+        """Reset every connection and stop listening."""
         if self._runner is None:
             return
         await self.traffic.stop()
@@ -120,7 +120,7 @@ class Simulator:
         await self.stop()
 
     def request_reconnect(self) -> int:
-        """Ask every connected client to reconnect (op 7); returns how many were asked."""
+        """Ask every connected client to reconnect (op 7); return how many there are."""
         sockets = [s.socket for s in self.gateway.sessions.values() if s.socket is not None]
         for socket in sockets:
             socket.send_soon({"op": 7, "d": None})
@@ -137,13 +137,13 @@ class Simulator:
         subcommand_group: str | None = None,
         options: dict[str, Any] | None = None,
     ) -> InteractionResult:
-        """Let a user run a registered slash command; raises LookupError if it is not registered there."""
+        """Run a registered slash command as a user. Raises LookupError if it is not registered there."""
         path = [part for part in (subcommand_group, subcommand) if part is not None]
         return self.interactions.run(name, user_id, guild_id, channel_id, path, options or {})
 
-    async def press(self, under: InteractionResult, custom_id: str, *, user_id: int) -> InteractionResult:
-        """Let a user press a button under a reply; raises LookupError when there is no reply."""
-        return self.interactions.press(under, custom_id, user_id)
+    async def press(self, parent: InteractionResult, custom_id: str, *, user_id: int) -> InteractionResult:
+        """Press a button of a reply as a user. Raises LookupError if there is no reply."""
+        return self.interactions.press(parent, custom_id, user_id)
 
-    async def _nowhere(self, request: web.Request) -> web.Response:
+    async def _not_found(self, request: web.Request) -> web.Response:
         raise ApiError(*NOT_FOUND)

@@ -1,4 +1,4 @@
-"""The state of a world, its clock and its stream of events; what the mutations build on."""
+"""The state of a world, its clock and its events: the base class of the mutations."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ PRIVILEGED: Final = Intent.GUILD_MEMBERS | Intent.GUILD_PRESENCES | Intent.MESSA
 
 @dataclass(slots=True, frozen=True)
 class Emission:
-    """One gateway event as the world gives it out; `intent` 0 reaches every session.
+    """One gateway event of the world; `intent` 0 reaches every session.
 
-    `redacted` is the body for sessions without the message content intent, where that differs. GUILD_CREATE has no
-    body: each session renders its own, because intents decide which members are in it.
+    `redacted` is the body for sessions without the message content intent, if it differs. GUILD_CREATE has no body:
+    each session renders its own, because the intents determine which members it contains.
     """
 
     name: str
@@ -48,13 +48,14 @@ class Emission:
 
 
 class UnknownEntity(LookupError):
-    """Something was asked of the world that is not in it."""
+    """The world has no such entity."""
 
 
 class WorldState:
     """Guilds, users, the clock and the listeners of one world.
 
-    `clock` gives the present in microseconds since 1970; None: every mutation takes a second, for worlds that repeat.
+    `clock` returns the time in microseconds since 1970. Without one, every mutation takes about a second, so that
+    worlds are reproducible.
     """
 
     def __init__(self, seed: int = 1, *, clock: Callable[[], int] | None = None) -> None:
@@ -69,7 +70,7 @@ class WorldState:
         self.ledger = Ledger()
         self.mutations = 0
         self._increment = 0
-        # Far in the past, so that every account is older than every guild.
+        # Far in the past, so that every user is older than every guild.
         self._next_user_id = 80_000_000_000_000_000 + self.rng.getrandbits(40)
         bot_id = self.new_user_id()
         self.bot = User(bot_id, "guildbook", f"{self.rng.randrange(1, 9999):04d}", None, None, True, False, 0, [])
@@ -82,26 +83,26 @@ class WorldState:
         return f"<World seed={self.seed} guilds={len(self.guilds)} users={len(self.users)} mutations={self.mutations}>"
 
     def new_user_id(self) -> int:
-        """Give the next account id; ids rise, with uneven gaps."""
+        """Return the next user id; ids increase, with uneven gaps."""
         self._next_user_id += 1 + self.rng.getrandbits(38)
         return self._next_user_id
 
     def new_id(self) -> int:
-        """Give a fresh snowflake of the world's present moment."""
+        """Return a new snowflake of the world's current time."""
         self._increment = (self._increment + 1) & 0xFFF
         if self._increment == 0:
             self.now_us += 1000
         return snowflake_at(self.now_us, self._increment)
 
     def tick(self) -> int:
-        """Move the world's clock on, by a little more than a second or to what its own clock says; count a mutation."""
+        """Advance the time, by about a second or to that of the clock, and count a mutation; return the time."""
         self.mutations += 1
         step = 1_000_000 + self.rng.getrandbits(19)
         self.now_us = self.now_us + step if self._clock is None else max(self.now_us + 1, self._clock())
         return self.now_us
 
     def guild_ids(self) -> list[int]:
-        """List the guilds the bot is in, in the order they were founded."""
+        """Return the ids of the guilds the bot is in, in order of creation."""
         return [guild.id for guild in self.guilds.values() if guild.present]
 
     def guild(self, guild_id: int) -> Guild:
@@ -123,7 +124,7 @@ class WorldState:
         try:
             return self.guild(guild_id).members[user_id]
         except KeyError:
-            raise UnknownEntity(f"user {user_id} is no member of guild {guild_id}") from None
+            raise UnknownEntity(f"user {user_id} is not a member of guild {guild_id}") from None
 
     def channel(self, guild_id: int, channel_id: int) -> Channel:
         """Find a channel of a guild."""
@@ -156,7 +157,7 @@ class WorldState:
         *,
         redacted: Json | None = None,
     ) -> bool:
-        """Hand an event to the listeners, unless its guild is down or the bot is not in it; say whether it was told."""
+        """Publish an event unless its guild is unavailable or the bot is not in it; return whether it was published."""
         if not self.listeners or (guild is not None and not (guild.available and guild.present)):
             return False
         self.publish(
@@ -171,15 +172,15 @@ class WorldState:
         return True
 
     def publish(self, emission: Emission) -> None:
-        """Hand a finished emission to every listener."""
+        """Pass an emission to every listener."""
         for listener in tuple(self.listeners):
             listener(emission)
 
     def expected_rows(self, table: str, guild_id: int | None = None) -> Iterator[Row]:
-        """Yield what a faithful mirror's table must hold for what is present now."""
+        """Yield the rows that a correct mirror's table contains for what exists now."""
         return expected_rows(self, table, guild_id)
 
     def hidden_thread_ids(self, guild_id: int) -> set[int]:
-        """List the threads in hidden channels: no event, listing or request shows them to the bot."""
+        """Return the ids of threads in hidden channels, which the bot cannot observe."""
         guild = self.guild(guild_id)
         return {thread_id for thread_id in guild.threads if not guild.sees(thread_id)}

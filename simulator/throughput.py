@@ -1,6 +1,6 @@
-"""`python -m simulator.throughput`: how fast member pages leave the simulator, zlib and zstd in one run.
+"""`python -m simulator.throughput`: measures how fast the simulator sends member pages with zlib and zstd.
 
-The reader is another process that reads frames and throws them away.
+The reader is another process that discards the frames.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FRAMES_BEFORE = 3
 
 
 async def read(url: str, token: str, guild_id: int, pages: int) -> float:
-    """Connect, ask for a guild's members, and return the seconds until the last page had arrived."""
+    """Connect, request a guild's members, and return the seconds until the last page."""
     async with aiohttp.ClientSession() as session, session.ws_connect(url, max_msg_size=0) as ws:
         intents = int(Intent.GUILDS | Intent.GUILD_MEMBERS)
         await ws.send_json({"op": 2, "d": {"token": token, "intents": intents, "properties": {}}})
@@ -41,7 +41,7 @@ async def read(url: str, token: str, guild_id: int, pages: int) -> float:
 
 
 async def measure(members: int, rounds: int) -> dict[str, list[float]]:
-    """Measure members a second for each transport, turn by turn."""
+    """Measure members per second for each transport, alternating between them."""
     world = World(seed=1)
     guild_id = world.add_guild(members=members)
     pages = -(-members // Limits().members_per_page)
@@ -51,15 +51,15 @@ async def measure(members: int, rounds: int) -> dict[str, list[float]]:
             for compress, found in rates.items():
                 url = f"{simulator.gateway_url}?v=10&encoding=json&compress={compress}"
                 command = [sys.executable, "-m", "simulator.throughput", "--read"]
-                asked = json.dumps([url, simulator.token, guild_id, pages])
-                reader = await asyncio.create_subprocess_exec(*command, asked, stdout=asyncio.subprocess.PIPE)
+                arguments = json.dumps([url, simulator.token, guild_id, pages])
+                reader = await asyncio.create_subprocess_exec(*command, arguments, stdout=asyncio.subprocess.PIPE)
                 output, _ = await asyncio.wait_for(reader.communicate(), _TIMEOUT_S)
                 found.append(members / float(output))
     return rates
 
 
 def main() -> None:
-    """Run as reader or as measurement."""
+    """Run the measurement, or the reader with --read."""
     parser = argparse.ArgumentParser(prog="python -m simulator.throughput", description=__doc__)
     parser.add_argument("--members", type=int, default=200_000)
     parser.add_argument("--rounds", type=int, default=3)

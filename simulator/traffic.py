@@ -1,4 +1,4 @@
-"""Traffic: events at a steady rate, or as fast as they go."""
+"""Generates events at a steady rate or as a burst."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
 
 #: Seconds between two batches of events.
 _BATCH_S = 0.02
-#: Authors of a burst: each has one rendered payload, into which only the id is put.
+#: Number of authors of a burst; each has one rendered payload, into which only the id is inserted.
 _AUTHORS = 500
-#: Events handed over at once in a burst.
+#: Number of events sent at once in a burst.
 _SLICE = 500
 
 
 class Traffic:
-    """Lets things happen in a world, beside whatever else is done with it."""
+    """Generates events in a world in the background."""
 
-    def __init__(self, world: World, *, waiting: Callable[[], int]) -> None:
+    def __init__(self, world: World, *, pending: Callable[[], int]) -> None:
         self._world = world
-        self._waiting = waiting
+        self._pending = pending
         self._task: asyncio.Task[None] | None = None
-        #: Events so far.
+        #: Number of events generated so far.
         self.emitted = 0
 
     def start(self, rate: float, seed: int = 1, messages: float = 0.7) -> None:
-        """Let `rate` things a second happen until `stop`; `messages` is the part of them that are messages."""
+        """Generate `rate` events per second until `stop`; `messages` is the share of messages."""
         if self._task is not None and not self._task.done():
-            raise RuntimeError("the traffic runs already")
+            raise RuntimeError("traffic is already running")
         self._task = asyncio.create_task(self._run(rate, random.Random(seed), messages))
 
     async def stop(self) -> int:
-        """Stop, and give how many things have happened so far."""
+        """Stop and return the number of events so far."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
@@ -62,26 +62,31 @@ class Traffic:
     def _message(self, rng: random.Random) -> bool:
         guild_ids = self._world.guild_ids()
         guild = self._world.guilds[rng.choice(guild_ids)] if guild_ids else None
-        places = _places(guild) if guild is not None else []
-        if guild is None or not places:
+        channel_ids = _text_channel_ids(guild) if guild is not None else []
+        if guild is None or not channel_ids:
             return False
         author = rng.choice(guild.ordered_member_ids())
-        self._world.message(guild.id, rng.choice(places), author, "hello")
+        self._world.message(guild.id, rng.choice(channel_ids), author, "hello")
         return True
 
     async def burst(self, count: int, seed: int = 1) -> float:
-        """Tell of `count` messages as fast as the sessions take them, and give the seconds that took."""
+        """Send `count` messages as fast as the sessions accept them and return the seconds it took."""
         world, rng = self._world, random.Random(seed)
         guild = max(world.guilds.values(), key=lambda guild: len(guild.members))
-        place = _places(guild)[0]
+        channel_id = _text_channel_ids(guild)[0]
         halves, authors = [], rng.choices(guild.ordered_member_ids(), k=_AUTHORS)
         for author in authors:
             member = guild.members[author]
-            told = member_payload(member)
-            del told["user"]
+            author_member = member_payload(member)
+            del author_member["user"]
             body = to_bytes(
-                {"channel_id": str(place), "guild_id": str(guild.id), "type": 0, "author": user_payload(member.user)}
-                | {"member": told, "content": "", "timestamp": iso(world.now_us), "edited_timestamp": None}
+                {
+                    "channel_id": str(channel_id),
+                    "guild_id": str(guild.id),
+                    "type": 0,
+                    "author": user_payload(member.user),
+                }
+                | {"member": author_member, "content": "", "timestamp": iso(world.now_us), "edited_timestamp": None}
                 | {"tts": False, "mention_everyone": False, "mentions": [], "mention_roles": [], "attachments": []}
                 | {"embeds": [], "pinned": False, "flags": 0, "components": [], "nonce": None}
             )
@@ -93,16 +98,16 @@ class Traffic:
             world.ledger.record_message(id, guild.id, author)
             world.publish(Emission("MESSAGE_CREATE", guild.id, b'{"id":"%d"' % id + rest, int(Intent.GUILD_MESSAGES)))
             if number % _SLICE == _SLICE - 1:
-                await self._room()
+                await self._wait_for_room()
         return time.monotonic() - started
 
-    async def _room(self) -> None:
-        """Wait until what was told is on its way: a client that lets too much pile up loses its session."""
+    async def _wait_for_room(self) -> None:
+        """Wait until most events are sent: a client that falls too far behind loses its session."""
         await asyncio.sleep(0)
-        while self._waiting() > 10 * _SLICE:  # noqa: ASYNC110 - the sessions' queues have no event for it
+        while self._pending() > 10 * _SLICE:  # noqa: ASYNC110 - the queues have no event to wait for
             await asyncio.sleep(0.001)
 
 
-def _places(guild: Guild) -> list[int]:
+def _text_channel_ids(guild: Guild) -> list[int]:
     kinds = (ChannelType.TEXT, ChannelType.NEWS)
     return [channel.id for channel in guild.channels.values() if channel.type in kinds and not channel.hidden]

@@ -26,12 +26,12 @@ class Plain:
 
 
 class ZlibStream:
-    """zlib-stream: each message ends with the Z_SYNC_FLUSH suffix 00 00 ff ff that clients look for."""
+    """zlib-stream: each message ends with the Z_SYNC_FLUSH suffix 00 00 ff ff."""
 
     binary = True
 
     def __init__(self) -> None:
-        # Level 1 is ample: what a test measures is its bot, not this compressor.
+        # Level 1 is sufficient: tests measure the bot, not this compressor.
         self._stream = zlib.compressobj(1)
 
     def encode(self, message: bytes) -> bytes:
@@ -39,7 +39,7 @@ class ZlibStream:
 
 
 class ZstdStream:
-    """zstd-stream: a single frame that never ends, each message closed by a flushed block."""
+    """zstd-stream: a single endless frame; each message ends with a flushed block."""
 
     binary = True
 
@@ -51,11 +51,11 @@ class ZstdStream:
 
 
 def open_transport(compress: str | None) -> Transport:
-    """Choose the transport that a client names in the `compress` query parameter."""
+    """Return the transport for the `compress` query parameter. Raises ValueError if it is unknown."""
     if compress is None:
         return Plain()
     if compress == "zlib-stream":
         return ZlibStream()
     if compress == "zstd-stream":
         return ZstdStream()
-    raise ValueError(f"unknown transport compression {compress!r}: zlib-stream, zstd-stream or none")
+    raise ValueError(f"unknown transport compression {compress!r}: use zlib-stream, zstd-stream or none")

@@ -1,4 +1,4 @@
-"""The world: a seeded set of guilds that changes, and says so in gateway events."""
+"""The world: guilds generated from a seed, whose mutations emit gateway events."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _YEAR_US = 365 * 86_400 * 1_000_000
 
 
 class World(MemberMutations, GuildMutations, ChannelMutations):
-    """A deterministic Discord: one seed and the same calls give the same world, ids and times included."""
+    """A deterministic Discord: the same seed and calls give the same world, ids and times included."""
 
     def add_guild(
         self,
@@ -42,26 +42,26 @@ class World(MemberMutations, GuildMutations, ChannelMutations):
         *,
         shared_users: float = 0.1,
     ) -> int:
-        """Found a guild with the bot in it and return its id; a connected bot hears of it as a newly joined guild.
+        """Create a guild with the bot in it and return its id; a connected bot receives it as a newly joined guild.
 
         `members` counts the bot; `roles` does not count @everyone; `hidden_channels` are among `channels`;
-        `shared_users` is the part of the members taken from users of earlier guilds.
+        `shared_users` is the share of members that are also in earlier guilds.
         """
         if members < 2:
             raise ValueError(f"a guild has an owner and the bot, so at least 2 members, not {members}")
         rng, now = self.rng, self.tick()
-        founded = WORLD_START_US - _YEAR_US - rng.getrandbits(46)
+        created_at = WORLD_START_US - _YEAR_US - rng.getrandbits(46)
         title = name if name is not None else f"{rng.choice(DISPLAY_NAMES)} {rng.choice(WORDS)}"
-        guild = Guild(self.new_id(), title, 0, founded + rng.getrandbits(44))
-        self._settle(guild)
+        guild = Guild(self.new_id(), title, 0, created_at + rng.getrandbits(44))
+        self._draw_settings(guild)
         draw_roles(rng, guild, [self.new_id() for _ in range(roles)], self.bot.id)
-        self._people(guild, members - 1, shared_users, founded)
+        self._draw_members(guild, members - 1, shared_users, created_at)
         self.add_bot_member(guild)
         draw_channels(rng, guild, [self.new_id() for _ in range(channels)], hidden_channels)
-        places = thread_parents(guild)
-        for number in range((threads + archived_threads) if places else 0):
+        parents = thread_parents(guild)
+        for number in range((threads + archived_threads) if parents else 0):
             self.now_us += 1000
-            thread = draw_thread(rng, places[number % len(places)], self.new_id(), guild.owner_id, self.now_us)
+            thread = draw_thread(rng, parents[number % len(parents)], self.new_id(), guild.owner_id, self.now_us)
             thread.archived = number >= threads
             thread.locked = thread.archived and rng.randrange(3) == 0
             guild.threads[thread.id] = thread
@@ -71,7 +71,7 @@ class World(MemberMutations, GuildMutations, ChannelMutations):
         guild.large = len(guild.members) > LARGE_THRESHOLD
         self.guilds[guild.id] = guild
         guild.present = False
-        self._arrive(guild, now)
+        self._add_bot(guild, now)
         return guild.id
 
     def random_event(self, rng: random.Random) -> str:
@@ -79,22 +79,22 @@ class World(MemberMutations, GuildMutations, ChannelMutations):
         return random_events.random_event(self, rng)
 
     def prerender(self) -> None:
-        """Render every member now, so that the first member request is as fast as the second."""
+        """Render and cache every member, so that the first member request is as fast as later ones."""
         for guild in self.guilds.values():
             for member in guild.members.values():
                 member_json(member)
 
-    def _arrive(self, guild: Guild, now: int) -> None:
+    def _add_bot(self, guild: Guild, now: int) -> None:
         if not self.listeners:
             guild.present = True
             return
-        # A guild founded under a connected bot is one it just joined.
+        # A guild created while the bot is connected is one it just joined.
         self.bot.guild_ids.remove(guild.id)
         guild.pop_member(self.bot.id)
         guild.joined_at = now
         self.add_bot_back(guild.id)
 
-    def _settle(self, guild: Guild) -> None:
+    def _draw_settings(self, guild: Guild) -> None:
         rng = self.rng
         guild.icon = rng.choice((None, f"{rng.getrandbits(128):032x}"))
         guild.banner = rng.choice((None, None, f"a_{rng.getrandbits(128):032x}"))
@@ -108,23 +108,23 @@ class World(MemberMutations, GuildMutations, ChannelMutations):
         if "VANITY_URL" in guild.features:
             guild.vanity_url_code = f"{rng.choice(WORDS)}{rng.randrange(1000)}"
 
-    def _people(self, guild: Guild, count: int, shared: float, founded: int) -> None:
+    def _draw_members(self, guild: Guild, count: int, shared: float, created_at: int) -> None:
         rng = self.rng
         known = self.user_ids
-        borrowed = rng.sample(known, k=min(len(known), int(count * shared)))
-        people: list[User] = [self.users[user_id] for user_id in borrowed]
-        for _ in range(count - len(people)):
+        shared_ids = rng.sample(known, k=min(len(known), int(count * shared)))
+        users: list[User] = [self.users[user_id] for user_id in shared_ids]
+        for _ in range(count - len(users)):
             user = draw_user(rng, self.new_user_id())
             self.users[user.id] = user
             known.append(user.id)
-            people.append(user)
+            users.append(user)
         plain = [role.id for role in guild.roles.values() if not role.managed and role.id != guild.id]
         sets: list[tuple[int, ...]] = [(), ()]
         sets += [tuple(rng.sample(plain, k=rng.randrange(1, min(5, len(plain) + 1)))) for _ in range(14) if plain]
         now = self.now_us
         members: dict[int, Member] = guild.members
         guild_id = guild.id
-        for user in people:
+        for user in users:
             user.guild_ids.append(guild_id)
-            members[user.id] = draw_member(rng, user, guild_id, sets, now, founded)
-        guild.owner_id = people[-1].id if not people[-1].bot else people[0].id
+            members[user.id] = draw_member(rng, user, guild_id, sets, now, created_at)
+        guild.owner_id = users[-1].id if not users[-1].bot else users[0].id

@@ -24,7 +24,7 @@ def expected(world: World, guild_id: int) -> dict[str, dict[int, dict[str, Any]]
     }
 
 
-async def test_a_client_becomes_ready_and_knows_its_guilds(
+async def test_client_becomes_ready_with_its_guilds(
     simulator: Simulator, world: World, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with discord_client(simulator, monkeypatch) as client:
@@ -38,7 +38,7 @@ async def test_a_client_becomes_ready_and_knows_its_guilds(
         assert sum(channel.name == "___hidden___" for channel in guild.channels) == 2
 
 
-async def test_chunking_fills_the_cache_with_exactly_the_members(
+async def test_chunking_fills_the_member_cache(
     simulator: Simulator, world: World, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with discord_client(simulator, monkeypatch) as client:
@@ -57,7 +57,7 @@ async def test_chunking_at_startup_completes_before_ready(
         assert all(guild.chunked for guild in client.guilds)
 
 
-async def test_a_sharded_client_gets_each_guild_once(
+async def test_sharded_client_gets_each_guild_once(
     simulator: Simulator, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = discord.AutoShardedClient(
@@ -71,7 +71,7 @@ async def test_a_sharded_client_gets_each_guild_once(
         assert {guild.id: guild.shard_id for guild in client.guilds} == {g: (g >> 22) % 2 for g in world.guilds}
 
 
-async def test_fetching_members_over_rest_pages_through_everyone(
+async def test_fetch_members_pages_over_rest(
     simulator: Simulator, world: World, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with discord_client(simulator, monkeypatch) as client:
@@ -81,7 +81,7 @@ async def test_fetching_members_over_rest_pages_through_everyone(
         assert sorted(fetched) == sorted(world.guilds[large].members)
 
 
-async def test_archived_threads_page_through_rest(
+async def test_archived_threads_page_over_rest(
     simulator: Simulator, world: World, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = next(c.id for c in world.guilds[small].channels.values() if c.type == 0 and not c.hidden)
@@ -101,7 +101,7 @@ async def test_archived_threads_page_through_rest(
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-async def test_after_random_events_the_cache_equals_the_oracle(
+async def test_cache_equals_oracle_after_random_events(
     simulator: Simulator, world: World, large: int, small: int, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     rng = random.Random(seed)
@@ -124,7 +124,7 @@ async def test_after_random_events_the_cache_equals_the_oracle(
     assert simulator.gateway.resumes >= 1
 
 
-async def test_an_outage_is_unavailable_and_a_removal_is_gone(
+async def test_client_distinguishes_outage_from_removal(
     simulator: Simulator, world: World, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with discord_client(simulator, monkeypatch) as client:
@@ -140,7 +140,7 @@ async def test_an_outage_is_unavailable_and_a_removal_is_gone(
         await until(lambda: client.get_guild(new) is not None)
 
 
-async def test_a_dropped_socket_resumes_and_replays_what_was_missed(
+async def test_client_resumes_after_dropped_socket(
     simulator: Simulator, world: World, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with discord_client(simulator, monkeypatch) as client:
@@ -152,7 +152,7 @@ async def test_a_dropped_socket_resumes_and_replays_what_was_missed(
         assert (simulator.gateway.identifies, simulator.gateway.resumes) == (1, 1)
 
 
-async def test_reconnect_requests_and_invalid_sessions_are_understood(
+async def test_client_handles_reconnect_and_invalid_session(
     simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with discord_client(simulator, monkeypatch):
@@ -165,7 +165,7 @@ async def test_reconnect_requests_and_invalid_sessions_are_understood(
         await until(lambda: simulator.gateway.identifies == 2)
 
 
-async def test_a_wrong_token_is_a_login_failure(simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_wrong_token_is_a_login_failure(simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator.token = "another"
     client = discord.Client(intents=discord.Intents.none())
     monkeypatch.setattr(discord.http.Route, "BASE", simulator.api_base)
@@ -174,14 +174,14 @@ async def test_a_wrong_token_is_a_login_failure(simulator: Simulator, monkeypatc
     await client.close()
 
 
-async def test_privileged_intents_that_are_off_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_disabled_privileged_intents_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     async with Simulator(world, privileged_intents=0) as simulator:
         with pytest.raises(discord.PrivilegedIntentsRequired):
             async with discord_client(simulator, monkeypatch):
                 pass
 
 
-async def test_slash_commands_are_synced_run_answered_and_edited(
+async def test_slash_commands_are_synced_run_and_edited(
     simulator: Simulator, world: World, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = discord.Client(intents=discord.Intents.all(), chunk_guilds_at_startup=False, guild_ready_timeout=0.1)
@@ -218,7 +218,7 @@ async def test_slash_commands_are_synced_run_answered_and_edited(
         assert (direct.content, direct.embeds[0]["title"], direct.deferred) == ("pong", "a title", False)
 
 
-async def test_a_bot_can_write_and_edit_messages(
+async def test_bot_can_send_and_edit_messages(
     simulator: Simulator, world: World, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with discord_client(simulator, monkeypatch) as client:

@@ -1,4 +1,4 @@
-"""The simulator lies exactly as told, and says how often it did."""
+"""Fault injection has exactly the requested effect and counts it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ async def page_order(client: BareClient, guild_id: int, count: int) -> list[int]
     return [page["d"]["chunk_index"] for page in await client.wait_for("GUILD_MEMBERS_CHUNK", count)]
 
 
-async def test_pages_are_lost_doubled_and_shuffled_as_told(simulator: Simulator, large: int) -> None:
+async def test_drops_duplicates_and_reorders_pages(simulator: Simulator, large: int) -> None:
     faults = simulator.faults
     async with bare_client(simulator) as client:
         faults.drop_page(large, "last")
@@ -32,7 +32,7 @@ async def test_pages_are_lost_doubled_and_shuffled_as_told(simulator: Simulator,
     assert dict(faults.injected) == {"drop_page": 3, "duplicate_page": 1, "reorder_pages": 1}
 
 
-async def test_a_request_can_be_met_with_silence_or_a_rate_limit(simulator: Simulator, large: int) -> None:
+async def test_ignores_and_rate_limits_member_requests(simulator: Simulator, large: int) -> None:
     simulator.faults.ignore_member_request(large)
     simulator.faults.rate_limit_next(large, retry_after=0.5)
     async with bare_client(simulator) as client:
@@ -45,7 +45,7 @@ async def test_a_request_can_be_met_with_silence_or_a_rate_limit(simulator: Simu
     assert simulator.faults.injected["ignore_member_request"] == 1
 
 
-async def test_the_socket_drops_after_so_many_events(simulator: Simulator, world: World, small: int) -> None:
+async def test_drops_socket_after_n_events(simulator: Simulator, world: World, small: int) -> None:
     async with bare_client(simulator) as client:
         simulator.faults.drop_socket_after_events(3)
         for _ in range(5):
@@ -55,7 +55,7 @@ async def test_the_socket_drops_after_so_many_events(simulator: Simulator, world
     assert simulator.faults.injected["drop_socket_after_events"] == 1
 
 
-async def test_duplicates_carry_the_same_sequence_number(simulator: Simulator, world: World, small: int) -> None:
+async def test_duplicates_have_the_same_sequence_number(simulator: Simulator, world: World, small: int) -> None:
     async with bare_client(simulator) as client:
         simulator.faults.duplicate_events(0.5)
         for _ in range(100):
@@ -71,7 +71,7 @@ async def test_duplicates_carry_the_same_sequence_number(simulator: Simulator, w
         assert len(events) > 100
 
 
-async def test_a_pause_withholds_events_and_acknowledgements(simulator: Simulator, world: World, small: int) -> None:
+async def test_pause_withholds_events_and_acknowledgements(simulator: Simulator, world: World, small: int) -> None:
     async with bare_client(simulator) as client:
         simulator.faults.pause()
         user_id = world.join(small)
@@ -83,7 +83,7 @@ async def test_a_pause_withholds_events_and_acknowledgements(simulator: Simulato
         assert 11 not in {message["op"] for message in client.seen}
 
 
-async def test_sessions_can_be_invalidated_and_resumes_refused(simulator: Simulator) -> None:
+async def test_invalidates_sessions_and_refuses_resumes(simulator: Simulator) -> None:
     async with bare_client(simulator) as client:
         session_id = client.seen[1]["d"]["session_id"]
         assert simulator.faults.invalidate_session(resumable=False) == 1
@@ -93,7 +93,7 @@ async def test_sessions_can_be_invalidated_and_resumes_refused(simulator: Simula
         assert (await client.wait_for(9))[0]["d"] is False
 
 
-async def test_every_kind_of_malformed_payload_can_be_sent(simulator: Simulator, world: World, small: int) -> None:
+async def test_sends_every_kind_of_malformed_payload(simulator: Simulator, world: World, small: int) -> None:
     kinds = malformed_events(world.guild(small))
     async with bare_client(simulator) as client:
         for kind in kinds:
@@ -107,7 +107,7 @@ async def test_every_kind_of_malformed_payload_can_be_sent(simulator: Simulator,
     assert simulator.faults.injected["inject_raw"] == len(kinds)
 
 
-async def test_nul_and_lone_surrogates_travel_as_escapes(simulator: Simulator, world: World, small: int) -> None:
+async def test_nul_and_lone_surrogates_are_sent_as_escapes(simulator: Simulator, world: World, small: int) -> None:
     user_id = world.join(small)
     async with bare_client(simulator, compress="zlib-stream") as client:
         world.rename_user(user_id, global_name="a\0b\ud800c")
@@ -117,7 +117,7 @@ async def test_nul_and_lone_surrogates_travel_as_escapes(simulator: Simulator, w
     assert row["global_name"] == "a\ufffdb\ufffdc"
 
 
-async def test_sockets_drop_at_a_word(simulator: Simulator) -> None:
+async def test_drops_all_sockets(simulator: Simulator) -> None:
     async with bare_client(simulator) as client:
         assert simulator.faults.drop_socket() == 1
         with pytest.raises(ConnectionError):

@@ -21,7 +21,7 @@ async def members_of(client: BareClient, guild_id: int, **how: Any) -> tuple[lis
 
 
 @pytest.mark.parametrize("compress", [None, "zlib-stream", "zstd-stream"])
-async def test_every_transport_carries_the_same_conversation(
+async def test_all_transports_carry_the_same_messages(
     simulator: Simulator, world: World, large: int, compress: str | None
 ) -> None:
     async with bare_client(simulator, compress=compress) as client:
@@ -33,25 +33,21 @@ async def test_every_transport_carries_the_same_conversation(
         assert sequences == list(range(1, len(sequences) + 1))
 
 
-async def test_certain_users_can_be_asked_for_and_strangers_are_not_found(
-    simulator: Simulator, world: World, small: int
-) -> None:
+async def test_member_request_by_user_id_lists_not_found(simulator: Simulator, world: World, small: int) -> None:
     known = sorted(world.guilds[small].members)[:3]
     async with bare_client(simulator) as client:
         ids, pages = await members_of(client, small, query=None, user_ids=[*map(str, known), "5"])
         assert (sorted(ids), pages[0]["not_found"]) == (known, ["5"])
 
 
-async def test_members_can_be_asked_for_by_the_beginning_of_their_names(
-    simulator: Simulator, world: World, small: int
-) -> None:
+async def test_member_request_by_name_prefix(simulator: Simulator, world: World, small: int) -> None:
     user_id = world.join(small)
     world.rename_user(user_id, username="Quite Unlikely")
     async with bare_client(simulator) as client:
         assert (await members_of(client, small, query="quite un", limit=5))[0] == [user_id]
 
 
-async def test_the_gateway_closes_with_the_documented_codes(world: World) -> None:
+async def test_closes_with_documented_codes(world: World) -> None:
     async with Simulator(world, privileged_intents=0) as simulator:
         async with bare_client(simulator, identify=False) as client:
             await client.send(2, {"token": "wrong", "intents": 0, "properties": {}})
@@ -67,14 +63,14 @@ async def test_the_gateway_closes_with_the_documented_codes(world: World) -> Non
             assert await client.closed_with() == 4002
 
 
-async def test_the_hundred_and_twenty_first_command_closes_the_connection(world: World) -> None:
+async def test_too_many_commands_close_the_connection(world: World) -> None:
     async with Simulator(world) as simulator, bare_client(simulator) as client:
         for _ in range(121):
             await client.send(3, {"status": "online", "since": None, "activities": [], "afk": False})
         assert await client.closed_with() == 4008
 
 
-async def test_a_second_full_request_within_the_cooldown_is_rate_limited(world: World, large: int) -> None:
+async def test_second_full_request_within_cooldown_is_limited(world: World, large: int) -> None:
     async with Simulator(world) as simulator, bare_client(simulator) as client:
         await members_of(client, large)
         await client.request_members(large, nonce="again")
@@ -84,7 +80,7 @@ async def test_a_second_full_request_within_the_cooldown_is_rate_limited(world: 
         assert 0 < limited["retry_after"] <= 30
 
 
-async def test_a_silent_client_is_closed(world: World) -> None:
+async def test_client_without_heartbeats_is_closed(world: World) -> None:
     async with Simulator(world, heartbeat_interval=0.1) as simulator, bare_client(simulator) as client:
         assert await client.closed_with() == 4009
 
@@ -95,7 +91,7 @@ async def test_heartbeats_are_acknowledged(simulator: Simulator) -> None:
         assert await client.wait_for(11)
 
 
-async def test_intents_decide_which_events_arrive(simulator: Simulator, world: World, small: int) -> None:
+async def test_intents_filter_events(simulator: Simulator, world: World, small: int) -> None:
     async with bare_client(simulator, intents=int(Intent.GUILDS)) as client:
         world.join(small)
         world.create_role(small)
@@ -103,7 +99,7 @@ async def test_intents_decide_which_events_arrive(simulator: Simulator, world: W
         assert "GUILD_MEMBER_ADD" not in {message.get("t") for message in client.seen}
 
 
-async def test_message_content_needs_its_intent(simulator: Simulator, world: World, small: int) -> None:
+async def test_message_content_requires_its_intent(simulator: Simulator, world: World, small: int) -> None:
     channel = next(c.id for c in world.guilds[small].channels.values() if c.type == 0 and not c.hidden)
     author = world.guilds[small].owner_id
     async with bare_client(simulator) as full, bare_client(simulator, intents=ALL_INTENTS & ~(1 << 15)) as blind:
@@ -112,7 +108,7 @@ async def test_message_content_needs_its_intent(simulator: Simulator, world: Wor
         assert (await blind.wait_for("MESSAGE_CREATE"))[0]["d"]["content"] == ""
 
 
-async def test_a_guild_that_is_down_is_announced_but_not_sent(simulator: Simulator, world: World, small: int) -> None:
+async def test_unavailable_guild_is_announced_but_not_sent(simulator: Simulator, world: World, small: int) -> None:
     world.guild_outage(small)
     async with bare_client(simulator) as client:
         stubs = {int(guild["id"]): guild["unavailable"] for guild in client.seen[1]["d"]["guilds"]}
@@ -140,9 +136,7 @@ async def test_resume_replays_exactly_what_was_missed(simulator: Simulator, worl
         assert [message["s"] for message in replayed] == [last - 1, last]
 
 
-async def test_a_resume_takes_over_from_a_socket_that_was_never_closed(
-    simulator: Simulator, world: World, small: int
-) -> None:
+async def test_resume_takes_over_from_an_open_socket(simulator: Simulator, world: World, small: int) -> None:
     async with bare_client(simulator) as old, bare_client(simulator, identify=False) as new:
         session_id, sequence = old.seen[1]["d"]["session_id"], old.sequence
         joined = [world.join(small) for _ in range(50)]
@@ -154,7 +148,7 @@ async def test_a_resume_takes_over_from_a_socket_that_was_never_closed(
             await old.wait_for("READY")
 
 
-async def test_an_unknown_session_cannot_be_resumed_but_may_identify(simulator: Simulator) -> None:
+async def test_unknown_session_can_identify_but_not_resume(simulator: Simulator) -> None:
     async with bare_client(simulator, identify=False) as client:
         await client.send(6, {"token": simulator.token, "session_id": "0", "seq": 1})
         assert (await client.wait_for(9))[0]["d"] is False
@@ -162,7 +156,7 @@ async def test_an_unknown_session_cannot_be_resumed_but_may_identify(simulator: 
         assert await client.wait_for("READY")
 
 
-async def test_a_member_request_goes_on_after_a_resume(simulator: Simulator, world: World, large: int) -> None:
+async def test_member_request_continues_after_resume(simulator: Simulator, world: World, large: int) -> None:
     simulator.faults.drop_socket_after_pages(large, 2)
     async with bare_client(simulator) as client:
         session_id = client.seen[1]["d"]["session_id"]
@@ -177,9 +171,7 @@ async def test_a_member_request_goes_on_after_a_resume(simulator: Simulator, wor
         assert got + [page["d"]["chunk_index"] for page in rest] == [0, 1, 2, 3]
 
 
-async def test_a_reader_that_stops_stalls_neither_memory_nor_others(
-    simulator: Simulator, world: World, large: int
-) -> None:
+async def test_stalled_reader_affects_neither_memory_nor_others(simulator: Simulator, world: World, large: int) -> None:
     async with bare_client(simulator) as slow, bare_client(simulator) as quick:
         session = simulator.gateway.sessions[slow.seen[1]["d"]["session_id"]]
         for _ in range(100):
@@ -192,7 +184,7 @@ async def test_a_reader_that_stops_stalls_neither_memory_nor_others(
         assert session.buffered_bytes < 64 << 20
 
 
-async def test_paced_pages_leave_room_for_events(world: World, large: int) -> None:
+async def test_paced_pages_do_not_delay_events(world: World, large: int) -> None:
     limits = Limits.none(pages_per_second=0.5)
     async with Simulator(world, limits=limits) as simulator, bare_client(simulator) as client:
         await client.request_members(large)
@@ -204,19 +196,19 @@ async def test_paced_pages_leave_room_for_events(world: World, large: int) -> No
         assert (await client.wait_for("GUILD_MEMBERS_CHUNK"))[0]["d"]["chunk_index"] == 1
 
 
-async def test_the_throughput_script_measures_both_transports() -> None:
+async def test_throughput_script_measures_both_transports() -> None:
     rates = await measure(members=3000, rounds=1)
     assert {compress: len(found) for compress, found in rates.items()} == {"zlib-stream": 1, "zstd-stream": 1}
 
 
-async def test_shards_see_their_own_guilds_alone(simulator: Simulator, world: World) -> None:
+async def test_shards_receive_only_their_guilds(simulator: Simulator, world: World) -> None:
     for number in range(2):
         async with bare_client(simulator, shard=[number, 2]) as client:
             seen = {int(m["d"]["id"]) for m in client.seen if m.get("t") == "GUILD_CREATE"}
             assert seen == {guild_id for guild_id in world.guilds if (guild_id >> 22) % 2 == number}
 
 
-async def test_absent_nick_is_told_apart_from_null(simulator: Simulator, world: World, small: int) -> None:
+async def test_nick_may_be_absent_or_null(simulator: Simulator, world: World, small: int) -> None:
     user_id = world.join(small)
     async with bare_client(simulator) as client:
         world.update_member(small, user_id, nick=None)

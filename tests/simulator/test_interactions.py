@@ -33,7 +33,7 @@ async def register(simulator: Simulator, guild_id: int | None = None) -> None:
         assert response.status == 200
 
 
-async def test_only_the_first_of_two_answers_counts(simulator: Simulator, world: World, small: int) -> None:
+async def test_second_response_is_rejected(simulator: Simulator, world: World, small: int) -> None:
     await register(simulator)
     async with bare_client(simulator) as client:
         result = await simulator.run_command("ask", user_id=world.guild(small).owner_id, guild_id=small)
@@ -49,7 +49,7 @@ async def test_only_the_first_of_two_answers_counts(simulator: Simulator, world:
         assert (await original(simulator, result.token))[0] == 404
 
 
-async def test_a_late_answer_and_an_old_token_are_refused(simulator: Simulator, world: World, small: int) -> None:
+async def test_late_response_and_expired_token_are_rejected(simulator: Simulator, world: World, small: int) -> None:
     await register(simulator)
     owner = world.guild(small).owner_id
     async with bare_client(simulator):
@@ -63,7 +63,7 @@ async def test_a_late_answer_and_an_old_token_are_refused(simulator: Simulator, 
         assert (await original(simulator, result.token, "PATCH", json={"content": "x"}))[1]["code"] == 50027
 
 
-async def test_commands_run_only_where_they_are_registered(simulator: Simulator, world: World, small: int) -> None:
+async def test_commands_run_only_where_registered(simulator: Simulator, world: World, small: int) -> None:
     await register(simulator, small)
     assert simulator.interactions.syncs == {small: 1}
     async with bare_client(simulator) as client:
@@ -80,7 +80,7 @@ async def test_commands_run_only_where_they_are_registered(simulator: Simulator,
         assert data["resolved"]["roles"][str(role)]["id"] == str(role)
 
 
-async def test_waiting_for_an_answer_that_never_comes_says_so(simulator: Simulator, world: World, small: int) -> None:
+async def test_wait_done_times_out_with_a_message(simulator: Simulator, world: World, small: int) -> None:
     await register(simulator)
     async with bare_client(simulator):
         result = await simulator.run_command("ask", user_id=world.guild(small).owner_id, guild_id=small)

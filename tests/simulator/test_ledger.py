@@ -1,4 +1,4 @@
-"""What the simulator can say afterwards: what was told, what of it went out to whom, and what a client has taken."""
+"""The ledger, deliveries, and the TCP proxy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def chat(world: World, guild_id: int, count: int) -> list[int]:
     return [world.message(guild_id, place, authors[number % 7], "hi") for number in range(count)]
 
 
-async def test_the_ledger_counts_by_guild_and_author(world: World, simulator: Simulator, small: int) -> None:
+async def test_ledger_counts_by_guild_and_author(world: World, simulator: Simulator, small: int) -> None:
     ids = chat(world, small, 20)
     told = world.ledger
     assert told.counts == Counter((message.guild_id, message.user_id) for message in told.messages)
@@ -34,9 +34,7 @@ async def test_the_ledger_counts_by_guild_and_author(world: World, simulator: Si
     assert max(told.newest.values()) == ids[-1]
 
 
-async def test_a_delivery_lists_what_was_sent_to_a_session_and_what_its_client_has_taken(
-    world: World, simulator: Simulator, small: int
-) -> None:
+async def test_delivery_lists_sent_and_acknowledged_events(world: World, simulator: Simulator, small: int) -> None:
     before = chat(world, small, 3)
     async with bare_client(simulator) as client:
         ids = chat(world, small, 5)
@@ -59,9 +57,7 @@ async def test_a_delivery_lists_what_was_sent_to_a_session_and_what_its_client_h
         assert (report["messages"], report["safe_messages"], report["safe_member_events"]) == (ids[4:], 5, 0)
 
 
-async def test_a_resumed_session_is_sent_what_it_missed_and_the_delivery_has_it_once(
-    world: World, simulator: Simulator, small: int
-) -> None:
+async def test_delivery_counts_replayed_messages_once(world: World, simulator: Simulator, small: int) -> None:
     async with bare_client(simulator) as client:
         first = chat(world, small, 2)
         await client.wait_for("MESSAGE_CREATE", 2)
@@ -78,7 +74,7 @@ async def test_a_resumed_session_is_sent_what_it_missed_and_the_delivery_has_it_
             assert session.delivery.acknowledged == client.sequence - 1
 
 
-async def test_the_ledger_is_read_from_another_process_piece_by_piece() -> None:
+async def test_ledger_can_be_read_from_another_process() -> None:
     arguments = ("--seed", "3", "--guild", "40", "--no-limits", "--present")
     async with (
         SimulatorProcess(*arguments) as simulator,
@@ -99,7 +95,7 @@ async def test_the_ledger_is_read_from_another_process_piece_by_piece() -> None:
         assert delivery["member_events"] == told["member_events"]
 
 
-async def test_a_world_with_a_clock_keeps_its_time_and_never_repeats_an_id() -> None:
+async def test_world_with_a_clock_never_repeats_an_id() -> None:
     now = 1_800_000_000_000_000
     world = World(seed=2, clock=lambda: now)
     guild_id = world.add_guild(members=50)
@@ -109,7 +105,7 @@ async def test_a_world_with_a_clock_keeps_its_time_and_never_repeats_an_id() -> 
     assert abs(world.now_us - now) < 1_000_000
 
 
-async def test_who_comes_by_way_of_a_proxy_resumes_by_way_of_it(simulator: Simulator) -> None:
+async def test_client_behind_a_proxy_resumes_through_it(simulator: Simulator) -> None:
     where = urlsplit(simulator.api_base)
     assert where.hostname is not None
     assert where.port is not None
@@ -125,7 +121,7 @@ async def test_who_comes_by_way_of_a_proxy_resumes_by_way_of_it(simulator: Simul
             assert message["d"]["resume_gateway_url"] == f"ws://{here}/gateway"
 
 
-async def test_a_proxy_passes_a_reset_on() -> None:
+async def test_proxy_forwards_a_reset() -> None:
     ended = asyncio.Event()
 
     async def wait(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -145,7 +141,7 @@ async def test_a_proxy_passes_a_reset_on() -> None:
         await asyncio.wait_for(ended.wait(), 5)
 
 
-async def test_a_frozen_proxy_hides_the_end_of_a_client() -> None:
+async def test_frozen_proxy_hides_a_disconnect() -> None:
     ended = asyncio.Event()
 
     async def wait(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

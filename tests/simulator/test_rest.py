@@ -30,7 +30,7 @@ async def rest(simulator: Simulator) -> AsyncIterator[Rest]:
         yield Rest(session, simulator.api_base)
 
 
-async def test_without_the_token_nothing_is_told(simulator: Simulator) -> None:
+async def test_requires_the_token(simulator: Simulator) -> None:
     async with aiohttp.ClientSession() as session, session.get(f"{simulator.api_base}/users/@me") as response:
         assert (response.status, await response.json()) == (401, {"message": "401: Unauthorized", "code": 0})
 
@@ -46,7 +46,7 @@ async def test_listings_omit_hidden_channels(rest: Rest, world: World, small: in
         assert (status, error["code"]) == (403, 50001)
 
 
-async def test_hidden_threads_are_refused_and_deleted_ones_unknown(rest: Rest, world: World, small: int) -> None:
+async def test_hidden_threads_are_forbidden_deleted_ones_unknown(rest: Rest, world: World, small: int) -> None:
     thread = next(iter(world.guild(small).threads.values()))
     status, found = await rest.get(f"/channels/{thread.id}")
     assert (status, found["thread_metadata"]["archived"]) == (200, thread.archived)
@@ -72,21 +72,21 @@ async def test_members_page_by_id(rest: Rest, world: World, large: int) -> None:
     assert (await rest.get(f"/guilds/{large}/members/5"))[1]["code"] == 10007
 
 
-async def test_members_need_their_intent(world: World, small: int) -> None:
+async def test_members_require_their_intent(world: World, small: int) -> None:
     async with Simulator(world, privileged_intents=0) as simulator, aiohttp.ClientSession() as session:
         rest = Rest(session, simulator.api_base)
         session.headers["Authorization"] = f"Bot {simulator.token}"
         assert (await rest.get(f"/guilds/{small}/members"))[1] == {"message": "Missing Access", "code": 50001}
 
 
-async def test_the_gateway_and_the_application_are_told(rest: Rest, simulator: Simulator, world: World) -> None:
+async def test_returns_gateway_and_application(rest: Rest, simulator: Simulator, world: World) -> None:
     assert (await rest.get("/gateway"))[1] == {"url": simulator.gateway_url}
     assert (await rest.get("/gateway/bot"))[1]["shards"] == 1
     for path in ("/oauth2/applications/@me", "/applications/@me"):
         assert (await rest.get(path))[1]["owner"]["id"] == str(world.operator_id)
 
 
-async def test_guilds_answer_with_their_counts_or_the_reason_they_do_not(rest: Rest, world: World, small: int) -> None:
+async def test_guild_returns_counts_or_an_error(rest: Rest, world: World, small: int) -> None:
     assert (await rest.get(f"/guilds/{small}", with_counts="true"))[1]["approximate_member_count"] == 40
     assert (await rest.get("/guilds/5"))[1]["code"] == 10004
     world.guild_outage(small)
@@ -97,7 +97,7 @@ async def test_guilds_answer_with_their_counts_or_the_reason_they_do_not(rest: R
     assert (await rest.get("/nowhere/at/all"))[1] == {"message": "404: Not Found", "code": 0}
 
 
-async def test_the_global_limit_answers_429_with_its_headers(world: World) -> None:
+async def test_global_limit_returns_429_with_headers(world: World) -> None:
     limits = Limits(rest_per_second=5)
     async with Simulator(world, limits=limits) as simulator, aiohttp.ClientSession() as session:
         session.headers["Authorization"] = f"Bot {simulator.token}"
@@ -113,7 +113,7 @@ async def test_the_global_limit_answers_429_with_its_headers(world: World) -> No
         assert simulator.rules.limited == 1
 
 
-async def test_a_route_can_have_its_own_bucket(world: World) -> None:
+async def test_route_has_its_own_bucket(world: World) -> None:
     limits = Limits(route_limit=1, route_window=30)
     async with Simulator(world, limits=limits) as simulator, aiohttp.ClientSession() as session:
         session.headers["Authorization"] = f"Bot {simulator.token}"
@@ -123,7 +123,7 @@ async def test_a_route_can_have_its_own_bucket(world: World) -> None:
             assert (response.status, (await response.json())["global"]) == (429, False)
 
 
-async def test_routes_fail_as_often_as_told(rest: Rest, simulator: Simulator, small: int) -> None:
+async def test_routes_fail_the_given_number_of_times(rest: Rest, simulator: Simulator, small: int) -> None:
     simulator.faults.rest_fail("/members", status=502, times=2)
     simulator.faults.rest_fail("/roles", status=429, retry_after=0.5)
     assert [(await rest.get(f"/guilds/{small}/members"))[0] for _ in range(3)] == [502, 502, 200]
@@ -132,7 +132,7 @@ async def test_routes_fail_as_often_as_told(rest: Rest, simulator: Simulator, sm
     assert simulator.faults.injected["rest_fail"] == 3
 
 
-async def test_a_late_answer_tells_what_was_true_when_it_was_asked(
+async def test_delayed_response_shows_state_at_request_time(
     rest: Rest, simulator: Simulator, world: World, small: int
 ) -> None:
     simulator.faults.rest_delay(f"/guilds/{small}/roles", 0.2, times=1)
@@ -144,7 +144,7 @@ async def test_a_late_answer_tells_what_was_true_when_it_was_asked(
     assert str(role_id) in {role["id"] for role in (await rest.get(f"/guilds/{small}/roles"))[1]}
 
 
-async def test_archived_threads_come_newest_first_in_pages(rest: Rest, world: World, small: int) -> None:
+async def test_archived_threads_are_paged_newest_first(rest: Rest, world: World, small: int) -> None:
     place = next(c.id for c in world.guild(small).channels.values() if c.type == 5)
     for thread_id in [world.create_thread(small, place) for _ in range(7)]:
         world.archive_thread(small, thread_id)

@@ -1,4 +1,4 @@
-"""What the world tells beside its listings, at a rate, and through a network that misbehaves."""
+"""The ledger, generated traffic, and the TCP proxy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from simulator.proxy import Proxy
 from tests.waiting import until
 
 
-async def test_the_ledger_lists_what_was_told_and_nothing_else(world: World, simulator: Simulator, small: int) -> None:
+async def test_ledger_lists_only_emitted_events(world: World, simulator: Simulator, small: int) -> None:
     joined = world.join(small)
     world.leave(small, joined)
     someone = next(id for id in world.guild(small).ordered_member_ids() if id != world.bot.id)
@@ -29,7 +29,7 @@ async def test_the_ledger_lists_what_was_told_and_nothing_else(world: World, sim
     }
 
 
-async def test_traffic_goes_on_until_it_is_stopped_mostly_messages(world: World, simulator: Simulator) -> None:
+async def test_traffic_runs_until_stopped(world: World, simulator: Simulator) -> None:
     simulator.traffic.start(2_000, seed=3)
     await until(lambda: simulator.traffic.emitted > 400)
     emitted = await simulator.traffic.stop()
@@ -38,7 +38,7 @@ async def test_traffic_goes_on_until_it_is_stopped_mostly_messages(world: World,
     assert simulator.traffic.emitted == emitted
 
 
-async def test_a_burst_tells_of_each_message_once(world: World, simulator: Simulator) -> None:
+async def test_burst_sends_each_message_once(world: World, simulator: Simulator) -> None:
     await simulator.traffic.burst(2_000)
     assert len({message.id for message in world.ledger.messages}) == 2_000
 
@@ -64,7 +64,7 @@ async def said(port: int, words: bytes) -> bytes:
         writer.close()
 
 
-async def test_a_proxy_forwards_cuts_freezes_and_heals() -> None:
+async def test_proxy_forwards_cuts_freezes_and_heals() -> None:
     async with echo() as port, Proxy(("127.0.0.1", port)) as proxy:
         assert await said(proxy.port, b"hello") == b"hello"
         assert proxy.bytes == 10
@@ -85,7 +85,7 @@ async def test_a_proxy_forwards_cuts_freezes_and_heals() -> None:
         assert await waiting == b"patience"
 
 
-async def test_a_proxy_is_late_by_its_latency_in_each_direction() -> None:
+async def test_proxy_adds_latency_in_each_direction() -> None:
     async with echo() as port, Proxy(("127.0.0.1", port), latency=0.2) as proxy:
         clock = asyncio.get_running_loop().time
         started = clock()

@@ -15,7 +15,7 @@ def everything(world: World) -> dict[str, list[dict[str, Any]]]:
     return {table: list(world.expected_rows(table)) for table in TABLES}
 
 
-def test_one_seed_and_the_same_events_make_the_same_world() -> None:
+def test_world_is_deterministic() -> None:
     def live(seed: int) -> tuple[World, list[str]]:
         world = World(seed=seed)
         for members in (300, 40):
@@ -28,7 +28,7 @@ def test_one_seed_and_the_same_events_make_the_same_world() -> None:
     assert everything(first) == everything(second) != everything(other)
 
 
-def test_a_guild_has_what_was_asked_for() -> None:
+def test_add_guild_creates_what_was_requested() -> None:
     world = World(seed=3)
     world.add_guild(members=500)
     gid = world.add_guild(members=400, roles=6, channels=10, threads=4, archived_threads=2, shared_users=0.5)
@@ -40,7 +40,7 @@ def test_a_guild_has_what_was_asked_for() -> None:
     assert world.bot.id in guild.members
 
 
-def test_members_have_the_variety_that_real_ones_have() -> None:
+def test_members_have_realistic_variety() -> None:
     world = World(seed=1)
     gid = world.add_guild(members=20_000)
     rows = list(world.expected_rows("members", gid))
@@ -53,7 +53,7 @@ def test_members_have_the_variety_that_real_ones_have() -> None:
     assert all(len(str(user["discriminator"])) == 4 for user in users if user["bot"])
 
 
-def test_a_deleted_role_leaves_its_members() -> None:
+def test_deleted_role_is_removed_from_members() -> None:
     world = World()
     gid = world.add_guild(members=100)
     role = next(role for member in world.guild(gid).members.values() for role in member.roles)
@@ -61,7 +61,7 @@ def test_a_deleted_role_leaves_its_members() -> None:
     assert not any(role in row["roles"] for row in world.expected_rows("members", gid))  # type: ignore[operator]
 
 
-def test_a_deleted_channel_takes_its_threads_and_the_settings_that_name_it() -> None:
+def test_deleted_channel_removes_threads_and_references() -> None:
     world = World()
     gid = world.add_guild(members=10)
     place = world.guild(gid).system_channel_id
@@ -72,7 +72,7 @@ def test_a_deleted_channel_takes_its_threads_and_the_settings_that_name_it() -> 
     assert next(world.expected_rows("guilds", gid))["system_channel_id"] is None
 
 
-def test_threads_of_hidden_channels_are_unknowable() -> None:
+def test_threads_of_hidden_channels_are_hidden() -> None:
     world = World()
     gid = world.add_guild(members=10)
     place = next(thread.parent_id for thread in world.guild(gid).threads.values())
@@ -86,7 +86,7 @@ def test_threads_of_hidden_channels_are_unknowable() -> None:
     assert not world.hidden_thread_ids(gid)
 
 
-def test_a_user_of_two_guilds_stays_when_one_is_left() -> None:
+def test_user_of_two_guilds_remains_after_leaving_one() -> None:
     world = World()
     first, second = world.add_guild(members=10), world.add_guild(members=10)
     user_id = world.join(first)
@@ -97,7 +97,7 @@ def test_a_user_of_two_guilds_stays_when_one_is_left() -> None:
     assert user_id not in {row["id"] for row in world.expected_rows("users")}
 
 
-def test_guilds_the_bot_is_not_in_are_not_expected() -> None:
+def test_guilds_without_the_bot_are_not_expected() -> None:
     world = World()
     gid = world.add_guild(members=10)
     world.remove_bot(gid)
@@ -106,14 +106,14 @@ def test_guilds_the_bot_is_not_in_are_not_expected() -> None:
     assert len(list(world.expected_rows("members"))) == 10
 
 
-def test_mistakes_are_named() -> None:
+def test_invalid_calls_raise_clear_errors() -> None:
     world = World()
     gid = world.add_guild(members=10)
     with pytest.raises(LookupError, match="the world has no guild 5"):
         world.join(5)
     with pytest.raises(TypeError, match="a role has no field colour"):
         world.create_role(gid, colour=1)
-    with pytest.raises(ValueError, match="no table called 'people'"):
+    with pytest.raises(ValueError, match="unknown table 'people'"):
         list(world.expected_rows("people"))
     with pytest.raises(LookupError, match="has no role 5"):
         world.update_member(gid, world.guild(gid).owner_id, roles=[5])
