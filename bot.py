@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 NO_TOKEN = (
     f"DISCORD_TOKEN: not set; get one at {DEVELOPER_PORTAL} > your application > Bot > Reset Token and put it into"
-    " .env, or see Guildbook at work without one: make demo"
+    " .env, or run make demo, which needs no token"
 )
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -26,7 +26,7 @@ app.add_typer(backup.app, name="backup")
 app.add_typer(importing.app, name="import")
 app.add_typer(exporting.app, name="export")
 app.command("doctor")(doctor.doctor)
-new = typer.Typer(help="Begin something new.", no_args_is_help=True)
+new = typer.Typer(help="Create files from a template.", no_args_is_help=True)
 app.add_typer(new, name="new")
 
 
@@ -43,14 +43,14 @@ def run(context: typer.Context) -> None:
 
 
 def _run(settings: Settings) -> None:
-    from utils.bot import process  # loads discord.py, which takes its time
+    from utils.bot import process  # here, because importing discord.py is slow
 
     try:
         process.run(settings)
     except GuildbookError:
         raise
     except Exception as exc:
-        _log.critical("the bot was ended by an error that it does not know", exc_info=exc)
+        _log.critical("Unexpected error; shutting down", exc_info=exc)
         raise typer.Exit(1) from None
 
 
@@ -67,8 +67,8 @@ def demo(
 
 
 @new.command("cog")
-def new_cog(name: Annotated[str, typer.Argument(help="Its short name: tally makes cogs/tally.py.")]) -> None:
-    """Write a cog that works, its table and its test."""
+def new_cog(name: Annotated[str, typer.Argument(help="The short name: tally creates cogs/tally.py.")]) -> None:
+    """Write a working cog with a table and a test."""
     from utils.operations.development import scaffold
 
     try:

@@ -1,4 +1,4 @@
-"""docs/your-first-cog.md, typed in from top to bottom in a clone: every block of it is run."""
+"""docs/your-first-cog.md, followed from top to bottom in a clone: every block is run."""
 
 from __future__ import annotations
 
@@ -26,57 +26,58 @@ from utils.demo.bot_process import environment, free_port
 pytestmark = pytest.mark.slow
 
 BLOCKS = blocks_of(TUTORIAL)
-#: Lines that an author writes at most, the table included.
-LINES = 40
-PATIENCE = 90.0
+#: The maximum number of lines that an author writes, including the table.
+MAX_LINES = 40
+#: Seconds for one step.
+TIMEOUT = 90.0
 
 
-def author() -> dict[str, str]:
-    """Return the files that the page tells to write, by path."""
+def author_files() -> dict[str, str]:
+    """Return the files that the page tells the reader to write, by path."""
     page = TUTORIAL.read_text(encoding="utf-8")
     return dict(re.findall(r"^`([\w/]+\.py)`:\n\n```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
 
 
-def toured() -> str:
-    """Return the cog with everything of the tour in it."""
-    tour = [block.text for block in BLOCKS if block.language == "python" and block.text not in author().values()]
+def cog_with_tour() -> str:
+    """Return the cog with every block of the tour added."""
+    tour = [block.text for block in BLOCKS if block.language == "python" and block.text not in author_files().values()]
     (imports,) = (text for text in tour if text.startswith("from "))
     methods = "\n".join("".join(f"    {line}" if line.strip() else line for line in text.splitlines(keepends=True))
                         for text in tour if text != imports)  # fmt: skip
-    head, setup, foot = author()["cogs/tally.py"].partition("\n\nasync def setup")
+    head, setup, foot = author_files()["cogs/tally.py"].partition("\n\nasync def setup")
     return f"{imports}\n{head}\n{methods}{setup}{foot}"
 
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """What a fresh clone has in it."""
+    """A copy of the sources."""
     return cloned_sources(tmp_path / "clone")
 
 
 def cloned_sources(where: Path) -> Path:
-    """Copy the sources, so that files can be written beside them."""
+    """Copy the sources into a directory to write into."""
     ignored = shutil.ignore_patterns(".*", "__pycache__", "benchmarks", "faults")
     shutil.copytree(ROOT, where, ignore=ignored)
     (where / ".venv").symlink_to(sys.prefix)
     return where
 
 
-def typed(clone: Path, line: str, **settings: str) -> str:
-    """Type a line in the clone; return what it prints. `make` takes the environment as it is."""
+def run_line(clone: Path, line: str, **settings: str) -> str:
+    """Run a command line in the clone and return its output. `make` does not set the environment up again."""
     program, *arguments = shlex.split(line)
     if program == "make":
         arguments = ["--old-file", ".venv/.installed", *arguments]
     done = subprocess.run(
         [program, *arguments], cwd=clone, env=environment(**settings), capture_output=True, text=True,
-        timeout=PATIENCE, check=False,
+        timeout=TIMEOUT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
 @asynccontextmanager
-async def run_by_make(clone: Path, log: Path, **settings: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Have `make run` running for the duration of a block."""
+async def make_run(clone: Path, log: Path, **settings: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Run `make run` for the duration of a block."""
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
             "make", "--old-file", ".venv/.installed", "run",
@@ -88,27 +89,27 @@ async def run_by_make(clone: Path, log: Path, **settings: str) -> AsyncIterator[
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(TIMEOUT):
                     await process.wait()
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
 
 
-async def used(
+async def use(
     simulator: Simulator,
     command: str,
     user_id: int,
     guild_id: int | None,
     subcommand: str | None = None,
-    **given: object,
+    **options: object,
 ) -> str:
-    """Let a member use a command, once it is registered and the bot connected; return what the bot answers."""
-    async with asyncio.timeout(PATIENCE):
+    """Run a command as a member, once it is registered and the bot connected, and return the answer."""
+    async with asyncio.timeout(TIMEOUT):
         while True:
             try:
                 result = await simulator.run_command(
-                    command, user_id=user_id, guild_id=guild_id, subcommand=subcommand, options=dict(given)
+                    command, user_id=user_id, guild_id=guild_id, subcommand=subcommand, options=options
                 )
             except LookupError:
                 await asyncio.sleep(0.05)
@@ -117,41 +118,41 @@ async def used(
                 return result.final_content or ""
 
 
-async def until_counted(connection: asyncpg.Connection[asyncpg.Record], table: str, rows: int) -> None:
-    """Wait until a table has so many rows."""
-    async with asyncio.timeout(PATIENCE):
+async def wait_for_row_count(connection: asyncpg.Connection[asyncpg.Record], table: str, rows: int) -> None:
+    """Wait until a table has this number of rows."""
+    async with asyncio.timeout(TIMEOUT):
         while await connection.fetchval("SELECT count(*) FROM " + table) != rows:  # noqa: ASYNC110, S608
             await asyncio.sleep(0.05)
 
 
-def test_an_author_writes_little() -> None:
-    assert list(author()) == ["models/tally.py", "cogs/tally.py"]
-    lines = [line for text in author().values() for line in text.splitlines() if line.strip()]
-    assert len(lines) <= LINES
+def test_author_writes_few_lines() -> None:
+    assert list(author_files()) == ["models/tally.py", "cogs/tally.py"]
+    lines = [line for text in author_files().values() for line in text.splitlines() if line.strip()]
+    assert len(lines) <= MAX_LINES
     assert f"{len(lines)} lines with the table" in TUTORIAL.read_text()
 
 
 @pytest.mark.timeout(300)
-async def test_the_page_can_be_followed_from_top_to_bottom(clone: Path, target: ConnectTarget, tmp_path: Path) -> None:
+async def test_page_works_from_top_to_bottom(clone: Path, target: ConnectTarget, tmp_path: Path) -> None:
     world, log = World(seed=1), tmp_path / "bot.log"
     guild_id = world.add_guild(members=8)
     owner, other = world.guild(guild_id).owner_id, next(
         id for id, member in world.guild(guild_id).members.items()
         if id not in (world.bot.id, world.guild(guild_id).owner_id) and not world.user(id).bot
     )  # fmt: skip
-    begun, made = (block for block in BLOCKS if block.language == "sh")
-    (printed,) = (block for block in BLOCKS if block.language == "text")
+    new_cog, steps_block = (block for block in BLOCKS if block.language == "sh")
+    (expected_output,) = (block for block in BLOCKS if block.language == "text")
     (query,) = (block for block in BLOCKS if block.language == "sql")
-    *steps, last = made.text.splitlines()
+    *steps, last = steps_block.text.splitlines()
     assert last == "make run"
     url = target.libpq_url()
 
-    assert await asyncio.to_thread(typed, clone, begun.text) == printed.text
-    for path, text in author().items():
-        assert (clone / path).exists(), "the page changes what was begun"
+    assert await asyncio.to_thread(run_line, clone, new_cog.text) == expected_output.text
+    for path, text in author_files().items():
+        assert (clone / path).exists(), "the page changes generated files"
         (clone / path).write_text(text)
     for step in steps:
-        await asyncio.to_thread(typed, clone, step, DATABASE_URL=url)
+        await asyncio.to_thread(run_line, clone, step, DATABASE_URL=url)
     (revision,) = {*(clone / "migrations/versions").glob("*.py")} - {
         clone / "migrations/versions" / path.name for path in (ROOT / "migrations/versions").glob("*.py")
     }
@@ -160,50 +161,50 @@ async def test_the_page_can_be_followed_from_top_to_bottom(clone: Path, target: 
         ("drop_table", "tally_entries"),
     ]
     assert "drift from the models: none" in await asyncio.to_thread(
-        typed, clone, ".venv/bin/python bot.py db status", DATABASE_URL=url
+        run_line, clone, ".venv/bin/python bot.py db status", DATABASE_URL=url
     )
 
     connection = await asyncpg.connect(**target.connect_kwargs())
     async with Simulator(world, limits=Limits.none()) as simulator:
         settings = {"DISCORD_TOKEN": simulator.token, "DISCORD_API_BASE": simulator.api_base, "DATABASE_URL": url}
-        async with run_by_make(clone, log, **settings):
-            await until_counted(connection, "members", len(world.guild(guild_id).members))
-            assert (await used(simulator, "tallies", owner, guild_id)).startswith("Nobody has counted yet")
-            assert await used(simulator, "tally", owner, guild_id, reason="tea") == "That makes 1."
-            assert await used(simulator, "tally", owner, guild_id, reason="cake") == "That makes 2."
+        async with make_run(clone, log, **settings):
+            await wait_for_row_count(connection, "members", len(world.guild(guild_id).members))
+            assert (await use(simulator, "tallies", owner, guild_id)).startswith("Nobody has counted yet")
+            assert await use(simulator, "tally", owner, guild_id, reason="tea") == "Your count is 1."
+            assert await use(simulator, "tally", owner, guild_id, reason="cake") == "Your count is 2."
             rows = await connection.fetch(query.text)
             assert [tuple(row) for row in rows] == [(guild_id, owner, 2, "cake")]
             name = world.user(owner).username
-            assert await used(simulator, "tallies", owner, guild_id) == f"2 {name} (cake)"
+            assert await use(simulator, "tallies", owner, guild_id) == f"2 {name} (cake)"
 
-            (clone / "cogs/tally.py").write_text(toured())
+            (clone / "cogs/tally.py").write_text(cog_with_tour())
             operator = world.operator_id
-            text = await used(simulator, "cogs", operator, None, subcommand="reload", name="tally")
+            text = await use(simulator, "cogs", operator, None, subcommand="reload", name="tally")
             assert text.startswith("**tally** loaded in "), text
 
-            assert (await used(simulator, "give", other, guild_id, member=owner)).startswith("You have none to give.")
-            assert await used(simulator, "give", owner, guild_id, member=other) == f"One for <@{other}>."
+            assert (await use(simulator, "give", other, guild_id, member=owner)).startswith("You have none to give")
+            assert await use(simulator, "give", owner, guild_id, member=other) == f"One for <@{other}>."
             rows = await connection.fetch("SELECT user_id, count FROM tally_entries")
-            assert {tuple(row) for row in rows} == {(owner, 1), (other, 1)}, "what was declined left nothing"
-            assert await used(simulator, "goal", owner, guild_id, goal=50) == "The goal was 10, and is 50."
-            assert await used(simulator, "goal", owner, guild_id, goal=60) == "The goal was 50, and is 60."
+            assert {tuple(row) for row in rows} == {(owner, 1), (other, 1)}, "the declined command was rolled back"
+            assert await use(simulator, "goal", owner, guild_id, goal=50) == "The goal was 10 and is now 50."
+            assert await use(simulator, "goal", owner, guild_id, goal=60) == "The goal was 50 and is now 60."
             joined = len(world.guild(guild_id).members)
-            assert await used(simulator, "joined", owner, guild_id) == f"{joined} joined, and 1 servers asked."
-            failed = await used(simulator, "fail", owner, guild_id)
-            found = re.search(r"\(reference (\w+)\)$", failed)
+            assert await use(simulator, "joined", owner, guild_id) == f"{joined} joined; 1 servers cached."
+            failed = await use(simulator, "fail", owner, guild_id)
+            found = re.search(r"\(ref (\w+)\)\.$", failed)
             assert found is not None, failed
-            assert "nobody but the log" not in failed
+            assert "only the log" not in failed
 
             world.leave(guild_id, other)
-            await until_counted(connection, "tally_entries", 1)
+            await wait_for_row_count(connection, "tally_entries", 1)
     await connection.close()
-    told = log.read_text()
-    assert found[1] in told
-    assert "nobody but the log is told" in told
-    assert "1 members have counted" in told
+    output = log.read_text()
+    assert found[1] in output
+    assert "only the log shows this" in output
+    assert "1 members have counted" in output
 
 
-def test_every_block_is_of_a_kind_that_is_run() -> None:
+def test_every_block_has_a_language_that_is_run() -> None:
     def languages(found: list[Block]) -> set[str]:
         return {block.language for block in found}
 

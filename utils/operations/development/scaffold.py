@@ -1,4 +1,4 @@
-"""`python bot.py new cog NAME`: a cog that works, its table and its test, to be changed into what is wanted."""
+"""`python bot.py new cog NAME`: writes a working cog with a table and a test, as a starting point."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from utils.exceptions import ValidationError
 
 ROOT = Path(__file__).resolve().parents[3]
-#: A slash command's name has 32 characters at most (Discord API reference, "Application Command Naming").
+#: Also a valid slash command name: at most 32 characters (Discord API reference, "Application Command Naming").
 NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 _COG = '''"""/{name}: counts how often each member used it."""
@@ -19,10 +19,9 @@ from __future__ import annotations
 import discord
 from discord import app_commands
 
-from utils.bot.client import Guildbook
-from utils.base_cog import BaseCog
+from utils.base_cog import BaseCog, Guildbook
 
-_COUNT = """
+_INCREMENT = """
 INSERT INTO {name}_entries AS entry (guild_id, user_id, count) VALUES ($1, $2, 1)
 ON CONFLICT (guild_id, user_id) DO UPDATE SET count = entry.count + 1
 RETURNING count
@@ -30,14 +29,14 @@ RETURNING count
 
 
 class {title}Cog(BaseCog):
-    """Counts for each member."""
+    """Counts how often each member used the command."""
 
     @app_commands.command(name="{name}", description="Add one to your count")
     @app_commands.guild_only()
     async def count(self, interaction: discord.Interaction[Guildbook]) -> None:
-        """Add one, and answer with the sum."""
-        count = await self.db.fetchval(_COUNT, interaction.guild_id, interaction.user.id)
-        await interaction.response.send_message(f"That makes {{count}}.", ephemeral=True)
+        """Add one and show the new count."""
+        count = await self.db.fetchval(_INCREMENT, interaction.guild_id, interaction.user.id)
+        await interaction.response.send_message(f"Your count is {{count}}.", ephemeral=True)
 
 
 async def setup(bot: Guildbook) -> None:
@@ -56,7 +55,7 @@ from models.base import Base, Erase, marked, snowflake
 
 
 class {title}Entry(Base):
-    """How often a member of a guild used the command."""
+    """How often a member used the command in a guild."""
 
     __tablename__ = "{name}_entries"
 
@@ -65,23 +64,22 @@ class {title}Entry(Base):
     count: Mapped[int] = marked(BigInteger, erase=Erase.CLEAR, server_default="0")
 '''
 
-_TEST = '''"""cogs/{name}.py, over the wire: a simulated member uses the command, and the row is in the database."""
+_TEST = '''"""cogs/{name}.py: a simulated member uses the command, and the row is in the database."""
 
 from __future__ import annotations
 
-import pytest
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
 from models import Base
 from models.{name} import {title}Entry
 from simulator import Limits, Simulator, World
-from tests.bot.running import running
+from tests.bot.running import running_bot
 from utils.database import Pool
 
 
-async def test_every_use_counts(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    # So that the test can be run before `make migration` as well.
+async def test_counts_each_use(database: Pool) -> None:
+    # Creates the table, so that the test passes before `make migration` too.
     create = CreateTable(Base.metadata.tables[{title}Entry.__tablename__], if_not_exists=True)
     await database.execute(str(create.compile(dialect=postgresql.dialect())))  # type: ignore[no-untyped-call]
     world = World(seed=1)
@@ -89,12 +87,12 @@ async def test_every_use_counts(database: Pool, monkeypatch: pytest.MonkeyPatch)
     user_id = world.guild(guild_id).owner_id
     async with (
         Simulator(world, limits=Limits.none()) as simulator,
-        running(database, simulator, monkeypatch, extensions=["cogs.{name}"]),
+        running_bot(database, simulator, extensions=["cogs.{name}"]),
     ):
         for count in (1, 2):
             result = await simulator.run_command("{name}", user_id=user_id, guild_id=guild_id)
             await result.wait_done()
-            assert result.content == f"That makes {{count}}."
+            assert result.content == f"Your count is {{count}}."
         rows = await database.fetch("SELECT guild_id, user_id, count FROM {name}_entries")
     assert [tuple(row) for row in rows] == [(guild_id, user_id, 2)]
 '''
@@ -103,20 +101,21 @@ _FILES = {"cogs/{name}.py": _COG, "models/{name}.py": _MODEL, "tests/test_{name}
 
 
 def new_cog(name: str, root: Path = ROOT) -> list[Path]:
-    """Write the files of a new cog under `root`; return their paths in it. Raises `ValidationError` and writes nothing.
+    """Write the files of a new cog under `root` and return their paths relative to it.
 
-    A name is lower-case letters, digits and underscores, begins with a letter and is no keyword of Python's.
+    A name consists of lower-case letters, digits and underscores, starts with a letter and is not a Python keyword.
+    Raises `ValidationError`, without writing anything, if the name is invalid or taken or a file cannot be written.
     """
     if not NAME.fullmatch(name) or keyword.iskeyword(name):
         raise ValidationError(
-            f"{name[:50]!r} cannot be the name of a cog: expected 1 to 32 lower-case letters, digits and underscores,"
-            " a letter first, and no keyword of Python's"
+            f"{name[:50]!r} is not a valid name for a cog: use 1 to 32 lower-case letters, digits and underscores,"
+            " starting with a letter, and no Python keyword"
         )
     words = {"name": name, "title": "".join(word.capitalize() for word in name.split("_"))}
     files = {Path(path.format(**words)): text.format(**words) for path, text in _FILES.items()}
-    taken = [path for path in (*files, Path("cogs", name), Path("models", name)) if (root / path).exists()]
-    if taken:
-        raise ValidationError(f"{name!r} is taken: {', '.join(map(str, taken))} exists already; choose another name")
+    existing = [path for path in (*files, Path("cogs", name), Path("models", name)) if (root / path).exists()]
+    if existing:
+        raise ValidationError(f"{name!r} is taken, choose another name: {', '.join(map(str, existing))} exists")
     written: list[Path] = []
     try:
         for path, text in files.items():
@@ -126,5 +125,5 @@ def new_cog(name: str, root: Path = ROOT) -> list[Path]:
     except OSError as exc:
         for path in written:
             (root / path).unlink(missing_ok=True)
-        raise ValidationError(f"{exc.filename or root} cannot be written: {exc.strerror}") from exc
+        raise ValidationError(f"cannot write {exc.filename or root}: {exc.strerror}") from exc
     return written

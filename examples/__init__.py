@@ -1,0 +1,1 @@
+"""Small complete cogs to learn from; README.md describes them."""
