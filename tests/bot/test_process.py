@@ -1,4 +1,4 @@
-"""The process: how `python bot.py` begins, and how it ends."""
+"""`python bot.py`: start, signals, and exit codes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.database.embedded import EmbeddedServer
 pytestmark = pytest.mark.slow
 
 
-def on_discord(simulator: Simulator, **settings: str) -> dict[str, str]:
+def discord_settings(simulator: Simulator, **settings: str) -> dict[str, str]:
     return {"DISCORD_TOKEN": simulator.token, "DISCORD_API_BASE": simulator.api_base, **settings}
 
 
@@ -29,10 +29,10 @@ async def is_blocked(connection: Connection) -> bool:
     return bool(await connection.fetchval(f"{query} WHERE NOT l.granted AND d.datname = current_database())"))
 
 
-async def test_a_start_mirrors_every_guild_and_tells_so(
+async def test_start_mirrors_every_guild(
     tmp_path: Path, simulator: Simulator, database: Pool, database_url: str
 ) -> None:
-    async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url)) as bot:
+    async with BotProcess(tmp_path, **discord_settings(simulator, DATABASE_URL=database_url)) as bot:
         await bot.wait_until_ready()
         assert (await bot.get("/healthz"))[0] == 200
         status, state = await bot.get("/readyz")
@@ -44,17 +44,22 @@ async def test_a_start_mirrors_every_guild_and_tells_so(
     assert simulator.token not in bot.output
 
 
-async def test_sigterm_writes_what_still_waits_and_exits_with_0(
+async def test_sigterm_writes_buffered_rows_and_exits_with_0(
     tmp_path: Path, simulator: Simulator, database: Pool, database_url: str, small: int
 ) -> None:
-    async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url, FLUSH_SECONDS="3600")) as bot:
+    async with BotProcess(
+        tmp_path, **discord_settings(simulator, DATABASE_URL=database_url, FLUSH_SECONDS="3600")
+    ) as bot:
         await bot.wait_until_ready()
         await wait_until_mirrored(database, simulator)
         before = await database.fetchval("SELECT count(*) FROM members WHERE guild_id = $1", small)
         waiting = await rows_waiting(bot)
         joined = [simulator.world.join(small) for _ in range(5)]
-        while await rows_waiting(bot) < waiting + 2 * len(joined):  # bounded by the test's own time limit
-            pass
+
+        async def are_buffered() -> bool:
+            return await rows_waiting(bot) >= waiting + 2 * len(joined)  # a user and a member each
+
+        await until(are_buffered)
         assert await database.fetchval("SELECT count(*) FROM members WHERE guild_id = $1", small) == before
         bot.send_signal(signal.SIGTERM)
         assert await bot.wait_for_exit() == 0
@@ -62,34 +67,33 @@ async def test_sigterm_writes_what_still_waits_and_exits_with_0(
     assert await mirror_differences(database, simulator) == []
 
 
-async def test_ctrl_c_ends_it_as_cleanly(tmp_path: Path, simulator: Simulator, database_url: str) -> None:
-    async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url)) as bot:
+async def test_ctrl_c_exits_with_0(tmp_path: Path, simulator: Simulator, database_url: str) -> None:
+    async with BotProcess(tmp_path, **discord_settings(simulator, DATABASE_URL=database_url)) as bot:
         await bot.wait_until_ready()
         bot.send_signal(signal.SIGINT)
         assert await bot.wait_for_exit() == 0
     assert "Traceback" not in bot.output
 
 
-async def test_a_second_signal_hurries_an_end_that_waits_for_the_database(
+async def test_second_signal_hurries_a_blocked_shutdown(
     tmp_path: Path, simulator: Simulator, database: Pool, database_url: str, small: int
 ) -> None:
-    settings = on_discord(simulator, DATABASE_URL=database_url, SHUTDOWN_SECONDS="3600", FLUSH_SECONDS="0.1")
+    settings = discord_settings(simulator, DATABASE_URL=database_url, SHUTDOWN_SECONDS="3600", FLUSH_SECONDS="0.1")
     async with BotProcess(tmp_path, **settings) as bot:
         await bot.wait_until_ready()
         async with database.transaction() as connection:
             await connection.execute("LOCK TABLE users, members IN ACCESS EXCLUSIVE MODE")
             simulator.world.join(small)
-            while not await is_blocked(connection):  # bounded by the test's own time limit
-                pass
+            await until(lambda: is_blocked(connection))
             bot.send_signal(signal.SIGTERM)
-            await bot.wait_for_output("SIGTERM: stopping")
+            await bot.wait_for_output("received SIGTERM: stopping")
             bot.send_signal(signal.SIGTERM)
             assert await bot.wait_for_exit() == 0
-    assert "2 rows" in bot.output, "what is lost is told"
+    assert "2 rows" in bot.output, "lost rows are reported"
 
 
-async def test_a_killed_bot_finds_its_embedded_server_again(tmp_path: Path, simulator: Simulator, small: int) -> None:
-    settings = on_discord(simulator, DATA_DIR=str(tmp_path / "data"))
+async def test_killed_bot_finds_its_embedded_server_again(tmp_path: Path, simulator: Simulator, small: int) -> None:
+    settings = discord_settings(simulator, DATA_DIR=str(tmp_path / "data"))
     server = EmbeddedServer(tmp_path / "data")
     lock_file = server.cluster / "postmaster.pid"
     async with BotProcess(tmp_path, **settings) as first:
@@ -97,9 +101,9 @@ async def test_a_killed_bot_finds_its_embedded_server_again(tmp_path: Path, simu
         first.send_signal(signal.SIGKILL)
         await first.wait_for_exit()
     postmaster = lock_file.read_text().split()[0]
-    gone, come = simulator.world.guild(small).ordered_member_ids()[0], simulator.world.join(small)
-    if gone != simulator.world.bot.id:
-        simulator.world.leave(small, gone)
+    left, joined = simulator.world.guild(small).ordered_member_ids()[0], simulator.world.join(small)
+    if left != simulator.world.bot.id:
+        simulator.world.leave(small, left)
     async with BotProcess(tmp_path, **settings) as second:
         await second.wait_until_ready()
         assert lock_file.read_text().split()[0] == postmaster
@@ -108,16 +112,16 @@ async def test_a_killed_bot_finds_its_embedded_server_again(tmp_path: Path, simu
         await database.connect()
         try:
             await wait_until_mirrored(database, simulator)
-            assert await database.fetchval("SELECT count(*) FROM members WHERE user_id = $1", come) == 1
+            assert await database.fetchval("SELECT count(*) FROM members WHERE user_id = $1", joined) == 1
             assert await database.fetchval("SELECT epoch FROM ops.leases") == 2
         finally:
             await database.close()
         second.send_signal(signal.SIGTERM)
         assert await second.wait_for_exit() == 0
-    assert not lock_file.exists(), "nobody was left to use the server, so it is stopped"
+    assert not lock_file.exists(), "the last process stops the server"
 
 
-async def test_without_a_token_one_line_says_where_to_get_one(tmp_path: Path) -> None:
+async def test_missing_token_is_one_line_with_advice(tmp_path: Path) -> None:
     async with BotProcess(tmp_path) as bot:
         assert await bot.wait_for_exit() == 2
     assert bot.output.count("\n") == 1
@@ -125,7 +129,7 @@ async def test_without_a_token_one_line_says_where_to_get_one(tmp_path: Path) ->
         assert word in bot.output
 
 
-async def test_every_wrong_setting_gets_its_line(tmp_path: Path) -> None:
+async def test_each_invalid_setting_gets_a_line(tmp_path: Path) -> None:
     async with BotProcess(tmp_path, DISCORD_API_BASE="discord", DB_POOL_MAX="many", DISCORD_TOKEN="a b") as bot:
         assert await bot.wait_for_exit() == 2
     assert [line.partition(":")[0] for line in bot.output.splitlines()] == [
@@ -136,10 +140,10 @@ async def test_every_wrong_setting_gets_its_line(tmp_path: Path) -> None:
     assert "a b" not in bot.output
 
 
-async def test_a_wrong_token_is_one_line(tmp_path: Path, simulator: Simulator, database_url: str) -> None:
-    token = "a-token-that-nobody-knows"
+async def test_wrong_token_is_one_line(tmp_path: Path, simulator: Simulator, database_url: str) -> None:
+    token = "an-unknown-token"
     async with BotProcess(
-        tmp_path, **on_discord(simulator, DISCORD_TOKEN=token, DATABASE_URL=database_url, LOG_LEVEL="ERROR")
+        tmp_path, **discord_settings(simulator, DISCORD_TOKEN=token, DATABASE_URL=database_url, LOG_LEVEL="ERROR")
     ) as bot:
         assert await bot.wait_for_exit() == 2
     assert bot.output.count("\n") == 1
@@ -147,41 +151,41 @@ async def test_a_wrong_token_is_one_line(tmp_path: Path, simulator: Simulator, d
     assert token not in bot.output
 
 
-async def test_a_missing_privileged_intent_is_one_line_that_names_the_switch(
+async def test_missing_intent_is_one_line_that_names_it(
     tmp_path: Path, simulator: Simulator, database_url: str
 ) -> None:
     simulator.privileged_intents = 0
-    async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url, LOG_LEVEL="ERROR")) as bot:
+    async with BotProcess(tmp_path, **discord_settings(simulator, DATABASE_URL=database_url, LOG_LEVEL="ERROR")) as bot:
         assert await bot.wait_for_exit() == 2
     assert bot.output.count("\n") == 1
     assert "Server Members Intent" in bot.output
     assert "Privileged Gateway Intents" in bot.output
 
 
-async def test_a_discord_that_fails_is_one_line_and_exit_code_1(
+async def test_failing_discord_is_one_line_and_exit_code_1(
     tmp_path: Path, simulator: Simulator, database_url: str
 ) -> None:
     simulator.faults.rest_fail("GET /users/@me", status=403, times=100)
-    async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url, LOG_LEVEL="ERROR")) as bot:
+    async with BotProcess(tmp_path, **discord_settings(simulator, DATABASE_URL=database_url, LOG_LEVEL="ERROR")) as bot:
         assert await bot.wait_for_exit() == 1
     assert bot.output.count("\n") == 1
     assert simulator.api_base in bot.output
 
 
-async def test_a_discord_out_of_reach_is_one_line_and_exit_code_1(
+async def test_unreachable_discord_is_one_line_and_exit_code_1(
     tmp_path: Path, simulator: Simulator, database_url: str
 ) -> None:
-    nowhere = "http://127.0.0.1:9/api/v10"
-    settings = on_discord(simulator, DATABASE_URL=database_url, DISCORD_API_BASE=nowhere, LOG_LEVEL="ERROR")
+    unreachable = "http://127.0.0.1:9/api/v10"
+    settings = discord_settings(simulator, DATABASE_URL=database_url, DISCORD_API_BASE=unreachable, LOG_LEVEL="ERROR")
     async with BotProcess(tmp_path, **settings) as bot:
         assert await bot.wait_for_exit() == 1
     assert bot.output.count("\n") == 1
-    assert nowhere in bot.output
+    assert unreachable in bot.output
 
 
-async def test_a_database_out_of_reach_is_one_line_and_exit_code_1(tmp_path: Path, simulator: Simulator) -> None:
+async def test_unreachable_database_is_one_line_and_exit_code_1(tmp_path: Path, simulator: Simulator) -> None:
     url = f"postgresql://someone:a-password@/nothing?host={tmp_path}"
-    settings = on_discord(simulator, DATABASE_URL=url, DB_CONNECT_TIMEOUT="0.5", LOG_LEVEL="ERROR")
+    settings = discord_settings(simulator, DATABASE_URL=url, DB_CONNECT_TIMEOUT="0.5", LOG_LEVEL="ERROR")
     async with BotProcess(tmp_path, **settings) as bot:
         assert await bot.wait_for_exit() == 1
     assert bot.output.count("\n") == 1
@@ -189,39 +193,41 @@ async def test_a_database_out_of_reach_is_one_line_and_exit_code_1(tmp_path: Pat
     assert "a-password" not in bot.output
 
 
-async def test_a_signal_ends_a_start_that_waits_for_its_database(tmp_path: Path, simulator: Simulator) -> None:
+async def test_signal_stops_a_start_that_waits_for_the_database(tmp_path: Path, simulator: Simulator) -> None:
     url = f"postgresql://someone@/nothing?host={tmp_path}"
-    async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=url, DB_CONNECT_TIMEOUT="3600")) as bot:
+    async with BotProcess(tmp_path, **discord_settings(simulator, DATABASE_URL=url, DB_CONNECT_TIMEOUT="3600")) as bot:
         await bot.wait_for_output("waiting for the database")
         bot.send_signal(signal.SIGTERM)
         assert await bot.wait_for_exit() == 0
 
 
-async def test_a_taken_health_port_is_one_line_and_exit_code_2(
+async def test_taken_health_port_is_one_line_and_exit_code_2(
     tmp_path: Path, simulator: Simulator, database_url: str
 ) -> None:
     port = simulator.base_url.rpartition(":")[2]
-    settings = on_discord(simulator, DATABASE_URL=database_url, HEALTH_PORT=port, LOG_LEVEL="ERROR")
+    settings = discord_settings(simulator, DATABASE_URL=database_url, HEALTH_PORT=port, LOG_LEVEL="ERROR")
     async with BotProcess(tmp_path, **settings) as bot:
         assert await bot.wait_for_exit() == 2
     assert bot.output.count("\n") == 1
     assert port in bot.output
 
 
-async def test_a_schema_that_is_behind_stops_a_bot_that_may_not_migrate(
+async def test_outdated_schema_without_auto_migrate_exits_with_1(
     tmp_path: Path, simulator: Simulator, empty_target: ConnectTarget
 ) -> None:
-    settings = on_discord(simulator, DATABASE_URL=empty_target.libpq_url(), AUTO_MIGRATE="false", LOG_LEVEL="ERROR")
+    settings = discord_settings(
+        simulator, DATABASE_URL=empty_target.libpq_url(), AUTO_MIGRATE="false", LOG_LEVEL="ERROR"
+    )
     async with BotProcess(tmp_path, **settings) as bot:
         assert await bot.wait_for_exit() == 1
     assert bot.output.count("\n") == 1
     assert "db upgrade" in bot.output
 
 
-async def test_a_reconnecting_gateway_does_not_end_the_bot(
+async def test_bot_survives_a_gateway_reconnect(
     tmp_path: Path, simulator: Simulator, database: Pool, database_url: str, small: int
 ) -> None:
-    async with BotProcess(tmp_path, **on_discord(simulator, DATABASE_URL=database_url)) as bot:
+    async with BotProcess(tmp_path, **discord_settings(simulator, DATABASE_URL=database_url)) as bot:
         await bot.wait_until_ready()
         simulator.faults.refuse_resume()
         simulator.faults.drop_socket()
