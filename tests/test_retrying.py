@@ -1,4 +1,4 @@
-"""What is tried again and what is not, with errors that a real server makes."""
+"""Retries after errors of a real server."""
 
 from __future__ import annotations
 
@@ -7,15 +7,9 @@ import asyncio
 import pytest
 
 from tests.database.access import PRICE, PUT, accessed
-from utils import retrying as module
 from utils.database import Pool
 from utils.exceptions import DatabaseError, DatabaseUnavailable
 from utils.retrying import retrying
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FIRST_SECONDS", 0.01)
 
 
 @pytest.mark.slow
@@ -25,7 +19,7 @@ async def test_deadlocked_transactions_both_finish(database: Pool) -> None:
         has_read = asyncio.Barrier(2)
         tries = 0
 
-        @retrying(attempts=10)
+        @retrying(attempts=10, first_seconds=0.01)
         async def raise_price() -> None:
             nonlocal tries
             tries += 1
@@ -43,7 +37,7 @@ async def test_deadlocked_transactions_both_finish(database: Pool) -> None:
 async def test_permanent_errors_are_raised_at_once(database: Pool) -> None:
     tries = 0
 
-    @retrying()
+    @retrying(first_seconds=0.01)
     async def ask() -> None:
         nonlocal tries
         tries += 1
@@ -57,7 +51,7 @@ async def test_permanent_errors_are_raised_at_once(database: Pool) -> None:
 async def test_raises_the_last_error_after_all_attempts() -> None:
     tries = 0
 
-    @retrying(attempts=3)
+    @retrying(attempts=3, first_seconds=0.01)
     async def ask() -> None:
         nonlocal tries
         tries += 1
@@ -71,7 +65,7 @@ async def test_raises_the_last_error_after_all_attempts() -> None:
 async def test_inside_a_transaction_there_is_one_attempt(database: Pool) -> None:
     tries = 0
 
-    @retrying()
+    @retrying(first_seconds=0.01)
     async def ask() -> None:
         nonlocal tries
         tries += 1

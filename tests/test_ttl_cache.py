@@ -1,4 +1,4 @@
-"""The cogs' cache: bounds in number and time, one load at once, and figures in the query cache's words."""
+"""The TTL cache of cogs: its bounds, single-flight loads, and statistics."""
 
 from __future__ import annotations
 

@@ -18,16 +18,17 @@ _log = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: Seconds before the second attempt, doubled each time, and the maximum. Jitter adds up to as much again.
+#: Seconds before the second attempt, and the longest delay.
 FIRST_SECONDS, MAX_SECONDS = 0.1, 5.0
 
 
 def retrying(
-    attempts: int = 5, seconds: float = 30.0
+    attempts: int = 5, seconds: float = 30.0, *, first_seconds: float = FIRST_SECONDS
 ) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
     """Return a decorator that retries a coroutine function after transient errors (`utils.exceptions.is_transient`).
 
     attempts, seconds: whichever is reached first ends the retries, and the last error is raised.
+    first_seconds: the delay before the second attempt; it doubles up to 5 s, and jitter adds up to as much again.
 
     Permanent errors are raised at once. Inside an open transaction there is one attempt, because a failed transaction
     can only be repeated as a whole: decorate the function that opens it.
@@ -40,7 +41,7 @@ def retrying(
                 return await function(*args, **kwargs)
             async for attempt in stamina.retry_context(
                 on=_is_transient, attempts=attempts, timeout=seconds,
-                wait_initial=FIRST_SECONDS, wait_max=MAX_SECONDS, wait_jitter=FIRST_SECONDS,
+                wait_initial=first_seconds, wait_max=MAX_SECONDS, wait_jitter=first_seconds,
             ):  # fmt: skip
                 with attempt:
                     if attempt.num > 1:

@@ -1,4 +1,4 @@
-"""Months of history get their own tables, whatever is there already."""
+"""Monthly partitions are created once, in UTC, and take over rows of the default partition."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from utils.operations import migrations
 NOVEMBER = datetime(2026, 11, 20, tzinfo=UTC)
 
 
-async def ensure(database: Pool, now: datetime = NOVEMBER, months_ahead: int = 2) -> list[str]:
+async def ensure(
+    database: Pool, now: datetime = NOVEMBER, months_ahead: int = 2, lock_seconds: float = 5.0
+) -> list[str]:
     async with database.acquire() as conn:
-        return await ensure_partitions(conn, now, months_ahead)
+        return await ensure_partitions(conn, now, months_ahead, lock_seconds=lock_seconds)
 
 
 async def note(database: Pool, *moments: datetime) -> None:
@@ -90,12 +92,11 @@ async def test_concurrent_calls_create_each_month_once(database: Pool) -> None:
     assert await where(database) == {"changes_y2026m11": 1}
 
 
-async def test_gives_up_on_a_locked_table(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.database.partitions.LOCK_TIMEOUT", "100ms")
+async def test_gives_up_on_a_locked_table(database: Pool) -> None:
     async with database.transaction() as holder:
         await holder.execute("LOCK TABLE changes_default IN ROW EXCLUSIVE MODE")
         with pytest.raises(DatabaseUnavailable, match="lock"):
-            await ensure(database)
+            await ensure(database, lock_seconds=0.1)
         assert await names(database) == []
     assert len(await ensure(database)) == 6
 

@@ -12,8 +12,8 @@ _log = logging.getLogger(__name__)
 
 #: Advisory lock for creating partitions: "partitio" as a bigint.
 LOCK_KEY = 0x7061727469746966
-#: How long to wait for table locks, because writers queue behind the wait.
-LOCK_TIMEOUT = "5s"
+#: Seconds to wait for a table lock: writers queue behind the wait.
+LOCK_SECONDS = 5.0
 
 
 def partitioned_tables() -> list[str]:
@@ -36,11 +36,13 @@ def id_at(moment: datetime) -> int:
     return (round(moment.timestamp() * 1000) - DISCORD_EPOCH_MS) << 22
 
 
-async def ensure_partitions(conn: Connection, now: datetime, months_ahead: int = 2) -> list[str]:
+async def ensure_partitions(
+    conn: Connection, now: datetime, months_ahead: int = 2, *, lock_seconds: float = LOCK_SECONDS
+) -> list[str]:
     """Create the missing partitions from this month to `months_ahead` months later; return their names.
 
     Rows of such a month in the default partition are moved in the same transaction. Raises asyncpg's
-    `LockNotAvailableError` when a table stays locked for 5 s: the default partition takes the rows until the next call.
+    `LockNotAvailableError` when a table stays locked for `lock_seconds`: the default partition takes the rows until the next call.
     """
     created: list[str] = []
     utc = now.astimezone(UTC)
@@ -48,15 +50,15 @@ async def ensure_partitions(conn: Connection, now: datetime, months_ahead: int =
         for month in range(utc.month, utc.month + months_ahead + 1):
             start, end = month_start(utc.year, month), month_start(utc.year, month + 1)
             name = f"{table}_y{start:%Y}m{start:%m}"
-            if not await _exists(conn, table, name) and await _create(conn, table, name, start, end):
+            if not await _exists(conn, table, name) and await _create(conn, table, name, start, end, lock_seconds):
                 created.append(name)
     return created
 
 
-async def _create(conn: Connection, table: str, name: str, start: datetime, end: datetime) -> bool:
+async def _create(conn: Connection, table: str, name: str, start: datetime, end: datetime, lock_seconds: float) -> bool:
     low, high = id_at(start), id_at(end)
     async with conn.transaction():
-        await conn.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
+        await conn.execute(f"SET LOCAL lock_timeout = {round(lock_seconds * 1000)}")
         await conn.execute("SELECT pg_advisory_xact_lock($1)", LOCK_KEY)
         if await _exists(conn, table, name):
             return False  # another process created it meanwhile

@@ -16,17 +16,17 @@ from utils.database import ConnectTarget, Pool
 from utils.database.access import Database
 from utils.database.cache import Channel, QueryCache
 
-#: Nothing here may take longer, in seconds.
+#: Timeout of every step, in seconds.
 PATIENCE = 20.0
 UPDATE = "UPDATE counter SET value = value + 1 WHERE id = $1 RETURNING value"
 
 
-#: Seconds by which an answer of the database comes late, for whoever asks in this context.
+#: Seconds by which answers of the database are delayed in this context.
 lateness: ContextVar[float] = ContextVar("lateness", default=0.0)
 
 
 class LateAccess(Database):
-    """What a cog has, with answers that may come late."""
+    """A `Database` whose answers may be delayed."""
 
     async def _run(self, *given: Any) -> Any:
         result = await super()._run(*given)
@@ -39,11 +39,11 @@ class Undo(Exception):
 
 
 class Process:
-    """What stands between a cog and the database."""
+    """The pool, cache and channel of one process."""
 
     def __init__(self, target: ConnectTarget) -> None:
         self.database = Pool(target, pool_max=4, connect_timeout=10, acquire_timeout=10)
-        #: Kills what the pool's own connections may be waiting for.
+        #: Terminates backends even when the pool is exhausted.
         self.operator = Pool(target, pool_max=2, connect_timeout=10, acquire_timeout=10)
         self.cache = QueryCache()
         self.access = LateAccess(self.database, cache=self.cache)
@@ -64,7 +64,7 @@ class Process:
             await self.operator.close()
 
     async def read(self, sql: str, *args: Any, late: float = 0) -> Any:
-        """Read through the cache; an answer of the database takes `late` seconds longer to come."""
+        """Read through the cache. An answer of the database is delayed by `late` seconds."""
         token = lateness.set(late)
         try:
             return await self.access.fetchval(sql, *args)
@@ -72,7 +72,7 @@ class Process:
             lateness.reset(token)
 
     async def write(self, sql: str, *args: Any, commit: bool = True, killed: bool = False) -> Any:
-        """Write in a transaction: committed, rolled back, or with its connection killed before its end."""
+        """Write in a transaction that is committed, rolled back, or loses its connection before the end."""
         value = None
         with contextlib.suppress(Undo):
             async with self.access.transaction():
@@ -85,7 +85,7 @@ class Process:
         return value
 
     async def kill_channel(self) -> None:
-        """End the backend on which this process listens; it may be gone already."""
+        """Terminate the backend of the listening connection, if it is still there."""
         connection = self.channel._connection
         if connection is not None:
             with contextlib.suppress(asyncpg.InterfaceError):

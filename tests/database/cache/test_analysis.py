@@ -1,4 +1,4 @@
-"""What a statement reads and writes, told from its text and a real catalogue."""
+"""What a statement reads and writes, inferred from its text and a real catalog."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What two processes tell each other, and what they do when they cannot."""
+"""Announcing writes between two processes, and what happens when that fails."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Pair = tuple[Process, Process]
 
 @pytest.fixture
 async def heard(target: ConnectTarget) -> AsyncIterator[list[list[Any]]]:
-    """All messages on the channel, as a third party hears them."""
+    """All messages on the channel, as a third listener receives them."""
     messages: list[list[Any]] = []
     connection = await asyncpg.connect(**target.connect_kwargs(), timeout=10)
     await connection.add_listener(CHANNEL, lambda *message: messages.append(orjson.loads(message[3])))
@@ -34,8 +34,8 @@ async def heard(target: ConnectTarget) -> AsyncIterator[list[list[Any]]]:
     await connection.close(timeout=5)
 
 
-async def kept(process: Process, sql: str, *args: Any) -> Any:
-    """Return what the process has kept of a question, after asking until it has."""
+async def cached(process: Process, sql: str, *args: Any) -> Any:
+    """Run a query until its result is cached, and return it."""
     async with asyncio.timeout(PATIENCE):
         while True:
             hits = process.cache.stats()["hits"]
@@ -54,8 +54,8 @@ async def becomes(process: Process, expected: Any, sql: str, *args: Any) -> None
 async def test_writes_reach_both_processes(processes: Pair) -> None:
     one, other = processes
     for process in processes:
-        assert await kept(process, READ, 1) == 0
-        assert await kept(process, THROUGH_VIEW) == 0
+        assert await cached(process, READ, 1) == 0
+        assert await cached(process, THROUGH_VIEW) == 0
     assert await one.write(UPDATE, 1) == 1
     assert await one.read(READ, 1) == 1
     assert await one.read(THROUGH_VIEW) == 1
@@ -65,7 +65,7 @@ async def test_writes_reach_both_processes(processes: Pair) -> None:
 
 async def test_rolled_back_writes_are_not_announced(processes: Pair, heard: list[list[Any]]) -> None:
     one, other = processes
-    assert await kept(other, READ, 1) == 0
+    assert await cached(other, READ, 1) == 0
     assert await one.write(UPDATE, 1, commit=False) == 1
     assert await one.read(READ, 1) == 0
     await until(lambda: [message[0] for message in heard].count(one.channel.sender) > 3)
@@ -86,7 +86,7 @@ async def test_writes_are_coalesced(processes: Pair, heard: list[list[Any]]) -> 
 async def test_ignores_its_own_messages(processes: Pair, heard: list[list[Any]]) -> None:
     one, _ = processes
     await one.write(UPDATE, 1)
-    assert await kept(one, READ, 1) == 1
+    assert await cached(one, READ, 1) == 1
     await until(lambda: any(message[3] for message in heard))
     number = heard[-1][1]
     await until(lambda: number not in one.channel._sent)
@@ -97,16 +97,16 @@ async def test_ignores_its_own_messages(processes: Pair, heard: list[list[Any]])
 
 async def test_too_many_tables_are_announced_as_all(processes: Pair, heard: list[list[Any]]) -> None:
     one, other = processes
-    assert await kept(other, READ, 1) == 0
+    assert await cached(other, READ, 1) == 0
     one.channel._collect(frozenset(f"public.table_{n}" for n in range(1_000)), False)
     await until(lambda: any(message[3] is None for message in heard))
     await until(lambda: other.cache.stats()["size"] == 0)
-    assert await kept(other, READ, 1) == 0
+    assert await cached(other, READ, 1) == 0
 
 
 async def test_a_write_in_doubt_bypasses_both_caches(processes: Pair) -> None:
     one, other = processes
-    assert await kept(other, READ, 1) == 0
+    assert await cached(other, READ, 1) == 0
     with pytest.raises(DatabaseError):
         await one.write(UPDATE, 1, killed=True)
     await until(lambda: other.cache.stats()["size"] == 0)
@@ -118,33 +118,33 @@ async def test_a_write_in_doubt_bypasses_both_caches(processes: Pair) -> None:
 
 async def test_reconnects_and_flushes(processes: Pair, caplog: pytest.LogCaptureFixture) -> None:
     one, other = processes
-    assert await kept(other, READ, 1) == 0
+    assert await cached(other, READ, 1) == 0
     floods = other.cache._flushes
     with caplog.at_level(logging.INFO):
         await other.kill_channel()
         await until(lambda: other.cache._flushes > floods and other.cache.is_trusted)
     assert [record.levelname for record in caplog.records if "received" in record.message] == ["WARNING", "INFO"]
-    assert await kept(other, READ, 1) == 0
+    assert await cached(other, READ, 1) == 0
     await one.write(UPDATE, 1)
     await becomes(other, 1, READ, 1)
 
 
 async def test_announces_through_the_pool_while_disconnected(processes: Pair) -> None:
     one, other = processes
-    assert await kept(other, READ, 1) == 0
+    assert await cached(other, READ, 1) == 0
     one.channel.direct = replace(one.channel.direct, hosts=("/nowhere",))
     await one.kill_channel()
     await until(lambda: not one.channel.is_listening)
     await one.write(UPDATE, 1)
     await becomes(other, 1, READ, 1)
-    assert await kept(other, READ, 1) == 1
+    assert await cached(other, READ, 1) == 1
     assert not one.cache.is_trusted
     assert await one.read(READ, 1) == 1
 
 
 async def test_bypasses_the_cache_when_deaf(processes: Pair) -> None:
     _, other = processes
-    assert await kept(other, READ, 1) == 0
+    assert await cached(other, READ, 1) == 0
     connection = other.channel._connection
     assert connection is not None
     await connection.remove_listener(CHANNEL, other.channel._on_message)
@@ -157,7 +157,7 @@ async def test_bypasses_the_cache_when_deaf(processes: Pair) -> None:
 
 async def test_a_lost_peer_flushes_the_cache(processes: Pair) -> None:
     one, other = processes
-    assert await kept(other, READ, 1) == 0
+    assert await cached(other, READ, 1) == 0
     for task in one.channel._tasks:
         task.cancel()
     await one.write(UPDATE, 1)  # its commit is done, its message never goes out
@@ -169,11 +169,11 @@ async def test_a_clean_stop_announces_the_last_writes(processes: Pair, target: C
     one, other = processes
     async with started(target) as third:
         await until(lambda: third.channel.sender in other.channel._peers)
-        assert await kept(other, READ, 1) == 0
+        assert await cached(other, READ, 1) == 0
         await third.write(UPDATE, 1)
     await until(lambda: third.channel.sender not in other.channel._peers)
     assert await other.read(READ, 1) == 1
-    assert await kept(other, READ, 1) == 1
+    assert await cached(other, READ, 1) == 1
     assert one.cache.is_trusted
 
 
@@ -195,7 +195,7 @@ async def test_behind_a_pooler_only_the_ttl_remains(
 
 async def test_an_unknown_message_flushes_the_cache(processes: Pair) -> None:
     one, other = processes
-    assert await kept(other, READ, 1) == 0
+    assert await cached(other, READ, 1) == 0
     await one.database.execute("SELECT pg_notify($1, 'hello')", CHANNEL)
     await until(lambda: other.cache.stats()["size"] == 0)
 
@@ -208,7 +208,7 @@ async def test_a_new_view_is_known_to_both_processes(processes: Pair) -> None:
     await one.database.execute(create)
     one.cache.invalidate(None)
     for process in processes:
-        assert await kept(process, sql) == 0
+        assert await cached(process, sql) == 0
     await other.write(UPDATE, 2)
     assert await other.read(sql) == 2
     await becomes(one, 2, sql)

@@ -1,4 +1,4 @@
-"""What results are cached under, and that nobody can change what the next reader gets."""
+"""Cache keys, and independent copies for readers."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from utils.database.cache import QueryCache
 from utils.database.cache.store import DISTRUST_SECONDS
 from utils.exceptions import DatabaseError
 
-#: Nothing here may take longer, in seconds.
+#: Timeout of every step, in seconds.
 PATIENCE = 20.0
 READ = "SELECT v FROM a WHERE id = $1"
 BOTH = "SELECT a.v FROM a JOIN b USING (id)"
@@ -30,7 +30,7 @@ class Clock:
 
 
 class Asked:
-    """A question that is answered when the test says so, and counts how often it was asked."""
+    """A query that the test answers. It counts how often it is run."""
 
     def __init__(self) -> None:
         self.times = 0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.database.cache.conftest import started
-from tests.database.cache.test_channel import becomes, kept
+from tests.database.cache.test_channel import becomes, cached
 from tests.operations.importing.files import (
     GUILD,
     USER,
@@ -212,6 +212,6 @@ async def test_import_invalidates_caches_of_other_processes(
 ) -> None:
     query = "SELECT count(*) FROM documents WHERE namespace = 'legacy.shop'"
     async with started(target) as process:
-        assert await kept(process, query) == 0
+        assert await cached(process, query) == 0
         await import_content(database, tmp_path, "shop.json", {"a": {}})
         await becomes(process, 1, query)
