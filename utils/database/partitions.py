@@ -42,7 +42,8 @@ async def ensure_partitions(
     """Create the missing partitions from this month to `months_ahead` months later; return their names.
 
     Rows of such a month in the default partition are moved in the same transaction. Raises asyncpg's
-    `LockNotAvailableError` when a table stays locked for `lock_seconds`: the default partition takes the rows until the next call.
+    `LockNotAvailableError` when a table stays locked for `lock_seconds`: until the next call the default partition
+    takes the rows.
     """
     created: list[str] = []
     utc = now.astimezone(UTC)
