@@ -1,0 +1,270 @@
+"""Writes docs/reference/ from the code: `make docs`. A test fails when a page differs from what this would write."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+import typer
+from discord import app_commands
+from discord.ext import commands
+from pydantic_core import PydanticUndefined
+from sqlalchemy import Column, Computed, Table
+from sqlalchemy.dialects import postgresql
+
+import bot
+import cogs
+from models import Base
+from models.base import Erase, Part, part_of
+from utils.settings import Settings
+
+DIRECTORY = Path(__file__).parent / "reference"
+#: The modules that cog authors import, by page: the public names of each are documented there.
+MODULES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "bot-db": ("`bot.db`", ("utils.db",)),
+    "base-cog": ("BaseCog", ("utils.base_cog", "utils.cache")),
+    "documents": ("Documents", ("utils.documents",)),
+    "repositories": ("Repositories", ("utils.repositories",)),
+    "errors": ("Errors", ("utils.exceptions",)),
+}
+NOTE = "<!-- Written by `make docs`. Change the docstrings, not this page. -->"
+
+
+def pages() -> dict[str, str]:
+    """Return the text of every page by its name."""
+    written = {
+        "settings": settings_page(),
+        "tables": tables_page(),
+        "commands": commands_page(),
+        **{name: module_page(title, modules) for name, (title, modules) in MODULES.items()},
+    }
+    return {name: re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n" for name, text in written.items()}
+
+
+# Settings.
+
+
+def settings_page() -> str:
+    """Return a table of all settings: variable, default, what it means."""
+    rows = ["| variable | default | meaning |", "| --- | --- | --- |"]
+    for name, field in Settings.model_fields.items():
+        default = field.default if field.default is not PydanticUndefined else "required"
+        shown = "" if default is None or default == frozenset() else f"`{_plain(default)}`"
+        rows.append(f"| `{name.upper()}` | {shown} | {_cell(field.description or '')} |")
+    intro = "Environment variables, or lines of `.env`. They are validated once, at start; an invalid value ends the"
+    return "\n".join(["# Settings", "", NOTE, "", f"{intro} process with exit code 2.", "", *rows])
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# Tables.
+
+
+def tables_page() -> str:
+    """Return every table with its columns."""
+    parts = [
+        "# Tables",
+        "",
+        NOTE,
+        "",
+        "Columns marked 🔑 are the primary key. *Erase* says what erasing a person does to the",
+    ]
+    parts += ["column: rows are found by a *subject* column, and a *clear* column is emptied in them.", ""]
+    for name in sorted(Base.metadata.tables, key=lambda name: ("." in name, name)):
+        table = Base.metadata.tables[name]
+        parts += [
+            f"## {name}",
+            "",
+            _comment_of(table),
+            "",
+            "| column | type | null | erase | |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        parts += [_column(column) for column in table.columns]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _comment_of(table: Table) -> str:
+    for mapper in Base.registry.mappers:
+        if mapper.local_table is table and mapper.class_.__doc__:
+            return inspect.cleandoc(mapper.class_.__doc__)
+    return table.comment or ""
+
+
+def _column(column: Column[Any]) -> str:
+    erase = column.info.get("erase", Erase.KEEP)
+    notes = []
+    if column.comment:
+        notes.append(_cell(column.comment))
+    if isinstance(column.server_default, Computed):
+        notes.append("generated")
+    part = part_of(column)
+    if part is Part.TOMBSTONE:
+        notes.append("tombstone: when it was removed; NULL while it is there")
+    elif part is Part.QUIET:
+        notes.append("changes without anyone acting: no history")
+    key = " 🔑" if column.primary_key else ""
+    kind = column.type.compile(dialect=postgresql.dialect()).lower()  # type: ignore[no-untyped-call]
+    null = "yes" if column.nullable else ""
+    shown = "" if erase is Erase.KEEP else str(erase.value)
+    return f"| `{column.name}`{key} | {kind} | {null} | {shown} | {'; '.join(notes)} |"
+
+
+# Modules.
+
+
+def module_page(title: str, names: tuple[str, ...]) -> str:
+    """Return the public names of some modules with signatures and docstrings."""
+    parts = [f"# {title}", "", NOTE, ""]
+    for name in names:
+        module = importlib.import_module(name)
+        parts += [f"`{name}`: {_first(module.__doc__)}", ""]
+        for public in public_names(module):
+            parts += _member(public, getattr(module, public))
+    return "\n".join(parts)
+
+
+def public_names(module: ModuleType) -> list[str]:
+    """Return what a module offers: `__all__`, or else the classes and functions that it defines itself."""
+    if hasattr(module, "__all__"):
+        return sorted(module.__all__)
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and (inspect.isclass(value) or inspect.isfunction(value))
+        and value.__module__ == module.__name__
+    ]
+
+
+def _member(name: str, value: Any) -> list[str]:
+    if inspect.isclass(value):
+        bases = ", ".join(f"`{base.__name__}`" for base in value.__bases__ if base is not object)
+        parts = [f"## {name}", "", f"*Class*{f', a {bases}' if bases else ''}.", "", _doc(value), ""]
+        for own, method in _methods(value):
+            parts += [f"### {name}.{own}", "", *_signature(own, method), "", _doc(method), ""]
+        return parts
+    if callable(value):
+        return [f"## {name}", "", *_signature(name, value), "", _doc(value), ""]
+    return [f"## {name}", "", f"`{value!r}`", ""]
+
+
+def _methods(cls: type) -> Iterator[tuple[str, Any]]:
+    ours = [base for base in cls.__mro__ if base.__module__.split(".")[0] in ("utils", "models")]
+    seen: set[str] = set()
+    for base in ours:
+        for name, value in vars(base).items():
+            if name.startswith("_") or name in seen:
+                continue
+            raw = value.func if isinstance(value, cached_property) else value
+            if isinstance(raw, (FunctionType, property, classmethod, staticmethod)):
+                seen.add(name)
+                yield name, raw
+
+
+def _signature(name: str, value: Any) -> list[str]:
+    function: Callable[..., Any] | None = value
+    if isinstance(value, property):
+        return []
+    if isinstance(value, (classmethod, staticmethod)):
+        function = value.__func__
+    assert function is not None
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return []
+    parameters = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
+    shown = str(signature.replace(parameters=parameters)).replace("'", "")
+    prefix = "await " if inspect.iscoroutinefunction(function) else ""
+    return ["```text", f"{prefix}{name}{shown}", "```"]
+
+
+def _doc(value: Any) -> str:
+    text = inspect.getdoc(value.__func__ if isinstance(value, (classmethod, staticmethod)) else value) or ""
+    # A heading inside a docstring, or an example, keeps its shape; the page's own headings stay above it.
+    return re.sub(r"^(#+ )", r"####\1", text, flags=re.MULTILINE)
+
+
+def _first(text: str | None) -> str:
+    return inspect.cleandoc(text or "").split("\n\n")[0].replace("\n", " ")
+
+
+# Commands.
+
+
+def commands_page() -> str:
+    """Return the slash commands and the command line."""
+    parts = ["# Commands", "", NOTE, "", "## In Discord", ""]
+    for command in sorted(_slash_commands(), key=lambda command: command.qualified_name):
+        parts += [f"### /{command.qualified_name}", "", command.description, ""]
+        if command.parameters:
+            parts += ["| option | required | meaning |", "| --- | --- | --- |"]
+            for option in command.parameters:
+                required = "yes" if option.required else ""
+                parts.append(f"| `{option.display_name}` | {required} | {_cell(str(option.description))} |")
+            parts.append("")
+    parts += ["## In a shell", ""]
+    root = typer.main.get_command(bot.app)
+    for path, shell_command in _shell_commands("python bot.py", root):
+        parts += [f"### {path}", "", _first(shell_command.help), ""]
+        shown = [parameter for parameter in shell_command.params if parameter.name != "help"]
+        if shown:
+            parts += ["| argument | default | meaning |", "| --- | --- | --- |", *map(_parameter, shown), ""]
+    return "\n".join(parts)
+
+
+def _slash_commands() -> Iterator[app_commands.Command[Any, ..., Any]]:
+    for found in pkgutil.iter_modules(cogs.__path__, "cogs."):
+        for cls in vars(importlib.import_module(found.name)).values():
+            if inspect.isclass(cls) and issubclass(cls, commands.Cog) and cls.__module__ == found.name:
+                for command in cls.__cog_app_commands__:
+                    children = list(command.walk_commands()) if isinstance(command, app_commands.Group) else [command]
+                    yield from (child for child in children if isinstance(child, app_commands.Command))
+
+
+def _shell_commands(path: str, command: Any) -> Iterator[tuple[str, Any]]:
+    """Walk typer's commands. They are click's, a copy of which typer brings along without types."""
+    children: dict[str, Any] = getattr(command, "commands", {})
+    if not children or command.invoke_without_command:
+        yield path, command
+    for name, child in sorted(children.items()):
+        yield from _shell_commands(f"{path} {name}", child)
+
+
+def _parameter(parameter: Any) -> str:
+    is_option = parameter.param_type_name == "option"
+    names = ", ".join(f"`{name}`" for name in parameter.opts) if is_option else f"`{str(parameter.name).upper()}`"
+    default = parameter.default
+    has_default = default not in (None, False, ()) and not callable(default)
+    return f"| {names} | {f'`{_plain(default)}`' if has_default else ''} | {_cell(parameter.help or '')} |"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def main() -> None:
+    """Write the pages, and remove those that are no longer written."""
+    DIRECTORY.mkdir(exist_ok=True)
+    texts = pages()
+    for name, text in texts.items():
+        (DIRECTORY / f"{name}.md").write_text(text, encoding="utf-8")
+    for path in DIRECTORY.glob("*.md"):
+        if path.stem not in texts:
+            path.unlink()
+
+
+if __name__ == "__main__":
+    main()
