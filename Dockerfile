@@ -1,4 +1,4 @@
-# The bot for hosts that run containers; docs/railway.md says how on one of them.
+# The bot for hosts that run containers; docs/how-to/railway.md says how on one of them.
 # Without DATABASE_URL the embedded PostgreSQL is used, with its data under /app/.data: mount a volume there.
 FROM python:3.13-slim
 

@@ -15,7 +15,7 @@ WORKERS ?= 4
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test test-all bench soak lint format psql migration lock
+.PHONY: help setup demo run test test-all bench soak lint format psql migration docs lock
 
 help: ## Show what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -69,6 +69,9 @@ psql: setup ## Open psql on the database (DATA_DIR=.data/demo for the demo's, AR
 migration: setup ## Write a new revision from the models: make migration m="add a table"
 	@test -n "$(m)" || { echo 'make migration m="what it does"' >&2; exit 2; }
 	@$(VENV)/bin/alembic revision --autogenerate -m "$(m)"
+
+docs: setup ## Write docs/reference/ from the code
+	@$(RUN) -m docs.generate
 
 lock: setup ## Resolve the dependencies of pyproject.toml anew
 	$(UV) pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate -o requirements.txt

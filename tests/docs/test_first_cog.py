@@ -1,4 +1,4 @@
-"""docs/your-first-cog.md, followed from top to bottom in a clone: every block is run."""
+"""docs/how-to/first-cog.md, followed from top to bottom in a clone: every block is run."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import inspect
 import pytest
 
 from docs import generate
+from utils.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +32,10 @@ def test_every_public_name_has_an_entry(texts: dict[str, str], page: str) -> Non
         module = importlib.import_module(name)
         for public in generate.public_names(module):
             assert f"\n## {public}\n" in texts[page]
-            assert inspect.getdoc(getattr(module, public)), f"{name}.{public} has no docstring"
+            value = getattr(module, public)
+            if inspect.isclass(value) or inspect.isfunction(value):
+                assert inspect.getdoc(value), f"{name}.{public} has no docstring"
 
 
 def test_every_setting_has_a_description() -> None:
-    assert [name for name, field in generate.Settings.model_fields.items() if not field.description] == []
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []

@@ -10,5 +10,5 @@ discord.py is pinned; tests/mirror/discord/test_private_hooks.py fails if an upg
 - `Client._get_websocket` and `DiscordWebSocket.request_chunks` (`source`): member lists requested with our nonce.
 - `Route.BASE` and `DiscordWebSocket.DEFAULT_GATEWAY`, set (`tap`): other addresses for proxies and tests.
 
-docs/architecture.md lists the private parts of libraries that other packages use.
+docs/explanation/architecture.md lists the private parts of libraries that other packages use.
 """

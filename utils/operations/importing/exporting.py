@@ -75,7 +75,7 @@ async def export(
     guild_id: int | None = None,
     progress: Progress = ignore_progress,
 ) -> Outcome:
-    """Write documents or a table to a file; see docs/importing.md.
+    """Write documents or a table to a file; see docs/how-to/importing.md.
 
     `what` is members, users, emojis or shop (as imported), a table of `models` (`table:members` if an imported file has
     the same name), or a namespace of documents. `to` is a path, which is replaced atomically with a file that only its

@@ -102,7 +102,7 @@ async def import_files(
     namespace: str | None = None,
     progress: Progress = ignore_progress,
 ) -> Outcome:
-    """Import files and the files in directories, each in one transaction; see docs/importing.md.
+    """Import files and the files in directories, each in one transaction; see docs/how-to/importing.md.
 
     `dry_run` writes nothing, neither to the database nor to disk. `kind` is members, users, emojis, shop or documents,
     and `namespace` is where the originals are stored; None derives them from each file's name. If a file cannot be
