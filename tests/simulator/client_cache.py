@@ -1,4 +1,4 @@
-"""Reads a discord.py client's cache in the oracle's terms, for comparison."""
+"""Converts a discord.py client's cache to the oracle's rows, for comparison."""
 
 from __future__ import annotations
 

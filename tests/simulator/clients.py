@@ -1,4 +1,4 @@
-"""Clients for the simulator's tests: an unmodified discord.py, and a bare websocket that hides nothing."""
+"""Clients for the simulator's tests: an unmodified discord.py and a bare websocket."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small world for the simulator's tests, and the simulator that serves it."""
+"""A small world and the simulator that serves it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An unmodified discord.py 2.7.1 is the simulator's judge."""
+"""An unmodified discord.py works against the simulator."""
 
 from __future__ import annotations
 

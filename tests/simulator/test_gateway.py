@@ -1,4 +1,4 @@
-"""The gateway's protocol, watched through a websocket that hides nothing."""
+"""The gateway protocol, tested with a bare websocket."""
 
 from __future__ import annotations
 

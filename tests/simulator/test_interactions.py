@@ -1,4 +1,4 @@
-"""Interactions as Discord enforces them: three seconds, one first answer, a token that ends."""
+"""Interactions: response deadline, single response, token lifetime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The REST routes: what they give, what they refuse, and how they are limited."""
+"""The REST routes: responses, errors and rate limits."""
 
 from __future__ import annotations
 

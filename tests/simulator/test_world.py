@@ -1,4 +1,4 @@
-"""The world is deterministic, and its oracle says what is there."""
+"""The world is deterministic and agrees with its oracle."""
 
 from __future__ import annotations
 

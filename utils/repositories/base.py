@@ -31,7 +31,7 @@ from sqlalchemy.orm import joinedload, selectinload
 from sqlalchemy.orm.interfaces import ORMOption
 
 from models import Base, Part
-from utils.exceptions import Conflict, GuildbookError, NotFound, ValidationError, driver_error, translate
+from utils.exceptions import Conflict, NotFound, ValidationError, driver_error, translate_errors
 from utils.repositories import upsert
 
 ModelT = TypeVar("ModelT", bound=Base)
@@ -91,14 +91,15 @@ class Repository(Generic[ModelT, KeyT]):
     @contextlib.asynccontextmanager
     async def session(self) -> AsyncIterator[AsyncSession]:
         """Open a session for your own statements; errors are translated as in the other methods."""
-        try:
-            async with self._sessions() as session:
-                yield session
-        except Exception as exc:
-            error = _translate(exc)
-            if error is None or error is exc:
-                raise
-            raise error from exc
+        with translate_errors():
+            try:
+                async with self._sessions() as session:
+                    yield session
+            except Exception as exc:
+                conflict = _conflict(exc)
+                if conflict is None:
+                    raise
+                raise conflict from exc
 
     async def get(self, key: KeyT, *, load: Load = (), include_deleted: bool = False) -> ModelT:
         """Return the row with this key. Raises `NotFound` if there is none."""
@@ -316,11 +317,11 @@ class Repository(Generic[ModelT, KeyT]):
         return selectinload(attribute) if relationships[item].uselist else joinedload(attribute)
 
 
-def _translate(exc: Exception) -> GuildbookError | None:
-    """Return our error for one that a session raised, or None if the database did not cause it."""
+def _conflict(exc: Exception) -> Conflict | None:
+    """Return a `Conflict` for a constraint violation that is not one yet, None for any other error."""
     cause = driver_error(exc)
     if isinstance(exc, Conflict) or not isinstance(cause, asyncpg.IntegrityConstraintViolationError):
-        return translate(exc)
+        return None
     constraint = getattr(cause, "constraint_name", None)
     message = str(cause).splitlines()[0]
     detail = getattr(cause, "detail", None)
