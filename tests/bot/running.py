@@ -15,10 +15,11 @@ import pytest
 from discord import gateway, http
 
 from simulator import Simulator
+from tests.ports import free_port
 from tests.waiting import until
 from utils.bot.client import Guildbook
 from utils.database import Pool
-from utils.demo.bot_process import ENTRY, environment, free_port
+from utils.demo.bot_process import ENTRY, environment
 from utils.demo.compare import TABLES, compare
 from utils.service.lease import Lease, holder
 from utils.settings import Settings

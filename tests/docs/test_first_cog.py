@@ -20,8 +20,9 @@ import pytest
 
 from simulator import Limits, Simulator, World
 from tests.docs.blocks import ROOT, TUTORIAL, Block, blocks_of
+from tests.ports import free_port
 from utils.database import ConnectTarget
-from utils.demo.bot_process import environment, free_port
+from utils.demo.bot_process import environment
 
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,4 @@
-"""`make soak`: the fault matrix in its long form, and 200 kills at random moments, at 500 events a second."""
+"""`make soak`: inject every fault for a long time and kill the bot 200 times, under 500 events per second."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.faults.matrix import FAULTS
-from tests.faults.rig import RATE, Rig, rigged
+from tests.faults.faults import FAULTS
+from tests.faults.rig import RATE, Rig, running_rig
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "soak.md"
-#: Kills between two verdicts.
-CAMPAIGN = 20
-#: Longest life of a bot that is to be killed, in seconds: start-up takes about half of it.
-LIFE_SECONDS = 2.4
-#: Names of faults that are kills of their own.
-KILLS = ("kill -9 of the bot", "kill -9 of the bot at random moments")
-#: Seconds kept back for the end.
-KEPT_BACK = 20.0
-#: Times the minutes that it may take for every fault and every kill to have had its turn: machines differ.
-LONGEST = 2.0
+#: Kills between two verifications.
+KILLS_PER_ROUND = 20
+#: Maximum seconds between a bot's start and its kill. Its start takes about half of that.
+MAX_LIFE_SECONDS = 2.4
+#: Faults that `kill_repeatedly` covers.
+KILLS = ("kill -9 of the bot", "kill -9 of the bot at random times")
+#: Seconds reserved for stopping everything.
+CLEANUP_SECONDS = 20.0
+#: On a slow machine the soak may take this many times the given minutes to inject every fault and every kill.
+MAX_OVERRUN = 2.0
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What one fault, or one campaign of kills, came to."""
+    """The result of one fault or one round of kills."""
 
     name: str
     seconds: float
@@ -41,104 +41,114 @@ class Outcome:
     wrong: list[str]
 
     def row(self) -> str:
-        """Return it as a row of the table."""
-        verdict = "equal, nothing lost, nothing doubled" if not self.wrong else "; ".join(self.wrong)
-        return f"| {self.name} | {self.seconds:.0f} s | {self.messages:,} | {self.moves:,} | {verdict} |"
+        """Return a row of the Markdown table."""
+        result = "equal, nothing lost, nothing duplicated" if not self.wrong else "; ".join(self.wrong)
+        return f"| {self.name} | {self.seconds:.0f} s | {self.messages:,} | {self.moves:,} | {result} |"
 
 
-async def kill_again_and_again(rig: Rig, chance: random.Random, kills: int) -> str:
-    """Kill the bot at random moments of its life, start-up included; return how that is called."""
-    moments = [chance.uniform(0.05, LIFE_SECONDS) for _ in range(kills)]
-    for moment in moments:
-        await asyncio.sleep(moment)
-        rig.fell_silent()
+async def kill_repeatedly(rig: Rig, rng: random.Random, kills: int, max_life: float) -> str:
+    """Kill the bot at random times, also during its start, and return a description for the table."""
+    delays = [rng.uniform(0.05, max_life) for _ in range(kills)]
+    for delay in delays:
+        await asyncio.sleep(delay)
+        rig.mark_offline()
         if (await rig.bot.get("/readyz"))[0] == 200:
-            await rig.hears()
-            rig.fell_silent()
+            await rig.mark_online()
+            rig.mark_offline()
         await rig.bot.kill()
-        await rig.keep_what_is_on_disk()
+        await rig.record_journaled_messages()
         await rig.bot.start()
-    await rig.bot.until_ready()
-    await rig.hears()
-    return f"{kills} × kill -9 of the bot, {min(moments):.2f} to {max(moments):.2f} s after its start"
+    await rig.bot.wait_until_ready()
+    await rig.mark_online()
+    return f"{kills} × kill -9 of the bot, {min(delays):.2f} to {max(delays):.2f} s after its start"
 
 
-async def soak(minutes: float, seed: int, kills: int) -> int:
-    """Run it; return the exit code."""
-    chance = random.Random(seed)
-    others = [name for name in FAULTS if name not in KILLS]
-    chance.shuffle(others)
-    print(f"seed {seed}: {minutes:g} minutes, {kills} kills, {RATE:g} events a second", flush=True)
+async def soak(
+    minutes: float,
+    seed: int,
+    kills: int,
+    *,
+    kills_per_round: int = KILLS_PER_ROUND,
+    max_life: float = MAX_LIFE_SECONDS,
+    results: Path = RESULTS,
+) -> int:
+    """Run the soak, write its table to `results`, and return the exit code."""
+    rng = random.Random(seed)
+    pending = [name for name in FAULTS if name not in KILLS]
+    rng.shuffle(pending)
+    print(f"seed {seed}: {minutes:g} minutes, {kills} kills, {RATE:g} events per second", flush=True)
     directory = Path(tempfile.mkdtemp(prefix="guildbook-soak-"))
-    begun = time.monotonic()
-    ends_at = begun + minutes * 60 - KEPT_BACK
-    gives_up_at = begun + minutes * 60 * LONGEST
+    started_at = time.monotonic()
+    ends_at = started_at + minutes * 60 - CLEANUP_SECONDS
+    deadline = started_at + minutes * 60 * MAX_OVERRUN
     outcomes: list[Outcome] = []
-    done = 0
+    killed = 0
     try:
-        async with rigged(directory, seed) as rig:
+        async with running_rig(directory, seed) as rig:
             await rig.start(rig.new_bot())
             while not any(outcome.wrong for outcome in outcomes) and (
-                time.monotonic() < ends_at or ((others or done < kills) and time.monotonic() < gives_up_at)
+                time.monotonic() < ends_at or ((pending or killed < kills) and time.monotonic() < deadline)
             ):
-                started = time.monotonic()
-                await rig.begin()
+                fault_started_at = time.monotonic()
+                await rig.start_traffic()
                 await asyncio.sleep(1.0)
-                if done < kills and (len(outcomes) % 2 == 0 or not others):
-                    name = await kill_again_and_again(rig, chance, min(CAMPAIGN, kills - done))
-                    done += CAMPAIGN
+                if killed < kills and (len(outcomes) % 2 == 0 or not pending):
+                    count = min(kills_per_round, kills - killed)
+                    name = await kill_repeatedly(rig, rng, count, max_life)
+                    killed += count
                 else:
-                    name = others.pop(0) if others else chance.choice([it for it in FAULTS if it not in KILLS])
-                    fault, _, seconds = FAULTS[name]
-                    await fault(rig, seconds)
-                wrong = await rig.verdict()
-                books = rig.books
-                outcome = Outcome(name, time.monotonic() - started, len(books.messages), len(books.moves), wrong)
-                outcomes.append(outcome)
-                print(f"{time.monotonic() - begun:4.0f} s  {outcome.row()}", flush=True)
+                    name = pending.pop(0) if pending else rng.choice([it for it in FAULTS if it not in KILLS])
+                    await FAULTS[name].inject(rig, FAULTS[name].long)
+                wrong = await rig.verify()
+                seconds = time.monotonic() - fault_started_at
+                outcomes.append(Outcome(name, seconds, len(rig.audit.messages), len(rig.audit.moves), wrong))
+                print(f"{time.monotonic() - started_at:4.0f} s  {outcomes[-1].row()}", flush=True)
                 if wrong:
-                    print(rig.last_words(), flush=True)
+                    print(rig.log_tail(), flush=True)
             takeovers = rig.takeovers
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    report(outcomes, takeovers, seed=seed, kills=min(done, kills), seconds=time.monotonic() - begun, left=others)
+    text = report(outcomes, takeovers, seed=seed, kills=killed, seconds=time.monotonic() - started_at, pending=pending)
+    print(f"\n{text}")
+    await asyncio.to_thread(results.write_text, text)
     return 1 if any(outcome.wrong for outcome in outcomes) else 0
 
 
 def report(
-    outcomes: list[Outcome], takeovers: list[float], *, seed: int, kills: int, seconds: float, left: list[str]
-) -> None:
-    """Print the table and write it beside the benchmarks' results."""
+    outcomes: list[Outcome], takeovers: list[float], *, seed: int, kills: int, seconds: float, pending: list[str]
+) -> str:
+    """Return the result as a Markdown page."""
     lines = [
         "# Soak",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, `make soak` with seed {seed}: {seconds:.0f} s, {kills} kills at random moments,"
-        f" {RATE:g} events a second (told so far: messages, and joins, leaves and bans).",
+        f"{datetime.now(UTC):%Y-%m-%d}, `make soak` with seed {seed}: {seconds:.0f} s, {kills} kills at random times,"
+        f" {RATE:g} events per second. Messages and moves (joins, leaves, bans) are totals so far.",
         "",
-        "| fault | lasted | messages | moves | afterwards |",
+        "| fault | duration | messages | moves | result |",
         "| --- | --- | --- | --- | --- |",
         *(outcome.row() for outcome in outcomes),
         "",
     ]
     if takeovers:
-        lines.append(f"Takeovers: {len(takeovers)}, the slowest {max(takeovers):.1f} s. Rows of a former holder: none.")
-    if left:
-        lines.append(f"Not run, for want of time: {', '.join(left)}.")
-    text = "\n".join(lines) + "\n"
-    print(f"\n{text}")
-    RESULTS.write_text(text)
+        lines.append(
+            f"Takeovers: {len(takeovers)}, the slowest {max(takeovers):.1f} s. Writes by a former holder: none."
+        )
+    if pending:
+        lines.append(f"Not run for lack of time: {', '.join(pending)}.")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Read the command line."""
+    """Parse the command line and run the soak."""
     parser = argparse.ArgumentParser(prog="make soak ARGS=", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, default=None, help="drawn, and printed, without")
+    parser.add_argument("--seed", type=int, default=None, help="default: random; printed at the start")
     parser.add_argument("--kills", type=int, default=200)
-    given = parser.parse_args()
-    logging.getLogger("asyncpg").setLevel(logging.CRITICAL)  # what it cannot reach is stopped on purpose
-    seed = random.SystemRandom().randrange(1, 100_000) if given.seed is None else given.seed
-    sys.exit(asyncio.run(soak(given.minutes, seed, given.kills)))
+    parser.add_argument("--max-life", type=float, default=MAX_LIFE_SECONDS, help="maximum seconds from start to kill")
+    arguments = parser.parse_args()
+    logging.getLogger("asyncpg").setLevel(logging.CRITICAL)  # stopping the server makes it log errors
+    seed = random.SystemRandom().randrange(1, 100_000) if arguments.seed is None else arguments.seed
+    sys.exit(asyncio.run(soak(arguments.minutes, seed, arguments.kills, max_life=arguments.max_life)))
 
 
 if __name__ == "__main__":

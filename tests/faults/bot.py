@@ -1,4 +1,4 @@
-"""The bot's process, to be killed, stopped and looked at."""
+"""A bot process that tests kill, suspend and query."""
 
 from __future__ import annotations
 
@@ -12,82 +12,83 @@ from typing import IO, Any
 import aiohttp
 
 from simulator.proxy import Proxy
-from utils.demo.bot_process import ENTRY, environment, free_port
+from tests.ports import free_port
+from utils.demo.bot_process import ENTRY, environment
 
-#: Seconds for what takes two on an idle machine.
-PATIENCE = 60.0
+#: Seconds to wait for what takes two on an idle machine.
+TIMEOUT = 60.0
 
 
 class Bot:
-    """`python bot.py` with nothing of ours in its environment but what is given; its log goes to a file."""
+    """`python bot.py` with a clean environment plus the given settings, logging to a file."""
 
     def __init__(self, name: str, directory: Path, network: Proxy, **settings: str) -> None:
         self.name = name
-        #: What lies between it and the database.
+        #: The proxy between it and the database.
         self.network = network
         self.log: Path = directory / f"{name}.log"
         self.directory = directory
         self.port = free_port()
         self._settings = {"HEALTH_HOST": "127.0.0.1", "HEALTH_PORT": str(self.port), "LOG_FORMAT": "json", **settings}
         self._process: asyncio.subprocess.Process | None = None
-        self._logging: asyncio.Task[None] | None = None
+        self._log_writer: asyncio.Task[None] | None = None
         self._file: IO[bytes] | None = None
 
     @property
     def pid(self) -> int:
-        """Its process id; it has been started."""
+        """The process id. The bot must have been started."""
         assert self._process is not None
         return self._process.pid
 
     @property
     def is_running(self) -> bool:
-        """Whether it was started and has not ended."""
+        """Whether it was started and has not exited."""
         return self._process is not None and self._process.returncode is None
 
     async def start(self) -> None:
-        """Start it."""
+        """Start the process."""
         self._file = self.log.open("ab")
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, str(ENTRY), cwd=self.directory, env=environment(**self._settings),
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
-        self._logging = asyncio.create_task(self._keep_log())
+        self._log_writer = asyncio.create_task(self._write_log())
 
-    async def _keep_log(self) -> None:
-        # Through a pipe: a limit on the size of the bot's files is not to fall on its log.
+    async def _write_log(self) -> None:
+        # Through a pipe, so that a limit on the bot's file sizes does not apply to its log.
         assert self._process is not None
         assert self._process.stdout is not None
         assert self._file is not None
-        while line := await self._process.stdout.read(1 << 16):
-            self._file.write(line)
+        while chunk := await self._process.stdout.read(1 << 16):
+            self._file.write(chunk)
             self._file.flush()
 
     def send(self, number: signal.Signals) -> None:
-        """Send it a signal."""
+        """Send a signal; does nothing if the process has exited."""
         with contextlib.suppress(ProcessLookupError):
             if self._process is not None:
                 self._process.send_signal(number)
 
-    async def ended(self) -> int:
-        """Wait for its end and return its exit code."""
+    async def wait_for_exit(self) -> int:
+        """Wait until the process exits, and return its exit code."""
         assert self._process is not None
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             code = await self._process.wait()
-            if self._logging is not None:
-                await self._logging
+            if self._log_writer is not None:
+                await self._log_writer
         if self._file is not None:
             self._file.close()
         return code
 
     async def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL and wait for the exit."""
         if self.is_running:
             self.send(signal.SIGKILL)
-            await self.ended()
+            await self.wait_for_exit()
 
     async def get(self, path: str) -> tuple[int, Any]:
-        """Ask the health server; (0, None) while nobody answers."""
+        """Return the status and body of a health server's response; (0, None) if there is none."""
         timeout = aiohttp.ClientTimeout(total=5)
         try:
             async with (
@@ -98,27 +99,27 @@ class Bot:
         except (aiohttp.ClientError, TimeoutError):
             return 0, None
 
-    async def until_state(self, *states: str) -> str:
-        """Wait until GET /healthz says one of these states."""
-        async with asyncio.timeout(PATIENCE):
+    async def wait_for_state(self, *states: str) -> str:
+        """Wait until GET /healthz reports one of these states, and return it."""
+        async with asyncio.timeout(TIMEOUT):
             while True:
-                status, told = await self.get("/healthz")
-                if status == 200 and told["state"] in states:
-                    return str(told["state"])
-                self._must_run()
+                status, health = await self.get("/healthz")
+                if status == 200 and health["state"] in states:
+                    return str(health["state"])
+                self._check_is_running()
                 await asyncio.sleep(0.05)
 
-    async def until_ready(self) -> None:
-        """Wait until GET /readyz says so."""
-        async with asyncio.timeout(PATIENCE):
+    async def wait_until_ready(self) -> None:
+        """Wait until GET /readyz returns 200."""
+        async with asyncio.timeout(TIMEOUT):
             while (await self.get("/readyz"))[0] != 200:
-                self._must_run()
+                self._check_is_running()
                 await asyncio.sleep(0.05)
 
-    def _must_run(self) -> None:
+    def _check_is_running(self) -> None:
         if not self.is_running:
-            raise AssertionError(f"{self.name} ended by itself:\n{self.last_words()}")
+            raise AssertionError(f"{self.name} exited unexpectedly:\n{self.log_tail()}")
 
-    def last_words(self, lines: int = 15) -> str:
-        """Return the end of its log."""
+    def log_tail(self, lines: int = 15) -> str:
+        """Return the last lines of the log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])

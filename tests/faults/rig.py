@@ -1,4 +1,4 @@
-"""A bot, a Discord and a PostgreSQL, with a network in between that can be broken, and 500 events a second."""
+"""Test rig: bots, a simulated Discord and a PostgreSQL server, connected by proxies that faults can interrupt."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from simulator.proxy import Proxy
 from simulator.remote import SimulatorProcess
-from tests.faults.books import Books
-from tests.faults.bot import PATIENCE, Bot
+from tests.faults.audit import Audit
+from tests.faults.bot import TIMEOUT, Bot
 from utils.bot.client import SPOOL_DIRECTORY
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import PORT, EmbeddedServer
@@ -25,18 +25,19 @@ from utils.mirror.spool.queue import decode_records
 from utils.mirror.spool.segments import Segments
 from utils.operations import migrations
 
+#: Events per second.
 RATE = 500.0
-#: One guild of several pages, one of one page, and small ones.
+#: One guild with several pages of members, one with a single page, and small ones.
 GUILDS = ("--guild", "2300", "--guild", "300", "--guild", "60", "--guild", "12")
-#: Seconds between two looks at the books.
-LOOK_SECONDS = 0.1
-#: Seconds that an event may be on its way to the bot's journal: milliseconds, on a machine that does nothing else.
-HEARING_SECONDS = 1.0
+#: Seconds between two records of the progress.
+PROGRESS_SECONDS = 0.1
+#: Seconds that an event may take from the simulator to the bot's journal: milliseconds on an idle machine.
+DELIVERY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """How far things had come at one moment, by the event loop's clock."""
+class Progress:
+    """How much the simulator had sent at one time of the event loop's clock."""
 
     at: float
     messages: int
@@ -44,21 +45,21 @@ class Look:
 
 
 class Rig:
-    """Everything that runs; `bots` are those that were started and have not been given up."""
+    """Everything that runs. The first of `bots` is the active one, the others stand by."""
 
     def __init__(self, directory: Path, server: EmbeddedServer, simulator: SimulatorProcess, seed: int) -> None:
         self.directory = directory
         self.server = server
         self.simulator = simulator
         self.seed = seed
-        self.books = Books()
-        self.looks: list[Look] = []
+        self.audit = Audit()
+        self.progress: list[Progress] = []
         self.bots: list[Bot] = []
         self.proxies: dict[str, Proxy] = {}
-        self.database: Pool
-        #: From where on nobody hears; None while a bot does.
-        self.silent_since: Look | None = Look(0.0, 0, 0)
-        #: Seconds from the end of the one that acted to the moment in which another one acts.
+        self.pool: Pool
+        #: The progress since which no bot is connected; None while one is.
+        self.offline_since: Progress | None = Progress(0.0, 0, 0)
+        #: Seconds from the end of an active bot until another one was active.
         self.takeovers: list[float] = []
         self._number = 0
         self._starts = 0
@@ -66,12 +67,12 @@ class Rig:
     # --- bots
 
     def new_bot(self, *, data: str = "data", **settings: str) -> Bot:
-        """Make another bot, with another network to the database than that of the one that acts."""
+        """Create a bot, with a database proxy that the active bot does not use."""
         self._number += 1
         discord, gateway = self.proxies["discord"], urlsplit(self.simulator.gateway_url)
         api = urlsplit(self.simulator.api_base)
-        taken = self.bots[0].network if self.bots else None
-        network = next(self.proxies[name] for name in ("one", "other") if self.proxies[name] is not taken)
+        used = self.bots[0].network if self.bots else None
+        network = next(self.proxies[name] for name in ("one", "other") if self.proxies[name] is not used)
         bot = Bot(
             f"bot-{self._number}",
             self.directory,
@@ -90,83 +91,83 @@ class Rig:
 
     @property
     def bot(self) -> Bot:
-        """The bot that acts, or should."""
+        """The active bot."""
         return self.bots[0]
 
     async def start(self, bot: Bot) -> None:
-        """Start a bot, and wait until it is ready."""
+        """Start a bot and wait until it is ready."""
         await bot.start()
-        await bot.until_ready()
-        await self.hears()
+        await bot.wait_until_ready()
+        await self.mark_online()
 
-    async def taken_over_by(self, bot: Bot) -> None:
-        """Wait until a bot that stood by acts, and then until it is ready; the one that acted has just ended."""
-        begun = asyncio.get_running_loop().time()
-        await bot.until_state("active")
-        self.takeovers.append(asyncio.get_running_loop().time() - begun)
-        await bot.until_ready()
-        await self.hears()
+    async def wait_for_takeover(self, bot: Bot) -> None:
+        """Wait until a standby is active and ready, after the active bot has ended, and record how long that took."""
+        started_at = asyncio.get_running_loop().time()
+        await bot.wait_for_state("active")
+        self.takeovers.append(asyncio.get_running_loop().time() - started_at)
+        await bot.wait_until_ready()
+        await self.mark_online()
 
-    # --- traffic and what was told
+    # --- traffic
 
-    async def begin(self) -> None:
-        """Let things happen."""
+    async def start_traffic(self) -> None:
+        """Start sending random events."""
         self._starts += 1
         await self.simulator.call("traffic.start", RATE, self.seed * 1_000 + self._starts)
 
-    async def pause(self) -> None:
-        """Let nothing happen."""
+    async def stop_traffic(self) -> None:
+        """Stop sending events."""
         await self.simulator.call("traffic.stop")
 
-    async def look(self) -> Look:
-        """Note how far things have come."""
+    async def record_progress(self) -> Progress:
+        """Record how much the simulator has sent."""
         at = asyncio.get_running_loop().time()
-        self.looks.append(Look(at, *await self.simulator.call("world.ledger.sizes")))
-        return self.looks[-1]
+        self.progress.append(Progress(at, *await self.simulator.call("world.ledger.sizes")))
+        return self.progress[-1]
 
-    async def keep_looking(self) -> None:
-        """Look again and again."""
+    async def record_progress_continuously(self) -> None:
+        """Record the progress until cancelled."""
         while True:
-            await self.look()
-            await asyncio.sleep(LOOK_SECONDS)
+            await self.record_progress()
+            await asyncio.sleep(PROGRESS_SECONDS)
 
-    def fell_silent(self) -> None:
-        """Note that from now on nobody hears; what was told in the last second may not have been taken in."""
-        if self.silent_since is None:
-            latest = asyncio.get_running_loop().time() - HEARING_SECONDS
-            self.silent_since = next((look for look in reversed(self.looks) if look.at <= latest), self.looks[0])
+    def mark_offline(self) -> None:
+        """Record that no bot is connected. Events of the last second may not have been received either."""
+        if self.offline_since is None:
+            latest = asyncio.get_running_loop().time() - DELIVERY_SECONDS
+            self.offline_since = next((it for it in reversed(self.progress) if it.at <= latest), self.progress[0])
 
-    async def hears(self) -> None:
-        """Note that a bot hears again."""
-        since, self.silent_since = self.silent_since, None
+    async def mark_online(self) -> None:
+        """Record that a bot receives events again."""
+        since, self.offline_since = self.offline_since, None
         if since is not None:
-            now = await self.look()
-            self.books.unheard.append((since.messages, now.messages))
-            self.books.unheard_moves.append((since.moves, now.moves))
+            now = await self.record_progress()
+            self.audit.missed.append((since.messages, now.messages))
+            self.audit.missed_moves.append((since.moves, now.moves))
 
-    async def keep_what_is_on_disk(self) -> int:
-        """Note which messages the journals hold: these are not to be missing; return how many."""
+    async def record_journaled_messages(self) -> int:
+        """Record which messages are in the journals, and so must not be missing, and return their number."""
 
         def read() -> set[int]:
-            kept: set[int] = set()
+            journaled: set[int] = set()
             for path in list_journals(self.directory / "data" / SPOOL_DIRECTORY):
                 records = Segments.scan(path).read(0, 10_000_000)
-                kept.update(event.id for event in decode_records(records).events if isinstance(event, Message))
-            return kept
+                journaled.update(event.id for event in decode_records(records).events if isinstance(event, Message))
+            return journaled
 
-        kept = await asyncio.to_thread(read)
-        self.books.kept |= kept
-        return len(kept)
+        journaled = await asyncio.to_thread(read)
+        self.audit.journaled |= journaled
+        return len(journaled)
 
     # --- PostgreSQL
 
     @property
     def postmaster(self) -> int:
-        """The process id of the server."""
+        """The process id of the PostgreSQL server."""
         return int((self.server.cluster / "postmaster.pid").read_text().split()[0])
 
     async def kill_postgres(self) -> None:
-        """SIGKILL the server, as the kernel does when memory runs out."""
+        """Send SIGKILL to the server, as the kernel does when memory runs out."""
         os.kill(self.postmaster, signal.SIGKILL)
 
     async def stop_postgres(self) -> None:
@@ -174,63 +175,63 @@ class Rig:
         await self.server.stop(force=True)
 
     async def start_postgres(self) -> None:
-        """Start the server again, on the same socket."""
-        async with asyncio.timeout(PATIENCE):
+        """Start the server again on the same socket, and connect."""
+        async with asyncio.timeout(TIMEOUT):
             while True:
                 try:
                     await self.server.start()
                     break
-                except DatabaseError:  # processes of the killed one still hold its memory
+                except DatabaseError:  # backends of a killed server still hold its shared memory
                     await asyncio.sleep(0.2)
         await self.connect()
 
     async def connect(self) -> None:
-        """Connect for ourselves, past the network that can be broken."""
+        """Connect directly, not through a proxy."""
         with contextlib.suppress(AttributeError):
-            await self.database.close(timeout=1)
-        self.database = Pool(self.server.target(), pool_max=2, connect_timeout=PATIENCE)
-        await self.database.connect()
+            await self.pool.close(timeout=1)
+        self.pool = Pool(self.server.target(), pool_max=2, connect_timeout=TIMEOUT)
+        await self.pool.connect()
 
-    # --- the verdict
+    # --- verification
 
-    async def verdict(self, seconds: float = PATIENCE) -> list[str]:
-        """Let everything come to rest, compare, and return what is still wrong after so many seconds."""
-        await self.pause()
+    async def verify(self, seconds: float = TIMEOUT) -> list[str]:
+        """Stop the traffic and compare until nothing differs; return the differences left after `seconds`."""
+        await self.stop_traffic()
         deadline = asyncio.get_running_loop().time() + seconds
         while True:
-            # Comparing holds this process, and with it the networks: not before the bot has nothing left to do.
+            # Comparing blocks this process, and with it the proxies, so let the bot finish first.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(deadline):
-                    await self._until_at_rest()
+                    await self._wait_until_idle()
             try:
-                wrong = await self.books.check(self.database, self.simulator)
+                wrong = await self.audit.check(self.pool, self.simulator)
             except DatabaseError as error:
-                wrong = [f"the database does not answer: {error}"]
+                wrong = [f"the database does not respond: {error}"]
             if not wrong or asyncio.get_running_loop().time() > deadline:
                 return wrong
             await asyncio.sleep(1.0)
 
-    async def _until_at_rest(self) -> None:
-        """Wait until the bot that acts has heard all and written all."""
+    async def _wait_until_idle(self) -> None:
+        """Wait until the active bot has received and written everything."""
         while True:
-            status, told = await self.bot.get("/readyz")
-            if status == 200 and not told["rows_waiting"] and not told["events_waiting"]:
+            status, readiness = await self.bot.get("/readyz")
+            if status == 200 and not readiness["rows_waiting"] and not readiness["events_waiting"]:
                 return
             await asyncio.sleep(0.1)
 
-    def last_words(self) -> str:
-        """Return the end of the bots' logs."""
-        return "\n".join(f"--- {bot.name}\n{bot.last_words()}" for bot in self.bots if bot.log.exists())
+    def log_tail(self) -> str:
+        """Return the last lines of each bot's log."""
+        return "\n".join(f"--- {bot.name}\n{bot.log_tail()}" for bot in self.bots if bot.log.exists())
 
 
 def socket_of(target: ConnectTarget) -> str:
-    """Return the path of a server's unix socket."""
+    """Return the path of a server's Unix socket."""
     return f"{target.hosts[0]}/.s.PGSQL.{PORT}"
 
 
 @contextlib.asynccontextmanager
-async def rigged(directory: Path, seed: int) -> AsyncIterator[Rig]:
-    """Set everything up but the bots; end what was started, by its id."""
+async def running_rig(directory: Path, seed: int) -> AsyncIterator[Rig]:
+    """Start everything except bots, and stop it all at the end, bots included."""
     server = EmbeddedServer(directory / "server")
     await server.start()
     try:
@@ -246,13 +247,13 @@ async def rigged(directory: Path, seed: int) -> AsyncIterator[Rig]:
             ):
                 rig.proxies = {"discord": discord, "one": one, "other": other}
                 await rig.connect()
-                looking = asyncio.create_task(rig.keep_looking())
+                recording = asyncio.create_task(rig.record_progress_continuously())
                 try:
                     yield rig
                 finally:
-                    looking.cancel()
+                    recording.cancel()
                     for bot in rig.bots:
                         await bot.kill()
-                    await rig.database.close(timeout=1)
+                    await rig.pool.close(timeout=1)
     finally:
         await server.stop(force=True)
