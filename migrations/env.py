@@ -1,4 +1,4 @@
-"""Alembic's way in, from its command line and from the bot alike."""
+"""Alembic's entry point, from its command line and from the bot."""
 
 from alembic import context
 

@@ -11,7 +11,7 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
-# A revision is history: it repeats what the models say today, so that changing them never changes it.
+# A revision copies what it needs from the models, so that later changes of the models do not change it.
 NOW = sa.text("now()")
 TIMESTAMP = sa.DateTime(timezone=True)
 CREATED_AT = "to_timestamp(((id >> 22) + 1420070400000) / 1000.0)"
@@ -58,7 +58,7 @@ def _stamps() -> tuple[sa.Column[int], sa.Column[object]]:
 
 
 def _guilds() -> None:
-    """Guilds and what belongs to them."""
+    """Create guilds and what belongs to them."""
     op.create_table(
         "guilds",
         sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False),
@@ -163,7 +163,7 @@ def _guilds() -> None:
 
 
 def _people() -> None:
-    """Users and memberships; no foreign key refers to users."""
+    """Create users and memberships; no foreign key references users."""
     op.create_table(
         "users",
         sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False),
@@ -206,7 +206,7 @@ def _people() -> None:
 
 
 def _history() -> None:
-    """Changes, partitioned by their time-ordered id, and the runs of the reconcile."""
+    """Create the change history, partitioned by time-ordered id, and the runs of the reconcile."""
     op.create_table(
         "changes",
         sa.Column("guild_id", sa.BigInteger(), nullable=False),
@@ -270,7 +270,7 @@ def _history() -> None:
 
 
 def _ops() -> None:
-    """What the running bot keeps for itself; a restore never overwrites it."""
+    """Create the running bot's own state, which a restore never overwrites."""
     op.create_table(
         "leases",
         sa.Column("shard", sa.Integer(), autoincrement=False, nullable=False),

@@ -1,4 +1,4 @@
-"""Events: who joined and left, what members did, and what keeps both from being lost or doubled."""
+"""Events: joins and leaves, member statistics, and the state that keeps both exactly-once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Framework: documents, what members chose, and whether a change was told live."""
+"""Framework: documents, member preferences, and whether a change was inferred."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("guild_id", "user_id", name=op.f("pk_member_preferences")),
     )
     op.create_index(op.f("ix_member_preferences_user_id"), "member_preferences", ["user_id"])
-    for table in HISTORY:  # a constant default: no row is rewritten, and the partitions follow
+    for table in HISTORY:  # a constant default: no row is rewritten; partitions inherit it
         op.add_column(table, sa.Column("inferred", sa.Boolean(), server_default=sa.false(), nullable=False))
-    # Changes are handed out in the order of their ids. Partitioned tables take no index concurrently.
+    # Changes are delivered in the order of their ids. Partitioned tables cannot have an index created concurrently.
     op.execute("-- squawk-ignore require-concurrent-index-creation\nCREATE INDEX ix_changes_id ON changes (id)")
     op.execute(
         "-- squawk-ignore require-concurrent-index-creation\nCREATE INDEX ix_user_changes_id ON user_changes (id)"

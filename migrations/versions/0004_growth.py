@@ -1,4 +1,4 @@
-"""Growth: how large each table was, every few hours."""
+"""Growth: samples of the table sizes."""
 
 from __future__ import annotations
 

@@ -7,12 +7,9 @@ import os
 from pathlib import Path
 
 import asyncpg
-import pytest
 
-from simulator import Simulator
-from tests.bot.running import run_cli, running_bot, wait_until_mirrored
-from utils.bot.client import member_cache_flags
-from utils.database import ConnectTarget, Pool
+from tests.bot.running import run_cli
+from utils.database import ConnectTarget
 from utils.database.embedded import EmbeddedServer
 from utils.operations import migrations
 
@@ -71,18 +68,3 @@ async def test_invalid_settings_are_one_line(tmp_path: Path) -> None:
     code, output = await db(tmp_path, "status", DATABASE_URL="mysql://here/db")
     assert (code, output.count("\n")) == (2, 1)
     assert output.startswith("DATABASE_URL: ")
-
-
-@pytest.mark.parametrize("kept", ["none", "voice", "all"])
-async def test_the_mirror_is_the_same_whatever_discord_py_keeps_in_memory(
-    database: Pool, simulator: Simulator, kept: str, small: int
-) -> None:
-    async with running_bot(database, simulator, member_cache=kept) as bot:
-        await wait_until_mirrored(database, simulator)
-        simulator.world.join(small)
-        await wait_until_mirrored(database, simulator)
-        guild = bot.get_guild(small)
-        assert guild is not None
-        in_voice = len(simulator.world.guild(small).voice)
-        assert len(guild.members) == {"none": 1, "voice": 1 + in_voice, "all": 1 + in_voice + 1}[kept]
-    assert not member_cache_flags("none").joined

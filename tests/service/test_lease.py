@@ -380,3 +380,16 @@ async def test_one_epoch_passes_and_epochs_only_grow(
         assert [fence for fence in fences if await passes(database, fence)] == fences[-1:]
     for lease in leases:
         await lease.release(5)
+
+
+async def test_is_unsure_after_a_suspension_until_renewed(database: Pool) -> None:
+    lease = Lease(database.target, holder())
+    await lease.wait()
+    try:
+        assert not lease.was_suspended()
+        lease._last_tick -= 60  # as if the process had been stopped for so long
+        assert lease.was_suspended()
+        await until(lambda: not lease.was_suspended())
+        assert lease.is_sure()
+    finally:
+        await lease.release(5)

@@ -7,8 +7,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.bot.running import run_cli
 from tests.operations.migrations.support import HEAD, KNOWN, with_revision
@@ -16,74 +14,10 @@ from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
 from utils.exceptions import MigrationError
 from utils.operations import migrations
-from utils.operations.migrations import schema_catalog, statements
+from utils.operations.migrations import schema_catalog
 from utils.operations.migrations.preview import preview
 
 ON_OLD = "ALTER TABLE members "
-
-
-@pytest.mark.parametrize(
-    ("sql", "kinds"),
-    [
-        ("CREATE TABLE a (id bigint PRIMARY KEY)", ["safe"]),
-        ("CREATE TABLE a (id bigint REFERENCES members)", ["locks"]),
-        ("CREATE TABLE a PARTITION OF changes FOR VALUES FROM (1) TO (2)", ["locks"]),
-        (ON_OLD + "ADD COLUMN x int", ["locks"]),
-        (ON_OLD + "ADD COLUMN x int DEFAULT 5 NOT NULL", ["locks"]),
-        (ON_OLD + "ADD x jsonb DEFAULT '{}'::jsonb NOT NULL", ["locks"]),
-        (ON_OLD + "ADD x timestamptz DEFAULT now()", ["locks"]),
-        (ON_OLD + "ADD x uuid DEFAULT gen_random_uuid()", ["rewrites"]),
-        (ON_OLD + "ADD x timestamptz DEFAULT clock_timestamp()", ["rewrites"]),
-        (ON_OLD + "ADD x bigserial", ["rewrites"]),
-        (ON_OLD + "ADD x int GENERATED ALWAYS AS (flags + 1) STORED", ["rewrites"]),
-        (ON_OLD + "ADD x int CHECK (x > 0)", ["scans"]),
-        (ON_OLD + "ALTER COLUMN flags TYPE bigint", ["rewrites"]),
-        (ON_OLD + 'ALTER "my flags" SET DATA TYPE bigint', ["rewrites"]),
-        (ON_OLD + "ALTER COLUMN flags SET NOT NULL", ["scans"]),
-        (ON_OLD + "ALTER COLUMN type DROP NOT NULL", ["locks"]),
-        (ON_OLD + "ADD CONSTRAINT c CHECK (flags > 0)", ["scans"]),
-        (ON_OLD + "ADD CONSTRAINT c CHECK (flags > 0) NOT VALID", ["locks"]),
-        (ON_OLD + "ADD CONSTRAINT c FOREIGN KEY (user_id) REFERENCES users", ["scans"]),
-        (ON_OLD + "ADD CONSTRAINT c UNIQUE USING INDEX i", ["locks"]),
-        (ON_OLD + "VALIDATE CONSTRAINT c", ["safe"]),
-        (ON_OLD + "DROP COLUMN nick", ["drops"]),
-        (ON_OLD + "DROP CONSTRAINT c", ["drops"]),
-        (ON_OLD + "ADD x int, DROP COLUMN nick, ALTER flags TYPE bigint", ["locks", "drops", "rewrites"]),
-        (ON_OLD + "RENAME COLUMN nick TO name", ["locks"]),
-        (ON_OLD + "SET (fillfactor = 70)", ["safe"]),
-        (ON_OLD + "FROBNICATE", ["unknown"]),
-        ("ALTER TABLE IF EXISTS ONLY public.members DROP nick", ["drops"]),
-        ("CREATE UNIQUE INDEX i ON members (nick)", ["blocks writes"]),
-        ("CREATE INDEX CONCURRENTLY i ON members (nick)", ["safe"]),
-        ("DROP INDEX i", ["drops"]),
-        ("drop table members", ["drops"]),
-        ("DROP TYPE mood", ["drops"]),
-        ("TRUNCATE members", ["drops"]),
-        ("DELETE FROM members WHERE flags = 1", ["drops"]),
-        ("UPDATE members SET flags = 1", ["changes rows"]),
-        ("UPDATE alembic_version SET version_num='0004' WHERE true", ["safe"]),
-        ("WITH gone AS (DELETE FROM members RETURNING 1) SELECT 1", ["unknown"]),
-        ("VACUUM FULL members", ["rewrites"]),
-        ("DO $$ BEGIN DROP TABLE members; END $$", ["unknown"]),
-        ("SELECT drop_everything()", ["unknown"]),
-        ("CALL f('a; b')", ["unknown"]),
-    ],
-)
-def test_classifies_statements(sql: str, kinds: list[str]) -> None:
-    found = [statement for statement in statements.parse(sql + ";\n") if statement.sql]
-    assert [[effect.kind for effect in statement.effects] for statement in found] == [kinds]
-
-
-def test_statements_on_a_new_table_are_safe() -> None:
-    sql = "CREATE TABLE ops.a (id int); CREATE INDEX i ON ops.a (id); ALTER TABLE ops.a ALTER id TYPE bigint;"
-    assert [s.effects[0].kind for s in statements.parse(sql)] == ["safe"] * 3
-    assert statements.parse("CREATE TABLE a (id int); CREATE INDEX i ON b (id)")[1].effects[0].kind == "blocks writes"
-
-
-@given(st.text(alphabet="a';\"$- \n/*x1EeUu&\\()DROPTABLE,é", max_size=60))
-def test_parsing_loses_no_sql(sql: str) -> None:
-    found = statements.parse(sql)
-    assert "".join(statement.before + statement.sql for statement in found) == sql
 
 
 async def run_psql(server: EmbeddedServer, target: ConnectTarget, path: Path) -> None:

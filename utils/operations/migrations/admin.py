@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 
 from utils.database import ConnectTarget, Pool
-from utils.exceptions import GuildbookError, MigrationError, translate
+from utils.exceptions import GuildbookError, MigrationError, translate_errors
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.migrations import invalid_indexes, runner, schema_catalog
 from utils.operations.migrations.drift import check_drift
@@ -164,7 +164,7 @@ async def downgrade(
     Parameters
     ----------
     backup: makes the backup that comes first; None for no backup.
-    exclusive: keeps bots from acting meanwhile.
+    exclusive: keeps bots from acting during the downgrade.
 
     Raises
     ------
@@ -230,24 +230,22 @@ async def stamp(
     note = "compared with what the migrations make"
     if not differences:
         actual = await schema_catalog.read(pool.direct)
-        try:
-            async with _empty_database(pool.direct) as empty:
+        async with _empty_database(pool.direct) as empty:
+            if empty is not None:
                 await runner.upgrade(empty, goal, options=options)
                 expected = await schema_catalog.read(empty)
                 await runner.upgrade(empty, options=options)
-                newest = await schema_catalog.read(empty)
-        except asyncpg.InsufficientPrivilegeError as exc:
-            if goal != known[-1]:
+                differences = schema_catalog.mismatches(actual, expected, await schema_catalog.read(empty))
+            elif goal == known[-1]:
+                note = (
+                    "compared with the models, without defaults and check constraints, because the database user may"
+                    " not create a database"
+                )
+            else:
                 raise MigrationError(
                     f"could not check that the schema is at {goal}: the database user may not create a database to"
                     " compare with; as a superuser, grant CREATEDB"
-                ) from exc
-            note = (
-                "compared with the models, without defaults and check constraints, because the database user may not"
-                " create a database"
-            )
-        else:
-            differences = schema_catalog.mismatches(actual, expected, newest)
+                )
     if differences:
         raise MigrationError(
             _join([f"the schema is not what revision {goal} makes; nothing was recorded:", *differences])
@@ -268,25 +266,25 @@ async def _recorded_revision(pool: Pool) -> str | None:
 
 
 @contextlib.asynccontextmanager
-async def _empty_database(target: ConnectTarget) -> AsyncIterator[ConnectTarget]:
-    """Create an empty database on the same server, dropped afterwards.
-
-    Raises asyncpg's `InsufficientPrivilegeError` when the user may not.
-    """
+async def _empty_database(target: ConnectTarget) -> AsyncIterator[ConnectTarget | None]:
+    """Create an empty database on the same server, dropped afterwards; None if the user may not."""
     name = f"guildbook_compare_{secrets.token_hex(6)}"
-    connection = await asyncpg.connect(**target.connect_kwargs(), timeout=10, command_timeout=CREATE_DATABASE_SECONDS)
-    try:
-        await connection.execute("CREATE DATABASE " + name + " TEMPLATE template0")
+    with translate_errors():
+        connection = await asyncpg.connect(
+            **target.connect_kwargs(), timeout=10, command_timeout=CREATE_DATABASE_SECONDS
+        )
         try:
-            yield target.with_database(name)
+            try:
+                await connection.execute("CREATE DATABASE " + name + " TEMPLATE template0")
+            except asyncpg.InsufficientPrivilegeError:
+                yield None
+                return
+            try:
+                yield target.with_database(name)
+            finally:
+                await connection.execute("DROP DATABASE IF EXISTS " + name + " WITH (FORCE)")
         finally:
-            await connection.execute("DROP DATABASE IF EXISTS " + name + " WITH (FORCE)")
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
-        if isinstance(exc, asyncpg.InsufficientPrivilegeError):
-            raise
-        raise translate(exc) or exc from exc
-    finally:
-        await connection.close(timeout=5)
+            await connection.close(timeout=5)
 
 
 class _StepCounter:

@@ -1,6 +1,6 @@
 """Run the schema's revisions: upgrade, downgrade, stamp, and which revision a database is at.
 
-Alembic is synchronous and runs in a thread, so the event loop goes on meanwhile.
+Alembic is synchronous and runs in a thread, so the event loop is not blocked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from alembic.util import CommandError
 from sqlalchemy import Connection
 
 from utils.database import ConnectTarget, Pool
-from utils.exceptions import DatabaseUnavailable, MigrationError, driver_error, translate
+from utils.exceptions import DRIVER_ERRORS, DatabaseUnavailable, MigrationError, driver_error, translate
 from utils.operations.migrations import history
 from utils.operations.migrations.environment import DEFAULTS, MigrationOptions, MigrationRun, run_on_connection
 from utils.operations.migrations.history import BOT, Actor, AppliedRevision, Pause
@@ -359,7 +359,7 @@ async def _interrupt(run: MigrationRun, working: asyncio.Future[None]) -> None:
                 finally:
                     await connection.close()
             await asyncio.wait({working})
-    except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except DRIVER_ERRORS as error:
         _log.warning("could not interrupt the migration; the server continues its statement: %r", error)
 
 

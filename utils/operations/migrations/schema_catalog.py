@@ -12,6 +12,7 @@ from sqlalchemy import Connection, MetaData, text
 from models import Base
 from models.views import ROLE_MEMBERSHIP
 from utils.database.target import ConnectTarget
+from utils.exceptions import translate_errors
 from utils.operations.migrations.environment import import_models, run_on_connection
 
 _RELATIONS = (
@@ -43,12 +44,13 @@ _QUERIES: tuple[str, ...] = (
 
 
 async def read(target: ConnectTarget) -> dict[str, str]:
-    """Return every object of the schema: its name, and its definition as PostgreSQL spells it."""
-    connection = await asyncpg.connect(**target.connect_kwargs(), timeout=30, command_timeout=60)
-    try:
-        rows = [row for query in _QUERIES for row in await connection.fetch(query)]
-    finally:
-        await connection.close(timeout=5)
+    """Return every object of the schema: its name, and its definition as PostgreSQL spells it. Raises `DatabaseError`."""
+    with translate_errors():
+        connection = await asyncpg.connect(**target.connect_kwargs(), timeout=30, command_timeout=60)
+        try:
+            rows = [row for query in _QUERIES for row in await connection.fetch(query)]
+        finally:
+            await connection.close(timeout=5)
     return {row[0]: row[1] for row in rows}
 
 

@@ -1,4 +1,4 @@
-"""The revisions on a real server: upgrade, downgrade, concurrency, and drift from the models."""
+"""Upgrading and downgrading a real server: concurrency, failures, cancellation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from sqlalchemy import Column, Index, MetaData, Text
 
-from models import Base
+from tests.waiting import until
 from utils.database import ConnectTarget, Pool
 from utils.exceptions import DatabaseUnavailable, MigrationError
 from utils.operations import migrations
-from utils.operations.migrations import MigrationOptions, __main__, schema_catalog
+from utils.operations.migrations import MigrationOptions, schema_catalog
 from utils.operations.migrations.environment import LOCK_KEY
 
 pytestmark = pytest.mark.slow
@@ -44,55 +43,6 @@ async def test_downgrade_and_upgrade_restore_the_schema(empty_target: ConnectTar
     assert await schema_catalog.read(empty_target) == first
 
 
-async def test_migrations_match_the_models(target: ConnectTarget, empty_target: ConnectTarget) -> None:
-    assert await migrations.check_drift(target) == []
-    await schema_catalog.build_from_models(empty_target)
-    assert schema_catalog.differences(await schema_catalog.read(target), await schema_catalog.read(empty_target)) == []
-
-
-async def test_drift_includes_missing_columns_and_indexes(target: ConnectTarget) -> None:
-    metadata = MetaData(naming_convention=Base.metadata.naming_convention)
-    for table in Base.metadata.tables.values():
-        table.to_metadata(metadata)
-    metadata.tables["roles"].append_column(Column("extra", Text))
-    Index(None, metadata.tables["threads"].c.owner_id)
-    lines = await migrations.check_drift(target, metadata=metadata)
-    assert sorted(line.partition(":")[0] for line in lines) == ["add_column", "add_index"]
-    assert "extra" in "".join(lines)
-
-
-@pytest.mark.parametrize(
-    ("statement", "expected"),
-    [
-        ("ALTER TABLE users ALTER COLUMN stamp SET DEFAULT 7", "column public.users.stamp"),
-        ("ALTER TABLE changes ALTER COLUMN id DROP DEFAULT", "column public.changes.id"),
-        ("ALTER TABLE sync_runs DROP CONSTRAINT ck_sync_runs_state", "ck_sync_runs_state"),
-        ("ALTER TABLE guilds DROP COLUMN is_active; ALTER TABLE guilds ADD is_active bool", "guilds.is_active"),
-        ("ALTER SEQUENCE ops.change_ids CYCLE", "sequence ops.change_ids"),
-        ("CREATE OR REPLACE VIEW role_membership AS SELECT guild_id, id AS role_id, id AS user_id FROM roles", "view"),
-    ],
-)
-async def test_catalog_finds_what_alembic_does_not_compare(
-    target: ConnectTarget, empty_target: ConnectTarget, statement: str, expected: str
-) -> None:
-    conn = await asyncpg.connect(**target.connect_kwargs())
-    await conn.execute(statement)
-    await conn.close()
-    await schema_catalog.build_from_models(empty_target)
-    lines = schema_catalog.differences(await schema_catalog.read(target), await schema_catalog.read(empty_target))
-    assert expected in "\n".join(lines)
-
-
-async def test_drift_includes_the_view(database: Pool) -> None:
-    await database.execute("DROP VIEW role_membership")
-    assert await migrations.check_drift(database) == ["modify_view: role_membership"]
-
-
-async def test_drift_ignores_other_schemas(database: Pool) -> None:
-    await database.execute("CREATE SCHEMA theirs; CREATE TABLE theirs.things (id int)")
-    assert await migrations.check_drift(database) == []
-
-
 async def test_concurrent_upgrades_apply_revisions_once(
     empty_target: ConnectTarget, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -100,6 +50,16 @@ async def test_concurrent_upgrades_apply_revisions_once(
     await asyncio.gather(*(migrations.upgrade(empty_target) for _ in range(3)))
     assert await migrations.current(empty_target) == HEAD
     assert caplog.text.count("schema migrated: upgrade to head") == 1
+
+
+async def wait_for_pollers(conn: asyncpg.Connection[asyncpg.Record], processes: int) -> None:
+    """Wait until so many sessions poll for the migration lock."""
+    query = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        " AND query ~ 'pg_try_advisory_lock|COMMIT'"
+    )
+    while await conn.fetchval(query) < processes:
+        await conn.execute("SELECT pg_sleep(0.02)")
 
 
 async def test_concurrent_processes_apply_revisions_once(empty_target: ConnectTarget) -> None:
@@ -147,6 +107,39 @@ async def test_upgrade_does_not_block_the_event_loop(empty_target: ConnectTarget
     await holder.execute("SELECT pg_advisory_unlock($1)", LOCK_KEY)
     await upgrade
     await holder.close()
+
+
+async def test_cancels_while_waiting_for_a_table(empty_target: ConnectTarget) -> None:
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'alembic_version'::regclass"
+    await migrations.upgrade(empty_target, "0001")
+    other = await asyncpg.connect(**empty_target.connect_kwargs())
+    async with asyncio.timeout(20), other.transaction():
+        await other.execute("LOCK TABLE alembic_version")
+        migrating = asyncio.create_task(migrations.upgrade(empty_target))
+        await until(lambda: other.fetchval(waiting))
+        migrating.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await migrating
+        assert await other.fetchval(waiting) == 0
+    await other.close()
+    assert await migrations.current(empty_target) == "0001"
+    await migrations.upgrade(empty_target)
+
+
+async def test_cancels_while_waiting_for_another_process(
+    empty_target: ConnectTarget, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    other = await asyncpg.connect(**empty_target.connect_kwargs())
+    await other.execute("SELECT pg_advisory_lock($1)", LOCK_KEY)
+    async with asyncio.timeout(20):
+        migrating = asyncio.create_task(migrations.upgrade(empty_target))
+        await until(lambda: "waiting for another process" in caplog.text)
+        migrating.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await migrating
+    await other.close()
+    assert await migrations.current(empty_target) is None
 
 
 async def test_releases_the_lock(database: Pool) -> None:
@@ -205,30 +198,6 @@ async def test_alembic_command_line_uses_the_settings(empty_target: ConnectTarge
     await alembic("upgrade", "head")
     assert "No new upgrade operations detected" in await alembic("check")
     assert f"{HEAD} (head)" in await alembic("current")
-
-
-async def wait_for_pollers(conn: asyncpg.Connection[asyncpg.Record], processes: int) -> None:
-    """Wait until so many sessions poll for the migration lock."""
-    query = (
-        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
-        " AND query ~ 'pg_try_advisory_lock|COMMIT'"
-    )
-    while await conn.fetchval(query) < processes:
-        await conn.execute("SELECT pg_sleep(0.02)")
-
-
-def test_squawk_accepts_our_sql() -> None:
-    assert __main__.main(["lint"]) == 0
-
-
-def test_squawk_rejects_blocking_sql() -> None:
-    assert __main__.lint("CREATE INDEX i ON members (nick);\n") == 1
-
-
-async def test_check_reports_drift_from_the_models() -> None:
-    assert await __main__.check(18) == []
-    lines = await __main__.check(18, role_membership="CREATE VIEW role_membership AS SELECT 1 AS one")
-    assert any("view public.role_membership" in line for line in lines)
 
 
 async def test_time_ordered_ids_follow_the_clock(database: Pool) -> None:

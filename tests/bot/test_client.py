@@ -1,0 +1,56 @@
+"""The bot's statistics, and discord.py's member cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from simulator import Simulator, World
+from tests.bot.running import running_bot, wait_until_mirrored
+from tests.waiting import until
+from utils.bot.client import member_cache_flags
+from utils.database import Pool
+from utils.service import metrics
+
+
+async def test_stats_and_metrics_count_waiting_and_written_rows(
+    simulator: Simulator, world: World, small: int, database: Pool, tmp_path: Path
+) -> None:
+    async with running_bot(database, simulator, spool="always", data_dir=tmp_path, flush_seconds=60) as bot:
+        await until(lambda: bot.mirror.writer.is_idle)
+        async with bot.mirror.writer.write_lock:  # keeps rows waiting
+            channel = next(c.id for c in world.guild(small).channels.values() if c.type == 0 and not c.hidden)
+            someone = world.guild(small).ordered_member_ids()[0]
+            for _ in range(5):
+                world.message(small, channel, someone, "hello")
+            world.join(small)
+            await until(lambda: bot.stats()["queue"]["events"] == 6)
+            await until(lambda: bot.stats()["spool"]["events"] == 6 and bot.stats()["spool"]["bytes"] > 0)
+            stats = bot.stats()
+            assert (stats["buffer"]["rows"] >= 2, stats["buffer"]["dropped"]) == (True, 0)
+            assert stats["queue"]["oldest"] > 0
+            assert (stats["lease"]["state"], stats["lease"]["epoch"]) == ("active", 1)
+            assert {"created", "active", "idle", "waiting"} <= stats["pool"].keys()
+            bot.update_metrics()
+            assert "guildbook_queue_events 6.0" in metrics.render().decode()
+        await bot.mirror.writer.flush()
+        assert bot.stats()["written"]["events"] == 6
+        assert bot.stats()["queue"]["events"] == 0
+    rows = await database.fetch("SELECT message_count FROM member_stats")
+    assert [row["message_count"] for row in rows] == [5]
+
+
+@pytest.mark.parametrize("member_cache", ["none", "voice", "all"])
+async def test_the_mirror_does_not_depend_on_the_member_cache(
+    database: Pool, simulator: Simulator, member_cache: str, small: int
+) -> None:
+    async with running_bot(database, simulator, member_cache=member_cache) as bot:
+        await wait_until_mirrored(database, simulator)
+        simulator.world.join(small)
+        await wait_until_mirrored(database, simulator)
+        guild = bot.get_guild(small)
+        assert guild is not None
+        in_voice = len(simulator.world.guild(small).voice)
+        assert len(guild.members) == {"none": 1, "voice": 1 + in_voice, "all": 1 + in_voice + 1}[member_cache]
+    assert not member_cache_flags("none").joined
