@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import asyncpg
+import pytest
 
 from tests.bot.running import run_cli
 from utils.database import ConnectTarget

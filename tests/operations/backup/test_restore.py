@@ -76,6 +76,13 @@ async def test_restores_rows_and_keeps_ops_and_the_old_database(database: Pool, 
         assert await scratch_databases(database.target, scratch.BEFORE) == []
 
 
+async def test_ends_a_pause_of_auto_migrate(database: Pool, archive: Archive) -> None:
+    await migrations.pause_auto_migrate(database, migrations.known_revisions()[-1].id)
+    async with dropping_scratch_databases(database.target):
+        await restore_archive(database, archive, safety_backup=no_safety_backup)
+        assert await migrations.find_pause(database) is None
+
+
 async def test_restored_rows_have_the_same_checksums(tmp_path: Path, server: EmbeddedServer, database: Pool) -> None:
     await seed.seed(database, guilds=2, members=50)
     expected = await table_checksums(database.target)

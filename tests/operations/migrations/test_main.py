@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from utils.operations.migrations import __main__
+
+pytestmark = pytest.mark.slow
 
 
 def test_squawk_accepts_our_sql() -> None:

@@ -179,6 +179,8 @@ async def _finish(
     live = pool.direct.with_database(name)
     for what, work in (
         ("reconnecting", pool.renew),
+        # A pause of the former database is in `ops`, but the restored one is at the newest revision.
+        ("resuming AUTO_MIGRATE", lambda: migrations.resume_auto_migrate(pool)),
         ("the reconcile", after),
         ("gathering statistics", lambda: load.analyze(live)),
     ):

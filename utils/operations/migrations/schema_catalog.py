@@ -44,7 +44,7 @@ _QUERIES: tuple[str, ...] = (
 
 
 async def read(target: ConnectTarget) -> dict[str, str]:
-    """Return every object of the schema: its name, and its definition as PostgreSQL spells it. Raises `DatabaseError`."""
+    """Return the name and the definition of every object, as PostgreSQL spells it. Raises `DatabaseError`."""
     with translate_errors():
         connection = await asyncpg.connect(**target.connect_kwargs(), timeout=30, command_timeout=60)
         try:
