@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.docs.blocks import Block, blocks
 
+ROOT = Path(__file__).parents[2]
+PRIVATE = re.compile(r"_(?!_)\w+")
+#: Documented names with an underscore (named tuples, `os`, `sys`), and private names that the product itself defines.
+OWN_OR_PUBLIC = {"_replace", "_asdict", "_exit", "_getframe"} | set(
+    re.findall(r"(?:self\.|def |class )(_(?!_)\w+)", "".join(p.read_text() for p in (ROOT / "utils").rglob("*.py")))
+) - {"_checks", "_connection"}
 PATHS = [block for block in blocks("text") if block.text.startswith("utils.")]
 #: The most files that a path passes, by its first function.
 MAX_FILES = {"utils.database.access.Database.fetch": 5}
@@ -38,3 +47,33 @@ def test_every_step_exists_and_the_path_is_short(block: Block) -> None:
 
 def test_the_path_of_a_fetch_is_drawn() -> None:
     assert "utils.database.access.Database.fetch" in {block.text.split()[0] for block in PATHS}
+
+
+def test_the_path_of_a_member_update_is_drawn() -> None:
+    (steps,) = [block.text.split() for block in PATHS if "utils.mirror.translate.live._member_update" in block.text]
+    assert steps[0] == "utils.mirror.discord.tap._received_message"
+    assert steps[-1] == "utils.mirror.write.merge_sql.merge_arrays"
+
+
+def private_uses() -> set[tuple[str, str]]:
+    """Return (module, name) for each private attribute or import of another package's in the product."""
+    uses: set[tuple[str, str]] = set()
+    for path in [*(ROOT / "utils").rglob("*.py"), *(ROOT / "cogs").rglob("*.py"), ROOT / "bot.py"]:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith(("utils", "models", "__")):
+                uses |= {(module, alias.name) for alias in node.names if PRIVATE.fullmatch(alias.name)}
+            elif isinstance(node, ast.Attribute) and PRIVATE.fullmatch(node.attr):
+                is_own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                uses |= set() if is_own else {(module, node.attr)}
+    return {(module, name) for module, name in uses if name not in OWN_OR_PUBLIC}
+
+
+def test_every_private_hook_is_documented() -> None:
+    section = (ROOT / "docs" / "architecture.md").read_text().split("## Private hooks", 1)[1]
+    rows = [line.split("|") for line in section.splitlines() if line.startswith("| `utils")]
+    documented = {(row[1].strip(" `"), name) for row in rows for name in re.findall(r"_\w+", row[2])}
+    used = private_uses()
+    assert used - documented == set(), "add these to the table in docs/architecture.md"
+    assert all((ROOT / row[4].strip(" `")).exists() for row in rows)

@@ -142,8 +142,9 @@ async def mirrored(
     user_batch_pages: int = 2,
     transaction_events: int = 5_000,
     replay_seconds: float = 5.0,
+    pause_seconds: float = 10.0,
 ) -> AsyncIterator[Mirrored]:
-    """Mirror a simulator's world into a database for the length of the block; a further block is the bot's restart."""
+    """Run a bot that mirrors a simulator's world into a database; a further block is a restart of the bot."""
     impatient(monkeypatch)
     monkeypatch.setattr(http.Route, "BASE", simulator.api_base)
     monkeypatch.setattr(gateway.DiscordWebSocket, "DEFAULT_GATEWAY", yarl.URL(simulator.gateway_url))
@@ -159,11 +160,12 @@ async def mirrored(
     journal = None if spool is None else await Journal.open(spool, fence.holder, max_bytes=2**26)
     mirror = Mirror(
         database,
-        DiscordSource(client, timeout=10.0, members_page=PAGE),
+        DiscordSource(client, timeout=10.0, members_page=simulator.limits.members_per_page),
         fence,
         EventQueue(journal, spool=mode, max_rows=max_rows),
         shards=1,
         arrival_seconds=0.2,
+        pause_seconds=pause_seconds,
         flush_policy=FlushPolicy(
             flush_seconds=flush_seconds, transaction_events=transaction_events, replay_seconds=replay_seconds
         ),

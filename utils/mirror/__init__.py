@@ -1,4 +1,4 @@
-"""The mirror: gateway payloads to rows, one write path, reconcile against complete listings."""
+"""The mirror: translates gateway payloads to rows, and reconciles the tables with complete listings."""
 
 from utils.mirror.mirror import Mirror
 

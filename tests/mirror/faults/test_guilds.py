@@ -206,10 +206,9 @@ async def test_the_bot_is_not_ready_before_every_guild_has_arrived_and_been_reco
 async def test_three_large_guilds_at_once_take_turns_and_none_of_them_fails(
     database: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Staging holds two; pages of a third that nobody takes would keep the gateway from being read."""
+    """Staging admits two; if the pages of a third were requested, they would pause the gateway."""
     simulator, ids = small_world(monkeypatch, 240, 230, 220, 210)
-    monkeypatch.setattr("utils.mirror.mirror.PAUSE_SECONDS", 2.0)
-    async with simulator, mirrored(database, simulator, monkeypatch) as bot:
+    async with simulator, mirrored(database, simulator, monkeypatch, pause_seconds=2.0) as bot:
         await bot.settled()
     for guild_id in ids:
         assert await runs(database, guild_id) == [("complete", "gateway")]

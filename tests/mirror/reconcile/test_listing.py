@@ -157,8 +157,8 @@ async def test_stuck_listing_pauses_the_gateway_only_once(database: Pool) -> Non
         flush_policy=FlushPolicy(), reconcile_policy=ReconcilePolicy(page_timeout=1.0, cooldown=0), pause_seconds=SOON,
     )  # fmt: skip
     mirror.reconciler.listings["nonce"] = found
-    await mirror._pause()
-    assert found.pages_waiting < module.PAGES_WAITING or found._error is not None
+    await mirror._wait_for_listings()
+    assert found.pages_waiting < module.MAX_WAITING_PAGES or found._error is not None
 
 
 async def test_protects_touched_and_unreadable_members() -> None:

@@ -1,4 +1,4 @@
-"""Payloads turned into rows: every event in the shape that Discord's API reference gives it."""
+"""Payloads, in the shapes of Discord's API reference, become rows."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from utils.mirror.translate.live import ROW_PARSERS
 from utils.mirror.translate.objects import Payload
 from utils.mirror.translate.snapshots import read_snapshot
 from utils.mirror.write.writer import FlushPolicy
+from utils.service import metrics
 from utils.service.lease import Fence
 
 G, AT = str(GUILD), when(99)
@@ -104,61 +105,61 @@ def read(event: str, payload: Payload) -> list[Row]:
 
 
 @pytest.mark.parametrize(("event", "payload", "expected"), SHAPES)
-def test_every_event_becomes_the_rows_it_speaks_of(
+def test_parses_each_event_into_rows(
     event: str, payload: Payload, expected: list[tuple[str, tuple[int, ...], bool]]
 ) -> None:
     assert [(row.table, row.key, row.may_insert) for row in read(event, payload)] == expected
 
 
-def test_every_event_that_is_taken_is_in_the_table_of_shapes() -> None:
+def test_every_parser_has_an_example() -> None:
     assert {event for event, _, _ in SHAPES} == ROW_PARSERS.keys()
 
 
-def test_a_member_is_read_with_sorted_numbers_and_moments() -> None:
+def test_parses_member_roles_and_timestamps() -> None:
     values = read("GUILD_MEMBER_ADD", MEMBER | {"guild_id": G})[1].values
     assert values["roles"] == [4, 30]
     assert values["joined_at"] == datetime(2024, 5, 1, 0, 0, 10, 123000, tzinfo=UTC)
     assert values["left_at"] is None
 
 
-def test_what_is_absent_from_a_join_is_none_and_from_an_update_unchanged() -> None:
+def test_absent_fields_of_joins_are_none_of_updates_unchanged() -> None:
     bare: Payload = {"guild_id": G, "user": USER, "roles": [], "joined_at": None}
     assert read("GUILD_MEMBER_ADD", bare)[1].values.keys() >= {"nick", "pending", "flags", "timed_out_until"}
     assert read("GUILD_MEMBER_UPDATE", bare)[1].values.keys() == {"roles", "joined_at", "left_at"}
     assert read("GUILD_MEMBER_UPDATE", bare | {"nick": None})[1].values["nick"] is None
 
 
-def test_a_partial_user_changes_what_it_speaks_of_and_makes_no_row() -> None:
+def test_a_partial_user_updates_only() -> None:
     row = validate_row(objects.user({"id": "7", "avatar": None}))
     assert (row.values, row.may_insert) == ({"avatar": None}, False)
 
 
-def test_only_the_bots_own_account_shows_what_discord_shows_of_nobody_else() -> None:
+def test_private_user_fields_are_read_for_the_bot_only() -> None:
     payload = USER | {"locale": "de", "verified": True, "banner": "b", "accent_color": 3}
     assert not objects.user(payload).values.keys() & {"locale", "verified", "banner", "accent_color"}
     assert objects.user(payload, own=True).values["locale"] == "de"
     assert "banner" not in objects.user(USER, own=True).values
 
 
-def test_a_flag_that_is_false_is_left_out_by_discord() -> None:
+def test_absent_user_flags_are_false() -> None:
     assert (objects.user(USER).values["bot"], objects.user(USER).values["system"]) == (False, False)
     assert objects.user(USER | {"bot": True}).values["bot"] is True
 
 
-def test_permissions_beyond_what_a_float_holds_stay_exact_and_tags_may_be_absent() -> None:
+def test_parses_role_permissions_exactly_and_optional_tags() -> None:
     values = read("GUILD_ROLE_CREATE", {"guild_id": G, "role": ROLE})[0].values
     assert (values["permissions"], values["tags"], values["deleted_at"]) == (9007199254740993, None, None)
     tagged = read("GUILD_ROLE_UPDATE", {"guild_id": G, "role": ROLE | {"tags": {"premium_subscriber": None}}})
     assert tagged[0].values["tags"] == '{"premium_subscriber":null}'
 
 
-def test_what_discord_sends_in_any_order_is_sorted() -> None:
+def test_sorts_lists_of_varying_order() -> None:
     other = CHANNEL | {"permission_overwrites": CHANNEL["permission_overwrites"][::-1]}
     assert read("CHANNEL_UPDATE", CHANNEL) == read("CHANNEL_UPDATE", other)
     assert read("GUILD_UPDATE", GUILD_UPDATE)[0].values["features"] == ["COMMUNITY", "NEWS"]
 
 
-def test_a_hidden_channel_says_only_that_it_is_there() -> None:
+def test_a_hidden_channel_keeps_its_stored_fields() -> None:
     hidden = CHANNEL | {
         "name": "___hidden___", "flags": 1 << 17, "topic": None, "parent_id": None,
         "permission_overwrites": [{"id": G, "type": 0, "allow": "0", "deny": "1024"}],
@@ -168,12 +169,12 @@ def test_a_hidden_channel_says_only_that_it_is_there() -> None:
     assert read("CHANNEL_UPDATE", CHANNEL)[0].values["hidden"] is False
 
 
-def test_a_channel_that_does_not_speak_of_a_field_leaves_it_alone() -> None:
+def test_absent_channel_fields_are_unchanged() -> None:
     values = read("CHANNEL_UPDATE", {"id": "5", "guild_id": G, "name": "n", "topic": None})[0].values
     assert values == {"name": "n", "topic": None, "hidden": False, "deleted_at": None}
 
 
-def test_a_thread_has_a_moment_of_archiving_only_while_it_is_archived() -> None:
+def test_archived_at_is_set_only_while_archived() -> None:
     assert read("THREAD_UPDATE", THREAD)[0].values["archived_at"] is None
     archived = THREAD | {"thread_metadata": THREAD["thread_metadata"] | {"archived": True, "invitable": False}}
     values = read("THREAD_UPDATE", archived)[0].values
@@ -187,14 +188,14 @@ def test_an_outage_is_not_a_removal() -> None:
     assert removal.values == {"left_at": AT, "unavailable": False}
 
 
-async def test_guild_create_names_what_there_is_and_over_rest_channels_prove_nothing() -> None:
+async def test_rest_snapshots_prove_no_absent_channels() -> None:
     for is_gateway, proven in ((True, {"roles", "channels"}), (False, {"roles"})):
-        seen = read_snapshot(GUILD_CREATE, 5, _never, is_gateway=is_gateway)
+        seen = read_snapshot(GUILD_CREATE, 5, _fail, is_gateway=is_gateway)
         assert {group.table for group in seen.groups} == {"guilds", "roles", "channels", "threads"}
         assert {absence.table for absence in seen.absences} == proven
 
 
-async def test_a_part_that_cannot_be_read_costs_that_part_and_its_proof() -> None:
+async def test_a_malformed_part_makes_its_table_incomplete() -> None:
     refused: list[Exception] = []
     payload = GUILD_CREATE | {"roles": [ROLE, {"name": "no id"}, ROLE | {"id": "6", "color": "red"}]}
     seen = read_snapshot(payload, 5, refused.append, is_gateway=True)
@@ -203,7 +204,7 @@ async def test_a_part_that_cannot_be_read_costs_that_part_and_its_proof() -> Non
     assert [group.records[0][1] for group in seen.groups if group.table == "roles"] == [4]
 
 
-async def test_a_thread_that_cannot_be_read_does_not_cost_its_guild(database: Pool) -> None:
+async def test_a_malformed_thread_does_not_cost_its_guild(database: Pool) -> None:
     mirror = unstarted(database)
     mirror.receive("GUILD_CREATE", GUILD_CREATE | {"threads": [THREAD, {"name": "no id"}]}, 0, "s")
     assert mirror.reconciler.guilds.keys() == {GUILD}
@@ -222,19 +223,35 @@ JUNK: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(
-    "event", [*ROW_PARSERS, "READY", "GUILD_CREATE", "GUILD_MEMBERS_CHUNK", "RATE_LIMITED", "SOMETHING_NEW"]
-)
-async def test_no_payload_makes_the_receiver_raise(database: Pool, event: str) -> None:
+def malformed(event: str) -> float:
+    """Return the value of the counter of malformed payloads."""
+    return float(metrics.malformed_payloads.labels(event)._value.get())
+
+
+@pytest.mark.parametrize("event", [*ROW_PARSERS, "READY", "GUILD_CREATE"])
+async def test_counts_malformed_payloads_and_fail_raises(database: Pool, event: str) -> None:
     mirror = unstarted(database)
+    before = malformed(event)
     listed = [{"user": item, "guild_id": G, "role": item, "meta": item, "guilds": item} for item in JUNK]
-    for payload in (*JUNK, *listed):
-        mirror.receive(event, payload, 0, "s")
+    results = [mirror.receive(event, payload, 0, "s") for payload in (*JUNK, *listed)]
+    rejected = results.count(None)
+    assert malformed(event) - before == rejected
+    assert rejected >= 4  # at least those that are not objects
     await mirror.stop(5)
 
 
-async def test_a_number_beyond_all_bounds_does_not_make_the_receiver_raise(database: Pool) -> None:
-    unstarted(database).receive("GUILD_UPDATE", decode('{"id": 1e999}'), 0, "s")
+@pytest.mark.parametrize("event", ["GUILD_MEMBERS_CHUNK", "RATE_LIMITED", "SOMETHING_NEW"])
+async def test_fail_raises_for_requests_and_unknown_events(database: Pool, event: str) -> None:
+    mirror = unstarted(database)
+    for payload in JUNK:
+        assert mirror.receive(event, payload, 0, "s") in (None, True, False)
+    await mirror.stop(5)
+
+
+async def test_an_infinite_number_is_malformed(database: Pool) -> None:
+    before = malformed("GUILD_UPDATE")
+    assert unstarted(database).receive("GUILD_UPDATE", decode('{"id": 1e999}'), 0, "s") is None
+    assert malformed("GUILD_UPDATE") - before == 1
 
 
 def unstarted(database: Pool) -> Mirror:
@@ -244,5 +261,5 @@ def unstarted(database: Pool) -> Mirror:
     )  # fmt: skip
 
 
-def _never(error: Exception) -> None:
-    raise AssertionError(f"a valid part was refused: {error}")
+def _fail(error: Exception) -> None:
+    raise AssertionError(f"a valid part was rejected: {error}")

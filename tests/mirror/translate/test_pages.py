@@ -1,4 +1,4 @@
-"""Pages of listings: the fast path says what the live path says, and one bad member costs that member alone."""
+"""Pages of listings agree with live events, and a malformed member costs only itself."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ USERS = st.fixed_dictionaries(
     },
     optional={"bot": st.booleans(), "system": st.booleans(), "banner": st.none(), "avatar_decoration_data": st.none()},
 )
-#: A guild member as Discord's API reference has it ("Guild Member Object"): `?` is optional here, `?type` nullable.
+#: Discord API reference, "Guild Member Object".
 MEMBERS = st.fixed_dictionaries(
     {
         "user": USERS,
@@ -58,7 +58,7 @@ MEMBERS = st.fixed_dictionaries(
 
 
 def never(error: ValidationError) -> None:
-    raise AssertionError(f"a valid member was refused: {error}")
+    raise AssertionError(f"a valid member was rejected: {error}")
 
 
 def member(user_id: int = 1, **values: Any) -> Payload:
@@ -67,10 +67,10 @@ def member(user_id: int = 1, **values: Any) -> Payload:
 
 
 @given(payloads=st.lists(MEMBERS, max_size=5))
-def test_a_listing_says_of_a_member_what_a_join_says(payloads: list[Payload]) -> None:
+def test_a_listed_member_equals_a_joined_member(payloads: list[Payload]) -> None:
     given = copy.deepcopy(payloads)
     page = read_page(GUILD, payloads, STAMP, never)
-    assert payloads == given, "a payload belongs to whoever reads it next"
+    assert payloads == given, "the payload must not be modified"
     assert page.seen == len(page.users) == len(page.members) == len(payloads)
     for payload, user, listed in zip(payloads, page.users, page.members, strict=True):
         one, other = (validate_row(row) for row in objects.member(GUILD, payload, is_join=True))
@@ -81,7 +81,7 @@ def test_a_listing_says_of_a_member_what_a_join_says(payloads: list[Payload]) ->
 
 
 @given(payloads=st.lists(MEMBERS, max_size=5))
-def test_members_read_one_by_one_are_what_they_are_all_at_once(payloads: list[Payload]) -> None:
+def test_the_slow_path_equals_the_fast_path(payloads: list[Payload]) -> None:
     slow = Page(seen=len(payloads))
     pages._read_one_by_one(slow, GUILD, payloads, STAMP, never)
     fast = read_page(GUILD, payloads, STAMP, never)
@@ -114,7 +114,7 @@ BROKEN: list[tuple[Any, list[int | None]]] = [
 
 
 @pytest.mark.parametrize(("broken", "unreadable"), BROKEN)
-def test_one_bad_member_costs_that_member_alone(broken: Any, unreadable: list[int | None]) -> None:
+def test_skips_only_malformed_members(broken: Any, unreadable: list[int | None]) -> None:
     refused: list[ValidationError] = []
     page = read_page(GUILD, [member(1), broken, member(2)], STAMP, refused.append)
     assert [record[0] for record in page.users] == [record[1] for record in page.members] == [1, 2]
@@ -124,7 +124,7 @@ def test_one_bad_member_costs_that_member_alone(broken: Any, unreadable: list[in
 
 
 @pytest.mark.parametrize("ids", [("1e400", "[]"), ("5", "[1e400]")])
-def test_a_number_beyond_all_bounds_costs_that_member_alone(ids: tuple[str, str]) -> None:
+def test_skips_members_with_infinite_numbers(ids: tuple[str, str]) -> None:
     text = '{{"user": {{"id": {}, "username": "u"}}, "joined_at": null, "roles": {}}}'.format(*ids)
     page = read_page(GUILD, [member(1), decode(text), member(2)], STAMP, lambda error: None)
     assert [record[1] for record in page.members] == [1, 2]
@@ -142,7 +142,7 @@ JSON = st.recursive(
     where=st.lists(st.sampled_from(["user", "id", "username", "roles", "joined_at", "nick", "flags"])),
     junk=JSON,
 )
-def test_no_json_whatever_makes_a_page_raise(payload: Payload, where: list[str], junk: Any) -> None:
+def test_no_json_makes_a_page_raise(payload: Payload, where: list[str], junk: Any) -> None:
     for name in where:
         target = payload["user"] if name in ("id", "username") and isinstance(payload["user"], dict) else payload
         target[name] = junk
@@ -151,13 +151,13 @@ def test_no_json_whatever_makes_a_page_raise(payload: Payload, where: list[str],
     assert len(page.members) + len(page.unreadable) == 2
 
 
-def test_roles_are_sorted_and_left_members_come_back() -> None:
+def test_sorts_roles_and_clears_left_at() -> None:
     page = read_page(GUILD, [member(1, roles=["30", "4"])], STAMP, never)
     listed = dict(zip(LISTED_MEMBER_COLUMNS, page.members[0][2:], strict=False))
     assert listed["roles"] == [4, 30]
     assert listed["left_at"] is None
 
 
-def test_a_page_as_it_comes_over_the_wire_is_read() -> None:
+def test_reads_a_page_from_json() -> None:
     page = read_page(GUILD, orjson.loads(orjson.dumps([member(1), member(2)])), STAMP, never)
     assert len(page.members) == 2
