@@ -71,9 +71,9 @@ def private_uses() -> set[tuple[str, str]]:
 
 
 def test_every_private_hook_is_documented() -> None:
-    section = (ROOT / "docs" / "architecture.md").read_text().split("## Private hooks", 1)[1]
+    section = (ROOT / "docs" / "explanation" / "architecture.md").read_text().split("## Private hooks", 1)[1]
     rows = [line.split("|") for line in section.splitlines() if line.startswith("| `utils")]
     documented = {(row[1].strip(" `"), name) for row in rows for name in re.findall(r"_\w+", row[2])}
     used = private_uses()
-    assert used - documented == set(), "add these to the table in docs/architecture.md"
+    assert used - documented == set(), "add these to the table in docs/explanation/architecture.md"
     assert all((ROOT / row[4].strip(" `")).exists() for row in rows)
