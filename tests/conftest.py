@@ -44,6 +44,19 @@ _peak_memory: dict[str, int] = {}
 Result = TypeVar("Result")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each run its own directory for `tmp_path`; pass --basetemp to keep the files.
+
+    Every pytest that starts resets the mode of the shared default, also one that a test starts. The account of an
+    embedded server could then no longer enter the directories of tests that are running.
+    """
+    if config.option.basetemp is None:
+        directory = tempfile.mkdtemp(prefix="guildbook-tests-")
+        config.option.basetemp = directory
+        config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if hasattr(getattr(item, "obj", None), "hypothesis") and "server" in getattr(item, "fixturenames", ()):
