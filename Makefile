@@ -42,7 +42,7 @@ test: setup ## Run the tests in parallel (ARGS="-m quick" for two minutes, ARGS=
 	@$(PYTEST) $(ARGS)
 
 test-all: setup ## Run the tests, long histories, soaks and fuzzing included
-	@$(PYTEST) -m "" $(ARGS)
+	@GUILDBOOK_TEST_PROFILE=exhaustive GUILDBOOK_PROPERTY_EXAMPLES=400 $(PYTEST) -m "" --timeout 3600 $(ARGS)
 
 bench: setup ## Measure, and write benchmarks/results/
 	@$(RUN) -m benchmarks $(ARGS)

@@ -35,7 +35,8 @@ settings.register_profile(
     "guildbook", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 settings.register_profile("ci", settings.get_profile("guildbook"), derandomize=True)
-settings.load_profile("ci" if os.environ.get("CI") else "guildbook")
+settings.register_profile("exhaustive", settings.get_profile("guildbook"), max_examples=1_000)
+settings.load_profile(os.environ.get("GUILDBOOK_TEST_PROFILE") or ("ci" if os.environ.get("CI") else "guildbook"))
 
 TEMPLATE = "guildbook_template"
 _numbers = itertools.count(1)

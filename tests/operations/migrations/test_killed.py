@@ -6,6 +6,7 @@ import asyncio
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -91,8 +92,11 @@ async def check_is_at_one_revision(
     return at
 
 
-def points(kind: str, count: int) -> list[int]:
-    return sorted(random.Random(f"{SEED} {kind}").sample(range(1, COMMANDS + 1), count))
+def points(kind: str, count: int) -> list[Any]:
+    """Return every DDL command to kill at, all but a random sample marked exhaustive."""
+    numbers = range(1, COMMANDS + 1)
+    sample = random.Random(f"{SEED} {kind}").sample(numbers, count)
+    return [it if it in sample else pytest.param(it, marks=pytest.mark.exhaustive) for it in numbers]
 
 
 async def check_upgrade_continues(directory: Path, target: ConnectTarget) -> None:
