@@ -23,7 +23,7 @@ from utils.operations.backup.service import BackupService
 PLAIN, ENCRYPTED = 100, 20
 SEED = 1_907
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 Damage = Callable[[random.Random, Path, Manifest, Manifest], None]
 

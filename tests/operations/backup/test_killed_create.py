@@ -30,7 +30,7 @@ from utils.operations.backup.manifest import MANIFEST_SUFFIX
 from utils.operations.backup.service import BackupService
 from utils.operations.backup.store import UNFINISHED
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 #: Number of kills: of a backup, of an encrypted backup, and of the safety backup of a restore.
 PLAIN_KILLS, ENCRYPTED_KILLS, SAFETY_KILLS = 10, 5, 6

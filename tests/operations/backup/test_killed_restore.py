@@ -29,7 +29,7 @@ from utils.operations.development import seed
 #: Restores killed before a database call, and restores killed after a time.
 KILLS_AT_CALLS, KILLS_AT_TIMES = 12, 10
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 async def acquire_lease(target: ConnectTarget) -> None:
