@@ -4,14 +4,14 @@
     ann = make_user()
     await write(database, guild, ann, make_member(guild, ann, nick="Ann"))
 
-or, where it does not matter who they are:
+or, when their values do not matter:
 
     people = await populate(database, guilds=2, members=50)
     assert await cog.count(people.guilds[0].id) == 50
 
-What `make_…` returns are instances of the models, not yet in any database: every column that Discord would have sent is
-set, keyword arguments win. They are not bound to a session; compare them with what the repositories return by column.
-`write` goes the mirror's own way, so rows have stamps, and a second `write` of what changed leaves its history.
+The `make_…` functions return detached model instances with a value for every column that Discord sends; keyword
+arguments override the defaults. Compare them with what repositories return column by column. `write` uses the mirror's
+merge, so rows have stamps, and writing a changed row again records the change in the history.
 
 As fixtures:
 
@@ -36,9 +36,9 @@ from utils.mirror.records.rows import COUNTER_BITS, Entry, Key, key_columns, val
 from utils.mirror.write.batch import Batch, write_batch
 from utils.service.lease import Fence
 
-#: What exists first was made then.
+#: Creation time of the first object.
 BEGINNING = datetime(2024, 1, 1, tzinfo=UTC)
-#: Everybody may view channels, write in them, and read what was written.
+#: View channels, send messages and read the message history.
 EVERYONE_MAY = 1 << 10 | 1 << 11 | 1 << 16
 _NAMES = (
     "amber", "basil", "cedar", "dahlia", "elm", "fern", "ginger", "hazel", "iris", "jasmine", "kale", "lilac", "maple",
@@ -49,17 +49,17 @@ Model = Guild | User | Member | Role | Channel
 
 
 class Snowflakes:
-    """Hands out ids: each later than the one before, a second apart, from `BEGINNING` on."""
+    """Generates ids, one second apart, starting at `BEGINNING`."""
 
     def __init__(self, worker: int = 0) -> None:
-        """`worker`: 0 to 1023; two hands with different ones never give out the same id."""
+        """`worker`: 0 to 1023. Generators with different workers never return the same id."""
         if not 0 <= worker < 1024:
-            raise ValueError(f"worker {worker}: a snowflake has ten bits for it, so 0 to 1023")
+            raise ValueError(f"worker {worker}: must be 0 to 1023, because a snowflake has ten bits for it")
         self._worker = worker
         self._seconds = itertools.count()
 
     def next(self) -> int:
-        """Return an id."""
+        """Return the next id."""
         milliseconds = round(BEGINNING.timestamp() * 1000) - DISCORD_EPOCH_MS + 1000 * next(self._seconds)
         return milliseconds << 22 | self._worker << 12
 
@@ -68,7 +68,7 @@ _ids = Snowflakes()
 
 
 def made_at(snowflake: int) -> datetime:
-    """Return when what has this id was made."""
+    """Return the creation time that a snowflake encodes."""
     return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=(snowflake >> 22) + DISCORD_EPOCH_MS)
 
 
@@ -80,7 +80,7 @@ def _made(model: type[Any], defaults: dict[str, Any], values: dict[str, Any]) ->
 
 
 def make_guild(**values: Any) -> Guild:
-    """Return a guild that the bot is in; its owner is somebody unless `owner_id` says who."""
+    """Return a guild that the bot is in. `owner_id` defaults to an unused id."""
     id = values.setdefault("id", _ids.next())
     defaults = {
         "name": f"Guild {id % 9973}", "owner_id": _ids.next(), "preferred_locale": "en-US", "afk_timeout": 300,
@@ -94,7 +94,7 @@ def make_guild(**values: Any) -> Guild:
 
 
 def make_user(**values: Any) -> User:
-    """Return a person; `bot=True` makes a bot, with a discriminator of its own."""
+    """Return a user; with `bot=True` a bot, which has a four-digit discriminator."""
     id = values.setdefault("id", _ids.next())
     name = _NAMES[(id >> 22) // 1000 % len(_NAMES)]
     defaults = {
@@ -107,7 +107,7 @@ def make_user(**values: Any) -> User:
 
 
 def make_member(guild: Guild | int, user: User | int, **values: Any) -> Member:
-    """Return a membership of today; `left_at` makes it one of the past."""
+    """Return a current member; with `left_at` a former one."""
     guild_id = guild if isinstance(guild, int) else guild.id
     user_id = user if isinstance(user, int) else user.id
     defaults: dict[str, Any] = {
@@ -121,7 +121,7 @@ def make_member(guild: Guild | int, user: User | int, **values: Any) -> Member:
 
 
 def make_role(guild: Guild | int, **values: Any) -> Role:
-    """Return a role without any permission; one with the guild's own id is @everyone, as in Discord."""
+    """Return a role without permissions; with the guild's id, the @everyone role."""
     guild_id = guild if isinstance(guild, int) else guild.id
     id = values.setdefault("id", _ids.next())
     is_everyone = id == guild_id
@@ -135,7 +135,7 @@ def make_role(guild: Guild | int, **values: Any) -> Role:
 
 
 def make_channel(guild: Guild | int, **values: Any) -> Channel:
-    """Return a text channel that everybody sees; `type` is Discord's number (2: voice, 4: category, 15: forum)."""
+    """Return a text channel without overwrites. `type` is Discord's number (2: voice, 4: category, 15: forum)."""
     guild_id = guild if isinstance(guild, int) else guild.id
     id = values.setdefault("id", _ids.next())
     defaults = {
@@ -148,7 +148,7 @@ def make_channel(guild: Guild | int, **values: Any) -> Channel:
 
 @dataclass(slots=True)
 class Population:
-    """What `populate` wrote, in the order of the ids."""
+    """The rows that `populate` wrote, each list ordered by id."""
 
     guilds: list[Guild] = field(default_factory=list)
     users: list[User] = field(default_factory=list)
@@ -158,15 +158,15 @@ class Population:
 
     @property
     def rows(self) -> Sequence[Model]:
-        """All of them."""
+        """All rows, parents first."""
         return [*self.guilds, *self.users, *self.members, *self.roles, *self.channels]
 
 
 def imagine(*, guilds: int = 1, members: int = 10, seed: int = 0) -> Population:
-    """Return guilds with so many members each, five roles (@everyone among them) and four channels; nothing is written.
+    """Return guilds with `members` members each, five roles (with @everyone) and four channels; writes nothing.
 
-    One seed and the same numbers give the same rows, ids included. Ids of two seeds differ up to 1022 seeds apart. A
-    third of the people are in every guild; the first member of a guild owns it.
+    The same arguments give the same rows, ids included. Seeds less than 1023 apart give different ids. A third of the
+    users are in every guild. The first member of a guild owns it.
     """
     rng, ids = random.Random(seed), Snowflakes(1 + seed % 1023)
     made = Population()
@@ -216,19 +216,19 @@ def _person(rng: random.Random, ids: Snowflakes) -> User:
 
 
 async def populate(database: Pool, guilds: int = 1, members: int = 10, *, seed: int = 0) -> Population:
-    """Write what `imagine` returns the mirror's own way, and return it."""
+    """Write the rows of `imagine` with the mirror's merge, and return them."""
     made = imagine(guilds=guilds, members=members, seed=seed)
     await write(database, *made.rows)
     return made
 
 
 async def write(database: Pool, *rows: Model) -> None:
-    """Write rows, new ones or those that changed, as the mirror writes what Discord tells it."""
+    """Insert or update rows with the mirror's merge. Raises `ValueError` if a row is given twice."""
     fence = await _fence(database)
     stamp = await _last_stamp(database, fence) + 1
     entries = dict(_entries(rows, stamp))
     if len(entries) != len(rows):
-        raise ValueError("one row is given twice: a batch says of each row what it is like in the end")
+        raise ValueError("a row is given twice; pass each row once, with its final values")
     await write_batch(database, Batch(entries=entries), fence)
 
 
@@ -240,7 +240,7 @@ def _entries(rows: Iterable[Model], stamp: int) -> Iterable[tuple[tuple[str, Key
 
 
 async def _fence(database: Pool) -> Fence:
-    """Return the fence of whoever acts; a test's own where nobody does."""
+    """Return the fence of the active process; take the lease if there is none."""
     acting = await database.fetchrow("SELECT holder, epoch FROM ops.leases WHERE epoch > 0")
     return await seize(database, "factories") if acting is None else Fence(acting["holder"], acting["epoch"])
 
@@ -252,5 +252,5 @@ async def _last_stamp(database: Pool, fence: Fence) -> int:
 
 
 def values_of(row: Base) -> dict[str, Any]:
-    """Return what was set on a model, by column, to compare it with a record of the database."""
+    """Return the columns that are set on a model, to compare with a database record."""
     return {name: getattr(row, name) for name in row.__table__.columns.keys() & vars(row).keys()}
