@@ -156,6 +156,11 @@ def _member(name: str, value: Any) -> list[str]:
         for own, method in _methods(value):
             parts += [f"### {name}.{own}", "", *_signature(own, method), "", _doc(method), ""]
         return parts
+    if inspect.ismodule(value):
+        parts = [f"## {name}", "", _doc(value), ""]
+        for own in public_names(value):
+            parts += [line.replace("## ", f"### {name}.", 1) for line in _member(own, getattr(value, own))]
+        return parts
     if callable(value):
         return [f"## {name}", "", *_signature(name, value), "", _doc(value), ""]
     return [f"## {name}", "", f"`{value!r}`", ""]
@@ -186,7 +191,8 @@ def _signature(name: str, value: Any) -> list[str]:
     except (TypeError, ValueError):
         return []
     parameters = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
-    shown = str(signature.replace(parameters=parameters)).replace("'", "")
+    shown = re.sub(r"<[\w.]+\.(\w+) object at 0x[0-9a-f]+>", r"<\1>", str(signature.replace(parameters=parameters)))
+    shown = shown.replace("'", "")
     prefix = "await " if inspect.iscoroutinefunction(function) else ""
     return ["```text", f"{prefix}{name}{shown}", "```"]
 

@@ -353,6 +353,8 @@ async def test_failed_reload_keeps_buffered_rows(database: Pool, simulator: Simu
     cogs.write_answering("one", "first")
     guild_id = next(iter(simulator.world.guilds))
     async with running_bot(database, simulator, extensions=cogs.extensions, flush_seconds=3600) as bot:
+        await until(lambda: bot.mirror.is_ready()[0] and not bot.mirror.archived.guilds_waiting)
+        await bot.mirror.writer.flush()  # from here on nothing is due for an hour
         waiting = rows_waiting(bot)
         joined = [simulator.world.join(guild_id) for _ in range(3)]
         await until(lambda: rows_waiting(bot) >= waiting + 2 * len(joined))  # a user and a member each

@@ -45,9 +45,9 @@ def way(request: pytest.FixtureRequest, database: Pool, monkeypatch: pytest.Monk
     return str(request.param)
 
 
-def slowed(monkeypatch: pytest.MonkeyPatch, way: str) -> tuple[Simulator, int]:
+def slowed(monkeypatch: pytest.MonkeyPatch, way: str, *, pages_per_second: float = 15) -> tuple[Simulator, int]:
     """Return a simulator whose pages come slowly enough for things to happen between them, and its guild."""
-    simulator, (guild_id,) = small_world(monkeypatch, SIZE, pages_per_second=15)
+    simulator, (guild_id,) = small_world(monkeypatch, SIZE, pages_per_second=pages_per_second)
     if way == "over REST":
         simulator.faults.rest_delay("/members", 0.06)
     return simulator, guild_id
@@ -247,7 +247,7 @@ async def test_the_first_sync_of_a_guild_is_one_copy_and_live_rows_wait_for_it(
     database: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of the guild's members may be there before the COPY commits, or it would fail on them."""
-    simulator, guild_id = slowed(monkeypatch, "staged")
+    simulator, guild_id = slowed(monkeypatch, "staged", pages_per_second=4)
     world, crowd = simulator.world, people(simulator, guild_id)
     held: list[int] = []
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:

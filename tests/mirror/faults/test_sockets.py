@@ -91,7 +91,7 @@ async def test_whoever_waits_for_a_sync_hears_that_its_session_ended(
         await bot.settled()
         simulator.faults.drop_socket_after_pages(guild_id, 2)
         simulator.faults.refuse_resume()
-        with pytest.raises(SyncError, match="session is new"):
+        with pytest.raises(SyncError, match="new gateway session"):
             await bot.mirror.sync(guild_id)
         await bot.settled()
     assert await differences(database, simulator) == []

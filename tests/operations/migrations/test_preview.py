@@ -94,4 +94,4 @@ async def test_command_line_writes_the_file(tmp_path: Path, empty_target: Connec
     code, output = await run_cli(
         tmp_path, "db", "preview", "--out", "/nowhere/x", DATABASE_URL=empty_target.libpq_url()
     )
-    assert (code, "choose another with --out" in output) == (1, True)
+    assert (code, "choose another file with --out" in output) == (1, True)

@@ -58,7 +58,7 @@ async def test_database_comments_take_precedence(database: Pool) -> None:
 
 
 async def test_unknown_table_suggests_similar_name(database: Pool) -> None:
-    with pytest.raises(GuildbookError, match=r"membres: no such table .*; there is members"):
+    with pytest.raises(GuildbookError, match=r"there is no table membres in .*; there is members"):
         await describe(database, "membres")
 
 
@@ -70,7 +70,7 @@ async def test_rejects_sql_in_identifiers(database: Pool) -> None:
 async def test_formats_tables_as_text(database: Pool) -> None:
     tables = await describe(database)
     for text in (describing.plain(tables), rendered(tables)):
-        for expected in ("guilds (table, rows not counted yet, ", "ops.leases", "role_membership (view)", "bigint[]"):
+        for expected in ("guilds (table, rows not estimated yet, ", "ops.leases", "role_membership (view)", "bigint[]"):
             assert expected in text
     assert "  key    pk_members: PRIMARY KEY (guild_id, user_id)" in describing.plain(tables)
 

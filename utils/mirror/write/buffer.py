@@ -62,6 +62,7 @@ class Buffer:
     def take(self) -> Entries:
         """Remove and return every entry that is not held; pass them to `give_back` if they could not be written."""
         taken, self._entries = self._entries, {}
+        self._flush_requested.clear()  # this is the flush; left set, it would flush the next entry at once
         self._taken_oldest_at = self._oldest_at
         self._oldest_at = time.monotonic() if self._held and len(self) else None
         return taken

@@ -85,7 +85,7 @@ class Reader:
         elif opening == "[":
             yield from self._container("]")
         else:
-            self._fail("an object {…} or an array […] of entries was expected" + ("" if opening else ", it is empty"))
+            self._fail("expected an object {…} or an array […] of entries" + ("" if opening else ", the file is empty"))
         if self._peek():
             self._fail("there is more text after the end of the JSON; a file of JSON lines must be named .jsonl")
 
