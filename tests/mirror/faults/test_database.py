@@ -95,6 +95,7 @@ COPYING = (
     "SELECT count(*) FROM pg_stat_activity "
     "WHERE datname = current_database() AND state = 'active' AND query LIKE 'COPY %'"
 )
+FAILED_MORE_THAN = "SELECT count(*) > $1 FROM sync_runs WHERE state = 'failed'"
 HOW = ["read-only", "locked", "missing a table", "gone"]
 
 
@@ -169,12 +170,11 @@ async def test_connections_that_end_in_the_middle_of_a_large_listing_cost_nobody
         for round_ in range(2):  # the first sync, then one of what is known
             async with mirrored(database, simulator, monkeypatch) as bot:
                 await bot.listing(guild_id, pages=4)
-                failed = "SELECT count(*) > $1 FROM sync_runs WHERE state = 'failed'"
 
                 async def interrupted(round_: int = round_) -> bool:
                     if await admin.fetchval(COPYING):
                         await end_connections(admin)
-                    return bool(await admin.fetchval(failed, round_))
+                    return bool(await admin.fetchval(FAILED_MORE_THAN, round_))
 
                 await until(interrupted)
                 await bot.settled()
