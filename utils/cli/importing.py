@@ -21,22 +21,26 @@ def import_(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would be written.")] = False,
     kind: Annotated[
         str | None,
-        typer.Option("--as", help="members, users, emojis, shop or documents; default: by the file name."),
+        typer.Option("--as", help="members, users, emojis, shop, settings or documents; default: by name and shape."),
     ] = None,
     namespace: Annotated[str | None, typer.Option(help="Namespace for the originals; default: legacy.NAME.")] = None,
+    guild: Annotated[int | None, typer.Option(help="Guild of entries that do not say theirs.")] = None,
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
     """Copy, validate, repair and import JSON files, each in one transaction."""
+    from utils.operations.importing import importer
+    from utils.operations.importing.originals import printable
 
     async def work(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
-        from utils.operations.importing import importer
-
         if data_dir is not None:  # the originals are copied to the database's data directory
             settings = settings.model_copy(update={"data_dir": data_dir})
         return await importer.import_files(
-            pool, settings, paths, dry_run, kind=kind, namespace=namespace, progress=progress
+            pool, settings, paths, dry_run, kind=kind, namespace=namespace, guild_id=guild, progress=progress
         )
 
-    arguments = {"paths": [str(path) for path in paths], "dry_run": dry_run, "as": kind, "namespace": namespace}
+    arguments = {
+        "paths": [printable(path) for path in paths], "dry_run": dry_run, "as": kind, "namespace": namespace,
+        "guild": guild,
+    }  # fmt: skip
     run_action("import", work, data_dir=data_dir, as_json=as_json, arguments=arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from tests.operations.importing.files import (
     stored_rows,
 )
 from utils.database import ConnectTarget, Pool
-from utils.exceptions import DatabaseError, GuildbookError, ValidationError
+from utils.database.embedded import EmbeddedServer
+from utils.exceptions import DatabaseError, DatabaseUnavailable, GuildbookError, ValidationError
 from utils.operations.action import Step
 from utils.operations.importing import merging, originals
-from utils.operations.importing.importer import import_files, import_new_files
+from utils.operations.importing.importer import NOTHING_USED, import_files, import_new_files
 
 MEMBERS = {f"{GUILD}_{USER + i}": member() for i in range(5)}
 
@@ -96,6 +98,98 @@ async def test_invalid_file_is_skipped_and_others_are_imported(database: Pool, t
     assert [row[1:3] for row in (await stored_rows(database))[0]] == [("legacy.b", "x")]
 
 
+async def test_names_that_are_not_utf8_are_imported(database: Pool, tmp_path: Path) -> None:
+    files = tmp_path / "old"
+    files.mkdir()
+    (files / os.fsdecode(b"caf\xe9.json")).write_text('{"a": {}, "": {}}')
+    (files / os.fsdecode(b"broken\xe9.json")).write_text("{")
+    (files / "tags.json").write_text('{"b": {}}')
+    outcome = await import_files(database, settings(tmp_path), [files])
+    assert [file["file"] for file in outcome.data["files"]] == ["caf\\xe9.json", "tags.json"]
+    assert [file["file"] for file in outcome.data["failed"]] == ["broken\\xe9.json"]
+    assert [row[2] for row in (await stored_rows(database))[0]] == ["a", "b"]
+    assert outcome.text.encode()
+    assert json.loads((Path(outcome.data["directory"]) / "report.json").read_text()) == outcome.data
+    new = await import_new_files(database, files, data_dir=tmp_path / "data")
+    assert new is not None
+    assert new.data["files"] == []
+
+
+async def test_failed_and_skipped_files_are_logged_as_warnings(
+    database: Pool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = tmp_path / "old"
+    files.mkdir()
+    (files / "broken.json").write_text("no JSON")
+    (files / "lost.json").write_text('[{"name": "x"}]')
+    (files / "notes.txt").write_text("")
+    (files / "folder.json").mkdir()
+    (files / "link.json").symlink_to(files / "gone")
+    (files / "tags.json").write_text('{"a": {}}')
+    outcome = await import_files(database, settings(tmp_path), [files])
+    assert not outcome.ok
+    assert [row[2] for row in (await stored_rows(database))[0]] == ["a"]
+    logged = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    for name, reason in (
+        ("broken.json", "line 1, column 1"), ("lost.json", NOTHING_USED), ("notes.txt", "not named"),
+        ("folder.json", "directories"), ("link.json", "cannot be read"),
+    ):  # fmt: skip
+        assert [reason in line for line in logged if name in line] == [True], name
+    assert len(logged) == 5
+
+
+async def test_vanished_file_does_not_stop_the_others(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    _, copies = originals.copy_files([tmp_path / "gone.json", tmp_path / "a.json"], tmp_path / "data")
+    assert isinstance(copies[0], ValidationError)
+    assert isinstance(copies[1], originals.Original)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+async def test_run_that_left_everything_out_is_not_ok(database: Pool, tmp_path: Path, dry_run: bool) -> None:
+    (tmp_path / "a.json").write_text('{"a": {}}')
+    (tmp_path / "lost.json").write_text('[{"name": "x"}, {"name": "y"}]')
+    outcome = await import_files(
+        database, settings(tmp_path), [tmp_path / "lost.json", tmp_path / "a.json"], dry_run=dry_run
+    )  # fmt: skip
+    assert not outcome.ok
+    assert NOTHING_USED in outcome.text
+    assert [file["documents_new"] for file in outcome.data["files"]] == [0, 1]
+    empty = await import_content(database, tmp_path, "empty.json", {})
+    assert empty.ok
+
+
+async def test_file_that_was_left_out_is_tried_again(database: Pool, tmp_path: Path) -> None:
+    files = tmp_path / "old"
+    files.mkdir()
+    (files / "lost.json").write_text('[{"name": "x"}]')
+    for _ in range(2):
+        outcome = await import_new_files(database, files, data_dir=tmp_path / "data")
+        assert outcome is not None
+        assert not outcome.ok
+
+
+async def test_database_of_another_encoding_is_refused(server: EmbeddedServer, tmp_path: Path) -> None:
+    name = f"latin_{os.getpid()}"
+    admin = Pool(server.target("postgres"), pool_max=1)
+    await admin.connect()
+    await admin.execute(f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+    pool = Pool(server.target(name), pool_max=1)
+
+    async def connect_and_import() -> None:
+        await pool.connect()  # it may refuse such a database itself
+        await import_content(pool, tmp_path, "shop.json", {"a": {}})
+
+    try:
+        with pytest.raises(DatabaseError, match="LATIN1"):
+            await connect_and_import()
+    finally:
+        await pool.close()
+        await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        await admin.close()
+    assert not (tmp_path / "data").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -140,7 +234,7 @@ async def test_import_stops_if_originals_cannot_be_copied(database: Pool, tmp_pa
 async def test_concurrent_import_is_rejected(database: Pool, tmp_path: Path) -> None:
     async with database.transaction() as connection:
         await merging.Merge(connection, "legacy.a").begin()
-        with pytest.raises(DatabaseError, match="another import is running"):
+        with pytest.raises(DatabaseUnavailable, match="another import is running"):
             await import_content(database, tmp_path, "shop.json", {"a": {}})
 
 
@@ -149,8 +243,9 @@ async def test_verification_detects_lost_rows(database: Pool, tmp_path: Path) ->
         "CREATE FUNCTION lose() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';"
         " CREATE TRIGGER lose BEFORE INSERT ON member_stats FOR EACH ROW EXECUTE FUNCTION lose()"
     )
-    with pytest.raises(DatabaseError, match="5 rows differ"):
-        await import_content(database, tmp_path, "members.json", MEMBERS)
+    outcome = await import_content(database, tmp_path, "members.json", MEMBERS)
+    assert not outcome.ok
+    assert "5 rows differ" in outcome.data["failed"][0]["error"]
     assert (await stored_rows(database))[0] == []
 
 
@@ -185,8 +280,12 @@ async def test_progress_reports_bytes_and_rows(database: Pool, tmp_path: Path) -
 
 async def test_failed_copy_leaves_no_directory(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{}")
-    with pytest.raises(ValidationError):
-        originals.copy_files([tmp_path / "a.json", tmp_path / "gone.json"], tmp_path / "data")
+
+    def fail(copied: int) -> None:
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        originals.copy_files([tmp_path / "a.json"], tmp_path / "data", fail)
     assert list((tmp_path / "data" / "imports").iterdir()) == []
 
 

@@ -29,12 +29,12 @@ async def test_any_object_round_trips_in_order(
 ) -> None:
     await database.execute("DELETE FROM documents")
     text = json.dumps(whole, indent=2 if is_pretty else None)
-    outcome = await import_content(database, tmp_path, "settings.json", text)
+    outcome = await import_content(database, tmp_path, "things.json", text, kind="documents")
     assert outcome.data["files"][0]["documents_new"] == len(whole)
-    exported = json.loads(await export_text(database, tmp_path, "legacy.settings"))
+    exported = json.loads(await export_text(database, tmp_path, "legacy.things"))
     assert exported == whole
     assert list(exported) == list(whole)
-    again = await import_content(database, tmp_path, "settings.json", text)
+    again = await import_content(database, tmp_path, "things.json", text, kind="documents")
     assert "nothing to change" in again.text
 
 

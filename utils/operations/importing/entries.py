@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -17,9 +19,12 @@ from utils.operations.importing.escaping import UnstorableValue, storable_json, 
 from utils.operations.importing.originals import Original, create_private
 from utils.operations.importing.reader import WINDOW, Entry, Reader
 from utils.operations.importing.repair import UnusableValue
+from utils.operations.importing.shapes import Outline, Place
 
 #: Kinds of files, recognized by file name; any other file is `documents`.
 KINDS = ("members", "users", "emojis", "shop")
+#: Kinds that an operator can choose besides.
+OTHER_KINDS = ("settings", "documents")
 #: Prefix of the namespaces in which the originals are stored.
 PREFIX = "legacy."
 #: Maximum number of rows and of characters in a batch.
@@ -27,12 +32,15 @@ BATCH_ROWS = 2_000
 BATCH_CHARACTERS = 2**20
 #: Columns of a row, in order. For entries other than members, all from `message_count` on are NULL.
 COLUMNS = (
-    "ordinal", "line", "guild_id", "key", "value", "user_id", "message_count", "last_active_at", "notifications",
-    "language",
+    "ordinal", "line", "guild_id", "key", "value", "is_record", "user_id", "message_count", "last_active_at", "xp",
+    "notifications", "language",
 )  # fmt: skip
+_NO_VALUES = (None,) * 5
 
-#: Fields that can be the key of an object in an array or on a line, in order of preference.
-_KEY_FIELDS = ("key", "id", "_id", "user_id")
+#: Names of fields in which bots keep the statistics, in order of preference. Only the first must be usable.
+_COUNT_FIELDS = ("message_count", "messageCount", "messages", "msg_count", "total_messages")
+_ACTIVE_FIELDS = ("last_active", "lastActive", "last_active_at", "last_seen", "lastSeen")
+_XP_FIELDS = ("xp", "XP", "exp")
 #: The fields of a line in our own export.
 _EXPORT_FIELDS = frozenset(("guild_id", "key", "value"))
 _BEFORE_VALUE = re.compile(r'\{\s*"guild_id"\s*:\s*"?\d+"?\s*,\s*"key"\s*:\s*"(?:[^"\\]|\\.)*"\s*,\s*"value"\s*:\s*')
@@ -48,7 +56,7 @@ def kind_of(path: Path) -> str:
 
 def namespace_of(path: Path, kind: str) -> str:
     """Return the namespace in which the originals of a file are stored."""
-    name = kind if kind != "documents" else re.sub(r"[^A-Za-z0-9_.:-]", "_", path.stem)
+    name = kind if kind in KINDS else re.sub(r"[^A-Za-z0-9_.:-]", "_", path.stem)
     return f"{PREFIX}{name}"[:100]
 
 
@@ -125,9 +133,24 @@ class Rows:
     """Reads one file as batches of rows and tallies repairs and rejections. Not thread-safe."""
 
     def __init__(
-        self, original: Original, file: BinaryIO, kind: str, rejects: Rejects, *, window: int = WINDOW
+        self,
+        original: Original,
+        file: BinaryIO,
+        kind: str,
+        rejects: Rejects,
+        *,
+        stem: str,
+        is_forced: bool = False,
+        guild_id: int | None = None,
+        window: int = WINDOW,
     ) -> None:
-        self.reader: Reader = Reader(file, lines=original.is_lines, window=window)
+        """
+        stem: the name of the file without its suffix.
+        is_forced: the operator chose the kind, instead of the file's name.
+        guild_id: the guild of entries that do not say theirs; None if unknown.
+        """
+        self.outline: Outline = Outline(kind, stem, guild_id=guild_id, is_forced=is_forced)
+        self.reader: Reader = Reader(file, lines=original.is_lines, window=window, outline=self.outline)
         self.kind: str = kind
         self.rejects: Rejects = rejects
         self.repaired: Tally = Tally()
@@ -155,59 +178,63 @@ class Rows:
 
     def _row(self, entry: Entry) -> str | None:
         self.entries += 1
-        key, reasons = entry.key, list[str]()
+        key = entry.key
         try:
-            guild_id, key, text, value = self._document(entry)
+            place, text, value = self._document(entry)
+            key = place.key
+            text = storable_json(text)
+            self._check_document(key, text)
         except (UnusableValue, UnstorableValue) as exc:
             self._reject(entry, key, [str(exc)], stored=False)
             return None
-        user_id: int | None = None
-        member_values: tuple[Any, ...] = (None, None, None, None)
-        if self.kind == "members":
-            guild_id, user_id, member_values, reasons = self._member(entry, key, value)
-        elif self.kind == "users":
-            try:
-                user_id = repair.snowflake(key)
-            except UnusableValue as exc:
-                reasons = [str(exc)]
+        reasons = [place.problem] if place.problem is not None else []
+        if place.repaired is not None:
+            self.repaired.add(place.repaired, entry.key, entry.line)
+        values: tuple[Any, ...] = _NO_VALUES
+        if place.is_member:
+            values = self._member_values(entry, place, value, reasons)
         if reasons:
             self._reject(entry, key, reasons, stored=True)
-        fields = (self.entries, entry.line, guild_id, storable_key(key), text, user_id, *member_values)
+        fields = (
+            self.entries, entry.line, place.guild_id, storable_key(key), text, place.is_record, place.user_id, *values
+        )  # fmt: skip
         return "\t".join(map(_field, fields)) + "\n"
 
-    def _document(self, entry: Entry) -> tuple[int, str, str, Any]:
-        """Return the document's guild, key, text and value. Raises `UnusableValue` and `UnstorableValue`."""
+    def _document(self, entry: Entry) -> tuple[Place, str, Any]:
+        """Return the document's place, text and value. Raises `UnusableValue`."""
         if entry.problem is not None:
             raise UnusableValue(entry.problem)
-        guild_id, key, text, value = 0, entry.key, entry.text, entry.value
-        if key is None and isinstance(value, dict) and value.keys() == _EXPORT_FIELDS and isinstance(value["key"], str):
+        text, value = entry.text, entry.value
+        if (
+            entry.key is None
+            and isinstance(value, dict)
+            and value.keys() == _EXPORT_FIELDS
+            and isinstance(value["key"], str)
+        ):
             before = _BEFORE_VALUE.match(text)
             if before is None:
                 raise UnusableValue("guild_id, key and value must be in this order")
             guild_id = int(value["guild_id"])
             if guild_id >= 2**63:
                 raise UnusableValue("the id is not a Discord id")
-            key, text, value = value["key"], text[before.end() : text.rindex("}")].rstrip(), value["value"]
-        elif key is None:
-            key = _key_in(value, self.kind)
+            exported = replace(entry, key=value["key"], value=value["value"], scope=None)
+            place = replace(self.outline.place(exported), guild_id=guild_id, key=value["key"], repaired=None)
+            return place, text[before.end() : text.rindex("}")].rstrip(), value["value"]
+        return self.outline.place(entry), text, value
+
+    @staticmethod
+    def _check_document(key: str, text: str) -> None:
         if not 0 < len(storable_key(key)) <= KEY_LENGTH:
             raise UnusableValue(f"the key must have 1 to {KEY_LENGTH} characters")
-        text = storable_json(text)
         if len(text) > MAX_BYTES // 4 and len(text.encode()) > MAX_BYTES:
             raise UnusableValue(f"the value is larger than {MAX_BYTES:,} bytes: split it over several keys")
-        return guild_id, key, text, value
 
-    def _member(self, entry: Entry, key: str, value: Any) -> tuple[int, int | None, tuple[Any, ...], list[str]]:
-        """Return guild, user, the values for the tables, and the reasons why others cannot be used."""
-        try:
-            guild_id, user_id, repaired = repair.member_key(key)
-        except UnusableValue as exc:
-            return 0, None, (None, None, None, None), [str(exc)]
-        if repaired:
-            self.repaired.add(repaired, key, entry.line)
-        reasons: list[str] = []
+    def _member_values(self, entry: Entry, place: Place, value: Any, reasons: list[str]) -> tuple[Any, ...]:
+        """Return a member's values for the tables, and add to `reasons` why others cannot be used."""
         if not isinstance(value, dict):
-            return guild_id, user_id, (None, None, None, None), ["it is not an object"]
+            if self.kind == "members":
+                reasons.append("it is not an object")
+            return _NO_VALUES
         statistics = self._part(value, "statistics", reasons)
         choices = self._part(value, "preferences", reasons)
 
@@ -220,15 +247,30 @@ class Rows:
                 reasons.append(f"{name}: {exc}")
                 return None
             if repaired:
-                self.repaired.add(f"{name}: {repaired}", key, entry.line, value)
+                self.repaired.add(f"{name}: {repaired}", place.key, entry.line, value)
             return result
 
-        return guild_id, user_id, (
-            use("message_count", statistics.get("message_count"), repair.count),
-            use("last_active", statistics.get("last_active"), lambda value: repair.moment(value, self._now)),
+        stats = value.get("stats")
+        parts = (statistics, stats if isinstance(stats, dict) else {}, value)
+
+        def statistic(names: tuple[str, ...], types: tuple[type, ...]) -> Any:
+            for part, name in itertools.product(parts, names):
+                found = part.get(name)
+                if found is not None and (name == names[0] or (isinstance(found, types) and found is not True)):
+                    return found
+            return None
+
+        return (
+            use("message_count", statistic(_COUNT_FIELDS, (int, float)), repair.count),
+            use(
+                "last_active",
+                statistic(_ACTIVE_FIELDS, (int, float, str)),
+                lambda value: repair.moment(value, self._now),
+            ),
+            use("xp", statistic(_XP_FIELDS, (int, float)), repair.count),
             use("notifications", choices.get("notifications"), repair.flag),
             use("language", choices.get("language"), repair.language),
-        ), reasons  # fmt: skip
+        )
 
     @staticmethod
     def _part(value: dict[str, Any], name: str, reasons: list[str]) -> dict[str, Any]:
@@ -243,18 +285,6 @@ class Rows:
         self.rejects.add(
             line=entry.line, column=entry.column, key=key, reasons=reasons, stored=stored, text=entry.text
         )  # fmt: skip
-
-
-def _key_in(value: Any, kind: str) -> str:
-    """Return the key of an object in an array or on a line. Raises `UnusableValue`."""
-    if isinstance(value, dict):
-        if kind == "members" and "guild_id" in value and "user_id" in value:
-            return f"{repair.snowflake(value['guild_id'])}_{repair.snowflake(value['user_id'])}"
-        for name in _KEY_FIELDS:
-            found = value.get(name)
-            if isinstance(found, str) or (isinstance(found, int) and not isinstance(found, bool)):
-                return str(found)
-    raise UnusableValue("the entry has no key, id, _id or user_id")
 
 
 def _field(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from utils.database import Pool
-from utils.exceptions import DatabaseError, GuildbookError, ValidationError
+from utils.exceptions import DatabaseError, DatabaseUnavailable, GuildbookError, ValidationError
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.importing import originals
 from utils.operations.importing.entries import (
     KINDS,
+    OTHER_KINDS,
     Rejects,
     Rows,
     Tally,
@@ -28,14 +30,18 @@ from utils.operations.importing.entries import (
     shorten_key,
 )
 from utils.operations.importing.merging import Counts, Merge, already_imported
-from utils.operations.importing.originals import Original
+from utils.operations.importing.originals import Original, printable
 from utils.settings import Settings
+
+_log = logging.getLogger(__name__)
 
 #: Maximum number of files listed in the outcome's text; the report has all.
 _MAX_FILES = 8
 #: Maximum number of kinds of repairs, and of rejections, listed for a file.
 _MAX_KINDS = 3
 REPORT = "report.json"
+#: Why a file of which no entry could be stored is a failure.
+NOTHING_USED = "none of its entries could be used"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,11 @@ class FileResult:
     rejected: Tally
     rejects: Rejects
     seconds: float
+
+    @property
+    def is_all_lost(self) -> bool:
+        """Whether the file has entries, and all of them were left out."""
+        return 0 < self.entries == self.rejects.lost
 
     def data(self) -> dict[str, Any]:
         """Return the result as JSON for the report."""
@@ -86,7 +97,9 @@ class FileResult:
                 counted = sorted(((entry["count"], kind) for kind, entry in tally.kinds.items()), reverse=True)
                 more = f" and {len(counted) - _MAX_KINDS} more kinds" if len(counted) > _MAX_KINDS else ""
                 parts.append(f"{verb} {', '.join(f'{count:,} ({kind})' for count, kind in counted[:_MAX_KINDS])}{more}")
-        if self.rejects.lost:
+        if self.is_all_lost:
+            parts.append(NOTHING_USED)
+        elif self.rejects.lost:
             parts.append(f"{self.rejects.lost:,} entries left out")
         verb = "would be written" if dry_run else "written"
         return f"{self.name[:60]} → {self.namespace}: {self.entries:,} entries, {verb}: {'; '.join(parts)}"
@@ -100,23 +113,27 @@ async def import_files(
     *,
     kind: str | None = None,
     namespace: str | None = None,
+    guild_id: int | None = None,
     progress: Progress = ignore_progress,
 ) -> Outcome:
     """Import files and the files in directories, each in one transaction; see docs/how-to/importing.md.
 
-    `dry_run` writes nothing, neither to the database nor to disk. `kind` is members, users, emojis, shop or documents,
-    and `namespace` is where the originals are stored; None derives them from each file's name. If a file cannot be
-    imported, the others are imported nevertheless and the outcome is not `ok`. Raises `ValidationError` for invalid
-    paths and names, `GuildbookError` if the originals cannot be copied, and `DatabaseError`.
+    `dry_run` writes nothing, neither to the database nor to disk. `kind` is members, users, emojis, shop, settings or
+    documents, and `namespace` is where the originals are stored; None derives them from each file's name. `guild_id` is
+    the guild of entries that do not say theirs. If a file cannot be imported, or none of its entries can be used, the
+    others are imported nevertheless and the outcome is not `ok`. Raises `ValidationError` for invalid paths and names,
+    `GuildbookError` if the originals cannot be copied, and `DatabaseError`.
     """
-    if kind not in (None, "documents", *KINDS):
-        raise ValidationError(f"{kind!r} is not a kind of file: choose members, users, emojis, shop or documents")
+    if kind not in (None, *KINDS, *OTHER_KINDS):
+        raise ValidationError(f"{kind!r} is not a kind of file: choose {', '.join(KINDS)}, settings or documents")
+    if guild_id is not None and not 0 < guild_id < 2**63:
+        raise ValidationError(f"{guild_id} is not the id of a guild")
     if namespace is not None:
         check_namespace(namespace)
     files = await asyncio.to_thread(originals.find_files, paths)
     if namespace is not None and len(files) > 1:
         raise ValidationError(f"{len(files)} files cannot share the namespace {namespace}: import them one at a time")
-    return await _import(pool, files, settings.data_dir, dry_run, kind, namespace, progress)
+    return await _import(pool, files, settings.data_dir, dry_run, kind, namespace, guild_id, progress)
 
 
 async def import_new_files(
@@ -128,10 +145,14 @@ async def import_new_files(
     imported from the command line. Raises the same errors as `import_files`.
     """
     files = await asyncio.to_thread(originals.find_files, [directory], allow_none=True)
-    digests = {path: (await asyncio.to_thread(originals.hash_file, path)).sha256 for path in files}
+    digests: dict[Path, str] = {}
+    for path in files:
+        source = await _hash(path)
+        if isinstance(source, Original):  # `_import` reports the others
+            digests[path] = source.sha256
     known = await already_imported(pool, list(digests.values()))
-    files = [path for path in files if digests[path] not in known]
-    return await _import(pool, files, data_dir, False, None, None, progress) if files else None
+    files = [path for path in files if digests.get(path) not in known]
+    return await _import(pool, files, data_dir, False, None, None, None, progress) if files else None
 
 
 async def _import(
@@ -141,11 +162,14 @@ async def _import(
     dry_run: bool,
     kind: str | None,
     namespace: str | None,
+    guild_id: int | None,
     progress: Progress,
 ) -> Outcome:
+    await _check_encoding(pool)
     directory: Path | None = None
+    sources: list[Original | ValidationError]
     if dry_run:
-        sources = [await asyncio.to_thread(originals.hash_file, path) for path in files]
+        sources = [await _hash(path) for path in files]
     else:
         directory, sources = await _copy(files, data_dir, progress)
     done: list[FileResult] = []
@@ -154,11 +178,22 @@ async def _import(
         as_kind = kind or kind_of(path)
         where = namespace or namespace_of(path, as_kind)
         try:
-            done.append(await _import_file(pool, source, as_kind, where, directory, progress))
-        except ValidationError as exc:
-            failed.append((source.path.name, str(exc)))
-        except OSError as exc:
-            raise GuildbookError(f"{source.path}: import aborted, nothing of this file was written: {exc}") from exc
+            if not isinstance(source, Original):
+                raise source
+            result = await _import_file(
+                pool, source, as_kind, where, directory, progress,
+                stem=printable(path.stem), is_forced=kind is not None, guild_id=guild_id,
+            )  # fmt: skip
+        except DatabaseUnavailable:
+            raise
+        except (DatabaseError, OSError) as exc:  # costs this file alone
+            name = printable(path.name if not isinstance(source, Original) else source.path.name)
+            failed.append((name, str(exc)))
+            _log.warning("%s was not imported, nothing of it was written: %s", name, exc)
+            continue
+        done.append(result)
+        if result.is_all_lost:
+            _log.warning("%s: %s: %s", result.name, NOTHING_USED, ", ".join(result.rejected.kinds))
     data = {
         "dry_run": dry_run, "directory": str(directory) if directory else None,
         "at": datetime.now(UTC).isoformat(timespec="seconds"), "files": [item.data() for item in done],
@@ -175,10 +210,28 @@ async def _import(
         await asyncio.to_thread(_write_report, directory, data)
         lines.append(f"The originals, the report and the rejected entries are in {directory}")
     text = "\n".join(lines)
-    return Outcome(text if len(text) <= 1_900 else f"{text[:1_890]} …", data, ok=not failed)
+    is_ok = not failed and not any(item.is_all_lost for item in done)
+    return Outcome(text if len(text) <= 1_900 else f"{text[:1_890]} …", data, ok=is_ok)
 
 
-async def _copy(files: list[Path], data_dir: Path, progress: Progress) -> tuple[Path, list[Original]]:
+async def _check_encoding(pool: Pool) -> None:
+    """Raise `DatabaseError` if the database could refuse characters of Discord's in the middle of an import."""
+    encoding = await pool.fetchval("SELECT current_setting('server_encoding')")
+    if encoding != "UTF8":
+        raise DatabaseError(
+            f"the database has the encoding {encoding}, so nothing was imported: create it again with"
+            " CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
+        )
+
+
+async def _hash(path: Path) -> Original | ValidationError:
+    try:
+        return await asyncio.to_thread(originals.hash_file, path)
+    except ValidationError as exc:
+        return exc
+
+
+async def _copy(files: list[Path], data_dir: Path, progress: Progress) -> tuple[Path, list[Original | ValidationError]]:
     loop = asyncio.get_running_loop()
 
     def on_progress(copied: int) -> None:
@@ -194,14 +247,23 @@ async def _copy(files: list[Path], data_dir: Path, progress: Progress) -> tuple[
 
 
 async def _import_file(
-    pool: Pool, source: Original, kind: str, namespace: str, directory: Path | None, progress: Progress
+    pool: Pool,
+    source: Original,
+    kind: str,
+    namespace: str,
+    directory: Path | None,
+    progress: Progress,
+    *,
+    stem: str,
+    is_forced: bool,
+    guild_id: int | None,
 ) -> FileResult:
     """Import one file in one transaction; if `directory` is None (a dry run), roll back before writing."""
     started = time.monotonic()
-    name = source.path.name
+    name = printable(source.path.name)
     path = None if directory is None else directory / f"{name}.rejected.jsonl"
     with source.path.open("rb") as file, Rejects(path) as rejects:
-        rows = Rows(source, file, kind, rejects)
+        rows = Rows(source, file, kind, rejects, stem=stem, is_forced=is_forced, guild_id=guild_id)
         async with pool.acquire(temp=True) as connection:
             transaction = connection.transaction()
             await transaction.start()
@@ -217,9 +279,10 @@ async def _import_file(
                 if directory is not None:
                     progress(Step(f"writing {name}", 0, counts.rows))
                     await merge.write()
-                    await merge.record_import(
-                        source.sha256, {"file": name, "namespace": namespace, "entries": rows.entries}
-                    )
+                    if counts.staged or not rows.rejects.lost:  # otherwise, a later version may read more of it
+                        await merge.record_import(
+                            source.sha256, {"file": name, "namespace": namespace, "entries": rows.entries}
+                        )
                     await _verify(merge, rows, counts, len(duplicates) and duplicates[0]["total"], suppressed)
                     progress(Step(f"writing {name}", counts.rows, counts.rows))
             except BaseException:

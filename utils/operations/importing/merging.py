@@ -10,7 +10,7 @@ import orjson
 
 from utils.database import Connection
 from utils.database.cache.channel import announce
-from utils.exceptions import DatabaseError
+from utils.exceptions import DatabaseUnavailable
 from utils.operations.importing.entries import COLUMNS
 
 #: Timeout of a statement in seconds: enough for a million rows on a small host.
@@ -20,13 +20,13 @@ _LOCK = 4_715_001
 _STAGING = """
 CREATE TEMP TABLE import_entries (
     ordinal bigint NOT NULL, line bigint NOT NULL, guild_id bigint NOT NULL, key text COLLATE "C" NOT NULL,
-    value jsonb NOT NULL, user_id bigint, message_count bigint, last_active_at timestamptz, notifications boolean,
-    language text
+    value jsonb NOT NULL, is_record boolean NOT NULL, user_id bigint, message_count bigint, last_active_at timestamptz,
+    xp bigint, notifications boolean, language text
 ) ON COMMIT DROP;
 CREATE TEMP TABLE import_documents (ordinal bigint NOT NULL, is_new boolean NOT NULL) ON COMMIT DROP;
 CREATE TEMP TABLE import_stats (
     guild_id bigint NOT NULL, user_id bigint NOT NULL, message_count bigint NOT NULL, last_active_at timestamptz,
-    is_new boolean NOT NULL
+    xp bigint NOT NULL, is_new boolean NOT NULL
 ) ON COMMIT DROP;
 CREATE TEMP TABLE import_preferences (
     guild_id bigint NOT NULL, user_id bigint NOT NULL, notifications boolean, language text, is_new boolean NOT NULL
@@ -37,6 +37,30 @@ SET LOCAL work_mem = '64MB';
 _NO_NESTED_LOOPS = "SET LOCAL enable_nestloop = off"
 
 _ANALYZE = "ANALYZE import_entries"
+# Elements of an array that have the same key are different records, such as the warnings of a member. Equal ones are
+# duplicates.
+_NUMBER_RECORDS = """
+WITH first AS (
+    SELECT e.guild_id, e.key, e.value, min(e.ordinal) AS ordinal FROM import_entries AS e
+    JOIN (
+        SELECT guild_id, key FROM import_entries WHERE is_record GROUP BY guild_id, key HAVING count(*) > 1
+    ) AS t USING (guild_id, key)
+    WHERE e.is_record GROUP BY e.guild_id, e.key, e.value
+), numbered AS (
+    SELECT *, row_number() OVER (PARTITION BY guild_id, key ORDER BY ordinal) AS number FROM first
+)
+UPDATE import_entries AS e SET key = left(e.key, 240) || '#' || n.number FROM numbered AS n
+WHERE n.number > 1 AND e.is_record AND e.guild_id = n.guild_id AND e.key = n.key AND e.value = n.value
+"""
+# A file does not say whether the ids in a guild are its members', channels' or roles'.
+_CLEAR_OTHER_IDS = """
+UPDATE import_entries AS e
+SET user_id = NULL, message_count = NULL, last_active_at = NULL, xp = NULL, notifications = NULL, language = NULL
+FROM (
+    SELECT guild_id, id FROM channels UNION SELECT guild_id, id FROM roles UNION SELECT guild_id, id FROM threads
+) AS t
+WHERE e.guild_id = t.guild_id AND e.user_id = t.id
+"""
 # Of entries with the same key, the last one is used, as JSON parsers do.
 _DROP_DUPLICATES = """
 WITH deleted AS (
@@ -63,14 +87,16 @@ WHERE d.key IS NULL OR d.value <> e.value
 # Keep the greater value, so that messages counted by the bot are not lost.
 _CHANGED_STATS = """
 INSERT INTO import_stats
-SELECT e.guild_id, e.user_id, e.message_count, e.last_active_at, t.guild_id IS NULL
+SELECT e.guild_id, e.user_id, e.message_count, e.last_active_at, e.xp, t.guild_id IS NULL
 FROM (
-    SELECT guild_id, user_id, coalesce(max(message_count), 0) AS message_count, max(last_active_at) AS last_active_at
-    FROM import_entries WHERE user_id IS NOT NULL AND (message_count IS NOT NULL OR last_active_at IS NOT NULL)
+    SELECT guild_id, user_id, coalesce(max(message_count), 0) AS message_count, max(last_active_at) AS last_active_at,
+        coalesce(max(xp), 0) AS xp
+    FROM import_entries
+    WHERE user_id IS NOT NULL AND (message_count IS NOT NULL OR last_active_at IS NOT NULL OR xp IS NOT NULL)
     GROUP BY guild_id, user_id
 ) AS e
 LEFT JOIN member_stats AS t ON t.guild_id = e.guild_id AND t.user_id = e.user_id
-WHERE t.guild_id IS NULL OR t.message_count < e.message_count
+WHERE t.guild_id IS NULL OR t.message_count < e.message_count OR t.xp < e.xp
     OR greatest(t.last_active_at, e.last_active_at) IS DISTINCT FROM t.last_active_at
 """
 # A member's own choice takes precedence: only preferences they did not choose are set.
@@ -105,11 +131,11 @@ ON CONFLICT (guild_id, namespace, key) DO UPDATE SET
 WHERE d.value <> excluded.value
 """
 _WRITE_STATS = """
-INSERT INTO member_stats AS t (guild_id, user_id, message_count, last_active_at)
-SELECT guild_id, user_id, message_count, last_active_at FROM import_stats ORDER BY guild_id, user_id
+INSERT INTO member_stats AS t (guild_id, user_id, message_count, last_active_at, xp)
+SELECT guild_id, user_id, message_count, last_active_at, xp FROM import_stats ORDER BY guild_id, user_id
 ON CONFLICT (guild_id, user_id) DO UPDATE SET
     message_count = greatest(t.message_count, excluded.message_count),
-    last_active_at = greatest(t.last_active_at, excluded.last_active_at)
+    last_active_at = greatest(t.last_active_at, excluded.last_active_at), xp = greatest(t.xp, excluded.xp)
 """
 _WRITE_PREFERENCES = """
 INSERT INTO member_preferences AS t (guild_id, user_id, notifications, language)
@@ -156,18 +182,20 @@ class Merge:
         self._namespace = namespace
 
     async def begin(self) -> None:
-        """Create the staging tables. Raises `DatabaseError` while another import is running."""
+        """Create the staging tables. Raises `DatabaseUnavailable` while another import is running."""
         if not await self._connection.fetchval("SELECT pg_try_advisory_xact_lock($1)", _LOCK):
-            raise DatabaseError("another import is running on this database: wait until it ends")
+            raise DatabaseUnavailable("another import is running on this database: wait until it ends")
         await self._connection.execute(_STAGING)
         await self._connection.execute(_NO_NESTED_LOOPS)
 
     async def stage(self, batches: AsyncIterator[bytes]) -> None:
-        """Copy the rows into the staging table."""
+        """Copy the rows into the staging table, and tell apart records with the same key."""
         await self._connection.copy_to_table(
             "import_entries", source=batches, columns=COLUMNS, format="text", timeout=STATEMENT_SECONDS
         )
         await self._execute(_ANALYZE)
+        await self._execute(_NUMBER_RECORDS)
+        await self._execute(_CLEAR_OTHER_IDS)
 
     async def drop_duplicates(self) -> list[Any]:
         """Delete all but the last entry of each key; return up to three deleted rows with `key`, `line` and `total`."""

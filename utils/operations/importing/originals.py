@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
 from utils.exceptions import ValidationError
+
+_log = logging.getLogger(__name__)
 
 #: File names to import from a directory; the last two are JSON lines.
 SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -37,26 +41,51 @@ class Original:
 
 
 def find_files(paths: Sequence[Path], *, allow_none: bool = False) -> list[Path]:
-    """Return the given files, and the .json, .jsonl and .ndjson files in the given directories.
+    """Return the given files, and the .json, .jsonl and .ndjson files in the given directories; log what is skipped.
 
     Raises `ValidationError` if a path does not exist or cannot be read, and, unless `allow_none`, if there is no file.
     """
     files: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            try:
-                files += sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
-            except OSError as exc:
-                raise ValidationError(f"{path}: cannot be read: {exc.strerror}") from None
-        elif path.is_file():
+        try:
+            mode = path.stat().st_mode
+            is_directory = stat.S_ISDIR(mode)
+            inside = sorted(path.iterdir()) if is_directory else []
+        except FileNotFoundError:
+            raise ValidationError(f"{printable(path)}: no such file or directory") from None
+        except OSError as exc:
+            raise ValidationError(f"{printable(path)}: cannot be read: {exc.strerror}") from None
+        if not is_directory and not stat.S_ISREG(mode):
+            raise ValidationError(f"{printable(path)}: it is not a file")
+        if not is_directory:
             files.append(path)
-        else:
-            raise ValidationError(f"{path}: no such file or directory")
+        for file in inside:
+            if (reason := _reason_to_skip(file)) is None:
+                files.append(file)
+            else:
+                _log.warning("skipped %s: %s", printable(file), reason)
     if not files and not allow_none:
-        raise ValidationError(
-            f"no *.json, *.jsonl or *.ndjson file in {', '.join(map(str, paths)) or 'an empty list of paths'}"
-        )
+        names = ", ".join(map(printable, paths)) or "an empty list of paths"
+        raise ValidationError(f"no *.json, *.jsonl or *.ndjson file in {names}")
     return list(dict.fromkeys(files))
+
+
+def _reason_to_skip(path: Path) -> str | None:
+    """Return why a path in a directory is not imported; None if it is."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as exc:
+        return f"it cannot be read: {exc.strerror}"
+    if stat.S_ISDIR(mode):
+        return "directories in a directory are not imported: name them on the command line"
+    if path.suffix.lower() not in SUFFIXES:
+        return "it is not named *.json, *.jsonl or *.ndjson"
+    return None if stat.S_ISREG(mode) else "it is not a file"
+
+
+def printable(path: Path | str) -> str:
+    """Return a path for messages and reports: bytes that are not UTF-8 are written as \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def hash_file(path: Path) -> Original:
@@ -66,11 +95,11 @@ def hash_file(path: Path) -> Original:
 
 def copy_files(
     paths: Sequence[Path], data_dir: Path, on_progress: Callable[[int], None] = lambda _: None
-) -> tuple[Path, list[Original]]:
+) -> tuple[Path, list[Original | ValidationError]]:
     """Copy files into a new directory in `data_dir`/imports, fsync them, and return the directory and the copies.
 
-    `on_progress` is called with the number of bytes copied so far. Raises `ValidationError` if a file cannot be read,
-    `OSError` if it cannot be written.
+    Instead of the copy of a file that cannot be read, there is the error. `on_progress` is called with the number of
+    bytes copied so far. Raises `OSError` if a copy cannot be written.
     """
     parent = data_dir / DIRECTORY
     parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -78,7 +107,8 @@ def copy_files(
     partial = parent / f".{at}-{secrets.token_hex(4)}.partial"
     partial.mkdir(mode=0o700)
     try:
-        copies, done = [], 0
+        copies: list[Original | ValidationError] = []
+        done = 0
         for path in paths:
             target = partial / _free_name(partial, path.name)
             with create_private(target) as file:
@@ -89,9 +119,15 @@ def copy_files(
                     done += len(block)
                     on_progress(done)
 
-                original = _read(path, write)
-            copies.append(Original(target, original.sha256, original.size))
-        digest = hashlib.sha256("".join(copy.sha256 for copy in copies).encode()).hexdigest()
+                try:
+                    original = _read(path, write)
+                except ValidationError as exc:
+                    target.unlink()
+                    copies.append(exc)
+                else:
+                    copies.append(Original(target, original.sha256, original.size))
+        digests = "".join(copy.sha256 for copy in copies if isinstance(copy, Original))
+        digest = hashlib.sha256(digests.encode()).hexdigest()
         directory = parent / f"{at}-{digest[:12]}"
         fsync_directory(partial)
         partial.rename(directory)
@@ -99,7 +135,9 @@ def copy_files(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return directory, [Original(directory / copy.path.name, copy.sha256, copy.size) for copy in copies]
+    return directory, [
+        replace(copy, path=directory / copy.path.name) if isinstance(copy, Original) else copy for copy in copies
+    ]
 
 
 def create_private(path: Path) -> TextIO:
@@ -120,12 +158,22 @@ def fsync_directory(directory: Path) -> None:
 
 def _read(path: Path, write: Callable[[bytes], None]) -> Original:
     digest, size = hashlib.sha256(), 0
+
+    def failed(exc: OSError) -> ValidationError:
+        return ValidationError(f"{printable(path)}: cannot be read: {exc.strerror}")
+
     try:
         file = path.open("rb")
     except OSError as exc:
-        raise ValidationError(f"{path}: cannot be read: {exc.strerror}") from None
+        raise failed(exc) from None
     with file:
-        while block := file.read(_BLOCK):
+        while True:
+            try:
+                block = file.read(_BLOCK)
+            except OSError as exc:
+                raise failed(exc) from None
+            if not block:
+                break
             digest.update(block)
             size += len(block)
             write(block)

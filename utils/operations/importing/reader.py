@@ -1,13 +1,13 @@
-"""Reads large JSON files entry by entry: an object of entries, an array of entries, or JSON lines."""
+"""Reads large JSON files entry by entry: an object of entries, an array of entries, or JSON lines; also nested ones."""
 
 from __future__ import annotations
 
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, Protocol
 
 from utils.exceptions import ValidationError
 
@@ -26,6 +26,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _INVALID_BYTES = re.compile("[\ud800-\udfff]")
 _IN_STRING = re.compile(r'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 _BETWEEN = re.compile(r'[^"{}\[\],]*')
+_FIRST_KEY = re.compile(r'[ \t\n\r]*([{\[])(?:[ \t\n\r]*("(?:[^"\\]|\\.){0,300}")[ \t\n\r]*:)?', re.DOTALL)
 NOT_JSON = "NaN and Infinity are not valid JSON"
 NOT_UTF8 = "it contains bytes that are not UTF-8"
 TOO_LONG = f"it is longer than {ENTRY_CHARACTERS:,} characters: split it"
@@ -46,6 +47,34 @@ class Entry:
     column: int
     #: Why the entry cannot be used; None if it can.
     problem: str | None = None
+    #: The container that the entry is in, as the outline named it; None without an outline.
+    scope: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A value that was not decoded, because it is too long: its brackets and keys up to the first value in it."""
+
+    #: "{" or "[" for each level.
+    brackets: str
+    #: The first key of each object.
+    keys: tuple[str, ...]
+
+
+class Outline(Protocol):
+    """Decides which values are read entry by entry, at any depth, instead of being one entry each."""
+
+    def root(self, value: Any) -> Any | None:
+        """Return the scope of the file, given its whole value or `Unread`; None if the file is one entry."""
+
+    def descend(self, scope: Any, key: str | None, value: Any) -> Any | None:
+        """Return the scope of a value's entries; None if the value, or `Unread`, is one entry."""
+
+    def absorbs(self, entry: Entry) -> bool:
+        """Return whether the outline combines this entry with others, to return it from `close`."""
+
+    def close(self, scope: Any) -> Iterator[Entry]:
+        """Return the combined entries of a scope when it ends."""
 
 
 class Reader:
@@ -55,9 +84,16 @@ class Reader:
     a problem, and reading continues with the next line.
     """
 
-    def __init__(self, file: BinaryIO, *, lines: bool = False, window: int = WINDOW) -> None:
-        """`lines`: the file contains JSON lines. `window`: number of bytes to read at once."""
+    def __init__(
+        self, file: BinaryIO, *, lines: bool = False, window: int = WINDOW, outline: Outline | None = None
+    ) -> None:
+        """
+        lines: the file contains JSON lines.
+        window: number of bytes to read at once.
+        outline: decides which values are read entry by entry; None: only the file itself.
+        """
         self._file = file
+        self._outline = outline
         self._lines = lines
         self._size = window
         self._text = ""
@@ -80,20 +116,60 @@ class Reader:
         if self._lines:
             yield from self._json_lines()
             return
-        if opening == "{":
-            yield from self._container("}")
-        elif opening == "[":
-            yield from self._container("]")
+        if opening and opening in "{[":
+            scope = None
+            if self._outline is not None:
+                root = self._whole()
+                scope = self._outline.root(root)
+                if scope is None:
+                    line, column = self._position(self._pos)
+                    value, text, problem = self._value()
+                    yield Entry(None, value, text, line, column, problem)
+            if scope is not None or self._outline is None:
+                yield from self._container(scope)
         else:
             self._fail("expected an object {…} or an array […] of entries" + ("" if opening else ", the file is empty"))
         if self._peek():
             self._fail("there is more text after the end of the JSON; a file of JSON lines must be named .jsonl")
 
-    def _container(self, closing: str) -> Iterator[Entry]:
+    def _whole(self) -> Any:
+        """Return the value of the whole file; `Unread` if it is too long, or not valid JSON."""
+        while not self._is_long() and self._fill():
+            pass
+        if self._ended and not self._is_long():
+            try:
+                value, end = self._decode(self._text, self._pos)
+            except (json.JSONDecodeError, RecursionError):
+                return self._unread()
+            if not self._text[end:].strip(" \t\n\r"):
+                return value
+        return self._unread()
+
+    def _unread(self) -> Unread:
+        pos, brackets, keys = self._pos, "", list[str]()
+        while len(brackets) < 8 and (match := _FIRST_KEY.match(self._text, pos)):
+            brackets += match[1]
+            if match[1] == "{":
+                if not match[2]:
+                    break
+                try:
+                    keys.append(json.loads(match[2], strict=False))
+                except ValueError:
+                    break
+            pos = match.end()
+        return Unread(brackets, tuple(keys))
+
+    def _container(self, scope: Any) -> Iterator[Entry]:
+        closing = "}" if self._text[self._pos] == "{" else "]"
         self._pos += 1
         if self._peek() == closing:
             self._pos += 1
             return
+        yield from self._entries_until(closing, scope)
+        if self._outline is not None:
+            yield from self._outline.close(scope)
+
+    def _entries_until(self, closing: str, scope: Any) -> Iterator[Entry]:
         while True:
             key, wrong_key = None, None
             if closing == "}":
@@ -105,8 +181,13 @@ class Reader:
                 self._pos += 1
             self._peek()
             line, column = self._position(self._pos)
-            value, text, problem = self._value()
-            yield Entry(key, value, text, line, column, wrong_key or problem)
+            value, text, problem, inner = self._value_or_scope(scope, key, is_readable=wrong_key is None)
+            if inner is not None:
+                yield from self._container(inner)
+            else:
+                entry = Entry(key, value, text, line, column, wrong_key or problem, scope)
+                if self._outline is None or not self._outline.absorbs(entry):
+                    yield entry
             following = self._peek()
             if following == closing:
                 self._pos += 1
@@ -153,8 +234,32 @@ class Reader:
             raise json.JSONDecodeError("there is more text after the value", text, end)
         return False
 
-    def _value(self) -> tuple[Any, str, str | None]:
-        """Read one value and return it, its text, and its problem (None if it can be used)."""
+    def _value_or_scope(
+        self, scope: Any, key: str | None, *, is_readable: bool
+    ) -> tuple[Any, str, str | None, Any | None]:
+        """Read one value as `_value` does, or return the scope of its entries and stay at its beginning."""
+        opening = self._text[self._pos : self._pos + 1]
+        if self._outline is None or not is_readable or not opening or opening not in "{[":
+            return (*self._value(), None)
+        inner: list[Any] = []
+
+        def descends() -> bool:
+            assert self._outline is not None
+            inner.append(self._outline.descend(scope, key, self._unread()))
+            return inner[-1] is not None
+
+        value, text, problem = self._value(descends)
+        if value is not None and not inner:  # even with a problem: it may concern only one of its entries
+            inner.append(self._outline.descend(scope, key, value))
+            if inner[-1] is not None:
+                self._pos -= len(text)
+        return value, text, problem, inner[-1] if inner else None
+
+    def _value(self, descends: Callable[[], bool] = lambda: False) -> tuple[Any, str, str | None]:
+        """Read one value and return it, its text, and its problem (None if it can be used).
+
+        If it is too long and `descends` returns True, stay at its beginning.
+        """
         while True:
             before = self._constants
             try:
@@ -162,7 +267,7 @@ class Reader:
             except json.JSONDecodeError as exc:
                 may_be_cut = exc.msg.startswith("Unterminated string") or exc.pos >= len(self._text) - _TAIL
                 if may_be_cut and self._is_long():
-                    return self._skip_value(TOO_LONG)
+                    return (None, "", None) if descends() else self._skip_value(TOO_LONG)
                 if not (may_be_cut and self._fill()):
                     self._fail(_plain(exc.msg), self._position(exc.pos))
                 continue
