@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.docs.blocks import ROOT, blocks_of
 from tests.operations.importing.files import GUILD, STATS, USER, import_content
 from utils.database import Pool
+from utils.operations.importing.reader import Reader
+from utils.operations.importing.repair import UnusableValue
+from utils.operations.importing.shapes import Outline
 
 G, H, U, V = GUILD, GUILD + 1, USER, USER + 1
 RED = "384734293238749"
@@ -242,3 +250,48 @@ async def test_documented_examples_are_imported_as_described(database: Pool, tmp
         outcome = await import_content(database, tmp_path, f"example{number}.json", json.loads(block.text))
         assert outcome.ok, f"{block}: {outcome.text}"
         assert outcome.data["files"][0]["rejected"] == {}, str(block)
+
+
+ids = st.integers(0, 3).map(lambda number: str(GUILD + number))
+names = ids | ids.map(lambda text: f"<@!{text}>") | st.sampled_from(
+    ["users", "members", "guilds", "data", "xp", "id", "ID", "guild_id", "user_id", "key", "prefix", "MEMBER", "GLOBAL"]
+)  # fmt: skip
+leaves = st.integers(0, 9) | ids | st.booleans() | st.none()
+trees = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=4), max_leaves=20
+)  # fmt: skip
+
+
+def leaves_in(value: Any, key: str = "") -> list[tuple[str, str]]:
+    """Return the scalars in a value, each with the name it has there."""
+    if isinstance(value, dict):
+        return [leaf for name, item in value.items() for leaf in leaves_in(item, name)]
+    if isinstance(value, list):
+        return [leaf for item in value for leaf in leaves_in(item, key)]
+    return [(key, json.dumps(value))]
+
+
+@given(st.lists(trees, max_size=4) | st.dictionaries(names, trees, max_size=4), st.integers(1, 60))
+def test_no_value_of_any_shape_is_lost(whole: Any, window: int) -> None:
+    outline = Outline("documents", "data")
+    reader = Reader(io.BytesIO(json.dumps(whole).encode()), window=window, outline=outline)
+    found: list[tuple[str, str]] = []
+    for entry in reader:
+        assert json.loads(entry.text) == entry.value
+        found += leaves_in(entry.value, entry.key or "")
+        with contextlib.suppress(UnusableValue):  # nothing identifies it: it is reported
+            place = outline.place(entry)
+            assert place.key
+            assert not place.is_member or (place.guild_id and place.user_id)
+    # The key of a record of a key and a value is not part of what is stored.
+    missing = Counter(text for _, text in leaves_in(whole)) - Counter(text for _, text in found)
+    assert sum(missing.values()) <= count_records(whole)
+
+
+def count_records(value: Any) -> int:
+    """Count the objects in arrays that have just two fields."""
+    if isinstance(value, dict):
+        return sum(map(count_records, value.values()))
+    if not isinstance(value, list):
+        return 0
+    return sum(count_records(item) + (isinstance(item, dict) and len(item) == 2) for item in value)

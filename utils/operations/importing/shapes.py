@@ -143,27 +143,23 @@ class Outline:
             return scope.record if key is not None and _plain(key) in _VALUE_FIELDS else None
         if key is None:
             return self._descend_element(scope, value)
-        named = replace(scope, words=(*scope.words, key), rest_key=None)
+        words = (*scope.words, key)
         if scope.holds == "red":
-            return self._descend_red(named, key, value)
+            holds = "guilds" if key == "MEMBER" else _RED.get(key)
+            if holds is not None:  # only `MEMBER` nests ids: guild, then user
+                return replace(scope, holds=holds, words=words, is_leaf=key != "MEMBER")
+            return replace(scope, holds="others", words=words) if isinstance(value, Unread) else None
         if not scope.words and key.isdecimal() and _is_red(value):
-            return replace(named, holds="red")
+            return replace(scope, holds="red", words=words, rest_key=None)
         own = self._id.fullmatch(key)
         if own is not None:
             return self._descend_id(scope, own, value)
+        if self._pair.fullmatch(key):
+            return None
         holds = self._holds(key, value)
-        if holds is not None:
-            return replace(named, holds=holds)
-        return replace(named, holds="others") if isinstance(value, Unread) and scope.holds == "others" else None
-
-    def _descend_red(self, named: Scope, key: str, value: Any) -> Scope | None:
-        """Return the scope of one of Red's scopes: only `MEMBER` nests ids, guild and then user."""
-        if key == "MEMBER":
-            return replace(named, holds="guilds")
-        holds = _RED.get(key)
-        if holds is not None:
-            return replace(named, holds=holds, is_leaf=True)
-        return replace(named, holds="others") if isinstance(value, Unread) else None
+        if holds is None and isinstance(value, Unread) and scope.holds == "others":
+            holds = "others"
+        return None if holds is None else replace(scope, holds=holds, words=words, rest_key=None)
 
     def _descend_id(self, scope: Scope, own: re.Match[str], value: Any) -> Scope | None:
         """Return the scope of a value under an id: a guild's users, or a user's guilds."""
