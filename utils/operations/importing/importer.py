@@ -219,8 +219,8 @@ async def _check_encoding(pool: Pool) -> None:
     encoding = await pool.fetchval("SELECT current_setting('server_encoding')")
     if encoding != "UTF8":
         raise DatabaseError(
-            f"the database has the encoding {encoding}, so nothing was imported: create it again with"
-            " CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
+            f"the encoding of this database is {encoding}, so nothing was imported: use one made with"
+            " ENCODING 'UTF8' TEMPLATE template0"
         )
 
 
