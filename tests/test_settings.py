@@ -76,6 +76,40 @@ def test_parses_values_as_people_write_them() -> None:
     assert settings.discord_api_base == "http://127.0.0.1:8080/api/v10"
 
 
+@pytest.mark.parametrize("quote", ['"', "'", "`"])
+def test_refuses_quotes_around_a_token(quote: str) -> None:
+    message = refused(DISCORD_TOKEN=f"{quote}{TOKEN}{quote}")
+    assert message == "DISCORD_TOKEN: expected the token as the developer portal shows it, without spaces or quotes"
+
+
+@pytest.mark.parametrize("password", ["a${HOME}b", "${NOBODY_SET_THIS}", "  outer spaces ", "$x ${y", "a#b"])
+@pytest.mark.parametrize("name", ["DB_PASSWORD", "PGPASSWORD"])
+def test_passwords_in_the_file_arrive_as_written(name: str, password: str, tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text(f"DB_HOST=h\nPGHOST=h\n{name}='{password}'\n")
+    read = getattr(load_settings(file), name.lower())
+    assert read.get_secret_value() == password
+
+
+def test_urls_in_the_file_may_refer_to_variables_that_exist(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text("SECRET=s3cr3t\nDATABASE_URL='postgresql://u:${SECRET}${NOBODY_SET_THIS}@h/d'\n")
+    target = load_settings(file).target
+    assert target is not None
+    assert target.password == "s3cr3t${NOBODY_SET_THIS}"
+
+
+def test_pool_and_retry_settings() -> None:
+    settings = load(
+        DB_ACQUIRE_TIMEOUT="3", DB_POOL_IDLE_SECONDS="0", DB_RETRY_ATTEMPTS="7", DB_RETRY_SECONDS="1",
+        DB_RETRY_MAX_SECONDS="2",
+    )  # fmt: skip
+    assert (settings.db_acquire_timeout, settings.db_pool_idle_seconds, settings.db_retry_attempts) == (3, 0, 7)
+    assert (settings.db_retry_seconds, settings.db_retry_max_seconds) == (1, 2)
+    assert "DB_RETRY_MAX_SECONDS" in refused(DB_RETRY_SECONDS="9")
+    assert "DB_RETRY_ATTEMPTS: '0' is wrong; expected at least 1" in refused(DB_RETRY_ATTEMPTS="0")
+
+
 def test_is_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load().log_level = "DEBUG"

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from utils.database.target import ConnectTarget, resolve_targets
 from utils.exceptions import SettingsError
@@ -26,6 +33,10 @@ _SECRETS = frozenset(
         "BACKUP_URL", "BACKUP_AGE_RECIPIENT",  # the secret identity is easily mistaken for the recipient
     )
 )  # fmt: skip
+
+#: Values that are never changed: not stripped, and `${NAME}` in `.env` is part of them.
+_VERBATIM = frozenset(("PGPASSWORD", "DB_PASSWORD"))
+_REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
 
 #: The variables that say where the database is.
 TARGET_VARIABLES = (
@@ -57,12 +68,44 @@ def _seconds(value: Any) -> Any:
 Duration = Annotated[float, Field(ge=60, le=366 * 86_400)]
 
 
+class _DotEnvFile(DotEnvSettingsSource):
+    """`.env`, where `${NAME}` stands for another variable only if there is one, and never in a password."""
+
+    def _read_env_file(self, file_path: Path) -> Mapping[str, str | None]:
+        from dotenv import dotenv_values
+
+        raw = dotenv_values(file_path, encoding="utf-8", interpolate=False)
+        known = {**raw, **os.environ}
+
+        def expand(found: re.Match[str]) -> str:
+            return known.get(found[1]) or found[0]
+
+        return {
+            name.lower(): value if name.upper() in _VERBATIM else _REFERENCE.sub(expand, value)
+            for name, value in raw.items()
+            if value
+        }
+
+
 class Settings(BaseSettings):
     """Every setting. The variable has the name of the field in upper case."""
 
     model_config = SettingsConfigDict(
         frozen=True, extra="ignore", env_ignore_empty=True, case_sensitive=False, env_file_encoding="utf-8"
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read arguments, then the environment, then `.env`."""
+        assert isinstance(dotenv_settings, DotEnvSettingsSource)
+        return init_settings, env_settings, _DotEnvFile(settings_cls, env_file=dotenv_settings.env_file)
 
     discord_token: SecretStr | None = Field(
         default=None,
@@ -105,7 +148,11 @@ class Settings(BaseSettings):
         ),
     )
     database_public_url: SecretStr | None = Field(
-        default=None, description="Railway's public address of the database, read last."
+        default=None,
+        description=(
+            "Railway's public address of the database. Read last, and instead of a private address whose host"
+            " (*.internal) cannot be resolved."
+        ),
     )
     pghost: str | None = Field(default=None, description="Host or socket directory. The PG* variables need it.")
     pgport: str | None = Field(default=None, description="Port, or one for each host of PGHOST.")
@@ -138,12 +185,34 @@ class Settings(BaseSettings):
         default=60.0, description="How long to retry connecting at the start, in seconds."
     )
     db_command_timeout: Seconds = Field(default=60.0, description="Timeout of one statement, in seconds.")
+    db_acquire_timeout: Seconds = Field(
+        default=30.0, description="How long to wait for a free connection of the pool, in seconds."
+    )
+    db_pool_idle_seconds: float = Field(
+        default=300.0,
+        ge=0,
+        le=86_400,
+        allow_inf_nan=False,
+        description="How long a connection may be idle before it is closed, in seconds; 0: for ever.",
+    )
     db_retry_seconds: Seconds = Field(
         default=0.2,
-        description="Delay before the first retry when the database takes no rows, in seconds. It doubles each time.",
+        description=(
+            "Delay before the first retry of what failed because the database was unreachable or busy, in seconds. It"
+            " doubles each time."
+        ),
     )
     db_retry_max_seconds: Seconds = Field(
         default=5.0, description="Longest delay between two such retries, in seconds."
+    )
+    db_retry_attempts: int = Field(
+        default=5,
+        ge=1,
+        le=1_000,
+        description=(
+            "How often functions of cogs marked with @retrying are attempted. The mirror's own writes are retried until"
+            " they succeed."
+        ),
     )
     data_dir: Path = Field(
         default=Path(".data"),
@@ -295,8 +364,9 @@ class Settings(BaseSettings):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _strip(cls, value: Any) -> Any:
-        return value.strip() if isinstance(value, str) else value
+    def _strip(cls, value: Any, info: ValidationInfo) -> Any:
+        is_verbatim = str(info.field_name).upper() in _VERBATIM
+        return value.strip() if isinstance(value, str) and not is_verbatim else value
 
     @field_validator("admin_user_ids", mode="before")
     @classmethod
@@ -349,7 +419,7 @@ class Settings(BaseSettings):
         if value is None:
             return None
         text = value.get_secret_value().removeprefix("Bot ").strip()
-        if not text.isascii() or re.search(r"\s", text):
+        if not text.isascii() or re.search(r"[\s\"'`]", text):
             raise ValueError("the token as the developer portal shows it, without spaces or quotes")
         return SecretStr(text)
 

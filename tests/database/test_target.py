@@ -163,6 +163,153 @@ def test_a_url_can_declare_a_pooler() -> None:
 
 
 @pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u@aws-0-eu.example.net:6543/d",
+        "postgresql://u@ep-cool-1-pooler.eu.example.net/d",
+        "postgresql://u@h/d?supa=base-pooler.x",
+        "postgresql://u@h/d?workaround=supabase-pooler.vercel",
+    ],
+)
+def test_recognises_poolers_by_their_address(url: str) -> None:
+    target = parse_url(url)
+    assert target.pooled
+    assert "supa" not in target.connect_kwargs().get("server_settings", {})
+    declared = parse_url(f"{url}{'&' if '?' in url else '?'}pgbouncer=false")
+    assert (declared.pooled, declared.is_declared) == (False, True)
+
+
+def test_a_pooler_is_recognised_in_pghost() -> None:
+    target = resolve({"PGHOST": "ep-cool-1-pooler.eu.example.net", "PGUSER": "u"})
+    assert target is not None
+    assert target.pooled
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    ["connection_limit=1", "pool_timeout=10", "supa=x", "workaround=y", "hostaddr=10.0.0.1", "channel_binding=require"],
+)
+def test_says_which_parameters_it_ignores(parameter: str) -> None:
+    target = parse_url(f"postgresql://u@h/d?{parameter}")
+    name, _, value = parameter.partition("=")
+    assert len(target.notes) == 1
+    assert name in target.notes[0]
+    assert value not in target.notes[0].split(name)[1]
+    assert target.connect_kwargs()["server_settings"] == {"application_name": "guildbook"}
+
+
+@pytest.mark.parametrize(
+    ("query", "mode"),
+    [
+        ("uselibpqcompat=true&sslmode=require", "require"),
+        ("sslmode=no-verify", "require"),
+        ("sslaccept=accept_invalid_certs&sslmode=require", "require"),
+        ("sslaccept=strict&sslmode=require", "verify-full"),
+        ("sslmode=require&", "require"),
+        ("&sslmode=require&&", "require"),
+    ],
+)
+def test_understands_parameters_of_other_drivers(query: str, mode: str) -> None:
+    target = parse_url(f"postgresql://u@h/d?{query}")
+    assert target.sslmode == mode
+    assert target.notes == ()
+
+
+def test_a_trailing_ampersand_or_question_mark_is_harmless() -> None:
+    assert parse_url("postgresql://u@h/d?&") == parse_url("postgresql://u@h/d?") == parse_url("postgresql://u@h/d")
+
+
+def test_hostaddr_alone_is_the_host() -> None:
+    assert parse_url("postgresql:///d?hostaddr=10.0.0.1&port=6000&user=u").hosts == ("10.0.0.1",)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u@/d?host=/run/postgresql/.s.PGSQL.6000",
+        "postgresql://u@%2Frun%2Fpostgresql%2F.s.PGSQL.6000/d",
+        "postgresql://u@/d?host=/run/postgresql&port=6000",
+    ],
+)
+def test_accepts_the_file_of_a_socket(url: str) -> None:
+    target = parse_url(url)
+    assert (target.hosts, target.ports) == (("/run/postgresql",), (6000,))
+
+
+def test_refuses_unknown_parameters_with_the_variable() -> None:
+    with pytest.raises(SettingsError, match=r"^DATABASE_URL: .*'sslmod'") as caught:
+        resolve({"DATABASE_URL": "postgresql://u@h/d?sslmod=require"})
+    assert caught.value.variables == ("DATABASE_URL",)
+    with pytest.raises(SettingsError, match="unknown parameter: ") as caught:
+        parse_url("postgresql://u:p@ss?w0rd=1@h/d")
+    assert "w0rd" not in str(caught.value)
+    assert parse_url("postgresql://u@h/d?my_app.user=1&enable_seqscan=off&TimeZone=UTC").server_settings
+
+
+def test_sslrootcert_system_is_the_file_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    authorities = tmp_path / "system.crt"
+    authorities.write_text(CERTIFICATE)
+    monkeypatch.setenv("SSL_CERT_FILE", str(authorities))
+    target = parse_url("postgresql://u@h/d?sslrootcert=system")
+    assert (target.sslmode, target.tls["sslrootcert"]) == ("verify-full", str(authorities))
+    _, params = _read_by_asyncpg(target)
+    assert params.ssl.check_hostname
+    assert params.ssl.get_ca_certs()
+    monkeypatch.setenv("PGSSLROOTCERT", "system")
+    by_variables = resolve({"PGHOST": "h", "PGUSER": "u", "PGSSLMODE": "verify-full"})
+    assert by_variables is not None
+    assert by_variables.tls["sslrootcert"] == str(authorities)
+
+
+@pytest.mark.parametrize("option", ["sslrootcert", "sslcert", "sslkey", "sslcrl"])
+def test_a_missing_certificate_file_is_named_at_once(option: str) -> None:
+    values = {"DATABASE_URL": f"postgresql://u:{QUOTED}@h/d?sslmode=verify-full&{option}=/nowhere/ca.pem"}
+    with pytest.raises(SettingsError, match=f"^DATABASE_URL: {option}: /nowhere/ca.pem cannot be read") as caught:
+        resolve(values)
+    assert PASSWORD not in str(caught.value)
+
+
+def test_a_file_without_a_certificate_is_named_at_once(tmp_path: Path) -> None:
+    empty = tmp_path / "ca.pem"
+    empty.write_text("not a certificate")
+    with pytest.raises(SettingsError, match=r"ca\.pem contains no certificate"):
+        resolve({"DATABASE_URL": f"postgresql://u@h/d?sslmode=verify-full&sslrootcert={empty}"})
+
+
+def test_a_user_id_without_a_name_is_a_settings_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr("getpass.getuser", fail)
+    monkeypatch.delenv("PGUSER", raising=False)
+    with pytest.raises(SettingsError, match="the address has no user"):
+        parse_url("postgresql://h/d").connect_kwargs()
+    assert parse_url("postgresql://u@h/d").connect_kwargs()["user"] == "u"
+
+
+def test_the_public_address_replaces_a_private_one_without_an_address() -> None:
+    values = {
+        "DATABASE_URL": "postgresql://u@postgres.railway.internal/d",
+        "DATABASE_PUBLIC_URL": "postgresql://u@proxy.example.net:12345/d",
+    }
+    target, direct = resolve_targets(values, can_resolve=lambda _: False)
+    assert target is not None
+    assert target == direct
+    assert (target.hosts, target.source) == (("proxy.example.net",), "DATABASE_PUBLIC_URL")
+    assert "postgres.railway.internal cannot be resolved" in target.notes[0]
+    target, _ = resolve_targets(values, can_resolve=lambda _: True)
+    assert target is not None
+    assert (target.hosts, target.notes) == (("postgres.railway.internal",), ())
+
+
+def test_passwords_keep_their_outer_spaces() -> None:
+    for prefix in ("PG", "DB_"):
+        target = resolve({f"{prefix}HOST": " h ", f"{prefix}USER": "u", f"{prefix}PASSWORD": " pass "})
+        assert target is not None
+        assert (target.hosts, target.password) == (("h",), " pass ")
+
+
+@pytest.mark.parametrize(
     ("url", "says"),
     [
         ("mysql://u:{}@h/d", "does not begin with"),

@@ -8,12 +8,19 @@ Precedence, the first that is set wins (an empty value counts as not set):
 4. `DB_HOST`, `DB_PORT`, `DB_USER`, `DB_PASSWORD`, `DB_NAME`, `DB_SSL`, when `DB_HOST` is set;
 5. `DATABASE_PUBLIC_URL`;
 6. nothing: the embedded server.
+
+`DATABASE_PUBLIC_URL` replaces `DATABASE_URL` where the host of the latter cannot be resolved: a private network's name
+outside that network.
 """
 
 from __future__ import annotations
 
+import getpass
 import ipaddress
+import os
 import re
+import socket
+import ssl
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -36,14 +43,37 @@ _TLS_OPTIONS = frozenset(
     | {"ssl_min_protocol_version", "ssl_max_protocol_version"}
 )
 _DRIVER_OPTIONS = frozenset({"target_session_attrs", "krbsrvname", "gsslib", "passfile", "service", "servicefile"})
-#: Parameters of other drivers, which asyncpg would send to the server as unknown settings.
+#: Parameters of libpq, hosts and other drivers that mean nothing to us. They are ignored, and named in the log.
 _IGNORED = frozenset(
-    {"connect_timeout", "connection_limit", "channel_binding", "gssencmode", "gssdelegation", "client_encoding"}
-    | {"keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout", "hostaddr"}
-    | {"load_balance_hosts", "require_auth", "requirepeer", "sslcompression", "sslsni", "sslcertmode"}
-    | {"fallback_application_name", "pool_timeout", "schema", "async_fallback"}
-    | {"statement_cache_size", "prepared_statement_cache_size"}
+    {"connect_timeout", "channel_binding", "gssencmode", "gssdelegation", "client_encoding", "hostaddr"}
+    | {"keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout"}
+    | {"load_balance_hosts", "require_auth", "requirepeer", "sslcompression", "sslsni", "sslcertmode", "sslkeylogfile"}
+    | {"min_protocol_version", "max_protocol_version", "fallback_application_name"}
+    | {"connection_limit", "pool_timeout", "socket_timeout", "max_idle_connection_lifetime"}  # Prisma
+    | {"statement_cache_size", "prepared_statement_cache_size", "async_fallback", "pool_size", "max_overflow"}
+    | {"pool_max_conns", "pool_min_conns", "default_query_exec_mode", "statement_cache_capacity", "preparethreshold"}
+    | {"supa", "workaround", "conn_max_age", "sslidentity", "schema"}
 )
+#: Settings of PostgreSQL that an address may set directly; any other one is written `options=-c name=value`.
+_SERVER_SETTINGS = frozenset(
+    {"application_name", "options", "search_path", "role", "timezone", "datestyle", "intervalstyle", "work_mem"}
+    | {"statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", "idle_session_timeout"}
+    | {"transaction_timeout", "maintenance_work_mem", "temp_buffers", "jit", "default_tablespace", "temp_tablespaces"}
+    | {"default_transaction_isolation", "default_transaction_read_only", "default_transaction_deferrable"}
+    | {"synchronous_commit", "extra_float_digits", "bytea_output", "client_min_messages", "row_security"}
+    | {"tcp_keepalives_idle", "tcp_keepalives_interval", "tcp_keepalives_count", "client_connection_check_interval"}
+    | {"log_statement", "log_min_duration_statement", "random_page_cost", "effective_cache_size", "plan_cache_mode"}
+    | {"max_parallel_workers_per_gather", "session_replication_role", "standard_conforming_strings"}
+)
+#: The port of the transaction mode of Supabase's pooler, and what the names of Neon's pooled hosts contain.
+_POOLER_PORT, _POOLER_HOST = 6543, "-pooler."
+#: What the names of hosts in the private networks of Railway and Fly end with.
+_PRIVATE_SUFFIX = ".internal"
+#: Where Linux distributions and macOS keep the system's certificates, if Python does not know.
+_SYSTEM_CERTIFICATES = (
+    "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+)  # fmt: skip
 _TRUE = frozenset(("1", "true", "yes", "on"))
 _FALSE = frozenset(("0", "false", "no", "off"))
 
@@ -70,8 +100,12 @@ class ConnectTarget:
     server_settings: Mapping[str, str] = field(default_factory=dict)
     #: Behind a pooler in transaction mode: no prepared statements, session state or start-up parameters.
     pooled: bool = False
+    #: Whether the address itself says whether there is a pooler (`pgbouncer=true` or `false`), so nobody need find out.
+    is_declared: bool = False
     #: The variable it was read from.
     source: str = ""
+    #: What the operator should know about the address: one line each, without secrets.
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def is_socket(self) -> bool:
@@ -82,8 +116,17 @@ class ConnectTarget:
         """Return the target of another database on the same server."""
         return replace(self, database=database)
 
+    def through_pooler(self) -> ConnectTarget:
+        """Return the same target for a pooler in transaction mode."""
+        return replace(self, pooled=True)
+
     def connect_kwargs(self) -> dict[str, Any]:
-        """Return keyword arguments for `asyncpg.connect` and `asyncpg.create_pool`."""
+        """Return keyword arguments for `asyncpg.connect` and `asyncpg.create_pool`.
+
+        Raises `SettingsError` when the address has no user and the process has no user name.
+        """
+        if self.user is None and "service" not in self.driver:
+            self._require_user_name()
         kwargs: dict[str, Any] = {
             "host": list(self.hosts) or None,
             "port": list(self.ports) or None,
@@ -108,6 +151,35 @@ class ConnectTarget:
         if settings:
             kwargs["server_settings"] = settings
         return kwargs
+
+    def _require_user_name(self) -> None:
+        try:
+            _ = os.environ.get("PGUSER") or getpass.getuser()
+        except (KeyError, OSError, ImportError):  # the user id is unknown to the system, as in many containers
+            raise SettingsError(
+                f"{self.source or 'DATABASE_URL'}: the address has no user, and user id {os.getuid()} has no name on"
+                " this machine; expected postgresql://user:password@host:5432/database",
+                variables=[self.source or "DATABASE_URL"],
+            ) from None
+
+    def check_files(self) -> None:
+        """Raise `SettingsError` for a file of the TLS parameters that cannot be read or holds no certificate."""
+        if self.sslmode == "disable":
+            return
+        for option in sorted({"sslrootcert", "sslcert", "sslkey", "sslcrl"} & self.tls.keys()):
+            path, what = self.tls[option], f"{self.source or 'the address'}: {option}"
+            try:
+                with open(path, "rb") as file:
+                    file.read(1)
+                if option in ("sslrootcert", "sslcrl"):
+                    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=path)
+            except ssl.SSLError:
+                problem = f"{what}: {path} contains no certificate in PEM format"
+            except OSError as exc:
+                problem = f"{what}: {path} cannot be read: {exc.strerror}"
+            else:
+                continue
+            raise SettingsError(problem, variables=[self.source] if self.source else [])
 
     def sqlalchemy_url(self) -> URL:
         """Return the URL for `create_async_engine`; host and password are in `sqlalchemy_connect_args`."""
@@ -152,25 +224,65 @@ class ConnectTarget:
         return f"<ConnectTarget {self.libpq_url()} password={hidden} pooled={self.pooled} source={self.source!r}>"
 
 
-def resolve_targets(values: Mapping[str, SecretStr | str | None]) -> tuple[ConnectTarget | None, ConnectTarget | None]:
+def can_resolve(host: str) -> bool:
+    """Return whether the name of a host has an address here. Blocks."""
+    try:
+        return bool(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
+    except (OSError, UnicodeError):
+        return False
+
+
+def resolve_targets(
+    values: Mapping[str, SecretStr | str | None], *, can_resolve: Callable[[str], bool] = can_resolve
+) -> tuple[ConnectTarget | None, ConnectTarget | None]:
     """Return the target and the direct target that these variables name; None, None: the embedded server.
 
     The direct target bypasses a pooler, for migrations, LISTEN and pg_dump. Without a pooler it equals the target.
+    `can_resolve` is asked only when there is both a private and a public address.
     Raises `SettingsError`, which names the variable and what is wrong with it but never shows the value of a URL.
     """
-    get = _reader(values)
-    url, unpooled = get("DATABASE_URL"), get("DATABASE_UNPOOLED_URL")
+    target, direct = _resolve(_reader(values), can_resolve)
+    for one in (target, direct):
+        if one is not None:
+            one.check_files()
+    return target, direct
+
+
+def _resolve(
+    get: Callable[[str], str | None], can_resolve: Callable[[str], bool]
+) -> tuple[ConnectTarget | None, ConnectTarget | None]:
+    url, unpooled, public = get("DATABASE_URL"), get("DATABASE_UNPOOLED_URL"), get("DATABASE_PUBLIC_URL")
     if url and unpooled and url != unpooled:
-        pooled = parse_url(url, source="DATABASE_URL", pooled=True)
-        return pooled, parse_url(unpooled, source="DATABASE_UNPOOLED_URL")
-    public = get("DATABASE_PUBLIC_URL")
-    if url:
-        target: ConnectTarget | None = parse_url(url, source="DATABASE_URL")
-    elif unpooled:
-        target = parse_url(unpooled, source="DATABASE_UNPOOLED_URL")
-    elif (target := _from_parts(get, "PG", "PGSSLMODE") or _from_parts(get, "DB_", "DB_SSL")) is None and public:
-        target = parse_url(public, source="DATABASE_PUBLIC_URL")
-    return target, target
+        target = parse_url(url, source="DATABASE_URL", pooled=True)
+        direct = parse_url(unpooled, source="DATABASE_UNPOOLED_URL")
+        if public and not _has_address(target, can_resolve):
+            target = direct = _public_instead(target, public)
+        return target, direct
+    if url or unpooled:
+        source = "DATABASE_URL" if url else "DATABASE_UNPOOLED_URL"
+        private = parse_url(url or unpooled or "", source=source)
+        if public and not _has_address(private, can_resolve):
+            private = _public_instead(private, public)
+        return private, private
+    parts = _from_parts(get, "PG", "PGSSLMODE") or _from_parts(get, "DB_", "DB_SSL")
+    if public and parts is None:
+        parts = parse_url(public, source="DATABASE_PUBLIC_URL")
+    elif public and parts is not None and not _has_address(parts, can_resolve):
+        parts = _public_instead(parts, public)
+    return parts, parts
+
+
+def _has_address(target: ConnectTarget, can_resolve: Callable[[str], bool]) -> bool:
+    """Return whether a host is public, or private and has an address here."""
+    return not target.hosts or any(not host.endswith(_PRIVATE_SUFFIX) or can_resolve(host) for host in target.hosts)
+
+
+def _public_instead(private: ConnectTarget, public: str) -> ConnectTarget:
+    target = parse_url(public, source="DATABASE_PUBLIC_URL")
+    note = (
+        f"{private.source}: the host {', '.join(private.hosts)} cannot be resolved from here: using DATABASE_PUBLIC_URL"
+    )
+    return replace(target, notes=(note, *target.notes))
 
 
 def parse_url(url: str, *, source: str = "DATABASE_URL", pooled: bool = False) -> ConnectTarget:
@@ -198,11 +310,23 @@ def parse_url(url: str, *, source: str = "DATABASE_URL", pooled: bool = False) -
     else:
         hosts, ports = (), tuple(_port(text, source) for text in (ports_text or "").split(",") if text)
 
+    if not hosts and (address := options.pop("hostaddr", None)):
+        hosts, ports = _hosts(address.split(","), ports_text, source)
     sslmode = _sslmode(options.pop("sslmode", None) or options.pop("ssl", None), source)
-    options.pop("ssl", None)
-    through_pooler = pooled or _flag(options.pop("pgbouncer", None))
+    for understood in ("ssl", "uselibpqcompat"):  # the latter asks for libpq's meaning of sslmode, which is ours
+        options.pop(understood, None)
     tls = {key: options.pop(key) for key in sorted(_TLS_OPTIONS & options.keys())}
+    if (options.pop("sslaccept", "").lower()) == "strict" and sslmode not in ("disable", "verify-full"):  # Prisma
+        sslmode = "verify-full"
+        tls.setdefault("sslrootcert", "system")
+    sslmode = _with_system_certificates(tls, sslmode, source)
+    declared = options.pop("pgbouncer", None)
+    is_hinted = _is_pooler(hosts, ports) or "pooler" in options.get("supa", "") + options.get("workaround", "")
     driver = {key: options.pop(key) for key in sorted(_DRIVER_OPTIONS & options.keys())}
+    ignored = [key for key in options if key.lower() in _IGNORED]
+    settings = {key: value for key, value in options.items() if key not in ignored}
+    for key in settings:
+        _check_setting(key, source, may_show="@" not in query)
     return ConnectTarget(
         hosts=hosts,
         ports=ports,
@@ -212,10 +336,49 @@ def parse_url(url: str, *, source: str = "DATABASE_URL", pooled: bool = False) -
         sslmode=sslmode,
         tls=tls,
         driver=driver,
-        server_settings={key: value for key, value in options.items() if key not in _IGNORED},
-        pooled=through_pooler,
+        server_settings=settings,
+        pooled=pooled or (is_hinted if declared is None else _flag(declared)),
+        is_declared=pooled or declared is not None,
         source=source,
+        notes=(f"{source}: ignored what other programs understand: {', '.join(ignored)}",) if ignored else (),
     )
+
+
+def _check_setting(name: str, source: str, *, may_show: bool) -> None:
+    """Raise `SettingsError` for a parameter that is neither known nor a setting of PostgreSQL."""
+    if name.lower() in _SERVER_SETTINGS or re.fullmatch(r"enable_[a-z_]+|[A-Za-z_]\w*\.[A-Za-z_][\w.]*", name):
+        return
+    # After an unescaped '?' in the password a name could be a part of it.
+    shown = f" {name!r}" if may_show and re.fullmatch(r"[A-Za-z_]\w{0,62}", name) else ""
+    raise _invalid(
+        source,
+        f"contains an unknown parameter{shown}: remove it, or write a setting of PostgreSQL as"
+        " options=-c%20name%3Dvalue",
+    )
+
+
+def _with_system_certificates(tls: dict[str, str], sslmode: str | None, source: str) -> str | None:
+    """Replace `sslrootcert=system` by the system's file, and return the mode.
+
+    It implies `verify-full`, as in libpq.
+    """
+    if sslmode == "disable":
+        return sslmode
+    if tls.get("sslrootcert") == "system":
+        found = system_certificates()
+        if found is None:
+            raise _invalid(
+                source, "has sslrootcert=system, but this system has no certificates: install ca-certificates"
+            )
+        tls["sslrootcert"], sslmode = found, "verify-full"
+    return sslmode
+
+
+def system_certificates() -> str | None:
+    """Return the file with the certificates that this system trusts; None if there is none."""
+    paths = ssl.get_default_verify_paths()
+    candidates = (paths.cafile, paths.openssl_cafile, *_SYSTEM_CERTIFICATES)
+    return next((path for path in candidates if path and os.path.isfile(path)), None)
 
 
 def _reader(values: Mapping[str, SecretStr | str | None]) -> Callable[[str], str | None]:
@@ -225,7 +388,8 @@ def _reader(values: Mapping[str, SecretStr | str | None]) -> Callable[[str], str
         value = values.get(name)
         if value is None:
             return None
-        return (value.get_secret_value() if isinstance(value, SecretStr) else value).strip() or None
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+        return (text if name.endswith("PASSWORD") else text.strip()) or None
 
     return get
 
@@ -242,14 +406,28 @@ def _from_parts(get: Callable[[str], str | None], prefix: str, ssl_variable: str
         return None
     source = f"{prefix}HOST"
     hosts, ports = _hosts(host.split(","), get(f"{prefix}PORT"), source)
+    sslmode, tls = _sslmode(get(ssl_variable), ssl_variable), {}
+    authorities = os.environ.get("PGSSLROOTCERT")
+    if prefix == "PG" and authorities and sslmode in ("require", "verify-ca", "verify-full"):
+        tls["sslrootcert"] = authorities  # asyncpg reads it too, but does not know "system"
+        sslmode = _with_system_certificates(tls, sslmode, "PGSSLROOTCERT")
     return ConnectTarget(
         hosts=hosts,
         ports=ports,
         user=get(f"{prefix}USER"),
         password=get(f"{prefix}PASSWORD"),
         database=get(name),
-        sslmode=_sslmode(get(ssl_variable), ssl_variable),
+        sslmode=sslmode,
+        tls=tls,
+        pooled=_is_pooler(hosts, ports),
         source=source,
+    )
+
+
+def _is_pooler(hosts: tuple[str, ...], ports: tuple[int, ...]) -> bool:
+    """Return whether host or port look like a pooler's."""
+    return any(_POOLER_HOST in host for host in hosts) or (
+        _POOLER_PORT in ports and not any(host.startswith("/") for host in hosts)
     )
 
 
@@ -267,6 +445,8 @@ def _hosts(
         else:
             host, _, port = part.partition(":")
         host = _unquote(host, source) if quoted else host
+        if socket_file := re.fullmatch(r"(/.*)/\.s\.PGSQL\.(\d{1,5})", host):
+            host, port = socket_file[1], port or socket_file[2]  # libpq takes the directory only
         if not _is_host(host):
             raise _invalid(source, "contains an invalid host name")
         hosts.append(host)
@@ -314,6 +494,8 @@ def _sslmode(text: str | None, source: str) -> str | None:
     lowered = text.strip().lower().replace("_", "-")
     if lowered in _TRUE:
         return "require"
+    if lowered == "no-verify":  # node-postgres: encrypted, unverified
+        return "require"
     if lowered in _FALSE:
         return "disable"
     if lowered not in SSL_MODES:
@@ -326,6 +508,7 @@ def _flag(text: str | None) -> bool:
 
 
 def _query(query: str, source: str) -> dict[str, str]:
+    query = "&".join(filter(None, query.split("&")))  # some hosts' addresses end with '&'
     try:
         pairs = parse_qsl(
             query.replace("+", "%2B"), keep_blank_values=True, strict_parsing=bool(query), errors="strict"
