@@ -6,6 +6,7 @@ import functools
 import logging
 import random
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import stamina
@@ -18,17 +19,32 @@ _log = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: Seconds before the second attempt, and the longest delay.
-FIRST_SECONDS, MAX_SECONDS = 0.1, 5.0
+
+@dataclass(slots=True)
+class RetryDefaults:
+    """What `retrying` uses where a decorator says nothing: DB_RETRY_ATTEMPTS, DB_RETRY_SECONDS, DB_RETRY_MAX_SECONDS.
+
+    Decorators are evaluated at import, before the settings are read, so they look here at each call.
+    """
+
+    attempts: int = 5
+    #: The delays before the second attempt and between later ones at most, in seconds.
+    first_seconds: float = 0.1
+    max_seconds: float = 5.0
+
+
+defaults = RetryDefaults()
 
 
 def retrying(
-    attempts: int = 5, seconds: float = 30.0, *, first_seconds: float = FIRST_SECONDS
+    attempts: int | None = None, seconds: float = 30.0, *, first_seconds: float | None = None
 ) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
     """Return a decorator that retries a coroutine function after transient errors (`utils.exceptions.is_transient`).
 
-    attempts, seconds: whichever is reached first ends the retries, and the last error is raised.
-    first_seconds: the delay before the second attempt; it doubles up to 5 s, and jitter adds up to as much again.
+    attempts, seconds: whichever is reached first ends the retries, and the last error is raised. attempts None:
+        DB_RETRY_ATTEMPTS.
+    first_seconds: the delay before the second attempt; it doubles up to DB_RETRY_MAX_SECONDS, and jitter adds up to as
+        much again. None: DB_RETRY_SECONDS.
 
     Permanent errors are raised at once. Inside an open transaction there is one attempt, because a failed transaction
     can only be repeated as a whole: decorate the function that opens it.
@@ -39,9 +55,10 @@ def retrying(
         async def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             if joined() is not None:
                 return await function(*args, **kwargs)
+            first = defaults.first_seconds if first_seconds is None else first_seconds
             async for attempt in stamina.retry_context(
-                on=_is_transient, attempts=attempts, timeout=seconds,
-                wait_initial=first_seconds, wait_max=MAX_SECONDS, wait_jitter=first_seconds,
+                on=_is_transient, attempts=defaults.attempts if attempts is None else attempts, timeout=seconds,
+                wait_initial=first, wait_max=defaults.max_seconds, wait_jitter=first,
             ):  # fmt: skip
                 with attempt:
                     if attempt.num > 1:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from models import User
 from tests.database.access import COUNT, PRICE, PUT, accessed
-from utils.database import Pool
+from utils.database import ConnectTarget, Pool
 from utils.database.access import Database
-from utils.exceptions import DatabaseError, ValidationError
+from utils.exceptions import DatabaseError, DatabaseUnavailable, ValidationError
 
 
 @pytest.fixture
@@ -178,6 +180,60 @@ async def test_slow_statements_are_logged_without_arguments(database: Pool, capl
     assert "test_slow_statements" in kept["caller"]
     assert kept["ms"] >= 60
     assert "secret" not in str(record.__dict__)
+
+
+async def test_the_slow_log_shows_the_wait_for_a_connection_apart(target: ConnectTarget) -> None:
+    pool = Pool(target, pool_max=1, connect_timeout=10)
+    await pool.connect()
+    async with accessed(pool, slow_ms=90) as db:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(db.fetchval("SELECT pg_sleep(0.2)"))
+            await asyncio.sleep(0.05)
+            tasks.create_task(db.fetchval("SELECT 1"))  # waits for the only connection, and is fast
+            tasks.create_task(db.fetchval("SELECT pg_sleep(0.1)"))
+        slow = {entry["sql"]: entry for entry in db.get_stats()["slow"]}
+    await pool.close()
+    assert slow.keys() == {"SELECT pg_sleep(0.2)", "SELECT pg_sleep(0.1)"}
+    first, second = slow.values()
+    assert first["waited_ms"] < 100 <= second["waited_ms"]
+    assert second["ms"] >= 100
+
+
+async def test_the_slow_log_covers_sessions_repositories_and_raw_connections(database: Pool) -> None:
+    async with accessed(database, slow_ms=50) as db:
+        async with db.sessions() as session:
+            await session.execute(text("SELECT pg_sleep(0.06), 'a session'"))
+        async with db.transaction(), db.sessions() as session:
+            await session.execute(text("SELECT pg_sleep(0.06), 'in a transaction'"))
+        async with db.acquire() as connection:
+            await connection.fetch("SELECT pg_sleep(0.06), 'raw'")
+        async with db.sessions() as session:
+            await session.execute(text("SELECT 1"))
+        slow = db.get_stats()["slow"]
+    assert [entry["sql"].split("'")[1] for entry in slow] == ["a session", "in a transaction", "raw"]
+    assert all("test_access_statements.py" in entry["caller"] for entry in slow)
+    assert all("test_the_slow_log_covers" in entry["caller"] for entry in slow)
+
+
+async def test_exhausted_sessions_name_their_holders(target: ConnectTarget) -> None:
+    pool = Pool(target, pool_max=2, connect_timeout=10, acquire_timeout=0.1)
+    await pool.connect()
+    async with accessed(pool, orm_connections=1) as db:
+
+        async def hold() -> None:
+            async with db.transaction("counting sheep"):
+                pass
+
+        async with db.sessions() as session:
+            await session.execute(text("SELECT 1"))
+            with pytest.raises(DatabaseUnavailable, match=r"held by .*test_access_statements\.py:\d+ test_exhausted"):
+                await hold()
+        async with db.transaction("counting sheep"):
+            refused = asyncio.create_task(hold(), context=contextvars.Context())
+            with pytest.raises(DatabaseUnavailable, match=r"held by counting sheep \(.*\) for \d"):
+                await refused
+        assert db.orm.holders.list() == []
+    await pool.close()
 
 
 async def test_all_statements_are_logged_in_development(database: Pool, caplog: pytest.LogCaptureFixture) -> None:

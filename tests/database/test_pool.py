@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -15,7 +16,8 @@ import pytest
 
 from utils.database import Connection, ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
-from utils.exceptions import DatabaseError, DatabaseUnavailable, is_transient, translate
+from utils.database.target import parse_url
+from utils.exceptions import DatabaseError, DatabaseUnavailable, SettingsError, is_transient, translate
 
 
 @contextlib.asynccontextmanager
@@ -93,11 +95,57 @@ async def test_temporary_tables_are_dropped_after_a_failed_block(target: Connect
 async def test_waiting_for_a_connection_times_out(target: ConnectTarget) -> None:
     async with pool(target, pool_max=1) as db, db.acquire():
         assert db.pool_stats() == {
-            "created": 1, "active": 1, "idle": 0, "waiting": 0, "size": 1, "max": 1,
+            "created": 1, "destroyed": 0, "active": 1, "idle": 0, "waiting": 0, "size": 1, "max": 1,
         }  # fmt: skip
         with pytest.raises(DatabaseUnavailable, match="1 of 1 in use"):
             async with db.acquire(timeout=0.05):
                 pass
+
+
+async def test_exhaustion_names_who_holds_connections_and_since_when(target: ConnectTarget) -> None:
+    async with pool(target, pool_max=2, acquire_timeout=0.1) as db, db.acquire(), db.transaction():
+        await asyncio.sleep(0.1)
+        with pytest.raises(DatabaseUnavailable) as caught:
+            await db.fetchval("SELECT 1")
+    held = r"tests/database/test_pool\.py:\d+ test_exhaustion_names_who_holds_connections_and_since_when for 0\.[1-9] s"
+    assert re.search(rf"2 of 2 in use, held by {held}, {held}", str(caught.value))
+    assert db.holders.list() == []
+
+
+async def test_statistics_count_destroyed_connections(target: ConnectTarget) -> None:
+    db = Pool(target, pool_max=2, connect_timeout=10)
+    await db.connect()
+    async with db.acquire() as conn:
+        await conn.close()
+    await asyncio.sleep(0)  # the listeners run in the next turn of the loop
+    assert db.pool_stats()["destroyed"] == 1
+    assert await db.fetchval("SELECT 1") == 1
+    await db.close()
+    await asyncio.sleep(0)
+    stats = db.pool_stats()
+    assert stats["created"] == stats["destroyed"] >= 2
+
+
+async def test_idle_connections_are_closed(target: ConnectTarget) -> None:
+    async with pool(target, pool_min=0, idle_seconds=0.1) as db:
+        assert await db.fetchval("SELECT 1") == 1
+        async with asyncio.timeout(10):
+            while db.pool_stats()["size"]:  # noqa: ASYNC110 - asyncpg announces nothing
+                await asyncio.sleep(0.02)
+
+
+async def test_waiting_for_the_server_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    nowhere = ConnectTarget(("/nowhere",), (5432,), user="u", is_declared=True)
+    db = Pool(nowhere, connect_timeout=0.5, retry_seconds=0.01, retry_max_seconds=0.02)
+    with caplog.at_level(logging.INFO), pytest.raises(DatabaseUnavailable, match="could not be reached"):
+        await db.connect()
+    assert len([record for record in caplog.records if "waiting for the database" in record.getMessage()]) == 1
+
+
+async def test_a_missing_certificate_file_is_not_retried() -> None:
+    target = parse_url("postgresql://u@localhost/d?sslmode=verify-full&sslrootcert=/nowhere/ca.pem")
+    with pytest.raises(SettingsError, match=r"sslrootcert: /nowhere/ca\.pem cannot be read"):
+        await asyncio.wait_for(Pool(target, connect_timeout=3600).connect(), 10)
 
 
 async def test_driver_errors_are_translated(database: Pool) -> None:

@@ -46,11 +46,27 @@ async def behind_a_network(target: ConnectTarget, connections: int) -> AsyncIter
 
 async def test_pool_stats(target: ConnectTarget) -> None:
     async with warm(target, 2) as db:
-        assert db.pool_stats() == {"created": 2, "active": 0, "idle": 2, "waiting": 0, "size": 2, "max": 2}
+        assert db.pool_stats() == {
+            "created": 2,
+            "destroyed": 0,
+            "active": 0,
+            "idle": 2,
+            "waiting": 0,
+            "size": 2,
+            "max": 2,
+        }
         async with db.acquire(), db.acquire() as conn:
             third = asyncio.create_task(db.fetchval("SELECT 3"))
             await until(lambda: db.pool_stats()["waiting"])
-            assert db.pool_stats() == {"created": 2, "active": 2, "idle": 0, "waiting": 1, "size": 2, "max": 2}
+            assert db.pool_stats() == {
+                "created": 2,
+                "destroyed": 0,
+                "active": 2,
+                "idle": 0,
+                "waiting": 1,
+                "size": 2,
+                "max": 2,
+            }
             conn.terminate()
         assert await third == 3
         assert db.pool_stats()["created"] >= 2
@@ -60,7 +76,15 @@ async def test_pool_stats(target: ConnectTarget) -> None:
 async def test_keeps_connections_that_answer(target: ConnectTarget) -> None:
     async with warm(target, 3) as db:
         assert await db.validate_connections() == {"checked": 3, "replaced": 0}
-        assert db.pool_stats() == {"created": 3, "active": 0, "idle": 3, "waiting": 0, "size": 3, "max": 3}
+        assert db.pool_stats() == {
+            "created": 3,
+            "destroyed": 0,
+            "active": 0,
+            "idle": 3,
+            "waiting": 0,
+            "size": 3,
+            "max": 3,
+        }
 
 
 async def test_ignores_connections_in_use(target: ConnectTarget) -> None:

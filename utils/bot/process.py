@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import discord
 
-from utils import logs
+from utils import logs, retrying
 from utils.bot.client import SPOOL_DIRECTORY, Guildbook
 from utils.database import Pool
 from utils.database.embedded import open_target
@@ -119,7 +119,14 @@ class Process:
             pool_max=settings.db_pool_max - settings.orm_connections,
             connect_timeout=settings.db_connect_timeout,
             command_timeout=settings.db_command_timeout,
+            acquire_timeout=settings.db_acquire_timeout,
+            idle_seconds=settings.db_pool_idle_seconds,
+            retry_seconds=settings.db_retry_seconds,
+            retry_max_seconds=settings.db_retry_max_seconds,
         )
+        retrying.defaults.attempts = settings.db_retry_attempts
+        retrying.defaults.first_seconds = settings.db_retry_seconds
+        retrying.defaults.max_seconds = settings.db_retry_max_seconds
         if settings.effective_health_port is not None:
             self.health = HealthServer(
                 settings.health_host,

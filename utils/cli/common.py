@@ -10,9 +10,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import stamina.instrumentation
 import typer
 
-from utils.database import Pool
+from utils.database import ConnectTarget, Pool
 from utils.database.embedded import open_target
 from utils.exceptions import DatabaseError, GuildbookError, SettingsError, ValidationError
 from utils.logs import redact
@@ -83,7 +84,7 @@ def run_with_pool(settings: Settings, data_dir: Path | None, work: Callable[[Poo
 
     async def run() -> ResultT:
         async with open_target(settings.direct_target, settings.data_dir) as target:
-            pool = Pool(target, pool_max=2)
+            pool = make_pool(settings, target, connections=2)
             await pool.connect()
             try:
                 return await work(pool)
@@ -93,11 +94,26 @@ def run_with_pool(settings: Settings, data_dir: Path | None, work: Callable[[Poo
     return asyncio.run(run())
 
 
+def make_pool(settings: Settings, target: ConnectTarget, *, connections: int) -> Pool:
+    """Return a pool for a command, with the times of the settings. Its retries are not shown: the error says it all."""
+    stamina.instrumentation.set_on_retry_hooks(())
+    return Pool(
+        target,
+        pool_max=connections,
+        connect_timeout=settings.db_connect_timeout,
+        command_timeout=settings.db_command_timeout,
+        acquire_timeout=settings.db_acquire_timeout,
+        retry_seconds=settings.db_retry_seconds,
+        retry_max_seconds=settings.db_retry_max_seconds,
+        logs_retries=False,
+    )
+
+
 async def _run_recorded(
     settings: Settings, command: str, action: Action, arguments: dict[str, Any], progress: Progress
 ) -> Outcome:
     async with open_target(settings.direct_target, settings.data_dir) as target:
-        pool = Pool(target, pool_max=CONNECTIONS)
+        pool = make_pool(settings, target, connections=CONNECTIONS)
         try:
             await pool.connect()
             outcome = await action(settings, pool, progress)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from utils.database import materialized_views
+from utils.database.callers import Timing, find_caller
 from utils.database.orm import Orm
 from utils.database.pool import Pool, Record
 from utils.database.statements import PreparedStatement, SlowLog, TrackedConnection, WriteLog, qualified
@@ -54,9 +55,11 @@ class Database:
         self.slow: SlowLog = SlowLog(slow_ms, log_all=log_queries)
         self.open_transactions: set[Root] = set()
         self.orm: Orm = Orm(
-            pool.target,
+            lambda: pool.target,  # `connect` finds out about poolers
             connections=orm_connections,
             acquire_timeout=pool.acquire_timeout,
+            idle_seconds=pool.idle_seconds,
+            slow=self.slow,
             on_committed=self.committed,
             on_doubt=self.in_doubt,
         )
@@ -214,10 +217,10 @@ class Database:
 
         `timeout` is how many seconds to wait for a free connection; None: as long as statements do.
         """
-        tracked = None
+        tracked, who = None, find_caller(sys._getframe(1))
         try:
             async with self.pool.acquire(timeout, temp=True) as connection:
-                tracked = TrackedConnection(connection)
+                tracked = TrackedConnection(connection, self.slow, who)
                 connection.add_query_logger(tracked.record)
                 try:
                     yield tracked
@@ -302,7 +305,10 @@ class Database:
         }
 
     def pool_stats(self) -> dict[str, int]:
-        """Return how many raw connections were created, are active, idle and allowed, and how many tasks wait."""
+        """Return how many raw connections were created and destroyed, are active, idle and allowed.
+
+        `waiting` is how many tasks wait for one.
+        """
         return self.pool.pool_stats()
 
     def now(self) -> datetime:
@@ -353,34 +359,35 @@ class Database:
         frame: FrameType | None,
     ) -> Any:
         """Run a statement in the open transaction or on the pool, and tell the cache what it wrote."""
-        started = time.perf_counter()
         cache = self.cache
         if cache is not None and writes:
             cache.check_names(writes, "writes")
+        timing, started = Timing(), time.perf_counter()
         try:
             root = joined()
             if root is not None:
                 log = WriteLog({sql}) if writes is None else WriteLog(tables={(table, None) for table in writes})
-                return await root.run(verb, sql, *args, log=log, timeout=timeout)
+                return await root.run(verb, sql, *args, log=log, timing=timing, timeout=timeout)
             if cache is None:
-                return await self.pool.run(verb, sql, args, timeout, temp=True)
+                return await self.pool.run(verb, sql, args, timeout, temp=True, timing=timing)
             if writes is None:
                 statement = cache.statement(sql)
                 if statement.is_cacheable:
-                    return await self.pool.run(verb, sql, args, timeout, is_pure=True)
+                    return await self.pool.run(verb, sql, args, timeout, is_pure=True, timing=timing)
                 tables = statement.writes
             else:
                 tables = frozenset(writes)
             try:
                 # A statement that cannot be analysed may create temporary tables; one whose writes are known does not.
-                result = await self.pool.run(verb, sql, args, timeout, temp=writes is not None or tables is None)
+                has_temp = writes is not None or tables is None
+                result = await self.pool.run(verb, sql, args, timeout, temp=has_temp, timing=timing)
             except BaseException as exc:
                 self._failed(tables, exc)
                 raise
             self._invalidate(tables)
             return result
         finally:
-            self.slow.record(sql, started, frame)
+            self.slow.record(sql, time.perf_counter() - started - timing.waited, frame, waited=timing.waited)
 
     # --- invalidation
 

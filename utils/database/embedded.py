@@ -84,6 +84,7 @@ class EmbeddedServer:
             user=SUPERUSER,
             database=database or self.database,
             sslmode="disable",
+            is_declared=True,
             source="embedded",
         )
 

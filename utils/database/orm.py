@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 
+from greenlet import getcurrent  # type: ignore[import-untyped]
 from sqlalchemy import Connection as SyncConnection
 from sqlalchemy import event
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, SessionTransaction
 
+from utils.database.callers import Caller, Holders, find_caller
 from utils.database.pool import set_codecs
-from utils.database.statements import Action, WriteLog
+from utils.database.statements import Action, SlowLog, WriteLog
 from utils.database.target import ConnectTarget
 from utils.exceptions import DatabaseUnavailable, translate_errors
 
@@ -34,27 +39,41 @@ class Orm:
 
     def __init__(
         self,
-        target: ConnectTarget,
+        target: Callable[[], ConnectTarget],
         *,
         connections: int,
         acquire_timeout: float,
+        idle_seconds: float,
+        slow: SlowLog,
         on_committed: Callable[[WriteLog], None],
         on_doubt: Callable[[WriteLog], None],
     ) -> None:
-        """`acquire_timeout`: seconds to wait for a free connection."""
+        """
+        target: asked for each new connection.
+        acquire_timeout: seconds to wait for a free connection.
+        idle_seconds: a connection of that age is replaced before it is used again; 0: never.
+        slow: records the statements of sessions.
+        """
         self.connections: int = connections
+        #: The transactions and sessions that use a connection.
+        self.holders: Holders = Holders()
+        self._target = target
+        self._slow = slow
         self._on_committed = on_committed
         self._on_doubt = on_doubt
         self.engine: AsyncEngine = create_async_engine(
-            target.sqlalchemy_url(),
-            connect_args=target.sqlalchemy_connect_args(),
+            target().sqlalchemy_url(),
             pool_size=connections,
             max_overflow=0,
             pool_timeout=acquire_timeout,
+            pool_recycle=idle_seconds or -1,
             json_serializer=lambda value: value,  # the codecs do it
         )
         event.listen(self.engine.sync_engine, "connect", _set_up)
+        event.listen(self.engine.sync_engine, "do_connect", self._set_arguments)
         event.listen(self.engine.sync_engine, "before_cursor_execute", _record)
+        event.listen(self.engine.sync_engine, "before_cursor_execute", _start_clock)
+        event.listen(self.engine.sync_engine, "after_cursor_execute", self._record_slow)
 
     def stats(self) -> dict[str, int]:
         """Return the number of connections, how many are in use, and the maximum."""
@@ -68,6 +87,16 @@ class Orm:
         except Exception as exc:
             raise self.translated(exc) from exc
 
+    def _set_arguments(self, _: Any, __: Any, ___: Any, arguments: dict[str, Any]) -> None:
+        arguments.update(self._target().sqlalchemy_connect_args())
+
+    def _record_slow(self, _: SyncConnection, __: Any, statement: str, ___: Any, context: Any, ____: bool) -> None:
+        started = getattr(context, "guildbook_started", None)
+        if started is not None:
+            seconds = time.perf_counter() - started
+            is_recorded = seconds >= self._slow.threshold or self._slow.log_all
+            self._slow.record(statement, seconds, _find_session_caller() if is_recorded else None)
+
     @contextlib.asynccontextmanager
     async def session(self, joined: AsyncConnection | None) -> AsyncIterator[AsyncSession]:
         """Yield a session on its own connection, or as a savepoint in the transaction of `joined`.
@@ -77,12 +106,13 @@ class Orm:
         """
         if joined is not None:
             session = AsyncSession(joined, join_transaction_mode="create_savepoint", expire_on_commit=False)
-            log, token = WriteLog(), None
+            log, token, key = WriteLog(), None, None
         else:
             session = AsyncSession(self.engine, sync_session_class=_Session, expire_on_commit=False)
             log = session.sync_session.info["log"] = WriteLog()
             session.sync_session.info["on_committed"] = self._on_committed
             token = write_log.set(log)
+            key = self.holders.add(find_caller(sys._getframe(1)))
         try:
             try:
                 yield session
@@ -104,19 +134,37 @@ class Orm:
                 with contextlib.suppress(ValueError):  # closed from another context, as generators may be
                     write_log.reset(token)
             await session.close()
+            self.holders.remove(key)
 
     def translated(self, exc: Exception) -> Exception:
         """Return a `DatabaseError` for an error about the database, and any other error unchanged."""
         if isinstance(exc, PoolTimeout):
             return DatabaseUnavailable(
                 f"no connection for a transaction or session was free in time: there are {self.connections} (three"
-                " tenths of DB_POOL_MAX); db.get_stats() lists open transactions"
+                f" tenths of DB_POOL_MAX), {self.holders}"
             )
         return translate_errors(was_connected=True).translated(exc)
 
     async def close(self) -> None:
         """Close every connection, those in use when they are returned."""
         await self.engine.dispose()
+
+
+def _start_clock(_: SyncConnection, __: Any, ___: str, ____: Any, context: Any, _____: bool) -> None:
+    if context is not None:
+        context.guildbook_started = time.perf_counter()
+
+
+def _find_session_caller() -> Caller | None:
+    """Return who called the session: SQLAlchemy runs statements in a greenlet, whose parent is the caller's."""
+    current: Any = getcurrent()
+    frame: FrameType | None = sys._getframe(1)
+    while current is not None:
+        if (found := find_caller(frame)) is not None:
+            return found
+        current = current.parent
+        frame = None if current is None else current.gr_frame
+    return None
 
 
 def _set_up(connection: Any, _: Any) -> None:

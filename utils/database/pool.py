@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime, timedelta
@@ -14,6 +15,7 @@ import asyncpg
 import orjson
 import stamina
 
+from utils.database.callers import Holders, Timing, find_caller
 from utils.database.target import ConnectTarget
 from utils.exceptions import (
     DRIVER_ERRORS,
@@ -40,6 +42,8 @@ _log = logging.getLogger(__name__)
 OLDEST_SERVER = 130_000
 #: Seconds for one attempt to connect.
 ATTEMPT_SECONDS = 10.0
+#: Seconds for finding out whether the direct address is a pooler's.
+DIRECT_SECONDS = 3.0
 #: Turns what a statement raises into our errors. An OSError about a file, such as the source of a COPY, stays.
 _BOUNDARY = translate_errors(files=False)
 
@@ -62,8 +66,17 @@ class Pool:
         connect_timeout: float = 60.0,
         command_timeout: float = 60.0,
         acquire_timeout: float = 30.0,
+        idle_seconds: float = 300.0,
+        retry_seconds: float = 0.1,
+        retry_max_seconds: float = 3.0,
+        logs_retries: bool = True,
     ) -> None:
-        """Times are in seconds. `direct` bypasses a pooler; None: `target` is direct."""
+        """Times are in seconds. `direct` bypasses a pooler; None: `target` is direct.
+
+        idle_seconds: a connection idle for so long is closed; 0: never.
+        retry_seconds, retry_max_seconds: the first and the longest delay between two attempts of `connect`.
+        logs_retries: whether `connect` logs what it waits for.
+        """
         self.target: ConnectTarget = target
         self.direct: ConnectTarget = direct or target
         self.pool_min: int = min(pool_min, pool_max)
@@ -71,12 +84,21 @@ class Pool:
         self.connect_timeout: float = connect_timeout
         self.command_timeout: float = command_timeout
         self.acquire_timeout: float = acquire_timeout
+        self.idle_seconds: float = idle_seconds
+        self.retry_seconds: float = retry_seconds
+        self.retry_max_seconds: float = retry_max_seconds
+        self.logs_retries: bool = logs_retries
         #: PostgreSQL's version as a number, 180004 for 18.4; 0 before `connect`.
         self.server_version_num: int = 0
         self._pool: AsyncpgPool[Record] | None = None
         self._waiting: int = 0
         self._borrowed: int = 0
         self._created: int = 0
+        self._destroyed: int = 0
+        #: Who uses the borrowed connections.
+        self.holders: Holders = Holders()
+        self._keys: dict[int, int] = {}
+        self._is_examined: bool = False
         self._used_temp: set[int] = set()
         #: Backends that ran nothing but a query, so there is nothing to reset.
         self._pure: set[int] = set()
@@ -93,24 +115,30 @@ class Pool:
     async def connect(self) -> None:
         """Open the pool, retrying for `connect_timeout` seconds while the server is starting or unreachable.
 
-        Raises `DatabaseUnavailable` when the time is up, and `DatabaseError` at once for permanent errors.
+        A pooler that the address does not announce is recognised, and treated as one in transaction mode.
+        Raises `DatabaseUnavailable` when the time is up, and `DatabaseError` or `SettingsError` at once for permanent
+        errors.
         """
         if self._pool is not None:
             return
+        self.target.check_files()
         started = time.monotonic()
+        reason = ""
         try:
             async for attempt in stamina.retry_context(
-                on=is_transient, attempts=None, timeout=self.connect_timeout, wait_initial=0.1, wait_max=3.0
-            ):
+                on=is_transient, attempts=None, timeout=self.connect_timeout,
+                wait_initial=self.retry_seconds, wait_max=self.retry_max_seconds, wait_jitter=self.retry_seconds,
+            ):  # fmt: skip
                 with attempt:
                     remaining = self.connect_timeout - (time.monotonic() - started)
                     try:
                         async with asyncio.timeout(max(0.5, min(ATTEMPT_SECONDS, remaining))):
                             self._pool = await self._open()
                     except Exception as exc:
-                        if is_transient(exc):
+                        known, reason = reason, str(translate(exc))
+                        if is_transient(exc) and reason != known and self.logs_retries:
                             _log.warning(
-                                "waiting for the database at %s: %s", self.target, translate(exc),
+                                "waiting for the database at %s: %s", self.target, reason,
                                 extra={"attempt": attempt.num, "seconds": round(time.monotonic() - started, 1)},
                             )  # fmt: skip
                         raise
@@ -186,13 +214,20 @@ class Pool:
         *,
         temp: bool = False,
         is_pure: bool = False,
+        timing: Timing | None = None,
     ) -> Any:
         """Run one statement with a method of `asyncpg.Connection`, such as "fetchrow".
 
-        `is_pure`: it is a query without side effects, so the connection need not be reset.
+        is_pure: it is a query without side effects, so the connection need not be reset.
+        timing: is told how long the statement waited for a connection.
         """
         pool = self._connected()
-        conn = await self._borrow(pool, self.acquire_timeout)
+        asked = time.perf_counter()
+        try:
+            conn = await self._borrow(pool, self.acquire_timeout)
+        finally:
+            if timing is not None:
+                timing.waited = time.perf_counter() - asked
         if temp:
             self._used_temp.add(conn.get_server_pid())
         try:
@@ -214,11 +249,13 @@ class Pool:
         is_free = self._borrowed < self.pool_max  # then acquire() does not wait, and connecting has its own timeout
         self._borrowed += 1
         self._waiting += 1
+        caller = find_caller(sys._getframe(1))
         try:
             if is_free:
-                return await pool.acquire()
-            async with asyncio.timeout(wait):  # the timeout argument of acquire() would create a task each time
-                return await pool.acquire()
+                conn = await pool.acquire()
+            else:
+                async with asyncio.timeout(wait):  # the timeout argument of acquire() would create a task each time
+                    conn = await pool.acquire()
         except BaseException as exc:
             self._borrowed -= 1
             if not isinstance(exc, Exception):
@@ -226,6 +263,8 @@ class Pool:
             raise self._not_acquired(exc, wait) from exc
         finally:
             self._waiting -= 1
+        self._keys[id(conn)] = self.holders.add(caller)
+        return conn
 
     async def _return(self, pool: AsyncpgPool[Record], conn: PoolConnectionProxy[Record]) -> None:
         try:
@@ -234,6 +273,7 @@ class Pool:
             _log.debug("dropped a connection that could not be reset: %s", exc)
         finally:
             self._borrowed -= 1
+            self.holders.remove(self._keys.pop(id(conn), None))
 
     async def fetch(self, query: str, *args: Any, timeout: float | None = None) -> list[Record]:
         """Return all rows. `timeout` (here and below) is in seconds, None: `command_timeout`."""
@@ -260,7 +300,8 @@ class Pool:
         if isinstance(exc, TimeoutError) and pool is not None:
             in_use = pool.get_size() - pool.get_idle_size()
             return DatabaseUnavailable(
-                f"no connection was free or could be made within {wait:g} s ({in_use} of {pool.get_max_size()} in use)"
+                f"no connection was free or could be made within {wait:g} s ({in_use} of {pool.get_max_size()} in use,"
+                f" {self.holders})"
             )
         return translate(exc, was_connected=True) or exc
 
@@ -290,13 +331,16 @@ class Pool:
         return at + timedelta(seconds=time.monotonic() - measured)
 
     def pool_stats(self) -> dict[str, int]:
-        """Return how many connections were created so far, are active, idle and allowed, and how many tasks wait."""
+        """Return how many connections were created and destroyed so far, are active, idle and allowed.
+
+        `waiting` is how many tasks wait for one.
+        """
         pool = self._pool
         size = pool.get_size() if pool is not None else 0
         idle = pool.get_idle_size() if pool is not None else 0
         return {
-            "created": self._created, "active": size - idle, "idle": idle, "waiting": self._waiting,
-            "size": size, "max": self.pool_max,
+            "created": self._created, "destroyed": self._destroyed, "active": size - idle, "idle": idle,
+            "waiting": self._waiting, "size": size, "max": self.pool_max,
         }  # fmt: skip
 
     async def validate_connections(self, timeout: float = 5.0) -> dict[str, int]:
@@ -329,6 +373,11 @@ class Pool:
         return {"checked": len(answered), "replaced": replaced}
 
     async def _open(self) -> AsyncpgPool[Record]:
+        if not self._is_examined:
+            await self._look_for_pooler()
+            self._is_examined = True
+            for note in self.target.notes:
+                _log.info(note)
         return await asyncpg.create_pool(
             **self.target.connect_kwargs(),
             min_size=self.pool_min,
@@ -337,11 +386,41 @@ class Pool:
             command_timeout=self.command_timeout,
             init=self._set_up,
             reset=self._reset,
+            max_inactive_connection_lifetime=self.idle_seconds,
         )
+
+    async def _look_for_pooler(self) -> None:
+        """Ask the server which process answers. Through a pooler it is not the one of the start-up handshake."""
+        target, direct = self.target, self.direct
+        if not (target.pooled or target.is_declared) and await is_behind_pooler(target):
+            self.target = target.through_pooler()
+            if direct == target:
+                self.direct = self.target
+        if self.target.pooled and not target.is_declared:
+            _log.warning(
+                "%s is a pooler: assuming transaction mode, without prepared statements and staging by COPY. Set"
+                " DATABASE_UNPOOLED_URL to an address without a pooler, for migrations, backups and notifications of"
+                " other processes; with pgbouncer=false in the address sessions are trusted",
+                self.target,
+            )
+        if direct != target and not (direct.pooled or direct.is_declared):
+            try:
+                async with asyncio.timeout(DIRECT_SECONDS):
+                    is_pooled = await is_behind_pooler(direct)
+            except (*DRIVER_ERRORS, asyncio.IncompleteReadError) as exc:  # it is not needed yet
+                _log.warning("the direct address %s does not answer: %s", direct, translate(exc) or exc)
+                return
+            if is_pooled:
+                self.direct = direct.through_pooler()
+                _log.warning("%s, read from %s, is a pooler as well", direct, direct.source or "the settings")
 
     async def _set_up(self, conn: asyncpg.Connection[Record]) -> None:
         self._created += 1
+        conn.add_termination_listener(self._count_destroyed)
         await set_codecs(conn)
+
+    def _count_destroyed(self, _: object) -> None:
+        self._destroyed += 1
 
     async def _check_version(self) -> None:
         async with self.acquire() as conn:
@@ -369,6 +448,22 @@ class Pool:
             self._used_temp.discard(pid)
             query += "\nDISCARD TEMP;"
         await conn.execute(query)
+
+
+async def is_behind_pooler(target: ConnectTarget) -> bool:
+    """Connect, and return whether a pooler answered the handshake. Raises the driver's errors.
+
+    Nothing is prepared under a name: the backend may have a statement of that name from somebody else.
+    """
+    kwargs = target.connect_kwargs() | {"statement_cache_size": 0}
+    connection: asyncpg.Connection[Record] = await asyncpg.connect(
+        **kwargs, timeout=ATTEMPT_SECONDS, command_timeout=ATTEMPT_SECONDS
+    )
+    try:
+        return bool(await connection.fetchval("SELECT pg_backend_pid()") != connection.get_server_pid())
+    finally:
+        with contextlib.suppress(*DRIVER_ERRORS):
+            await connection.close(timeout=1.0)
 
 
 async def _answers(connection: Connection, timeout: float) -> bool:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import asyncpg
 
+from utils.database.callers import Caller, find_caller
 from utils.database.pool import Record
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ Action = Literal["INSERT", "UPDATE", "DELETE", "TRUNCATE"]
 SLOW_KEPT = 50
 #: Characters of a statement in the log.
 SQL_SHOWN = 1_000
-_ROOT = Path(__file__).resolve().parents[2]
-_DATA_LAYER = tuple(str(_ROOT / "utils" / name) for name in ("database", "repositories"))
 
 
 @dataclass(slots=True)
@@ -69,8 +68,13 @@ class PreparedStatement:
         return self._check().__await__()
 
     async def _check(self) -> PreparedStatement:
-        async with self._db.pool.acquire() as connection:
-            await connection.prepare(self.sql)
+        pool = self._db.pool
+        # Through a pooler the backend may have a statement of the name that asyncpg would choose, and keeps this one.
+        name = f"guildbook_{uuid.uuid4().hex}" if pool.target.pooled else None
+        async with pool.transaction() as connection:
+            await connection.prepare(self.sql, name=name)
+            if name is not None:
+                await connection.execute(f"DEALLOCATE {name}")
         return self
 
     async def fetch(self, *args: Any, timeout: float | None = None) -> list[Record]:
@@ -93,8 +97,10 @@ class PreparedStatement:
 class TrackedConnection:
     """An asyncpg connection that records what is run on it, so that the cache learns what was written."""
 
-    def __init__(self, connection: Any) -> None:
+    def __init__(self, connection: Any, slow: SlowLog, caller: Caller | None) -> None:
         self.log: WriteLog = WriteLog()
+        self._slow = slow
+        self._caller = caller
         #: Whether the outcome of a statement is unknown.
         self.is_in_doubt: bool = False
         self._connection = connection
@@ -108,6 +114,7 @@ class TrackedConnection:
     def record(self, query: Any) -> None:
         """Record a `asyncpg.connection.LoggedQuery`."""
         self.log.texts.add(query.query)
+        self._slow.record(query.query, query.elapsed, self._caller)
         error = query.exception
         self.is_in_doubt = self.is_in_doubt or (error is not None and not isinstance(error, asyncpg.PostgresError))
 
@@ -130,7 +137,10 @@ def qualified(table: str, schema: str | None) -> str:
 
 
 class SlowLog:
-    """Logs statements that take `threshold_ms` milliseconds or longer; with `log_all` all others too."""
+    """Logs statements that take `threshold_ms` milliseconds or longer; with `log_all` all others too.
+
+    The wait for a connection is no part of that, and shown apart.
+    """
 
     def __init__(self, threshold_ms: int, *, log_all: bool = False) -> None:
         self.threshold: float = threshold_ms / 1000
@@ -139,15 +149,25 @@ class SlowLog:
         self.count: int = 0
         self._latest: deque[dict[str, Any]] = deque(maxlen=SLOW_KEPT)
 
-    def record(self, sql: str, started: float, frame: FrameType | None) -> None:
-        """Record a statement that started at `started` (`time.perf_counter`). Its arguments are never logged.
+    def record(
+        self, sql: str, seconds: float, caller: Caller | FrameType | str | None, *, waited: float | None = None
+    ) -> None:
+        """Record a statement. Its arguments are never logged.
 
-        `frame` is where it was called from; None: unknown.
+        seconds: how long the statement took, without the wait for a connection.
+        caller: where it was called from, or a frame of that code; None: unknown.
+        waited: seconds for which it waited for a connection before; None: it had one.
         """
-        seconds = time.perf_counter() - started
         if seconds < self.threshold and not self.log_all:
             return
-        fields = {"sql": " ".join(sql.split())[:SQL_SHOWN], "ms": round(seconds * 1000, 1), "caller": caller(frame)}
+        if isinstance(caller, FrameType):
+            caller = find_caller(caller)
+        fields: dict[str, Any] = {
+            "sql": " ".join(sql.split())[:SQL_SHOWN],
+            "ms": round(seconds * 1000, 1),
+            "waited_ms": round((waited or 0.0) * 1000, 1),
+            "caller": str(caller or "unknown"),
+        }
         if seconds < self.threshold:
             _log.info("statement", extra=fields)
             return
@@ -156,17 +176,8 @@ class SlowLog:
         _log.warning("slow statement (db.explain shows its plan)", extra=fields)
 
     def latest(self) -> list[dict[str, Any]]:
-        """Return the latest slow statements, oldest first: `sql`, `ms`, `caller`, `at` (Unix time in seconds)."""
+        """Return the latest slow statements, oldest first.
+
+        Each has `sql`, `ms`, `waited_ms` (for a connection, not part of `ms`), `caller`, and `at` (Unix time).
+        """
         return list(self._latest)
-
-
-def caller(frame: FrameType | None) -> str:
-    """Return file, line and function of the innermost frame outside the data layer."""
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not (file.startswith(_DATA_LAYER) or "/sqlalchemy/" in file or file.endswith("contextlib.py")):
-            path = Path(file)
-            shown = path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path.name
-            return f"{shown}:{frame.f_lineno} {frame.f_code.co_name}"
-        frame = frame.f_back
-    return "unknown"

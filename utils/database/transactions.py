@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import asyncpg
 
+from utils.database.callers import Caller, Timing, find_caller
 from utils.database.orm import write_log
 from utils.database.statements import WriteLog
 from utils.exceptions import DRIVER_ERRORS, DatabaseError, translate_errors
@@ -54,6 +55,8 @@ class Root:
         #: Why it was ended from outside; None: it was not.
         self.ended_because: str | None = None
         self.connection: AsyncConnection | None = None
+        #: Of the connection among the engine's holders.
+        self.key: int | None = None
         self.raw: Any = None
         self.numbers = itertools.count(1)
 
@@ -61,12 +64,18 @@ class Root:
         """Return name, age in seconds and number of statements."""
         return {"name": self.name, "age": time.monotonic() - self.began, "statements": self.statements}
 
-    async def run(self, verb: str, *args: Any, log: WriteLog | None = None, **kwargs: Any) -> Any:
+    async def run(
+        self, verb: str, *args: Any, log: WriteLog | None = None, timing: Timing | None = None, **kwargs: Any
+    ) -> Any:
         """Run a method of `asyncpg.Connection`, one statement at a time, whichever task it comes from.
 
-        `log`: what it may write. None: nothing.
+        log: what it may write. None: nothing.
+        timing: is told how long it waited for other statements of the transaction.
         """
+        asked = time.perf_counter()
         async with self.lock:
+            if timing is not None:
+                timing.waited = time.perf_counter() - asked
             if self.ended_because is not None:
                 raise DatabaseError(self.ended_because)
             self.statements += 1
@@ -115,6 +124,7 @@ class Transaction:
         if isolation is not None and isolation not in _LEVELS:
             raise DatabaseError(f"unknown isolation {isolation!r}: use one of {', '.join(_LEVELS)}")
         self.name: str = name or sys._getframe(2).f_code.co_name
+        self._caller: Caller | None = find_caller(sys._getframe(2))
 
     def __await__(self) -> Generator[Any, None, Transaction]:
         yield from ()
@@ -184,6 +194,8 @@ class Transaction:
     async def _begin(self) -> None:
         root = self._root = Root(self.name)
         connection = root.connection = await self._db.orm.connect()
+        holders = self._db.orm.holders
+        root.key = holders.add(f"{self.name} ({self._caller or 'unknown'})")
         try:
             # Leave BEGIN and COMMIT to us: SQLAlchemy would begin with its own first statement only.
             await connection.execution_options(isolation_level="AUTOCOMMIT")
@@ -192,6 +204,7 @@ class Transaction:
             level = f" ISOLATION LEVEL {_LEVELS[self._isolation]}" if self._isolation else ""
             await root.raw.execute(f"BEGIN{level}{' READ ONLY' if self._readonly else ''}")
         except BaseException as exc:
+            holders.remove(root.key)
             await _discard(root)
             if isinstance(exc, Exception) and (error := self._db.orm.translated(exc)) is not exc:
                 raise error from exc
@@ -201,6 +214,12 @@ class Transaction:
         self._tokens = [(current, current.set(root)), (write_log, write_log.set(root.log))]
 
     async def _commit(self, root: Root) -> None:
+        try:
+            await self._end(root)
+        finally:
+            self._db.orm.holders.remove(root.key)
+
+    async def _end(self, root: Root) -> None:
         async with root.lock:
             self._db.open_transactions.discard(root)
             if root.ended_because is not None:
@@ -225,6 +244,7 @@ class Transaction:
         async with root.lock:
             root.is_open = False
             self._db.open_transactions.discard(root)
+            self._db.orm.holders.remove(root.key)
             try:
                 async with asyncio.timeout(ROLLBACK_SECONDS):
                     await root.raw.execute("ROLLBACK")

@@ -134,7 +134,7 @@ class DoctorContext:
             target,
             pool_min=0,
             pool_max=CONNECTIONS,
-            connect_timeout=CONNECT_SECONDS,
+            connect_timeout=min(self.settings.db_connect_timeout, CONNECT_SECONDS),
             acquire_timeout=CONNECT_SECONDS,
             command_timeout=10.0,
         )
