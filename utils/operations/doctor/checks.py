@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from utils.exceptions import DatabaseError
 from utils.operations.action import record_action
-from utils.operations.doctor import configuration, discord, machine, server
+from utils.operations.doctor import address, configuration, discord, machine, server
 from utils.operations.doctor.context import CONNECT_SECONDS, START_SECONDS, DoctorContext
 from utils.operations.doctor.report import Check, Finding, run_check
 
@@ -21,6 +21,7 @@ CHECKS: tuple[Check, ...] = (
     Check("token", configuration.check_token, 5.0),
     Check("discord", discord.check_discord, discord.REQUEST_SECONDS + 2.0),
     Check("database", server.check_database, _CONNECT),
+    Check("address", address.check_address, _CONNECT + 10.0),
     Check("rights", server.check_privileges, _CONNECT + 5.0),
     Check("schema", server.check_schema, _CONNECT + 20.0),
     Check("connections", server.check_connections, _CONNECT + 5.0),

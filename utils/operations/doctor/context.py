@@ -18,6 +18,8 @@ from utils.settings import TARGET_VARIABLES, Settings, load_settings
 
 #: Seconds for connecting to the database, and for starting the embedded server.
 CONNECT_SECONDS, START_SECONDS = 5.0, 30.0
+#: Hosts of Neon, whose databases sleep, and how long one may take to answer, in seconds.
+NEON_SUFFIX, NEON_SECONDS = ".neon.tech", 15.0
 #: Connections: several checks at once, and the audit log.
 CONNECTIONS = 3
 
@@ -130,11 +132,12 @@ class DoctorContext:
         target = await self._resources.enter_async_context(
             open_target(target, self.data_dir, start_timeout=START_SECONDS)
         )
+        is_slow = any(host.endswith(NEON_SUFFIX) for host in target.hosts)
         pool = Pool(
             target,
             pool_min=0,
             pool_max=CONNECTIONS,
-            connect_timeout=min(self.settings.db_connect_timeout, CONNECT_SECONDS),
+            connect_timeout=min(self.settings.db_connect_timeout, NEON_SECONDS if is_slow else CONNECT_SECONDS),
             acquire_timeout=CONNECT_SECONDS,
             command_timeout=10.0,
         )
