@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import shutil
 import signal
@@ -243,7 +244,8 @@ def _run_psql(settings: Settings, arguments: Sequence[str]) -> int:
     if target is not None:
         program = shutil.which("psql") or str(server.psql)
         command = [program, target.libpq_url(), *arguments]
-        os.execve(program, command, {**os.environ, **target.libpq_environment()})
+        timeout = str(max(2, math.ceil(settings.db_connect_timeout)))  # libpq knows whole seconds, from 2
+        os.execve(program, command, {"PGCONNECT_TIMEOUT": timeout, **os.environ, **target.libpq_environment()})
     if not server.has_data:
         raise DatabaseError(f"there is no database under {server.data_dir} yet: make run or make demo creates one")
 
