@@ -24,7 +24,8 @@ ORDER BY action.id, step.position"""
 TAKE_OVER_PAUSE = """\
 INSERT INTO ops.migrations (revision, action, reason, applied_by)
 SELECT version.version_num, 'pause', substr(comment.text, length('AUTO_MIGRATE is off: ') + 1), 'command line'
-FROM alembic_version AS version CROSS JOIN obj_description('alembic_version'::regclass, 'pg_class') AS comment (text)
+FROM guildbook_version AS version
+CROSS JOIN obj_description('guildbook_version'::regclass, 'pg_class') AS comment (text)
 WHERE starts_with(comment.text, 'AUTO_MIGRATE is off: ')"""
 
 

@@ -190,7 +190,7 @@ async def test_downgrade_backs_up_and_shuts_the_bot_down(bot: Guildbook, databas
     assert "before downgrade" in "".join(entry.line for entry in await BackupCatalog(bot.settings).entries())
     await until(bot.is_closed)
     assert isinstance(bot.shutdown_error, MigrationError)
-    assert await database.fetchval("SELECT version_num FROM alembic_version") == "0002"
+    assert await database.fetchval("SELECT version_num FROM guildbook_version") == "0002"
 
 
 async def test_import_and_export_stay_in_their_directories(

@@ -304,6 +304,6 @@ async def empty(database: Pool) -> None:
     """Empty every table between two runs."""
     tables: Any = await database.fetch(
         "SELECT format('%I.%I', schemaname, tablename) FROM pg_tables WHERE schemaname IN ('public', 'ops') "
-        "AND tablename <> 'alembic_version'"
+        "AND tablename <> 'guildbook_version'"
     )
     await database.execute("TRUNCATE " + ", ".join(table for (table,) in tables))

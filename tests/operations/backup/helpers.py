@@ -84,7 +84,7 @@ async def dump(server: EmbeddedServer, target: ConnectTarget, file: Path) -> Arc
             (schema, name): await connection.fetchval(f'SELECT count(*) FROM "{schema}"."{name}"')  # noqa: S608
             for schema, name in rows
         }
-        revision = await connection.fetchval("SELECT version_num FROM alembic_version")
+        revision = await connection.fetchval("SELECT version_num FROM guildbook_version")
     return Archive("20260101T000000Z-test", file, server.bin_dir, datetime.now(UTC), server.version, revision, counts)
 
 

@@ -61,7 +61,7 @@ async def test_counts_every_row_and_describes_itself(tmp_path: Path, database: P
     assert backup_files(tmp_path) == [manifest.file, f"{manifest.id}.json"]
     assert manifest.rows["public.members"] == manifest.rows["public.users"] == 3_000
     assert manifest.rows["ops.suppressions"] == 1
-    revision = await database.fetchval("SELECT version_num FROM alembic_version")
+    revision = await database.fetchval("SELECT version_num FROM guildbook_version")
     assert (manifest.kind, manifest.reason, manifest.revision) == ("full", "manual", revision)
     assert manifest.major == database.server_version_num // 10_000
     assert manifest.size == manifest.plain_size == (tmp_path / "backups" / manifest.file).stat().st_size

@@ -46,7 +46,7 @@ async def test_recognizes_an_empty_database(database: Pool, empty_target: Connec
         assert not (await assess(bare)).has_tables
 
 
-@pytest.mark.parametrize("table", ["guilds", "members", "alembic_version", "ops.leases", "member_preferences"])
+@pytest.mark.parametrize("table", ["guilds", "members", "guildbook_version", "ops.leases", "member_preferences"])
 async def test_a_missing_table_is_damage(database: Pool, table: str) -> None:
     await database.execute(GUILD)
     await database.execute(f"DROP TABLE {table} CASCADE")

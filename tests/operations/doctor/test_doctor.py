@@ -211,7 +211,7 @@ async def test_reports_the_state_of_the_schema(monkeypatch: pytest.MonkeyPatch, 
     await conn.execute("ALTER TABLE roles ADD COLUMN surprise text")
     findings = await worst_findings(monkeypatch, "schema", DATABASE_URL=url)
     assert (findings["schema"].state, findings["drift"].state) == ("ok", "fail")
-    await conn.execute("UPDATE alembic_version SET version_num = '9999'")
+    await conn.execute("UPDATE guildbook_version SET version_num = '9999'")
     await conn.close()
     findings = await worst_findings(monkeypatch, "schema", DATABASE_URL=url)
     assert "this version does not know" in findings["schema"].seen

@@ -55,7 +55,7 @@ async def test_status_reports_pending_revisions_and_drift(empty: Pool) -> None:
 
 
 async def test_status_refuses_an_unknown_revision(database: Pool) -> None:
-    await database.execute("UPDATE alembic_version SET version_num = '9999'")
+    await database.execute("UPDATE guildbook_version SET version_num = '9999'")
     with pytest.raises(MigrationError, match="9999, which this version does not know"):
         await admin.status(database)
 
@@ -199,14 +199,14 @@ async def test_rejects_revisions_in_the_other_direction(database: Pool) -> None:
 
 
 async def test_stamp_rejects_a_schema_that_differs(database: Pool) -> None:
-    await database.execute("DROP TABLE alembic_version; CREATE TABLE mine (id int PRIMARY KEY)")
+    await database.execute("DROP TABLE guildbook_version; CREATE TABLE mine (id int PRIMARY KEY)")
     with pytest.raises(MigrationError, match="unexpected: column"):
         await admin.stamp(database, KNOWN[0])
     await database.execute("DROP TABLE mine")
     await database.execute("ALTER TABLE users ALTER COLUMN stamp SET DEFAULT 7")
     with pytest.raises(MigrationError, match=r"differs: column public\.users\.stamp"):
         await admin.stamp(database, "head")
-    assert await database.fetchval("SELECT to_regclass('alembic_version')") is None
+    assert await database.fetchval("SELECT to_regclass('guildbook_version')") is None
     await database.execute("ALTER TABLE users ALTER COLUMN stamp SET DEFAULT '0'; CREATE TABLE theirs (id int)")
     with pytest.raises(MigrationError, match="no revision 'nonsense'"):
         await admin.stamp(database, "nonsense")
@@ -219,7 +219,7 @@ async def test_stamp_rejects_a_schema_that_differs(database: Pool) -> None:
 
 async def test_stamp_at_an_older_revision_ignores_other_tables(empty: Pool) -> None:
     await migrations.upgrade(empty, KNOWN[1])
-    await empty.execute("UPDATE alembic_version SET version_num = '0001'; CREATE TABLE theirs (id int)")
+    await empty.execute("UPDATE guildbook_version SET version_num = '0001'; CREATE TABLE theirs (id int)")
     assert (await admin.stamp(empty, KNOWN[1])).data == {"before": "0001", "after": KNOWN[1]}
 
 

@@ -18,7 +18,7 @@ from utils.operations.migrations.history import COMMENT_PREFIX, TABLE_REVISION
 
 BEFORE_TABLE = KNOWN[KNOWN.index(TABLE_REVISION) - 1]
 NOTHING = "def upgrade():\n    pass\n\ndef downgrade():\n    pass"
-COMMENT = "SELECT obj_description('alembic_version'::regclass)"
+COMMENT = "SELECT obj_description('guildbook_version'::regclass)"
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ async def test_takes_over_what_older_versions_kept_as_text(
 ) -> None:
     await migrations.upgrade(empty_target, BEFORE_TABLE)
     reason = "the schema was taken down to 0003 by an operator on 2026-01-02 at 03:04 UTC"
-    await connection.execute(f"COMMENT ON TABLE alembic_version IS '{COMMENT_PREFIX}{reason}'")
+    await connection.execute(f"COMMENT ON TABLE guildbook_version IS '{COMMENT_PREFIX}{reason}'")
     await connection.executemany(
         "INSERT INTO ops.admin_actions (at, user_id, command, result)"
         " VALUES (now() - $1 * interval '1 day', $2, $3, $4)",
@@ -143,7 +143,7 @@ async def test_takes_over_what_older_versions_kept_as_text(
 
 
 async def test_other_comments_are_left_alone(database: Pool) -> None:
-    await database.execute("COMMENT ON TABLE alembic_version IS 'mind the gap'")
+    await database.execute("COMMENT ON TABLE guildbook_version IS 'mind the gap'")
     await migrations.downgrade(database, BEFORE_TABLE)
     assert await migrations.find_pause(database) is None
     await migrations.resume_auto_migrate(database)

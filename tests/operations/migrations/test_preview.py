@@ -70,7 +70,7 @@ async def test_downgrade_defaults_to_one_revision(database: Pool) -> None:
     assert (await preview(database)).file is None
     with pytest.raises(MigrationError, match="no revision 'nonsense'"):
         await preview(database, "nonsense")
-    await database.execute("UPDATE alembic_version SET version_num = '9999'")
+    await database.execute("UPDATE guildbook_version SET version_num = '9999'")
     with pytest.raises(MigrationError, match="this version does not know"):
         await preview(database)
 

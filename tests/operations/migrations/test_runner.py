@@ -110,11 +110,11 @@ async def test_upgrade_does_not_block_the_event_loop(empty_target: ConnectTarget
 
 
 async def test_cancels_while_waiting_for_a_table(empty_target: ConnectTarget) -> None:
-    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'alembic_version'::regclass"
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'guildbook_version'::regclass"
     await migrations.upgrade(empty_target, "0001")
     other = await asyncpg.connect(**empty_target.connect_kwargs())
     async with asyncio.timeout(20), other.transaction():
-        await other.execute("LOCK TABLE alembic_version")
+        await other.execute("LOCK TABLE guildbook_version")
         migrating = asyncio.create_task(migrations.upgrade(empty_target))
         await until(lambda: other.fetchval(waiting))
         migrating.cancel()
@@ -149,7 +149,7 @@ async def test_releases_the_lock(database: Pool) -> None:
 
 async def test_failure_names_the_statement_and_changes_nothing(empty_target: ConnectTarget) -> None:
     conn = await asyncpg.connect(**empty_target.connect_kwargs())
-    await conn.execute("CREATE TABLE members (mine int)")
+    await conn.execute("CREATE TYPE members AS (mine int)")
     with pytest.raises(MigrationError, match=r'upgrade to head.*relation "members" already exists') as caught:
         await migrations.upgrade(empty_target)
     assert "CREATE TABLE members" in str(caught.value)
@@ -169,7 +169,7 @@ async def test_lock_timeout_ends_a_migration(target: ConnectTarget) -> None:
 
 
 async def test_rejects_an_unknown_revision(database: Pool) -> None:
-    await database.execute("UPDATE alembic_version SET version_num = '9999'")
+    await database.execute("UPDATE guildbook_version SET version_num = '9999'")
     with pytest.raises(MigrationError, match="9999, which this version does not know"):
         await migrations.pending(database)
     with pytest.raises(MigrationError, match="9999, which this version does not know"):

@@ -50,7 +50,7 @@ ON_OLD = "ALTER TABLE members "
         ("TRUNCATE members", ["drops"]),
         ("DELETE FROM members WHERE flags = 1", ["drops"]),
         ("UPDATE members SET flags = 1", ["changes rows"]),
-        ("UPDATE alembic_version SET version_num='0004' WHERE true", ["safe"]),
+        ("UPDATE guildbook_version SET version_num='0004' WHERE true", ["safe"]),
         ("WITH gone AS (DELETE FROM members RETURNING 1) SELECT 1", ["unknown"]),
         ("VACUUM FULL members", ["rewrites"]),
         ("DO $$ BEGIN DROP TABLE members; END $$", ["unknown"]),

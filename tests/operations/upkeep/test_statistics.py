@@ -30,7 +30,7 @@ async def test_partitions_count_with_their_table(database: Pool) -> None:
     sizes = {table.name: table for table in await table_sizes(database)}
     assert sizes["member_stats"].rows == 2_000
     assert sizes["member_stats"].bytes > 100_000
-    assert {"changes", "member_events", "ops.leases", "alembic_version"} <= sizes.keys()
+    assert {"changes", "member_events", "ops.leases", "guildbook_version"} <= sizes.keys()
     assert not [name for name in sizes if name.startswith(("changes_y", "pg_"))]
     partitioned = await database.fetchval(
         "SELECT sum(pg_total_relation_size(relid)) FROM pg_partition_tree('changes') WHERE isleaf"

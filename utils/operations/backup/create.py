@@ -15,7 +15,7 @@ from typing import Any
 
 import asyncpg
 
-from utils.database import ConnectTarget, Pool
+from utils.database import ConnectTarget, Pool, ownership
 from utils.database.pool import ATTEMPT_SECONDS
 from utils.exceptions import BackupError, GuildbookError, translate_errors
 from utils.operations.action import Progress, Step, ignore_progress
@@ -200,13 +200,10 @@ async def _snapshot(target: ConnectTarget) -> AsyncIterator[_Snapshot]:
             await connection.execute("SELECT set_config('lock_timeout', $1, true)", f"{LOCK_SECONDS}s")
             facts = await connection.fetchrow(
                 "SELECT pg_export_snapshot() AS snapshot, now() AS at, current_database() AS database,"
-                " current_setting('server_version') AS version,"
-                " to_regclass('public.alembic_version') IS NOT NULL AS has_revision"
+                " current_setting('server_version') AS version"
             )
             assert facts is not None, "one row"
-            revision = None
-            if facts["has_revision"]:
-                revision = await connection.fetchval("SELECT version_num FROM public.alembic_version")
+            revision = ", ".join((await ownership.fetch_version(connection)).revisions) or None
             yield _Snapshot(connection, facts["snapshot"], facts, revision)
         finally:
             # Closing also tells the server to stop a count that was cancelled here.

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
-from utils.database import ConnectTarget
+from utils.database import ConnectTarget, ownership
 from utils.exceptions import BackupError, translate_errors
 from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup import client_tools
@@ -173,10 +173,7 @@ def differences(expected: Mapping[tuple[str, str], int], found: Mapping[tuple[st
 async def _revision(target: ConnectTarget) -> str | None:
     async with connect(target) as connection:
         with translate_errors("reading the revision"):
-            if await connection.fetchval("SELECT to_regclass('public.alembic_version') IS NULL"):
-                return None
-            revision: str | None = await connection.fetchval("SELECT version_num FROM public.alembic_version")
-            return revision
+            return ", ".join((await ownership.fetch_version(connection)).revisions) or None
 
 
 async def analyze(target: ConnectTarget, *, timeout: float = TABLE_SECONDS) -> None:

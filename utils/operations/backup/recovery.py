@@ -7,12 +7,13 @@ from typing import Literal
 
 from models import Base
 from utils.database import Pool
+from utils.database.ownership import VERSION_TABLE, fetch_version
 from utils.exceptions import DatabaseError, DatabaseUnavailable
 from utils.operations import migrations
 from utils.operations.backup.catalog import BackupCatalog
 
 #: Tables that every revision has (migration 0001).
-_ESSENTIAL_TABLES = frozenset(("alembic_version", "guilds", "users", "members", "roles", "channels", "ops.leases"))
+_ESSENTIAL_TABLES = frozenset((VERSION_TABLE, "guilds", "users", "members", "roles", "channels", "ops.leases"))
 #: SQLSTATEs of a database that is itself damaged: internal error, corrupted data or index, missing or unreadable file
 #: (PostgreSQL manual, appendix A).
 _CORRUPTION = ("XX000", "XX001", "XX002", "58030", "58P01")
@@ -44,7 +45,7 @@ async def assess(pool: Pool) -> Assessment:
 
     One query if it is fine. Raises `DatabaseUnavailable` if it does not answer.
     """
-    expected = sorted({"alembic_version", *(table.fullname for table in Base.metadata.sorted_tables)})
+    expected = sorted({VERSION_TABLE, *(table.fullname for table in Base.metadata.sorted_tables)})
     try:
         try:
             row = await pool.fetchrow(_ASSESS, expected, timeout=TIMEOUT_SECONDS)
@@ -54,6 +55,8 @@ async def assess(pool: Pool) -> Assessment:
             if error.sqlstate != _UNDEFINED_TABLE:
                 raise
             missing, is_empty = list(await pool.fetchval("SELECT " + _MISSING, expected, timeout=TIMEOUT_SECONDS)), True
+        if VERSION_TABLE in missing and (await fetch_version(pool)).revisions:  # those of the former version table
+            missing.remove(VERSION_TABLE)
         if len(missing) == len(expected):
             return Assessment("empty", "it has no tables yet", has_tables=False)
         lost = [name for name in missing if name in _ESSENTIAL_TABLES]

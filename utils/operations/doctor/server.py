@@ -81,17 +81,24 @@ async def check_privileges(context: DoctorContext) -> Sequence[Finding]:
 async def check_schema(context: DoctorContext) -> Sequence[Finding]:
     """Check the schema's revision, drift, the pause of AUTO_MIGRATE, and invalid indexes."""
     pool = await context.pool()
-    current, pending = await migrations.current(pool), await migrations.pending(pool)
+    current, pending = await migrations.current_heads(pool), await migrations.pending(pool)
+    obstacle, revisions = await migrations.find_obstacle(pool), migrations.Revisions()
     paused = await migrations.find_pause(pool)
     upgrade = "run python bot.py db upgrade"
     findings: list[Finding] = []
-    if pending:
+    if obstacle is not None:
+        seen, _, advice = obstacle.partition(": ")
+        findings.append(Finding("fail", "schema", seen, advice))
+    elif revisions.needs_merge(current):
+        seen = f"revision {', '.join(current)}, {len(pending)} pending on {len(revisions.heads)} branches"
+        findings.append(Finding("fail", "schema", seen, revisions.merge_advice()))
+    elif pending:
         is_automatic = context.settings.auto_migrate and paused is None
-        seen = f"revision {current}, {len(pending)} pending" if current else "the database has no schema"
+        seen = f"revision {', '.join(current)}, {len(pending)} pending" if current else "the database has no schema"
         advice = "the next start applies them" if is_automatic else upgrade
         findings.append(Finding("warn" if is_automatic else "fail", "schema", seen, advice))
     else:
-        findings.append(Finding("ok", "schema", f"revision {current}, the newest"))
+        findings.append(Finding("ok", "schema", f"revision {', '.join(current)}, the newest"))
         findings.append(await _check_drift(pool))
     if paused is not None:
         findings.append(Finding("warn", "AUTO_MIGRATE", f"paused: {paused}", upgrade + " to resume it"))

@@ -1,14 +1,17 @@
 """The schema's revisions: applying them, reverting them, and comparing the result with the models."""
 
+from utils.database.ownership import SCRIPTS
 from utils.operations.migrations.drift import check_drift
-from utils.operations.migrations.environment import SCRIPTS, MigrationOptions
+from utils.operations.migrations.environment import MigrationOptions
 from utils.operations.migrations.history import Actor, AppliedRevision, Pause
+from utils.operations.migrations.revisions import Revision, Revisions
 from utils.operations.migrations.runner import (
     MigrationResult,
-    Revision,
     applied,
     current,
+    current_heads,
     downgrade,
+    find_obstacle,
     find_pause,
     known_revisions,
     offline_sql,
@@ -28,10 +31,13 @@ __all__ = [
     "MigrationResult",
     "Pause",
     "Revision",
+    "Revisions",
     "applied",
     "check_drift",
     "current",
+    "current_heads",
     "downgrade",
+    "find_obstacle",
     "find_pause",
     "known_revisions",
     "offline_sql",

@@ -12,14 +12,14 @@ from typing import Any
 
 import asyncpg
 
-from utils.database import ConnectTarget, Pool
+from utils.database import ConnectTarget, Pool, ownership
 from utils.exceptions import GuildbookError, MigrationError, translate_errors
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.migrations import invalid_indexes, runner, schema_catalog
 from utils.operations.migrations.drift import check_drift
 from utils.operations.migrations.environment import DEFAULTS, MigrationOptions
 from utils.operations.migrations.history import COMMAND_LINE, Actor, AppliedRevision
-from utils.operations.migrations.runner import resolve_revision
+from utils.operations.migrations.revisions import Revisions
 from utils.service.lease import hold_as_operator
 
 #: Lines of one kind that are shown; `--json` has all.
@@ -38,17 +38,26 @@ Exclusive = Callable[[Pool], AbstractAsyncContextManager[None]]
 async def status(pool: Pool, *, progress: Progress = ignore_progress, options: MigrationOptions = DEFAULTS) -> Outcome:
     """Report the current revision, pending ones, drift and invalid indexes; not ok when there are any of these.
 
-    Drift is only looked for at the newest revision. Raises `MigrationError` for a revision that this version does not
-    know.
+    Neither is a database that has another program's tables, or a part of ours; nor branches that need a merge. Drift is
+    only looked for at the newest revision. Raises `MigrationError` for a revision that this version does not know.
     """
     progress(Step("reading the schema", unit="tables"))
-    current, pending = await runner.current(pool), await runner.pending(pool, options=options)
-    descriptions = dict(runner.known_revisions(options=options))
+    revisions = Revisions(options.scripts)
+    heads = await runner.current_heads(pool)
+    current, pending = ", ".join(heads) or None, revisions.pending(heads)
+    obstacle = await runner.find_obstacle(pool, options=options)
+    descriptions = dict(revisions.known)
     paused, invalid = await runner.find_pause(pool), await invalid_indexes.find(pool)
-    drift = await check_drift(pool) if not pending else None
-    lines = [
-        f"revision: {current} {descriptions[current]}" if current else "revision: none, the database has no schema"
-    ]
+    drift = await check_drift(pool, scripts=options.scripts) if not pending else None
+    lines = [f"revision: {head} {descriptions[head]}" for head in heads]
+    if obstacle is not None:
+        lines.append(f"problem: {obstacle}")
+    elif not heads:
+        lines.append("revision: none, the database has no schema")
+    if len(revisions.newest(heads)) < len(heads):
+        lines.append("some of these build on others: the next upgrade removes the latter from the version table")
+    if revisions.needs_merge(heads):
+        lines.append(f"merge needed: {revisions.merge_advice()}")
     if pending:
         lines.append("pending (python bot.py db upgrade):")
         lines += _shorten([f"{revision} {descriptions[revision]}" for revision in pending])
@@ -62,12 +71,16 @@ async def status(pool: Pool, *, progress: Progress = ignore_progress, options: M
         lines.append(f"AUTO_MIGRATE is paused until python bot.py db upgrade: {paused}")
     data = {
         "revision": current,
+        "revisions": list(heads),
+        "heads": list(revisions.heads),
+        "merge": revisions.merge_line() if revisions.needs_merge(heads) else None,
+        "problem": obstacle,
         "pending": [{"revision": revision, "description": descriptions[revision]} for revision in pending],
         "drift": drift,
         "invalid_indexes": invalid,
         "auto_migrate_off": None if paused is None else str(paused),
     }
-    return Outcome(_join(lines), data=data, ok=not (pending or drift or invalid))
+    return Outcome(_join(lines), data=data, ok=not (pending or drift or invalid or obstacle))
 
 
 async def history(pool: Pool, *, progress: Progress = ignore_progress, options: MigrationOptions = DEFAULTS) -> Outcome:
@@ -76,10 +89,12 @@ async def history(pool: Pool, *, progress: Progress = ignore_progress, options: 
     Raises like `status`.
     """
     progress(Step("reading ops.migrations", unit="revisions"))
-    pending = set(await runner.pending(pool, options=options))
+    revisions = Revisions(options.scripts)
+    heads = await runner.current_heads(pool)
+    pending = set(revisions.pending(heads))
     applied = await runner.applied(pool)
     lines, rows = [], []
-    for revision, description in runner.known_revisions(options=options):
+    for revision, description in revisions.known:
         is_applied = revision not in pending
         record = applied.get(revision) if is_applied else None
         lines.append(f"{'applied' if is_applied else 'pending'}  {revision}  {description}{_when(record)}")
@@ -96,6 +111,8 @@ async def history(pool: Pool, *, progress: Progress = ignore_progress, options: 
         )
     if len(lines) > 2 * SHOWN:
         lines = [f"({len(lines) - 2 * SHOWN} older revisions)", *lines[-2 * SHOWN :]]
+    if revisions.needs_merge(heads):
+        lines.append(f"merge needed: {revisions.merge_advice()}")
     return Outcome(_join(lines), data={"revisions": rows})
 
 
@@ -116,11 +133,12 @@ async def upgrade(
 ) -> Outcome:
     """Upgrade the schema to a revision. The newest (`revision` None) ends a pause of AUTO_MIGRATE.
 
-    Raises `MigrationError`.
+    `revision`: also `heads` (all branches, unmerged), a branch label, or `label@head`. Raises `MigrationError`.
     """
-    current = await runner.current(pool)
-    goal = resolve_revision(current, revision, options=options)
-    total = len(await runner.pending(pool, options=options)) if revision is None else None
+    revisions = Revisions(options.scripts)
+    current = await runner.current_heads(pool)
+    goal = revisions.resolve(current, revision)
+    total = len(revisions.pending(current)) if goal == "heads" or revision is None else None
     steps = _StepCounter(progress, "upgrading", total)
     was_paused = await runner.find_pause(pool) is not None
     result = await runner.upgrade(pool, goal, by=by, on_applied=steps.count, options=options)
@@ -134,7 +152,7 @@ async def upgrade(
     paused = await runner.find_pause(pool)
     if was_paused:
         lines.append("AUTO_MIGRATE is resumed" if paused is None else f"AUTO_MIGRATE stays paused: {paused}")
-    elif goal != resolve_revision(current, None, options=options):
+    elif revisions.pending(await runner.current_heads(pool)):
         lines.append("the next start with AUTO_MIGRATE=true upgrades to the newest revision")
     data = {
         "before": result.before,
@@ -172,12 +190,13 @@ async def downgrade(
     MigrationError: a revision failed. The database is at the last completed revision, and AUTO_MIGRATE is paused unless
         nothing was reverted.
     """
-    current = await runner.current(pool)
-    goal = resolve_revision(current, revision, down=True, options=options)
-    if goal == (current or "base"):
+    revisions = Revisions(options.scripts)
+    heads = await runner.current_heads(pool)
+    current, goal = ", ".join(heads) or None, revisions.resolve(heads, revision, down=True)
+    reverted = revisions.to_revert(heads, goal)
+    if not reverted:
         return Outcome(f"the schema is at {goal} already", data={"before": current, "after": goal, "taken_back": []})
-    order = ["base", *(known.id for known in runner.known_revisions(options=options))]
-    steps = _StepCounter(progress, "downgrading", order.index(current or "base") - order.index(goal))
+    steps = _StepCounter(progress, "downgrading", len(reverted))
     saved = None
     async with exclusive(pool):
         if backup is not None:
@@ -221,12 +240,20 @@ async def stamp(
     Without the right to create one, the newest revision is compared with the models instead. Raises `MigrationError`
     for differences, and for an older revision without that right; nothing is recorded then.
     """
-    known = [revision.id for revision in runner.known_revisions(options=options)]
-    goal = known[-1] if revision in ("head", "heads") else revision
-    if goal not in known:
-        raise MigrationError(f"there is no revision {revision[:40]!r}: choose one of {', '.join(known)}")
+    revisions = Revisions(options.scripts)
+    if revision == "head" and len(revisions.heads) > 1:
+        raise MigrationError(
+            f"there are {len(revisions.heads)} newest revisions: choose {' or '.join(revisions.heads)},"
+            " or heads for all"
+        )
+    goal = revisions.resolve((), revision)
+    if goal == "base":
+        raise MigrationError(
+            f"there is no revision {revision[:40]!r} to record: choose one of {', '.join(revisions.ids)}"
+        )
+    is_newest = goal == "heads" or revisions.heads == (goal,)
     progress(Step("comparing", unit="tables"))
-    differences = await check_drift(pool) if goal == known[-1] else []
+    differences = await check_drift(pool, scripts=options.scripts) if is_newest else []
     note = "compared with what the migrations make"
     if not differences:
         actual = await schema_catalog.read(pool.direct)
@@ -234,9 +261,9 @@ async def stamp(
             if empty is not None:
                 await runner.upgrade(empty, goal, options=options)
                 expected = await schema_catalog.read(empty)
-                await runner.upgrade(empty, options=options)
+                await runner.upgrade(empty, "heads", options=options)
                 differences = schema_catalog.mismatches(actual, expected, await schema_catalog.read(empty))
-            elif goal == known[-1]:
+            elif is_newest:
                 note = (
                     "compared with the models, without defaults and check constraints, because the database user may"
                     " not create a database"
@@ -259,10 +286,7 @@ async def stamp(
 
 
 async def _recorded_revision(pool: Pool) -> str | None:
-    if await pool.fetchval("SELECT to_regclass('alembic_version') IS NULL"):
-        return None
-    recorded: str | None = await pool.fetchval("SELECT version_num FROM alembic_version LIMIT 1")
-    return recorded
+    return ", ".join((await ownership.fetch_version(pool)).revisions) or None
 
 
 @contextlib.asynccontextmanager

@@ -21,12 +21,13 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
+from utils.database.ownership import BATCHES_TABLE
 from utils.exceptions import MigrationError
 
 _log = logging.getLogger(__name__)
 
 #: Created by the first batch, dropped in the transaction that sets the revision.
-TABLE = "guildbook_batches"
+TABLE = BATCHES_TABLE
 #: Rows of one batch: about 50 ms, during which other writers of these rows wait.
 SIZE = 5_000
 #: Seconds between two log lines.

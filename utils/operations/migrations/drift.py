@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from alembic.autogenerate import compare_metadata
@@ -12,17 +13,25 @@ from sqlalchemy import Connection, MetaData, text
 from models import Base
 from models.views import ROLE_MEMBERSHIP
 from utils.database import ConnectTarget, Pool
+from utils.database.ownership import SCRIPTS
 from utils.operations.migrations.environment import comparison_options, import_models, list_partitions
 from utils.operations.migrations.runner import read_schema
 
 
-async def check_drift(database: Pool | ConnectTarget, *, metadata: MetaData = Base.metadata) -> list[str]:
-    """Return the differences between the database and the models, one line each. Changes nothing."""
+async def check_drift(
+    database: Pool | ConnectTarget, *, metadata: MetaData = Base.metadata, scripts: Path = SCRIPTS
+) -> list[str]:
+    """Return the differences between the database and the models, one line each. Changes nothing.
+
+    Tables and indexes that are not ours are not compared.
+    """
 
     def compare(connection: Connection) -> list[str]:
         if metadata is Base.metadata:
             import_models()
-        options = comparison_options(skip=list_partitions(connection), metadata=metadata)
+        options = comparison_options(
+            skip=list_partitions(connection), metadata=metadata, scripts=scripts, with_foreign_columns=True
+        )
         migration = MigrationContext.configure(connection, opts=options)
         lines = [_describe(difference) for difference in _flatten(compare_metadata(migration, metadata))]
         lines += _compare_view(connection)
@@ -38,6 +47,9 @@ def _flatten(differences: list[Any]) -> list[Any]:
 
 def _describe(difference: tuple[Any, ...]) -> str:
     kind, *rest = difference
+    if kind == "remove_column":  # nobody is about to: autogenerate leaves what no revision made
+        schema, table, column = rest
+        return f"unexpected column: {f'{schema}.' if schema else ''}{table}.{column.name} ({column.type})"
     return f"{kind}: " + ", ".join(str(part) for part in rest if part is not None and not isinstance(part, dict))
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
-import pkgutil
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +22,15 @@ from sqlalchemy.pool import NullPool
 
 import models
 from models import Base
+from utils.database import ownership
 from utils.database.embedded import open_target
+from utils.database.ownership import SCRIPTS, VERSION_TABLE, RecordedVersion
 from utils.database.target import ConnectTarget
 from utils.exceptions import MigrationError
 from utils.operations.migrations import batches, history, invalid_indexes
 from utils.operations.migrations.history import ALEMBIC, BOT, SQL_FILE, Actor, MigrationRecorder, Pause
 from utils.operations.migrations.invalid_indexes import DroppedIndexes
+from utils.operations.migrations.revisions import Revisions
 from utils.settings import load_settings
 
 _log = logging.getLogger(__name__)
@@ -40,8 +42,8 @@ POLL_SECONDS = 0.25
 #: Schemas with our tables. Others are not compared.
 SCHEMAS = (None, "ops")
 _ROOT = Path(__file__).resolve().parents[3]
-SCRIPTS = _ROOT / "migrations"
 COGS = _ROOT / "cogs"
+MODELS = Path(models.__file__).parent
 
 _DECLARES_TABLE = re.compile(r"^\s+__tablename__\s*[:=]", re.MULTILINE)
 
@@ -73,6 +75,10 @@ class MigrationRun:
     timeout: float = 300.0
     by: Actor = BOT
     is_upgrade: bool = False
+    #: Upgrade to the newest revision, of which there must be one.
+    needs_one_head: bool = False
+    #: Record a revision whatever is recorded now.
+    is_stamp: bool = False
     #: Do nothing while AUTO_MIGRATE is paused.
     respects_pause: bool = False
     #: Called in the migrating thread with each revision.
@@ -82,7 +88,7 @@ class MigrationRun:
 
     #: The server process that migrates.
     pid: int | None = None
-    #: The revision before; None: the database had no schema.
+    #: The revision before (several, of unmerged branches: separated by commas); None: the database had no schema.
     before: str | None = None
     applied: list[str] = field(default_factory=list)
     indexes: DroppedIndexes = field(default_factory=DroppedIndexes)
@@ -98,7 +104,7 @@ def run_offline() -> None:
         literal_binds=True,
         transaction_per_migration=True,
         on_version_apply=MigrationRecorder(SQL_FILE),
-        **comparison_options(),
+        **comparison_options(scripts=options.scripts),
     )
     context.execute(f"SET lock_timeout = '{options.lock_timeout}'")
     with context.begin_transaction():
@@ -118,16 +124,19 @@ def run_online() -> None:
     asyncio.run(_migrate_with_settings())
 
 
-def import_models(cogs: Path = COGS) -> None:
+def import_models(cogs: Path = COGS, folder: Path = MODELS) -> None:
     """Import every module that declares tables: all of `models/`, and the cogs with a `__tablename__`.
+
+    Folders in `models/` count with and without an `__init__.py`.
 
     Raises `MigrationError` when one cannot be imported: its tables would look as if nothing declared them.
     """
-    names = [f"{models.__name__}.{found.name}" for found in pkgutil.iter_modules(models.__path__)]
-    for path in sorted(cogs.rglob("*.py")):
-        if _DECLARES_TABLE.search(path.read_text(encoding="utf-8")):
-            parts = path.relative_to(cogs.parent).with_suffix("").parts
-            names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    names = [_module_name(path, folder) for path in sorted(folder.rglob("*.py"))]
+    names += [
+        _module_name(path, cogs)
+        for path in sorted(cogs.rglob("*.py"))
+        if _DECLARES_TABLE.search(path.read_text(encoding="utf-8"))
+    ]
     for name in names:
         try:
             importlib.import_module(name)
@@ -135,6 +144,11 @@ def import_models(cogs: Path = COGS) -> None:
             raise MigrationError(
                 f"{name} declares tables but cannot be imported: {type(exc).__name__}: {exc}; correct it first"
             ) from exc
+
+
+def _module_name(path: Path, folder: Path) -> str:
+    parts = path.relative_to(folder.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 async def run_on_connection(target: ConnectTarget, work: Callable[[Connection], ResultT]) -> ResultT:
@@ -195,24 +209,42 @@ def list_partitions(connection: Connection) -> frozenset[tuple[str | None, str]]
 
 
 def comparison_options(
-    *, skip: frozenset[tuple[str | None, str]] = frozenset(), metadata: MetaData = Base.metadata
+    *,
+    skip: frozenset[tuple[str | None, str]] = frozenset(),
+    metadata: MetaData = Base.metadata,
+    scripts: Path = SCRIPTS,
+    with_foreign_columns: bool = False,
 ) -> dict[str, Any]:
-    """Return the options that tell Alembic what to compare with the models.
+    """Return the options that tell Alembic what to compare with the models: what is ours, and nothing else.
 
-    `skip`: schema and name of tables that are not in the models.
+    `skip`: schema and name of tables that are not in the models. `with_foreign_columns`: also compare the columns of
+    our tables that no revision made; without it, autogenerate leaves them in place.
     """
+    ours = ownership.owned(scripts, metadata)
+    not_compared = skip | {(None, VERSION_TABLE), (None, ownership.BATCHES_TABLE)}
 
     def include_name(name: str | None, kind: str, parents: Any) -> bool:
         if kind == "schema":
             return name in SCHEMAS
         if kind == "table":
-            return name != batches.TABLE and (parents.get("schema_name"), name) not in skip
+            table = (parents.get("schema_name"), str(name))
+            return table in ours.tables and table not in not_compared
         return True
+
+    def include_object(item: Any, name: str | None, kind: str, is_reflected: bool, counterpart: Any) -> bool:
+        if not is_reflected or counterpart is not None or kind == "table":
+            return True
+        if kind == "column":
+            table = (item.table.schema, item.table.name)
+            return with_foreign_columns or name in ours.columns.get(table, frozenset())
+        return name is None or name in ours.indexes
 
     return {
         "target_metadata": metadata,
         "include_schemas": True,
         "include_name": include_name,
+        "include_object": include_object,
+        "version_table": VERSION_TABLE,
         "compare_type": True,
         # Alembic 1.20 evaluates both defaults, and those of a clock never agree: schema_catalog compares them.
         "compare_server_default": False,
@@ -222,8 +254,12 @@ def comparison_options(
 async def _migrate_with_settings() -> None:
     settings = load_settings()
     async with open_target(settings.direct_target, settings.data_dir) as target:
-        run = MigrationRun(target=target, by=ALEMBIC)
-        await run_on_connection(target, lambda connection: _migrate(connection, run))
+        command: Any = getattr(context.config.cmd_opts, "cmd", None)
+        run = MigrationRun(target=target, by=ALEMBIC, is_stamp=command is not None and command[0].__name__ == "stamp")
+        try:
+            await run_on_connection(target, lambda connection: _migrate(connection, run))
+        except MigrationError as exc:
+            raise CommandError(str(exc)) from exc
 
 
 def _migrate(connection: Connection, run: MigrationRun) -> None:
@@ -237,21 +273,102 @@ def _migrate(connection: Connection, run: MigrationRun) -> None:
         if paused is not None and run.respects_pause:
             run.paused = paused
             return
+        recorded = prepare_version_table(connection, run)
+        if recorded is None:
+            return
         if run.is_upgrade:
             _drop_invalid_indexes(connection, run)
         context.configure(
             connection=connection,
             transaction_per_migration=True,
             on_version_apply=_on_version_apply(connection, run),
-            **comparison_options(skip=partitions),
+            **comparison_options(skip=partitions, scripts=run.options.scripts),
         )
-        run.before = context.get_context().get_current_revision()
-        connection.commit()
         with context.begin_transaction():
             context.run_migrations()
-        if run.is_upgrade and context.get_context().get_current_revision() == context.get_head_revision():
+        if run.is_upgrade and not Revisions(run.options.scripts).pending(context.get_context().get_current_heads()):
             history.resume(connection, run.by)
         connection.commit()
+
+
+def prepare_version_table(connection: Connection, run: MigrationRun) -> tuple[str, ...] | None:
+    """Make the version table one that Alembic can work with, and return the revisions that it has.
+
+    The former table is replaced by ours, and revisions that others in the table build on are removed. None: an upgrade
+    to the newest revision has nothing to do, because there are several and the database is at all of them. Raises
+    `MigrationError` for a database that the run must not touch.
+    """
+    version = ownership.read_version(connection)
+    revisions = Revisions(run.options.scripts)
+    run.before = ", ".join(version.revisions) or None
+    if run.is_upgrade or (version.revisions and not run.is_stamp):
+        obstacle = find_obstacle(connection, version, run.options.scripts)
+        if obstacle is not None:
+            raise MigrationError(obstacle)
+        revisions.require_known(version.revisions)
+        if run.needs_one_head and len(revisions.heads) > 1:
+            if not revisions.needs_merge(version.revisions):
+                return None
+            raise MigrationError(revisions.merge_advice())
+    adopt_version_table(connection, version, revisions, is_forced=run.is_stamp)
+    newest = revisions.newest(version.revisions)
+    if len(newest) < len(version.revisions) and set(version.revisions) <= set(revisions.ids):
+        _replace_revisions(connection, newest)
+        _log.warning(
+            "removed revisions from the version table that others in it build on",
+            extra={"before": version.revisions, "after": newest},
+        )
+    connection.commit()
+    return newest
+
+
+def _replace_revisions(connection: Connection, revisions: Sequence[str]) -> None:
+    connection.execute(text("DELETE FROM guildbook_version"))
+    for revision in revisions:
+        connection.execute(
+            text("INSERT INTO guildbook_version (version_num) VALUES (:revision)"), {"revision": revision}
+        )
+
+
+def adopt_version_table(
+    connection: Connection, version: RecordedVersion, revisions: Revisions, *, is_forced: bool = False
+) -> None:
+    """Replace the former version table by ours, if both its revisions and the tables beside it are ours.
+
+    `is_forced`: also with unknown revisions, which the caller then replaces. The caller commits.
+    """
+    if not version.is_former:
+        return
+    is_ours = version.is_complete and set(version.revisions) <= set(revisions.ids)
+    if is_ours or not version.revisions or (is_forced and version.has_tables):
+        for statement in ownership.adoption_statements(version):
+            connection.exec_driver_sql(statement)
+        _log.info("the version table is now %s", VERSION_TABLE, extra={"revisions": version.revisions})
+
+
+def find_obstacle(connection: Connection, version: RecordedVersion, scripts: Path = SCRIPTS) -> str | None:
+    """Return why this database must not be migrated, and what to do; None: it may."""
+    where = f"schema {version.schema}"
+    if version.revisions or version.has_tables:
+        if not version.is_complete:
+            return (
+                f"the database has only a part of Guildbook's tables ({where}: no {', '.join(version.missing)}), such"
+                " as a dump of one schema leaves: restore a backup, or load the whole dump into an empty database"
+            )
+        if not version.revisions:
+            return (
+                f"{where} has Guildbook's tables, but no revision is recorded: python bot.py db stamp head compares"
+                " them with the newest revision and records it"
+            )
+        return None
+    collisions = ownership.find_collisions(connection, version, ownership.owned(scripts).created)
+    if not collisions:
+        return None
+    names = ", ".join(collisions[:5]) + (f" and {len(collisions) - 5} more" if len(collisions) > 5 else "")
+    return (
+        f"another program has tables where Guildbook would create its own: {names}. Nothing was changed. Set DB_SCHEMA"
+        " to a schema for Guildbook alone (DB_SCHEMA=guildbook), or use another database"
+    )
 
 
 def _on_version_apply(

@@ -1,6 +1,6 @@
 """The table `ops.migrations`: who applied which revision when, and whether AUTO_MIGRATE is paused.
 
-The table exists from revision 0005 on. In a database at an older revision, a pause is a comment on `alembic_version`,
+The table exists from revision 0005 on. In a database at an older revision, a pause is a comment on the version table,
 which outlives a downgrade to base, and nothing else is known.
 """
 
@@ -16,12 +16,17 @@ from alembic.runtime.migration import MigrationContext, MigrationInfo
 from sqlalchemy import Connection, insert, text
 
 from models.ops import Migration
+from utils.database.ownership import PAUSE_COMMENT
 from utils.exceptions import MigrationError
 
 #: The revision that creates the table.
 TABLE_REVISION = "0005"
 #: How the comment begins in which older revisions keep a pause. Any other comment is somebody else's.
-COMMENT_PREFIX = "AUTO_MIGRATE is off: "
+COMMENT_PREFIX = PAUSE_COMMENT
+_RECORDED = "SELECT coalesce(string_agg(version_num, ', ' ORDER BY version_num), 'base') FROM guildbook_version"
+#: A database that was not migrated since has the former version table.
+_COMMENT = """\
+SELECT obj_description(coalesce(to_regclass('guildbook_version'), to_regclass('alembic_version')), 'pg_class')"""
 #: Ends a pause, if there is one.
 RESUME_SQL = """\
 INSERT INTO ops.migrations (revision, action, applied_by)
@@ -157,7 +162,7 @@ def pause(connection: Connection, revision: str, by: Actor, *, is_table_kept: bo
         connection.execute(insert(Migration).values(**row, applied_by=by.kind, user_id=by.user_id))
         if is_table_kept:
             return paused
-    if not connection.scalar(text("SELECT to_regclass('alembic_version') IS NOT NULL")):
+    if not connection.scalar(text("SELECT to_regclass('guildbook_version') IS NOT NULL")):
         raise MigrationError("AUTO_MIGRATE cannot be paused: this database has no schema; run python bot.py db upgrade")
     _write_comment(connection, COMMENT_PREFIX + str(paused))
     return paused
@@ -166,7 +171,7 @@ def pause(connection: Connection, revision: str, by: Actor, *, is_table_kept: bo
 def resume(connection: Connection, by: Actor) -> None:
     """End the pause of AUTO_MIGRATE, if there is one. The caller commits."""
     if has_table(connection) and read_pause(connection) is not None:
-        row = {"revision": connection.scalar(text("SELECT version_num FROM alembic_version")), "action": "resume"}
+        row = {"revision": connection.scalar(text(_RECORDED)), "action": "resume"}
         connection.execute(insert(Migration).values(**row, applied_by=by.kind, user_id=by.user_id))
     if _read_comment(connection) is not None:
         _write_comment(connection, None)
@@ -176,20 +181,20 @@ def pause_sql(revision: str, *, is_table_kept: bool) -> str:
     """Return the SQL that pauses AUTO_MIGRATE at the end of a file that downgrades to `revision`."""
     reason = f"the schema was downgraded to {revision} by hand"
     if not is_table_kept:
-        return f"COMMENT ON TABLE alembic_version IS '{COMMENT_PREFIX}{reason}'"
+        return f"COMMENT ON TABLE guildbook_version IS '{COMMENT_PREFIX}{reason}'"
     columns, values = "(revision, action, reason, applied_by)", f"('{revision}', 'pause', '{reason}', 'sql file')"
     return " ".join(("INSERT INTO ops.migrations", columns, "VALUES", values))
 
 
 def _read_comment(connection: Connection) -> str | None:
-    comment: str | None = connection.scalar(text("SELECT obj_description(to_regclass('alembic_version'), 'pg_class')"))
+    comment: str | None = connection.scalar(text(_COMMENT))
     return comment.removeprefix(COMMENT_PREFIX) if comment is not None and comment.startswith(COMMENT_PREFIX) else None
 
 
 def _write_comment(connection: Connection, comment: str | None) -> None:
     # COMMENT takes no parameters: the server quotes the text.
     statement = connection.scalar(
-        text("SELECT 'COMMENT ON TABLE alembic_version IS ' || quote_nullable(CAST(:comment AS text))"),
+        text("SELECT 'COMMENT ON TABLE guildbook_version IS ' || quote_nullable(CAST(:comment AS text))"),
         {"comment": comment},
     )
     connection.exec_driver_sql(str(statement))

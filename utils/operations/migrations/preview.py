@@ -13,10 +13,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from utils.database import ConnectTarget, Pool
+from utils.database import ConnectTarget, Pool, ownership
+from utils.database.ownership import RecordedVersion
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.migrations import history, runner
 from utils.operations.migrations.environment import DEFAULTS, MigrationOptions
+from utils.operations.migrations.revisions import Revisions
 from utils.operations.migrations.statements import Statement, parse
 
 #: Destructive statements that the outcome's text lists; the file has all.
@@ -46,14 +48,17 @@ async def preview(
     is unknown or in the other direction.
     """
     progress(Step("writing the SQL", unit="statements"))
-    current = await runner.current(database)
-    start = current or "base"
-    goal = runner.resolve_revision(current, revision, down=down, options=options)
+    version = await runner.read_schema(database, ownership.read_version)
+    revisions = Revisions(options.scripts)
+    heads = revisions.newest(version.revisions)
+    current = ", ".join(version.revisions) or None
+    goal = revisions.resolve(version.revisions, revision, down=down)
+    start = "+".join(heads) or "base"
     direction = "downgrade" if down else "upgrade"
     title = f"{direction} from {start} to {goal}"
-    if goal == start:
+    if revisions.is_at(heads, goal):
         return Outcome(f"the database is at {goal} already: there is nothing to run", data=_as_json(current, goal, []))
-    sql = await asyncio.to_thread(_write_sql, start, goal, down, options)
+    sql = await asyncio.to_thread(_write_sql, version, heads, goal, down, options)
     parts = await asyncio.to_thread(parse, sql)
     statements = [part for part in parts if part.effects]
     destructive = [statement.title for statement in statements if statement.is_destructive]
@@ -61,21 +66,24 @@ async def preview(
         _summarize(title, statements, destructive),
         data=_as_json(current, goal, statements),
         file=(
-            f"{direction}-{start}-{goal}.sql",
+            f"{direction}-{start}-{goal.replace('@', '+')}.sql",
             _HEADER.format(title=title) + "".join(part.annotated() for part in parts),
         ),
     )
 
 
-def _write_sql(start: str, goal: str, down: bool, options: MigrationOptions) -> str:
-    sql = runner.offline_sql(f"{start}:{goal}", down=down, options=options)
+def _write_sql(version: RecordedVersion, heads: Sequence[str], goal: str, down: bool, options: MigrationOptions) -> str:
+    revisions = Revisions(options.scripts)
+    sql = runner.offline_sql(goal, current=heads, down=down, options=options)
     # A downgrade to base leaves this table in place, empty.
-    sql = sql.replace("CREATE TABLE alembic_version (", "CREATE TABLE IF NOT EXISTS alembic_version (")
+    sql = sql.replace("CREATE TABLE guildbook_version (", "CREATE TABLE IF NOT EXISTS guildbook_version (")
+    if version.is_former:
+        sql = "".join(f"{statement};\n\n" for statement in ownership.adoption_statements(version)) + sql
     if down:
-        is_table_kept = runner.has_history(goal, options=options)
+        is_table_kept = revisions.builds_on(goal, history.TABLE_REVISION)
         return f"{sql}\n{history.pause_sql(goal, is_table_kept=is_table_kept)};\n"
-    if goal == runner.known_revisions(options=options)[-1].id:
-        return f"{sql}\n{history.RESUME_SQL};\n\nCOMMENT ON TABLE alembic_version IS NULL;\n"
+    if not revisions.pending((*heads, *(revisions.heads if goal == "heads" else (goal,)))):
+        return f"{sql}\n{history.RESUME_SQL};\n\nCOMMENT ON TABLE guildbook_version IS NULL;\n"
     return sql
 
 

@@ -10,26 +10,34 @@ import io
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import asyncpg
 from alembic import command
 from alembic.config import Config
-from alembic.migration import MigrationContext
+from alembic.runtime.environment import EnvironmentContext
 from alembic.script import ScriptDirectory
-from alembic.script.revision import ResolutionError, RevisionError
+from alembic.script.revision import ResolutionError
 from alembic.util import CommandError
 from sqlalchemy import Connection
 
-from utils.database import ConnectTarget, Pool
+from utils.database import ConnectTarget, Pool, ownership
 from utils.exceptions import DRIVER_ERRORS, DatabaseUnavailable, MigrationError, driver_error, translate
 from utils.operations.migrations import history
-from utils.operations.migrations.environment import DEFAULTS, MigrationOptions, MigrationRun, run_on_connection
+from utils.operations.migrations.environment import (
+    DEFAULTS,
+    MigrationOptions,
+    MigrationRun,
+    adopt_version_table,
+    run_on_connection,
+)
+from utils.operations.migrations.environment import find_obstacle as _find_obstacle
 from utils.operations.migrations.history import BOT, Actor, AppliedRevision, Pause
 from utils.operations.migrations.invalid_indexes import DroppedIndexes
+from utils.operations.migrations.revisions import Revision, Revisions, alembic_config, unknown_revision
 
 _log = logging.getLogger(__name__)
 
@@ -44,19 +52,11 @@ READ_SECONDS = 60.0
 ResultT = TypeVar("ResultT")
 
 
-class Revision(NamedTuple):
-    """A revision that this version knows."""
-
-    id: str
-    #: The first line of its docstring.
-    description: str
-
-
 @dataclass(frozen=True, slots=True)
 class MigrationResult:
     """What an upgrade or a downgrade did."""
 
-    #: The revision before; None: the database had no schema.
+    #: The revision before (several, of unmerged branches: separated by commas); None: the database had no schema.
     before: str | None = None
     #: The revisions applied or reverted, in that order.
     revisions: tuple[str, ...] = ()
@@ -78,6 +78,8 @@ async def upgrade(
 ) -> MigrationResult:
     """Upgrade the schema to a revision; does nothing when it is there already.
 
+    `head` needs one newest revision; `heads` applies all branches.
+
     Cancelling it ends the running statement, which rolls its revision back. A `Pool` gets new connections afterwards.
 
     Parameters
@@ -89,7 +91,8 @@ async def upgrade(
 
     Raises
     ------
-    MigrationError: a revision failed, or the database is at a revision that this version does not know.
+    MigrationError: a revision failed, the database is at a revision that this version does not know or belongs to
+        another program, or several heads need a merge.
     DatabaseUnavailable: the server cannot be reached.
     """
     run = MigrationRun(
@@ -98,6 +101,7 @@ async def upgrade(
         timeout=timeout,
         by=by,
         is_upgrade=True,
+        needs_one_head=revision == "head",
         respects_pause=respect_pause,
         on_applied=_on_loop(on_applied),
     )
@@ -131,12 +135,12 @@ async def stamp(
     by: Actor = BOT,
     options: MigrationOptions = DEFAULTS,
 ) -> None:
-    """Record that the database is at a revision, without running anything. Raises like `upgrade`.
+    """Record that the database is at a revision, whatever is recorded now; runs nothing. Raises like `upgrade`.
 
     Operators use `admin.stamp`, which first checks that it is true.
     """
-    run = MigrationRun(target=_direct(database), options=options, timeout=timeout, by=by)
-    await _run(database, f"stamp {revision}", partial(command.stamp, revision=revision), run)
+    run = MigrationRun(target=_direct(database), options=options, timeout=timeout, by=by, is_stamp=True)
+    await _run(database, f"stamp {revision}", partial(command.stamp, revision=revision, purge=True), run)
 
 
 async def prepare_schema(pool: Pool, *, auto_migrate: bool, options: MigrationOptions = DEFAULTS) -> None:
@@ -150,16 +154,28 @@ async def prepare_schema(pool: Pool, *, auto_migrate: bool, options: MigrationOp
         if paused is None:
             return
         _log.warning("AUTO_MIGRATE is paused until python bot.py db upgrade: %s", paused)
+    if obstacle := await find_obstacle(pool, options=options):
+        raise MigrationError(obstacle)
     if missing := await pending(pool, options=options):
         why = "AUTO_MIGRATE is off" if paused is None else f"AUTO_MIGRATE is paused: {paused}"
         raise MigrationError(f"the schema lacks revision {', '.join(missing)}, and {why}; run python bot.py db upgrade")
 
 
 async def current(database: Pool | ConnectTarget) -> str | None:
-    """Return the revision that the database is at; None: it has no schema."""
+    """Return the revision that the database is at, or several separated by commas; None: it has no schema."""
+    return ", ".join(await current_heads(database)) or None
+
+
+async def current_heads(database: Pool | ConnectTarget) -> tuple[str, ...]:
+    """Return the revisions that the database is at: several with unmerged branches, none without a schema."""
+    return (await read_schema(database, ownership.read_version)).revisions
+
+
+async def find_obstacle(database: Pool | ConnectTarget, *, options: MigrationOptions = DEFAULTS) -> str | None:
+    """Return why the database must not be migrated, such as tables of another program, and what to do; None: it may."""
 
     def read(connection: Connection) -> str | None:
-        return MigrationContext.configure(connection).get_current_revision()
+        return _find_obstacle(connection, ownership.read_version(connection), options.scripts)
 
     return await read_schema(database, read)
 
@@ -169,13 +185,7 @@ async def pending(database: Pool | ConnectTarget, *, options: MigrationOptions =
 
     Raises `MigrationError` when the database is at a revision that this version does not know.
     """
-    revision = await current(database)
-    scripts = ScriptDirectory.from_config(_config(options))
-    try:
-        steps = list(scripts.iterate_revisions("heads", revision or "base"))
-    except (CommandError, RevisionError) as exc:
-        raise _unknown_revision(revision) from exc
-    return [step.revision for step in reversed(steps)]
+    return Revisions(options.scripts).pending(await current_heads(database))
 
 
 async def applied(database: Pool | ConnectTarget) -> dict[str, AppliedRevision]:
@@ -195,9 +205,11 @@ async def pause_auto_migrate(
 
     Raises `MigrationError` for a database that never had a schema.
     """
-    is_table_kept = has_history(revision, options=options)
+    revisions = Revisions(options.scripts)
+    is_table_kept = revisions.builds_on(revision, history.TABLE_REVISION)
 
     def write(connection: Connection) -> Pause:
+        adopt_version_table(connection, ownership.read_version(connection), revisions)
         paused = history.pause(connection, revision, by, is_table_kept=is_table_kept)
         connection.commit()
         return paused
@@ -217,52 +229,31 @@ async def resume_auto_migrate(database: Pool | ConnectTarget, *, by: Actor = BOT
 
 def known_revisions(*, options: MigrationOptions = DEFAULTS) -> list[Revision]:
     """Return every revision that this version knows, oldest first."""
-    scripts = ScriptDirectory.from_config(_config(options))
-    return [Revision(step.revision, (step.doc or "").strip().partition("\n")[0]) for step in scripts.walk_revisions()][
-        ::-1
-    ]
+    return Revisions(options.scripts).known
 
 
-def has_history(revision: str, *, options: MigrationOptions = DEFAULTS) -> bool:
-    """Return whether a database at a revision (or `base`) has the table `ops.migrations`."""
-    order = ["base", *(known.id for known in known_revisions(options=options))]
-    return order.index(revision) >= order.index(history.TABLE_REVISION)
-
-
-def resolve_revision(
-    current: str | None, revision: str | None, *, down: bool = False, options: MigrationOptions = DEFAULTS
+def offline_sql(
+    goal: str = "heads",
+    *,
+    current: Sequence[str] = (),
+    down: bool = False,
+    options: MigrationOptions = DEFAULTS,
 ) -> str:
-    """Return the id of the revision that an operator means, `base` for no schema at all.
-
-    `current`: where the database is. `revision`: None means the newest or, for a downgrade, the previous one.
-    Raises `MigrationError` for an unknown revision, and for one in the other direction.
-    """
-    order = ["base", *(known.id for known in known_revisions(options=options))]
-    here = current or "base"
-    if here not in order:
-        raise _unknown_revision(here)
-    position = order.index(here)
-    if revision is None:
-        return order[max(position - 1, 0)] if down else order[-1]
-    goal = order[-1] if revision in ("head", "heads") else revision
-    if goal not in order:
-        raise MigrationError(f"there is no revision {revision[:40]!r}: choose one of {', '.join(order)}")
-    if (order.index(goal) > position) if down else (order.index(goal) < position):
-        raise MigrationError(
-            f"the database is at {here}, and {goal} is {'later' if down else 'earlier'}: that is"
-            f" {'an upgrade' if down else 'a downgrade'}"
-        )
-    return goal
-
-
-def offline_sql(revisions: str = "base:head", *, down: bool = False, options: MigrationOptions = DEFAULTS) -> str:
-    """Return the SQL of a range of revisions, or with `down` of reverting it; no database is needed."""
-    buffer = io.StringIO()
-    config = _config(options)
-    config.output_buffer = buffer
+    """Return the SQL of an upgrade or a downgrade from the current revisions (none: base); no database is needed."""
+    config = alembic_config(options.scripts)
+    config.output_buffer = buffer = io.StringIO()
     config.attributes["options"] = options
-    with _alembic:
-        (command.downgrade if down else command.upgrade)(config, revisions, sql=True)
+    scripts = ScriptDirectory.from_config(config)
+
+    def steps(revisions: Any, context: Any) -> Any:
+        return (scripts._downgrade_revs if down else scripts._upgrade_revs)(goal, revisions)
+
+    # alembic.command takes one current revision only.
+    environment = EnvironmentContext(
+        config, scripts, fn=steps, as_sql=True, starting_rev=tuple(current) or None, destination_rev=goal
+    )
+    with _alembic, environment:
+        scripts.run_env()
     return buffer.getvalue()
 
 
@@ -288,13 +279,6 @@ async def read_schema(database: Pool | ConnectTarget, read: Callable[[Connection
         raise MigrationError(f"could not read the schema: {error}", sqlstate=getattr(error, "sqlstate", None)) from exc
 
 
-def _config(options: MigrationOptions) -> Config:
-    config = Config(stdout=io.StringIO())
-    config.set_main_option("script_location", str(options.scripts).replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
-    return config
-
-
 def _direct(database: Pool | ConnectTarget) -> ConnectTarget:
     return database.direct if isinstance(database, Pool) else database
 
@@ -314,7 +298,7 @@ def _on_loop(callback: Callable[[str], None] | None) -> Callable[[str], None] | 
 async def _run(
     database: Pool | ConnectTarget, what: str, alembic_command: Callable[[Config], None], run: MigrationRun
 ) -> MigrationResult:
-    config = _config(run.options)
+    config = alembic_config(run.options.scripts)
     config.attributes["run"] = run
     started = time.monotonic()
 
@@ -369,7 +353,7 @@ def _explain(exc: Exception, what: str, before: str | None) -> Exception:
     if isinstance(error, MigrationError) or (isinstance(error, DatabaseUnavailable) and error.sqlstate is None):
         return error
     if isinstance(exc, CommandError) and isinstance(exc.__cause__, ResolutionError):
-        return _unknown_revision(before)
+        return unknown_revision(before or "none")
     if error is None and not isinstance(exc, CommandError):
         return exc
     cause = driver_error(exc)
@@ -379,11 +363,4 @@ def _explain(exc: Exception, what: str, before: str | None) -> Exception:
         f"could not {what} from revision {before or 'none'}: {error or exc}{detail}. The database is at the last"
         " revision that was completed: correct the cause and try again",
         sqlstate=getattr(cause, "sqlstate", None),
-    )
-
-
-def _unknown_revision(revision: str | None) -> MigrationError:
-    return MigrationError(
-        f"the database is at revision {revision}, which this version does not know: a newer Guildbook migrated it."
-        " Run that version, or restore a backup"
     )

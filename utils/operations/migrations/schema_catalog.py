@@ -18,7 +18,8 @@ from utils.operations.migrations.environment import import_models, run_on_connec
 _RELATIONS = (
     "SELECT c.oid, format('%s.%s', n.nspname, c.relname) AS name, c.relkind FROM pg_class AS c"
     " JOIN pg_namespace AS n ON n.oid = c.relnamespace"
-    " WHERE n.nspname IN ('public', 'ops') AND NOT c.relispartition AND c.relname <> 'alembic_version'"
+    " WHERE n.nspname IN ('public', 'ops') AND NOT c.relispartition"
+    " AND c.relname NOT IN ('alembic_version', 'guildbook_version')"
 )
 _QUERIES: tuple[str, ...] = (
     f"WITH r AS ({_RELATIONS})"  # noqa: S608 - constants

@@ -25,7 +25,7 @@ _SCANNED = "every row is checked under ACCESS EXCLUSIVE: nobody reads or writes 
 #: Patterns of normalized statements (see `_normalize`) and their effects; the first match decides.
 _STATEMENTS: tuple[tuple[str, Kind, str], ...] = (
     (r"(BEGIN|START TRANSACTION|COMMIT|END|SET|RESET|COMMENT ON|GRANT|REVOKE|ANALYZE)\b", "safe", ""),
-    (r"(UPDATE|DELETE FROM|INSERT INTO) ALEMBIC_VERSION\b", "safe", "the row with the revision"),
+    (r"(UPDATE|DELETE FROM|INSERT INTO) (\S+ \. )?(ALEMBIC|GUILDBOOK)_VERSION\b", "safe", "the row with the revision"),
     (r"CREATE( \w+)* TABLE .* PARTITION OF\b", "locks", f"the partitioned table: {_BRIEFLY}"),
     (r"CREATE( \w+)* TABLE .*\bREFERENCES\b", "locks", "SHARE ROW EXCLUSIVE of the referenced table, briefly"),
     (r"CREATE( \w+)* TABLE [^(]* AS\b", "safe", "reads the source tables"),

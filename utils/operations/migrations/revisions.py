@@ -1,0 +1,224 @@
+"""The files in `migrations/versions/` as a graph: which revision follows which, and what a database at some lacks.
+
+There are several heads when two developers, or a fork and its upstream, each wrote a revision with the same parent.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from alembic.script.revision import RevisionError
+from alembic.util import CommandError
+
+from utils.database.ownership import SCRIPTS
+from utils.exceptions import MigrationError
+
+UPGRADE = "python bot.py db upgrade"
+
+
+class Revision(NamedTuple):
+    """A revision that this version knows."""
+
+    id: str
+    #: The first line of its docstring.
+    description: str
+
+
+def alembic_config(scripts: Path = SCRIPTS) -> Config:
+    """Return Alembic's configuration for a directory with `env.py` and `versions/`."""
+    config = Config(stdout=io.StringIO())
+    config.set_main_option("script_location", str(scripts).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+class Revisions:
+    """Every revision that this version knows. Raises `MigrationError` for files that do not fit together."""
+
+    def __init__(self, scripts: Path = SCRIPTS) -> None:
+        self._directory = ScriptDirectory.from_config(alembic_config(scripts))
+        try:
+            found = [step for step in self._directory.walk_revisions() if step is not None][::-1]
+            heads = set(self._directory.get_heads())
+        except (CommandError, RevisionError, KeyError) as exc:
+            raise MigrationError(f"the revisions in {scripts / 'versions'} do not fit together: {exc}") from exc
+        #: Oldest first: a revision comes after those that it revises.
+        self.known = [Revision(step.revision, (step.doc or "").strip().partition("\n")[0]) for step in found]
+        self.ids = [revision.id for revision in self.known]
+        #: The newest revision of each branch; one unless branches are to be merged.
+        self.heads = tuple(revision for revision in self.ids if revision in heads)
+        self._parents = {
+            step.revision: {*_as_tuple(step.down_revision), *_as_tuple(step.dependencies)} for step in found
+        }
+
+    def require_known(self, revisions: Iterable[str]) -> None:
+        """Raise `MigrationError` if a database is at a revision that this version does not know."""
+        unknown = [revision for revision in revisions if revision not in self._parents]
+        if unknown:
+            raise unknown_revision(", ".join(unknown))
+
+    def including_ancestors(self, revisions: Iterable[str]) -> set[str]:
+        """Return known revisions and everything that they build on."""
+        found: set[str] = set()
+        remaining = [revision for revision in revisions if revision in self._parents]
+        while remaining:
+            revision = remaining.pop()
+            if revision not in found:
+                found.add(revision)
+                remaining += self._parents[revision]
+        return found
+
+    def newest(self, revisions: Iterable[str]) -> tuple[str, ...]:
+        """Return the revisions without those that others of them build on, oldest first."""
+        given = set(revisions)
+        implied = self.including_ancestors(parent for revision in given for parent in self._parents.get(revision, ()))
+        return tuple(revision for revision in self.ids if revision in given - implied)
+
+    def pending(self, current: Iterable[str]) -> list[str]:
+        """Return the revisions that a database lacks, oldest first. Raises `MigrationError` for unknown ones."""
+        current = tuple(current)
+        self.require_known(current)
+        applied = self.including_ancestors(current)
+        return [revision for revision in self.ids if revision not in applied]
+
+    def needs_merge(self, current: Iterable[str]) -> bool:
+        """Whether there are several heads, and the database is not at all of them."""
+        return len(self.heads) > 1 and bool(self.pending(current))
+
+    def merge_advice(self) -> str:
+        """Return what to type about several heads."""
+        return (
+            f"the revisions have {len(self.heads)} heads, {' and '.join(self.heads)}: merge them with"
+            f" {self.merge_line()}, then run {UPGRADE}; to apply them without a merge, run {UPGRADE} heads"
+        )
+
+    def merge_line(self) -> str:
+        """Return the command that merges all heads."""
+        return f'.venv/bin/alembic merge -m "merge" {" ".join(self.heads)}'
+
+    def builds_on(self, goal: str, revision: str) -> bool:
+        """Whether a database at `goal` (as `resolve` returns it) has `revision`."""
+        goals = () if goal == "base" else self.heads if goal == "heads" else (goal.rpartition("@")[2],)
+        return revision in self.including_ancestors(goals)
+
+    def is_at(self, current: Sequence[str], goal: str) -> bool:
+        """Whether a database has nothing to do to be at `goal` (as `resolve` returns it)."""
+        if goal == "base":
+            return not current
+        return set(current) == set(self.heads) if goal == "heads" else goal in current
+
+    def to_revert(self, current: Collection[str], goal: str) -> list[str]:
+        """Return the applied revisions that a downgrade to `goal` reverts, newest first."""
+        branch, _, target = goal.rpartition("@")
+        applied = self.including_ancestors(current)
+        if branch:
+            applied &= self.including_ancestors(self._find(branch, goal))
+        if target != "base":
+            children = {revision for revision in self.ids if target in self.including_ancestors([revision])}
+            applied &= children - {target}
+        return [revision for revision in reversed(self.ids) if revision in applied]
+
+    def resolve(self, current: Sequence[str], revision: str | None, *, down: bool = False) -> str:
+        """Return what an operator means: a revision's id, `heads`, `base` or, for a downgrade, `branch@id`.
+
+        `current`: where the database is. `revision`: None means the newest or, for a downgrade, the previous one.
+        Raises `MigrationError` for an unknown revision, for one in the other direction, and where a merge is needed.
+        """
+        self.require_known(current)
+        if down:
+            return self._resolve_downgrade(current, revision)
+        if revision in (None, "head"):
+            if self.needs_merge(current):
+                raise MigrationError(self.merge_advice())
+            revision = "heads"
+        if revision == "heads":
+            return self.heads[0] if len(self.heads) == 1 else "heads"
+        assert revision is not None, "replaced above"
+        if revision == "base":
+            if current:
+                raise self._wrong_direction(current, "base", down=False)
+            return "base"
+        goal = self._find_one(revision)
+        if goal not in current and goal in self.including_ancestors(current):
+            raise self._wrong_direction(current, goal, down=False)
+        return goal
+
+    def _resolve_downgrade(self, current: Sequence[str], revision: str | None) -> str:
+        if revision is None:
+            if not current:
+                return "base"
+            parents = _as_tuple(self._directory.get_revision(current[0]).down_revision)
+            if len(current) > 1 or len(parents) > 1:
+                raise MigrationError(
+                    f"the database is at {', '.join(current)}, before which there are several revisions: name the one"
+                    f" to downgrade to, for example {_examples(current, parents)}"
+                )
+            return parents[0] if parents else "base"
+        if revision == "base":
+            return "base"
+        branch, _, target = revision.rpartition("@")
+        if revision in ("head", "heads") or target in ("head", "heads"):
+            target = branch = ""
+        goal = "base" if target == "base" else self._find_one(target or revision)
+        if branch:
+            self._find(branch, revision)
+        if goal != "base" and goal not in self.including_ancestors(current):
+            raise self._wrong_direction(current, goal, down=True)
+        return f"{branch}@{goal}" if branch else goal
+
+    def _find_one(self, revision: str) -> str:
+        if revision in self._parents:
+            return revision
+        found = self.heads if revision in ("head", "heads") else self._find(revision, revision)
+        if len(found) > 1:
+            raise MigrationError(f"{revision[:40]} stands for {' and '.join(found)}: choose one of them")
+        return found[0]
+
+    def _find(self, symbol: str, given: str) -> tuple[str, ...]:
+        """Return the revisions that an id, a branch label or `label@head` stands for."""
+        if symbol in self._parents:
+            return (symbol,)
+        labels = {label for step in self._directory.walk_revisions() for label in step.branch_labels}
+        found: tuple[str, ...] = ()
+        if symbol.rpartition("@")[0] in labels or symbol in labels:
+            name = symbol if "@" in symbol else f"{symbol}@head"
+            try:
+                found = tuple(step.revision for step in self._directory.get_revisions(name) if step is not None)
+            except (CommandError, RevisionError):
+                found = ()
+        if not found:
+            raise MigrationError(
+                f"there is no revision {given[:40]!r}: choose one of {', '.join(['base', *self.ids, *sorted(labels)])}"
+            )
+        return found
+
+    @staticmethod
+    def _wrong_direction(current: Sequence[str], goal: str, *, down: bool) -> MigrationError:
+        return MigrationError(
+            f"the database is at {', '.join(current) or 'base'}, and {goal} is {'later' if down else 'earlier'}: that"
+            f" is {'an upgrade' if down else 'a downgrade'}"
+        )
+
+
+def unknown_revision(revision: str) -> MigrationError:
+    """Return the error for a database at a revision that this version does not know."""
+    return MigrationError(
+        f"the database is at revision {revision}, which this version does not know: a newer Guildbook migrated it,"
+        " or the revision's file is missing. Run that version, bring the file back, or restore a backup; if the schema"
+        " is at a revision that this version knows, python bot.py db stamp REVISION checks and records it"
+    )
+
+
+def _as_tuple(value: str | Iterable[str] | None) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+def _examples(current: Sequence[str], parents: Sequence[str]) -> str:
+    if len(current) > 1:
+        return f"{current[-1]}@{parents[0]}" if parents else "base"
+    return " or ".join(parents)
