@@ -68,7 +68,7 @@ psql: setup ## Open psql on the database (DATA_DIR=.data/demo for the demo's, AR
 
 migration: setup ## Write a new revision from the models: make migration m="add a table"
 	@test -n "$(m)" || { echo 'make migration m="what it does"' >&2; exit 2; }
-	@$(VENV)/bin/alembic revision --autogenerate -m "$(m)"
+	@$(RUN) -m utils.operations.migrations revision "$(m)"
 
 docs: setup ## Write docs/reference/ from the code
 	@$(RUN) -m docs.generate

@@ -1,4 +1,12 @@
-"""${message}."""
+<%!
+import textwrap
+
+
+def docstring(message):
+    text = " ".join(message.split()).rstrip(".").replace("\\", "\\\\").replace('"', '\\"')
+    return "\n".join(textwrap.wrap(f"{text or 'A revision'}.", 110, break_on_hyphens=False))
+%>\
+"""${message | docstring}"""
 
 from __future__ import annotations
 

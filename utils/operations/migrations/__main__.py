@@ -1,14 +1,19 @@
-"""`python -m utils.operations.migrations check`, `lint` and `sql`, for `make lint`. No database is needed.
+"""`python -m utils.operations.migrations`: `check`, `lint` and `sql` for `make lint`, `revision` for `make migration`.
 
 check: start a temporary server (`--pg 16`, 18 or all); upgrade, downgrade, upgrade again, and compare with the models.
 lint:  run squawk on the SQL of all revisions.
 sql:   print that SQL.
+revision: upgrade the development database, compare it with the models, and write a revision that makes it match them.
+
+Only `revision` uses the database of the settings.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import io
 import shutil
 import subprocess
 import sys
@@ -16,12 +21,20 @@ import tempfile
 from pathlib import Path
 
 import asyncpg
+from alembic import command
+from alembic.config import Config
+from alembic.util import CommandError
 
 from models.views import ROLE_MEMBERSHIP
-from utils.database.embedded import EmbeddedServer
-from utils.exceptions import GuildbookError
+from utils.database import ConnectTarget
+from utils.database.embedded import EmbeddedServer, open_target
+from utils.exceptions import GuildbookError, MigrationError
 from utils.operations import migrations
 from utils.operations.migrations import schema_catalog
+from utils.operations.migrations.environment import DEFAULTS, MigrationOptions, MigrationRun, import_models
+from utils.operations.migrations.history import ALEMBIC
+from utils.operations.migrations.revisions import UPGRADE
+from utils.settings import load_settings
 
 
 async def check(version: int, *, role_membership: str = ROLE_MEMBERSHIP) -> list[str]:
@@ -54,6 +67,46 @@ async def check(version: int, *, role_membership: str = ROLE_MEMBERSHIP) -> list
         shutil.rmtree(directory, ignore_errors=True)
 
 
+async def write_revision(
+    target: ConnectTarget, message: str, *, auto_migrate: bool = True, options: MigrationOptions = DEFAULTS
+) -> Path:
+    """Upgrade the development database and write a revision for what the models have beyond it; return the file.
+
+    Raises `MigrationError` where revisions need a merge first, or may not be applied.
+    """
+    import_models()
+    revisions = migrations.Revisions(options.scripts)
+    if len(revisions.heads) > 1:
+        raise MigrationError(revisions.merge_advice())
+    if missing := await migrations.pending(target, options=options):
+        if not auto_migrate:
+            raise MigrationError(
+                f"AUTO_MIGRATE is off, and the database lacks revision {', '.join(missing)}: run python bot.py db"
+                " upgrade, then try again"
+            )
+        paused = (await migrations.upgrade(target, respect_pause=True, by=ALEMBIC, options=options)).paused
+        if paused is not None:
+            raise MigrationError(f"AUTO_MIGRATE is paused: {paused}; run python bot.py db upgrade, then try again")
+    config = Config(str(migrations.SCRIPTS.parent / "alembic.ini"), stdout=io.StringIO())
+    config.set_main_option("script_location", str(options.scripts).replace("%", "%%"))
+    config.attributes["run"] = MigrationRun(target=target, options=options, by=ALEMBIC)
+    try:
+        # Alembic prints what it does.
+        with contextlib.redirect_stdout(io.StringIO()):
+            script = await asyncio.to_thread(command.revision, config, message, autogenerate=True)
+    except CommandError as exc:
+        raise MigrationError(f"could not write the revision: {exc}") from exc
+    assert not isinstance(script, list), "one directory with one branch"
+    assert script is not None, "without a hook that discards it"
+    return Path(script.path)
+
+
+async def _write_revision_of_settings(message: str) -> Path:
+    settings = load_settings()
+    async with open_target(settings.direct_target, settings.data_dir) as target:
+        return await write_revision(target, message, auto_migrate=settings.auto_migrate)
+
+
 def lint(sql: str) -> int:
     """Run squawk on SQL; return its exit code."""
     installed = Path(sys.executable).parent / "squawk"
@@ -70,12 +123,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m utils.operations.migrations", description="Check the schema's revisions."
     )
-    parser.add_argument("command", choices=("check", "lint", "sql"))
+    parser.add_argument("command", choices=("check", "lint", "sql", "revision"))
+    parser.add_argument("message", nargs="?", help="What the revision does, for revision")
     parser.add_argument("--pg", choices=("16", "18", "all"), default="18", help="PostgreSQL's major version, for check")
     given = parser.parse_args(arguments)
     try:
         if given.command == "sql":
             print(migrations.offline_sql())
+            return 0
+        if given.command == "revision":
+            if not given.message:
+                parser.error('revision needs a message: make migration m="what it does"')
+            print(f"wrote {asyncio.run(_write_revision_of_settings(given.message))}: read it, then run {UPGRADE}")
             return 0
         if given.command == "lint":
             return lint(migrations.offline_sql())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Collection, Iterable, Sequence
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,18 +44,19 @@ class Revisions:
     def __init__(self, scripts: Path = SCRIPTS) -> None:
         self._directory = ScriptDirectory.from_config(alembic_config(scripts))
         try:
-            found = [step for step in self._directory.walk_revisions() if step is not None][::-1]
+            found = {step.revision: step for step in self._directory.walk_revisions() if step is not None}
             heads = set(self._directory.get_heads())
         except (CommandError, RevisionError, KeyError) as exc:
             raise MigrationError(f"the revisions in {scripts / 'versions'} do not fit together: {exc}") from exc
-        #: Oldest first: a revision comes after those that it revises.
-        self.known = [Revision(step.revision, (step.doc or "").strip().partition("\n")[0]) for step in found]
-        self.ids = [revision.id for revision in self.known]
-        #: The newest revision of each branch; one unless branches are to be merged.
-        self.heads = tuple(revision for revision in self.ids if revision in heads)
         self._parents = {
-            step.revision: {*_as_tuple(step.down_revision), *_as_tuple(step.dependencies)} for step in found
+            revision: {*_as_tuple(step.down_revision), *_as_tuple(step.dependencies)}
+            for revision, step in found.items()
         }
+        #: Oldest first: a revision comes after those that it revises.
+        self.ids = list(TopologicalSorter({id: sorted(self._parents[id]) for id in sorted(found)}).static_order())
+        self.known = [Revision(id, (found[id].doc or "").strip().partition("\n")[0]) for id in self.ids]
+        #: The newest revision of each branch; one unless branches are to be merged.
+        self.heads = tuple(sorted(heads))
 
     def require_known(self, revisions: Iterable[str]) -> None:
         """Raise `MigrationError` if a database is at a revision that this version does not know."""
