@@ -364,8 +364,12 @@ def adoption_statements(version: RecordedVersion) -> list[str]:
     assert version.table is not None, "it was read from a table"
     former, ours = version.table, version.table.removesuffix(FORMER_VERSION_TABLE) + VERSION_TABLE
     statements = [
-        f"CREATE TABLE IF NOT EXISTS {ours} (version_num varchar(32) NOT NULL,"
-        f" CONSTRAINT {VERSION_TABLE}_pkc PRIMARY KEY (version_num))",
+        " ".join(
+            (
+                *("CREATE TABLE IF NOT EXISTS", ours, "(version_num varchar(32) NOT NULL, CONSTRAINT"),
+                *(f"{VERSION_TABLE}_pkc", "PRIMARY KEY (version_num))"),
+            )
+        ),
         *(" ".join(("INSERT INTO", ours, "(version_num) VALUES (", _quote(one), ")")) for one in version.revisions),
     ]
     if version.comment and version.comment.startswith(PAUSE_COMMENT):

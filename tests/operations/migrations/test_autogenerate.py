@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -68,7 +69,9 @@ async def test_make_migration_writes_what_lint_accepts(
     for file in (path, empty):
         for command in (["check"], ["format", "--check"]):
             arguments = [sys.executable, "-m", "ruff", *command, "--config", str(ROOT / "pyproject.toml"), str(file)]
-            done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+            done = await asyncio.to_thread(
+                subprocess.run, arguments, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+            )
             assert done.returncode == 0, done.stdout + file.read_text()
 
 
@@ -98,7 +101,7 @@ async def test_autogenerate_drops_nothing_that_no_revision_made(database: Pool, 
     text = (await write_revision(database.direct, "nothing", options=options)).read_text()
     assert "op." not in text
     # Doctor and status still name the column: COPY and restore do not know it.
-    assert await migrations.check_drift(database) == ["unexpected column: members.mood (mood)"]
+    assert await migrations.check_drift(database) == ["unexpected column: members.mood"]
 
 
 async def test_autogenerate_drops_what_a_revision_made(database: Pool, tmp_path: Path) -> None:

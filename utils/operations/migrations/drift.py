@@ -49,7 +49,7 @@ def _describe(difference: tuple[Any, ...]) -> str:
     kind, *rest = difference
     if kind == "remove_column":  # nobody is about to: autogenerate leaves what no revision made
         schema, table, column = rest
-        return f"unexpected column: {f'{schema}.' if schema else ''}{table}.{column.name} ({column.type})"
+        return f"unexpected column: {f'{schema}.' if schema else ''}{table}.{column.name}"
     return f"{kind}: " + ", ".join(str(part) for part in rest if part is not None and not isinstance(part, dict))
 
 
