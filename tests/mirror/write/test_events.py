@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
@@ -19,6 +20,7 @@ from utils.mirror.records.rows import COUNTER_BITS, Absence, Entry, Group, Mode
 from utils.mirror.translate.objects import LISTED_MEMBER_COLUMNS
 from utils.mirror.write import events as event_statements
 from utils.mirror.write.batch import Batch, EventBatch, write_batch
+from utils.mirror.write.events import Recorded, settle
 from utils.service.lease import Fence
 
 ANN, BOB = 1, 2
@@ -190,6 +192,135 @@ async def test_leave_event_after_an_inferred_leave_is_a_repeat(database: Pool, f
         Membership(stamp(fence, 23), GUILD, ANN, "leave", now, now),
     ]
     assert await write_events(database, fence, *rejoined) == 2
+
+
+async def test_records_a_leave_after_an_inferred_leave_and_return(database: Pool, fence: Fence) -> None:
+    """The inferred leave and return have one stamp; without an index, the planner reads them in any order."""
+    name = await database.fetchval("SELECT current_database()")
+    for setting in ("enable_indexscan", "enable_bitmapscan", "enable_indexonlyscan"):
+        await database.execute(f"ALTER DATABASE {name} SET {setting} = off")
+    await database.renew()
+    await listed(database, fence, 10, {ANN: when(1)})
+    await listed(database, fence, 20, {ANN: when(15)})
+    now = database.now()
+    assert await write_events(database, fence, Membership(stamp(fence, 21), GUILD, ANN, "leave", now, now)) == 1
+    assert await events_of(database) == [("leave", True), ("join", True), ("leave", False)]
+
+
+async def test_newer_join_of_a_present_member_implies_a_leave(database: Pool, fence: Fence) -> None:
+    await listed(database, fence, 10, {ANN: when(1)})
+    assert await write_events(database, fence, Membership(stamp(fence, 11), GUILD, ANN, "join", when(8), when(9))) == 1
+    assert await events_of(database) == [("leave", True), ("join", False)]
+    (leave, _) = await database.fetch("SELECT * FROM member_events ORDER BY id")
+    assert (leave["at"], leave["earliest"], leave["latest"]) == (when(8), when(10), when(9))
+    await write_events(database, fence, Membership(stamp(fence, 12), GUILD, ANN, "join", when(18), when(19)))
+    assert await events_of(database) == [("leave", True), ("join", False)] * 2
+
+
+async def test_same_join_of_a_present_member_implies_nothing(database: Pool, fence: Fence) -> None:
+    await listed(database, fence, 10, {ANN: when(1)})
+    await write_events(database, fence, Membership(stamp(fence, 11), GUILD, ANN, "join", when(1), when(9)))
+    assert await events_of(database) == [("join", False)]
+
+
+async def test_leave_of_an_unheard_member_implies_the_join(database: Pool, fence: Fence) -> None:
+    await listed(database, fence, 10, {BOB: when(1)})
+    await write_events(database, fence, Membership(stamp(fence, 11), GUILD, ANN, "leave", when(12), when(12)))
+    assert await events_of(database) == [("join", True), ("leave", False)]
+    (join, _) = await database.fetch("SELECT * FROM member_events ORDER BY id")
+    assert (join["at"], join["earliest"], join["latest"]) == (when(12), when(10), when(12))
+
+
+async def test_leave_before_the_first_listing_implies_no_join(database: Pool, fence: Fence) -> None:
+    await write_events(database, fence, Membership(stamp(fence, 11), GUILD, ANN, "leave", when(12), when(12)))
+    assert await events_of(database) == [("leave", False)]
+
+
+async def test_second_leave_implies_the_join_between(database: Pool, fence: Fence) -> None:
+    await listed(database, fence, 10, {ANN: when(1)})
+    for counter, at in ((11, when(12)), (12, when(300))):
+        await write_events(database, fence, Membership(stamp(fence, counter), GUILD, ANN, "leave", at, at))
+    assert await events_of(database) == [("leave", False), ("join", True), ("leave", False)]
+
+
+async def test_replayed_join_replaces_the_implied_one(database: Pool, fence: Fence) -> None:
+    await listed(database, fence, 10, {BOB: when(1)})
+    await write_events(database, fence, Membership(stamp(fence, 11), GUILD, ANN, "leave", when(12), when(12)))
+    earlier = Membership(stamp(fence, 5, epochs_ago=1), GUILD, ANN, "join", when(8), when(8))
+    await write_events(database, fence, earlier, journal="another journal")
+    assert await events_of(database) == [("join", False), ("leave", False)]
+
+
+async def test_join_event_replaces_the_join_that_a_listing_inferred(database: Pool, fence: Fence) -> None:
+    """A listing shows the last of several moves before the gateway sends them."""
+    await listed(database, fence, 10, {BOB: when(1)})
+    await listed(database, fence, 20, {ANN: when(18), BOB: when(1)})
+    assert await events_of(database) == [("join", True)]
+    moves = [("join", when(12)), ("leave", when(15)), ("join", when(18))]
+    for counter, (kind, at) in enumerate(moves, start=21):
+        await write_events(database, fence, Membership(stamp(fence, counter), GUILD, ANN, kind, at, at))
+    assert await events_of(database) == [("join", False), ("leave", False), ("join", False)]
+
+
+_moves = st.lists(st.tuples(st.sampled_from(["move", "ask", "answer"]), st.booleans(), st.booleans()), max_size=14)
+
+
+@given(steps=_moves)
+async def test_joins_and_leaves_always_alternate(database: Pool, steps: list[tuple[str, bool, bool]]) -> None:
+    """Somebody comes and goes; events and their rows are received or missed, listings are late."""
+    await database.execute("TRUNCATE member_events, members, sync_runs, ops.positions")
+    fence = await seize(database, "the holder")
+    joined: datetime | None = None
+    asked: list[tuple[int, dict[int, datetime]]] = []
+    for counter, (step, is_received, is_row_written) in enumerate([*steps, ("ask", True, True)], start=1):
+        if step == "move":
+            joined = when(counter) if joined is None else None
+            if is_received:
+                kind, at = ("leave", when(counter)) if joined is None else ("join", joined)
+                event = Membership(stamp(fence, counter), GUILD, ANN, kind, at, when(counter))
+                values = {"left_at": at} if joined is None else _member(joined_at=joined)
+                row = said("members", (GUILD, ANN), stamp(fence, counter), may_insert=joined is not None, **values)
+                rows = dict([row]) if is_row_written else {}
+                await write_batch(database, Batch(entries=rows, events=EventBatch("j", [event], event.stamp)), fence)
+        elif step == "ask":
+            asked.append((counter, {BOB: when(0)} if joined is None else {ANN: joined, BOB: when(0)}))
+        elif asked:
+            await listed(database, fence, *asked.pop(0))
+        await _check_alternation(database)
+    for counter, present in asked[-1:]:
+        await listed(database, fence, counter, present)
+    kinds = await _check_alternation(database)
+    if any(step == "move" and is_received and not is_row_written for step, is_received, is_row_written in steps):
+        return  # a lost row is restored by the replay of its journal
+    assert not kinds or kinds[-1] == ("leave" if joined is None else "join")
+
+
+async def _check_alternation(database: Pool) -> list[str]:
+    for order in ("stamp, id", "id"):
+        records = await database.fetch(f"SELECT kind FROM member_events WHERE user_id = {ANN} ORDER BY {order}")  # noqa: S608
+        kinds = [record["kind"] for record in records]
+        assert all(first != second for first, second in itertools.pairwise(kinds)), (order, kinds)
+    return kinds
+
+
+_recorded = st.builds(
+    Recorded,
+    st.integers(1, 2**40),
+    st.sampled_from(["join", "leave"]),
+    st.integers(0, 200).map(when),
+    st.booleans(),
+    st.none(),
+    st.none() | st.integers(0, 200).map(when),
+    st.integers(1, 20),
+)
+
+
+@given(history=st.lists(_recorded, max_size=12))
+def test_settled_histories_alternate_and_stay_settled(history: list[Recorded]) -> None:
+    settled = settle(sorted(history, key=lambda event: (event.stamp, event.id)))
+    assert all(first.kind != second.kind for first, second in itertools.pairwise(settled))
+    assert [event.stamp for event in settled] == sorted(event.stamp for event in settled)
+    assert settle(settled) == settled
 
 
 def _received(first: int, kinds: Sequence[str], data: st.DataObject, skew: int, most_late: int) -> list[Membership]:

@@ -18,6 +18,7 @@ from utils.mirror.translate.objects import LISTED_MEMBER_COLUMNS, LISTED_USER_CO
 from utils.mirror.translate.pages import Page, Record
 from utils.mirror.write.batch import WriteCounts, insert_sync_run, write_groups
 from utils.mirror.write.buffer import Buffer
+from utils.mirror.write.events import settle_histories
 from utils.mirror.write.overlay import LiveOverlay
 from utils.service import metrics
 from utils.service.lease import Fence
@@ -184,6 +185,7 @@ class StagedListing:
                     self.run.rows_left = await connection.fetchval(
                         staging_sql.tombstone_unstaged("members"), list(protected), guild_id, stamp, self._pool.now()
                     )
+                await settle_histories(connection)
                 await self._users_done.wait()  # users are committed first
                 await self._insert_run(connection)
 

@@ -14,14 +14,17 @@ from utils.mirror.translate.objects import Payload, to_timestamp
 
 #: The largest id that a bigint can hold.
 _MAX_ID = 2**63 - 1
+#: Types of messages that somebody wrote: default, reply, the two command types, and thread starters (Discord API
+#: reference, "Message Types"). All others are system messages.
+WRITTEN_TYPES = frozenset({0, 19, 20, 21, 23})
 #: Builds a named tuple at half the cost of calling its class, which matters because it runs for every message.
 _new = tuple.__new__
 
 
 def parse_message(payload: Payload, stamp: int) -> Message | None:
-    """Return the message to count; None for direct messages and webhooks, whose authors are not members."""
+    """Return the message to count; None for a direct message, a webhook's, and a system message."""
     guild_id = payload.get("guild_id")
-    if guild_id is None or "webhook_id" in payload:
+    if guild_id is None or "webhook_id" in payload or payload.get("type", 0) not in WRITTEN_TYPES:
         return None
     guild, author, id = int(guild_id), int(payload["author"]["id"]), int(payload["id"])
     if not (0 < guild <= _MAX_ID and 0 < author <= _MAX_ID and 0 < id <= _MAX_ID):

@@ -125,6 +125,12 @@ async def write_batch(pool: Pool, batch: Batch, fence: Fence, users_lock: asynci
                 run.rows_inserted = run.rows_updated = run.rows_left = 0
             await write_groups(connection, listed_rest, counts, runs, inferred=True)
             await _write_absences(connection, pool, batch.absences, counts, runs)
+            if _may_record_memberships(batch, live_rest, listed_rest):
+                queued = batch.events
+                context = () if queued is None else queued.context
+                await events.settle_histories(
+                    connection, pending=[event for event in context if queued and event.stamp > queued.position]
+                )
             for shard_id, shards, ids, stamp in batch.ready:
                 counts.removed["guilds"] += await connection.fetchval(
                     _LEAVE_UNLISTED_GUILDS, shard_id, shards, sorted(ids), stamp, pool.now()
@@ -132,6 +138,15 @@ async def write_batch(pool: Pool, batch: Batch, fence: Fence, users_lock: asynci
             for run in batch.runs:
                 await insert_sync_run(connection, pool, run)
     return counts
+
+
+def _may_record_memberships(batch: Batch, *groups: Sequence[Group]) -> bool:
+    """Return whether a batch can add joins or leaves, reported or inferred."""
+    return (
+        (batch.events is not None and any(isinstance(event, Membership) for event in batch.events.events))
+        or any(absence.table == "members" for absence in batch.absences)
+        or any(group.table == "members" and "joined_at" in group.columns for some in groups for group in some)
+    )
 
 
 async def _write_events(connection: Connection, batch: EventBatch, fence: Fence) -> int:

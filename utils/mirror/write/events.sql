@@ -44,6 +44,9 @@ SELECT count(*) FROM counted
 --     it too. Both know the time of a join, so a leave is located by the nearest join that both recorded. Without such a
 --     join, the order in which the two processes received the events decides.
 -- Events of one class only are compared: joins with leaves, bans with unbans.
+--
+-- The first event of a person proves one before it: a join of somebody whose row shows an earlier join, a leave; a leave
+-- of somebody whom the guild's last complete listing did not show, a join.
 WITH given AS MATERIALIZED (
     SELECT g.*,
            g.kind IN ('ban', 'unban') AS is_ban,
@@ -136,14 +139,15 @@ candidates AS (
     FROM given g
     WHERE g.stamp BETWEEN $8::bigint AND $9::bigint
 ),
-inserted AS (
-    INSERT INTO member_events (guild_id, user_id, kind, at, latest, stamp)
-    SELECT g.guild_id, g.user_id, g.kind, g.at, g.received, g.stamp
+accepted AS MATERIALIZED (
+    SELECT g.*
     FROM candidates g
     WHERE NOT CASE
+        -- A join that a listing has inferred is recorded again, in its place among the events: `settle` removes the other.
         WHEN g.kind = 'join' THEN EXISTS (
             SELECT FROM member_events e
             WHERE e.guild_id = g.guild_id AND e.user_id = g.user_id AND e.kind = 'join' AND e.at = g.at
+              AND (NOT e.inferred OR g.is_replayed)
         )
         WHEN g.is_replayed THEN CASE
             WHEN g.kind = 'leave' AND g.is_last_and_first THEN true
@@ -193,7 +197,7 @@ inserted AS (
                  FROM member_events e
                  WHERE e.guild_id = g.guild_id AND e.user_id = g.user_id
                    AND (e.kind IN ('ban', 'unban')) = g.is_ban
-                 ORDER BY e.stamp DESC
+                 ORDER BY e.stamp DESC, e.id DESC  -- an inferred leave and return have one stamp
                  LIMIT 1),
                 false
             )
@@ -204,10 +208,93 @@ inserted AS (
             )
         ELSE false
     END
-    ORDER BY g.stamp
-    RETURNING 1
+),
+implied AS (
+    SELECT a.guild_id,
+           a.user_id,
+           CASE a.kind WHEN 'join' THEN 'leave' ELSE 'join' END AS kind,
+           a.at,
+           a.received,
+           a.stamp,
+           r.earliest
+    FROM accepted a
+    LEFT JOIN members m ON m.guild_id = a.guild_id AND m.user_id = a.user_id
+    CROSS JOIN LATERAL (
+        SELECT max(r.started_at) AS earliest
+        FROM sync_runs r
+        WHERE r.guild_id = a.guild_id AND r.state = 'complete'
+    ) r
+    WHERE NOT a.is_ban
+      AND CASE a.kind
+          WHEN 'join' THEN m.left_at IS NULL AND m.joined_at < a.at
+          ELSE r.earliest IS NOT NULL AND (m.user_id IS NULL OR m.left_at IS NOT NULL)
+      END
+      AND NOT EXISTS (
+          SELECT FROM member_events e
+          WHERE e.guild_id = a.guild_id AND e.user_id = a.user_id AND e.kind IN ('join', 'leave')
+      )
+      AND NOT EXISTS (
+          SELECT FROM accepted h
+          WHERE h.guild_id = a.guild_id AND h.user_id = a.user_id AND NOT h.is_ban AND h.stamp < a.stamp
+      )
+),
+inserted AS (
+    INSERT INTO member_events (guild_id, user_id, kind, at, inferred, earliest, latest, stamp)
+    SELECT n.guild_id, n.user_id, n.kind, n.at, n.inferred, n.earliest, n.received, n.stamp
+    FROM (
+        SELECT guild_id, user_id, kind, at, true AS inferred, earliest, received, stamp FROM implied
+        UNION ALL
+        SELECT guild_id, user_id, kind, at, false, NULL, received, stamp FROM accepted
+    ) n
+    ORDER BY n.stamp, n.inferred DESC
 )
-SELECT count(*) FROM inserted
+SELECT count(*) FROM accepted
+
+
+-- name: unsettled_people
+-- The people whose joins and leaves do not alternate, have ids in another order, or include a join twice, among those of
+-- whom this transaction has recorded any. $1 the first millisecond of 2015, zero of an id.
+WITH touched AS MATERIALIZED (
+    SELECT DISTINCT guild_id, user_id
+    FROM member_events
+    WHERE id >= ((extract(epoch FROM now()) * 1000)::bigint - $1::bigint) << 22 AND kind IN ('join', 'leave')
+)
+SELECT guild_id, user_id
+FROM (
+    SELECT e.guild_id,
+           e.user_id,
+           e.kind,
+           e.at,
+           e.id,
+           lag(e.kind) OVER in_order AS previous_kind,
+           lag(e.id) OVER in_order AS previous_id
+    FROM touched t
+    JOIN member_events e ON e.guild_id = t.guild_id AND e.user_id = t.user_id AND e.kind IN ('join', 'leave')
+    WINDOW in_order AS (PARTITION BY e.guild_id, e.user_id ORDER BY e.stamp, e.id)
+) h
+GROUP BY guild_id, user_id
+HAVING bool_or(kind = previous_kind OR id < previous_id)
+    OR count(*) FILTER (WHERE kind = 'join') > count(DISTINCT at) FILTER (WHERE kind = 'join')
+ORDER BY guild_id, user_id
+
+
+-- name: select_history
+-- The joins and leaves of one person, in order. $1 guild id, $2 user id.
+SELECT id, kind, at, inferred, earliest, latest, stamp
+FROM member_events
+WHERE guild_id = $1 AND user_id = $2 AND kind IN ('join', 'leave')
+ORDER BY stamp, id
+
+
+-- name: delete_events
+-- $1 guild id, $2 event ids.
+DELETE FROM member_events WHERE guild_id = $1 AND id = ANY($2::bigint[])
+
+
+-- name: insert_event
+-- $1 guild id, $2 user id, $3 kind, $4 time, $5 inferred, $6 and $7 earliest and latest time, $8 stamp.
+INSERT INTO member_events (guild_id, user_id, kind, at, inferred, earliest, latest, stamp)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
 
 
 -- name: advance_position

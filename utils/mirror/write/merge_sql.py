@@ -157,8 +157,9 @@ def inferred_joins(table: str, columns: tuple[str, ...], *, inserted_only: bool 
     """Return the CTEs that infer joins, with a leading comma; an empty text for tables other than members.
 
     They infer a join for members that appeared without a join event, and a leave and a join for members whose time of
-    joining changed. Before a guild's first complete listing nothing is inferred: its members may have been there all
-    along. `inserted_only`: the statement writes new rows only, and its CTE `inserted` returns them whole.
+    joining changed. Before a guild's first complete listing a join is inferred only after a recorded leave: the other
+    members may have been there all along. `inserted_only`: the statement writes new rows only, and its CTE `inserted`
+    returns them whole.
     """
     if table != "members" or not {"joined_at", "left_at"} <= set(columns):
         return ""
@@ -188,7 +189,7 @@ inferred_joins AS (
     FROM appeared a
     CROSS JOIN LATERAL {_LAST_LISTING} r
     CROSS JOIN (VALUES (0, 'leave'), (1, 'join')) AS k(turn, kind)
-    WHERE r.earliest IS NOT NULL
+    WHERE (r.earliest IS NOT NULL OR {_HAS_LEFT})
       AND (k.kind = 'join' OR a.has_rejoined AND NOT {_HAS_LEFT})
       AND NOT EXISTS (
           SELECT FROM member_events e
