@@ -35,6 +35,9 @@ from utils.settings import Settings
 
 _log = logging.getLogger(__name__)
 
+#: GET /readyz tells when rows have waited this many seconds for a database that refuses them.
+MAX_DELAY_SECONDS = 60.0
+
 #: Directory of the journals, under DATA_DIR.
 SPOOL_DIRECTORY = "spool"
 #: Seconds to close the journal.
@@ -125,7 +128,10 @@ class Guildbook(commands.AutoShardedBot):
         guilds = self._mirror.reconciler.guilds
         listings = {id: state.listing.seen for id, state in guilds.items() if state.listing is not None}
         writer = self._mirror.writer
-        waiting = {"rows_waiting": len(writer.buffer), "events_waiting": len(writer.queue)}
+        waiting: dict[str, Any] = {"rows_waiting": len(writer.buffer), "events_waiting": len(writer.queue)}
+        if (delay := writer.delay()) is not None and delay[0] > MAX_DELAY_SECONDS:
+            seconds, error = delay
+            ready, waiting["delayed"] = False, {"seconds": round(seconds), "error": error}
         return ready, {**progress, **waiting, "members_received": listings}
 
     def stats(self) -> dict[str, Any]:

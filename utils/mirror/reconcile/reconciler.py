@@ -20,7 +20,7 @@ from utils.mirror.records.rows import Absence, Group, Mode, Observation, Run, St
 from utils.mirror.translate.objects import LISTED_MEMBER_COLUMNS, LISTED_USER_COLUMNS
 from utils.mirror.translate.pages import Page
 from utils.mirror.write.batch import HISTORY_TABLES, insert_sync_run
-from utils.mirror.write.dead_letters import is_row_error
+from utils.mirror.write.dead_letters import may_be_row_error
 from utils.mirror.write.writer import MirrorWriter
 from utils.retrying import backoff_seconds
 from utils.service import metrics
@@ -333,7 +333,7 @@ class Reconciler:
     async def _record_failure(self, state: GuildState, listing: Listing, reason: str, error: Exception) -> None:
         state.failures += 1
         state.needs_rest = listing.source == "gateway"
-        state.has_bad_row = state.has_bad_row or is_row_error(error)
+        state.has_bad_row = state.has_bad_row or may_be_row_error(error)
         metrics.sync_runs.labels(listing.source, "failed").inc()
         delay = 0.0  # REST is another way: no need to wait
         if not state.needs_rest:

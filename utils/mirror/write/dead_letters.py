@@ -5,13 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+import random
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+import asyncpg
+
+from models import Base
 from utils.database import Connection, Pool
-from utils.exceptions import DatabaseError
+from utils.database.sql import quote_identifier
+from utils.exceptions import DatabaseError, DatabaseUnavailable, LeaseLost
 from utils.mirror.records.events import Event, Membership, Message
-from utils.mirror.records.rows import Absence, Entry, Group, Key, Observation, key_columns
+from utils.mirror.records.rows import COUNTER_BITS, Absence, Entry, Group, Key, Observation, key_columns
 from utils.mirror.spool.queue import EventQueue
 from utils.mirror.write import events
 from utils.mirror.write.batch import Batch, EventBatch, WriteCounts, write_batch
@@ -25,6 +31,8 @@ _log = logging.getLogger(__name__)
 Slot = tuple[str, Key]
 Item = TypeVar("Item")
 
+#: Rows of a table, and of what waits, that are tried to find out whether the table accepts any.
+_SAMPLE_ROWS = 10
 #: Characters of an error message that a dead letter keeps.
 _ERROR_LENGTH = 2_000
 _INSERT = """
@@ -61,25 +69,40 @@ def is_row_error(error: BaseException) -> bool:
     return isinstance(error, DatabaseError) and (error.sqlstate or "")[:2] in ("22", "23")
 
 
+def may_be_row_error(error: BaseException) -> bool:
+    """Return whether a row may be at fault: a trigger, a policy or a limit refuses some rows and accepts others."""
+    if isinstance(error, DatabaseUnavailable | LeaseLost):
+        return False
+    return isinstance(error, DatabaseError) and error.sqlstate is not None
+
+
 async def write_isolated(writer: Writer, observations: list[Observation]) -> None:
     """Write queued events, buffered rows and observations; each bad row or event becomes a dead letter.
 
-    Finished observations are removed from the list. Raises `DatabaseError` when no row is at fault; what was not
-    written then stays queued.
+    Finished observations are removed from the list. What the database refuses of a whole table stays queued, and its
+    error is raised after everything else is written.
     """
+    held: DatabaseError | None = None
     async with writer.write_lock:
-        await _write_queued_events(writer)
-        await _write_buffered_rows(writer)
+        for write in (_write_queued_events, _write_buffered_rows):
+            try:
+                await write(writer)
+            except DatabaseError as error:
+                if not may_be_row_error(error):
+                    raise
+                held = held or error
     while observations:
         refused: DatabaseError | None = None
         async with writer.write_lock:
             try:
                 await _write_observation(writer, observations[0])
             except DatabaseError as error:
-                if not is_row_error(error):
+                if not may_be_row_error(error):
                     raise
                 refused = error
         writer.finish(observations.pop(0), refused)
+    if held is not None:
+        raise held
 
 
 async def _write_queued_events(writer: Writer) -> None:
@@ -102,7 +125,7 @@ async def write_events_isolated(
     try:
         return (await write_batch(pool, Batch(events=batch, entries=entries or {}), fence)).events
     except DatabaseError as error:
-        if not is_row_error(error):
+        if not may_be_row_error(error):
             raise
     written = 0
 
@@ -119,7 +142,14 @@ async def write_events_isolated(
             await _bury_event(connection, event, error)
             await connection.execute(events.ADVANCE_POSITION, batch.journal, event.stamp)
 
-    await _bisect(batch.events, write, bury)
+    async def is_accepted(event: Event) -> bool:
+        """Try an event in a transaction that is rolled back: its position must not be recorded before the others'."""
+        async with _rolled_back(pool) as connection:
+            await events.write_events(connection, [event], fence.epoch << COUNTER_BITS)
+            return True
+
+    accepts = _AcceptsRows(pool, _event_table, is_accepted)
+    await _bisect(batch.events, write, bury, accepts)
     if entries:  # the rows of events are an extra: without them, the next reconcile shows the same
         with contextlib.suppress(DatabaseError):
             await write_batch(pool, Batch(entries=entries), fence)
@@ -132,16 +162,33 @@ async def _write_buffered_rows(writer: Writer) -> None:
     async def write(part: Sequence[tuple[Slot, Entry]]) -> None:
         await _write_and_count(writer, Batch(entries=dict(part)))
         for slot, _ in part:
-            del remaining[slot]
+            remaining.pop(slot, None)
 
     async def bury(item: tuple[Slot, Entry], error: Exception) -> None:
         async with writer.pool.transaction() as connection:
             await writer.fence.check(connection)
             await _bury_row(connection, *item, error)
-        del remaining[item[0]]
+        remaining.pop(item[0], None)
 
+    async def is_accepted(item: tuple[Slot, Entry]) -> bool:
+        await write([item])
+        return True
+
+    by_table: dict[str, list[tuple[Slot, Entry]]] = defaultdict(list)
+    for slot, entry in remaining.items():
+        by_table[slot[0]].append((slot, entry))
+    held: DatabaseError | None = None
     try:
-        await _bisect(list(remaining.items()), write, bury)
+        for table in sorted(by_table, key=lambda name: (name != "users", name)):
+            accepts = _AcceptsRows(writer.pool, lambda item: item[0][0], is_accepted)
+            try:
+                await _bisect(by_table[table], write, bury, accepts)
+            except DatabaseError as error:
+                if not may_be_row_error(error):
+                    raise
+                held = held or error
+        if held is not None:
+            raise held
     finally:
         writer.buffer.give_back(remaining)
 
@@ -157,8 +204,13 @@ async def _write_observation(writer: Writer, observation: Observation) -> None:
             await writer.fence.check(connection)
             await _bury_record(connection, *item, error)
 
+    async def is_accepted(item: tuple[Group, tuple[Any, ...]]) -> bool:
+        await write([item])
+        return True
+
     groups = list(writer.without_stale_columns(observation))
-    await _bisect([(group, record) for group in groups for record in group.records], write, bury)
+    accepts = _AcceptsRows(writer.pool, lambda item: item[0].table, is_accepted)
+    await _bisect([(group, record) for group in groups for record in group.records], write, bury, accepts)
     proof = Batch(absences=writer.absences_without_live(observation))
     if observation.run is not None:
         proof.runs.append(observation.run)
@@ -185,14 +237,101 @@ def _regrouped(items: Iterable[tuple[Group, tuple[Any, ...]]]) -> Iterator[Group
         yield regrouped
 
 
+class _AcceptsRows:
+    """Finds out, once for each table, whether a table accepts rows: then an error is about those that it refuses.
+
+    `is_accepted` tries one item: it returns True, or raises the database's error.
+    """
+
+    def __init__(
+        self, pool: Pool, table_of: Callable[[Any], str], is_accepted: Callable[[Any], Awaitable[bool]]
+    ) -> None:
+        self._pool = pool
+        self._table_of = table_of
+        self._is_accepted = is_accepted
+        self._known: dict[str, bool] = {}
+
+    async def __call__(self, item: Any, items: Sequence[Any]) -> bool:
+        """Return whether the table of `item` accepts others of `items`, or the rows that it has."""
+        table = self._table_of(item)
+        if table not in self._known:
+            others = [other for other in items if other is not item and self._table_of(other) == table]
+            self._known[table] = await self._accepts_any(others) or await accepts_own_rows(self._pool, table)
+        return self._known[table]
+
+    async def _accepts_any(self, others: Sequence[Any]) -> bool:
+        for other in random.sample(others, min(len(others), _SAMPLE_ROWS)):
+            try:
+                return await self._is_accepted(other)
+            except DatabaseError as error:
+                if not may_be_row_error(error):
+                    raise
+        return False
+
+
+async def accepts_own_rows(pool: Pool, name: str) -> bool:
+    """Return whether a table accepts any of a few rows that it has, written once more and rolled back."""
+    table = Base.metadata.tables[name]
+    keys = [quote_identifier(column.name) for column in table.primary_key.columns]
+    columns = [column.name for column in table.columns if column.computed is None]
+    conflict = f" ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {keys[-1]} = excluded.{keys[-1]}"
+    if name == "member_events":  # its ids are assigned
+        columns.remove("id")
+        conflict = ""
+    listed, key = ", ".join(map(quote_identifier, columns)), ", ".join(keys)
+    which = " AND ".join(f"{column} = ${number}" for number, column in enumerate(keys, start=1))
+    async with _rolled_back(pool) as connection:
+        try:
+            rows = [
+                row
+                for order in ("ASC", "DESC")
+                for row in await connection.fetch(
+                    f"SELECT {key} FROM {name} ORDER BY {', '.join(f'{column} {order}' for column in keys)} LIMIT $1",  # noqa: S608 - names from models/
+                    _SAMPLE_ROWS // 2,
+                )
+            ]
+        except asyncpg.PostgresError:
+            return False
+        for row in rows:
+            try:
+                async with connection.transaction():
+                    await connection.execute(
+                        f"INSERT INTO {name} ({listed}) SELECT {listed} FROM {name} WHERE {which}{conflict}",  # noqa: S608
+                        *row,
+                    )
+                    return True
+            except asyncpg.PostgresError:
+                continue
+    return False
+
+
+@contextlib.asynccontextmanager
+async def _rolled_back(pool: Pool) -> AsyncIterator[Connection]:
+    """Yield a connection in a transaction that is always rolled back."""
+    async with pool.acquire() as connection:
+        transaction = connection.transaction()
+        await transaction.start()
+        try:
+            yield connection
+            await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        finally:
+            await transaction.rollback()
+
+
+def _event_table(event: Event) -> str:
+    return "member_stats" if isinstance(event, Message) else "member_events"
+
+
 async def _bisect(
     items: Sequence[Item],
     write: Callable[[Sequence[Item]], Awaitable[None]],
     bury: Callable[[Item, Exception], Awaitable[None]],
+    accepts: _AcceptsRows,
 ) -> None:
     """Write items in order; halve a part that the database refuses until the bad item is alone, and bury it.
 
-    An error of `write` or `bury` that is not about a row is raised, and the remaining items are not written.
+    An error of `write` or `bury` that is not about a row, or about every row of a table, is raised, and the remaining
+    items are not written.
     """
     parts = [items]
     while parts:
@@ -202,13 +341,15 @@ async def _bisect(
         try:
             await write(part)
         except DatabaseError as error:
-            if not is_row_error(error):
+            if not may_be_row_error(error):
                 raise
-            if len(part) == 1:
-                await bury(part[0], error)
-            else:
+            if len(part) > 1:
                 half = len(part) // 2
                 parts += [part[half:], part[:half]]
+            elif is_row_error(error) or await accepts(part[0], items):
+                await bury(part[0], error)
+            else:
+                raise
 
 
 async def _bury_row(connection: Connection, slot: Slot, entry: Entry, error: Exception) -> None:
@@ -226,11 +367,10 @@ async def _bury_record(connection: Connection, group: Group, record: tuple[Any, 
 
 
 async def _bury_event(connection: Connection, event: Event, error: Exception) -> None:
-    table = "member_stats" if isinstance(event, Message) else "member_events"
     payload = event._asdict()
     stamp = payload.pop("stamp")
     key = {"guild_id": event.guild_id, "user_id": event.user_id}
-    await _insert(connection, table, key, event.user_id, payload, stamp, error)
+    await _insert(connection, _event_table(event), key, event.user_id, payload, stamp, error)
 
 
 async def _insert(

@@ -18,7 +18,7 @@ from utils.mirror.records.rows import Absence, Group, Observation, Row
 from utils.mirror.spool.queue import EventQueue, HeldEvents
 from utils.mirror.write.batch import Batch, EventBatch, WriteCounts, write_batch
 from utils.mirror.write.buffer import Buffer
-from utils.mirror.write.dead_letters import is_row_error, write_isolated
+from utils.mirror.write.dead_letters import may_be_row_error, write_isolated
 from utils.mirror.write.overlay import LiveOverlay
 from utils.service import metrics
 from utils.service.lease import Fence
@@ -101,6 +101,9 @@ class MirrorWriter:
         self._dropped_guilds: set[int] = set()
         #: `time.monotonic()` of the last commit.
         self._flushed_at: float = 0.0
+        #: Why the last write failed, and `time.monotonic()` of the first failure since one succeeded.
+        self._error: Exception | None = None
+        self._refused_at: float = 0.0
         #: Buffer size at which nothing could be dropped any more; 0 if unknown.
         self._undroppable_rows = 0
 
@@ -108,6 +111,12 @@ class MirrorWriter:
     def is_idle(self) -> bool:
         """Whether nothing waits to be written."""
         return not (len(self.buffer) or len(self.queue) or self._observations)
+
+    def delay(self) -> tuple[float, str] | None:
+        """Return for how many seconds rows or events have been refused, and the last error; None if they are not."""
+        if self._error is None:
+            return None
+        return time.monotonic() - self._refused_at, str(self._error)
 
     # --- what comes in
 
@@ -224,6 +233,9 @@ class MirrorWriter:
             return False  # cancelled, or another process holds the lease: the writer ends
         if isinstance(error, DatabaseUnavailable):
             self.queue.spill()
+        if self._error is None:
+            self._refused_at = time.monotonic()
+        self._error = error
         _log.warning(
             "could not write to the database; %s rows and %s events wait: %s", len(self.buffer), len(self.queue),
             error, exc_info=None if isinstance(error, GuildbookError) else error,
@@ -237,14 +249,15 @@ class MirrorWriter:
             await self._write(observations)
             observations.clear()
         except Exception as error:
-            # If no row is at fault (an outage, a missing table, a revoked right), everything waits for the retry.
-            if not is_row_error(error):
+            # If no row can be at fault (an outage), everything waits for the retry.
+            if not may_be_row_error(error):
                 raise
             await write_isolated(self, observations)
         finally:
             self._observations.extendleft(reversed(observations))
+        self._error = None
         if attempt > 1:
-            _log.info("the database takes rows again")
+            _log.info("the database accepts rows again")
 
     def _next_observations(self) -> list[Observation]:
         observations: list[Observation] = []
