@@ -32,8 +32,8 @@ ON CONFLICT (application_id, guild_id) DO UPDATE SET digest = excluded.digest, s
 async def sync_commands(bot: Guildbook) -> list[int]:
     """Register each scope whose commands differ from those registered last, and return their guild ids (0: global).
 
-    A scope that lost all its commands is emptied. A refusal by Discord is logged and retried at the next start: the
-    mirror works without commands. Raises `DatabaseError` if a registration cannot be recorded.
+    A scope that lost all its commands is emptied. Whatever fails is logged and retried at the next start: the mirror
+    works without commands. Never raises an `Exception`.
     """
     application_id = bot.application_id
     assert application_id is not None, "known after the login"
@@ -48,10 +48,15 @@ async def sync_commands(bot: Guildbook) -> list[int]:
     current = {guild_id or GLOBAL_SCOPE for guild_id in command_scopes(bot)}
     changed: list[int] = []
     for guild_id in sorted(current | set(digests)):
-        digest = await command_digest(bot, guild_id)
-        if digests.get(guild_id) != digest and await _register(bot, guild_id):
-            changed.append(guild_id)
-            await bot.db.execute(_SAVE_DIGEST, application_id, guild_id, digest)
+        try:
+            digest = await command_digest(bot, guild_id)
+            if digests.get(guild_id) != digest and await _register(bot, guild_id):
+                changed.append(guild_id)
+                await bot.db.execute(_SAVE_DIGEST, application_id, guild_id, digest)
+        except DatabaseError as exc:
+            _log.warning("could not record the registered slash commands: the next start registers them again: %s", exc)
+        except Exception:  # a translator or a command may raise anything
+            _log.exception("slash commands not registered %s", _scope(guild_id))
     return changed
 
 
@@ -67,7 +72,7 @@ async def command_digest(bot: Guildbook, guild_id: int) -> str:
 
 
 async def _register(bot: Guildbook, guild_id: int) -> bool:
-    scope = f"in guild {guild_id}" if guild_id else "globally"
+    scope = _scope(guild_id)
     try:
         async with asyncio.timeout(REGISTER_TIMEOUT):
             registered = await bot.tree.sync(guild=guild_object(guild_id or None))
@@ -86,3 +91,7 @@ async def _register(bot: Guildbook, guild_id: int) -> bool:
         return False
     _log.info("slash commands registered %s", scope, extra={"commands": [command.name for command in registered]})
     return True
+
+
+def _scope(guild_id: int) -> str:
+    return f"in guild {guild_id}" if guild_id else "globally"

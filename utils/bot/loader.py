@@ -234,10 +234,7 @@ class Loader:
     async def _sync_commands(self) -> None:
         if self._bot.application_id is None:
             return
-        try:
-            await sync_commands(self._bot)
-        except GuildbookError as exc:
-            _log.warning("could not record the registered slash commands: the next start registers them again: %s", exc)
+        await sync_commands(self._bot)
 
     def _set_state(self, state: CogState) -> CogState:
         self._states[state.name] = state

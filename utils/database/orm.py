@@ -18,13 +18,16 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, c
 from sqlalchemy.orm import Session, SessionTransaction
 
 from utils.database.callers import Caller, Holders, find_caller
-from utils.database.pool import set_codecs
+from utils.database.pool import limits_of, set_codecs, set_limits
 from utils.database.statements import Action, SlowLog, WriteLog
 from utils.database.target import ConnectTarget
 from utils.exceptions import DatabaseUnavailable, translate_errors
 
 #: Where statements that SQLAlchemy runs in this context are recorded; None: nowhere.
 write_log: ContextVar[WriteLog | None] = ContextVar("write_log", default=None)
+
+#: Execution option of the statements that only set up a transaction.
+_OWN = "guildbook_own"
 
 
 class _Session(Session):
@@ -71,6 +74,8 @@ class Orm:
         )
         event.listen(self.engine.sync_engine, "connect", _set_up)
         event.listen(self.engine.sync_engine, "do_connect", self._set_arguments)
+        event.listen(self.engine.sync_engine, "connect", self._set_limits)
+        event.listen(self.engine.sync_engine, "begin", self._set_local_limits)
         event.listen(self.engine.sync_engine, "before_cursor_execute", _record)
         event.listen(self.engine.sync_engine, "before_cursor_execute", _start_clock)
         event.listen(self.engine.sync_engine, "after_cursor_execute", self._record_slow)
@@ -89,6 +94,15 @@ class Orm:
 
     def _set_arguments(self, _: Any, __: Any, ___: Any, arguments: dict[str, Any]) -> None:
         arguments.update(self._target().sqlalchemy_connect_args())
+
+    def _set_limits(self, connection: Any, record: Any) -> None:
+        if not self._target().pooled:
+            set_limits_of_driver(connection, record)
+
+    def _set_local_limits(self, connection: SyncConnection) -> None:
+        if self._target().pooled:  # a setting of the session would reach other clients of the pooler
+            statement = limits_of(connection.connection.driver_connection, local=True)
+            connection.exec_driver_sql(statement, execution_options={_OWN: True})
 
     def _record_slow(self, _: SyncConnection, __: Any, statement: str, ___: Any, context: Any, ____: bool) -> None:
         started = getattr(context, "guildbook_started", None)
@@ -171,6 +185,11 @@ def _set_up(connection: Any, _: Any) -> None:
     connection.run_async(set_codecs)
 
 
+def set_limits_of_driver(connection: Any, _: Any) -> None:
+    """Set our time limits when SQLAlchemy has connected: a listener for the event `connect`."""
+    connection.run_async(set_limits)
+
+
 @event.listens_for(_Session, "after_commit")
 def _after_commit(session: Session) -> None:
     log: WriteLog | None = session.info.get("log")
@@ -188,7 +207,7 @@ def _record(
     _: SyncConnection, __: Any, statement: str, ___: Any, context: Any, ____: bool
 ) -> None:  # the signature is SQLAlchemy's
     log = write_log.get()
-    if log is None:
+    if log is None or (context is not None and context.execution_options.get(_OWN)):
         return
     if context is not None and context.compiled is not None and (written := _table_written(context)) is not None:
         # The text of a bulk INSERT differs with its number of rows, and the table is known anyway.

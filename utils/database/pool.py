@@ -44,6 +44,8 @@ OLDEST_SERVER = 130_000
 ATTEMPT_SECONDS = 10.0
 #: Seconds for finding out whether the direct address is a pooler's.
 DIRECT_SECONDS = 3.0
+#: Seconds after which the server ends a transaction that its process left idle: one that was suspended holds locks.
+IDLE_IN_TRANSACTION_SECONDS = 3_600
 #: Turns what a statement raises into our errors. An OSError about a file, such as the source of a COPY, stays.
 _BOUNDARY = translate_errors(files=False)
 
@@ -203,6 +205,8 @@ class Pool:
             self.acquire(timeout, temp=temp) as conn,
             conn.transaction(isolation=isolation, readonly=readonly),
         ):
+            if self.target.pooled:  # a setting of the session would reach other clients of the pooler
+                await conn.execute(limits_of(conn, local=True))
             yield conn
 
     async def run(
@@ -418,6 +422,8 @@ class Pool:
         self._created += 1
         conn.add_termination_listener(self._count_destroyed)
         await set_codecs(conn)
+        if not self.target.pooled:
+            await set_limits(conn)
 
     def _count_destroyed(self, _: object) -> None:
         self._destroyed += 1
@@ -425,10 +431,16 @@ class Pool:
     async def _check_version(self) -> None:
         async with self.acquire() as conn:
             self.server_version_num = int(await conn.fetchval("SELECT current_setting('server_version_num')"))
+            encoding = await conn.fetchval("SELECT current_setting('server_encoding')")
             await self._set_clock(conn, self.command_timeout)
         if self.server_version_num < OLDEST_SERVER:
             raise DatabaseError(
                 f"PostgreSQL {self.server_version_num // 10_000} at {self.target} is too old: use 13 or newer"
+            )
+        if encoding != "UTF8":
+            raise DatabaseError(
+                f"the database at {self.target} has the encoding {encoding}, which cannot hold what Discord sends: use"
+                " one made with CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
             )
         _log.info("connected to %s", self.target, extra={"server_version": self.server_version_num})
 
@@ -447,6 +459,8 @@ class Pool:
         if pid in self._used_temp:
             self._used_temp.discard(pid)
             query += "\nDISCARD TEMP;"
+        if not self.target.pooled:
+            query += f"\n{limits_of(conn)}"
         await conn.execute(query)
 
 
@@ -475,6 +489,24 @@ async def _answers(connection: Connection, timeout: float) -> bool:
             connection.terminate()
         return False
     return True
+
+
+def limits_of(conn: Any, *, local: bool = False) -> str:
+    """Return the statement that replaces the time limits which a role or a database sets for its sessions.
+
+    Statements have time limits of their own, on our side. `local`: for the current transaction alone.
+    """
+    limits = {"statement_timeout": 0, "lock_timeout": 0}
+    limits["idle_in_transaction_session_timeout"] = IDLE_IN_TRANSACTION_SECONDS * 1000
+    if conn.get_server_version().major >= 17:
+        limits["transaction_timeout"] = 0
+    calls = (f"set_config('{name}', '{milliseconds}', {local})" for name, milliseconds in limits.items())
+    return f"SELECT {', '.join(calls)};"
+
+
+async def set_limits(conn: Any) -> None:
+    """Replace the time limits of a role or a database for a session."""
+    await conn.execute(limits_of(conn))
 
 
 async def set_codecs(conn: Any) -> None:

@@ -199,6 +199,18 @@ class Mirror:
             error,
         )
 
+    def report_unparsed(self, event: str, error: Exception) -> None:
+        """Count a payload that the mirror has and discord.py could not parse; log the first of its kind."""
+        metrics.malformed_payloads.labels(event).inc()
+        log_once(
+            _log,
+            ("unparsed", event, type(error).__name__),
+            "discord.py could not parse %s (%s: %.200s), so that cogs miss it; further ones are only counted",
+            event,
+            type(error).__name__,
+            error,
+        )
+
     def backpressure(self) -> Awaitable[None] | None:
         """Return what to await before the next message is read; None if there is room for more."""
         listings = self.reconciler.listings

@@ -22,6 +22,7 @@ from typing import Any
 import asyncpg
 
 from utils.database import Connection, ConnectTarget, Pool
+from utils.database.pool import set_limits
 from utils.exceptions import DatabaseError, DatabaseUnavailable, GuildbookError, LeaseLost, translate, translate_errors
 
 _log = logging.getLogger(__name__)
@@ -360,7 +361,12 @@ class Lease:
         # Behind a pooler two statements may reach different backends, so nothing is prepared under a name.
         kwargs = self._target.connect_kwargs() | {"statement_cache_size": 0}
         async with asyncio.timeout(self.timings.connect):
-            return await asyncpg.connect(**kwargs, timeout=self.timings.connect, command_timeout=self.timings.statement)
+            connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(
+                **kwargs, timeout=self.timings.connect, command_timeout=self.timings.statement
+            )
+            if not self._target.pooled:
+                await set_limits(connection)
+            return connection
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None

@@ -100,6 +100,9 @@ class Receiver:
         self.received.append((event, data, shard_id, session))
         return event == "TAKEN"
 
+    def report_unparsed(self, event: str, error: Exception) -> None:
+        self.report_malformed(event, error)
+
     def report_malformed(self, event: str, error: Exception) -> None:
         self.malformed.append((event, error))
 

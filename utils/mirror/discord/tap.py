@@ -44,6 +44,9 @@ class Receiver(Protocol):
     def report_malformed(self, event: str, error: Exception) -> None:
         """Count and log a payload that could not be parsed."""
 
+    def report_unparsed(self, event: str, error: Exception) -> None:
+        """Count and log a payload that only discord.py's parser refused."""
+
     def backpressure(self) -> Awaitable[None] | None:
         """Return what to await before the next message is read; None if there is room for more."""
 
@@ -156,7 +159,7 @@ async def _received_message(ws: DiscordWebSocket, message: Any, /) -> None:
             raise  # about the connection, not about this payload
         except Exception as error:
             if taken is not None:
-                receiver.report_malformed(event, error)
+                receiver.report_unparsed(event, error)
     waiting = receiver.backpressure()
     if waiting is not None:
         await waiting

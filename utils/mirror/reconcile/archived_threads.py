@@ -10,6 +10,7 @@ from collections import Counter
 import discord
 
 from utils.exceptions import SyncError
+from utils.logs import log_once
 from utils.mirror.discord.source import DiscordSource, RateLimiter, ThreadKind
 from utils.mirror.reconcile.guild_queue import GuildState
 from utils.mirror.reconcile.reconciler import Reconciler
@@ -19,6 +20,7 @@ from utils.mirror.translate import objects
 from utils.mirror.translate.objects import MALFORMED
 from utils.mirror.write.writer import MirrorWriter
 from utils.retrying import backoff_seconds
+from utils.service import metrics
 
 _log = logging.getLogger(__name__)
 
@@ -85,10 +87,18 @@ class ArchivedThreads:
                     first=self._policy.thread_retry_seconds,
                     longest=self._policy.thread_retry_max_seconds,
                 )
+                state = self._reconciler.guilds.get(guild_id)
+                will_retry = state is not None and state.available  # otherwise its next GUILD_CREATE queues it
                 _log.warning(
-                    "archived threads not read: %s; next attempt in %.1f s", error, delay, extra={"guild_id": guild_id}
+                    "archived threads not read: %s%s",
+                    error,
+                    f"; next attempt in {delay:.1f} s" if will_retry else "",
+                    extra={"guild_id": guild_id},
                 )
-                asyncio.get_running_loop().call_later(delay, self.add, guild_id)
+                if will_retry:
+                    asyncio.get_running_loop().call_later(delay, self.add, guild_id)
+                else:
+                    self._failures.pop(guild_id, None)
             else:
                 self._failures.pop(guild_id, None)
                 self.finished += 1
@@ -164,5 +174,12 @@ class ArchivedThreads:
         try:
             return validate_row(objects.thread(guild_id, payload))
         except MALFORMED as error:
-            _log.warning("left a malformed archived thread out: %s", error, extra={"guild_id": guild_id})
+            metrics.malformed_payloads.labels("archived threads").inc()
+            log_once(
+                _log,
+                ("archived threads", guild_id),
+                "left a malformed archived thread of guild %s out: %s; further ones are only counted",
+                guild_id,
+                error,
+            )
             return None

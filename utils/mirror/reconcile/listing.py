@@ -45,6 +45,8 @@ class Listing:
         #: Ids of members that could not be read; None for one whose id could not be read either.
         self.unreadable: list[int | None] = []
         self._overlay = overlay
+        #: Why the first unreadable member could not be read.
+        self.first_problem: ValidationError | None = None
         self._on_malformed = on_malformed
         self._indexes: set[int] = set()
         self._waiting: deque[Page] = deque()
@@ -81,13 +83,17 @@ class Listing:
 
     def add_page(self, payloads: list[Payload], *, last: bool) -> None:
         """Add a page of members; `last`: with it, every page has been received."""
-        page = read_page(self.guild_id, payloads, self.stamp, self._on_malformed)
+        page = read_page(self.guild_id, payloads, self.stamp, self._note_malformed)
         self.pages += 1
         self.seen += page.seen
         self.unreadable += page.unreadable
         self._waiting.append(page)
         self._complete = last
         self._has_news.set()
+
+    def _note_malformed(self, error: ValidationError) -> None:
+        self.first_problem = self.first_problem or error
+        self._on_malformed(error)
 
     def fail(self, error: SyncError) -> None:
         """End the listing unless it is complete; nothing is tombstoned."""
@@ -117,6 +123,8 @@ class Listing:
             if self._error is not None:
                 raise self._error
             if self._complete:
+                if self.seen and len(self.unreadable) >= self.seen:
+                    raise SyncError(f"guild {self.guild_id}: none of {self.seen:,} members could be read")
                 return None
             self._has_news.clear()
             try:

@@ -210,6 +210,11 @@ class Reconciler:
         else:
             self._record_success(state, run, time.monotonic() - started)
         finally:
+            if listing.unreadable:
+                _log.warning(
+                    "%s of %s members of a listing could not be read and were left out; the first: %s",
+                    len(listing.unreadable), listing.seen, listing.first_problem, extra={"guild_id": state.id},
+                )  # fmt: skip
             listing.close()
             state.listing = None
             self._writer.on_written(frozenset(("users", "members", *HISTORY_TABLES)))
@@ -340,11 +345,12 @@ class Reconciler:
             delay = backoff_seconds(
                 state.failures, first=self.policy.retry_seconds, longest=self.policy.retry_max_seconds
             )
+        is_current = self.is_current(state)
+        announcement = f"; next attempt {'over REST ' if state.needs_rest else ''}in {delay:.1f} s"
         _log.warning(
-            "guild not reconciled: %s; next attempt %sin %.1f s",
+            "guild not reconciled: %s%s",
             error,
-            "over REST " if state.needs_rest else "",
-            delay,
+            announcement if is_current else "",
             extra={
                 "guild_id": state.id, "source": listing.source, "pages": listing.pages, "failures": state.failures,
             },
@@ -357,7 +363,6 @@ class Reconciler:
                 await insert_sync_run(connection, self._writer.pool, run)
         except GuildbookError as failure:
             _log.warning("could not record the failed reconcile: %s", failure, extra={"guild_id": state.id})
-        is_current = self.is_current(state)
         if is_current:
             self.request(state, "retry", delay=delay)
         if not is_current or not state.needs_rest:  # no other way is left: tell the waiters
@@ -404,7 +409,6 @@ def _observation_of(listing: Listing, pages: list[Page], absences: list[Absence]
 
 def _on_malformed_member(error: Exception) -> None:
     metrics.malformed_payloads.labels("member listing").inc()
-    _log.warning("left a malformed member out of a listing: %s", error)
 
 
 def _root_cause(error: Exception) -> Exception:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from utils.database import Pool
 from utils.database.pool import OLDEST_SERVER, Record
-from utils.exceptions import ClientToolsMissing, DatabaseError
+from utils.exceptions import ClientToolsMissing, DatabaseError, DatabaseUnavailable
 from utils.operations import migrations
 from utils.operations.doctor.context import DoctorContext
 from utils.operations.doctor.discord import report_skew
@@ -45,6 +45,8 @@ async def check_database(context: DoctorContext) -> Sequence[Finding]:
         target = context.target()
         where = f"{target} (from {target.source or 'PG*'})" if target is not None else "the embedded server"
         advice = "check that it runs, and that address, user and password are right"
+        if not isinstance(exc, DatabaseUnavailable) and exc.sqlstate is None:
+            advice = "use another database"  # it was reached; the message says what is wrong with it
         return [Finding("fail", "database", f"{where}: {shorten(exc)}", advice)]
     number = pool.server_version_num
     major = number // 10_000

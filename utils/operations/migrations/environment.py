@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from alembic import context
 from alembic.runtime.migration import MigrationContext, MigrationInfo
 from alembic.util import CommandError
-from sqlalchemy import Connection, MetaData, text
+from sqlalchemy import Connection, MetaData, event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -24,6 +24,7 @@ import models
 from models import Base
 from utils.database import ownership
 from utils.database.embedded import open_target
+from utils.database.orm import set_limits_of_driver
 from utils.database.ownership import SCRIPTS, VERSION_TABLE, RecordedVersion
 from utils.database.target import ConnectTarget
 from utils.exceptions import MigrationError
@@ -156,6 +157,8 @@ async def run_on_connection(target: ConnectTarget, work: Callable[[Connection], 
     engine = create_async_engine(
         target.sqlalchemy_url(), connect_args=target.sqlalchemy_connect_args(), poolclass=NullPool
     )
+    if not target.pooled:
+        event.listen(engine.sync_engine, "connect", set_limits_of_driver)
     try:
         async with engine.connect() as connection:
             return await connection.run_sync(work)
