@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 
 import pytest
+from discord import app_commands
 
 from simulator import Simulator
 from tests.bot.cogs import greeter
 from tests.bot.running import running_bot
+from utils.bot.command_sync import sync_commands
 from utils.database import Pool
 
 COGS = ("cogs.mirror", "tests.bot.cogs.greeter")
@@ -60,3 +62,16 @@ async def test_refused_registration_is_retried_at_the_next_start(
     assert "applications.commands" in caplog.text
     async with running_bot(database, simulator, extensions=COGS):
         assert len(simulator.interactions.commands()) == 2
+
+
+async def test_no_failure_of_a_registration_ends_the_bot(
+    database: Pool, simulator: Simulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(app_commands.Translator):
+        async def translate(self, *_: object) -> str:
+            raise RuntimeError("no translation")
+
+    async with running_bot(database, simulator, extensions=COGS) as bot:
+        await bot.tree.set_translator(Broken())
+        assert await sync_commands(bot) == []
+    assert "slash commands not registered globally" in caplog.text

@@ -13,11 +13,16 @@ from datetime import UTC, datetime, timedelta
 
 import asyncpg
 import pytest
+from sqlalchemy import text
 
 from utils.database import Connection, ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
+from utils.database.orm import Orm
+from utils.database.statements import SlowLog
 from utils.database.target import parse_url
 from utils.exceptions import DatabaseError, DatabaseUnavailable, SettingsError, is_transient, translate
+from utils.operations.migrations.environment import run_on_connection
+from utils.service.lease import Lease
 
 
 @contextlib.asynccontextmanager
@@ -389,3 +394,65 @@ async def door(port: int, server: EmbeddedServer) -> AsyncIterator[None]:
     listener = await asyncio.start_server(through, "127.0.0.1", port)
     async with listener:
         yield
+
+
+LIMITS = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
+
+
+async def limits(connection: Connection) -> list[str]:
+    return [await connection.fetchval("SELECT current_setting($1)", name) for name in LIMITS]
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+async def test_sessions_replace_the_time_limits_of_a_role(target: ConnectTarget, pooled: bool) -> None:
+    async with pool(target) as admin:
+        for name in LIMITS:
+            await admin.execute(f"ALTER DATABASE {target.database} SET {name} = '150ms'")
+    async with pool(replace(target, pooled=pooled), pool_max=1) as db:
+        for _ in range(2):  # also after the connection was reset
+            async with db.transaction() as connection:
+                assert await limits(connection) == ["0", "0", "1h"]
+                await connection.execute("SELECT pg_sleep(0.3)")
+                await asyncio.sleep(0.3)
+        if pooled:  # nothing leaks to other clients of the pooler
+            async with db.acquire() as connection:
+                assert await limits(connection) == ["150ms"] * 3
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+async def test_sqlalchemy_replaces_the_time_limits_of_a_role(target: ConnectTarget, pooled: bool) -> None:
+    async with pool(target) as admin:
+        await admin.execute(f"ALTER DATABASE {target.database} SET statement_timeout = '150ms'")
+    orm = Orm(
+        lambda: replace(target, pooled=pooled), connections=1, acquire_timeout=5, idle_seconds=0,
+        slow=SlowLog(5_000), on_committed=lambda _: None, on_doubt=lambda _: None,
+    )  # fmt: skip
+    try:
+        async with orm.session(None) as session:
+            await session.execute(text("SELECT pg_sleep(0.3)"))
+    finally:
+        await orm.close()
+
+
+async def test_lease_and_migrations_replace_the_time_limits_of_a_role(target: ConnectTarget) -> None:
+    async with pool(target) as admin:
+        await admin.execute(f"ALTER DATABASE {target.database} SET statement_timeout = '150ms'")
+    lease = Lease(target, "a test")
+    connection = await lease._connect()
+    assert await connection.fetchval("SHOW statement_timeout") == "0"
+    await connection.close()
+    found = await run_on_connection(target, lambda found: found.exec_driver_sql("SHOW statement_timeout").scalar_one())
+    assert found == "0"
+
+
+async def test_refuses_a_database_that_is_not_utf8(target: ConnectTarget) -> None:
+    name = f"{target.database}_latin"
+    async with pool(target) as admin:
+        await admin.execute(
+            f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE_PROVIDER libc LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+        )
+        try:
+            with pytest.raises(DatabaseError, match="encoding LATIN1"):
+                await Pool(target.with_database(name), connect_timeout=10).connect()
+        finally:
+            await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")

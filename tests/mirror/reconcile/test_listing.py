@@ -175,3 +175,20 @@ async def test_protects_touched_and_unreadable_members() -> None:
     broken["members"].append(None)
     found.add_chunk(broken)
     assert found.protected_ids() is None
+
+
+async def test_listing_of_which_nothing_could_be_read_is_not_complete() -> None:
+    found = listing()
+    found.add_page([{"user": {"id": "x"}}, {"user": {"id": "7"}}], last=True)
+    await found.next_page(SOON)
+    with pytest.raises(SyncError, match="none of 2 members could be read"):
+        await found.next_page(SOON)
+
+
+async def test_listing_notes_the_first_unreadable_member() -> None:
+    found = listing()
+    members = [*chunk(0, 1, 1)["members"], *({"user": {"id": str(id)}} for id in range(10, 205))]
+    found.add_page(members, last=True)
+    assert (found.seen, len(found.unreadable)) == (196, 195)
+    assert found.first_problem is not None
+    assert shown(await drained(found)) == [1]
