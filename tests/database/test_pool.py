@@ -449,7 +449,8 @@ async def test_refuses_a_database_that_is_not_utf8(target: ConnectTarget) -> Non
     name = f"{target.database}_latin"
     async with pool(target) as admin:
         await admin.execute(
-            f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE_PROVIDER libc LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+            f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE_PROVIDER libc LC_COLLATE 'C' LC_CTYPE 'C'"
+            " TEMPLATE template0"
         )
         try:
             with pytest.raises(DatabaseError, match="encoding LATIN1"):
