@@ -440,7 +440,7 @@ class Pool:
         if encoding != "UTF8":
             raise DatabaseError(
                 f"the database at {self.target} has the encoding {encoding}, which cannot hold what Discord sends: use"
-                " one made with CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
+                " one made with createdb -E UTF8 -T template0"
             )
         _log.info("connected to %s", self.target, extra={"server_version": self.server_version_num})
 

@@ -12,14 +12,12 @@ from typing import Any, Protocol, TypeVar
 
 import asyncpg
 
-from models import Base
 from utils.database import Connection, Pool
-from utils.database.sql import quote_identifier
 from utils.exceptions import DatabaseError, DatabaseUnavailable, LeaseLost
 from utils.mirror.records.events import Event, Membership, Message
 from utils.mirror.records.rows import COUNTER_BITS, Absence, Entry, Group, Key, Observation, key_columns
 from utils.mirror.spool.queue import EventQueue
-from utils.mirror.write import events
+from utils.mirror.write import events, merge_sql
 from utils.mirror.write.batch import Batch, EventBatch, WriteCounts, write_batch
 from utils.mirror.write.buffer import Buffer
 from utils.mirror.write.merge_sql import person_column
@@ -269,36 +267,21 @@ class _AcceptsRows:
         return False
 
 
-async def accepts_own_rows(pool: Pool, name: str) -> bool:
+async def accepts_own_rows(pool: Pool, table: str) -> bool:
     """Return whether a table accepts any of a few rows that it has, written once more and rolled back."""
-    table = Base.metadata.tables[name]
-    keys = [quote_identifier(column.name) for column in table.primary_key.columns]
-    columns = [column.name for column in table.columns if column.computed is None]
-    conflict = f" ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {keys[-1]} = excluded.{keys[-1]}"
-    if name == "member_events":  # its ids are assigned
-        columns.remove("id")
-        conflict = ""
-    listed, key = ", ".join(map(quote_identifier, columns)), ", ".join(keys)
-    which = " AND ".join(f"{column} = ${number}" for number, column in enumerate(keys, start=1))
     async with _rolled_back(pool) as connection:
         try:
             rows = [
                 row
-                for order in ("ASC", "DESC")
-                for row in await connection.fetch(
-                    f"SELECT {key} FROM {name} ORDER BY {', '.join(f'{column} {order}' for column in keys)} LIMIT $1",  # noqa: S608 - names from models/
-                    _SAMPLE_ROWS // 2,
-                )
+                for newest in (False, True)
+                for row in await connection.fetch(merge_sql.select_sample_keys(table, newest), _SAMPLE_ROWS // 2)
             ]
         except asyncpg.PostgresError:
             return False
         for row in rows:
             try:
                 async with connection.transaction():
-                    await connection.execute(
-                        f"INSERT INTO {name} ({listed}) SELECT {listed} FROM {name} WHERE {which}{conflict}",  # noqa: S608
-                        *row,
-                    )
+                    await connection.execute(merge_sql.rewrite_row(table), *row)
                     return True
             except asyncpg.PostgresError:
                 continue

@@ -14,7 +14,7 @@ from textwrap import indent
 from sqlalchemy import ARRAY
 from sqlalchemy.dialects.postgresql import JSONB
 
-from models import Erase, Part, part_of
+from models import Base, Erase, Part, part_of
 from utils.database.sql import quote_identifier, sql_type
 from utils.mirror.records.rows import Mode, key_columns, table_of, tombstone_column
 
@@ -108,6 +108,35 @@ tombstoned AS (
 {history(table, (tombstone,), source="absent", changed="tombstoned")}\
 {inferred_leaves(table)}
 SELECT {column_list(keys)} FROM tombstoned
+"""
+
+
+@cache
+def select_sample_keys(table: str, newest: bool) -> str:
+    """Return the statement that reads the first or the last keys of any table. Parameter: how many."""
+    keys = [column.name for column in Base.metadata.tables[table].primary_key.columns]
+    order = "DESC" if newest else "ASC"
+    return f"""\
+SELECT {column_list(keys)} FROM {table} ORDER BY {", ".join(f"{key} {order}" for key in column_list(keys).split(", "))}
+LIMIT $1
+"""
+
+
+@cache
+def rewrite_row(table: str) -> str:
+    """Return the statement that writes a row of any table once more, unchanged. Parameters: its key."""
+    described = Base.metadata.tables[table]
+    keys = [column.name for column in described.primary_key.columns]
+    columns = [column.name for column in described.columns if column.computed is None]
+    conflict = f"ON CONFLICT ({column_list(keys)}) DO UPDATE SET {assignments(keys[-1:], 'excluded')}"
+    if table == "member_events":  # its ids are assigned
+        columns.remove("id")
+        conflict = ""
+    condition = " AND ".join(f"{column_list([key])} = ${number}" for number, key in enumerate(keys, start=1))
+    return f"""\
+INSERT INTO {table} ({column_list(columns)})
+SELECT {column_list(columns)} FROM {table} WHERE {condition}
+{conflict}
 """
 
 
