@@ -21,6 +21,7 @@ from utils.database import ConnectTarget, Pool
 from utils.database.embedded import PORT, EmbeddedServer
 from utils.exceptions import DatabaseUnavailable, LeaseLost
 from utils.service import heap
+from utils.service.lease import Fence
 
 pytestmark = pytest.mark.slow
 
@@ -83,6 +84,7 @@ async def test_second_process_is_healthy_but_not_ready(
     processes = Processes(tmp_path, simulator, database_url)
     async with processes.create("one") as first:
         await first.wait_until_ready()
+        before = await epoch(database)
         async with processes.create("two") as second:
             await wait_until_it_found_another(second)
             status, state = await second.get("/readyz")
@@ -92,10 +94,10 @@ async def test_second_process_is_healthy_but_not_ready(
             await wait_until_mirrored(database, simulator)
             assert (await first.get("/readyz"))[0] == 200
             assert simulator.gateway.identifies == len(simulator.gateway.connections) == 1
-            assert await epoch(database) == 1
             await stop_cleanly(second)
         assert (await first.get("/readyz"))[0] == 200
-        assert simulator.gateway.identifies == await epoch(database) == 1
+        assert simulator.gateway.identifies == 1
+        assert await epoch(database) == before
         await stop_cleanly(first)
 
 
@@ -105,7 +107,7 @@ async def test_only_one_of_two_simultaneous_starts_is_active(
     processes = Processes(tmp_path, simulator, database_url)
     async with processes.create("one") as one, processes.create("two") as two:
         active, other = await active_first(one, two)
-        assert simulator.gateway.identifies == await epoch(database) == 1
+        assert simulator.gateway.identifies == 1
         await stop_cleanly(active)
         await other.wait_until_ready()
         await wait_until_mirrored(database, simulator)
@@ -118,12 +120,13 @@ async def test_stopped_process_hands_over(
     processes = Processes(tmp_path, simulator, database_url)
     async with processes.create("one") as first, processes.create("two") as second:
         bots = await active_first(first, second)
+        before = await epoch(database)
         await stop_cleanly(bots[0])
-        assert await database.fetchval("SELECT expires_at IS NULL OR epoch = 2 FROM ops.leases"), "released"
+        assert await database.fetchval("SELECT expires_at IS NULL OR epoch > $1 FROM ops.leases", before), "released"
         simulator.world.join(small)
         await bots[1].wait_until_ready()
         await wait_until_mirrored(database, simulator)
-        assert await epoch(database) == 2
+        assert await epoch(database) > before
         assert open_sockets(simulator) == 1
         await stop_cleanly(bots[1])
 
@@ -141,7 +144,7 @@ async def test_standby_takes_over_after_a_kill(
         simulator.world.join(small)
         await bots[1].wait_until_ready()
         await wait_until_mirrored(database, simulator)
-        assert await epoch(database) == before + 1
+        assert await epoch(database) > before
         await stop_cleanly(bots[1])
 
 
@@ -152,11 +155,13 @@ async def test_resumed_process_stands_by_until_it_takes_over_again(
     processes = Processes(tmp_path, simulator, database_url)
     async with processes.create("one") as one, processes.create("two") as two:
         first, second = await active_first(one, two)
+        before = await epoch(database)
         first.send_signal(signal.SIGSTOP)
         try:
             world.join(small)  # the stopped process reads this from its socket when it continues
             await second.wait_until_ready()
-            assert await epoch(database) == 2
+            taken_over = await epoch(database)
+            assert taken_over > before
             world.join(small)
             await wait_until_mirrored(database, simulator)
         finally:
@@ -169,9 +174,9 @@ async def test_resumed_process_stands_by_until_it_takes_over_again(
         world.leave(small, joined[-1])
         await wait_until_mirrored(database, simulator)
         stamps = "SELECT DISTINCT stamp >> $1 AS epoch FROM members WHERE user_id = ANY($2)"
-        assert [row["epoch"] for row in await database.fetch(stamps, COUNTER_BITS, joined)] == [2]
+        assert [row["epoch"] for row in await database.fetch(stamps, COUNTER_BITS, joined)] == [taken_over]
         assert (await second.get("/readyz"))[0] == 200
-        assert await epoch(database) == 2
+        assert await epoch(database) == taken_over
         events = "SELECT count(*) FROM member_events WHERE user_id = $1"
         for user in joined[:-1]:
             assert await database.fetchval(events, user) == 1, "received twice, stored once"
@@ -181,8 +186,9 @@ async def test_resumed_process_stands_by_until_it_takes_over_again(
         await first.wait_until_ready()
         joined = [world.join(small)]
         await wait_until_mirrored(database, simulator)
-        assert await epoch(database) == 3
-        assert [row["epoch"] for row in await database.fetch(stamps, COUNTER_BITS, joined)] == [3]
+        taken_again = await epoch(database)
+        assert taken_again > taken_over
+        assert [row["epoch"] for row in await database.fetch(stamps, COUNTER_BITS, joined)] == [taken_again]
         assert len(simulator.gateway.connections) == 1
         await stop_cleanly(first)
 
@@ -219,20 +225,20 @@ async def test_lost_lease_during_the_start_leads_to_standby(
     database_url: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    setup_hook, calls = Guildbook.setup_hook, 0
+    setup_hook, calls, other = Guildbook.setup_hook, 0, Fence("", 0)
 
     async def lose_lease_once(bot: Guildbook) -> None:
-        nonlocal calls
+        nonlocal calls, other
         calls += 1
         if calls == 1:
-            await seize(database, "another")
+            other = await seize(database, "another")
             raise LeaseLost("another process is active")
         await setup_hook(bot)
 
     monkeypatch.setattr(Guildbook, "setup_hook", lose_lease_once)
     async with run_process(tmp_path, simulator, database_url, monkeypatch) as process:
         await until(lambda: is_ready(process))
-        assert await database.fetchval("SELECT epoch FROM ops.leases") == 3
+        assert await epoch(database) > other.epoch
         assert simulator.gateway.identifies == 1
         await wait_until_mirrored(database, simulator)
     assert calls == 2
@@ -301,17 +307,18 @@ async def test_two_processes_share_an_embedded_server(tmp_path: Path, simulator:
         other = second if active is first else first
         await other.wait_for_output("standing by: ")
         postmaster = lock_file.read_text().split()[0]
+        await server.start()
+        database = Pool(server.target(), pool_max=2)
+        await database.connect()
+        former = await epoch(database)
         active.send_signal(signal.SIGTERM)
         assert await active.wait_for_exit() == 0, active.output
         simulator.world.join(small)
         await other.wait_until_ready()
         assert lock_file.read_text().split()[0] == postmaster, "the other process still uses it"
-        await server.start()
-        database = Pool(server.target(), pool_max=2)
-        await database.connect()
         try:
             await wait_until_mirrored(database, simulator)
-            assert await database.fetchval("SELECT epoch FROM ops.leases") == 2
+            assert await epoch(database) > former
         finally:
             await database.close()
         other.send_signal(signal.SIGTERM)

@@ -212,5 +212,6 @@ async def test_each_start_takes_the_lease_with_a_higher_epoch(database: Pool, si
             assert row is not None
             assert row["holder"] == bot.lease.name
             holders.append(tuple(row))
-    assert [epoch for _, epoch in holders] == [1, 2]
+    epochs = [epoch for _, epoch in holders]
+    assert epochs == sorted(set(epochs))
     assert holders[0][0] != holders[1][0]

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
 import asyncpg
@@ -21,6 +21,7 @@ from tests.waiting import until
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
 from utils.exceptions import DatabaseError, LeaseLost
+from utils.mirror.records.rows import COUNTER_BITS, Stamps
 from utils.service import lease as module
 from utils.service.lease import SHARD, Fence, Lease, LeaseTimings, holder
 
@@ -29,6 +30,7 @@ PATIENCE = 20.0
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 EXPIRE = "UPDATE ops.leases SET expires_at = clock_timestamp() - interval '1 s'"
 WRITE = "INSERT INTO ops.positions (journal, position) VALUES ($1, 1)"
+LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 WRITTEN = "SELECT count(*) FROM ops.positions"
 
 
@@ -333,6 +335,70 @@ async def test_a_missing_table_ends_the_wait(empty_target: ConnectTarget) -> Non
         await asyncio.wait_for(Lease(empty_target, holder()).wait(), PATIENCE)
 
 
+# --- databases that went back
+
+
+async def test_the_epoch_is_the_minutes_on_the_databases_clock(database: Pool, candidates: Candidates) -> None:
+    minutes = "SELECT floor(extract(epoch FROM clock_timestamp() - timestamptz '2025-01-01 00:00+00') / 60)::bigint"
+    before = await database.fetchval(minutes)
+    _, fence = await candidates.acting()
+    assert before <= fence.epoch <= await database.fetchval(minutes)
+
+
+async def test_the_epoch_grows_although_the_clock_stands_still(database: Pool, candidates: Candidates) -> None:
+    _, first = await candidates.acting()
+    await database.execute("UPDATE ops.leases SET epoch = epoch + 1000, expires_at = NULL")
+    _, second = await candidates.acting()
+    assert second.epoch == first.epoch + 1001
+
+
+async def test_the_epoch_exceeds_that_of_a_spool(database: Pool, candidates: Candidates) -> None:
+    known = (await candidates.acting())[1].epoch + 5_000
+    await database.execute(EXPIRE)
+    lease = candidates.new(newest_epoch=lambda: known)
+    assert (await asyncio.wait_for(lease.wait(), PATIENCE)).epoch == known + 1
+
+
+async def test_the_epochs_of_a_clock_far_ahead_still_fit_into_a_stamp() -> None:
+    assert module.MAX_CLOCK_EPOCH < 1 << (63 - COUNTER_BITS)
+    Stamps(module.MAX_CLOCK_EPOCH + 100_000)
+
+
+async def test_an_operators_epoch_comes_from_the_clock_too(database: Pool, candidates: Candidates) -> None:
+    lease, fence = await candidates.acting()
+    await lease.release(5)
+    await database.execute("DELETE FROM ops.leases")  # recreated empty
+    async with module.hold_as_operator(database):
+        assert await database.fetchval("SELECT epoch FROM ops.leases") >= fence.epoch
+
+
+@pytest.mark.parametrize(
+    "restore",
+    [
+        "UPDATE ops.leases SET holder = 'former', epoch = epoch - 7",
+        "UPDATE ops.leases SET expires_at = expires_at - interval '1 s'",  # a snapshot of this very lease
+        "DELETE FROM ops.leases",
+    ],
+    ids=["older-epoch", "same-epoch", "no-row"],
+)
+async def test_the_lease_is_lost_when_the_database_went_back(
+    database: Pool, candidates: Candidates, caplog: pytest.LogCaptureFixture, restore: str
+) -> None:
+    lease, fence = await candidates.acting()
+    await database.execute(restore)
+    await until(lease.lost.is_set)
+    assert any(word in caplog.text for word in ("an earlier state", "emptied or restored"))
+    await database.execute("UPDATE ops.leases SET expires_at = NULL")
+    assert (await candidates.acting())[1].epoch >= fence.epoch
+
+
+async def test_the_lease_is_not_lost_when_its_table_is_missing(database: Pool, candidates: Candidates) -> None:
+    lease, _ = await candidates.acting()
+    await database.execute("ALTER TABLE ops.leases RENAME TO others")
+    await until(lease.table_missing.is_set)
+    assert not lease.lost.is_set()
+
+
 # --- any order of events
 
 KINDS = st.sampled_from(["take", "take", "renew", "release", "seize", "expire"])
@@ -366,7 +432,7 @@ async def test_one_epoch_passes_and_epochs_only_grow(
             is_free = True
         elif step == "renew" and fences:
             whose = fences[number - 3 :][0]  # an older one of the same holder, too
-            row = await database.fetchval(module._RENEW, SHARD, whose.holder, whose.epoch, 3600.0)
+            row = await database.fetchval(module._RENEW, SHARD, whose.holder, whose.epoch, 3600.0, LONG_AGO)
             assert (row is not None) == (whose is fences[-1])
             is_free = is_free and row is None
         elif step == "release":

@@ -64,7 +64,7 @@ class Mirror:
     ) -> None:
         """Create a mirror; `spool` is the directory of journals, or None without a spool.
 
-        `on_lost` is called when another process has taken over the lease. `has_slept` returns whether another process
+        `on_lost` is called when the lease is lost. `has_slept` returns whether another process
         may have done so since this one was suspended. `on_written` is called after each commit with the tables that it
         may have changed.
         """
@@ -81,6 +81,7 @@ class Mirror:
         self.reconciler = Reconciler(self.writer, source, self.stamps, reconcile_policy)
         self.archived = ArchivedThreads(self.writer, source, self.stamps, self.reconciler)
         self._source = source
+        self._on_lost = on_lost
         self._spool = spool
         #: `time.monotonic()` of the last READY or GUILD_CREATE.
         self._last_arrival: float = 0.0
@@ -105,6 +106,7 @@ class Mirror:
                     writer.write_lock,
                     writer.flush,
                     seconds=writer.policy.replay_seconds,
+                    on_lost=self._on_lost,
                 )
             )
 

@@ -33,6 +33,17 @@ SHARD = 0
 OPERATOR_TTL_SECONDS, OPERATOR_RENEW_SECONDS = 60.0, 15.0
 #: The holder while an operator changes the schema.
 OPERATOR = "db downgrade"
+#: The largest epoch that the clock gives. A stamp has 23 bits for it (8,388,607 minutes end in December 2040); the rest
+#: is left for counting on, also with a clock that is decades ahead.
+MAX_CLOCK_EPOCH = 2**23 - 2**17
+#: SQLSTATEs of a database without `ops.leases`: undefined table, invalid schema name (PostgreSQL manual, appendix A).
+_NO_TABLE = ("42P01", "3F000")
+#: The epoch that follows `{epoch}` and the newest known one, `{known}`. A database that was restored or recreated has
+#: lost the epochs handed out since, while their stamps live on in spools; minutes outrank them without a search.
+NEXT_EPOCH = (
+    "greatest({epoch} + 1, {known} + 1, least(floor(extract(epoch FROM clock_timestamp()"
+    f" - timestamptz '2025-01-01 00:00:00+00') / 60), {MAX_CLOCK_EPOCH})::bigint)"
+)
 
 _EXISTS = "SELECT to_regclass('ops.leases') IS NOT NULL"
 _CHECK = "SELECT holder, epoch FROM ops.leases WHERE shard = $1 FOR KEY SHARE"
@@ -41,14 +52,17 @@ _INSERT = "INSERT INTO ops.leases (shard, holder, epoch) VALUES ($1, '', 0) ON C
 #: Waits for every transaction that has checked the former epoch, so none of them can commit afterwards. The UPDATE
 #: alone would not wait, because it changes no key.
 _LOCK = f"{_STATE} FOR UPDATE"
-_TAKE = """
-UPDATE ops.leases SET holder = $2, epoch = epoch + 1, taken_at = clock_timestamp(),
-expires_at = clock_timestamp() + make_interval(secs => $3) WHERE shard = $1 RETURNING epoch
-"""
+_TAKE = f"""
+UPDATE ops.leases SET holder = $2, epoch = {NEXT_EPOCH.format(epoch="epoch", known="$4::bigint")},
+taken_at = clock_timestamp(), expires_at = clock_timestamp() + make_interval(secs => $3)
+WHERE shard = $1 RETURNING epoch, expires_at
+"""  # noqa: S608 - constants
+#: A row that expires before the time of the last renewal ($5) is from an earlier state of the database.
 _RENEW = """
 UPDATE ops.leases SET expires_at = clock_timestamp() + make_interval(secs => $4)
-WHERE shard = $1 AND holder = $2 AND epoch = $3 RETURNING epoch
+WHERE shard = $1 AND holder = $2 AND epoch = $3 AND coalesce(expires_at >= $5, true) RETURNING expires_at
 """
+_CURRENT = "SELECT holder, epoch FROM ops.leases WHERE shard = $1"
 _BACKEND_PID = "SELECT pg_backend_pid()"
 _COMMIT = "COMMIT"
 #: The statements by which `pg_stat_activity` shows a process that takes the lease. It may lag, hence the neighbours.
@@ -66,12 +80,13 @@ AND EXISTS (SELECT FROM pg_locks AS awaited
     WHERE awaited.pid = $1 AND NOT awaited.granted AND awaited.locktype <> 'relation')
 """
 _ACTING = "SELECT holder FROM ops.leases WHERE expires_at > clock_timestamp() LIMIT 1"
-_TAKE_FREE = """
+_TAKE_FREE = f"""
 INSERT INTO ops.leases AS l (shard, holder, epoch, expires_at)
-VALUES ($1, $2, 1, clock_timestamp() + make_interval(secs => $3))
-ON CONFLICT (shard) DO UPDATE SET holder = excluded.holder, epoch = l.epoch + 1, expires_at = excluded.expires_at
+VALUES ($1, $2, {NEXT_EPOCH.format(epoch="0", known="0")}, clock_timestamp() + make_interval(secs => $3))
+ON CONFLICT (shard) DO UPDATE SET holder = excluded.holder, epoch = greatest(l.epoch + 1, excluded.epoch),
+    expires_at = excluded.expires_at
 WHERE coalesce(l.expires_at <= clock_timestamp(), true) RETURNING true
-"""
+"""  # noqa: S608 - constants
 _EXTEND = "UPDATE ops.leases SET expires_at = clock_timestamp() + make_interval(secs => $2) WHERE holder = $1"
 _END = "UPDATE ops.leases SET expires_at = NULL WHERE holder = $1"
 _EPOCHS = "SELECT shard, epoch, taken_at FROM ops.leases WHERE epoch > 0"
@@ -134,14 +149,26 @@ class Fence:
         row = await connection.fetchrow(_CHECK, SHARD)
         # The epoch alone does not do: after a failover that lost the last takeover it is assigned a second time.
         if row is None or (row["holder"], row["epoch"]) != (self.holder, self.epoch):
-            epoch = None if row is None else row["epoch"]
-            raise LeaseLost(f"another process acts now: the epoch of the lease is {epoch}, ours is {self.epoch}")
+            raise LeaseLost(self.explain_loss(row))
+
+    def explain_loss(self, row: asyncpg.Record | None) -> str:
+        """Return why the lease is lost, from the row of `ops.leases`; None if there is none."""
+        if row is None:
+            return f"the database was emptied or restored: it has no lease, ours has epoch {self.epoch}"
+        if row["epoch"] < self.epoch or (row["holder"], row["epoch"]) == (self.holder, self.epoch):
+            return (
+                f"the database went back to an earlier state: the epoch of its lease is {row['epoch']}, ours is"
+                f" {self.epoch}"
+            )
+        return f"another process acts now: the epoch of the lease is {row['epoch']}, ours is {self.epoch}"
 
 
 class Lease:
     """Acquires the lease and renews it, on connections of its own, so that a busy pool cannot cost it.
 
     `is_dead` returns whether the process of a holder has provably ended; its lease is taken before it expires.
+    `newest_epoch` returns the newest epoch known without the database, from spools; it is called in a thread, and the
+    epoch taken is greater.
     """
 
     def __init__(
@@ -150,20 +177,27 @@ class Lease:
         name: str,
         *,
         is_dead: Callable[[str], bool] = lambda holder: False,
+        newest_epoch: Callable[[], int] = lambda: 0,
         timings: LeaseTimings = DEFAULT_TIMINGS,
     ) -> None:
         self.name: str = name
         self.timings: LeaseTimings = timings
         #: None before the lease was acquired and after it was released.
         self.fence: Fence | None = None
-        #: Set when another process has taken it.
+        #: Set when another process has taken it, or when the database went back to a state before it was taken.
         self.lost: asyncio.Event = asyncio.Event()
+        #: Set when a renewal found no table of leases: the database was recreated. Whoever waits for it decides when to
+        #: call `give_up`; until then nothing can be written.
+        self.table_missing: asyncio.Event = asyncio.Event()
         self._target = target
         self._is_dead = is_dead
+        self._newest_epoch = newest_epoch
         self._connection: asyncpg.Connection[asyncpg.Record] | None = None
         self._renewing: asyncio.Task[None] | None = None
         #: `time.monotonic()` just before the last successful renewal was sent.
         self._renewed: float | None = None
+        #: When it expires, on the database's clock, as of the last successful renewal.
+        self._expires_at: datetime | None = None
         self._ticking: asyncio.Task[None] | None = None
         #: `time.monotonic()` of the last turn of the event loop, and of the turn after the last suspension.
         self._last_tick: float = time.monotonic()
@@ -222,10 +256,10 @@ class Lease:
         _log.info("lease acquired: this process is active", extra={"holder": fence.holder, "epoch": fence.epoch})
         return fence
 
-    def give_up(self) -> None:
-        """Mark the lease as lost: a transaction found the epoch of another process."""
+    def give_up(self, reason: str = "a write was refused") -> None:
+        """Mark the lease as lost; it must be taken anew before anything is written."""
         if not self.lost.is_set():
-            _log.error("lease lost: another process has taken over, this one stops writing")
+            _log.error("lease lost, this process stops writing: %s", reason)
             self.lost.set()
 
     async def release(self, timeout: float) -> None:
@@ -278,6 +312,7 @@ class Lease:
             f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {round(self.timings.lock * 1000)}"
         )
         pid = await connection.fetchval(_BACKEND_PID)
+        known = await asyncio.to_thread(self._newest_epoch)
         terminating = asyncio.create_task(self._terminate_blockers(pid), name="lease blockers")
         try:
             row = await connection.fetchrow(_LOCK, SHARD, timeout=self.timings.lock + self.timings.statement)
@@ -289,10 +324,11 @@ class Lease:
             return None
         sent_at = time.monotonic()
         self._in_doubt = True
-        epoch = await connection.fetchval(_TAKE, SHARD, self.name, self.timings.ttl)
+        taken = await connection.fetchrow(_TAKE, SHARD, self.name, self.timings.ttl, known)
+        assert taken is not None, "the row is locked"
         await connection.execute(_COMMIT)
-        self._in_doubt, self._renewed = False, sent_at
-        return Fence(self.name, epoch)
+        self._in_doubt, self._renewed, self._expires_at = False, sent_at, taken["expires_at"]
+        return Fence(self.name, taken["epoch"])
 
     async def _terminate_blockers(self, pid: int) -> None:
         """Terminate transactions that block backend `pid`: their process was suspended or cut off in the middle."""
@@ -326,15 +362,20 @@ class Lease:
             sent_at = time.monotonic()
             try:
                 async with self._connected() as connection:
-                    renewed = await connection.fetchval(_RENEW, SHARD, fence.holder, fence.epoch, self.timings.ttl)
+                    expires_at = await connection.fetchval(
+                        _RENEW, SHARD, fence.holder, fence.epoch, self.timings.ttl, self._expires_at
+                    )
+                    if expires_at is None:
+                        self.give_up(fence.explain_loss(await connection.fetchrow(_CURRENT, SHARD)))
+                        continue
             except Exception as error:
                 # A failed renewal does not mean that the lease is lost: the epoch tells once the database is back.
-                self._log_once(logging.WARNING, "the lease could not be renewed: %s", translate(error) or error)
+                known = translate(error)
+                self._log_once(logging.WARNING, "the lease could not be renewed: %s", known or error)
+                if isinstance(known, DatabaseError) and known.sqlstate in _NO_TABLE:
+                    self.table_missing.set()
                 continue
-            if renewed is None:
-                self.give_up()
-                continue
-            self._renewed = sent_at
+            self._renewed, self._expires_at = sent_at, expires_at
             if self._resumed is not None and sent_at >= self._resumed:
                 self._resumed = None
             if self._logged:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from utils.exceptions import SpoolError
+from utils.mirror.records.rows import COUNTER_BITS
 from utils.mirror.spool.segments import MAX_RECORD_BYTES, READ_BYTES, Damage, Record, Segments, sync_directory
 
 _log = logging.getLogger(__name__)
@@ -372,6 +373,18 @@ def list_journals(directory: Path, *, except_id: str | None = None) -> list[Path
         with contextlib.suppress(FileNotFoundError):  # removed just now
             journals.append((lock.stat().st_mtime_ns, lock.parent.name, lock.parent))
     return [path for _, name, path in sorted(journals) if name != except_id]
+
+
+def newest_epoch(directory: Path) -> int:
+    """Return the newest lease epoch of the events in a directory's journals, of live processes too; 0 without any.
+
+    All events of a journal have the same epoch, so one record of each is read. Blocking.
+    """
+    newest = 0
+    for path in list_journals(directory):
+        with contextlib.suppress(OSError):  # removed just now, or unreadable: `replay_journals` compares the epochs
+            newest = max(newest, Segments.scan(path).first_stamp() >> COUNTER_BITS)
+    return newest
 
 
 def is_dead(directory: Path, id: str) -> bool:

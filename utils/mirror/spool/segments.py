@@ -233,6 +233,14 @@ class Segments:
                     segment.last = stamp
         return stamps
 
+    def first_stamp(self) -> int:
+        """Return the stamp of the first intact record, from the start of each segment; 0 if there is none."""
+        for segment in self._segments:
+            with contextlib.suppress(_DamagedError, OSError), contextlib.closing(self._frames(segment, 0)) as frames:
+                for stamp, _, _ in frames:
+                    return stamp
+        return 0
+
     def read(self, after: int, limit: int) -> list[Record]:
         """Return up to `limit` records with stamps greater than `after`, oldest first.
 

@@ -13,7 +13,7 @@ from utils.database import Pool
 from utils.database.partitions import id_at
 from utils.exceptions import GuildbookError, LeaseLost
 from utils.mirror.records.events import Event, Membership
-from utils.mirror.records.rows import Entry, Key
+from utils.mirror.records.rows import COUNTER_BITS, Entry, Key
 from utils.mirror.spool.journal import Journal, list_journals
 from utils.mirror.spool.queue import decode_records
 from utils.mirror.write import events
@@ -42,13 +42,19 @@ async def keep_replaying(
     flush: Callable[[], Awaitable[None]],
     *,
     seconds: float = SEARCH_SECONDS,
+    on_lost: Callable[[], None] = lambda: None,
 ) -> None:
-    """Replay abandoned journals every `seconds`: a process that lost its lease may end long after."""
+    """Replay abandoned journals every `seconds`: a process that lost its lease may end long after.
+
+    `on_lost` is called when the lease must be taken anew, see `replay_journals`.
+    """
     while True:
         await asyncio.sleep(seconds)
         try:
             await replay_journals(pool, fence, directory, lock, flush)
-        except LeaseLost:
+        except LeaseLost as error:
+            _log.warning("%s", error)
+            on_lost()
             return
         except GuildbookError as error:  # the next search is the retry, at a fixed interval
             _log.warning("could not replay abandoned journals: %s", error)
@@ -61,7 +67,8 @@ async def replay_journals(
 
     The journal of a live process is left alone. `flush` writes what this process has received: an event that both
     processes received is recognised by what the tables hold. Raises `DatabaseError` when the database cannot take the
-    events now; what was not written stays in its journal.
+    events now; what was not written stays in its journal. Raises `LeaseLost` for a journal that is not older than this
+    process's lease: its rows would outrank what is observed from now on, so the lease must be taken anew.
     """
     written = 0
     for path in await asyncio.to_thread(list_journals, directory, except_id=fence.holder):
@@ -69,6 +76,8 @@ async def replay_journals(
         if journal is None:
             continue
         try:
+            if (epoch := journal.last >> COUNTER_BITS) >= fence.epoch:
+                raise LeaseLost(f"journal {journal.id} has epoch {epoch}, our lease has {fence.epoch}: take it anew")
             await flush()
             written += await _replay(pool, fence, journal, lock)
         finally:
