@@ -20,7 +20,8 @@ from utils.database import Pool
 from utils.database.embedded import open_target
 from utils.database.partitions import ensure_partitions
 from utils.exceptions import DatabaseUnavailable, GuildbookError, LeaseLost, SettingsError
-from utils.mirror.spool.journal import is_dead
+from utils.mirror.records.rows import COUNTER_BITS
+from utils.mirror.spool.journal import is_dead, newest_first_stamp
 from utils.operations import migrations
 from utils.operations.backup import recovery
 from utils.operations.backup.catalog import BackupCatalog
@@ -66,6 +67,8 @@ class Process:
         #: When the shutdown must be complete, on the monotonic clock.
         self._deadline = 0.0
         self._is_database_up = True
+        #: Epoch of the lease that this process took last.
+        self._last_epoch = 0
         self._resources = AsyncExitStack()
         #: Seconds that stopping the embedded server may take.
         self._server_stop_timeout = settings.shutdown_seconds
@@ -154,8 +157,13 @@ class Process:
         """
         settings = self.settings
         assert settings.discord_token is not None, "bot.py checks it"
-        lease = self.lease = Lease(pool.target, holder(), is_dead=partial(is_dead, settings.data_dir / SPOOL_DIRECTORY))
-        await lease.wait()
+        lease = self.lease = Lease(
+            pool.target,
+            holder(),
+            is_dead=partial(is_dead, settings.data_dir / SPOOL_DIRECTORY),
+            newest_epoch=self._newest_epoch,
+        )
+        self._last_epoch = (await lease.wait()).epoch
         lost = asyncio.create_task(lease.lost.wait(), name="lease lost")
         running: asyncio.Task[None] | None = None
         try:
@@ -170,8 +178,8 @@ class Process:
                 if self.bot.shutdown_error is not None:
                     raise self.bot.shutdown_error
                 raise GuildbookError("the connection to Discord closed unexpectedly and discord.py did not reconnect")
-        except LeaseLost:  # a write was refused before the lease's own check noticed
-            lease.give_up()
+        except LeaseLost as error:  # a write was refused before the lease's own check noticed
+            lease.give_up(str(error))
         except DatabaseUnavailable as error:
             _log.error("start interrupted by a database outage, starting again: %s", error)
         finally:
@@ -179,6 +187,13 @@ class Process:
             if running is not None:
                 running.cancel()
         await self._stand_down(lease, running)
+
+    def _newest_epoch(self) -> int:
+        """Return the newest epoch known without the database: this process's last one, or one in the spool. Blocking.
+
+        The database does not know it if it was restored or recreated since.
+        """
+        return max(self._last_epoch, newest_first_stamp(self.settings.data_dir / SPOOL_DIRECTORY) >> COUNTER_BITS)
 
     async def _stand_down(self, lease: Lease, running: asyncio.Task[None] | None) -> None:
         """Stop the bot and release the lease. If another process holds the lease, events go to the journal only."""
@@ -194,7 +209,7 @@ class Process:
         await self._shutdown_step("releasing the lease", lease.release, reserve=0.0)
         self.bot = None
         if was_lost:
-            _log.warning("disconnected from the gateway: standing by until the active process ends")
+            _log.warning("disconnected from the gateway: standing by until the lease is free")
         else:
             await asyncio.sleep(RESTART_DELAY)
 

@@ -64,9 +64,8 @@ class Mirror:
     ) -> None:
         """Create a mirror; `spool` is the directory of journals, or None without a spool.
 
-        `on_lost` is called when the lease is lost. `has_slept` returns whether another process
-        may have done so since this one was suspended. `on_written` is called after each commit with the tables that it
-        may have changed.
+        `on_lost` is called when the lease is lost. `has_slept` returns whether another process may have taken it over
+        since this one was suspended. `on_written` is called after each commit with the tables that it may have changed.
         """
         self.pool = pool
         self.fence = fence

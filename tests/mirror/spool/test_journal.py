@@ -28,7 +28,7 @@ from tests.mirror.spool.journals import (
 )
 from tests.waiting import until
 from utils.exceptions import SpoolError
-from utils.mirror.spool.journal import LOCK, Journal, is_dead, list_journals
+from utils.mirror.spool.journal import LOCK, Journal, is_dead, list_journals, newest_first_stamp
 from utils.mirror.spool.segments import MAX_RECORD_BYTES
 
 ROOT = Path(__file__).parents[3]
@@ -342,3 +342,18 @@ async def test_a_file_size_limit_loses_no_records(tmp_path: Path) -> None:
     assert await read_stamps(other) == [*range(1, 301)]
     assert not other.damage
     await other.remove()
+
+
+async def test_finds_the_newest_stamp_in_a_spool(tmp_path: Path) -> None:
+    assert newest_first_stamp(tmp_path) == 0
+    for id, stamp in (("dead", 50), ("alive", 90), ("empty", 0)):
+        journal = await open_journal(tmp_path, id, segment_bytes=SEGMENT_BYTES)
+        if stamp:
+            await write(journal, *range(stamp, stamp + 30))
+        if id == "dead":
+            await journal.close(1.0)
+    await journal.close(1.0)
+    assert newest_first_stamp(tmp_path) == 90
+    first = min((tmp_path / "alive").glob("*.journal"))
+    first.write_bytes(first.read_bytes()[:-40] + bytes(40))
+    assert newest_first_stamp(tmp_path) >= 90, "a damaged segment is skipped"

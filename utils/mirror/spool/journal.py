@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from utils.exceptions import SpoolError
-from utils.mirror.records.rows import COUNTER_BITS
 from utils.mirror.spool.segments import MAX_RECORD_BYTES, READ_BYTES, Damage, Record, Segments, sync_directory
 
 _log = logging.getLogger(__name__)
@@ -375,15 +374,15 @@ def list_journals(directory: Path, *, except_id: str | None = None) -> list[Path
     return [path for _, name, path in sorted(journals) if name != except_id]
 
 
-def newest_epoch(directory: Path) -> int:
-    """Return the newest lease epoch of the events in a directory's journals, of live processes too; 0 without any.
+def newest_first_stamp(directory: Path) -> int:
+    """Return the greatest stamp that a journal in the directory begins with, of live processes too; 0 without any.
 
-    All events of a journal have the same epoch, so one record of each is read. Blocking.
+    It has the newest lease epoch in the spool, because all stamps of a journal have the same one. Blocking.
     """
     newest = 0
     for path in list_journals(directory):
         with contextlib.suppress(OSError):  # removed just now, or unreadable: `replay_journals` compares the epochs
-            newest = max(newest, Segments.scan(path).first_stamp() >> COUNTER_BITS)
+            newest = max(newest, Segments.scan(path).first_stamp())
     return newest
 
 
