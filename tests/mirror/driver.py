@@ -193,9 +193,7 @@ class Driver:
 
     async def start(self, n: int) -> None:
         if self.bot is None:
-            self.bot = await self._stack.enter_async_context(
-                mirrored(self.database, self.simulator, self.monkeypatch, page_timeout=0.4)
-            )
+            self.bot = await self._stack.enter_async_context(self._mirrored())
 
     # --- the run
 
@@ -252,6 +250,9 @@ class Driver:
                 async with asyncio.timeout(0.1):
                     while not (bot.has_heard_all() and bot.mirror.is_ready()[0]):  # noqa: ASYNC110
                         await asyncio.sleep(0.005)
+
+    def _mirrored(self) -> contextlib.AbstractAsyncContextManager[Mirrored]:
+        return mirrored(self.database, self.simulator, self.monkeypatch, page_timeout=0.4)
 
     async def _down(self, *, kill: bool) -> None:
         if self.bot is None:

@@ -143,8 +143,12 @@ async def mirrored(
     transaction_events: int = 5_000,
     replay_seconds: float = 5.0,
     pause_seconds: float = 10.0,
+    held: lease.Lease | None = None,
 ) -> AsyncIterator[Mirrored]:
-    """Run a bot that mirrors a simulator's world into a database; a further block is a restart of the bot."""
+    """Run a bot that mirrors a simulator's world into a database; a further block is a restart of the bot.
+
+    `held` is the lease that it runs under; None seizes one. The block ends it.
+    """
     impatient(monkeypatch)
     monkeypatch.setattr(http.Route, "BASE", simulator.api_base)
     monkeypatch.setattr(gateway.DiscordWebSocket, "DEFAULT_GATEWAY", yarl.URL(simulator.gateway_url))
@@ -156,7 +160,8 @@ async def mirrored(
         shard_count=1,
         guild_ready_timeout=0.1,
     )
-    fence = await seize(database, lease.holder())
+    fence = await seize(database, lease.holder()) if held is None else held.fence
+    assert fence is not None, "acquired"
     journal = None if spool is None else await Journal.open(spool, fence.holder, max_bytes=2**26)
     mirror = Mirror(
         database,
@@ -178,6 +183,7 @@ async def mirrored(
             thread_retry_seconds=0.05,
         ),
         spool=spool,
+        on_lost=(lambda: None) if held is None else held.give_up,
     )
     install(client, mirror)
     await mirror.replay()
@@ -193,7 +199,7 @@ async def mirrored(
         running.cancel()
         await asyncio.wait([running], timeout=5)
         if not bot.killed:
-            await mirror.stop(5)
+            await mirror.stop(5, flush=held is None or not held.lost.is_set())
         if journal is not None:
             await journal.close(5)
 
