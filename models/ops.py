@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, Double, Index, Integer, Text, func
+from sqlalchemy import BigInteger, Boolean, CheckConstraint, Double, Index, Integer, Text, UniqueConstraint, func
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped
 
@@ -122,6 +122,18 @@ class TableSize(Base):
     rows: Mapped[int] = marked(BigInteger, nullable=False)
     #: With indexes.
     bytes: Mapped[int] = marked(BigInteger, nullable=False)
+
+
+class Application(Base):
+    """The Discord application that the database belongs to: one row, written by the first login."""
+
+    __tablename__ = "application"
+    __table_args__ = (CheckConstraint("is_only", name="is_only"), UniqueConstraint("is_only"), {"schema": "ops"})
+
+    id: Mapped[int] = snowflake(primary_key=True)
+    #: Always true, and unique: there is one row.
+    is_only: Mapped[bool] = marked(Boolean, nullable=False, server_default="true")
+    since: Mapped[datetime] = marked(nullable=False, server_default=func.now())
 
 
 class CommandTree(Base):

@@ -30,7 +30,7 @@ async def test_stats_and_metrics_count_waiting_and_written_rows(
             stats = bot.stats()
             assert (stats["buffer"]["rows"] >= 2, stats["buffer"]["dropped"]) == (True, 0)
             assert stats["queue"]["oldest"] > 0
-            assert (stats["lease"]["state"], stats["lease"]["epoch"]) == ("active", bot.lease.fence.epoch)
+            assert (stats["lease"]["state"], stats["lease"]["epoch"]) == ("active", bot.mirror.fence.epoch)
             assert {"created", "active", "idle", "waiting"} <= stats["pool"].keys()
             bot.update_metrics()
             assert "guildbook_queue_events 6.0" in metrics.render().decode()

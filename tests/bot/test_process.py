@@ -239,3 +239,43 @@ async def test_bot_survives_a_gateway_reconnect(
         await wait_until_mirrored(database, simulator)
         bot.send_signal(signal.SIGTERM)
         assert await bot.wait_for_exit() == 0
+
+
+async def test_another_applications_token_is_refused_with_one_line(
+    tmp_path: Path, simulator: Simulator, database: Pool, database_url: str
+) -> None:
+    await database.execute("INSERT INTO ops.application (id) VALUES (42)")
+    async with BotProcess(tmp_path, **discord_settings(simulator, DATABASE_URL=database_url, LOG_LEVEL="ERROR")) as bot:
+        assert await bot.wait_for_exit() == 2
+    assert bot.output.count("\n") == 1
+    assert bot.output.startswith("DISCORD_TOKEN: the database belongs to application 42,")
+    assert simulator.gateway.identifies == 0
+    assert await database.fetchval("SELECT count(*) FROM guilds") == 0
+
+
+async def test_a_changed_token_of_the_same_application_is_accepted(
+    tmp_path: Path, simulator: Simulator, database: Pool, database_url: str
+) -> None:
+    for token in (simulator.token, "another.token.of-it"):
+        simulator.token = token
+        async with BotProcess(tmp_path, **discord_settings(simulator, DATABASE_URL=database_url)) as bot:
+            await bot.wait_until_ready()
+            assert await database.fetchval("SELECT id FROM ops.application") == simulator.world.application_id
+            bot.send_signal(signal.SIGTERM)
+            assert await bot.wait_for_exit() == 0
+
+
+async def test_not_ready_while_the_database_is_unusable(
+    tmp_path: Path, simulator: Simulator, database: Pool, database_url: str
+) -> None:
+    async with BotProcess(tmp_path, **discord_settings(simulator, DATABASE_URL=database_url)) as bot:
+        await bot.wait_until_ready()
+        async with database.transaction() as connection:
+            await connection.execute("LOCK TABLE ops.leases IN ACCESS EXCLUSIVE MODE")
+
+            async def is_unready() -> bool:
+                status, state = await bot.get("/readyz")
+                return (status, state["ok"], state["database"]) == (503, False, False)
+
+            await until(is_unready)
+        await bot.wait_until_ready()

@@ -18,7 +18,7 @@ from utils.bot.scheduler import Scheduler
 from utils.database import Pool
 from utils.database.access import Database
 from utils.database.cache import Channel, QueryCache
-from utils.exceptions import GuildbookError, SpoolError
+from utils.exceptions import DatabaseError, GuildbookError, SettingsError, SpoolError
 from utils.mirror import Mirror
 from utils.mirror.change_feed import ChangeFeed, MirrorChange
 from utils.mirror.discord import tap
@@ -46,6 +46,13 @@ JOURNAL_TIMEOUT = 3.0
 STOP_TIMEOUT = 3.0
 #: Seconds to wait for running operator commands to answer before a command shuts the bot down.
 ANSWER_TIMEOUT = 30.0
+#: Returns the application that the database belongs to: $1 if it belonged to none.
+_CLAIM = """
+WITH claimed AS (INSERT INTO ops.application (id) VALUES ($1) ON CONFLICT DO NOTHING RETURNING id)
+SELECT id FROM claimed UNION ALL SELECT id FROM ops.application LIMIT 1
+"""
+#: SQLSTATE of a missing table (PostgreSQL manual, appendix A).
+_UNDEFINED_TABLE = "42P01"
 #: The event that `on_mirror_change` listeners receive.
 CHANGE_EVENT = "mirror_change"
 
@@ -181,6 +188,7 @@ class Guildbook(commands.AutoShardedBot):
         settings, fence = self.settings, self.lease.fence
         if fence is None:
             raise GuildbookError("the bot does not hold the lease: acquire it before the login")
+        await self._claim_database()
         self._journal = await self._open_journal(fence.holder)
         queue = EventQueue(self._journal, spool=settings.spool, max_rows=settings.buffer_max_rows)
         await self.db.connect()
@@ -272,6 +280,23 @@ class Guildbook(commands.AutoShardedBot):
         tap.set_gateway(self.settings.discord_gateway_url or url)
         self.shard_count = shards  # otherwise discord.py asks again and ignores the address above
         return shards
+
+    async def _claim_database(self) -> None:
+        """Record whose database it is. Raises `SettingsError` if it belongs to another application.
+
+        That application's guilds would all count as left.
+        """
+        try:
+            owner = await self._pool.fetchval(_CLAIM, self.application_id)
+        except DatabaseError as error:
+            if error.sqlstate != _UNDEFINED_TABLE:  # AUTO_MIGRATE is paused at an older revision
+                raise
+            return
+        if owner != self.application_id:
+            raise SettingsError(
+                f"DISCORD_TOKEN: the database belongs to application {owner}, and this token to application"
+                f" {self.application_id}: use that application's token, or another database (DATABASE_URL)"
+            )
 
     async def _open_journal(self, name: str) -> Journal | None:
         settings = self.settings

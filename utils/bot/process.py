@@ -33,7 +33,7 @@ from utils.settings import DEVELOPER_PORTAL, Settings
 _log = logging.getLogger(__name__)
 
 #: Seconds between two checks of the database and its pooled connections.
-CHECK_INTERVAL = 30.0
+CHECK_INTERVAL = 5.0
 #: Seconds between two checks that the coming months have partitions.
 PARTITION_INTERVAL = 24 * 3600.0
 #: Seconds between two measurements of the event loop: the resolution of `guildbook_loop_stall_max_seconds`.
@@ -281,8 +281,10 @@ class Process:
         if self.bot is None:
             return False, {"state": self.state}
         ready, details = self.bot.readiness()
-        details = {"state": self.state, **details, "database": self._is_database_up}
-        return ready and not self._stop.is_set() and self.state != "lost", details
+        # A lease that was not renewed in time shows an outage within seconds, and its end at once.
+        is_usable = self._is_database_up and self.state == "active"
+        details = {"state": self.state, **details, "database": is_usable}
+        return ready and is_usable and not self._stop.is_set(), details
 
     def _update_metrics(self) -> None:
         if self.pool is not None:

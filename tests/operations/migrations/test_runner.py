@@ -23,7 +23,7 @@ from utils.operations.migrations.environment import LOCK_KEY
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[3]
-REVISIONS = ["0001", "0002", "0003", "0004", "0005"]
+REVISIONS = ["0001", "0002", "0003", "0004", "0005", "0006"]
 HEAD = REVISIONS[-1]
 
 
