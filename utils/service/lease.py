@@ -52,11 +52,14 @@ _INSERT = "INSERT INTO ops.leases (shard, holder, epoch) VALUES ($1, '', 0) ON C
 #: Waits for every transaction that has checked the former epoch, so none of them can commit afterwards. The UPDATE
 #: alone would not wait, because it changes no key.
 _LOCK = f"{_STATE} FOR UPDATE"
-_TAKE = f"""
-UPDATE ops.leases SET holder = $2, epoch = {NEXT_EPOCH.format(epoch="epoch", known="$4::bigint")},
+_TAKE = (
+    "UPDATE ops.leases SET holder = $2, epoch = "  # noqa: S608
+    + NEXT_EPOCH.format(epoch="epoch", known="$4::bigint")
+    + """,
 taken_at = clock_timestamp(), expires_at = clock_timestamp() + make_interval(secs => $3)
 WHERE shard = $1 RETURNING epoch, expires_at
-"""  # noqa: S608 - constants
+"""
+)
 #: A row that expires before the time of the last renewal ($5) is from an earlier state of the database.
 _RENEW = """
 UPDATE ops.leases SET expires_at = clock_timestamp() + make_interval(secs => $4)
@@ -80,13 +83,15 @@ AND EXISTS (SELECT FROM pg_locks AS awaited
     WHERE awaited.pid = $1 AND NOT awaited.granted AND awaited.locktype <> 'relation')
 """
 _ACTING = "SELECT holder FROM ops.leases WHERE expires_at > clock_timestamp() LIMIT 1"
-_TAKE_FREE = f"""
-INSERT INTO ops.leases AS l (shard, holder, epoch, expires_at)
-VALUES ($1, $2, {NEXT_EPOCH.format(epoch="0", known="0")}, clock_timestamp() + make_interval(secs => $3))
+_TAKE_FREE = (
+    "INSERT INTO ops.leases AS l (shard, holder, epoch, expires_at) VALUES ($1, $2, "  # noqa: S608
+    + NEXT_EPOCH.format(epoch="0", known="0")
+    + """, clock_timestamp() + make_interval(secs => $3))
 ON CONFLICT (shard) DO UPDATE SET holder = excluded.holder, epoch = greatest(l.epoch + 1, excluded.epoch),
     expires_at = excluded.expires_at
 WHERE coalesce(l.expires_at <= clock_timestamp(), true) RETURNING true
-"""  # noqa: S608 - constants
+"""
+)
 _EXTEND = "UPDATE ops.leases SET expires_at = clock_timestamp() + make_interval(secs => $2) WHERE holder = $1"
 _END = "UPDATE ops.leases SET expires_at = NULL WHERE holder = $1"
 _EPOCHS = "SELECT shard, epoch, taken_at FROM ops.leases WHERE epoch > 0"
