@@ -28,8 +28,9 @@ RAILWAYS = ("RAILWAY_DEPLOYMENT_DRAINING_SECONDS", "RAILWAY_DEPLOYMENT_OVERLAP_S
 
 
 def test_every_block_is_of_a_language_that_is_tried() -> None:
-    # text: the demo's output is compared in tests/demo, the invitation below.
-    tried = ("sh", "dotenv", "sql", "python", "text")
+    # text: the demo's output is compared in tests/demo, the invitation below. json: examples of files to import, tried
+    # in tests/operations/importing/test_shapes.py.
+    tried = ("sh", "dotenv", "sql", "python", "text", "json")
     assert [f"{block}: {block.language!r}" for block in blocks() if block.language not in tried] == []
 
 
