@@ -77,12 +77,15 @@ class RestoringDriver(Driver):
         """Set every table back to a snapshot, or empty it, whatever the bot is doing."""
         name = [*self._snapshots, None][n % (len(self._snapshots) + 1)]
         for _ in range(ATTEMPTS):
-            with contextlib.suppress(DatabaseError):  # a deadlock with what the bot is doing
+            with contextlib.suppress(DatabaseError):  # locked by what the bot is doing
                 return await self._replace_rows(name)
+            await asyncio.sleep(0.05)
         pytest.fail("the rows could not be replaced")
 
     async def _replace_rows(self, name: str | None) -> None:
         async with self.database.transaction(isolation="read_committed") as connection:
+            # A transaction of the bot may hold a lock while its task waits for another one: give way and try again.
+            await connection.execute("SET LOCAL lock_timeout = '300ms'")
             await connection.execute("LOCK TABLE ops.leases IN ACCESS EXCLUSIVE MODE")
             tables = await connection.fetch(_TABLES)
             await connection.execute("TRUNCATE " + ", ".join(table["name"] for table in tables))
