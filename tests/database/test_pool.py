@@ -258,7 +258,7 @@ async def test_server_version(database: Pool, server: EmbeddedServer) -> None:
 async def test_connect_waits_for_a_late_server(
     server: EmbeddedServer, target: ConnectTarget, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A port where nobody listens at first, then a door to the real server."""
+    """A port where nobody listens at first, then a proxy to the real server."""
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         port = reserved.getsockname()[1]

@@ -227,7 +227,7 @@ class Driver:
         await self.bot.settled()
         self._note()
         wrong = await differences(self.database, self.simulator)
-        wrong += [f"{table} {id} was taken for gone" for table, id in await removals(self.database) - self.gone]
+        wrong += [f"{table} {id} was wrongly tombstoned" for table, id in await removals(self.database) - self.gone]
         mirror = self.bot.mirror
         left = {
             "watched for": mirror.writer.overlay.is_tracking,

@@ -31,7 +31,7 @@ from utils.mirror.write.writer import FlushPolicy
 from utils.service import lease
 
 TABLES = ("guilds", "users", "members", "roles", "channels", "threads")
-#: Members on a page in worlds that are small, and all the same have guilds of many pages.
+#: Members on a page in small worlds that still need guilds of several pages.
 PAGE = 10
 #: Seconds; a bound for what takes a few milliseconds, on a machine that does other things.
 PATIENCE = 30.0
@@ -248,7 +248,7 @@ async def changes(database: Pool, **where: Any) -> list[tuple[Any, ...]]:
 
 
 async def removals(database: Pool) -> set[tuple[str, int]]:
-    """Return every (table, id) that was ever taken for gone."""
+    """Return every (table, id) that was ever tombstoned."""
     records = await database.fetch("SELECT table_name, key FROM changes WHERE action = 'remove'")
     return {(record["table_name"], record["key"].get("user_id", record["key"].get("id"))) for record in records}
 

@@ -137,7 +137,7 @@ class Database:
         invalidate_cache: bool = False,
         reads: Sequence[str] | None = None,
     ) -> Any:
-        """Return the first column of the first row, or or None. The arguments are those of `fetch`."""
+        """Return the first column of the first row, or None. The arguments are those of `fetch`."""
         if use_cache and not invalidate_cache and (hit := self._cached("fetchval", sql, args, reads)) is not None:
             return hit.value()
         return await self._read("fetchval", sql, args, timeout, use_cache, invalidate_cache, reads, sys._getframe(1))

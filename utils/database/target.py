@@ -100,7 +100,7 @@ class ConnectTarget:
     server_settings: Mapping[str, str] = field(default_factory=dict)
     #: Behind a pooler in transaction mode: no prepared statements, session state or start-up parameters.
     pooled: bool = False
-    #: Whether the address itself says whether there is a pooler (`pgbouncer=true` or `false`), so nobody need find out.
+    #: Whether the address states if there is a pooler (`pgbouncer=true` or `false`), so that detection is skipped.
     is_declared: bool = False
     #: The variable it was read from.
     source: str = ""

@@ -207,7 +207,7 @@ async def test_what_waits_at_a_stop_is_written_or_said_to_be_lost(
     assert any("rows were not written" in record.getMessage() for record in caplog.records)
 
 
-async def test_rows_that_wait_since_before_a_listing_never_lie_over_it(
+async def test_buffered_rows_older_than_a_listing_do_not_overwrite_it(
     database: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The buffer could not be written over a new session, in which nicks were found changed and events were partial."""

@@ -99,7 +99,7 @@ async def test_whoever_waits_for_a_sync_hears_that_its_session_ended(
 
 @pytest.mark.parametrize("known", [False, True], ids=["first sync", "a sync of what is known"])
 @pytest.mark.parametrize("pages", [1, 3, 5])
-async def test_a_bot_killed_mid_listing_leaves_nothing_that_the_next_one_cannot_mend(
+async def test_next_start_repairs_a_listing_cut_by_a_kill(
     database: Pool, monkeypatch: pytest.MonkeyPatch, known: bool, pages: int
 ) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, SIZE, pages_per_second=30)

@@ -54,7 +54,7 @@ class MirrorWriter:
     """Owns the buffer and the event queue, and writes them in order, together with small observations.
 
     `on_lost` is called when another process was found to hold the lease. `on_dropped` is called with the guilds whose
-    members were dropped for want of memory, once the database takes rows again. `has_slept` returns whether this
+    members were dropped because memory was full, once the database takes rows again. `has_slept` returns whether this
     process was suspended for so long that another one may hold the lease. `on_written` is called after each commit with
     the tables that it may have changed.
     """
@@ -81,7 +81,7 @@ class MirrorWriter:
         self.write_lock: asyncio.Lock = asyncio.Lock()
         #: Held during every transaction that writes users; acquired last, and for that transaction alone.
         self.users_lock: asyncio.Lock = asyncio.Lock()
-        #: Events and rows committed, and rows dropped for want of memory, since the start.
+        #: Events and rows committed, and rows dropped because memory was full, since the start.
         self.events_written: int = 0
         self.rows_written: int = 0
         self.rows_dropped: int = 0
