@@ -119,7 +119,8 @@ async def test_live_events_wait_for_a_database_that_takes_no_writes(
                 await until(bot.mirror.writer.write_lock.locked)
             else:
                 await until(lambda: failures() >= before + 2)
-                assert len(bot.mirror.writer.buffer) > 4
+                # What the missing table does not concern is written meanwhile.
+                assert len(bot.mirror.writer.buffer) > (0 if how == "missing a table" else 4)
             beats = sum(connection.last_heartbeat for connection in simulator.gateway.connections)
             await until(lambda: sum(c.last_heartbeat for c in simulator.gateway.connections) > beats)
             world.update_member(guild_id, crowd[0], nick="and once more")
