@@ -369,8 +369,8 @@ def find_obstacle(connection: Connection, version: RecordedVersion, scripts: Pat
         return None
     names = ", ".join(collisions[:5]) + (f" and {len(collisions) - 5} more" if len(collisions) > 5 else "")
     return (
-        f"another program has tables where Guildbook would create its own: {names}. Nothing was changed. Set DB_SCHEMA"
-        " to a schema for Guildbook alone (DB_SCHEMA=guildbook), or use another database"
+        f"another program has tables where Guildbook would create its own: {names}. Nothing was changed. Create"
+        " a database for Guildbook alone, and point DATABASE_URL to it"
     )
 
 
