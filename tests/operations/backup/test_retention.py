@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.operations.backup.helpers import make_settings
-from utils.operations.backup.manifest import SAFETY_PREFIX, Kind, Manifest
+from utils.operations.backup.manifest import Kind, Manifest, Reason
 from utils.operations.backup.retention import SAFETY_DAYS, RetentionRules, ids_to_keep
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 RULES = st.builds(RetentionRules, *[st.integers(0, 15)] * 4)
 
 
-def manifest(made_at: datetime, kind: Kind = "full", reason: str = "scheduled", number: int = 0) -> Manifest:
+def manifest(made_at: datetime, kind: Kind = "full", reason: Reason = "scheduled", number: int = 0) -> Manifest:
     """Return the manifest of a backup made at a time; the number replaces the random end of its id."""
     id = f"{made_at:%Y%m%dT%H%M%SZ}-{number:06x}"
     return Manifest(
@@ -33,7 +33,7 @@ def histories(draw: st.DrawFn) -> list[Manifest]:
     span = draw(st.sampled_from((600, 86_400 * 10, 86_400 * 1_000)))
     ages = draw(st.lists(st.integers(0, span), max_size=60))
     kinds = st.sampled_from(get_args(Kind))
-    reasons = st.sampled_from(("manual", "scheduled", f"{SAFETY_PREFIX}restore"))
+    reasons = st.sampled_from(get_args(Reason))
     return [
         manifest(NOW - timedelta(seconds=age), draw(kinds), draw(reasons), number) for number, age in enumerate(ages)
     ]

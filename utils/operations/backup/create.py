@@ -27,6 +27,7 @@ from utils.operations.backup.manifest import (
     MANIFEST_SUFFIX,
     Kind,
     Manifest,
+    Reason,
     new_id,
 )
 from utils.operations.backup.pipeline import Command, Digest, run
@@ -74,7 +75,7 @@ ORDER BY line LIMIT 3
 class BackupRequest:
     """What to back up, and why."""
 
-    reason: str = "manual"
+    reason: Reason = "manual"
     #: Names of tables, with or without their schema; empty for all.
     tables: Sequence[str] = ()
     schema_only: bool = False

@@ -27,10 +27,12 @@ TIMESTAMP_LENGTH = len("20260102T030405Z")
 ARCHIVE_SUFFIX, ENCRYPTED_SUFFIX, MANIFEST_SUFFIX, DRILL_SUFFIX = ".dump", ".dump.age", ".json", ".drill.json"
 #: Largest manifest and largest drill result in bytes. A larger file is something else and is not read.
 MAX_MANIFEST_BYTES, MAX_DRILL_BYTES = 4_000_000, 1_000_000
-#: Reasons with this prefix mark safety copies, made automatically before a dangerous operation.
-SAFETY_PREFIX = "before "
 
 Kind = Literal["full", "tables", "schema"]
+#: Why a backup was made.
+Reason = Literal["manual", "scheduled", "before restore", "before downgrade"]
+#: The reasons of safety copies, which are made automatically before a dangerous operation.
+SAFETY_REASONS: frozenset[Reason] = frozenset({"before restore", "before downgrade"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,7 @@ class Manifest:
     created_at: str
     #: Only a full backup can replace the database.
     kind: Kind
-    #: manual, scheduled, before restore, …
-    reason: str
+    reason: Reason
     #: Name of the archive, in the same store as the manifest.
     file: str
     #: Bytes and SHA-256 of the archive as stored.
@@ -84,7 +85,7 @@ class Manifest:
     @property
     def is_safety_copy(self) -> bool:
         """Whether it was made automatically before a dangerous operation."""
-        return self.reason.startswith(SAFETY_PREFIX)
+        return self.reason in SAFETY_REASONS
 
     @property
     def line(self) -> str:

@@ -11,6 +11,7 @@ from utils.operations.action import Outcome, Progress, ignore_progress
 from utils.operations.backup.catalog import BackupCatalog, Entry
 from utils.operations.backup.create import BackupRequest, create
 from utils.operations.backup.drill import drill
+from utils.operations.backup.manifest import Reason
 from utils.operations.backup.restore import restore
 from utils.operations.backup.retention import RetentionRules
 from utils.settings import Settings
@@ -32,7 +33,7 @@ class BackupService:
         *,
         tables: Sequence[str] = (),
         schema_only: bool = False,
-        reason: str = "manual",
+        reason: Reason = "manual",
         progress: Progress = ignore_progress,
     ) -> Outcome:
         """Back up the database, or only some `tables`, or no rows with `schema_only`."""
