@@ -19,10 +19,11 @@ import psutil
 from benchmarks.figures import Figure, ratio
 from utils.database import ConnectTarget, Pool
 from utils.database.partitions import ensure_partitions
+from utils.database.sql import quote_identifier
 from utils.operations.backup import client_tools, load
 from utils.operations.backup.create import COMPRESSION, BackupRequest, create
 from utils.operations.backup.restore import restore_archive
-from utils.operations.backup.scratch import connect, quote_identifier
+from utils.operations.backup.scratch import connect
 from utils.operations.backup.service import BackupService
 from utils.settings import Settings
 

@@ -28,7 +28,9 @@ async def test_postgres_reads_other_arrays_back(database: Pool, values: list[Any
     assert await database.fetchval(f"SELECT $1::text::{type_}[]", array_literal(values)) == values
 
 
-@pytest.mark.parametrize(("name", "quoted"), [("nick", "nick"), ("order", '"order"'), ('a"b', '"a""b"')])
+@pytest.mark.parametrize(
+    ("name", "quoted"), [("nick", "nick"), ("order", '"order"'), ('a"b', '"a""b"'), ("50%", '"50%"'), ("a%b", '"a%b"')]
+)
 def test_quotes_identifiers_where_needed(name: str, quoted: str) -> None:
     assert quote_identifier(name) == quoted
 

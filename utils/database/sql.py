@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Column
-from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import asyncpg
 
-_DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]
+#: The generic dialect would double each % in an identifier, for drivers that take it for a placeholder.
+_DIALECT = asyncpg.dialect()  # type: ignore[no-untyped-call]
 _HEADER = re.compile(r"^-- name: (\w+)\n((?:--.*\n)*)", re.MULTILINE)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from simulator import Limits, Simulator, World
+from simulator import Simulator, World
 from tests.bot.running import BotProcess, running_bot, wait_until_mirrored
 from tests.operations.backup.helpers import dropping_scratch_databases, dump, until_query
 from tests.waiting import until
@@ -25,16 +24,11 @@ async def no_safety_backup() -> tuple[None, str]:
 
 @pytest.fixture
 def world() -> World:
+    """Two guilds, one of them of two pages of members."""
     world = World(seed=11)
     world.add_guild(members=1_500, name="Large")
     world.add_guild(members=40, name="Small")
     return world
-
-
-@pytest.fixture
-async def simulator(world: World) -> AsyncIterator[Simulator]:
-    async with Simulator(world, limits=Limits.none()) as running:
-        yield running
 
 
 async def test_a_running_bot_keeps_its_lease_and_reconciles(

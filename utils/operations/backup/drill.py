@@ -20,13 +20,13 @@ from models import Part, mirrored_tables, part_of
 from utils.database import ConnectTarget, Pool
 from utils.database.binaries import binaries
 from utils.database.embedded import EmbeddedServer
-from utils.database.sql import sql_type
+from utils.database.sql import quote_identifier, sql_type
 from utils.exceptions import BackupError, DatabaseError, ForbiddenHere, translate_errors
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.backup import load, scratch
 from utils.operations.backup.catalog import Archive, BackupCatalog
 from utils.operations.backup.manifest import DrillResult
-from utils.operations.backup.scratch import Connection, connect, quote_identifier
+from utils.operations.backup.scratch import Connection, connect
 
 #: Major versions that the embedded server has (utils/database/binaries.py).
 EMBEDDED_MAJORS = 16, 18

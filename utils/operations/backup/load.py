@@ -11,11 +11,12 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from utils.database import ConnectTarget, ownership
+from utils.database.sql import quote_identifier
 from utils.exceptions import BackupError, translate_errors
 from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup import client_tools
 from utils.operations.backup.catalog import Archive
-from utils.operations.backup.scratch import connect, quote_identifier
+from utils.operations.backup.scratch import connect
 
 #: Fewest and most connections for loading and counting.
 MIN_JOBS, MAX_JOBS = 2, 4

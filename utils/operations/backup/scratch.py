@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import asyncpg
 
 from utils.database import ConnectTarget
+from utils.database.sql import quote_identifier
 from utils.exceptions import BackupError, DatabaseError, ForbiddenHere, translate, translate_errors
 
 if TYPE_CHECKING:
@@ -78,11 +79,6 @@ class ScratchDatabase:
 
     name: str
     target: ConnectTarget
-
-
-def quote_identifier(name: str) -> str:
-    """Return a name as an SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def quote_literal(value: str) -> str:

@@ -19,13 +19,13 @@ import asyncpg
 import stamina
 
 from utils.database import ConnectTarget
+from utils.database.sql import quote_identifier
 from utils.exceptions import BackupError, DatabaseError, translate, translate_errors
 from utils.operations.backup.scratch import (
     Connection,
     connect,
     copy_settings,
     maintenance_target,
-    quote_identifier,
     quote_literal,
 )
 from utils.service import lease
