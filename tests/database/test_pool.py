@@ -396,7 +396,7 @@ async def door(port: int, server: EmbeddedServer) -> AsyncIterator[None]:
         yield
 
 
-LIMITS = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
+LIMITS = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", "idle_session_timeout")
 
 
 async def limits(connection: Connection) -> list[str]:
@@ -411,12 +411,12 @@ async def test_sessions_replace_the_time_limits_of_a_role(target: ConnectTarget,
     async with pool(replace(target, pooled=pooled), pool_max=1) as db:
         for _ in range(2):  # also after the connection was reset
             async with db.transaction() as connection:
-                assert await limits(connection) == ["0", "0", "1h"]
+                assert await limits(connection) == ["0", "0", "1h", "0"]
                 await connection.execute("SELECT pg_sleep(0.3)")
                 await asyncio.sleep(0.3)
         if pooled:  # nothing leaks to other clients of the pooler
             async with db.acquire() as connection:
-                assert await limits(connection) == ["150ms"] * 3
+                assert await limits(connection) == ["150ms"] * 4
 
 
 @pytest.mark.parametrize("pooled", [False, True])

@@ -498,6 +498,8 @@ def limits_of(conn: Any, *, local: bool = False) -> str:
     """
     limits = {"statement_timeout": 0, "lock_timeout": 0}
     limits["idle_in_transaction_session_timeout"] = IDLE_IN_TRANSACTION_SECONDS * 1000
+    if conn.get_server_version().major >= 14:
+        limits["idle_session_timeout"] = 0
     if conn.get_server_version().major >= 17:
         limits["transaction_timeout"] = 0
     calls = (f"set_config('{name}', '{milliseconds}', {local})" for name, milliseconds in limits.items())

@@ -60,3 +60,9 @@ async def test_says_which_privilege_is_missing(target: ConnectTarget) -> None:
                 pass
     finally:
         await execute(postgres, f"DROP ROLE {role}")
+
+
+async def test_connections_replace_the_time_limits_of_a_role(target: ConnectTarget) -> None:
+    await execute(target, f"ALTER DATABASE {target.database} SET statement_timeout = '150ms'")
+    async with scratch.connect(target) as connection:
+        await connection.execute("SELECT pg_sleep(0.3)")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import asyncpg
 
 from utils.database import ConnectTarget
+from utils.database.pool import set_limits
 from utils.database.sql import quote_identifier
 from utils.exceptions import BackupError, DatabaseError, ForbiddenHere, translate, translate_errors
 
@@ -128,6 +129,7 @@ async def connect(target: ConnectTarget) -> AsyncIterator[Connection]:
                 **target.connect_kwargs(), timeout=CONNECT_SECONDS, command_timeout=STATEMENT_SECONDS
             )
         try:
+            await set_limits(connection)
             yield connection
             await connection.close(timeout=5)
         finally:

@@ -13,6 +13,7 @@ from typing import Any
 import asyncpg
 
 from utils.database import ConnectTarget, Pool, ownership
+from utils.database.pool import set_limits
 from utils.exceptions import GuildbookError, MigrationError, translate_errors
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.migrations import invalid_indexes, runner, schema_catalog
@@ -298,6 +299,7 @@ async def _empty_database(target: ConnectTarget) -> AsyncIterator[ConnectTarget 
             **target.connect_kwargs(), timeout=10, command_timeout=CREATE_DATABASE_SECONDS
         )
         try:
+            await set_limits(connection)
             try:
                 await connection.execute("CREATE DATABASE " + name + " TEMPLATE template0")
             except asyncpg.InsufficientPrivilegeError:

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, MetaData, text
 
 from models import Base
 from models.views import ROLE_MEMBERSHIP
+from utils.database.pool import set_limits
 from utils.database.target import ConnectTarget
 from utils.exceptions import translate_errors
 from utils.operations.migrations.environment import import_models, run_on_connection
@@ -49,6 +50,7 @@ async def read(target: ConnectTarget) -> dict[str, str]:
     with translate_errors():
         connection = await asyncpg.connect(**target.connect_kwargs(), timeout=30, command_timeout=60)
         try:
+            await set_limits(connection)
             rows = [row for query in _QUERIES for row in await connection.fetch(query)]
         finally:
             await connection.close(timeout=5)
