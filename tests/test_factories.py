@@ -24,7 +24,7 @@ from utils.database import Pool
 from utils.mirror.records.rows import key_columns
 
 
-def test_ids_are_unique_and_in_the_order_in_which_they_were_made() -> None:
+def test_ids_are_unique_and_ascending() -> None:
     guild = make_guild()
     ids = [guild.id, make_user().id, make_role(guild).id, make_channel(guild).id, make_guild().id]
     assert ids == sorted(set(ids))
@@ -38,7 +38,7 @@ def test_two_hands_never_give_out_the_same_id() -> None:
         Snowflakes(1024)
 
 
-def test_what_is_given_wins_over_what_is_plausible() -> None:
+def test_explicit_values_override_generated_ones() -> None:
     guild = make_guild(name="Tea house")
     role = make_role(guild, name="Guests")
     ann = make_user(username="ann", bot=True)
@@ -68,7 +68,7 @@ def test_one_seed_gives_the_same_rows(guilds: int, members: int, seed: int) -> N
         assert ids == sorted(ids)
 
 
-def test_people_are_shared_between_guilds_and_every_guild_has_an_owner() -> None:
+def test_guilds_share_people_and_have_owners() -> None:
     made = imagine(guilds=3, members=9)
     shared = [user for user in made.users if sum(member.user_id == user.id for member in made.members) == 3]
     assert len(shared) == 3
@@ -80,7 +80,7 @@ async def people(database: Pool) -> Population:
     return await populate(database, guilds=2, members=10)
 
 
-async def test_a_population_is_in_the_tables_as_it_was_returned(database: Pool, people: Population) -> None:
+async def test_population_equals_the_tables(database: Pool, people: Population) -> None:
     for row in people.rows:
         table = row.__tablename__
         where = " AND ".join(f"{name} = ${number}" for number, name in enumerate(key_columns(table), start=1))

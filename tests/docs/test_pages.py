@@ -27,7 +27,7 @@ from utils.settings import load_settings, variables
 RAILWAYS = ("RAILWAY_DEPLOYMENT_DRAINING_SECONDS", "RAILWAY_DEPLOYMENT_OVERLAP_SECONDS", "RAILWAY_RUN_UID")
 
 
-def test_every_block_is_of_a_language_that_is_tried() -> None:
+def test_every_block_has_a_tested_language() -> None:
     # text: the demo's output is compared in tests/demo, the invitation below. json: examples of files to import, tried
     # in tests/operations/importing/test_shapes.py.
     tried = ("sh", "dotenv", "sql", "python", "text", "json")
@@ -63,7 +63,7 @@ def test_every_command_can_be_typed(block: Block, tmp_path: Path) -> None:
     sorted({block.page for block in blocks("sh") if "python bot.py" in block.text}),
     ids=lambda page: str(page.relative_to(ROOT)),
 )
-async def test_operators_commands_do_what_a_page_says_one_after_the_other(page: Path, tmp_path: Path) -> None:
+async def test_commands_of_a_page_succeed_in_order(page: Path, tmp_path: Path) -> None:
     """Every `python bot.py …` of a page, on a database with something in it, and the files that they name."""
     entry = {"join_date": "2024-05-01", "roles": ["5"], "statistics": {"message_count": 7}}
     (tmp_path / "members.json").write_text(json.dumps({"1_2": entry}))

@@ -11,9 +11,7 @@ from tests.mirror.harness import differences, mirrored
 from utils.database import Pool
 
 
-async def test_a_world_is_mirrored_and_stays_equal_while_it_changes(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_mirrors_a_changing_world(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(seed=3)
     world.add_guild(members=2500)
     world.add_guild(members=300)

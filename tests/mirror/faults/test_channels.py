@@ -28,9 +28,7 @@ async def channel_row(database: Pool, channel_id: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("how", ["live", "while away"])
-async def test_hiding_a_channel_flips_hidden_and_keeps_everything_else(
-    database: Pool, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+async def test_hiding_a_channel_only_sets_hidden(database: Pool, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 6)
     world, channel_id = simulator.world, text_channel(simulator, guild_id)
     thread_id = world.create_thread(guild_id, channel_id)
@@ -69,9 +67,7 @@ async def test_hiding_a_channel_flips_hidden_and_keeps_everything_else(
     assert told[0][4] == {"topic": "changed behind the veil", "name": "renamed"}
 
 
-async def test_a_channel_never_seen_but_hidden_is_known_to_be_there(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_hidden_channel_gets_a_row(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 6)
     world, channel_id = simulator.world, text_channel(simulator, guild_id)
     world.hide_channel(guild_id, channel_id)
@@ -90,9 +86,7 @@ async def test_a_channel_never_seen_but_hidden_is_known_to_be_there(
     assert await differences(database, simulator) == []
 
 
-async def test_what_happened_in_a_hidden_channel_is_learned_when_it_is_shown(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_unhidden_channel_is_updated(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 6)
     world, channel_id = simulator.world, text_channel(simulator, guild_id)
     deleted, archived, kept = (world.create_thread(guild_id, channel_id) for _ in range(3))
@@ -114,9 +108,7 @@ async def test_what_happened_in_a_hidden_channel_is_learned_when_it_is_shown(
     assert await differences(database, simulator) == []
 
 
-async def test_threads_archived_or_deleted_while_the_bot_was_away_are_found_out(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_offline_thread_changes_are_found(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 6)
     world, channel_id = simulator.world, text_channel(simulator, guild_id)
     deleted, archived = (world.create_thread(guild_id, channel_id) for _ in range(2))
@@ -131,9 +123,7 @@ async def test_threads_archived_or_deleted_while_the_bot_was_away_are_found_out(
     assert await differences(database, simulator) == []
 
 
-async def test_a_channel_whose_archive_may_not_be_read_keeps_its_threads(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_unreadable_archive_tombstones_no_thread(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """403 means unknown; each thread is asked for by itself, and what answers is taken as it is."""
     simulator, (guild_id,) = small_world(monkeypatch, 6)
     world, channel_id = simulator.world, text_channel(simulator, guild_id)
@@ -153,7 +143,7 @@ async def test_a_channel_whose_archive_may_not_be_read_keeps_its_threads(
     assert await removals(database) == set()
 
 
-async def test_an_archive_that_could_not_be_read_is_read_again(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failed_archive_read_is_retried(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, _ = small_world(monkeypatch, 6)
     simulator.faults.rest_fail("/threads/archived", 500, times=11)  # discord.py tries five times each
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
@@ -162,7 +152,7 @@ async def test_an_archive_that_could_not_be_read_is_read_again(database: Pool, m
     assert await differences(database, simulator) == []
 
 
-async def test_a_thread_deleted_while_the_archive_is_read_stays_deleted(
+async def test_thread_deleted_during_an_archive_read_stays_deleted(
     database: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The listing was rendered before the deletion and comes after it: the thread, never stored, must not come up."""
@@ -213,9 +203,7 @@ async def test_a_deleted_channel_buries_its_threads_and_a_deleted_role_leaves_ev
     assert await differences(database, simulator) == []
 
 
-async def test_roles_and_channels_that_went_while_the_bot_was_away_are_gone_and_take_theirs_along(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_offline_role_and_channel_deletions_cascade(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 45)
     world, channel_id = simulator.world, text_channel(simulator, guild_id)
     thread, role = world.create_thread(guild_id, channel_id), world.create_role(guild_id)

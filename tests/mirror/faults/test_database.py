@@ -163,7 +163,7 @@ async def test_a_sync_outlives_a_database_that_takes_no_writes(
     assert await removals(database) <= ({("members", crowd[0])} if known else set())
 
 
-async def test_connections_that_end_in_the_middle_of_a_large_listing_cost_nobody_anything(
+async def test_connections_lost_during_a_listing_lose_no_member(
     database: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 120, pages_per_second=20)
@@ -186,7 +186,7 @@ async def test_connections_that_end_in_the_middle_of_a_large_listing_cost_nobody
     assert await removals(database) == set()
 
 
-async def test_what_waits_at_a_stop_is_written_or_said_to_be_lost(
+async def test_pending_rows_are_written_or_reported_lost_at_stop(
     database: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 6)
@@ -245,7 +245,7 @@ async def test_buffered_rows_older_than_a_listing_do_not_overwrite_it(
 
 
 @pytest.mark.parametrize("pooled", [False, True], ids=["staged", "page by page"])
-async def test_a_listing_older_than_a_complete_one_of_another_process_changes_nobody(
+async def test_listing_older_than_a_complete_one_changes_nothing(
     database: Pool, monkeypatch: pytest.MonkeyPatch, pooled: bool
 ) -> None:
     if pooled:

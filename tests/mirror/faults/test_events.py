@@ -51,9 +51,7 @@ async def letters(database: Pool) -> list[dict[str, Any]]:
     return [dict(row) for row in await database.fetch("SELECT * FROM ops.dead_letters ORDER BY id")]
 
 
-async def test_joins_leaves_bans_and_messages_are_written_as_they_come(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_live_events_are_recorded_in_order(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 6)
     world, crowd = simulator.world, people(simulator, guild_id)
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
@@ -70,9 +68,7 @@ async def test_joins_leaves_bans_and_messages_are_written_as_they_come(
     assert await counted(database) == told(simulator)
 
 
-async def test_what_happened_while_nobody_was_connected_is_inferred(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_offline_joins_and_leaves_are_inferred(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, (large, small) = small_world(monkeypatch, 45, 6)
     world = simulator.world
     wanted: set[tuple[int, str]] = set()
@@ -139,7 +135,7 @@ async def test_a_commit_whose_answer_is_lost_counts_once(database: Pool, monkeyp
     assert Counter(kind for _, kind in await moves(database)) == {"ban": 4, "leave": 4}
 
 
-async def test_a_killed_process_leaves_its_events_to_the_next_one(
+async def test_next_process_replays_events_of_a_killed_one(
     database: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 12)
@@ -161,7 +157,7 @@ async def test_a_killed_process_leaves_its_events_to_the_next_one(
     assert await database.fetchval("SELECT count(*) FROM ops.positions") <= 1
 
 
-async def test_what_cannot_be_written_at_the_end_is_left_to_the_disk_or_said_to_be_lost(
+async def test_unwritten_events_are_spooled_or_reported_lost(
     database: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 12)
@@ -189,9 +185,7 @@ async def forbid(database: Pool, statement: str) -> None:
 
 
 @pytest.mark.parametrize("size", [6, 45], ids=["small guild", "large guild"])
-async def test_a_row_that_is_refused_is_kept_apart_and_everything_else_is_written(
-    database: Pool, monkeypatch: pytest.MonkeyPatch, size: int
-) -> None:
+async def test_refused_row_becomes_a_dead_letter(database: Pool, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, size)
     world, crowd = simulator.world, people(simulator, guild_id)
     await forbid(database, "ALTER TABLE members ADD CONSTRAINT polite CHECK (nick <> 'rude' AND nick <> 'unheard')")
@@ -215,9 +209,7 @@ async def test_a_row_that_is_refused_is_kept_apart_and_everything_else_is_writte
     assert (joined, "join") in await moves(database)
 
 
-async def test_an_event_that_is_refused_is_kept_apart_and_the_others_count(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_refused_event_becomes_a_dead_letter(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 12)
     crowd = people(simulator, guild_id)
     await forbid(database, f"ALTER TABLE member_stats ADD CONSTRAINT quiet CHECK (user_id <> {crowd[0]})")
@@ -234,7 +226,7 @@ async def test_an_event_that_is_refused_is_kept_apart_and_the_others_count(
     assert await moves(database) == [(crowd[1], "leave")]
 
 
-async def test_members_that_memory_has_no_room_for_are_restored_by_a_reconcile(
+async def test_dropped_members_are_restored_by_a_reconcile(
     database: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     simulator, (guild_id, other) = small_world(monkeypatch, 45, 45)
@@ -262,7 +254,7 @@ async def test_members_that_memory_has_no_room_for_are_restored_by_a_reconcile(
 
 
 @pytest.mark.slow
-async def test_who_lost_the_lease_writes_nothing_more_and_leaves_its_events_to_the_one_that_acts(
+async def test_former_holder_leaves_its_events_to_the_next_one(
     database: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 12)
@@ -297,7 +289,7 @@ async def _two_at_once(
         await bot.settled()
 
 
-async def test_who_joined_before_a_kill_and_left_after_it_has_left(
+async def test_join_before_and_leave_after_a_kill_is_a_leave(
     database: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Only the journal knows of them: without a row of theirs no listing could prove that they left."""

@@ -43,7 +43,7 @@ async def test_an_outage_in_quiet_times_tombstones_nobody(database: Pool, monkey
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["first sync", "a sync of what is known"])
-async def test_an_outage_during_a_listing_ends_it_without_proof(
+async def test_guild_outage_ends_the_listing_without_proof(
     database: Pool, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 60, pages_per_second=40)
@@ -66,9 +66,7 @@ async def test_an_outage_during_a_listing_ends_it_without_proof(
     assert await removals(database) == set()
 
 
-async def test_an_outage_that_lasts_over_a_restart_is_known_and_holds_nothing_up(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_guild_outage_across_a_restart_blocks_nothing(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, (guild_id, other) = small_world(monkeypatch, 45, 12)
     world = simulator.world
     async with simulator:
@@ -88,9 +86,7 @@ async def test_an_outage_that_lasts_over_a_restart_is_known_and_holds_nothing_up
     assert await removals(database) == set()
 
 
-async def test_a_guild_that_arrives_as_unavailable_has_an_outage(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_unavailable_guild_is_not_a_left_guild(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Discord may mark the guild object of GUILD_CREATE so (Gateway Events, "Guild Create")."""
     simulator, (guild_id,) = small_world(monkeypatch, 12)
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
@@ -102,7 +98,7 @@ async def test_a_guild_that_arrives_as_unavailable_has_an_outage(
 
 
 @pytest.mark.parametrize("away", [False, True], ids=["while connected", "while away"])
-async def test_a_guild_that_the_bot_is_removed_from_is_left_and_nothing_else_is_touched(
+async def test_removal_from_a_guild_touches_no_other_guild(
     database: Pool, monkeypatch: pytest.MonkeyPatch, away: bool
 ) -> None:
     simulator, (guild_id, other) = small_world(monkeypatch, 45, 32)
@@ -140,9 +136,7 @@ async def test_a_guild_that_the_bot_is_removed_from_is_left_and_nothing_else_is_
     assert told == ["remove", "return"]
 
 
-async def test_what_happens_right_after_a_guild_arrives_is_younger_than_its_snapshot(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_events_after_guild_create_win(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names change during an outage, and right behind GUILD_CREATE they change back to what is stored."""
     simulator, (guild_id,) = small_world(monkeypatch, 6)
     world = simulator.world
@@ -177,9 +171,7 @@ async def test_what_happens_right_after_a_guild_arrives_is_younger_than_its_snap
     assert await differences(database, simulator) == []
 
 
-async def test_the_bot_is_not_ready_before_every_guild_has_arrived_and_been_reconciled(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_ready_once_every_guild_is_reconciled(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, ids = small_world(monkeypatch, 45, 32, 12, pages_per_second=50)
     seen: list[bool] = []
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
@@ -203,9 +195,7 @@ async def test_the_bot_is_not_ready_before_every_guild_has_arrived_and_been_reco
         await bot.ready()
 
 
-async def test_three_large_guilds_at_once_take_turns_and_none_of_them_fails(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_large_guilds_are_listed_in_turn(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Staging admits two; if the pages of a third were requested, they would pause the gateway."""
     simulator, ids = small_world(monkeypatch, 240, 230, 220, 210)
     async with simulator, mirrored(database, simulator, monkeypatch, pause_seconds=2.0) as bot:

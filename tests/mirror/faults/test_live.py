@@ -70,7 +70,7 @@ async def listing_by(bot: Mirrored, guild_id: int, way: str) -> None:
     await until(found)
 
 
-async def test_who_leaves_joins_or_is_renamed_during_the_first_sync_is_as_they_are(
+async def test_live_events_during_the_first_sync_are_kept(
     database: Pool, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     simulator, guild_id = slowed(monkeypatch, way)
@@ -96,7 +96,7 @@ async def test_who_leaves_joins_or_is_renamed_during_the_first_sync_is_as_they_a
     assert await database.fetchval("SELECT count(*) FROM members WHERE user_id = $1", joined[0]) == 1
 
 
-async def test_a_live_event_beats_an_older_page_even_when_it_changed_nothing_in_the_table(
+async def test_live_event_without_a_change_beats_an_older_page(
     database: Pool, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """While the bot is away a nick changes, so the pages show the new one; live it changes back to what is stored."""
@@ -127,7 +127,7 @@ async def test_a_live_event_beats_an_older_page_even_when_it_changed_nothing_in_
     assert await database.fetchval("SELECT count(*) FROM user_changes") == 0
 
 
-async def test_a_partial_event_keeps_the_page_from_its_own_columns_alone(
+async def test_partial_event_beats_the_page_in_its_columns_only(
     database: Pool, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """Nicks changed while the bot was away; live events without nick and pending must not hide that."""
@@ -156,7 +156,7 @@ async def test_a_partial_event_keeps_the_page_from_its_own_columns_alone(
 
 
 @pytest.mark.parametrize("size", [6, 15, SIZE], ids=["one REST page", "two pages", "large"])
-async def test_who_comes_back_during_a_listing_just_as_they_are_stored_is_not_taken_for_gone(
+async def test_unchanged_return_during_a_listing_is_not_a_leave(
     database: Pool, monkeypatch: pytest.MonkeyPatch, way: str, size: int
 ) -> None:
     """They left while the bot was away, so no page shows them, and their return changes nothing in the table."""
@@ -187,7 +187,7 @@ async def test_who_comes_back_during_a_listing_just_as_they_are_stored_is_not_ta
     assert await removals(database) == set()
 
 
-async def test_a_role_deleted_during_a_listing_leaves_every_members_roles_and_nothing_else_behind(
+async def test_role_deleted_during_a_listing_leaves_no_trace(
     database: Pool, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """Its members changed, and some left, while the bot was away: taking the role away must not hide that."""
@@ -218,7 +218,7 @@ async def test_a_role_deleted_during_a_listing_leaves_every_members_roles_and_no
     assert await removals(database) == {("roles", role), ("roles", given), *(("members", id) for id in left)}
 
 
-async def test_a_role_that_comes_and_goes_during_the_first_sync_is_in_nobodys_roles(
+async def test_short_lived_role_is_in_no_member_after_the_first_sync(
     database: Pool, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     simulator, guild_id = slowed(monkeypatch, way)
@@ -243,9 +243,7 @@ async def test_a_role_that_comes_and_goes_during_the_first_sync_is_in_nobodys_ro
     assert await database.fetchval("SELECT count(*) FROM members WHERE roles @> $1::bigint[]", roles) == 0
 
 
-async def test_the_first_sync_of_a_guild_is_one_copy_and_live_rows_wait_for_it(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_first_sync_is_one_copy_and_live_rows_wait(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the guild's members may be there before the COPY commits, or it would fail on them."""
     simulator, guild_id = slowed(monkeypatch, "staged", pages_per_second=4)
     world, crowd = simulator.world, people(simulator, guild_id)
@@ -270,9 +268,7 @@ async def test_the_first_sync_of_a_guild_is_one_copy_and_live_rows_wait_for_it(
     assert told == {crowd[0]: "update", crowd[1]: "remove"}
 
 
-async def test_a_request_for_a_sync_while_one_runs_makes_a_second_one_after_it(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_sync_requested_during_a_sync_runs_after_it(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, guild_id = slowed(monkeypatch, "staged")
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
         await bot.settled()

@@ -44,7 +44,7 @@ def _meanwhile(simulator: Simulator, guild_id: int) -> int:
 
 @pytest.mark.parametrize("size", [15, 45], ids=["two pages", "five pages"])
 @pytest.mark.parametrize("lie", BREAKING)
-async def test_a_broken_listing_tombstones_nobody_and_the_next_one_is_whole(
+async def test_incomplete_listing_tombstones_nobody(
     database: Pool, monkeypatch: pytest.MonkeyPatch, lie: str, size: int
 ) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, size)
@@ -67,9 +67,7 @@ async def test_a_broken_listing_tombstones_nobody_and_the_next_one_is_whole(
 
 
 @pytest.mark.parametrize("lie", HARMLESS)
-async def test_pages_in_any_order_and_number_make_one_whole_listing(
-    database: Pool, monkeypatch: pytest.MonkeyPatch, lie: str
-) -> None:
+async def test_pages_complete_a_listing_in_any_order(database: Pool, monkeypatch: pytest.MonkeyPatch, lie: str) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 45)
     kind, tell = HARMLESS[lie]
     async with simulator:
@@ -106,9 +104,7 @@ async def test_a_doubled_page_proves_no_other_page(database: Pool, monkeypatch: 
 
 
 @pytest.mark.parametrize("pooled", [False, True], ids=["direct", "through a pooler"])
-async def test_an_unchanged_world_is_synced_without_writing_a_row(
-    database: Pool, monkeypatch: pytest.MonkeyPatch, pooled: bool
-) -> None:
+async def test_unchanged_world_writes_no_row(database: Pool, monkeypatch: pytest.MonkeyPatch, pooled: bool) -> None:
     if pooled:
         monkeypatch.setattr(database, "target", replace(database.target, pooled=True))
     simulator, ids = small_world(monkeypatch, 45, 15, 6)

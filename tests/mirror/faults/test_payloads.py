@@ -77,9 +77,7 @@ async def test_a_malformed_event_costs_that_event_alone(
 
 
 @pytest.mark.parametrize("kind", ["nul", "lone_surrogate"])
-async def test_names_that_postgres_cannot_store_are_stored_with_a_mark(
-    database: Pool, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+async def test_unstorable_characters_are_replaced(database: Pool, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 45)
     world, before = simulator.world, malformed_count()
     hard = "n\0l half \ud800 pair \udfff"
@@ -104,7 +102,7 @@ async def test_names_that_postgres_cannot_store_are_stored_with_a_mark(
 
 
 @pytest.mark.parametrize("source", ["gateway", "rest"])
-async def test_a_member_whom_a_page_shows_unreadably_is_neither_changed_nor_gone(
+async def test_unreadable_member_is_neither_changed_nor_tombstoned(
     database: Pool, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 45)
@@ -152,9 +150,7 @@ async def test_a_page_with_a_member_of_unknown_id_tombstones_nobody(
     assert await removals(database) == {("members", crowd[8])}
 
 
-async def test_a_broken_part_of_a_guild_costs_that_part_and_nothing_is_taken_for_gone(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_malformed_part_of_a_guild_tombstones_nothing(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 6)
     world = simulator.world
     async with simulator:
@@ -171,9 +167,7 @@ async def test_a_broken_part_of_a_guild_costs_that_part_and_nothing_is_taken_for
     assert await differences(database, simulator) == []
 
 
-async def test_broken_pages_and_answers_end_a_listing_and_not_the_bot(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_malformed_pages_end_the_listing_only(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 45)
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
         await bot.settled()

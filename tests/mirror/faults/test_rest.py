@@ -14,9 +14,7 @@ from utils.exceptions import SyncError
 
 
 @pytest.mark.parametrize("status", [500, 502, 429])
-async def test_a_member_list_that_fails_is_asked_for_again(
-    database: Pool, monkeypatch: pytest.MonkeyPatch, status: int
-) -> None:
+async def test_failed_member_list_is_retried(database: Pool, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
     simulator, (small, large) = small_world(monkeypatch, 6, 45)
     simulator.faults.rest_fail("/members", status, times=12, retry_after=0.01)
     simulator.faults.rate_limit_next(large)
@@ -29,9 +27,7 @@ async def test_a_member_list_that_fails_is_asked_for_again(
     assert await removals(database) == set()
 
 
-async def test_a_member_list_that_fails_after_some_pages_proves_nothing(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_member_list_that_fails_midway_proves_nothing(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 60)
     async with simulator:
         async with mirrored(database, simulator, monkeypatch) as bot:
@@ -50,9 +46,7 @@ async def test_a_member_list_that_fails_after_some_pages_proves_nothing(
     assert await removals(database) == set()
 
 
-async def test_a_sync_that_cannot_be_done_says_so_to_whoever_asked(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_failed_sync_raises_for_the_caller(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 6)
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
         await bot.settled()
@@ -67,9 +61,7 @@ async def test_a_sync_that_cannot_be_done_says_so_to_whoever_asked(
     assert await differences(database, simulator) == []
 
 
-async def test_an_answer_that_comes_late_is_older_than_what_happened_meanwhile(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_late_response_is_older_than_live_events(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer shows what lay between: names that changed before the request and changed back after it.
 
     Both events wait in the buffer, where they cancel each other out, so that no stamp in the table tells.
@@ -115,9 +107,7 @@ async def test_an_answer_that_comes_late_is_older_than_what_happened_meanwhile(
     assert all(created)
 
 
-async def test_an_answer_from_before_a_new_session_is_not_written(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_response_from_an_older_session_is_discarded(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Events between the answer and the new session were missed: only what the new one shows counts."""
     simulator, (guild_id,) = small_world(monkeypatch, 6)
     world = simulator.world
@@ -140,7 +130,7 @@ async def test_an_answer_from_before_a_new_session_is_not_written(
 
 
 @pytest.mark.parametrize("size", [6, 15, 45], ids=["one REST page", "two pages", "staged"])
-async def test_every_change_removal_and_return_is_kept_and_a_first_appearance_is_not(
+async def test_history_has_changes_removals_and_returns(
     database: Pool, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     """By a reconcile and live alike: what changed, from what to what."""

@@ -14,9 +14,7 @@ SIZE = 60
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["first sync", "a sync of what is known"])
-async def test_a_socket_that_drops_mid_listing_is_resumed_and_the_listing_goes_on(
-    database: Pool, monkeypatch: pytest.MonkeyPatch, known: bool
-) -> None:
+async def test_listing_continues_after_a_resume(database: Pool, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, SIZE, pages_per_second=60)
     async with simulator:
         if known:
@@ -34,7 +32,7 @@ async def test_a_socket_that_drops_mid_listing_is_resumed_and_the_listing_goes_o
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["first sync", "a sync of what is known"])
-async def test_a_refused_resume_ends_the_listing_and_the_new_session_makes_a_whole_one(
+async def test_refused_resume_restarts_the_listing(
     database: Pool, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
     simulator, (guild_id, other) = small_world(monkeypatch, SIZE, 12, pages_per_second=60)
@@ -61,9 +59,7 @@ async def test_a_refused_resume_ends_the_listing_and_the_new_session_makes_a_who
     assert await removals(database) <= {("members", crowd[0])}
 
 
-async def test_an_invalidated_session_is_followed_by_a_reconcile_of_every_guild(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_invalid_session_reconciles_every_guild(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, (large, small) = small_world(monkeypatch, 45, 6)
     world = simulator.world
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
@@ -83,9 +79,7 @@ async def test_an_invalidated_session_is_followed_by_a_reconcile_of_every_guild(
     assert await removals(database) == {("members", gone)}
 
 
-async def test_whoever_waits_for_a_sync_hears_that_its_session_ended(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_sync_fails_when_its_session_ends(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, SIZE, pages_per_second=30)
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
         await bot.settled()
@@ -151,9 +145,7 @@ async def test_events_that_come_twice_count_once(database: Pool, monkeypatch: py
     assert nicks[-1] == "nick 9"
 
 
-async def test_events_replayed_after_a_resume_are_heard_once_and_in_order(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_replayed_events_are_processed_once_in_order(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 45)
     world = simulator.world
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
@@ -171,7 +163,7 @@ async def test_events_replayed_after_a_resume_are_heard_once_and_in_order(
     assert await differences(database, simulator) == []
 
 
-async def test_the_gateway_asking_to_reconnect_costs_nothing(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_gateway_reconnect_request_loses_nothing(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, SIZE, pages_per_second=60)
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
         await bot.listing(guild_id, pages=2)
