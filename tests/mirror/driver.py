@@ -22,7 +22,7 @@ REST = ("/members", "GET /guilds", "/channels", "/threads/archived")
 
 
 class Driver:
-    """One world, one bot that comes and goes, and the list of all who ever really went."""
+    """One world, one bot that is started and stopped, and every row that was really removed."""
 
     def __init__(self, database: Pool, monkeypatch: pytest.MonkeyPatch, seed: int, guilds: int) -> None:
         self.database = database
@@ -67,7 +67,7 @@ class Driver:
                 self.world.add_bot_back(guild.id)
                 return
 
-    def found(self, n: int) -> None:
+    def add_guild(self, n: int) -> None:
         if len(self.world.guilds) < 6:
             self.world.add_guild(members=3 + n % 30, roles=3, channels=5, threads=2, archived_threads=1)
 
@@ -107,7 +107,7 @@ class Driver:
             channels = sorted(self.world.guild(id).channels)
             self.world.delete_channel(id, channels[n % len(channels)])
 
-    def veil(self, n: int) -> None:
+    def toggle_hidden_channel(self, n: int) -> None:
         """Hide a channel, or show it again."""
         if (id := self._guild(n)) is not None:
             plain = [channel for channel in self.world.guild(id).channels.values() if channel.type != 4]
@@ -124,7 +124,7 @@ class Driver:
             self.simulator.faults.reorder_pages(id)
             self.simulator.faults.duplicate_page(id, PAGES[n % 3])  # type: ignore[arg-type]
 
-    def silence(self, n: int) -> None:
+    def ignore_member_request(self, n: int) -> None:
         if (id := self._guild(n)) is not None:
             self.simulator.faults.ignore_member_request(id)
 
@@ -152,7 +152,7 @@ class Driver:
     def reconnect(self, n: int) -> None:
         self.simulator.request_reconnect()
 
-    def echo(self, n: int) -> None:
+    def duplicate_events(self, n: int) -> None:
         self.simulator.faults.duplicate_events((0.0, 0.5)[n % 2])
 
     def malformed(self, n: int) -> None:
@@ -177,7 +177,7 @@ class Driver:
             self._syncs.add(task)
             task.add_done_callback(self._syncs.discard)
 
-    async def cut(self, n: int) -> None:
+    async def kill_connections(self, n: int) -> None:
         """End every connection to the database."""
         with contextlib.suppress(DatabaseError):
             await self.database.fetch(

@@ -32,7 +32,9 @@ def when(seconds: int) -> datetime:
     return datetime(2024, 5, 1, tzinfo=UTC) + timedelta(seconds=seconds)
 
 
-def said(table: str, key: Key, stamp: int, *, may_insert: bool = True, **values: Any) -> tuple[tuple[str, Key], Entry]:
+def entry_of(
+    table: str, key: Key, stamp: int, *, may_insert: bool = True, **values: Any
+) -> tuple[tuple[str, Key], Entry]:
     """Return one observation as it waits in the buffer."""
     return (table, key), Entry(values, may_insert, stamp)
 

@@ -8,10 +8,10 @@ from tests.mirror.tables import (
     GUILD,
     Received,
     applied,
+    entry_of,
     fence_of,
     member_record,
     page,
-    said,
     user_record,
     when,
     write,
@@ -37,12 +37,12 @@ async def guild(database: Pool) -> Pool:
     """A guild with a member who has a role, and a channel with a thread."""
     await write(
         database,
-        said("guilds", (GUILD,), 1, name="guild"),
-        said("users", (ANN,), 1, username="ann"),
-        said("members", (GUILD, ANN), 1, roles=[ROLE], joined_at=when(0), left_at=None),
-        said("roles", (GUILD, ROLE), 1, name="role"),
-        said("channels", (GUILD, CHANNEL), 1, name="channel"),
-        said("threads", (GUILD, THREAD), 1, name="thread", parent_id=CHANNEL),
+        entry_of("guilds", (GUILD,), 1, name="guild"),
+        entry_of("users", (ANN,), 1, username="ann"),
+        entry_of("members", (GUILD, ANN), 1, roles=[ROLE], joined_at=when(0), left_at=None),
+        entry_of("roles", (GUILD, ROLE), 1, name="role"),
+        entry_of("channels", (GUILD, CHANNEL), 1, name="channel"),
+        entry_of("threads", (GUILD, THREAD), 1, name="thread", parent_id=CHANNEL),
     )
     assert await changes_of(database) == []
     return database
@@ -51,9 +51,9 @@ async def guild(database: Pool) -> Pool:
 async def test_live_events_are_not_inferred(guild: Pool) -> None:
     await write(
         guild,
-        said("users", (ANN,), 2, username="anne"),
-        said("members", (GUILD, ANN), 2, nick="A"),
-        said("guilds", (GUILD,), 2, name="better"),
+        entry_of("users", (ANN,), 2, username="anne"),
+        entry_of("members", (GUILD, ANN), 2, nick="A"),
+        entry_of("guilds", (GUILD,), 2, name="better"),
     )
     assert await changes_of(guild) == [("guilds", "update", False), ("members", "update", False)]
     assert await changes_of(guild, "user_changes") == [("users", "update", False)]
@@ -71,7 +71,7 @@ async def test_small_listings_are_inferred(guild: Pool) -> None:
 
 async def test_one_batch_can_hold_both(guild: Pool) -> None:
     listed = Group("roles", ("name",), Mode.MERGE, [(GUILD, ROLE, "renamed", 2)])
-    entries = dict([said("channels", (GUILD, CHANNEL), 3, name="renamed")])
+    entries = dict([entry_of("channels", (GUILD, CHANNEL), 3, name="renamed")])
     await applied(guild, Batch(entries=entries, groups=[listed]))
     assert set(await changes_of(guild)) == {("channels", "update", False), ("roles", "update", True)}
 
@@ -89,8 +89,8 @@ async def test_absences_and_their_cascades_are_inferred(guild: Pool) -> None:
 async def test_cascades_of_live_deletions_are_not_inferred(guild: Pool) -> None:
     await write(
         guild,
-        said("roles", (GUILD, ROLE), 2, may_insert=False, deleted_at=when(9)),
-        said("channels", (GUILD, CHANNEL), 2, may_insert=False, deleted_at=when(9)),
+        entry_of("roles", (GUILD, ROLE), 2, may_insert=False, deleted_at=when(9)),
+        entry_of("channels", (GUILD, CHANNEL), 2, may_insert=False, deleted_at=when(9)),
     )
     assert set(await changes_of(guild)) == {
         ("roles", "remove", False),
@@ -109,7 +109,7 @@ async def test_guilds_missing_from_ready_are_inferred(guild: Pool) -> None:
 @pytest.mark.parametrize("others", [0, 30])
 async def test_large_listings_are_inferred(guild: Pool, others: int) -> None:
     gone = 12
-    await write(guild, said("members", (GUILD, gone), 1, roles=[], joined_at=when(0), left_at=None))
+    await write(guild, entry_of("members", (GUILD, gone), 1, roles=[], joined_at=when(0), left_at=None))
     writer = await writer_of(guild)
     members = [member_record(ANN, 9, nick="A"), *(member_record(100 + number, 9) for number in range(others))]
     listing = Received(guild, [page(members)], 9, overlay=writer.overlay, source="rest")

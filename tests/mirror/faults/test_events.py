@@ -33,21 +33,21 @@ def chatter(simulator: Simulator, guild_id: int, count: int) -> None:
         simulator.world.message(guild_id, channel(simulator, guild_id), crowd[number % len(crowd)], "hello")
 
 
-async def counted(database: Pool) -> Counter[tuple[int, int]]:
+async def counted_messages(database: Pool) -> Counter[tuple[int, int]]:
     rows = await database.fetch("SELECT guild_id, user_id, message_count FROM member_stats")
     return Counter({(row["guild_id"], row["user_id"]): row["message_count"] for row in rows})
 
 
-def told(simulator: Simulator) -> Counter[tuple[int, int]]:
+def sent_messages(simulator: Simulator) -> Counter[tuple[int, int]]:
     return Counter((it.guild_id, it.user_id) for it in simulator.world.ledger.messages)
 
 
-async def moves(database: Pool, *, inferred: bool | None = None) -> list[tuple[int, str]]:
+async def membership_events(database: Pool, *, inferred: bool | None = None) -> list[tuple[int, str]]:
     rows = await database.fetch("SELECT user_id, kind, inferred FROM member_events ORDER BY stamp, id")
     return [(row["user_id"], row["kind"]) for row in rows if inferred in (None, row["inferred"])]
 
 
-async def letters(database: Pool) -> list[dict[str, Any]]:
+async def dead_letters(database: Pool) -> list[dict[str, Any]]:
     return [dict(row) for row in await database.fetch("SELECT * FROM ops.dead_letters ORDER BY id")]
 
 
@@ -63,9 +63,9 @@ async def test_live_events_are_recorded_in_order(database: Pool, monkeypatch: py
         chatter(simulator, guild_id, 7)
         await bot.settled()
     wanted = [(joined, "join"), (crowd[0], "ban"), (crowd[0], "leave"), (crowd[0], "unban"), (joined, "leave")]
-    assert await moves(database, inferred=False) == wanted
-    assert await moves(database, inferred=True) == []
-    assert await counted(database) == told(simulator)
+    assert await membership_events(database, inferred=False) == wanted
+    assert await membership_events(database, inferred=True) == []
+    assert await counted_messages(database) == sent_messages(simulator)
 
 
 async def test_offline_joins_and_leaves_are_inferred(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ async def test_offline_joins_and_leaves_are_inferred(database: Pool, monkeypatch
     async with simulator:
         async with mirrored(database, simulator, monkeypatch) as bot:
             await bot.settled()
-        assert await moves(database) == []
+        assert await membership_events(database) == []
         for guild_id in (large, small):
             gone, back = people(simulator, guild_id)[:2]
             world.leave(guild_id, gone)
@@ -84,8 +84,8 @@ async def test_offline_joins_and_leaves_are_inferred(database: Pool, monkeypatch
             wanted |= {(gone, "leave"), (back, "leave"), (back, "join"), (world.join(guild_id), "join")}
         async with mirrored(database, simulator, monkeypatch) as bot:
             await bot.settled()
-    assert sorted(await moves(database, inferred=True)) == sorted(wanted)
-    assert await moves(database, inferred=False) == []
+    assert sorted(await membership_events(database, inferred=True)) == sorted(wanted)
+    assert await membership_events(database, inferred=False) == []
     assert await differences(database, simulator) == []
 
 
@@ -106,8 +106,8 @@ async def test_an_outage_loses_and_doubles_nothing(
             chatter(simulator, guild_id, 50)
             await until(bot.has_heard_all)
         await bot.settled()
-    assert await counted(database) == told(simulator)
-    assert len(await moves(database)) == 1
+    assert await counted_messages(database) == sent_messages(simulator)
+    assert len(await membership_events(database)) == 1
     assert await differences(database, simulator) == []
     assert not os.listdir(tmp_path)
 
@@ -131,8 +131,8 @@ async def test_a_commit_whose_answer_is_lost_counts_once(database: Pool, monkeyp
             simulator.world.ban(guild_id, people(simulator, guild_id)[-1])
             await bot.settled()
     assert lost[0] == 3
-    assert await counted(database) == told(simulator)
-    assert Counter(kind for _, kind in await moves(database)) == {"ban": 4, "leave": 4}
+    assert await counted_messages(database) == sent_messages(simulator)
+    assert Counter(kind for _, kind in await membership_events(database)) == {"ban": 4, "leave": 4}
 
 
 async def test_next_process_replays_events_of_a_killed_one(
@@ -147,11 +147,11 @@ async def test_next_process_replays_events_of_a_killed_one(
             simulator.world.leave(guild_id, gone)
             await until(bot.has_heard_all)
             await bot.kill()
-        assert await counted(database) == {}
+        assert await counted_messages(database) == {}
         async with mirrored(database, simulator, monkeypatch, spool=tmp_path) as bot:
-            assert await counted(database) == told(simulator)
+            assert await counted_messages(database) == sent_messages(simulator)
             await bot.settled()
-    assert await moves(database) == [(gone, "leave")]
+    assert await membership_events(database) == [(gone, "leave")]
     assert await differences(database, simulator) == []
     assert not os.listdir(tmp_path)
     assert await database.fetchval("SELECT count(*) FROM ops.positions") <= 1
@@ -173,10 +173,10 @@ async def test_unwritten_events_are_spooled_or_reported_lost(
             assert ("30 events were not written; they are in the spool" in caplog.text) == (mode == "outage")
             assert ("30 of 30 unwritten events are lost: SPOOL is off" in caplog.text) == (mode == "off")
             caplog.clear()
-        assert sum((await counted(database)).values()) == 0
+        assert sum((await counted_messages(database)).values()) == 0
         async with mirrored(database, simulator, monkeypatch, spool=tmp_path) as bot:
             await bot.settled()
-    assert sum((await counted(database)).values()) == 30
+    assert sum((await counted_messages(database)).values()) == 30
 
 
 async def forbid(database: Pool, statement: str) -> None:
@@ -196,7 +196,7 @@ async def test_refused_row_becomes_a_dead_letter(database: Pool, monkeypatch: py
             world.update_member(guild_id, user_id, nick="rude" if number == 2 else f"nick {number}")
         joined = world.join(guild_id)
         await bot.settled()
-        refused = await letters(database)
+        refused = await dead_letters(database)
         assert {(it["table_name"], it["user_id"]) for it in refused} == {("members", crowd[0]), ("members", crowd[3])}
         assert all("polite" in it["error"] and it["sqlstate"] == "23514" for it in refused)
         assert {it["payload"]["nick"] for it in refused} == {"unheard", "rude"}
@@ -206,7 +206,7 @@ async def test_refused_row_becomes_a_dead_letter(database: Pool, monkeypatch: py
         await bot.mirror.sync(guild_id)
         await bot.settled()
     assert await differences(database, simulator) == []
-    assert (joined, "join") in await moves(database)
+    assert (joined, "join") in await membership_events(database)
 
 
 async def test_refused_event_becomes_a_dead_letter(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,11 +219,11 @@ async def test_refused_event_becomes_a_dead_letter(database: Pool, monkeypatch: 
         simulator.world.leave(guild_id, crowd[1])
         await bot.settled()
         assert bot.mirror.writer.is_idle
-    wanted = told(simulator)
+    wanted = sent_messages(simulator)
     lost = wanted.pop((guild_id, crowd[0]))
-    assert await counted(database) == wanted
-    assert [it["table_name"] for it in await letters(database)] == ["member_stats"] * lost
-    assert await moves(database) == [(crowd[1], "leave")]
+    assert await counted_messages(database) == wanted
+    assert [it["table_name"] for it in await dead_letters(database)] == ["member_stats"] * lost
+    assert await membership_events(database) == [(crowd[1], "leave")]
 
 
 async def test_dropped_members_are_restored_by_a_reconcile(
@@ -249,7 +249,7 @@ async def test_dropped_members_are_restored_by_a_reconcile(
         await bot.mirror.reconciler.wait_until_idle()
         await bot.settled()
     assert await differences(database, simulator) == []
-    assert await counted(database) == told(simulator)
+    assert await counted_messages(database) == sent_messages(simulator)
     assert "memory is full" in caplog.text
 
 
@@ -263,7 +263,7 @@ async def test_former_holder_leaves_its_events_to_the_next_one(
         chatter(simulator, guild_id, 20)
         await until(former.has_heard_all)
         await _two_at_once(database, simulator, monkeypatch, tmp_path, former, guild_id)
-    assert await counted(database) == told(simulator)
+    assert await counted_messages(database) == sent_messages(simulator)
     assert await differences(database, simulator) == []
 
 
@@ -303,7 +303,7 @@ async def test_join_before_and_leave_after_a_kill_is_a_leave(
         simulator.world.leave(guild_id, joined)
         async with mirrored(database, simulator, monkeypatch, spool=tmp_path) as bot:
             await bot.settled()
-    assert await moves(database) == [(joined, "join"), (joined, "leave")]
+    assert await membership_events(database) == [(joined, "join"), (joined, "leave")]
     assert await differences(database, simulator) == []
 
 
@@ -323,6 +323,6 @@ async def test_rows_wait_for_events_that_one_transaction_does_not_take(
             await until(bot.has_heard_all)
             await until(lambda: failures() >= before + 2)
         await bot.settled()
-    assert await moves(database) == [(back, "leave"), (back, "join")]
-    assert await moves(database, inferred=True) == []
-    assert await counted(database) == told(simulator)
+    assert await membership_events(database) == [(back, "leave"), (back, "join")]
+    assert await membership_events(database, inferred=True) == []
+    assert await counted_messages(database) == sent_messages(simulator)

@@ -38,30 +38,30 @@ async def in_the_middle(bot: Mirrored, guild_id: int, happening: Callable[[], No
 
 
 @pytest.fixture(params=["staged", "page by page", "over REST"])
-def way(request: pytest.FixtureRequest, database: Pool, monkeypatch: pytest.MonkeyPatch) -> str:
+def transport(request: pytest.FixtureRequest, database: Pool, monkeypatch: pytest.MonkeyPatch) -> str:
     """The three ways that a large listing takes."""
     if request.param == "page by page":
         monkeypatch.setattr(database, "target", replace(database.target, pooled=True))
     return str(request.param)
 
 
-def slowed(monkeypatch: pytest.MonkeyPatch, way: str, *, pages_per_second: float = 15) -> tuple[Simulator, int]:
+def slowed(monkeypatch: pytest.MonkeyPatch, transport: str, *, pages_per_second: float = 15) -> tuple[Simulator, int]:
     """Return a simulator whose pages come slowly enough for things to happen between them, and its guild."""
     simulator, (guild_id,) = small_world(monkeypatch, SIZE, pages_per_second=pages_per_second)
-    if way == "over REST":
+    if transport == "over REST":
         simulator.faults.rest_delay("/members", 0.06)
     return simulator, guild_id
 
 
-def lie_about(simulator: Simulator, guild_id: int, way: str) -> None:
-    """Make the next listing come over REST where that is asked for."""
-    if way == "over REST":
+def choose_transport(simulator: Simulator, guild_id: int, transport: str) -> None:
+    """Make the next listing use the transport: refuse the gateway request for REST."""
+    if transport == "over REST":
         simulator.faults.rate_limit_next(guild_id)
 
 
-async def listing_by(bot: Mirrored, guild_id: int, way: str) -> None:
+async def listing_by(bot: Mirrored, guild_id: int, transport: str) -> None:
     """Wait until the listing of the right kind is under way."""
-    wanted = "rest" if way == "over REST" else "gateway"
+    wanted = "rest" if transport == "over REST" else "gateway"
 
     def found() -> bool:
         state = bot.mirror.reconciler.guilds.get(guild_id)
@@ -71,9 +71,9 @@ async def listing_by(bot: Mirrored, guild_id: int, way: str) -> None:
 
 
 async def test_live_events_during_the_first_sync_are_kept(
-    database: Pool, monkeypatch: pytest.MonkeyPatch, way: str
+    database: Pool, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
-    simulator, guild_id = slowed(monkeypatch, way)
+    simulator, guild_id = slowed(monkeypatch, transport)
     world, crowd = simulator.world, people(simulator, guild_id)
     joined: list[int] = []
 
@@ -87,9 +87,9 @@ async def test_live_events_during_the_first_sync_are_kept(
             world.update_member(guild_id, part[4], roles=[])
         joined.append(world.join(guild_id))
 
-    lie_about(simulator, guild_id, way)
+    choose_transport(simulator, guild_id, transport)
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
-        await listing_by(bot, guild_id, way)
+        await listing_by(bot, guild_id, transport)
         await in_the_middle(bot, guild_id, happening)
     assert await differences(database, simulator) == []
     assert {id for table, id in await removals(database)} <= {crowd[i] for i in (0, 1, -6, -5)}
@@ -97,10 +97,10 @@ async def test_live_events_during_the_first_sync_are_kept(
 
 
 async def test_live_event_without_a_change_beats_an_older_page(
-    database: Pool, monkeypatch: pytest.MonkeyPatch, way: str
+    database: Pool, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
     """While the bot is away a nick changes, so the pages show the new one; live it changes back to what is stored."""
-    simulator, guild_id = slowed(monkeypatch, way)
+    simulator, guild_id = slowed(monkeypatch, transport)
     world, crowd = simulator.world, people(simulator, guild_id)
     async with simulator:
         early, late = crowd[0], crowd[-2]
@@ -118,9 +118,9 @@ async def test_live_event_without_a_change_beats_an_older_page(
                 world.update_member(guild_id, id, nick="stored")
                 world.rename_user(id, global_name="stored")
 
-        lie_about(simulator, guild_id, way)
+        choose_transport(simulator, guild_id, transport)
         async with mirrored(database, simulator, monkeypatch, flush_seconds=0.5) as bot:
-            await listing_by(bot, guild_id, way)
+            await listing_by(bot, guild_id, transport)
             await in_the_middle(bot, guild_id, happening)
     assert await differences(database, simulator) == []
     assert await database.fetchval("SELECT count(*) FROM changes WHERE table_name = 'members'") == 0
@@ -128,10 +128,10 @@ async def test_live_event_without_a_change_beats_an_older_page(
 
 
 async def test_partial_event_beats_the_page_in_its_columns_only(
-    database: Pool, monkeypatch: pytest.MonkeyPatch, way: str
+    database: Pool, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
     """Nicks changed while the bot was away; live events without nick and pending must not hide that."""
-    simulator, guild_id = slowed(monkeypatch, way)
+    simulator, guild_id = slowed(monkeypatch, transport)
     world, crowd = simulator.world, people(simulator, guild_id)
     async with simulator:
         async with mirrored(database, simulator, monkeypatch) as bot:
@@ -147,9 +147,9 @@ async def test_partial_event_beats_the_page_in_its_columns_only(
             for id in (*crowd, *newcomers):
                 world.update_member(guild_id, id, roles=roles[:3])
 
-        lie_about(simulator, guild_id, way)
+        choose_transport(simulator, guild_id, transport)
         async with mirrored(database, simulator, monkeypatch) as bot:
-            await listing_by(bot, guild_id, way)
+            await listing_by(bot, guild_id, transport)
             await in_the_middle(bot, guild_id, happening)
     assert await differences(database, simulator) == []
     assert await removals(database) == set()
@@ -157,7 +157,7 @@ async def test_partial_event_beats_the_page_in_its_columns_only(
 
 @pytest.mark.parametrize("size", [6, 15, SIZE], ids=["one REST page", "two pages", "large"])
 async def test_unchanged_return_during_a_listing_is_not_a_leave(
-    database: Pool, monkeypatch: pytest.MonkeyPatch, way: str, size: int
+    database: Pool, monkeypatch: pytest.MonkeyPatch, transport: str, size: int
 ) -> None:
     """They left while the bot was away, so no page shows them, and their return changes nothing in the table."""
     simulator, (guild_id,) = small_world(monkeypatch, size, pages_per_second=15)
@@ -168,9 +168,9 @@ async def test_unchanged_return_during_a_listing_is_not_a_leave(
             await bot.settled()
         member = guild.members[back]
         world.leave(guild_id, back)
-        lie_about(simulator, guild_id, way)
+        choose_transport(simulator, guild_id, transport)
         simulator.faults.rest_delay("/members", 0.15)
-        over_rest = size == 6 or way == "over REST"
+        over_rest = size == 6 or transport == "over REST"
         delayed, asked = simulator.faults.injected["rest_delay"], len(simulator.gateway.member_requests)
         async with mirrored(database, simulator, monkeypatch) as bot:
             if over_rest:
@@ -188,10 +188,10 @@ async def test_unchanged_return_during_a_listing_is_not_a_leave(
 
 
 async def test_role_deleted_during_a_listing_leaves_no_trace(
-    database: Pool, monkeypatch: pytest.MonkeyPatch, way: str
+    database: Pool, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
     """Its members changed, and some left, while the bot was away: taking the role away must not hide that."""
-    simulator, guild_id = slowed(monkeypatch, way)
+    simulator, guild_id = slowed(monkeypatch, transport)
     world, crowd = simulator.world, people(simulator, guild_id)
     role, given = world.create_role(guild_id), world.create_role(guild_id)
     for id in crowd:
@@ -209,9 +209,9 @@ async def test_role_deleted_during_a_listing_leaves_no_trace(
             world.delete_role(guild_id, role)
             world.delete_role(guild_id, given)  # members whose page came have it in their arrays, others never had
 
-        lie_about(simulator, guild_id, way)
+        choose_transport(simulator, guild_id, transport)
         async with mirrored(database, simulator, monkeypatch) as bot:
-            await listing_by(bot, guild_id, way)
+            await listing_by(bot, guild_id, transport)
             await in_the_middle(bot, guild_id, happening)
     assert await differences(database, simulator) == []
     assert await database.fetchval("SELECT count(*) FROM members WHERE roles && $1::bigint[]", [role, given]) == 0
@@ -219,9 +219,9 @@ async def test_role_deleted_during_a_listing_leaves_no_trace(
 
 
 async def test_short_lived_role_is_in_no_member_after_the_first_sync(
-    database: Pool, monkeypatch: pytest.MonkeyPatch, way: str
+    database: Pool, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
-    simulator, guild_id = slowed(monkeypatch, way)
+    simulator, guild_id = slowed(monkeypatch, transport)
     world, crowd = simulator.world, people(simulator, guild_id)
     roles: list[int] = []
 
@@ -235,9 +235,9 @@ async def test_short_lived_role_is_in_no_member_after_the_first_sync(
         assert listing.pages < 6
         await bot.settled()
 
-    lie_about(simulator, guild_id, way)
+    choose_transport(simulator, guild_id, transport)
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
-        await listing_by(bot, guild_id, way)
+        await listing_by(bot, guild_id, transport)
         await comes_and_goes(bot)
     assert await differences(database, simulator) == []
     assert await database.fetchval("SELECT count(*) FROM members WHERE roles @> $1::bigint[]", roles) == 0

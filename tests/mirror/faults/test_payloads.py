@@ -44,7 +44,7 @@ def malformed_count() -> float:
     )
 
 
-def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+def logged_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Return the lines of our own log that are more than information."""
     lines = [r for r in caplog.records if r.name.startswith("utils.") and r.levelno > logging.INFO]
     return [record.getMessage() for record in lines]
@@ -65,7 +65,7 @@ async def test_a_malformed_event_costs_that_event_alone(
             world.join(guild_id)
         await bot.settled()
         await until(lambda: malformed_count() - before == expected)
-        assert len(told(caplog)) == min(expected, 1)
+        assert len(logged_warnings(caplog)) == min(expected, 1)
         world.update_guild(guild_id, name="still listening")
         await bot.settled()
         assert await differences(database, simulator) == []

@@ -15,12 +15,12 @@ from tests.mirror.tables import (
     applied,
     complete_run,
     empty,
+    entry_of,
     history,
     member_record,
     page,
     row,
     rows,
-    said,
     user_record,
     versions,
     when,
@@ -85,8 +85,8 @@ async def test_equal_listing_writes_nothing(database: Pool, writer: MirrorWriter
 
 async def test_distinguishes_changes_leaves_joins_and_returns(database: Pool, writer: MirrorWriter) -> None:
     await stage(writer, listed(range(1, 41), 10, nick="n"), 10)
-    await write(database, said("members", (GUILD, 40), 15, left_at=when(1), may_insert=False))
-    await write(database, said("members", (OTHER_GUILD, 2), 1, nick="elsewhere"))
+    await write(database, entry_of("members", (GUILD, 40), 15, left_at=when(1), may_insert=False))
+    await write(database, entry_of("members", (OTHER_GUILD, 2), 1, nick="elsewhere"))
     after = [
         page([member_record(1, 20, nick="changed")], [user_record(1, 20, username="renamed")]),
         *listed(range(3, 42), 20, nick="n"),
@@ -161,7 +161,7 @@ async def test_failed_listing_leaves_members_unchanged(database: Pool, writer: M
 async def test_leaves_no_staging_table_or_setting_behind(
     database: Pool, writer: MirrorWriter, breaks: SyncError | None
 ) -> None:
-    await write(database, said("members", (GUILD, 1), 1, nick="n"))
+    await write(database, entry_of("members", (GUILD, 1), 1, nick="n"))
     try:
         await stage(writer, listed(range(1, 41), 20), 20, breaks=breaks)
     except ExceptionGroup:
@@ -245,7 +245,8 @@ async def test_staging_and_small_batch_leave_equal_tables(
             left = {"left_at": when(5) if id in gone else None}
             stamp = 30 if id in newer else 10
             await write(
-                database, said("members", (GUILD, id), stamp, **{"pending": False, "flags": 0, **values, **left})
+                database,
+                entry_of("members", (GUILD, id), stamp, **{"pending": False, "flags": 0, **values, **left}),
             )
         writer = await writer_of(database)
         if way == "staged":

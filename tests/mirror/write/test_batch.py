@@ -11,10 +11,10 @@ from tests.mirror.tables import (
     OTHER_GUILD,
     applied,
     complete_run,
+    entry_of,
     history,
     row,
     rows,
-    said,
     versions,
     when,
     write,
@@ -46,15 +46,15 @@ ODD = [
 
 
 def member(user_id: int, stamp: int, *, guild_id: int = GUILD, may_insert: bool = True, **values: Any) -> Any:
-    return said("members", (guild_id, user_id), stamp, may_insert=may_insert, **values)
+    return entry_of("members", (guild_id, user_id), stamp, may_insert=may_insert, **values)
 
 
 async def test_inserts_new_rows_without_history(database: Pool) -> None:
     written = await write(
         database,
         member(1, 10, nick="Ann", roles=[5, 6], left_at=None),
-        said("roles", (GUILD, 5), 11, name="admin", permissions=8),
-        said("users", (1,), 12, username="ann"),
+        entry_of("roles", (GUILD, 5), 11, name="admin", permissions=8),
+        entry_of("users", (1,), 12, username="ann"),
     )
     assert written.inserted == {"members": 1, "roles": 1, "users": 1}
     assert not written.updated.total()
@@ -75,8 +75,8 @@ async def test_updates_given_columns_and_records_the_changed_ones(database: Pool
 
 
 async def test_records_users_in_user_changes(database: Pool) -> None:
-    await write(database, said("users", (7,), 1, username="a", avatar=None))
-    await write(database, said("users", (7,), 2, username="b", avatar=None))
+    await write(database, entry_of("users", (7,), 1, username="a", avatar=None))
+    await write(database, entry_of("users", (7,), 2, username="b", avatar=None))
     assert await history(database) == []
     assert await history(database, "user_changes") == [
         ("users", (7,), "update", 7, {"username": "a"}, {"username": "b"})
@@ -84,8 +84,8 @@ async def test_records_users_in_user_changes(database: Pool) -> None:
 
 
 async def test_records_channels_without_a_user(database: Pool) -> None:
-    await write(database, said("channels", (GUILD, 3), 1, name="a", permission_overwrites='[{"id": "1"}]'))
-    await write(database, said("channels", (GUILD, 3), 2, name="a", permission_overwrites='[{"id": "2"}]'))
+    await write(database, entry_of("channels", (GUILD, 3), 1, name="a", permission_overwrites='[{"id": "1"}]'))
+    await write(database, entry_of("channels", (GUILD, 3), 2, name="a", permission_overwrites='[{"id": "2"}]'))
     before, after = {"permission_overwrites": [{"id": "1"}]}, {"permission_overwrites": [{"id": "2"}]}
     assert await history(database) == [("channels", (GUILD, 3), "update", None, before, after)]
 
@@ -101,17 +101,17 @@ async def test_distinguishes_removal_return_and_update(database: Pool) -> None:
 
 
 async def test_repeated_removal_keeps_the_first_time(database: Pool) -> None:
-    await write(database, member(1, 10, left_at=None), said("roles", (GUILD, 2), 10, name="r", deleted_at=None))
-    await write(database, member(1, 20, left_at=when(5)), said("roles", (GUILD, 2), 20, deleted_at=when(5)))
+    await write(database, member(1, 10, left_at=None), entry_of("roles", (GUILD, 2), 10, name="r", deleted_at=None))
+    await write(database, member(1, 20, left_at=when(5)), entry_of("roles", (GUILD, 2), 20, deleted_at=when(5)))
     before = await versions(database, "members"), await versions(database, "roles")
-    await write(database, member(1, 30, left_at=when(9)), said("roles", (GUILD, 2), 30, deleted_at=when(9)))
+    await write(database, member(1, 30, left_at=when(9)), entry_of("roles", (GUILD, 2), 30, deleted_at=when(9)))
     assert (await versions(database, "members"), await versions(database, "roles")) == before
     assert (await row(database, "members", (GUILD, 1)))["left_at"] == when(5)
 
 
 async def test_quiet_columns_leave_no_history(database: Pool) -> None:
-    await write(database, said("guilds", (GUILD,), 1, name="g", member_count=1, large=False, unavailable=False))
-    await write(database, said("guilds", (GUILD,), 2, member_count=2, large=True, unavailable=True))
+    await write(database, entry_of("guilds", (GUILD,), 1, name="g", member_count=1, large=False, unavailable=False))
+    await write(database, entry_of("guilds", (GUILD,), 2, member_count=2, large=True, unavailable=True))
     found = await row(database, "guilds", (GUILD,))
     assert (found["member_count"], found["large"], found["unavailable"], found["stamp"]) == (2, True, True, 2)
     assert await history(database) == []
@@ -121,11 +121,11 @@ async def test_equal_values_write_nothing(database: Pool) -> None:
     overwrites = '[{"id": "1", "allow": "0"}]'
     everything = [
         member(1, 10, nick=None, roles=[1, 2], joined_at=when(1), left_at=None),
-        said("users", (1,), 10, username="ann", avatar=None, bot=False),
-        said("guilds", (GUILD,), 10, name="g", features=["A", "B"], joined_at=when(2), left_at=None),
-        said("channels", (GUILD, 2), 10, name="c", permission_overwrites=overwrites, hidden=False),
-        said("roles", (GUILD, 3), 10, name="r", tags=None, permissions=2**62),
-        said("threads", (GUILD, 4), 10, name="t", applied_tags=[9], archived_at=None),
+        entry_of("users", (1,), 10, username="ann", avatar=None, bot=False),
+        entry_of("guilds", (GUILD,), 10, name="g", features=["A", "B"], joined_at=when(2), left_at=None),
+        entry_of("channels", (GUILD, 2), 10, name="c", permission_overwrites=overwrites, hidden=False),
+        entry_of("roles", (GUILD, 3), 10, name="r", tags=None, permissions=2**62),
+        entry_of("threads", (GUILD, 4), 10, name="t", applied_tags=[9], archived_at=None),
     ]
     await write(database, *everything)
     tables = ("members", "users", "guilds", "channels", "roles", "threads")
@@ -151,8 +151,8 @@ async def test_partial_observations_insert_nothing(database: Pool) -> None:
     written = await write(
         database,
         member(1, 10, left_at=when(1), may_insert=False),
-        said("guilds", (GUILD,), 10, unavailable=True, may_insert=False),
-        said("roles", (GUILD, 3), 10, deleted_at=when(1), may_insert=False),
+        entry_of("guilds", (GUILD,), 10, unavailable=True, may_insert=False),
+        entry_of("roles", (GUILD, 3), 10, deleted_at=when(1), may_insert=False),
     )
     assert written.total == 0
     assert [await rows(database, table) for table in ("members", "guilds", "roles")] == [{}, {}, {}]
@@ -178,8 +178,8 @@ async def test_drops_members_older_than_the_last_listing(database: Pool) -> None
         member(2, 99, nick="late", left_at=None),
         member(3, 100, nick="listed", left_at=None),
         member(4, 99, guild_id=OTHER_GUILD, nick="another guild's", left_at=None),
-        said("users", (2,), 99, username="of no guild"),
-        said("roles", (GUILD, 5), 99, name="of no member listing"),
+        entry_of("users", (2,), 99, username="of no guild"),
+        entry_of("roles", (GUILD, 5), 99, name="of no member listing"),
     )
     assert written.inserted == {"members": 2, "users": 1, "roles": 1}
     found = await rows(database, "members")
@@ -203,15 +203,15 @@ async def test_failed_listing_drops_nothing(database: Pool) -> None:
 async def test_stores_any_text(database: Pool, text: str) -> None:
     await write(
         database,
-        said("guilds", (GUILD,), 1, name=text, features=sorted([text, "A", f"{text},{text}"])),
-        said("roles", (GUILD, 2), 1, name=text, tags='{"bot_id": "1"}'),
+        entry_of("guilds", (GUILD,), 1, name=text, features=sorted([text, "A", f"{text},{text}"])),
+        entry_of("roles", (GUILD, 2), 1, name=text, tags='{"bot_id": "1"}'),
         member(3, 1, nick=text, roles=[], left_at=None),
     )
     found = await row(database, "guilds", (GUILD,))
     assert (found["name"], found["features"]) == (text, sorted([text, "A", f"{text},{text}"]))
     assert (await row(database, "roles", (GUILD, 2)))["tags"] == {"bot_id": "1"}
     assert (await row(database, "members", (GUILD, 3)))["nick"] == text
-    await write(database, said("guilds", (GUILD,), 2, name=text + "!", features=[text]))
+    await write(database, entry_of("guilds", (GUILD,), 2, name=text + "!", features=[text]))
     assert (await row(database, "guilds", (GUILD,)))["features"] == [text]
     (_, _, _, _, before, after), *_ = await history(database)
     assert (before["name"], after["name"]) == (text, text + "!")
@@ -224,11 +224,11 @@ async def test_stores_empty_null_and_large_arrays_and_jsonb(database: Pool) -> N
         database,
         member(1, 1, roles=many, left_at=None),
         member(2, 1, roles=[], left_at=None),
-        said("guilds", (GUILD,), 1, features=None),
-        said("guilds", (OTHER_GUILD,), 1, features=[]),
-        said("channels", (GUILD, 1), 1, permission_overwrites=overwrites),
-        said("channels", (GUILD, 2), 1, permission_overwrites=None),
-        said("channels", (GUILD, 3), 1, permission_overwrites=[]),
+        entry_of("guilds", (GUILD,), 1, features=None),
+        entry_of("guilds", (OTHER_GUILD,), 1, features=[]),
+        entry_of("channels", (GUILD, 1), 1, permission_overwrites=overwrites),
+        entry_of("channels", (GUILD, 2), 1, permission_overwrites=None),
+        entry_of("channels", (GUILD, 3), 1, permission_overwrites=[]),
     )
     assert [value["roles"] for _, value in sorted((await rows(database, "members")).items())] == [many, []]
     assert [value["features"] for _, value in sorted((await rows(database, "guilds")).items())] == [None, []]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tests.leases import seize
-from tests.mirror.tables import GUILD, rows, said, user_record, when, writer_of
+from tests.mirror.tables import GUILD, entry_of, rows, user_record, when, writer_of
 from utils.database import ConnectTarget, Pool
 from utils.exceptions import DatabaseError
 from utils.mirror.records.events import Event, Membership, Message
@@ -34,13 +34,13 @@ async def refuse(database: Pool, table: str, column: str, condition: str, sqlsta
     )
 
 
-async def letters(database: Pool) -> list[tuple[str, int, str]]:
+async def dead_letters(database: Pool) -> list[tuple[str, int, str]]:
     found = await database.fetch("SELECT table_name, user_id, sqlstate FROM ops.dead_letters ORDER BY id")
     return [(row["table_name"], row["user_id"], row["sqlstate"]) for row in found]
 
 
 def put_users(writer: MirrorWriter, ids: Sequence[int]) -> None:
-    writer.buffer.give_back(dict(said("users", (id,), 1, username=f"user {id}") for id in ids))
+    writer.buffer.give_back(dict(entry_of("users", (id,), 1, username=f"user {id}") for id in ids))
 
 
 @pytest.mark.parametrize("sqlstate", ["P0001", "54000", "42501", "22001", "23514"])
@@ -50,7 +50,7 @@ async def test_isolates_the_row_that_a_trigger_refuses(database: Pool, sqlstate:
     put_users(writer, [1, 2, BAD, 3])
     await write_isolated(writer, [])
     assert set(await rows(database, "users")) == {(1,), (2,), (3,)}
-    assert await letters(database) == [("users", BAD, sqlstate)]
+    assert await dead_letters(database) == [("users", BAD, sqlstate)]
     assert len(writer.buffer) == 0
 
 
@@ -62,16 +62,16 @@ async def test_isolates_the_only_row_that_waits(database: Pool) -> None:
     await refuse(database, "users", "id", f"= {BAD}")
     put_users(writer, [BAD])
     await write_isolated(writer, [])
-    assert await letters(database) == [("users", BAD, "P0001")]
+    assert await dead_letters(database) == [("users", BAD, "P0001")]
 
 
 async def test_isolates_a_row_that_does_not_fit_an_index(database: Pool) -> None:
     await database.execute("CREATE INDEX ON users (username)")
     writer = await writer_of(database)
     put_users(writer, [1, 2])
-    writer.buffer.give_back(dict([said("users", (BAD,), 1, username="".join(map(chr, range(200, 12_000))))]))
+    writer.buffer.give_back(dict([entry_of("users", (BAD,), 1, username="".join(map(chr, range(200, 12_000))))]))
     await write_isolated(writer, [])
-    assert await letters(database) == [("users", BAD, "54000")]
+    assert await dead_letters(database) == [("users", BAD, "54000")]
     assert len(await rows(database, "users")) == 2
 
 
@@ -90,13 +90,13 @@ async def test_isolates_what_row_security_refuses(database: Pool, target: Connec
         writer = await writer_of(limited)
         put_users(writer, [1, BAD, 2])
         await write_isolated(writer, [])
-        assert await letters(database) == [("users", BAD, "42501")]
+        assert await dead_letters(database) == [("users", BAD, "42501")]
         assert set(await rows(database, "users")) == {(1,), (2,)}
         await database.execute(f"REVOKE INSERT ON users FROM {role}")
         put_users(writer, [3])
         with pytest.raises(DatabaseError, match="permission denied"):
             await write_isolated(writer, [])
-        assert len(await letters(database)) == 1
+        assert len(await dead_letters(database)) == 1
     finally:
         await limited.close()
         await database.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
@@ -110,10 +110,10 @@ async def test_holds_what_is_refused_for_every_row(database: Pool, is_empty: boo
         await writer.flush()
     await refuse(database, "users", "id", "> 0")
     put_users(writer, range(2, 40))
-    writer.buffer.give_back(dict([said("guilds", (GUILD,), 1, name="guild")]))
+    writer.buffer.give_back(dict([entry_of("guilds", (GUILD,), 1, name="guild")]))
     with pytest.raises(DatabaseError, match="refused"):
         await write_isolated(writer, [])
-    assert await letters(database) == []
+    assert await dead_letters(database) == []
     assert len(writer.buffer) == 38
     assert set(await rows(database, "guilds")) == {(GUILD,)}
     await database.execute("DROP TRIGGER refuse ON users")
@@ -129,7 +129,7 @@ async def test_isolates_a_row_of_an_observation(database: Pool) -> None:
     await write_isolated(writer, [observation])
     await observation.done
     assert len(await rows(database, "users")) == 3
-    assert await letters(database) == [("users", BAD, "P0001")]
+    assert await dead_letters(database) == [("users", BAD, "P0001")]
 
 
 def _events(fence: Fence) -> list[Event]:
@@ -143,7 +143,7 @@ async def test_isolates_a_refused_event(database: Pool) -> None:
     fence = await seize(database, "a test")
     events = _events(fence)
     assert await write_events_isolated(database, fence, EventBatch("j", events, events[-1].stamp)) == 4
-    assert await letters(database) == [("member_events", BAD, "P0001")]
+    assert await dead_letters(database) == [("member_events", BAD, "P0001")]
 
 
 async def test_holds_events_that_are_all_refused(database: Pool) -> None:
@@ -153,7 +153,7 @@ async def test_holds_events_that_are_all_refused(database: Pool) -> None:
     batch = EventBatch("j", events, events[-1].stamp)
     with pytest.raises(DatabaseError, match="refused"):
         await write_events_isolated(database, fence, batch)
-    assert await letters(database) == []
+    assert await dead_letters(database) == []
     await database.execute("DROP TRIGGER refuse ON member_events")
     assert await write_events_isolated(database, fence, batch) == 5
 

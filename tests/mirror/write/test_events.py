@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.leases import seize
-from tests.mirror.tables import GUILD, complete_run, member_record, said, when
+from tests.mirror.tables import GUILD, complete_run, entry_of, member_record, when
 from utils.database import Pool
 from utils.mirror.records.events import Event, Membership, Message, decode_event, encode_event
 from utils.mirror.records.rows import COUNTER_BITS, Absence, Entry, Group, Mode
@@ -108,7 +108,7 @@ async def test_writes_nothing_after_losing_the_lease(database: Pool, fence: Fenc
     with pytest.raises(Exception, match="another process"):
         await write_events(database, fence, Message(stamp(fence, 1), GUILD, ANN, 1))
     with pytest.raises(Exception, match="another process"):
-        await write_batch(database, Batch(entries=dict([said("users", (ANN,), 1, username="a")])), fence)
+        await write_batch(database, Batch(entries=dict([entry_of("users", (ANN,), 1, username="a")])), fence)
     assert await counts(database) == {}
     assert await database.fetchval("SELECT count(*) FROM users") == 0
 
@@ -149,7 +149,7 @@ async def test_infers_a_join_for_a_returning_member(database: Pool, fence: Fence
 
 async def test_does_not_infer_what_events_reported(database: Pool, fence: Fence) -> None:
     await listed(database, fence, 10, {ANN: when(1)})
-    joined: tuple[tuple[str, Any], Entry] = said(
+    joined: tuple[tuple[str, Any], Entry] = entry_of(
         "members", (GUILD, BOB), stamp(fence, 11), **_member(joined_at=when(11))
     )
     events = [Membership(stamp(fence, 11), GUILD, BOB, "join", when(11), when(11))]
@@ -251,6 +251,18 @@ async def test_replayed_join_replaces_the_implied_one(database: Pool, fence: Fen
     assert await events_of(database) == [("join", False), ("leave", False)]
 
 
+async def test_replayed_move_matches_the_leave_that_implied_a_join(database: Pool, fence: Fence) -> None:
+    """Both processes received the leave, and only the former holder the join before it."""
+    await listed(database, fence, 10, {BOB: when(1)})
+    await write_events(database, fence, Membership(stamp(fence, 11), GUILD, ANN, "leave", when(12), when(12)))
+    former = [
+        Membership(stamp(fence, 5, epochs_ago=1), GUILD, ANN, "join", when(8), when(8)),
+        Membership(stamp(fence, 6, epochs_ago=1), GUILD, ANN, "leave", when(13), when(13)),
+    ]
+    await write_events(database, fence, *former, journal="another journal")
+    assert await events_of(database) == [("join", False), ("leave", False)]
+
+
 async def test_join_event_replaces_the_join_that_a_listing_inferred(database: Pool, fence: Fence) -> None:
     """A listing shows the last of several moves before the gateway sends them."""
     await listed(database, fence, 10, {BOB: when(1)})
@@ -279,7 +291,7 @@ async def test_joins_and_leaves_always_alternate(database: Pool, steps: list[tup
                 kind, at = ("leave", when(counter)) if joined is None else ("join", joined)
                 event = Membership(stamp(fence, counter), GUILD, ANN, kind, at, when(counter))
                 values = {"left_at": at} if joined is None else _member(joined_at=joined)
-                row = said("members", (GUILD, ANN), stamp(fence, counter), may_insert=joined is not None, **values)
+                row = entry_of("members", (GUILD, ANN), stamp(fence, counter), may_insert=joined is not None, **values)
                 rows = dict([row]) if is_row_written else {}
                 await write_batch(database, Batch(entries=rows, events=EventBatch("j", [event], event.stamp)), fence)
         elif step == "ask":
@@ -371,8 +383,10 @@ async def test_records_once_what_two_processes_received(database: Pool, kinds: l
 @given(moves=st.integers(1, 8), data=st.data())
 async def test_joins_tell_fast_moves_of_two_processes_apart(database: Pool, moves: int, data: st.DataObject) -> None:
     """A member joins and leaves within milliseconds, less than the two processes' times differ."""
-    await database.execute("TRUNCATE member_events, ops.positions")
+    await database.execute("TRUNCATE member_events, ops.positions, members, sync_runs")
     now = await seize(database, "the new holder")
+    if data.draw(st.booleans(), label="listed before"):  # then a leave of somebody unheard implies the join
+        await listed(database, now, 0, {BOB: when(0)})
     happened = [("join", "leave")[turn % 2] for turn in range(moves)]
     by_former = data.draw(st.integers(0, moves), label="received by the former holder")
     by_new_from = data.draw(st.integers(0, by_former), label="first received by the new holder")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.mirror.tables import GUILD, OTHER_GUILD, member_record, rows, said, when, write, writer_of
+from tests.mirror.tables import GUILD, OTHER_GUILD, entry_of, member_record, rows, when, write, writer_of
 from utils.database import Pool
 from utils.exceptions import SyncError
 from utils.mirror.records.rows import Group, Mode, Observation, Row
@@ -146,7 +146,7 @@ def test_split_keeps_every_column_that_no_event_named(
 
 async def test_event_without_a_change_beats_an_older_observation(database: Pool) -> None:
     writer = await writer_of(database)
-    await write(database, said("roles", (GUILD, 1), 1, name="new"), said("roles", (GUILD, 2), 1, name="new"))
+    await write(database, entry_of("roles", (GUILD, 1), 1, name="new"), entry_of("roles", (GUILD, 2), 1, name="new"))
     writer.start()
     stale = [(GUILD, id, "old", 10) for id in (1, 2)]
     done = writer.submit(Observation(GUILD, 10, [Group("roles", ("name",), Mode.MERGE, stale)]))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.mirror.tables import GUILD, said, write
+from tests.mirror.tables import GUILD, entry_of, write
 from utils.database import ConnectTarget, Pool
 from utils.exceptions import GuildbookError, MigrationError
 from utils.operations import migrations
@@ -55,7 +55,7 @@ async def test_same_seed_gives_the_same_users(database: Pool) -> None:
 
 
 async def test_adds_to_existing_guilds_only_with_more(database: Pool) -> None:
-    await write(database, said("guilds", (GUILD,), 1, name="a real one"))
+    await write(database, entry_of("guilds", (GUILD,), 1, name="a real one"))
     with pytest.raises(GuildbookError, match=r"already contains 1 guilds.*--more"):
         await seed(database)
     await seed(database, guilds=1, members=5, more=True)

@@ -127,9 +127,10 @@ async def write_batch(pool: Pool, batch: Batch, fence: Fence, users_lock: asynci
             await _write_absences(connection, pool, batch.absences, counts, runs)
             if _may_record_memberships(batch, live_rest, listed_rest):
                 queued = batch.events
-                context = () if queued is None else queued.context
                 await events.settle_histories(
-                    connection, pending=[event for event in context if queued and event.stamp > queued.position]
+                    connection,
+                    written=[event for event in queued.events if isinstance(event, Membership)] if queued else (),
+                    pending=[event for event in queued.context if event.stamp > queued.position] if queued else (),
                 )
             for shard_id, shards, ids, stamp in batch.ready:
                 counts.removed["guilds"] += await connection.fetchval(

@@ -77,14 +77,18 @@ class Recorded(NamedTuple):
         return self.latest or self.at
 
 
-async def settle_histories(connection: Connection, *, pending: Iterable[Membership] = ()) -> None:
+async def settle_histories(
+    connection: Connection, *, written: Iterable[Membership] = (), pending: Iterable[Membership] = ()
+) -> None:
     """Make joins and leaves alternate again for the people of whom this transaction has recorded any.
 
-    Call it inside the transaction, after everything that records or infers events. `pending` holds events that are
-    about to be written: their people are left for then.
+    Call it inside the transaction, after everything that records or infers events. `written` holds the events that it
+    was given, repeats included. `pending` holds events that are about to be written: their people are left for then.
     """
+    events = list(written)
+    guilds, users = [event.guild_id for event in events], [event.user_id for event in events]
     waiting = {(event.guild_id, event.user_id) for event in pending}
-    for guild_id, user_id in await connection.fetch(_UNSETTLED_PEOPLE, DISCORD_EPOCH_MS):
+    for guild_id, user_id in await connection.fetch(_UNSETTLED_PEOPLE, DISCORD_EPOCH_MS, guilds, users):
         if (guild_id, user_id) in waiting:
             continue
         before = [Recorded(*row) for row in await connection.fetch(_SELECT_HISTORY, guild_id, user_id)]

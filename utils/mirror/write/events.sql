@@ -43,7 +43,8 @@ SELECT count(*) FROM counted
 --   * An event from an earlier epoch is being replayed from a journal, and the process that took over may have received
 --     it too. Both know the time of a join, so a leave is located by the nearest join that both recorded. Without such a
 --     join, the order in which the two processes received the events decides.
--- Events of one class only are compared: joins with leaves, bans with unbans.
+-- Events of one class only are compared: joins with leaves, bans with unbans. An implied event (see below) was received by
+-- no process, so it is not compared with.
 --
 -- The first event of a person proves one before it: a join of somebody whose row shows an earlier join, a leave; a leave
 -- of somebody whom the guild's last complete listing did not show, a join.
@@ -56,6 +57,14 @@ WITH given AS MATERIALIZED (
            g.received + interval '1 minute' AS latest_match
     FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::timestamptz[], $5::bigint[], $6::timestamptz[])
          AS g(guild_id, user_id, kind, at, stamp, received)
+),
+received AS NOT MATERIALIZED (
+    SELECT e.*
+    FROM member_events e
+    WHERE NOT (e.inferred AND EXISTS (
+        SELECT FROM member_events n
+        WHERE n.guild_id = e.guild_id AND n.user_id = e.user_id AND n.stamp = e.stamp AND NOT n.inferred
+    ))
 ),
 candidates AS (
     SELECT g.*,
@@ -73,7 +82,7 @@ candidates AS (
                )
                FROM (
                    SELECT DISTINCT ON (e.stamp >> $10::int) e.kind, e.latest
-                   FROM member_events e
+                   FROM received e
                    WHERE e.guild_id = g.guild_id AND e.user_id = g.user_id
                      AND (e.kind IN ('ban', 'unban')) = g.is_ban
                      AND e.stamp >> $10::int > g.epoch
@@ -86,7 +95,7 @@ candidates AS (
            CASE WHEN g.kind = 'leave' AND g.stamp < $7::bigint THEN (
                SELECT coalesce(
                    (SELECT n.kind
-                    FROM member_events n
+                    FROM received n
                     WHERE n.guild_id = g.guild_id AND n.user_id = g.user_id
                       AND (n.kind IN ('ban', 'unban')) = g.is_ban
                       AND n.stamp >> $10::int = e.stamp >> $10::int
@@ -103,7 +112,7 @@ candidates AS (
                    ORDER BY h.stamp DESC
                    LIMIT 1
                ) previous
-               JOIN member_events e
+               JOIN received e
                  ON e.guild_id = g.guild_id AND e.user_id = g.user_id AND e.kind = 'join' AND e.at = previous.at
                 AND e.stamp >> $10::int <> g.epoch
                WHERE previous.kind = 'join'
@@ -113,7 +122,7 @@ candidates AS (
            CASE WHEN g.kind = 'leave' AND g.stamp < $7::bigint THEN (
                SELECT coalesce(
                    (SELECT n.kind
-                    FROM member_events n
+                    FROM received n
                     WHERE n.guild_id = g.guild_id AND n.user_id = g.user_id
                       AND (n.kind IN ('ban', 'unban')) = g.is_ban
                       AND n.stamp >> $10::int = e.stamp >> $10::int
@@ -130,7 +139,7 @@ candidates AS (
                    ORDER BY h.stamp
                    LIMIT 1
                ) following
-               JOIN member_events e
+               JOIN received e
                  ON e.guild_id = g.guild_id AND e.user_id = g.user_id AND e.kind = 'join' AND e.at = following.at
                 AND e.stamp >> $10::int <> g.epoch
                WHERE following.kind = 'join'
@@ -159,7 +168,7 @@ accepted AS MATERIALIZED (
                 (SELECT n.kind
                  FROM (
                      SELECT e.kind, e.latest AS received, e.id AS turn
-                     FROM member_events e
+                     FROM received e
                      WHERE e.guild_id = g.guild_id AND e.user_id = g.user_id
                        AND (e.kind IN ('ban', 'unban')) = g.is_ban
                        AND e.latest <= g.received
@@ -176,7 +185,7 @@ accepted AS MATERIALIZED (
                 (SELECT n.kind
                  FROM (
                      SELECT e.kind, e.latest AS received, e.id AS turn
-                     FROM member_events e
+                     FROM received e
                      WHERE e.guild_id = g.guild_id AND e.user_id = g.user_id
                        AND (e.kind IN ('ban', 'unban')) = g.is_ban
                        AND e.latest > g.received
@@ -253,11 +262,14 @@ SELECT count(*) FROM accepted
 
 -- name: unsettled_people
 -- The people whose joins and leaves do not alternate, have ids in another order, or include a join twice, among those of
--- whom this transaction has recorded any. $1 the first millisecond of 2015, zero of an id.
+-- whom this transaction has recorded any and those given: settling them may have been put off until now.
+-- $1 the first millisecond of 2015, zero of an id; $2 guild ids, $3 user ids (parallel arrays).
 WITH touched AS MATERIALIZED (
-    SELECT DISTINCT guild_id, user_id
+    SELECT guild_id, user_id
     FROM member_events
     WHERE id >= ((extract(epoch FROM now()) * 1000)::bigint - $1::bigint) << 22 AND kind IN ('join', 'leave')
+    UNION
+    SELECT g.guild_id, g.user_id FROM unnest($2::bigint[], $3::bigint[]) AS g(guild_id, user_id)
 )
 SELECT guild_id, user_id
 FROM (
