@@ -97,11 +97,36 @@ async def test_many_tasks_share_few_backends(target: ConnectTarget) -> None:
                 await db.execute(PUT, f"item {number}", number)
                 async with db.transaction():
                     assert await db.fetchval(PRICE, f"item {number}") == number
+                    async with db.sessions() as session:
+                        found = await session.execute(text(PRICE.replace("$1", ":item")), {"item": f"item {number}"})
+                        assert found.scalar() == number
+                async with db.sessions() as session:
+                    found = await session.execute(text(PRICE.replace("$1", ":item")), {"item": f"item {number}"})
+                    assert found.scalar() == number
                 assert await db.fetchval(PRICE, f"item {number}", use_cache=False) == number
 
             async with asyncio.timeout(60):
                 await asyncio.gather(*(work(number) for number in range(60)))
         await pool.close()
+
+
+async def test_transactions_replace_the_limits_of_the_role(target: ConnectTarget) -> None:
+    async with pgbouncer(target, size=1) as behind:
+        pool = Pool(behind, connect_timeout=10)
+        await pool.connect()
+        await pool.execute("ALTER ROLE CURRENT_USER SET statement_timeout = '90s'")
+        try:
+            await pool.close()
+            pool = Pool(behind, connect_timeout=10)
+            await pool.connect()
+            async with accessed(pool) as db:
+                async with db.transaction():
+                    assert await db.fetchval("SHOW statement_timeout") == "0"
+                async with db.sessions() as session:
+                    assert (await session.execute(text("SHOW statement_timeout"))).scalar() == "0"
+        finally:
+            await pool.execute("ALTER ROLE CURRENT_USER RESET statement_timeout")
+            await pool.close()
 
 
 async def test_migrations_pass_through_a_pooler(empty_target: ConnectTarget) -> None:

@@ -100,7 +100,8 @@ class Orm:
             set_limits_of_driver(connection, record)
 
     def _set_local_limits(self, connection: SyncConnection) -> None:
-        if self._target().pooled:  # a setting of the session would reach other clients of the pooler
+        # A session setting would reach other clients of the pooler; in autocommit mode there is no transaction yet.
+        if self._target().pooled and connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
             statement = limits_of(connection.connection.driver_connection, local=True)
             connection.exec_driver_sql(statement, execution_options={_OWN: True})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -69,12 +68,9 @@ class PreparedStatement:
 
     async def _check(self) -> PreparedStatement:
         pool = self._db.pool
-        # Through a pooler the backend may have a statement of the name that asyncpg would choose, and keeps this one.
-        name = f"guildbook_{uuid.uuid4().hex}" if pool.target.pooled else None
         async with pool.transaction() as connection:
-            await connection.prepare(self.sql, name=name)
-            if name is not None:
-                await connection.execute(f"DEALLOCATE {name}")
+            # Unnamed through a pooler: the backend may have a statement of the name that asyncpg would choose.
+            await connection.prepare(self.sql, name="" if pool.target.pooled else None)
         return self
 
     async def fetch(self, *args: Any, timeout: float | None = None) -> list[Record]:

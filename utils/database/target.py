@@ -21,7 +21,6 @@ import os
 import re
 import socket
 import ssl
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -190,7 +189,8 @@ class ConnectTarget:
         kwargs = self.connect_kwargs()
         if self.pooled:
             kwargs["prepared_statement_cache_size"] = 0
-            kwargs["prepared_statement_name_func"] = lambda: f"__asyncpg_{uuid.uuid4().hex}__"
+            # Unnamed: asyncpg sends the text with each execution, which another backend may serve.
+            kwargs["prepared_statement_name_func"] = lambda: ""
         return kwargs
 
     def libpq_url(self) -> str:

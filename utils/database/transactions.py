@@ -16,6 +16,7 @@ import asyncpg
 
 from utils.database.callers import Caller, Timing, find_caller
 from utils.database.orm import write_log
+from utils.database.pool import limits_of
 from utils.database.statements import WriteLog
 from utils.exceptions import DRIVER_ERRORS, DatabaseError, translate_errors
 
@@ -202,7 +203,10 @@ class Transaction:
             await connection.begin()
             root.raw = (await connection.get_raw_connection()).driver_connection
             level = f" ISOLATION LEVEL {_LEVELS[self._isolation]}" if self._isolation else ""
-            await root.raw.execute(f"BEGIN{level}{' READ ONLY' if self._readonly else ''}")
+            statements = [f"BEGIN{level}{' READ ONLY' if self._readonly else ''}"]
+            if self._db.pool.target.pooled:
+                statements.append(limits_of(root.raw, local=True))
+            await root.raw.execute("; ".join(statements))
         except BaseException as exc:
             holders.remove(root.key)
             await _discard(root)
