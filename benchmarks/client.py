@@ -23,7 +23,7 @@ from discord.http import Route
 
 from benchmarks.data import memory_queue, seize
 from utils.database import Pool
-from utils.database.target import parse_url
+from utils.database.address import parse_url
 from utils.mirror import Mirror
 from utils.mirror.discord.source import DiscordSource
 from utils.mirror.discord.tap import install

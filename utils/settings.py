@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, PrivateAttr, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     DotEnvSettingsSource,
@@ -19,7 +18,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from utils.database.target import ConnectTarget, resolve_targets
+from utils.database.address import resolve_targets
+from utils.database.target import ConnectTarget
 from utils.exceptions import SettingsError
 
 #: Where to get a token.
@@ -361,6 +361,8 @@ class Settings(BaseSettings):
     on_railway: bool = Field(
         default=False, exclude=True, description="Whether this runs on Railway: any RAILWAY_* variable is set."
     )
+    #: What `resolve_targets` returned; None before `target` or `direct_target` is first read.
+    _targets: tuple[ConnectTarget | None, ConnectTarget | None] | None = PrivateAttr(default=None)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -436,29 +438,32 @@ class Settings(BaseSettings):
     @property
     def target(self) -> ConnectTarget | None:
         """The database, perhaps behind a pooler; None: the embedded server. Resolved once, by `load_settings`."""
-        return self._targets[0]
+        return self._resolved_targets()[0]
 
     @property
     def direct_target(self) -> ConnectTarget | None:
         """The database without a pooler, for migrations, LISTEN and pg_dump; None: the embedded server."""
-        return self._targets[1]
+        return self._resolved_targets()[1]
 
-    @cached_property
-    def _targets(self) -> tuple[ConnectTarget | None, ConnectTarget | None]:
-        return resolve_targets({name: getattr(self, name.lower()) for name in TARGET_VARIABLES})
+    def _resolved_targets(self) -> tuple[ConnectTarget | None, ConnectTarget | None]:
+        if self._targets is None:
+            self._targets = resolve_targets({name: getattr(self, name.lower()) for name in TARGET_VARIABLES})
+        return self._targets
 
     def with_data_dir(self, data_dir: Path | None) -> Settings:
         """Return a copy that uses the embedded server under `data_dir` and no other database; None: no change."""
         if data_dir is None:
             return self
         copied = self.model_copy(update={"data_dir": data_dir})
-        copied.__dict__["_targets"] = (None, None)
+        copied._targets = None, None
         return copied
 
     def secrets(self) -> list[str]:
         """Return every secret value, including the passwords inside database URLs, to be redacted from the logs."""
         values = [value.get_secret_value() for _, value in self if isinstance(value, SecretStr)]
-        return values + [target.password for target in self._targets if target is not None and target.password]
+        return values + [
+            target.password for target in self._resolved_targets() if target is not None and target.password
+        ]
 
 
 def variables() -> list[str]:

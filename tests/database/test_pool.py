@@ -16,10 +16,10 @@ import pytest
 from sqlalchemy import text
 
 from utils.database import Connection, ConnectTarget, Pool
+from utils.database.address import parse_url
 from utils.database.embedded import EmbeddedServer
 from utils.database.orm import Orm
 from utils.database.statements import SlowLog
-from utils.database.target import parse_url
 from utils.exceptions import DatabaseError, DatabaseUnavailable, SettingsError, is_transient, translate
 from utils.operations.migrations.environment import run_on_connection
 from utils.service.lease import Lease

@@ -17,7 +17,7 @@ import discord
 from utils import logs, retrying
 from utils.bot.client import SPOOL_DIRECTORY, Guildbook
 from utils.database import Pool
-from utils.database.embedded import open_target
+from utils.database.address import open_target
 from utils.database.partitions import ensure_partitions
 from utils.exceptions import DatabaseUnavailable, GuildbookError, LeaseLost, SettingsError
 from utils.mirror.records.rows import COUNTER_BITS

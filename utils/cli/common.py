@@ -14,7 +14,7 @@ import stamina.instrumentation
 import typer
 
 from utils.database import ConnectTarget, Pool
-from utils.database.embedded import open_target
+from utils.database.address import open_target
 from utils.exceptions import DatabaseError, GuildbookError, SettingsError, ValidationError
 from utils.logs import redact
 from utils.operations.action import Outcome, Progress, Step, ignore_progress, record_action

@@ -18,7 +18,8 @@ import typer
 
 from utils.cli.common import AsJson, DataDir, exit_on_errors, run_action, run_with_pool
 from utils.database import Pool
-from utils.database.embedded import EmbeddedServer, open_target
+from utils.database.address import open_target
+from utils.database.embedded import EmbeddedServer
 from utils.exceptions import DatabaseError, GuildbookError
 from utils.operations.action import Outcome, Progress
 from utils.settings import Settings, load_settings

@@ -16,7 +16,7 @@ import os
 import shlex
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import asyncpg
@@ -357,26 +357,3 @@ class EmbeddedServer:
         kwargs = self.target("postgres").connect_kwargs()
         connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(**kwargs, timeout=10, command_timeout=30)
         return connection
-
-
-@contextlib.asynccontextmanager
-async def open_target(
-    target: ConnectTarget | None,
-    data_dir: Path | str,
-    *,
-    start_timeout: float = START_SECONDS,
-    stop_timeout: Callable[[], float] = lambda: STOP_SECONDS,
-) -> AsyncIterator[ConnectTarget]:
-    """Yield `target`; if it is None, yield the embedded server's, which runs under `data_dir` during the block.
-
-    `stop_timeout` is called when the block ends and returns how many seconds the stop may take.
-    """
-    if target is not None:
-        yield target
-        return
-    server = EmbeddedServer(data_dir)
-    await server.start(start_timeout)
-    try:
-        yield server.target()
-    finally:
-        await server.stop(stop_timeout())

@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 OLDEST_SERVER = 130_000
 #: Seconds for one attempt to connect.
 ATTEMPT_SECONDS = 10.0
-#: Seconds for finding out whether the direct address is a pooler's.
+#: Seconds for finding out whether the direct target is behind a pooler.
 DIRECT_SECONDS = 3.0
 #: Seconds after which the server ends a transaction that its process left idle: one that was suspended holds locks.
 IDLE_IN_TRANSACTION_SECONDS = 3_600
@@ -79,6 +79,8 @@ class Pool:
         retry_seconds, retry_max_seconds: the first and the longest delay between two attempts of `connect`.
         logs_retries: whether `connect` logs what it waits for.
         """
+        #: Where the pool connects. When a pooler answers that the address does not announce, `connect` replaces both by
+        #: the same targets with `pooled` set: ask them after `connect`.
         self.target: ConnectTarget = target
         self.direct: ConnectTarget = direct or target
         self.pool_min: int = min(pool_min, pool_max)
@@ -378,7 +380,7 @@ class Pool:
 
     async def _open(self) -> AsyncpgPool[Record]:
         if not self._is_examined:
-            await self._look_for_pooler()
+            await self._detect_poolers()
             self._is_examined = True
             for note in self.target.notes:
                 _log.info(note)
@@ -393,8 +395,8 @@ class Pool:
             max_inactive_connection_lifetime=self.idle_seconds,
         )
 
-    async def _look_for_pooler(self) -> None:
-        """Ask the server which process answers. Through a pooler it is not the one of the start-up handshake."""
+    async def _detect_poolers(self) -> None:
+        """Mark targets as pooled if a pooler answers: the backend is then not the one of the start-up handshake."""
         target, direct = self.target, self.direct
         if not (target.pooled or target.is_declared) and await is_behind_pooler(target):
             self.target = target.through_pooler()

@@ -133,17 +133,17 @@ class Documents(Generic[T]):
 
         Raises `DocumentError` if there is none and the model has a field without a default.
         """
-        address = self._address(key, guild_id)
-        found, _ = await self._read(address)
-        return found if found is not None else self._default(address)
+        row_key = self._row_key(key, guild_id)
+        found, _ = await self._read(row_key)
+        return found if found is not None else self._default(row_key)
 
     async def find(self, key: str | int, guild_id: int | None = None) -> T | None:
         """Return a document, or None if there is none."""
-        return (await self._read(self._address(key, guild_id)))[0]
+        return (await self._read(self._row_key(key, guild_id)))[0]
 
     async def version(self, key: str | int, guild_id: int | None = None) -> int:
         """Return a document's current version, to pass to `set`; 0 if there is none. Bypasses the cache."""
-        row = await self.db.fetchrow(_GET, *self._address(key, guild_id), use_cache=False)
+        row = await self.db.fetchrow(_GET, *self._row_key(key, guild_id), use_cache=False)
         return 0 if row is None else int(row["version"])
 
     async def set(self, key: str | int, value: T, guild_id: int | None = None, *, version: int | None = None) -> int:
@@ -153,14 +153,14 @@ class Documents(Generic[T]):
         `DocumentConflict` otherwise; None writes unconditionally. Raises `DocumentError` for a value that does not fit
         the model or cannot be stored.
         """
-        address, text = self._address(key, guild_id), self._text(key, value)
+        row_key, text = self._row_key(key, guild_id), self._text(key, value)
         written: int | None
         if version is None:
-            written = await self.db.fetchval(_SET, *address, text)
+            written = await self.db.fetchval(_SET, *row_key, text)
         else:
-            written = await self._write(address, text, version)
+            written = await self._write(row_key, text, version)
         if written is None:
-            raise DocumentConflict(f"{self._describe(address)} no longer has version {version}: read it again")
+            raise DocumentConflict(f"{self._describe(row_key)} no longer has version {version}: read it again")
         return written
 
     async def update(
@@ -182,30 +182,30 @@ class Documents(Generic[T]):
         unknown = sorted(fields.keys() - self.model.model_fields)
         if unknown:
             raise DocumentError(f"{self.model.__name__} has no field {', '.join(unknown)}")
-        address = self._address(key, guild_id)
+        row_key = self._row_key(key, guild_id)
         # Not stamina, which logs each retry: version conflicts are ordinary and resolved within milliseconds.
         deadline, attempts = time.monotonic() + UPDATE_SECONDS, 0
         while True:
-            found, version = await self._read(address, use_cache=False)
-            value = found if found is not None else self._default(address)
+            found, version = await self._read(row_key, use_cache=False)
+            value = found if found is not None else self._default(row_key)
             if change is not None:
                 changed = change(value)
                 value = value if changed is None else changed
             if fields:
                 value = value.model_copy(update=fields)
             text = self._text(key, value)
-            if await self._write(address, text, version) is not None:
+            if await self._write(row_key, text, version) is not None:
                 return self._codec.decode(text)
             attempts += 1
             if time.monotonic() > deadline:
                 raise DocumentConflict(
-                    f"{self._describe(address)} was changed by other writers {attempts} times in a row: try again later"
+                    f"{self._describe(row_key)} was changed by other writers {attempts} times in a row: try again later"
                 )
             await asyncio.sleep(random.uniform(0, min(MAX_PAUSE_SECONDS, 0.002 * 2 ** min(attempts, 10))))
 
     async def delete(self, key: str | int, guild_id: int | None = None) -> bool:
         """Delete a document and return whether there was one."""
-        return await self.db.fetchval(_DELETE, *self._address(key, guild_id)) is not None
+        return await self.db.fetchval(_DELETE, *self._row_key(key, guild_id)) is not None
 
     async def count(self, guild_id: int | None = None) -> int:
         """Return the number of documents, including those that no longer fit the model."""
@@ -237,7 +237,7 @@ class Documents(Generic[T]):
     def _guild(self, guild_id: int | None) -> int:
         return self.guild_id if guild_id is None else guild_id
 
-    def _address(self, key: str | int, guild_id: int | None) -> tuple[int, str, str]:
+    def _row_key(self, key: str | int, guild_id: int | None) -> tuple[int, str, str]:
         text = str(key)
         if not 0 < len(text) <= KEY_LENGTH or _UNSTORABLE_KEY.search(text):
             raise DocumentError(
@@ -245,15 +245,15 @@ class Documents(Generic[T]):
             )
         return self._guild(guild_id), self.namespace, text
 
-    def _describe(self, address: tuple[int, str, str]) -> str:
-        return f"document {address[2][:50]!r} of {self.namespace}" + (f" in guild {address[0]}" if address[0] else "")
+    def _describe(self, row_key: tuple[int, str, str]) -> str:
+        return f"document {row_key[2][:50]!r} of {self.namespace}" + (f" in guild {row_key[0]}" if row_key[0] else "")
 
-    def _default(self, address: tuple[int, str, str]) -> T:
+    def _default(self, row_key: tuple[int, str, str]) -> T:
         try:
             return self._codec.default()
         except InvalidDocument as exc:
             raise DocumentError(
-                f"there is no {self._describe(address)}, and {self.model.__name__} has no default ({exc}):"
+                f"there is no {self._describe(row_key)}, and {self.model.__name__} has no default ({exc}):"
                 " set it first, or use find()"
             ) from exc
 
@@ -263,21 +263,21 @@ class Documents(Generic[T]):
         except InvalidDocument as exc:
             raise DocumentError(f"document {str(key)[:50]!r} of {self.namespace} cannot be stored: {exc}") from exc
 
-    async def _write(self, address: tuple[int, str, str], text: str, version: int) -> int | None:
+    async def _write(self, row_key: tuple[int, str, str], text: str, version: int) -> int | None:
         """Write if the document has this version (0: does not exist) and return the new version, otherwise None."""
         written: int | None
         if version == 0:
-            written = await self.db.fetchval(_INSERT, *address, text)
+            written = await self.db.fetchval(_INSERT, *row_key, text)
         else:
-            written = await self.db.fetchval(_REPLACE, *address, text, version)
+            written = await self.db.fetchval(_REPLACE, *row_key, text, version)
         return written
 
-    async def _read(self, address: tuple[int, str, str], *, use_cache: bool = True) -> tuple[T | None, int]:
+    async def _read(self, row_key: tuple[int, str, str], *, use_cache: bool = True) -> tuple[T | None, int]:
         """Return a document (None if it does not fit the model) and its version; (None, 0) if there is none."""
-        row = await self.db.fetchrow(_GET, *address, use_cache=use_cache)
-        return (None, 0) if row is None else await self._decode(address, row)
+        row = await self.db.fetchrow(_GET, *row_key, use_cache=use_cache)
+        return (None, 0) if row is None else await self._decode(row_key, row)
 
-    async def _decode(self, address: tuple[int, str, str], row: asyncpg.Record) -> tuple[T | None, int]:
+    async def _decode(self, row_key: tuple[int, str, str], row: asyncpg.Record) -> tuple[T | None, int]:
         """Return a row's value, repaired if necessary and possible, else None, and its version. Keeps the original."""
         text, version = row["value"], int(row["version"])
         try:
@@ -290,14 +290,14 @@ class Documents(Generic[T]):
         written: int | None = None
         if await self.db.fetchval(_MAY_WRITE, use_cache=False):
             if repaired is None:
-                written = await self.db.fetchval(_QUARANTINE, *address, version, problem)
+                written = await self.db.fetchval(_QUARANTINE, *row_key, version, problem)
             else:
-                written = await self.db.fetchval(_REPAIR, *address, repaired[0], version, problem)
+                written = await self.db.fetchval(_REPAIR, *row_key, repaired[0], version, problem)
         if written is not None:
             _log.warning(
-                "%s no longer fits %s and %s: %s", self._describe(address), self.model.__name__,
+                "%s no longer fits %s and %s: %s", self._describe(row_key), self.model.__name__,
                 "counts as absent" if repaired is None else "was repaired", problem,
-                extra={"guild_id": address[0], "namespace": address[1], "key": address[2]},
+                extra={"guild_id": row_key[0], "namespace": row_key[1], "key": row_key[2]},
             )  # fmt: skip
         return None if repaired is None else repaired[1], written or version
 

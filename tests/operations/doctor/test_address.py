@@ -9,7 +9,7 @@ import pytest
 from tests.database.pooler import needs_pgbouncer, pgbouncer
 from tests.operations.doctor.test_doctor import worst_findings
 from utils.database import ConnectTarget
-from utils.database.target import parse_url
+from utils.database.address import parse_url
 from utils.operations.doctor.address import describe_host, find_unreachable
 from utils.settings import variables
 

@@ -67,7 +67,7 @@ async def test_concurrent_processes_apply_revisions_once(empty_target: ConnectTa
     await holder.execute("SELECT pg_advisory_lock($1)", LOCK_KEY)
     script = (
         "import asyncio, logging, sys; logging.basicConfig(level=logging.INFO)\n"
-        "from utils.operations import migrations; from utils.database.target import parse_url\n"
+        "from utils.operations import migrations; from utils.database.address import parse_url\n"
         "asyncio.run(migrations.upgrade(parse_url(sys.argv[1]), timeout=60))"
     )
     processes = [

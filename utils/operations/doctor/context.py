@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.database import ConnectTarget, Pool
-from utils.database.embedded import EmbeddedServer, open_target
+from utils.database.address import open_target
+from utils.database.embedded import EmbeddedServer
 from utils.exceptions import GuildbookError, SettingsError
 from utils.logs import redact
 from utils.operations.doctor.report import CheckSkipped, run_in_daemon_thread
@@ -101,7 +102,7 @@ class DoctorContext:
     # --- the database
 
     def target(self) -> ConnectTarget | None:
-        """Return the database's address; None: the embedded server. Raises `CheckSkipped`."""
+        """Return the direct target; None: the embedded server. Raises `CheckSkipped`."""
         self.require(*TARGET_VARIABLES, "RAILWAY_VOLUME_MOUNT_PATH", "DATA_DIR")
         return self.settings.with_data_dir(self._data_dir).direct_target
 

@@ -27,7 +27,8 @@ from alembic.util import CommandError
 
 from models.views import ROLE_MEMBERSHIP
 from utils.database import ConnectTarget
-from utils.database.embedded import EmbeddedServer, open_target
+from utils.database.address import open_target
+from utils.database.embedded import EmbeddedServer
 from utils.exceptions import GuildbookError, MigrationError
 from utils.operations import migrations
 from utils.operations.migrations import schema_catalog

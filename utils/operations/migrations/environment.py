@@ -23,7 +23,7 @@ from sqlalchemy.pool import NullPool
 import models
 from models import Base
 from utils.database import ownership
-from utils.database.embedded import open_target
+from utils.database.address import open_target
 from utils.database.orm import set_limits_of_driver
 from utils.database.ownership import SCRIPTS, VERSION_TABLE, RecordedVersion
 from utils.database.target import ConnectTarget

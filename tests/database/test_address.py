@@ -19,7 +19,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from utils.database import ConnectTarget
-from utils.database.target import parse_url, resolve_targets
+from utils.database.address import parse_url, resolve_targets
 from utils.exceptions import SettingsError
 
 PASSWORD = "s3cr3t-p/a:s@s?w#rd%"
