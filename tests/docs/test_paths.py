@@ -1,4 +1,4 @@
-"""The paths that docs/ draws, one function a line, exist and are as short as promised."""
+"""The paths that docs/ draws, one function a line, are those of the code, and as short as promised."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ OWN_OR_PUBLIC = {"_replace", "_asdict", "_exit", "_getframe"} | set(
 PATHS = [block for block in blocks("text") if block.text.startswith("utils.")]
 #: The most files that a path passes, by its first function.
 MAX_FILES = {"utils.database.access.Database.fetch": 5}
+#: Steps that no earlier step names, and how they are reached.
+REACHED_OTHERWISE = {
+    "utils.mirror.translate.live._member_update": "the table ROW_PARSERS",
+    "utils.mirror.write.writer.MirrorWriter._keep_writing": "a task that waits for the buffer",
+    "utils.bot.process.Process._main": "a task of Process.run",
+    "utils.cli.common.run_action": "a command",
+    "utils.operations.doctor.context.DoctorContext.connect": "the checks",
+    "utils.operations.migrations.environment.run_online": "migrations/env.py",
+}
 
 
 def resolve(name: str) -> tuple[str, Any]:
@@ -45,8 +54,46 @@ def test_every_step_exists_and_the_path_is_short(block: Block) -> None:
     assert len(modules) <= MAX_FILES.get(steps[0], 10), steps
 
 
-def test_the_path_of_a_fetch_is_drawn() -> None:
-    assert "utils.database.access.Database.fetch" in {block.text.split()[0] for block in PATHS}
+@pytest.mark.parametrize("block", PATHS, ids=str)
+def test_every_step_is_called_by_an_earlier_one(block: Block) -> None:
+    steps = block.text.split()
+    for index, step in enumerate(steps[1:], start=1):
+        callers = {name for earlier in steps[:index] for name in names_in(earlier)}
+        assert step.rpartition(".")[2] in callers or step in REACHED_OTHERWISE, f"nothing before it calls {step}"
+
+
+@pytest.mark.parametrize("block", [block for block in PATHS if "\n    " in block.text], ids=str)
+def test_each_branch_reaches_the_step_after_it(block: Block) -> None:
+    lines = block.text.splitlines()
+    for index, line in enumerate(lines):
+        if line.startswith(" "):
+            after = next(step for step in lines[index:] if not step.startswith(" "))
+            assert after.rpartition(".")[2] in names_in(line.strip()), f"{line} does not call {after}"
+
+
+def names_in(step: str) -> set[str]:
+    """Return the names in the source of a function, and in that of the private functions of its module it names."""
+    module, _ = resolve(step)
+    functions: dict[str, list[ast.AST]] = {}
+    for node in ast.walk(ast.parse(Path(str(importlib.import_module(module).__file__)).read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            functions.setdefault(node.name, []).append(node)
+    found: set[str] = set()
+    waiting = [step.rpartition(".")[2]]
+    while waiting:
+        for function in functions.get(waiting.pop(), []):
+            for node in ast.walk(function):
+                name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+                if name and name not in found:
+                    found.add(name)
+                    if name.startswith("_"):
+                        waiting.append(name)
+    return found
+
+
+@pytest.mark.parametrize("start", ["utils.database.access.Database.fetch", "utils.settings.load_settings"])
+def test_the_paths_of_a_fetch_and_of_database_url_are_drawn(start: str) -> None:
+    assert start in {block.text.split()[0] for block in PATHS}
 
 
 def test_the_path_of_a_member_update_is_drawn() -> None:

@@ -157,7 +157,7 @@ class Mirror:
             if self.reconciler.guilds.get(guild_id) is not state:  # a new session: the response may be outdated
                 raise SyncError(f"guild {guild_id}: it became available again, which reconciles it anyway")
             try:
-                observation = read_snapshot(payload, stamp, self._reporter("GET /guilds"), is_gateway=False)
+                observation = read_snapshot(payload, stamp, self._malformed_reporter("GET /guilds"), is_gateway=False)
             except MALFORMED as error:
                 raise SyncError(f"guild {guild_id}: malformed response: {error!r}") from error
             done = self.writer.submit(observation)
@@ -171,18 +171,18 @@ class Mirror:
         stamp = self.stamps.next()
         try:
             if event == "MESSAGE_CREATE":
-                self._message(data, stamp)
+                self._on_message_create(data, stamp)
                 return False
             if event == "GUILD_MEMBERS_CHUNK":
-                return self._chunk(data)
+                return self._on_members_chunk(data)
             if event == "RATE_LIMITED":
-                return self._rate_limited(data)
+                return self._on_rate_limited(data)
             if event == "READY":
                 self._on_ready(data, shard_id, stamp)
             elif event == "GUILD_CREATE":
                 self._on_guild_create(data, stamp)
             elif event in ROW_PARSERS or event in MEMBERSHIP_PARSERS:
-                self._live(event, data, stamp)
+                self._on_live_event(event, data, stamp)
         except MALFORMED as error:
             self.report_malformed(event, error)
             return None
@@ -241,7 +241,8 @@ class Mirror:
                     why = f"guild {listing.guild_id}: the database accepted no page for {self.pause_seconds:g} s"
                     listing.abandon(SyncError(why))
 
-    def _chunk(self, data: Payload) -> bool:
+    def _on_members_chunk(self, data: Payload) -> bool:
+        """Add a page to the listing that requested it."""
         listing = self.reconciler.listings.get(data.get("nonce") or "")
         if listing is None:
             return False
@@ -252,7 +253,7 @@ class Mirror:
             self.report_malformed("GUILD_MEMBERS_CHUNK", error)
         return True
 
-    def _rate_limited(self, data: Payload) -> bool:
+    def _on_rate_limited(self, data: Payload) -> bool:
         """Fail the listing whose op 8 Discord refused; discord.py does not handle this event and would wait forever."""
         listing = self.reconciler.listings.get((data.get("meta") or {}).get("nonce") or "")
         if listing is not None:
@@ -262,7 +263,7 @@ class Mirror:
     def _on_ready(self, data: Payload, shard_id: int, stamp: int) -> None:
         ids = {int(guild["id"]) for guild in data["guilds"]}
         self._last_arrival = time.monotonic()
-        self._put([validate_row(objects.user(data["user"], own=True))], stamp)
+        self._put_rows([validate_row(objects.user(data["user"], own=True))], stamp)
         guilds = self.reconciler.guilds
         requested = {state.id: state.requested_at for state in guilds.values()}
         self.reconciler.queue.remove_shard(shard_id)
@@ -273,15 +274,15 @@ class Mirror:
             guilds[id] = GuildState(id, shard_id, requested_at=requested.get(id))
         self._ready[shard_id] = ids
         observation = Observation(0, stamp, [], ready=ReadyGuilds(shard_id, self.shards, ids))
-        self.reconciler.spawn(self._until_written(self.writer.submit(observation), "the guild list of READY"))
+        self.reconciler.spawn(self._wait_written(self.writer.submit(observation), "the guild list of READY"))
 
     def _on_guild_create(self, data: Payload, stamp: int) -> None:
         if data.get("unavailable"):
-            self._live("GUILD_DELETE", data, stamp)
+            self._on_live_event("GUILD_DELETE", data, stamp)
             return
         guild_id = int(data["id"])
         self._last_arrival = time.monotonic()
-        observation = read_snapshot(data, stamp, self._reporter("GUILD_CREATE"), is_gateway=True)
+        observation = read_snapshot(data, stamp, self._malformed_reporter("GUILD_CREATE"), is_gateway=True)
         known = self.reconciler.guilds.get(guild_id)
         shard_id = (guild_id >> 22) % self.shards
         state = GuildState(guild_id, shard_id, size=data.get("member_count"), available=True)
@@ -296,15 +297,15 @@ class Mirror:
         self.reconciler.guilds[guild_id] = state
         self._ready.setdefault(shard_id, set()).add(guild_id)
         # Submitted before the task starts, so that events from the next message on count as newer.
-        self.reconciler.spawn(self._on_snapshot(state, self.writer.submit(observation)))
+        self.reconciler.spawn(self._finish_snapshot(state, self.writer.submit(observation)))
         self.reconciler.request(state, "available")
 
-    async def _on_snapshot(self, state: GuildState, written: asyncio.Future[None]) -> None:
-        if await self._until_written(written, f"guild {state.id}"):
+    async def _finish_snapshot(self, state: GuildState, written: asyncio.Future[None]) -> None:
+        if await self._wait_written(written, f"guild {state.id}"):
             state.has_snapshot = True
             self.archived.add(state.id)
 
-    async def _until_written(self, written: asyncio.Future[None], what: str) -> bool:
+    async def _wait_written(self, written: asyncio.Future[None], what: str) -> bool:
         """Wait for an observation's commit; log a failure and return False."""
         try:
             await written
@@ -313,19 +314,21 @@ class Mirror:
             return False
         return True
 
-    def _message(self, data: Payload, stamp: int) -> None:
+    def _on_message_create(self, data: Payload, stamp: int) -> None:
+        """Queue a message to be counted."""
         message = parse_message(data, stamp)
         if message is not None:
             self.writer.add_event(message)
         self._messages += 1
 
-    def _live(self, event: str, data: Payload, stamp: int) -> None:
+    def _on_live_event(self, event: str, data: Payload, stamp: int) -> None:
+        """Write the rows and queue the membership event of any other dispatch that the mirror keeps."""
         now = self.pool.now()
         membership = MEMBERSHIP_PARSERS[event](data, stamp, now) if event in MEMBERSHIP_PARSERS else None
         rows = [validate_row(row) for row in ROW_PARSERS[event](data, now)] if event in ROW_PARSERS else []
         if membership is not None:  # after parsing the rows: a malformed payload is skipped as a whole
             self.writer.add_event(membership)
-        self._put(rows, stamp)
+        self._put_rows(rows, stamp)
         metrics.events_received.labels(event).inc()
         if event == "GUILD_DELETE":
             state = self.reconciler.guilds.get(int(data["id"]))
@@ -336,10 +339,10 @@ class Mirror:
                     del self.reconciler.guilds[state.id]
         elif event.startswith("THREAD_"):
             if event == "THREAD_LIST_SYNC":
-                self._on_thread_list(data)
-            self._note_threads(rows)
+                self._on_thread_list_sync(data)
+            self._record_threads(rows)
 
-    def _on_thread_list(self, data: Payload) -> None:
+    def _on_thread_list_sync(self, data: Payload) -> None:
         """Channels became visible: forget their active threads, and list the archived ones."""
         guild_id = int(data["guild_id"])
         channels = {int(id) for id in data.get("channel_ids") or ()}
@@ -349,13 +352,14 @@ class Mirror:
             state.active_threads = others
             self.archived.add(guild_id)
 
-    def _note_threads(self, rows: list[Row]) -> None:
+    def _record_threads(self, rows: list[Row]) -> None:
+        """Remember active threads: the listing of archived ones does not contain them."""
         for row in rows:
             state = self.reconciler.guilds.get(row.key[0])
             if state is not None and row.values.get("archived") is False:
                 state.active_threads[row.key[-1]] = row.values.get("parent_id")
 
-    def _put(self, rows: list[Row], stamp: int) -> None:
+    def _put_rows(self, rows: list[Row], stamp: int) -> None:
         for row in rows:
             self.writer.put(row, stamp)
 
@@ -366,5 +370,5 @@ class Mirror:
             if state is not None:
                 self.reconciler.request(state, "dropped")
 
-    def _reporter(self, event: str) -> Callable[[Exception], None]:
+    def _malformed_reporter(self, event: str) -> Callable[[Exception], None]:
         return lambda error: self.report_malformed(event, error)

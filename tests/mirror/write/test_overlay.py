@@ -100,7 +100,7 @@ def test_refuses_observations_older_than_what_was_forgotten() -> None:
     assert overlay.touched_since("roles", GUILD, 10) == set()
 
 
-def test_replays_partial_rows_and_removals() -> None:
+def test_partial_rows_and_removals_are_reapplied() -> None:
     overlay = LiveOverlay()
     overlay.open("a")
     overlay.add(member(1, may_insert=False, nick="old"), 5)
@@ -109,7 +109,7 @@ def test_replays_partial_rows_and_removals() -> None:
     overlay.add(Row("roles", (GUILD, 4), {"name": "r", "deleted_at": None}), 8)
     overlay.add(Row("roles", (GUILD, 4), {"deleted_at": when(2)}, may_insert=False), 9)
     overlay.add(member(9, guild_id=OTHER_GUILD, may_insert=False, nick="x"), 10)
-    again = {slot: entry.values for slot, entry in overlay.replay_partial(GUILD, 5)}
+    again = {slot: entry.values for slot, entry in overlay.entries_to_reapply(GUILD, 5)}
     assert again.keys() == {("members", (GUILD, 3)), ("roles", (GUILD, 4))}
     assert again["members", (GUILD, 3)] == {"left_at": when(1)}
     assert again["roles", (GUILD, 4)]["deleted_at"] == when(2)

@@ -271,7 +271,7 @@ class Reconciler:
             run = await staged.write(pages)
         if run.rows_inserted >= ANALYZE_ROWS:
             self.spawn(self._analyze())
-        self._writer.replay_live(listing.guild_id, listing.stamp)
+        self._writer.reapply_live(listing.guild_id, listing.stamp)
         return run
 
     async def _write_small(self, listing: Listing, pages: list[Page]) -> Run:

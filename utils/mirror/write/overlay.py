@@ -161,7 +161,7 @@ class LiveOverlay:
                 part.records.append((*record[:keys], *(values[name] for name in columns), live.stamp))
         return [*groups, *partial.values()]
 
-    def replay_partial(self, guild_id: int, stamp: int) -> Iterator[tuple[Slot, Entry]]:
+    def entries_to_reapply(self, guild_id: int, stamp: int) -> Iterator[tuple[Slot, Entry]]:
         """Yield the events after `stamp` that had no effect if their row was inserted only by the listing.
 
         Partial payloads change an existing row only, so they have to be written again once the listing has been

@@ -164,7 +164,7 @@ class MirrorWriter:
 
     def start(self) -> None:
         """Start writing."""
-        self._task = asyncio.create_task(self._run(), name="mirror-writer")
+        self._task = asyncio.create_task(self._keep_writing(), name="mirror-writer")
 
     async def stop(self, timeout: float, *, flush: bool = True) -> None:
         """Write what waits, for at most `timeout` seconds, and leave the remaining events to the spool.
@@ -201,7 +201,7 @@ class MirrorWriter:
 
     # --- the loop
 
-    async def _run(self) -> None:
+    async def _keep_writing(self) -> None:
         policy = self.policy
         try:
             while not (self._stopping and self.is_idle):
@@ -244,9 +244,13 @@ class MirrorWriter:
         return True
 
     async def _write_next(self, attempt: int) -> None:
+        """Commit what waits, with as many observations as fit into one transaction."""
         observations = self._next_observations()
         try:
-            await self._write(observations)
+            async with self.write_lock:
+                await self._commit(observations)
+            for observation in observations:
+                self.finish(observation, None)
             observations.clear()
         except Exception as error:
             # If no row can be at fault (an outage), everything waits for the retry.
@@ -271,16 +275,10 @@ class MirrorWriter:
             size += observation.size
         return observations
 
-    async def _write(self, observations: list[Observation]) -> None:
-        async with self.write_lock:
-            await self._commit(observations)
-        for observation in observations:
-            self.finish(observation, None)
-
     def finish(self, observation: Observation, error: Exception | None) -> None:
         """Resolve an observation's future: `error` None means that it is committed."""
         if error is None:
-            self.replay_live(observation.guild_id, observation.stamp)
+            self.reapply_live(observation.guild_id, observation.stamp)
         self.overlay.close(observation)
         if observation.done.done():
             return
@@ -303,9 +301,9 @@ class MirrorWriter:
         """Write the buffer; the caller holds `write_lock`."""
         await self._commit([])
 
-    def replay_live(self, guild_id: int, stamp: int) -> None:
+    def reapply_live(self, guild_id: int, stamp: int) -> None:
         """Buffer again what live events after `stamp` reported of rows that only a listing has inserted."""
-        self.buffer.give_back(dict(self.overlay.replay_partial(guild_id, stamp)))
+        self.buffer.give_back(dict(self.overlay.entries_to_reapply(guild_id, stamp)))
 
     async def _commit(self, observations: list[Observation]) -> None:
         # A row must not be committed before its event: the merge would infer what the held event reports.
