@@ -13,9 +13,11 @@ SOURCES := bot.py benchmarks cogs migrations models simulator tests utils
 # More workers than cores: tests wait for servers and processes most of the time.
 WORKERS ?= 4
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
+# What depends on the version of the database, and on a pooler before it.
+DATABASE_TESTS := tests/database tests/repositories tests/documents
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test test-all bench soak lint format psql migration docs lock
+.PHONY: help setup demo run test test-all test-databases bench soak lint format psql migration docs lock
 
 help: ## Show what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -43,11 +45,15 @@ test: setup ## Run the tests in parallel (ARGS="-m quick" for two minutes, ARGS=
 
 test-all: setup ## Run the tests, long histories, soaks and fuzzing included
 	@GUILDBOOK_TEST_PROFILE=exhaustive GUILDBOOK_PROPERTY_EXAMPLES=400 $(PYTEST) -m "" --timeout 3600 $(ARGS)
+	@$(MAKE) --no-print-directory test-databases
+
+test-databases: setup ## Run the tests of the database on other versions of PostgreSQL and through PgBouncer
+	@for it in $$($(RUN) -m tests.servers); do echo "$$it"; env $$it $(PYTEST) $(DATABASE_TESTS) || exit 1; done
 
 bench: setup ## Measure, and write benchmarks/results/
 	@$(RUN) -m benchmarks $(ARGS)
 
-soak: setup ## Break everything for ten minutes (ARGS="--minutes 2 --kills 20 --seed 1")
+soak: setup ## Break everything for ten minutes (ARGS="--minutes 2 --kills 20", ARGS=--restores for the database)
 	@$(RUN) -m tests.faults $(ARGS)
 
 lint: setup ## ruff, mypy --strict, the migrations against the models, squawk; list very long and very short files

@@ -7,6 +7,12 @@ or on a shared directory. Marks decide which run a test belongs to:
   that uses the database.
 - `exhaustive`: long histories, soaks and fuzzing; runs with `make test-all` only.
 - `quick` is set here on every test that carries neither: `make test ARGS="-m quick"`.
+- `direct`: cannot work through a pooler; the reason is the argument.
+
+`make test-all` runs the tests of the database again with these variables:
+
+- `GUILDBOOK_TEST_PG`: the major version of PostgreSQL, see tests/servers.py.
+- `GUILDBOOK_TEST_POOLER=1`: databases are reached through a PgBouncer in transaction mode.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Coroutine, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +34,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from simulator import Limits, Simulator, World
+from tests.database.pooler import pgbouncer
+from tests.servers import DEFAULT, make_server
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
 from utils.operations import migrations
@@ -39,6 +48,9 @@ settings.register_profile("exhaustive", settings.get_profile("guildbook"), max_e
 settings.load_profile(os.environ.get("GUILDBOOK_TEST_PROFILE") or ("ci" if os.environ.get("CI") else "guildbook"))
 
 TEMPLATE = "guildbook_template"
+IS_POOLED = bool(os.environ.get("GUILDBOOK_TEST_POOLER"))
+#: Backends of a pooler that a test's database is behind: enough for the largest pool of a test.
+POOLER_SIZE = 30
 _numbers = itertools.count(1)
 #: Peak memory in MB per process, by the worker's name.
 _peak_memory: dict[str, int] = {}
@@ -64,6 +76,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
         if not any(item.get_closest_marker(name) for name in ("slow", "exhaustive")):
             item.add_marker("quick")
+        if IS_POOLED and (mark := item.get_closest_marker("direct")) is not None:
+            item.add_marker(pytest.mark.skip(reason=f"not through a pooler: {mark.args[0]}"))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -115,8 +129,7 @@ def in_thread(work: Coroutine[Any, Any, Result]) -> Result:
 def server() -> Iterator[EmbeddedServer]:
     """The PostgreSQL server of this worker: without fsync, because nothing on it has to survive."""
     directory = Path(tempfile.mkdtemp(prefix="guildbook-"))
-    version = int(os.environ.get("GUILDBOOK_TEST_PG", "18"))
-    embedded = EmbeddedServer(directory, version, durable=False)
+    embedded = make_server(directory, int(os.environ.get("GUILDBOOK_TEST_PG", DEFAULT)))
     try:
         in_thread(embedded.start())
         yield embedded
@@ -128,35 +141,28 @@ def server() -> Iterator[EmbeddedServer]:
 @pytest.fixture(scope="session")
 def template(server: EmbeddedServer) -> str:
     """The name of a migrated database without rows, which tests get clones of."""
-
-    async def make() -> None:
-        await _admin(server, f"CREATE DATABASE {TEMPLATE}")
-        await migrations.upgrade(server.target(TEMPLATE))
-        # CREATE DATABASE fails while anything is connected to the template, even an autovacuum worker.
-        await _admin(server, f"ALTER DATABASE {TEMPLATE} WITH ALLOW_CONNECTIONS false")
-
-    in_thread(make())
+    in_thread(make_template(server))
     return TEMPLATE
 
 
 @pytest.fixture
 async def target(server: EmbeddedServer, template: str) -> AsyncIterator[ConnectTarget]:
     """Connection parameters of a fresh migrated database, which is dropped after the test."""
-    async with cloned(server, template) as fresh:
-        yield fresh
+    async with cloned(server, template) as fresh, reached(fresh) as address:
+        yield address
 
 
 @pytest.fixture
 async def empty_target(server: EmbeddedServer) -> AsyncIterator[ConnectTarget]:
     """Connection parameters of a fresh database without tables, which is dropped after the test."""
-    async with cloned(server, "template1") as fresh:
-        yield fresh
+    async with cloned(server, "template1") as fresh, reached(fresh) as address:
+        yield address
 
 
 @pytest.fixture
 async def database(target: ConnectTarget) -> AsyncIterator[Pool]:
-    """A pool on a fresh migrated database."""
-    pool = Pool(target, pool_max=8, connect_timeout=10, acquire_timeout=10)
+    """A pool on a fresh migrated database. It has to recognise a pooler by itself."""
+    pool = Pool(replace(target, pooled=False), pool_max=8, connect_timeout=10, acquire_timeout=10)
     await pool.connect()
     yield pool
     await pool.close()
@@ -196,6 +202,24 @@ def small(world: World) -> int:
     return list(world.guilds)[1]
 
 
+async def make_template(server: EmbeddedServer) -> None:
+    """Create the migrated database `TEMPLATE`."""
+    await admin_execute(server, f"CREATE DATABASE {TEMPLATE}")
+    await migrations.upgrade(server.target(TEMPLATE))
+    # CREATE DATABASE fails while anything is connected to the template, even an autovacuum worker.
+    await admin_execute(server, f"ALTER DATABASE {TEMPLATE} WITH ALLOW_CONNECTIONS false")
+
+
+@contextlib.asynccontextmanager
+async def reached(target: ConnectTarget) -> AsyncIterator[ConnectTarget]:
+    """Yield the address at which tests reach a database: its own, or that of a pooler before it."""
+    if not IS_POOLED:
+        yield target
+        return
+    async with pgbouncer(target, size=POOLER_SIZE) as behind:
+        yield behind.through_pooler()
+
+
 @contextlib.asynccontextmanager
 async def cloned(server: EmbeddedServer, template: str) -> AsyncIterator[ConnectTarget]:
     """Clone a database, and drop the clone at the end.
@@ -203,14 +227,15 @@ async def cloned(server: EmbeddedServer, template: str) -> AsyncIterator[Connect
     Without fsync, copying the files takes a fifth of the time of the default strategy, which writes them to the WAL.
     """
     name = f"test_{os.getpid()}_{next(_numbers)}"
-    await _admin(server, f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
+    await admin_execute(server, f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
     try:
         yield server.target(name)
     finally:
-        await _admin(server, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        await admin_execute(server, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
 
-async def _admin(server: EmbeddedServer, statement: str) -> None:
+async def admin_execute(server: EmbeddedServer, statement: str) -> None:
+    """Run a statement in the server's maintenance database."""
     connection = await asyncpg.connect(**server.target("postgres").connect_kwargs(), timeout=10, command_timeout=60)
     try:
         await connection.execute(statement)

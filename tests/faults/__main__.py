@@ -1,4 +1,7 @@
-"""`make soak`: inject every fault for a long time and kill the bot 200 times, under 500 events per second."""
+"""`make soak`: inject every fault for a long time and kill the bot 200 times, under 500 events per second.
+
+With `--restores`: random histories of snapshots, restores, drops and restarts instead.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tests.faults.faults import FAULTS
+from tests.faults.restores import soak_restores
 from tests.faults.rig import RATE, Rig, running_rig
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "soak.md"
+DEFAULT_MINUTES = 10.0
 #: Kills between two verifications.
 KILLS_PER_ROUND = 20
 #: Maximum seconds between a bot's start and its kill. Its start takes about half of that.
@@ -141,14 +146,25 @@ def report(
 def main() -> None:
     """Parse the command line and run the soak."""
     parser = argparse.ArgumentParser(prog="make soak ARGS=", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--minutes", type=float, default=None, help="default: 10, with --restores no limit")
     parser.add_argument("--seed", type=int, default=None, help="default: random; printed at the start")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--max-life", type=float, default=MAX_LIFE_SECONDS, help="maximum seconds from start to kill")
+    parser.add_argument("--restores", action="store_true", help="run histories of restores instead of faults")
+    parser.add_argument("--histories", type=int, default=500, help="with --restores: how many")
+    parser.add_argument("--only", type=int, default=None, help="with --restores and --seed: the number of one history")
+    parser.add_argument("--pg", type=int, choices=(16, 18), default=18, help="with --restores: PostgreSQL's version")
     arguments = parser.parse_args()
     logging.getLogger("asyncpg").setLevel(logging.CRITICAL)  # stopping the server makes it log errors
     seed = random.SystemRandom().randrange(1, 100_000) if arguments.seed is None else arguments.seed
-    sys.exit(asyncio.run(soak(arguments.minutes, seed, arguments.kills, max_life=arguments.max_life)))
+    if arguments.restores:
+        work = soak_restores(
+            arguments.histories, seed, only=arguments.only, minutes=arguments.minutes, version=arguments.pg
+        )
+    else:
+        minutes = DEFAULT_MINUTES if arguments.minutes is None else arguments.minutes
+        work = soak(minutes, seed, arguments.kills, max_life=arguments.max_life)
+    sys.exit(asyncio.run(work))
 
 
 if __name__ == "__main__":
