@@ -88,7 +88,7 @@ async def _ways(pool: Pool) -> AsyncIterator[dict[str, tuple[Read, int, int]]]:
 
     async def our_orm(id: int) -> Any:
         session: AsyncSession
-        async with database.sessions() as session:
+        async with database.session() as session:
             return await session.get(User, id)
 
     try:

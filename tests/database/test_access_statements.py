@@ -58,7 +58,7 @@ async def test_cached_reads_see_every_kind_of_write(db: Database, way: str) -> N
     elif way == "session":
         from sqlalchemy import text
 
-        async with db.sessions() as session:
+        async with db.session() as session:
             await session.execute(text("INSERT INTO shelf (item) VALUES ('apple')"))
     elif way == "borrowed":
         async with db.acquire() as connection, connection.transaction():
@@ -72,10 +72,10 @@ async def test_cached_reads_see_every_kind_of_write(db: Database, way: str) -> N
 async def test_orm_writes_invalidate_cached_reads(db: Database) -> None:
     names = "SELECT username FROM users ORDER BY id"
     assert await db.fetch(names) == []
-    async with db.sessions() as session:
+    async with db.session() as session:
         session.add_all([User(id=n, username=f"user {n}") for n in range(1, 50)])
     assert len(await db.fetch(names)) == 49
-    async with db.sessions() as session:
+    async with db.session() as session:
         found = await session.get(User, 1)
         assert found is not None
         found.username = "renamed"
@@ -201,13 +201,13 @@ async def test_the_slow_log_shows_the_wait_for_a_connection_apart(target: Connec
 
 async def test_the_slow_log_covers_sessions_repositories_and_raw_connections(database: Pool) -> None:
     async with accessed(database, slow_ms=50) as db:
-        async with db.sessions() as session:
+        async with db.session() as session:
             await session.execute(text("SELECT pg_sleep(0.06), 'a session'"))
-        async with db.transaction(), db.sessions() as session:
+        async with db.transaction(), db.session() as session:
             await session.execute(text("SELECT pg_sleep(0.06), 'in a transaction'"))
         async with db.acquire() as connection:
             await connection.fetch("SELECT pg_sleep(0.06), 'raw'")
-        async with db.sessions() as session:
+        async with db.session() as session:
             await session.execute(text("SELECT 1"))
         slow = db.get_stats()["slow"]
     assert [entry["sql"].split("'")[1] for entry in slow] == ["a session", "in a transaction", "raw"]
@@ -224,7 +224,7 @@ async def test_exhausted_sessions_name_their_holders(target: ConnectTarget) -> N
             async with db.transaction("counting sheep"):
                 pass
 
-        async with db.sessions() as session:
+        async with db.session() as session:
             await session.execute(text("SELECT 1"))
             with pytest.raises(DatabaseUnavailable, match=r"held by .*test_access_statements\.py:\d+ test_exhausted"):
                 await hold()
@@ -296,7 +296,7 @@ async def test_renew_after_a_schema_change(db: Database) -> None:
     await db.execute(PUT, "apple", 1)
     every = "SELECT * FROM shelf"
     assert len(await db.fetch(every)) == 1
-    async with db.sessions():
+    async with db.session():
         pass
     await db.pool.execute("ALTER TABLE shelf ADD COLUMN weight int")
     await db.renew()

@@ -75,14 +75,14 @@ async def test_raw_statements_and_sessions_share_a_transaction(db: Database) -> 
     with pytest.raises(RuntimeError):
         async with db.transaction():
             await db.execute(PUT, "apple", 1)
-            async with db.sessions() as session:
+            async with db.session() as session:
                 session.add(Channel(guild_id=1, id=2, type=0, name="a", permission_overwrites=[{"id": 5}]))
             assert await db.fetchval("SELECT name FROM channels") == "a"
             raise RuntimeError
     assert await db.fetchval(COUNT) == await db.fetchval("SELECT count(*) FROM channels") == 0
     async with db.transaction():
         await db.execute(PUT, "apple", 1)
-        async with db.sessions() as session:
+        async with db.session() as session:
             assert await session.scalar(text(COUNT)) == 1
             session.add(Channel(guild_id=1, id=2, type=0, name="a", permission_overwrites=[{"id": 5}]))
     row = await db.fetchrow("SELECT name, permission_overwrites FROM channels")
@@ -95,7 +95,7 @@ async def test_a_failed_session_rolls_back_to_its_savepoint(db: Database) -> Non
     async with db.transaction():
         await db.execute(PUT, "apple", 1)
         with pytest.raises(DatabaseError) as raised:
-            async with db.sessions() as session:
+            async with db.session() as session:
                 await session.execute(text("INSERT INTO shelf (item) VALUES ('apple')"))
         assert isinstance(raised.value.__cause__, IntegrityError)
         await db.execute(PUT, "pear", 2)
@@ -108,9 +108,9 @@ async def test_json_is_the_same_raw_and_orm(db: Database) -> None:
     async with db.transaction():
         await db.execute("INSERT INTO shelf (item, extra) VALUES ('y', $1)", value)
         assert await db.fetchval("SELECT extra FROM shelf WHERE item = 'x'") == value
-    async with db.sessions() as session:
+    async with db.session() as session:
         session.add(Channel(guild_id=1, id=2, type=0, permission_overwrites=value))
-    async with db.sessions() as session:
+    async with db.session() as session:
         found = await session.get(Channel, (1, 2))
         assert found is not None
         overwrites: object = found.permission_overwrites

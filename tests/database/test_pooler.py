@@ -80,7 +80,7 @@ async def test_a_second_start_meets_no_foreign_statements(target: ConnectTarget)
                 assert await db.fetchval(PRICE, "apple", use_cache=False) == 1
                 async with db.transaction():
                     await db.execute(PUT, "apple", 2)
-                async with db.sessions() as session:
+                async with db.session() as session:
                     assert (await session.execute(text("SELECT price FROM shelf"))).scalar() == 2
                 statement = await db.prepare_statement("price", PRICE)
                 assert await statement.fetchval("apple") == 2
@@ -97,10 +97,10 @@ async def test_many_tasks_share_few_backends(target: ConnectTarget) -> None:
                 await db.execute(PUT, f"item {number}", number)
                 async with db.transaction():
                     assert await db.fetchval(PRICE, f"item {number}") == number
-                    async with db.sessions() as session:
+                    async with db.session() as session:
                         found = await session.execute(text(PRICE.replace("$1", ":item")), {"item": f"item {number}"})
                         assert found.scalar() == number
-                async with db.sessions() as session:
+                async with db.session() as session:
                     found = await session.execute(text(PRICE.replace("$1", ":item")), {"item": f"item {number}"})
                     assert found.scalar() == number
                 assert await db.fetchval(PRICE, f"item {number}", use_cache=False) == number
@@ -122,7 +122,7 @@ async def test_transactions_replace_the_limits_of_the_role(target: ConnectTarget
             async with accessed(pool) as db:
                 async with db.transaction():
                     assert await db.fetchval("SHOW statement_timeout") == "0"
-                async with db.sessions() as session:
+                async with db.session() as session:
                     assert (await session.execute(text("SHOW statement_timeout"))).scalar() == "0"
         finally:
             await pool.execute("ALTER ROLE CURRENT_USER RESET statement_timeout")

@@ -125,7 +125,7 @@ class Guildbook(commands.AutoShardedBot):
 
         Leaving the block commits, an exception rolls back.
         """
-        return self.db.sessions()
+        return self.db.session()
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:
         """Return whether every available guild has been reconciled, with progress figures for GET /readyz."""

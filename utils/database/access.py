@@ -206,7 +206,7 @@ class Database:
         """
         return Transaction(self, name, isolation, readonly=readonly)
 
-    def sessions(self) -> AbstractAsyncContextManager[AsyncSession]:
+    def session(self) -> AbstractAsyncContextManager[AsyncSession]:
         """Yield a session in the open transaction, or on a connection of its own; the end of the block commits."""
         root = joined()
         return self.orm.session(None if root is None else root.connection)

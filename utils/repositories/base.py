@@ -78,9 +78,9 @@ class Repository(Generic[ModelT, KeyT]):
 
     model: type[ModelT]
 
-    def __init__(self, sessions: SessionFactory) -> None:
-        """`sessions` opens a session; in a cog, pass `bot.get_db_session`."""
-        self._sessions: SessionFactory = sessions
+    def __init__(self, get_session: SessionFactory) -> None:
+        """`get_session` opens a session; in a cog, pass `bot.get_db_session`."""
+        self._get_session: SessionFactory = get_session
         self._table: Table = cast(Table, self.model.__table__)
         self._keys: tuple[Column[Any], ...] = tuple(self._table.primary_key.columns)
         self._tombstone: Column[Any] | None = upsert.find_column(self._table, Part.TOMBSTONE)
@@ -93,7 +93,7 @@ class Repository(Generic[ModelT, KeyT]):
         """Open a session for your own statements; errors are translated as in the other methods."""
         with translate_errors():
             try:
-                async with self._sessions() as session:
+                async with self._get_session() as session:
                     yield session
             except Exception as exc:
                 conflict = _conflict(exc)

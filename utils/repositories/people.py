@@ -42,7 +42,7 @@ class UserRepository(Repository[User, int]):
 
     async def guilds_of(self, user_id: int, *, load: Load = ()) -> Sequence[Guild]:
         """Return the guilds that the bot shares with a user, ordered by id, with their relationships `load`."""
-        return await GuildRepository(self._sessions).shared_with(user_id, load=load)
+        return await GuildRepository(self._get_session).shared_with(user_id, load=load)
 
 
 class MemberRepository(Repository[Member, Key]):
