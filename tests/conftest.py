@@ -71,6 +71,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Set the marks, and start with the tests that may take long: none of them then runs alone at the end."""
+    items.sort(key=lambda item: -_time_limit(item))
     for item in items:
         if hasattr(getattr(item, "obj", None), "hypothesis") and "server" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")
@@ -78,6 +80,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("quick")
         if IS_POOLED and (mark := item.get_closest_marker("direct")) is not None:
             item.add_marker(pytest.mark.skip(reason=f"not through a pooler: {mark.args[0]}"))
+
+
+def _time_limit(item: pytest.Item) -> float:
+    """Return the seconds that a test's own mark allows it, or 0."""
+    mark = item.get_closest_marker("timeout")
+    return float(mark.args[0]) if mark is not None and mark.args else 0.0
 
 
 @pytest.hookimpl(wrapper=True)
