@@ -11,6 +11,7 @@ from discord.ext import commands
 from models import mirrored_tables
 from utils.base_cog import Guildbook
 from utils.exceptions import GuildbookError, SyncError, ValidationError
+from utils.mirror.discord.permissions import invite_url, missing_in
 from utils.mirror.records.rows import Run, tombstone_column
 from utils.operations import slash
 from utils.operations.slash import Reply
@@ -21,6 +22,10 @@ CONCURRENCY = 8
 CHECK_INTERVAL = 0.25
 #: Reconciles shown by `/mirror status`.
 SHOWN_RUNS = 5
+#: Guilds with missing permissions shown by `/mirror status`.
+SHOWN_GUILDS = 5
+#: Guilds whose permissions are computed without giving others a turn.
+GUILDS_AT_ONCE = 100
 
 
 class MirrorCommands(commands.Cog):
@@ -55,6 +60,7 @@ class MirrorCommands(commands.Cog):
             f" {progress['reconciled']:,} reconciled, {progress['waiting']:,} waiting, {progress['running']:,} running;"
             f" {len(self.bot.mirror.writer.buffer):,} rows waiting to be written"
         ]
+        lines += await self._missing_permissions()
         counts = [f"{name} {await self._count(name):,}" for name in mirrored_tables()]
         lines += ["**In the database**: " + ", ".join(counts), "**Last reconciles**"]
         rows = await self.bot.db.fetch(
@@ -68,6 +74,29 @@ class MirrorCommands(commands.Cog):
             when = discord.utils.format_dt(row["finished_at"], "R")
             lines.append(f"{self._name(row['guild_id'])} {when} ({row['reason']}, {row['source']}): {outcome}")
         return "\n".join(lines if rows else [*lines, "none yet"])
+
+    async def _missing_permissions(self) -> list[str]:
+        """Return a line for each guild in which the mirror lacks a permission, at most `SHOWN_GUILDS`."""
+        lacking: list[str] = []
+        for number, guild in enumerate(self.bot.guilds, start=1):
+            found = [f"no {used.name} (not mirrored: {used.missed})" for used in missing_in(guild)]
+            state = self.bot.mirror.reconciler.guilds.get(guild.id)
+            if not found and state is not None and (channels := {id for id, _ in state.skipped_archives}):
+                found = [f"{len(channels):,} channels deny Read Message History or Manage Threads"]
+            if found:
+                lacking.append(f"{self._name(guild.id)}: {', '.join(found)}")
+            if not number % GUILDS_AT_ONCE:
+                await asyncio.sleep(0)
+        if not lacking:
+            return []
+        more = [f"and {len(lacking) - SHOWN_GUILDS:,} more guilds"] if len(lacking) > SHOWN_GUILDS else []
+        assert self.bot.application_id is not None, "logged in"
+        return [
+            "**Missing permissions**",
+            *lacking[:SHOWN_GUILDS],
+            *more,
+            f"To grant them, open <{invite_url(self.bot.application_id)}> and choose the guild.",
+        ]
 
     async def _count(self, table: str) -> int:
         tombstone = tombstone_column(table)

@@ -23,6 +23,7 @@ import bot
 import cogs
 from models import Base
 from models.base import Erase, Part, part_of
+from utils.mirror.discord import permissions
 from utils.settings import Settings
 
 DIRECTORY = Path(__file__).parent / "reference"
@@ -43,6 +44,7 @@ def pages() -> dict[str, str]:
         "settings": settings_page(),
         "tables": tables_page(),
         "commands": commands_page(),
+        "permissions": permissions_page(),
         **{name: module_page(title, modules) for name, (title, modules) in MODULES.items()},
     }
     return {name: re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n" for name, text in written.items()}
@@ -66,6 +68,30 @@ def _plain(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# Permissions.
+
+
+def permissions_page() -> str:
+    """Return a table of the permissions that the mirror uses."""
+    rows = ["| permission | what is mirrored with it | what is missed without it |", "| --- | --- | --- |"]
+    for used in permissions.USED:
+        name = used.name if used.alternative is None else f"{used.name}, or {used.alternative[0]}"
+        rows.append(f"| *{name}* | {_cell(used.brings)} | {_cell(used.missed)} |")
+    text = """
+The address in the [README](../../README.md#the-bot-on-discord-in-five-steps) asks for these permissions. Each is
+optional: guilds, users, members, roles, and joins and leaves need none of them.
+
+What Discord would refuse is not requested: archived threads of a channel are listed only if the bot's roles and the
+channel's overwrites allow it, and what was skipped is read as soon as they do. A thread that was mirrored before stays
+as it was last seen.
+
+`/mirror status` shows the guilds that do not grant a permission, and channels whose overwrites deny one; `python bot.py
+doctor` shows the former without a running bot. To grant what is missing, open the same address again and choose the
+guild.
+"""
+    return "\n".join(["# Permissions", "", NOTE, text, *rows])
 
 
 # Tables.

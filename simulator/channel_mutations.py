@@ -107,7 +107,9 @@ class ChannelMutations(WorldState):
         self.tick()
         channel.hidden = False
         self.emit("CHANNEL_UPDATE", guild, channel_payload(channel))
-        active = [t for t in guild.threads.values() if t.parent_id == channel_id and not t.archived]
+        active = [
+            t for t in guild.threads.values() if t.parent_id == channel_id and not t.archived and guild.sees(t.id)
+        ]
         threads = [thread_payload(thread, self.bot.id) for thread in active]
         # https://docs.discord.com/developers/topics/threads#gaining-access-to-channels
         sync: Json = {"guild_id": str(guild_id), "channel_ids": [str(channel_id)], "threads": threads}

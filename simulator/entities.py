@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from typing import Any
 
 Json = dict[str, Any]
 
 OBFUSCATED_FLAG = 1 << 17
 HIDDEN_NAME = "___hidden___"
-VIEW_CHANNEL = 1 << 10
+
+
+class Permission(IntFlag):
+    """The permissions that decide what a bot is sent and may request."""
+
+    BAN_MEMBERS = 1 << 2
+    ADMINISTRATOR = 1 << 3
+    VIEW_AUDIT_LOG = 1 << 7
+    VIEW_CHANNEL = 1 << 10
+    READ_MESSAGE_HISTORY = 1 << 16
+    MANAGE_THREADS = 1 << 34
+
+
+ALL_PERMISSIONS = (1 << 53) - 1
 
 
 class ChannelType(IntEnum):
@@ -132,7 +145,10 @@ class Thread:
 
 @dataclass(slots=True, eq=False)
 class Guild:
-    """A guild with its contents; `present`: the bot is in it, `available`: it is not in an outage."""
+    """A guild with its contents; `present`: the bot is in it, `available`: it is not in an outage.
+
+    Whether the bot can view a channel is that channel's `hidden` alone, whatever roles and overwrites say.
+    """
 
     id: int
     name: str
@@ -163,6 +179,7 @@ class Guild:
     features: list[str] = field(default_factory=list)
     # Set when the guild is created or becomes available again, because only GUILD_CREATE contains it.
     large: bool = False
+    bot_id: int = 0
     available: bool = True
     present: bool = True
     roles: dict[int, Role] = field(default_factory=dict)
@@ -190,11 +207,46 @@ class Guild:
         self._ordered = None
         return self.members.pop(user_id)
 
+    def granted(self, channel_id: int | None = None) -> int:
+        """Return the bot's permissions in the guild or, with overwrites, in a channel or a thread's parent.
+
+        https://docs.discord.com/developers/topics/permissions#permission-overwrites
+        """
+        bot = self.members.get(self.bot_id)
+        if bot is None:
+            return 0
+        roles = [self.id, *bot.roles]
+        allowed = 0
+        for role_id in roles:
+            allowed |= self.roles[role_id].permissions if role_id in self.roles else 0
+        if allowed & Permission.ADMINISTRATOR or self.owner_id == self.bot_id:
+            return ALL_PERMISSIONS
+        thread = self.threads.get(channel_id or 0)
+        channel = self.channels.get(thread.parent_id if thread else channel_id or 0)
+        overwrites = channel.permission_overwrites if channel else []
+        for ids in ({self.id}, set(bot.roles), {self.bot_id}):
+            applied = [entry for entry in overwrites if int(entry["id"]) in ids]
+            for entry in applied:
+                allowed &= ~int(entry["deny"])
+            for entry in applied:
+                allowed |= int(entry["allow"])
+        return allowed
+
     def sees(self, channel_id: int) -> bool:
-        """Return whether the bot can view a channel, or a thread's parent channel."""
+        """Return whether the bot can view a channel, or a thread: its parent, and a private one's content."""
         thread = self.threads.get(channel_id)
         channel = self.channels.get(thread.parent_id if thread else channel_id)
-        return channel is not None and not channel.hidden
+        if channel is None or channel.hidden:
+            return False
+        is_private = thread is not None and thread.type == ChannelType.PRIVATE_THREAD and not thread.joined
+        return not is_private or bool(self.granted(channel_id) & Permission.MANAGE_THREADS)
+
+    def may_list_archived(self, channel_id: int, *, private: bool) -> bool:
+        """Return whether the bot may list the archived threads of a channel."""
+        needed = (
+            Permission.VIEW_CHANNEL | Permission.READ_MESSAGE_HISTORY | (Permission.MANAGE_THREADS if private else 0)
+        )
+        return self.granted(channel_id) & needed == needed
 
 
 # The fields that `World.update_guild` can set.

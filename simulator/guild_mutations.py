@@ -65,6 +65,13 @@ class GuildMutations(WorldState):
             setattr(role, name, value)
         self.emit("GUILD_ROLE_UPDATE", guild, {"guild_id": str(guild_id), "role": role_payload(role)})
 
+    def grant(self, guild_id: int, permissions: int) -> None:
+        """Grant the bot exactly these permissions in a guild: @everyone gets them, and the bot's other roles none."""
+        roles = self.member(guild_id, self.bot.id).roles
+        for role_id in roles:
+            self.update_role(guild_id, role_id, permissions=0)
+        self.update_role(guild_id, guild_id, permissions=int(permissions))
+
     def delete_role(self, guild_id: int, role_id: int) -> None:
         """Delete a role and remove it from its members, for which Discord sends no events."""
         guild = self.guild(guild_id)
@@ -122,6 +129,7 @@ class GuildMutations(WorldState):
 
     def add_bot_member(self, guild: Guild) -> None:
         """Make the bot a member of a guild, with its managed role if there is one."""
+        guild.bot_id = self.bot.id
         own = tuple(r.id for r in guild.roles.values() if r.tags and r.tags.get("bot_id") == str(self.bot.id))
         member = draw_member(self.rng, self.bot, guild.id, [own], self.now_us, self.now_us)
         member.nick, member.joined_at, member.flags, member.pending = None, guild.joined_at, 0, False

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Final
 
-from .entities import Guild, Json, Member, User
+from .entities import Guild, Json, Member, Permission, User
 from .ids import iso, to_micros
 from .payloads import member_payload, own_user_payload, user_payload
 from .populate import draw_member, draw_user
@@ -64,9 +64,7 @@ class MemberMutations(WorldState):
             raise ValueError("use remove_bot() to remove the bot")
         self.tick()
         guild.bans.add(user_id)
-        payload = {"guild_id": str(guild_id), "user": user_payload(user)}
-        if self.emit("GUILD_BAN_ADD", guild, payload, Intent.GUILD_MODERATION):
-            self.ledger.record_member_event(guild_id, user_id, "ban")
+        self._emit_ban("GUILD_BAN_ADD", guild, user, "ban")
         if user_id in guild.members:
             self._remove(guild, user_id)
 
@@ -77,9 +75,7 @@ class MemberMutations(WorldState):
             raise UnknownEntity(f"user {user_id} is not banned from guild {guild_id}")
         self.tick()
         guild.bans.discard(user_id)
-        payload = {"guild_id": str(guild_id), "user": user_payload(user)}
-        if self.emit("GUILD_BAN_REMOVE", guild, payload, Intent.GUILD_MODERATION):
-            self.ledger.record_member_event(guild_id, user_id, "unban")
+        self._emit_ban("GUILD_BAN_REMOVE", guild, user, "unban")
 
     def rename_user(
         self,
@@ -139,6 +135,14 @@ class MemberMutations(WorldState):
         member.rendered = None
         changed = {"nick": not isinstance(nick, Unset), "pending": not isinstance(pending, Unset)}
         self._member_update(guild, member, changed)
+
+    def _emit_ban(self, name: str, guild: Guild, user: User, kind: str) -> None:
+        # https://docs.discord.com/developers/events/gateway-events#guild-ban-add
+        if not guild.granted() & (Permission.BAN_MEMBERS | Permission.VIEW_AUDIT_LOG):
+            return
+        payload = {"guild_id": str(guild.id), "user": user_payload(user)}
+        if self.emit(name, guild, payload, Intent.GUILD_MODERATION):
+            self.ledger.record_member_event(guild.id, user.id, kind)
 
     def _known_roles(self, guild: Guild, roles: Iterable[int]) -> tuple[int, ...]:
         role_ids = tuple(dict.fromkeys(roles))

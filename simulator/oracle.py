@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-from .entities import Channel, Guild, Member, Role, Thread, User
+from .entities import Channel, ChannelType, Guild, Member, Role, Thread, User
 from .ids import to_datetime
 
 if TYPE_CHECKING:
@@ -46,9 +46,15 @@ def expected_rows(world: WorldState, table: str, guild_id: int | None) -> Iterat
         elif table == "channels":
             yield from map(_channel, guild.channels.values())
         elif table == "threads":
-            yield from (_thread(thread) for thread in guild.threads.values() if guild.sees(thread.id))
+            yield from (_thread(thread) for thread in guild.threads.values() if is_shown(guild, thread))
         else:
             raise ValueError(f"unknown table {table!r}: choose from {', '.join(TABLES)}")
+
+
+def is_shown(guild: Guild, thread: Thread) -> bool:
+    """Return whether Discord shows a thread to the bot: in GUILD_CREATE, or in a listing of archived threads."""
+    private = thread.type == ChannelType.PRIVATE_THREAD
+    return guild.sees(thread.id) and (not thread.archived or guild.may_list_archived(thread.parent_id, private=private))
 
 
 def _users(world: WorldState, guilds: Iterable[Guild], *, with_bot: bool) -> Iterable[User]:

@@ -9,13 +9,13 @@ from json.encoder import encode_basestring_ascii as quoted
 from .entities import (
     HIDDEN_NAME,
     OBFUSCATED_FLAG,
-    VIEW_CHANNEL,
     VOICE_TYPES,
     Channel,
     ChannelType,
     Guild,
     Json,
     Member,
+    Permission,
     Role,
     Thread,
     User,
@@ -144,7 +144,7 @@ def channel_payload(channel: Channel) -> Json:
 
 def _obfuscated(channel: Channel) -> Json:
     # https://docs.discord.com/developers/resources/channel#channel-object-obfuscated-channels
-    deny = {"id": str(channel.guild_id), "type": 0, "allow": "0", "deny": str(VIEW_CHANNEL)}
+    deny = {"id": str(channel.guild_id), "type": 0, "allow": "0", "deny": str(int(Permission.VIEW_CHANNEL))}
     payload: Json = {
         "id": str(channel.id),
         "guild_id": str(channel.guild_id),

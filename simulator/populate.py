@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable
 from typing import Final
 
-from .entities import THREADED_TYPES, Channel, ChannelType, Guild, Json, Member, Role, Thread, User
+from .entities import THREADED_TYPES, Channel, ChannelType, Guild, Json, Member, Permission, Role, Thread, User
 
 WORDS: Final = [
     "river",
@@ -139,9 +139,19 @@ def draw_member(
     )
 
 
+#: Discord's default, with what a bot needs to be shown everything.
+_EVERYONE = int(
+    0x637DA257
+    | Permission.VIEW_CHANNEL
+    | Permission.READ_MESSAGE_HISTORY
+    | Permission.MANAGE_THREADS
+    | Permission.VIEW_AUDIT_LOG
+)
+
+
 def draw_roles(rng: random.Random, guild: Guild, ids: Iterable[int], bot_id: int) -> None:
     """Generate @everyone and the given roles: the first is the bot's, the second the boosters'."""
-    guild.roles[guild.id] = Role(guild.id, "@everyone", position=0, permissions=0x637DA257)
+    guild.roles[guild.id] = Role(guild.id, "@everyone", position=0, permissions=_EVERYONE)
     for number, role_id in enumerate(ids):
         role = Role(role_id, f"{rng.choice(WORDS)} {number}", position=number + 1)
         role.color = rng.choice((0, rng.getrandbits(24)))

@@ -43,6 +43,7 @@ UNKNOWN_WEBHOOK = (404, 10015, "Unknown Webhook")
 UNKNOWN_INTERACTION = (404, 10062, "Unknown interaction")
 ALREADY_ACKNOWLEDGED = (400, 40060, "Interaction has already been acknowledged.")
 MISSING_ACCESS = (403, 50001, "Missing Access")
+MISSING_PERMISSIONS = (403, 50013, "Missing Permissions")
 INVALID_WEBHOOK_TOKEN = (401, 50027, "Invalid Webhook Token")
 INVALID_FORM = (400, 50035, "Invalid Form Body")
 NOT_FOUND = (404, 0, "404: Not Found")
@@ -87,6 +88,8 @@ class RestRules:
         self._global_limit = SlidingWindow(simulator.limits.rest_per_second, 1.0)
         self._buckets: dict[str, SlidingWindow] = {}
         self.requests: Counter[str] = Counter()
+        #: Requests answered with 403, injected faults aside.
+        self.refused: Counter[str] = Counter()
         self.limited = 0
         self.answered = 0
 
@@ -139,6 +142,8 @@ class RestRules:
             response = answer({"message": str(exc), "code": exc.code}, exc.status)
         except web.HTTPException as exc:
             response = answer({"message": f"{exc.status}: {exc.reason}", "code": 0}, exc.status)
+        if response.status == 403:
+            self.refused[route] += 1
         response.headers.update(headers)
         self.answered += 1
         # The delayed response shows the state at the time of the request.

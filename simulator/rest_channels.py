@@ -13,6 +13,7 @@ from .payloads import channel_payload, own_user_payload, thread_member_payload, 
 from .rest import (
     API,
     INVALID_FORM,
+    MISSING_PERMISSIONS,
     UNKNOWN_MESSAGE,
     UNKNOWN_USER,
     ApiError,
@@ -67,7 +68,7 @@ class ChannelRoutes:
         return self._archived(request, private=True)
 
     async def archived_joined(self, request: web.Request) -> web.Response:
-        threads = [t for t in self._archive(request, private=True) if t.joined]
+        threads = [t for t in self._archive(request, private=True, joined=True) if t.joined]
         before = number(request, "before", 1 << 63, 0, 1 << 64)
         threads = sorted((t for t in threads if t.id < before), key=lambda thread: -thread.id)
         return self._listing(request, threads)
@@ -83,10 +84,12 @@ class ChannelRoutes:
             threads = [t for t in threads if t.archive_timestamp < before]
         return self._listing(request, sorted(threads, key=lambda thread: -thread.archive_timestamp))
 
-    def _archive(self, request: web.Request, *, private: bool) -> list[Thread]:
+    def _archive(self, request: web.Request, *, private: bool, joined: bool = False) -> list[Thread]:
         guild, channel = visible_channel(self._simulator, request)
         if not isinstance(channel, Channel):
             raise ApiError(400, 50024, "Cannot execute action on this channel type")
+        if not guild.may_list_archived(channel.id, private=private and not joined):
+            raise ApiError(*MISSING_PERMISSIONS)
         return [
             thread
             for thread in guild.threads.values()

@@ -45,6 +45,7 @@ class GuildRoutes:
             web.get(f"{API}/gateway", self.gateway),
             web.get(f"{API}/gateway/bot", self.gateway_bot),
             web.get(f"{API}/users/@me", self.own_user),
+            web.get(f"{API}/users/@me/guilds", self.own_guilds),
             web.get(f"{API}/users/{{user_id}}", self.user),
             web.get(f"{API}/oauth2/applications/@me", self.application),
             web.get(f"{API}/applications/@me", self.application),
@@ -65,6 +66,18 @@ class GuildRoutes:
 
     async def own_user(self, request: web.Request) -> web.Response:
         return answer(own_user_payload(self._world.bot))
+
+    async def own_guilds(self, request: web.Request) -> web.Response:
+        limit, after = number(request, "limit", 200, 1, 200), number(request, "after", 0, 0, (1 << 64) - 1)
+        found = sorted((g for g in self._world.guilds.values() if g.present and g.id > after), key=lambda g: g.id)
+        names = ("name", "icon", "banner", "features")
+        return answer(
+            [
+                {"id": str(guild.id), "owner": False, "permissions": str(guild.granted())}
+                | {name: getattr(guild, name) for name in names}
+                for guild in found[:limit]
+            ]
+        )
 
     async def user(self, request: web.Request) -> web.Response:
         user = self._world.users.get(path_id(request, "user_id"))

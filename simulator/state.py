@@ -11,7 +11,7 @@ from typing import Final
 from .entities import Channel, Guild, Json, Member, Thread, User
 from .ids import WORLD_START_US, snowflake_at
 from .ledger import Ledger
-from .oracle import Row, expected_rows
+from .oracle import Row, expected_rows, is_shown
 from .payloads import to_bytes
 
 
@@ -181,6 +181,6 @@ class WorldState:
         return expected_rows(self, table, guild_id)
 
     def hidden_thread_ids(self, guild_id: int) -> set[int]:
-        """Return the ids of threads in hidden channels, which the bot cannot observe."""
+        """Return the ids of threads that the bot cannot observe, or could not list once they are archived."""
         guild = self.guild(guild_id)
-        return {thread_id for thread_id in guild.threads if not guild.sees(thread_id)}
+        return {thread.id for thread in guild.threads.values() if not is_shown(guild, thread)}

@@ -20,6 +20,7 @@ from simulator import Limits, Simulator, World
 from tests.bot.running import run_cli, running_bot, wait_until_mirrored
 from tests.docs.blocks import PAGES, ROOT, Block, blocks
 from utils.database import Pool
+from utils.mirror.discord.permissions import invite_url
 from utils.operations.migrations.batches import in_batches
 from utils.settings import load_settings, variables
 
@@ -157,8 +158,9 @@ async def test_every_cog_works(database: Pool, monkeypatch: pytest.MonkeyPatch, 
 
 def test_the_invitation_asks_for_what_it_says() -> None:
     address = next(block.text for block in blocks("text") if block.text.startswith("https://"))
+    assert address.strip() == invite_url("APPLICATION_ID")
     query = parse_qs(urlsplit(address.strip()).query)
-    wanted = discord.Permissions(view_channel=True, read_message_history=True)
+    wanted = discord.Permissions(view_channel=True, read_message_history=True, manage_threads=True, view_audit_log=True)
     assert query["permissions"] == [str(wanted.value)]
     assert query["scope"] == ["bot applications.commands"]
 

@@ -181,6 +181,7 @@ async def mirrored(
             user_batch_pages=user_batch_pages,
             thread_requests_per_second=1_000,  # the simulator has its own limits
             thread_retry_seconds=0.05,
+            permissions_seconds=0.05,
         ),
         spool=spool,
         on_lost=(lambda: None) if held is None else held.give_up,

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from simulator import InteractionResult, Simulator
+from simulator.entities import Permission
 from tests.bot.running import running_bot
+from tests.waiting import until
 from utils.database import Pool
+from utils.mirror.discord.permissions import invite_url
 from utils.operations import slash
 
 
@@ -33,6 +36,22 @@ async def test_status_shows_progress_and_row_counts(database: Pool, simulator: S
     for words in ("Up to date", "2 guilds available, 2 reconciled", "members 3,540", "roles 18", "Last reconciles"):
         assert words in result.final_content
     assert await audit_log(database) == [(simulator.world.operator_id, "mirror status", {}, result.final_content)]
+
+
+async def test_status_shows_what_each_guild_does_not_grant(database: Pool, simulator: Simulator, small: int) -> None:
+    world = simulator.world
+    async with running_bot(database, simulator) as bot:
+        result = await run(simulator, world.operator_id, "status")
+        assert "Missing permissions" not in (result.final_content or "")
+        world.grant(small, Permission.VIEW_CHANNEL | Permission.READ_MESSAGE_HISTORY | Permission.BAN_MEMBERS)
+        guild = bot.get_guild(small)
+        assert guild is not None
+        await until(lambda: not guild.me.guild_permissions.manage_threads)
+        result = await run(simulator, world.operator_id, "status")
+    shown = result.final_content or ""
+    assert f"Small ({small}): no Manage Threads (not mirrored: private threads" in shown
+    assert invite_url(world.application_id) in shown
+    assert shown.count(": no ") == 1
 
 
 async def test_sync_writes_differences_and_reports_counts(

@@ -37,6 +37,8 @@ MAX_WAITING_PAGES = 6
 PAUSE_SECONDS = 10.0
 #: Seconds between two checks whether the event queue has room.
 ROOM_SECONDS = 0.005
+#: Events that may change what the bot is allowed to do; GUILD_MEMBER_UPDATE only if it is about the bot.
+PERMISSION_EVENTS = frozenset(("GUILD_MEMBER_UPDATE", "GUILD_ROLE_UPDATE", "GUILD_ROLE_DELETE", "CHANNEL_UPDATE"))
 #: Seconds after the last READY or GUILD_CREATE from which a missing guild counts as unavailable. READY lists all guilds
 #: as unavailable, and one GUILD_CREATE after the other follows; discord.py waits as long for the next one.
 ARRIVAL_SECONDS = 2.0
@@ -86,6 +88,8 @@ class Mirror:
         self._last_arrival: float = 0.0
         #: Messages received since `update_metrics`: incrementing the metric costs as much as the rest of a message.
         self._messages: int = 0
+        #: The bot's user id; 0 before READY.
+        self._own_id: int = 0
         #: By shard that sent READY, the guilds that Discord listed or sent since.
         self._ready: dict[int, set[int]] = {}
 
@@ -263,6 +267,7 @@ class Mirror:
     def _on_ready(self, data: Payload, shard_id: int, stamp: int) -> None:
         ids = {int(guild["id"]) for guild in data["guilds"]}
         self._last_arrival = time.monotonic()
+        self._own_id = int(data["user"]["id"])
         self._put_rows([validate_row(objects.user(data["user"], own=True))], stamp)
         guilds = self.reconciler.guilds
         requested = {state.id: state.requested_at for state in guilds.values()}
@@ -337,6 +342,9 @@ class Mirror:
                 self.reconciler.cancel(state, "it became unavailable")
                 if not data.get("unavailable"):
                     del self.reconciler.guilds[state.id]
+        elif event in PERMISSION_EVENTS:
+            if event != "GUILD_MEMBER_UPDATE" or int(data["user"]["id"]) == self._own_id:
+                self.archived.on_permissions_changed(int(data.get("guild_id") or 0))
         elif event.startswith("THREAD_"):
             if event == "THREAD_LIST_SYNC":
                 self._on_thread_list_sync(data)

@@ -15,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator import Limits, Simulator, World
+from simulator.entities import Permission
 from simulator.state import Intent
 from tests.bot.running import run_cli
 from tests.operations.migrations.support import HEAD, KNOWN
 from utils.database import ConnectTarget, Pool
+from utils.mirror.discord.permissions import invite_url
 from utils.operations import migrations
 from utils.operations.doctor import CHECKS, Check, CheckSkipped, DoctorContext, Finding, run_checks
 from utils.operations.doctor.configuration import find_token_problem
@@ -182,6 +184,30 @@ async def test_reports_unreachable_and_silent_discord(monkeypatch: pytest.Monkey
     server.close()
     assert "no answer in time" in finding.seen
     assert "s3cr3t" not in f"{findings} {finding}"
+
+
+async def test_names_the_guilds_that_lack_permissions(monkeypatch: pytest.MonkeyPatch, simulator: Simulator) -> None:
+    world = simulator.world
+    for number in range(250):  # more than one page
+        world.add_guild(members=2, roles=1, channels=0, name=f"Guild {number}")
+    names = {"DISCORD_TOKEN": simulator.token, "DISCORD_API_BASE": simulator.api_base}
+    findings = await worst_findings(monkeypatch, "permissions", **names)
+    assert (findings["permissions"].state, findings["permissions"].seen) == ("ok", "nothing is missing in 251 guilds")
+    last = max(world.guild_ids())
+    world.grant(last, Permission.VIEW_CHANNEL | Permission.READ_MESSAGE_HISTORY | Permission.MANAGE_THREADS)
+    findings = await worst_findings(monkeypatch, "permissions", **names)
+    found = findings["permissions"]
+    assert found.state == "warn"
+    assert f"({last}) lacks View Audit Log: bans and unbans are not mirrored" in found.seen
+    assert invite_url(world.application_id) in found.todo
+    for guild_id in world.guild_ids():
+        world.grant(guild_id, 0)
+    shown = await run_checks(DoctorContext(env_file=None), [c for c in CHECKS if c.name == "permissions"])
+    assert len(shown) == 41
+    assert shown[-1].seen == "241 more of 251 guilds lack permissions"
+    monkeypatch.setenv("DISCORD_TOKEN", "wrong")
+    (skipped,) = await run_checks(DoctorContext(env_file=None), [c for c in CHECKS if c.name == "permissions"])
+    assert skipped.seen == "not checked: Discord does not accept the token"
 
 
 async def test_unreachable_database_is_one_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import discord
 from discord.http import Route
 
 from utils.exceptions import SyncError
+from utils.mirror.discord import permissions
 from utils.mirror.translate.objects import Payload, user_id_of
 
 #: Largest page of GET /guilds/{id}/members (Discord API reference, "List Guild Members").
@@ -117,6 +118,15 @@ class DiscordSource:
             Route("GET", "/guilds/{guild_id}/channels", guild_id=guild_id), {}, f"guild {guild_id}: its channels"
         )
         return payload
+
+    def may_list_archived(self, guild_id: int, channel_id: int, kind: ThreadKind) -> bool:
+        """Return whether the bot may list a channel's archived threads, as far as discord.py knows."""
+        guild = self._client.get_guild(guild_id)
+        return permissions.may_list_archived(guild, channel_id, private=kind == "private")
+
+    def may_view_private(self, guild_id: int, channel_id: int) -> bool:
+        """Return whether the bot may request any private thread of a channel, as far as discord.py knows."""
+        return permissions.may_view_private(self._client.get_guild(guild_id), channel_id)
 
     async def archived_threads(self, channel_id: int, kind: ThreadKind) -> AsyncIterator[list[Payload]]:
         """List a channel's archived threads page by page, newest first.

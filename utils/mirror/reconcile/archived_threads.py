@@ -33,10 +33,12 @@ _VISIBLE_CHANNELS = """
 SELECT id FROM channels
 WHERE guild_id = $1 AND deleted_at IS NULL AND NOT hidden AND type = ANY($2)
 """
-#: Parameters: guild id, ids of channels, ids of threads that were listed, how many to return.
+#: Parameters: guild id, ids of channels, ids of threads that were listed, how many to return, ids of the channels whose
+#: private threads (type 12) the bot sees.
 _UNLISTED_THREADS = """
 SELECT id FROM threads
 WHERE guild_id = $1 AND deleted_at IS NULL AND parent_id = ANY($2) AND id <> ALL($3)
+    AND (type IS DISTINCT FROM 12 OR parent_id = ANY($5))
 ORDER BY id DESC
 LIMIT $4
 """
@@ -56,6 +58,8 @@ class ArchivedThreads:
         self._queue: asyncio.Queue[int] = asyncio.Queue()
         self._queued: set[int] = set()
         self._reading: int | None = None
+        #: Guilds whose permissions are about to be compared with what was skipped.
+        self._rechecking: set[int] = set()
         #: Consecutive failed passes, by guild.
         self._failures: Counter[int] = Counter()
         # Discord allows a bot 50 requests in a second (Discord API reference, "Global Rate Limit").
@@ -66,6 +70,21 @@ class ArchivedThreads:
         if guild_id not in self._queued:
             self._queued.add(guild_id)
             self._queue.put_nowait(guild_id)
+
+    def on_permissions_changed(self, guild_id: int) -> None:
+        """Read a guild once more if a listing that was skipped is allowed now."""
+        state = self._reconciler.guilds.get(guild_id)
+        if state is None or not state.skipped_archives or guild_id in self._rechecking:
+            return
+        # Later, because discord.py has not parsed the event yet, and because such events come in bursts.
+        self._rechecking.add(guild_id)
+        asyncio.get_running_loop().call_later(self._policy.permissions_seconds, self._recheck, guild_id)
+
+    def _recheck(self, guild_id: int) -> None:
+        self._rechecking.discard(guild_id)
+        state = self._reconciler.guilds.get(guild_id)
+        if state is not None and any(self._source.may_list_archived(guild_id, *it) for it in state.skipped_archives):
+            self.add(guild_id)
 
     @property
     def guilds_waiting(self) -> int:
@@ -116,7 +135,11 @@ class ArchivedThreads:
         failure: SyncError | None = None
         listed: set[int] = set()
         kinds: tuple[ThreadKind, ...] = ("public", "private")
+        state.skipped_archives.clear()
         for channel_id, kind in itertools.product(channels, kinds):
+            if not self._source.may_list_archived(guild_id, channel_id, kind):
+                state.skipped_archives.add((channel_id, kind))
+                continue  # Discord would answer 403, and it counts such answers
             try:
                 await self._read_channel(state, channel_id, kind, listed)
             except (discord.Forbidden, discord.NotFound) as error:
@@ -125,7 +148,8 @@ class ArchivedThreads:
             except SyncError as error:
                 failure = error
         seen = list(listed | state.active_threads.keys())
-        for row in await pool.fetch(_UNLISTED_THREADS, guild_id, channels, seen, MAX_PROBES):
+        private = [id for id in channels if self._source.may_view_private(guild_id, id)]
+        for row in await pool.fetch(_UNLISTED_THREADS, guild_id, channels, seen, MAX_PROBES, private):
             try:
                 await self._probe(state, row["id"])
             except SyncError as error:

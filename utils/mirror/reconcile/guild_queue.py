@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from utils.mirror.discord.source import MEMBERS_PAGE
+from utils.mirror.discord.source import MEMBERS_PAGE, ThreadKind
 from utils.mirror.reconcile.listing import Listing
 from utils.mirror.records.rows import Run
 
@@ -44,6 +44,8 @@ class GuildState:
     reason: str | None = None
     #: Parent channel of each thread that Discord showed as active in this session.
     active_threads: dict[int, int | None] = field(default_factory=dict)
+    #: Channels and kinds of archived threads that were not listed, because the bot lacks the permission.
+    skipped_archives: set[tuple[int, ThreadKind]] = field(default_factory=set)
     #: Futures of callers that wait for the next finished reconcile.
     waiters: list[asyncio.Future[Run]] = field(default_factory=list)
 

@@ -57,6 +57,8 @@ class ReconcilePolicy(NamedTuple):
     thread_requests_per_second: int = 20
     thread_retry_seconds: float = 5.0
     thread_retry_max_seconds: float = 600.0
+    #: From a change of permissions until it is checked whether archived threads can be read now.
+    permissions_seconds: float = 1.0
 
 
 class Reconciler:

@@ -20,6 +20,7 @@ CHECKS: tuple[Check, ...] = (
     Check("variables", configuration.check_variables, 5.0),
     Check("token", configuration.check_token, 5.0),
     Check("discord", discord.check_discord, discord.REQUEST_SECONDS + 2.0),
+    Check("permissions", discord.check_permissions, discord.REQUEST_SECONDS + 2.0),
     Check("database", server.check_database, _CONNECT),
     Check("address", address.check_address, _CONNECT + 10.0),
     Check("rights", server.check_privileges, _CONNECT + 5.0),

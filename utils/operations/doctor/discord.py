@@ -7,14 +7,22 @@ import time
 from collections.abc import Sequence
 from datetime import UTC
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 import aiohttp
+import discord
 
+from utils.mirror.discord.permissions import UsedPermission, find_missing, invite_url
 from utils.operations.doctor.context import DoctorContext
 from utils.operations.doctor.report import CheckSkipped, Finding
 from utils.settings import DEVELOPER_PORTAL
 
 REQUEST_SECONDS = 5.0
+_REQUEST_ERRORS = (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError, ValueError)
+#: Largest page of GET /users/@me/guilds (Discord API reference, "Get Current User Guilds"), and how many are read.
+GUILDS_PER_PAGE, GUILD_PAGES = 200, 5
+#: Guilds with missing permissions of which each is a finding of its own.
+SHOWN_GUILDS = 10
 #: The application flags for the Server Members Intent, with and without Discord's verification (API reference,
 #: "Application Flags").
 _MEMBERS_INTENT = 1 << 14 | 1 << 15
@@ -24,11 +32,7 @@ MAX_SKEW_SECONDS = 5.0
 
 async def check_discord(context: DoctorContext, *, timeout: float = REQUEST_SECONDS) -> Sequence[Finding]:
     """Check that Discord accepts the token, that the Server Members Intent is on, and that the clocks agree."""
-    context.require("DISCORD_TOKEN", "DISCORD_API_BASE")
-    token, base = context.settings.discord_token, context.settings.discord_api_base
-    if token is None:
-        raise CheckSkipped("DISCORD_TOKEN is not set")
-    headers = {"Authorization": f"Bot {token.get_secret_value()}", "User-Agent": "DiscordBot (guildbook doctor)"}
+    base, headers = _endpoint(context)
     started = time.time()
     try:
         async with (
@@ -38,12 +42,9 @@ async def check_discord(context: DoctorContext, *, timeout: float = REQUEST_SECO
             status, date = response.status, response.headers.get("Date")
             answered = (started + time.time()) / 2
             content = await response.json(content_type=None) if status == 200 else None
-    except (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError, ValueError) as exc:
-        reason = (
-            "no answer in time" if isinstance(exc, TimeoutError) else context.redact(f"{type(exc).__name__}: {exc}")
-        )
+    except _REQUEST_ERRORS as exc:
         advice = "check the network, DISCORD_API_BASE, and https://discordstatus.com"
-        return [Finding("fail", "discord", f"{base} cannot be reached: {reason[:200]}", advice)]
+        return [Finding("fail", "discord", f"{base} cannot be reached: {_reason(context, exc)}", advice)]
     clock = _compare_clock(date, answered)
     if status == 401:
         advice = f"get a new one at {DEVELOPER_PORTAL} > your application > Bot > Reset Token"
@@ -64,6 +65,70 @@ def _check_intent(flags: object) -> Finding:
         return Finding("ok", "intents", "Server Members Intent is on")
     advice = f"switch it on at {DEVELOPER_PORTAL} > your application > Bot > Privileged Gateway Intents"
     return Finding("fail", "intents", "Server Members Intent is off: members cannot be mirrored", advice)
+
+
+async def check_permissions(context: DoctorContext, *, timeout: float = REQUEST_SECONDS) -> Sequence[Finding]:
+    """Check that each guild grants the permissions that the mirror uses. Overwrites of channels do not count."""
+    base, headers = _endpoint(context)
+    guilds: list[dict[str, Any]] = []
+    application_id, is_whole = "APPLICATION_ID", False
+    try:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout), headers=headers) as session:
+            async with session.get(f"{base}/applications/@me", allow_redirects=False) as response:
+                if response.status != 200:
+                    raise CheckSkipped("Discord does not accept the token")
+                application_id = str((await response.json(content_type=None))["id"])
+            for _ in range(GUILD_PAGES):
+                after = guilds[-1]["id"] if guilds else "0"
+                query = {"limit": str(GUILDS_PER_PAGE), "after": after}
+                async with session.get(f"{base}/users/@me/guilds", params=query, allow_redirects=False) as response:
+                    if response.status != 200:
+                        raise CheckSkipped(f"{base}/users/@me/guilds answered with status {response.status}")
+                    page = await response.json(content_type=None)
+                guilds += page
+                is_whole = len(page) < GUILDS_PER_PAGE
+                if is_whole:
+                    break
+    except (*_REQUEST_ERRORS, KeyError, TypeError) as exc:
+        raise CheckSkipped(f"{base} cannot be asked: {_reason(context, exc)}") from exc
+    return _describe_guilds(guilds, application_id, is_whole=is_whole)
+
+
+def _describe_guilds(guilds: Sequence[dict[str, Any]], application_id: str, *, is_whole: bool) -> list[Finding]:
+    checked = f"{len(guilds):,} guilds" if is_whole else f"the first {len(guilds):,} guilds"
+    lacking: list[tuple[str, list[UsedPermission]]] = []
+    for guild in guilds:
+        missing = find_missing(discord.Permissions(int(guild["permissions"]))) if guild.get("permissions") else []
+        if missing:
+            lacking.append((f"{str(guild.get('name', '?'))[:40]!r} ({guild['id']})", missing))
+    if not lacking:
+        return [Finding("ok", "permissions", f"nothing is missing in {checked}")]
+    advice = f"to grant it, open {invite_url(application_id)} and choose the guild"
+    findings = [
+        Finding("warn", "permissions", f"{name} lacks {used.name}: {used.missed} are not mirrored", advice)
+        for name, missing in lacking[:SHOWN_GUILDS]
+        for used in missing
+    ]
+    if len(lacking) > SHOWN_GUILDS:
+        seen = f"{len(lacking) - SHOWN_GUILDS:,} more of {checked} lack permissions"
+        findings.append(Finding("warn", "permissions", seen, "/mirror status and this command show the first"))
+    return findings
+
+
+def _endpoint(context: DoctorContext) -> tuple[str, dict[str, str]]:
+    """Return the address and the headers of requests to Discord. Raises `CheckSkipped` without a token."""
+    context.require("DISCORD_TOKEN", "DISCORD_API_BASE")
+    token = context.settings.discord_token
+    if token is None:
+        raise CheckSkipped("DISCORD_TOKEN is not set")
+    headers = {"Authorization": f"Bot {token.get_secret_value()}", "User-Agent": "DiscordBot (guildbook doctor)"}
+    return context.settings.discord_api_base, headers
+
+
+def _reason(context: DoctorContext, error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    return context.redact(f"{type(error).__name__}: {error}")[:200]
 
 
 def _compare_clock(date: str | None, ours: float) -> list[Finding]:
