@@ -438,3 +438,21 @@ BAUwAwEB/zAKBggqhkjOPQQDAgNIADBFAiBUGfKfoeQDXLXdlLIPXvOyPJL2ZGRP
 tfPWZ+eukNf2mAIhAM51v/Q1G2fwnLDaGnKblk41SAF4l4yhuB0cfEAcjUQc
 -----END CERTIFICATE-----
 """
+
+
+@pytest.mark.parametrize(
+    ("url", "location"),
+    [
+        ("postgresql://amy:pw@DB.example.com/x?sslmode=require", "db.example.com:5432"),
+        ("postgresql://bob@db.example.com:5432/y", "db.example.com:5432"),
+        ("postgresql://u@a:1,b:2/x", "a:1,b:2"),
+        ("postgresql://u@/x?host=/run/postgresql", "/run/postgresql:5432"),
+    ],
+)
+def test_the_location_is_the_server_alone(url: str, location: str) -> None:
+    assert parse_url(url).location == location
+
+
+def test_the_embedded_server_has_one_location() -> None:
+    target = ConnectTarget(hosts=("/tmp/somewhere",), ports=(5432,), source="embedded")
+    assert target.location == "embedded"

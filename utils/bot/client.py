@@ -18,7 +18,7 @@ from utils.bot.scheduler import Scheduler
 from utils.database import Pool
 from utils.database.access import Database
 from utils.database.cache import Channel, QueryCache
-from utils.exceptions import DatabaseError, GuildbookError, SettingsError, SpoolError
+from utils.exceptions import GuildbookError, SettingsError, SpoolError
 from utils.mirror import Mirror
 from utils.mirror.change_feed import ChangeFeed, MirrorChange
 from utils.mirror.discord import tap
@@ -29,7 +29,7 @@ from utils.mirror.spool.queue import EventQueue
 from utils.mirror.write.writer import FlushPolicy
 from utils.operations.confirm import Confirmations
 from utils.operations.slash import Operators
-from utils.service import metrics
+from utils.service import application, metrics
 from utils.service.lease import Lease
 from utils.settings import Settings
 
@@ -46,13 +46,6 @@ JOURNAL_TIMEOUT = 3.0
 STOP_TIMEOUT = 3.0
 #: Seconds to wait for running operator commands to answer before a command shuts the bot down.
 ANSWER_TIMEOUT = 30.0
-#: Returns the application that the database belongs to: $1 if it belonged to none.
-_CLAIM = """
-WITH claimed AS (INSERT INTO ops.application (id) VALUES ($1) ON CONFLICT DO NOTHING RETURNING id)
-SELECT id FROM claimed UNION ALL SELECT id FROM ops.application LIMIT 1
-"""
-#: SQLSTATE of a missing table (PostgreSQL manual, appendix A).
-_UNDEFINED_TABLE = "42P01"
 #: The event that `on_mirror_change` listeners receive.
 CHANGE_EVENT = "mirror_change"
 
@@ -286,12 +279,8 @@ class Guildbook(commands.AutoShardedBot):
 
         That application's guilds would all count as left.
         """
-        try:
-            owner = await self._pool.fetchval(_CLAIM, self.application_id)
-        except DatabaseError as error:
-            if error.sqlstate != _UNDEFINED_TABLE:  # AUTO_MIGRATE is paused at an older revision
-                raise
-            return
+        assert self.application_id is not None, "logged in"
+        owner = await application.claim(self._pool, self.application_id)
         if owner != self.application_id:
             raise SettingsError(
                 f"DISCORD_TOKEN: the database belongs to application {owner}, and this token to application"

@@ -22,7 +22,7 @@ from pathlib import Path
 import asyncpg
 
 from utils.database.binaries import Account, binaries, grant_access, run, server_account
-from utils.database.target import ConnectTarget
+from utils.database.target import EMBEDDED, ConnectTarget
 from utils.exceptions import DRIVER_ERRORS, DatabaseError, DatabaseUnavailable
 
 _log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class EmbeddedServer:
             database=database or self.database,
             sslmode="disable",
             is_declared=True,
-            source="embedded",
+            source=EMBEDDED,
         )
 
     async def start(self, timeout: float = START_SECONDS) -> None:

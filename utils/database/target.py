@@ -15,6 +15,8 @@ from sqlalchemy import URL
 from utils.exceptions import SettingsError
 
 APPLICATION_NAME = "guildbook"
+#: The `source` of the embedded server's target.
+EMBEDDED = "embedded"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -50,6 +52,15 @@ class ConnectTarget:
     def is_socket(self) -> bool:
         """Whether every host is a unix socket."""
         return bool(self.hosts) and all(host.startswith("/") for host in self.hosts)
+
+    @property
+    def location(self) -> str:
+        """The server, as backups record it: `embedded`, or the hosts and ports of the address."""
+        if self.source == EMBEDDED:
+            return EMBEDDED
+        if "service" in self.driver:
+            return f"service {self.driver['service']}"
+        return ",".join(f"{host.lower()}:{port}" for host, port in zip(self.hosts, self.ports, strict=False)) or "local"
 
     def with_database(self, database: str) -> ConnectTarget:
         """Return the target of another database on the same server."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import orjson
 import pytest
 
 from tests.bot.running import run_cli
@@ -21,8 +22,9 @@ from utils.exceptions import BackupError, ClientToolsMissing, DatabaseError
 from utils.operations.action import Step
 from utils.operations.backup import client_tools, create, pipeline
 from utils.operations.backup.create import BackupRequest
-from utils.operations.backup.manifest import parse_manifest
+from utils.operations.backup.manifest import parse_manifest, seal
 from utils.operations.backup.pipeline import Command
+from utils.service import application
 
 #: Timeouts that a server may set and that a backup of an hour would exceed.
 TIMEOUTS = ("statement_timeout", "idle_in_transaction_session_timeout", "transaction_timeout")
@@ -67,6 +69,26 @@ async def test_counts_every_row_and_describes_itself(tmp_path: Path, database: P
     assert manifest.size == manifest.plain_size == (tmp_path / "backups" / manifest.file).stat().st_size
     assert manifest.line in outcome.text
     assert json.loads(json.dumps(outcome.data))["sha256"] == manifest.sha256
+
+
+async def test_records_what_it_is_a_backup_of(tmp_path: Path, database: Pool) -> None:
+    service = make_service(tmp_path)
+    before = await make_backup(service, database)
+    await application.claim(database, 123)
+    await database.execute("INSERT INTO guilds (id, name) VALUES (1, 'one')")
+    after = await make_backup(service, database)
+    assert (before.application_id, after.application_id) == (None, 123)
+    assert (after.host, after.database) == (database.target.location, database.target.database)
+    assert (before.has_guilds, after.has_guilds) == (False, True)
+
+
+def test_a_backup_that_does_not_say_what_it_is_of_can_be_read() -> None:
+    old = {"id": "20260102T030405Z-abcdef", "file": "20260102T030405Z-abcdef.dump", "rows": {"public.guilds": 1},
+           "created_at": "2026-01-02T03:04:05+00:00", "kind": "full", "reason": "manual", "size": 1, "sha256": "0",
+           "plain_size": 1, "plain_sha256": "0", "recipient": None, "database": "d", "server": "18", "tool": "18",
+           "revision": "0001", "seconds": 1.0, "project": "guildbook", "format": 1}  # fmt: skip
+    manifest = parse_manifest(orjson.dumps(old | {"seal": seal(old)}), f"{old['id']}.json")
+    assert (manifest.application_id, manifest.host, manifest.total_rows) == (None, None, 1)
 
 
 async def test_only_the_owner_can_read_a_backup(tmp_path: Path, database: Pool) -> None:

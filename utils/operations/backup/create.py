@@ -33,6 +33,7 @@ from utils.operations.backup.manifest import (
 from utils.operations.backup.pipeline import Command, Digest, run
 from utils.operations.backup.scratch import Connection, connect
 from utils.operations.backup.store import Remote
+from utils.service import application
 
 _log = logging.getLogger(__name__)
 
@@ -155,6 +156,8 @@ async def create(
             revision=snapshot.revision,
             rows=rows,
             seconds=round(time.monotonic() - started, 2),
+            application_id=snapshot.application_id,
+            host=direct.location,
         )
         await asyncio.to_thread(local.finish, unfinished, name)
         await local.write(f"{id}{MANIFEST_SUFFIX}", manifest.serialize())
@@ -184,6 +187,8 @@ class _Snapshot:
     #: Its time (`at`), `database` and server `version`.
     facts: asyncpg.Record
     revision: str | None
+    #: The application that the database belongs to; None before the first login.
+    application_id: int | None
 
 
 @contextlib.asynccontextmanager
@@ -205,7 +210,8 @@ async def _snapshot(target: ConnectTarget) -> AsyncIterator[_Snapshot]:
             )
             assert facts is not None, "one row"
             revision = ", ".join((await ownership.fetch_version(connection)).revisions) or None
-            yield _Snapshot(connection, facts["snapshot"], facts, revision)
+            application_id = await application.fetch_owner(connection)
+            yield _Snapshot(connection, facts["snapshot"], facts, revision, application_id)
         finally:
             # Closing also tells the server to stop a count that was cancelled here.
             with contextlib.suppress(TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):

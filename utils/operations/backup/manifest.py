@@ -64,6 +64,10 @@ class Manifest:
     #: Exact row counts by `schema.table`, from the snapshot that was dumped. Empty for a schema-only backup.
     rows: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    #: The application that the database belongs to, and its server (`ConnectTarget.location`); None if unknown, which
+    #: no database matches.
+    application_id: int | None = None
+    host: str | None = None
     project: str = PROJECT
     format: int = FORMAT
 
@@ -81,6 +85,11 @@ class Manifest:
     def total_rows(self) -> int:
         """Number of rows in all tables."""
         return sum(self.rows.values())
+
+    @property
+    def has_guilds(self) -> bool:
+        """Whether there is anything of Discord's in it."""
+        return any(rows for name, rows in self.rows.items() if name.rpartition(".")[2] == "guilds")
 
     @property
     def is_safety_copy(self) -> bool:
@@ -104,7 +113,8 @@ class Manifest:
 
 
 _FIELD_TYPES = TypeAdapter(Manifest)
-_FIELD_NAMES = {one.name for one in fields(Manifest)}
+#: Fields that a manifest must have. Backups of 0.1.0 do not say what they are of.
+_REQUIRED = {one.name for one in fields(Manifest)} - {"application_id", "host"}
 
 
 def new_id() -> str:
@@ -145,7 +155,7 @@ def parse_manifest(content: bytes, name: str) -> Manifest:
     except (TypeError, ValueError) as exc:
         raise BackupError(f"{name} is damaged: {exc}") from None
     # Defaults must not fill gaps: without `rows`, a restore would count nothing.
-    if missing := _FIELD_NAMES - values.keys():
+    if missing := _REQUIRED - values.keys():
         raise BackupError(f"{name} is damaged: it lacks {', '.join(sorted(missing))}")
     if made_at.tzinfo is None:
         raise BackupError(f"{name} is damaged: created_at has no time zone: {manifest.created_at}")
