@@ -22,7 +22,7 @@ from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
 from utils.demo.bot_process import environment
 from utils.operations.backup import scratch
-from utils.operations.backup.catalog import Archive
+from utils.operations.backup.archive import Archive
 from utils.operations.backup.create import BackupRequest, create
 from utils.operations.backup.manifest import Manifest
 from utils.operations.backup.service import BackupService
@@ -78,7 +78,7 @@ async def dump(server: EmbeddedServer, target: ConnectTarget, file: Path) -> Arc
     async with connect(target) as connection:
         rows = await connection.fetch(
             "SELECT n.nspname, c.relname FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace"
-            " WHERE c.relkind = 'r' AND n.nspname IN ('public', 'ops')"
+            " WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND n.nspname IN ('public', 'ops')"
         )
         counts = {
             (schema, name): await connection.fetchval(f'SELECT count(*) FROM "{schema}"."{name}"')  # noqa: S608

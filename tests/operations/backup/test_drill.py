@@ -19,7 +19,7 @@ from tests.operations.backup.helpers import (
 from utils.database import Pool
 from utils.database.embedded import EmbeddedServer
 from utils.operations.backup import drill, load, scratch
-from utils.operations.backup.catalog import Archive
+from utils.operations.backup.archive import Archive
 from utils.operations.development import seed
 
 pytestmark = pytest.mark.slow
@@ -45,7 +45,7 @@ async def test_unchanged_rows_must_be_equal(database: Pool, archive: Archive, ch
         dropping_scratch_databases(database.target),
         scratch.scratch_database(database.direct, name, scratch.DRILL, scratch.new_suffix()) as restored,
     ):
-        await load.load_and_check(archive, restored.target)
+        await load.load_and_check(archive, await load.make_place(archive, restored.target))
         sample = await drill.read_sample(restored.target, database.direct, list(archive.counts))
         assert sample.read > 400
         assert sample.compared > 200

@@ -11,13 +11,14 @@ import re
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from utils.exceptions import BackupError
 from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup import client_tools, encryption, pipeline
+from utils.operations.backup.archive import CONTENTS_SECONDS, Archive, list_contents
 from utils.operations.backup.manifest import (
     ARCHIVE_SUFFIX,
     DRILL_SUFFIX,
@@ -43,8 +44,6 @@ _log = logging.getLogger(__name__)
 PLAINTEXT_PREFIX = ".plain-"
 #: Hours after which a file without a manifest in a store counts as left by an interrupted upload.
 ORPHAN_HOURS = 24.0
-#: Seconds for pg_restore to list the contents of an archive.
-CONTENTS_SECONDS = 300.0
 #: Lines of `pg_restore --list` that stand for the rows of a table: schema and name.
 _TABLE_DATA = re.compile(r"^\d+; \d+ \d+ TABLE DATA (\S+) (.+) \S+$", re.MULTILINE)
 
@@ -73,23 +72,6 @@ class Entry:
         if self.manifest is not None and self.problem:
             summary += f"; DAMAGED: {self.problem}"
         return summary + (f"; {self.drill.line}" if self.drill else "")
-
-
-@dataclass(frozen=True, slots=True)
-class Archive:
-    """A verified backup as a local file that pg_restore can read."""
-
-    id: str
-    file: Path
-    #: Directory of the pg_restore that can read it.
-    tools: Path
-    made_at: datetime
-    #: Major version of the PostgreSQL server that it was made on.
-    major: int
-    #: Revision of the schema; None if it contains no Guildbook tables.
-    revision: str | None
-    #: Exact row counts by schema and table.
-    counts: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -443,21 +425,8 @@ async def check_contents(manifest: Manifest, file: Path, tools: Path, *, timeout
 
     `tools` is the directory of pg_restore. Raises `BackupError`.
     """
-    process = await asyncio.create_subprocess_exec(
-        str(tools / "pg_restore"), "--list", str(file),
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        async with asyncio.timeout(timeout):
-            out, stderr = await process.communicate()
-    except TimeoutError:
-        raise BackupError(f"pg_restore did not list {manifest.file} within {timeout:g} s") from None
-    finally:
-        await client_tools.kill(process)
-    if process.returncode:
-        message = " ".join(stderr.decode(errors="replace").split())[:300]
-        raise BackupError(f"pg_restore cannot read {manifest.file}: {message}")
-    tables = {f"{schema}.{name}" for schema, name in _TABLE_DATA.findall(out.decode(errors="replace"))}
+    contents = await list_contents(file, tools, name=manifest.file, timeout=timeout)
+    tables = {f"{schema}.{name}" for schema, name in _TABLE_DATA.findall(contents)}
     # Partitions appear under their own names, which start with their table's.
     missing = [
         name

@@ -30,6 +30,15 @@ from utils.operations.backup.manifest import (
     Reason,
     new_id,
 )
+from utils.operations.backup.objects import (
+    OwnTable,
+    Schemas,
+    find_sequences,
+    find_tables,
+    find_views,
+    owned_names,
+    qualified,
+)
 from utils.operations.backup.pipeline import Command, Digest, run
 from utils.operations.backup.scratch import Connection, connect
 from utils.operations.backup.store import Remote
@@ -48,18 +57,6 @@ _TIMEOUTS = ["statement_timeout", "idle_in_transaction_session_timeout", "transa
 #: First server version with `client_connection_check_interval`.
 _HAS_CLIENT_CHECK = 140_000
 
-#: The tables whose rows pg_dump dumps; partitions through their parents.
-_TABLES = """
-SELECT n.nspname AS schema, c.relname AS name, format('%I.%I', n.nspname, c.relname) AS quoted,
-    ARRAY(SELECT format('%I.%I', pn.nspname, p.relname) FROM pg_partition_tree(c.oid) AS t
-        JOIN pg_class AS p ON p.oid = t.relid JOIN pg_namespace AS pn ON pn.oid = p.relnamespace) AS parts
-FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
-WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND c.relpersistence <> 't'
-    AND n.nspname <> 'information_schema' AND n.nspname NOT LIKE 'pg\\_%'
-    AND NOT EXISTS (SELECT FROM pg_depend AS d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
-        AND d.deptype = 'e')
-ORDER BY c.relpages DESC, 1, 2
-"""
 #: The sessions that hold a lock which keeps pg_dump waiting.
 _LOCK_HOLDERS = """
 SELECT DISTINCT format('%s is locked by process %s (%s)', l.relation::regclass, l.pid,
@@ -116,12 +113,12 @@ async def create(
     with contextlib.ExitStack() as stack:
         unfinished = stack.enter_context(local.unfinished(name))
         async with _snapshot(direct) as snapshot:
-            tables = await _select_tables(snapshot.connection, request)
+            tables = await _select_tables(snapshot, request)
             command = _dump_command(
                 tools,
                 direct,
                 snapshot.name,
-                tables,
+                await _list_relations(snapshot, tables, request),
                 request,
                 lock_seconds=lock_seconds,
                 checks_client=pool.server_version_num >= _HAS_CLIENT_CHECK,
@@ -189,6 +186,7 @@ class _Snapshot:
     revision: str | None
     #: The application that the database belongs to; None before the first login.
     application_id: int | None
+    schemas: Schemas
 
 
 @contextlib.asynccontextmanager
@@ -209,9 +207,10 @@ async def _snapshot(target: ConnectTarget) -> AsyncIterator[_Snapshot]:
                 " current_setting('server_version') AS version"
             )
             assert facts is not None, "one row"
-            revision = ", ".join((await ownership.fetch_version(connection)).revisions) or None
+            version = await ownership.fetch_version(connection)
+            revision = ", ".join(version.revisions) or None
             application_id = await application.fetch_owner(connection)
-            yield _Snapshot(connection, facts["snapshot"], facts, revision, application_id)
+            yield _Snapshot(connection, facts["snapshot"], facts, revision, application_id, Schemas(version.schema))
         finally:
             # Closing also tells the server to stop a count that was cancelled here.
             with contextlib.suppress(TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
@@ -219,25 +218,40 @@ async def _snapshot(target: ConnectTarget) -> AsyncIterator[_Snapshot]:
             connection.terminate()
 
 
-async def _select_tables(connection: Connection, request: BackupRequest) -> list[asyncpg.Record]:
-    """Return the tables to dump. Raises `BackupError` for unknown names."""
-    tables = await connection.fetch(_TABLES)
+async def _select_tables(snapshot: _Snapshot, request: BackupRequest) -> list[OwnTable]:
+    """Return the tables to dump. Raises `BackupError` for names that are not ours."""
+    schemas = snapshot.schemas
+    tables = await find_tables(snapshot.connection, owned_names(schemas))
+    if not tables:
+        raise BackupError(
+            f"database {snapshot.facts['database']} has no tables of Guildbook's in schema {schemas.main}: there is"
+            " nothing to back up"
+        )
     if not request.tables:
-        return list(tables)
-    by_name = {f"{table['schema']}.{table['name']}": table for table in tables}
-    names = [name if "." in name else f"public.{name}" for name in request.tables]
+        return tables
+    by_name = {f"{table.schema}.{table.name}": table for table in tables}
+    names = [name if "." in name else f"{schemas.main}.{name}" for name in request.tables]
     unknown = [name for name in names if name not in by_name]
     if unknown:
-        known = ", ".join(sorted(name.removeprefix("public.") for name in by_name))
+        known = ", ".join(sorted(name.removeprefix(f"{schemas.main}.") for name in by_name))
         raise BackupError(f"there is no table {', '.join(unknown)}: choose from {known}")
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
-async def _count_rows(connection: Connection, tables: Sequence[asyncpg.Record]) -> dict[str, int]:
+async def _list_relations(snapshot: _Snapshot, tables: Sequence[OwnTable], request: BackupRequest) -> list[str]:
+    """Return everything to dump, in SQL: the tables, their partitions and sequences and, of a whole backup, views."""
+    relations = [name for table in tables for name in (table.quoted, *table.partitions)]
+    others = await find_sequences(snapshot.connection, tables)
+    if not request.tables:
+        others += await find_views(snapshot.connection, snapshot.schemas)
+    return [*relations, *map(qualified, others)]
+
+
+async def _count_rows(connection: Connection, tables: Sequence[OwnTable]) -> dict[str, int]:
     rows = {}
     for table in tables:
-        query = "SELECT count(*) FROM " + table["quoted"]  # noqa: S608 - quoted by the server
-        rows[f"{table['schema']}.{table['name']}"] = await connection.fetchval(query, timeout=COUNT_SECONDS)
+        query = "SELECT count(*) FROM " + table.quoted  # noqa: S608 - quoted by the server
+        rows[f"{table.schema}.{table.name}"] = await connection.fetchval(query, timeout=COUNT_SECONDS)
     return dict(sorted(rows.items()))
 
 
@@ -248,7 +262,7 @@ def _dump_command(
     tools: Path,
     target: ConnectTarget,
     snapshot: str,
-    tables: Sequence[asyncpg.Record],
+    relations: Sequence[str],
     request: BackupRequest,
     *,
     lock_seconds: float = LOCK_SECONDS,
@@ -256,13 +270,13 @@ def _dump_command(
 ) -> Command:
     arguments = [
         str(tools / "pg_dump"), "--format=custom", f"--compress={COMPRESSION}", "--no-owner", "--no-privileges",
+        "--no-publications", "--no-subscriptions", "--no-security-labels",
         f"--snapshot={snapshot}", f"--lock-wait-timeout={lock_seconds:g}s", "--no-password",
     ]  # fmt: skip
     if request.schema_only:
         arguments.append("--schema-only")
-    if request.tables:
-        names = [name for table in tables for name in (table["parts"] or [table["quoted"]])]
-        arguments += [f"--table={name}" for name in names]  # as patterns, quoted names match themselves
+    # As patterns, quoted names match themselves. Without any, pg_dump would dump the whole database.
+    arguments += [f"--table={name}" for name in relations]
     arguments += ["--dbname", target.libpq_url()]
     environment = client_tools.environment()
     if checks_client:
@@ -291,9 +305,9 @@ async def _dump_and_count(
                 task.exception()  # marks it as retrieved: the first failure is the one that is raised
 
 
-async def _lock_holders(target: ConnectTarget, tables: Sequence[asyncpg.Record]) -> list[str]:
+async def _lock_holders(target: ConnectTarget, tables: Sequence[OwnTable]) -> list[str]:
     """Return one line for each session that keeps these tables locked, which pg_dump gives up waiting for."""
-    names = [name for table in tables for name in (table["quoted"], *table["parts"])]
+    names = [name for table in tables for name in (table.quoted, *table.partitions)]
     try:
         async with connect(target) as connection:
             with translate_errors("looking for locks"):

@@ -24,7 +24,8 @@ from utils.database.sql import quote_identifier, sql_type
 from utils.exceptions import BackupError, DatabaseError, ForbiddenHere, translate_errors
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.backup import load, scratch
-from utils.operations.backup.catalog import Archive, BackupCatalog
+from utils.operations.backup.archive import Archive
+from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.manifest import DrillResult
 from utils.operations.backup.scratch import Connection, connect
 
@@ -72,9 +73,10 @@ async def rehearse(pool: Pool, archive: Archive, *, progress: Progress = ignore_
     sample, problems = Sample(), []
     async with _restore_place(pool, archive) as place:
         try:
-            await load.load_and_check(replace(archive, tools=place.tools), place.target, progress=progress)
+            tables = await load.make_place(archive, place.target)
+            loaded = await load.load_and_check(replace(archive, tools=place.tools), tables, progress=progress)
             progress(Step("reading rows"))
-            sample = await read_sample(place.target, place.live, list(archive.counts))
+            sample = await read_sample(place.target, place.live, list(loaded.tables))
             problems += sample.differences
         except BackupError as error:
             problems.append(str(error))

@@ -1,39 +1,72 @@
-"""Loads an archive into a database that nobody uses yet, and counts its rows there."""
+"""Loads the rows of an archive into tables that nobody uses yet, and counts them there."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import shlex
+import re
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from utils.database import ConnectTarget, ownership
+from utils.database import ConnectTarget
+from utils.database.ownership import VERSION_TABLE
 from utils.database.sql import quote_identifier
-from utils.exceptions import BackupError, translate_errors
+from utils.exceptions import BackupError, DatabaseError, DatabaseUnavailable, translate_errors
+from utils.operations import migrations
 from utils.operations.action import Progress, Step, ignore_progress
-from utils.operations.backup import client_tools
-from utils.operations.backup.catalog import Archive
-from utils.operations.backup.scratch import connect
+from utils.operations.backup.archive import Archive, Script, SequenceState, list_items, open_script
+from utils.operations.backup.objects import (
+    Name,
+    OwnTable,
+    Schemas,
+    find_sequences,
+    find_tables,
+    owned_names,
+    qualified,
+)
+from utils.operations.backup.scratch import Connection, connect
 
 #: Fewest and most connections for loading and counting.
 MIN_JOBS, MAX_JOBS = 2, 4
-#: Seconds without output after which pg_restore is stopped; one index of a very large table is the longest step.
-STALL_SECONDS = 6 * 3600.0
 #: Seconds to count the rows of a table, or to analyze it.
-TABLE_SECONDS = 3600.0
-#: Seconds for pg_restore to end on SIGTERM before it is killed.
-TERMINATE_SECONDS = 10.0
-#: Tables to analyze, largest first; partitions with their table.
-_TABLES_BY_SIZE = """
-SELECT format('%I.%I', n.nspname, c.relname) AS name FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
-WHERE c.relkind IN ('r', 'p', 'm') AND NOT c.relispartition AND n.nspname <> 'information_schema'
-    AND n.nspname NOT LIKE 'pg\\_%'
-ORDER BY (SELECT sum(l.relpages) FROM pg_class AS l
-    WHERE l.oid = c.oid OR l.oid IN (SELECT relid FROM pg_partition_tree(c.oid))) DESC
+TABLE_SECONDS = 3_600.0
+#: Seconds to load one table with its indexes, and to check its foreign keys.
+LOAD_SECONDS = 6 * 3_600.0
+#: SQLSTATE class of a server without disk space or memory: that is not the backup's fault.
+_NO_RESOURCES = "53"
+#: Foreign keys of tables; those of partitions come with their tables.
+_FOREIGN_KEYS = """
+SELECT r.conrelid::regclass::text AS table, quote_ident(r.conname) AS name, pg_get_constraintdef(r.oid) AS definition
+FROM pg_constraint AS r WHERE r.contype = 'f' AND r.conparentid = 0
+    AND r.conrelid = ANY(SELECT to_regclass(name)::oid FROM unnest($1::text[]) AS name) ORDER BY 1, 2
 """
+_WITH_TRIGGERS = """
+SELECT name FROM unnest($1::text[]) AS name
+WHERE EXISTS (SELECT FROM pg_trigger AS t WHERE t.tgrelid = to_regclass(name) AND NOT t.tgisinternal)
+"""
+_ITEM = re.compile(r"\d+; \d+ \d+ TABLE DATA (.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Tables of ours that nobody uses, in which an archive is loaded."""
+
+    target: ConnectTarget
+    schemas: Schemas
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What was loaded and counted."""
+
+    #: The loaded tables: the name that each has in its place, by that in the archive.
+    tables: dict[Name, Name]
+    #: Number of rows in them.
+    rows: int
+    #: Tables of the archive that were left out because no revision known here makes them.
+    left_out: list[str]
 
 
 def jobs() -> int:
@@ -41,13 +74,46 @@ def jobs() -> int:
     return max(MIN_JOBS, min(MAX_JOBS, os.cpu_count() or MIN_JOBS))
 
 
-async def load_and_check(archive: Archive, target: ConnectTarget, *, progress: Progress = ignore_progress) -> None:
-    """Load an archive into an empty database. Raises `BackupError` unless its row counts and revision match."""
-    progress(Step("restoring", 0, len(archive.counts), "tables"))
-    await load(archive, target, progress=progress)
-    progress(Step("counting rows", 0, len(archive.counts), "tables"))
-    problems = differences(archive.counts, await count(target, list(archive.counts), progress=progress))
-    revision = await _revision(target)
+async def make_place(archive: Archive, target: ConnectTarget) -> Place:
+    """Make our tables in an empty database, as the revision of an archive has them.
+
+    Raises `MigrationError` if a revision fails.
+    """
+    for revision in (archive.revision or "").split(", "):
+        await migrations.upgrade(target, revision)
+    return Place(target, Schemas())
+
+
+def translated_names(names: Sequence[Name], schemas: Schemas, into: Schemas) -> dict[Name, Name]:
+    """Return the names that tables of ours have in other schemas, by those that they have in `schemas`."""
+    return {(schema, name): (into.resolve(schemas.spell(schema)), name) for schema, name in names}
+
+
+async def load_and_check(archive: Archive, place: Place, *, progress: Progress = ignore_progress) -> Loaded:
+    """Replace the rows of the tables in a place by those of an archive.
+
+    Raises `BackupError` unless their counts and the revision match.
+    """
+    ours = set(owned_names(archive.schemas))
+    counts = {name: rows for name, rows in archive.counts.items() if name in ours}
+    names = translated_names(list(counts), archive.schemas, place.schemas)
+    progress(Step("restoring", 0, len(names), "tables"))
+    async with connect(place.target) as connection:
+        with translate_errors("preparing the scratch tables"):
+            tables = await find_tables(connection, owned_names(place.schemas))
+            has_version = any(name == VERSION_TABLE for _, name in counts)
+            finishing = await _prepare(connection, [one for one in tables if has_version or one.name != VERSION_TABLE])
+    existing = {(table.schema, table.name) for table in tables}
+    loadable = {name: into for name, into in names.items() if into in existing}
+    await copy_rows(archive, place.target, loadable, progress=progress)
+    async with connect(place.target) as connection:
+        with translate_errors("the rows of the backup", error=BackupError):
+            for statement in finishing:
+                await connection.execute(statement, timeout=LOAD_SECONDS)
+    progress(Step("counting rows", 0, len(loadable), "tables"))
+    found = await count(place.target, list(loadable.values()), progress=progress)
+    problems = differences(counts, {name: found[into] for name, into in loadable.items()})
+    revision = await _revision(place)
     if revision != archive.revision:
         problems.insert(0, f"the schema is at revision {revision}, expected {archive.revision}")
     if problems:
@@ -55,70 +121,123 @@ async def load_and_check(archive: Archive, target: ConnectTarget, *, progress: P
             f"backup {archive.id} was not restored as it was made: {'; '.join(problems[:5])}"
             f"{f' and {len(problems) - 5} more' if len(problems) > 5 else ''}. Use another backup"
         )
+    left_out = [f"{schema}.{name}" for schema, name in archive.counts if (schema, name) not in ours]
+    return Loaded(loadable, sum(counts.values()), left_out)
 
 
-async def load(archive: Archive, target: ConnectTarget, *, progress: Progress = ignore_progress) -> None:
-    """Load an archive into an empty database with pg_restore, which is stopped when the caller is cancelled.
+async def _prepare(connection: Connection, tables: Sequence[OwnTable]) -> list[str]:
+    """Empty tables, and drop what would keep rows from being loaded in any order; return how to bring it back."""
+    names = [table.quoted for table in tables]
+    finishing: list[str] = []
+    for key in await connection.fetch(_FOREIGN_KEYS, names):
+        await connection.execute(f"ALTER TABLE {key['table']} DROP CONSTRAINT {key['name']}")
+        finishing.append(f"ALTER TABLE {key['table']} ADD CONSTRAINT {key['name']} {key['definition']}")
+    for row in await connection.fetch(_WITH_TRIGGERS, names):
+        await connection.execute(f"ALTER TABLE {row['name']} DISABLE TRIGGER USER")
+        finishing.append(f"ALTER TABLE {row['name']} ENABLE TRIGGER USER")
+    await connection.execute(f"TRUNCATE {', '.join(names)}")
+    return finishing
 
-    Raises `BackupError` with pg_restore's last error messages if it fails.
+
+async def copy_rows(
+    archive: Archive, target: ConnectTarget, names: Mapping[Name, Name], *, progress: Progress = ignore_progress
+) -> None:
+    """Copy rows into existing tables, on several connections. `names`: where to, by the table's name in the archive.
+
+    Raises `BackupError` if the archive cannot be read or the server refuses its rows.
     """
-    command = [
-        str(archive.tools / "pg_restore"),
-        "--no-owner",
-        "--no-privileges",
-        "--exit-on-error",
-        "--verbose",
-        f"--jobs={jobs()}",
-    ]
-    command += ["--dbname", target.libpq_url(), str(archive.file)]
-    environment = client_tools.environment()
-    # Asynchronous commits are safe: nobody uses the database yet, and the commit of the swap syncs all of it.
-    environment["PGOPTIONS"] = "-c statement_timeout=0 -c lock_timeout=0 -c synchronous_commit=off"
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-        env={**environment, "LC_ALL": "C", **target.libpq_environment()},
-        start_new_session=True,  # so that Ctrl-C reaches only us; we stop it
-    )
-    errors: deque[str] = deque(maxlen=3)
-    done = 0
-    assert process.stderr is not None
+    shares = _share(await list_items(archive, "TABLE DATA"), archive.counts, names)
+    done: set[Name] = set()
+
+    async def work() -> None:
+        items = shares.pop()
+        async with connect(target) as connection, open_script(archive, items) as script:
+            # Asynchronous commits are safe: nobody uses the tables yet, and the last commit syncs all of them.
+            await connection.execute("SET synchronous_commit = off")
+            while (header := await script.next_table()) is not None:
+                name = _table_of(header.table, archive.counts)
+                if name is None or name not in names:
+                    async for _ in script.rows():
+                        pass
+                    continue
+                await _copy_table(connection, names[name], header.columns, script)
+                done.add(name)
+                progress(Step("restoring", len(done), len(names), "tables"))
+
+    await _run_concurrently(work, len(shares))
+
+
+async def _copy_table(connection: Connection, into: Name, columns: Sequence[str], script: Script) -> None:
+    schema, name = into
     try:
-        while True:
-            async with asyncio.timeout(STALL_SECONDS):
-                line = (await process.stderr.readline()).decode(errors="replace").rstrip()
-            if not line and process.stderr.at_eof():
-                break
-            # pg_restore reports progress and errors on standard error only; LC_ALL=C keeps the messages in English.
-            if "finished item " in line and " TABLE DATA " in line:
-                done += 1
-                progress(Step("restoring", done, len(archive.counts), "tables"))
-            elif "error:" in line or "detail:" in line or "hint:" in line:
-                errors.append(line.removeprefix("pg_restore: "))
-        async with asyncio.timeout(TERMINATE_SECONDS):
-            code = await process.wait()
-    except TimeoutError:
-        raise BackupError(f"pg_restore produced no output for {STALL_SECONDS / 3600:g} hours and was stopped") from None
-    finally:
-        await _stop(process)
-    if code:
-        raise BackupError(f"pg_restore could not load the backup: {' '.join(errors) or f'exit code {code}'}")
-
-
-async def _stop(process: asyncio.subprocess.Process) -> None:
-    """Stop a process if it is still running; it is killed if it does not end, or the caller is cancelled."""
-    if process.returncode is not None:
-        return
-    with contextlib.suppress(ProcessLookupError):
-        process.terminate()
-        try:
-            async with asyncio.timeout(TERMINATE_SECONDS):
-                await process.wait()
-        except BaseException:
-            process.kill()
+        with translate_errors(f"loading {qualified(into)}"):
+            await connection.copy_to_table(
+                name, schema_name=schema, columns=columns, source=script.rows(), timeout=LOAD_SECONDS
+            )
+    except DatabaseUnavailable:
+        raise
+    except DatabaseError as error:
+        if (error.sqlstate or "").startswith(_NO_RESOURCES):
             raise
+        raise BackupError(str(error)) from error
+
+
+def _share(items: Sequence[str], counts: Mapping[Name, int], names: Mapping[Name, Name]) -> list[list[str]]:
+    """Share the items of a table of contents among several readers, so that each has about as many rows."""
+    by_table: dict[Name, list[int]] = {}
+    for position, item in enumerate(items):
+        match = _ITEM.match(item)
+        assert match is not None, "it is a line with the rows of a table"
+        # Schema and name are separated by a space, and followed by another one and the owner.
+        table = _longest(name for name in counts if f"{match[1]} ".startswith(" ".join(name)))
+        if table is not None and table in names:
+            by_table.setdefault(table, []).append(position)
+    weighed = sorted(
+        ((counts[table] / len(positions), position) for table, positions in by_table.items() for position in positions),
+        reverse=True,
+    )
+    shares: list[tuple[float, list[int]]] = [(0.0, []) for _ in range(min(jobs(), len(weighed)))]
+    for weight, position in weighed:
+        index = min(range(len(shares)), key=lambda one: (shares[one][0], len(shares[one][1])))
+        shares[index] = (shares[index][0] + weight, [*shares[index][1], position])
+    return [[items[position] for position in sorted(positions)] for _, positions in shares]
+
+
+def _table_of(part: Name, counts: Mapping[Name, int]) -> Name | None:
+    """Return the table that rows belong to: itself, or the table of a partition, whose name begins with the table's."""
+    if part in counts:
+        return part
+    return _longest(name for name in counts if name[0] == part[0] and part[1].startswith(f"{name[1]}_"))
+
+
+def _longest(names: Any) -> Name | None:
+    return max(names, key=lambda name: len(name[1]), default=None)
+
+
+async def set_sequences(archive: Archive, place: Place) -> None:
+    """Set the sequences of a place, which belong to no other tables, to the states in an archive."""
+    states = await read_sequences(archive)
+    names = translated_names(list(states), archive.schemas, place.schemas)
+    async with connect(place.target) as connection:
+        with translate_errors("setting the sequences"):
+            known = set(await find_sequences(connection, await find_tables(connection, owned_names(place.schemas))))
+            for name, state in states.items():
+                if names[name] in known:
+                    await connection.execute(
+                        "SELECT setval($1::text::regclass, $2, $3)",
+                        qualified(names[name]),
+                        state.last_value,
+                        state.is_called,
+                    )
+
+
+async def read_sequences(archive: Archive) -> dict[Name, SequenceState]:
+    """Return the states of the sequences in an archive."""
+    items = await list_items(archive, "SEQUENCE SET")
+    if not items:
+        return {}
+    async with open_script(archive, items) as script:
+        return {name: state async for name, state in script.sequences()}
 
 
 async def count(
@@ -171,20 +290,22 @@ def differences(expected: Mapping[tuple[str, str], int], found: Mapping[tuple[st
     return lines
 
 
-async def _revision(target: ConnectTarget) -> str | None:
-    async with connect(target) as connection:
+async def _revision(place: Place) -> str | None:
+    table = qualified((place.schemas.main, VERSION_TABLE))
+    async with connect(place.target) as connection:
         with translate_errors("reading the revision"):
-            return ", ".join((await ownership.fetch_version(connection)).revisions) or None
+            rows = await connection.fetch(f"SELECT version_num FROM {table} ORDER BY 1")  # noqa: S608 - quoted
+    return ", ".join(row["version_num"] for row in rows) or None
 
 
-async def analyze(target: ConnectTarget, *, timeout: float = TABLE_SECONDS) -> None:
-    """Gather the planner's statistics, which archives do not contain.
+async def analyze(target: ConnectTarget, schemas: Schemas, *, timeout: float = TABLE_SECONDS) -> None:
+    """Gather the planner's statistics of our tables, which archives do not contain.
 
     Works on several connections, largest tables first, each within `timeout` seconds.
     """
     async with connect(target) as connection:
         with translate_errors("gathering statistics"):
-            queue = deque(row["name"] for row in await connection.fetch(_TABLES_BY_SIZE, timeout=timeout))
+            queue = deque(table.quoted for table in await find_tables(connection, owned_names(schemas)))
 
     async def work() -> None:
         async with connect(target) as connection:
@@ -203,17 +324,3 @@ async def _run_concurrently(work: Callable[[], Coroutine[Any, Any, None]], numbe
                 group.create_task(work())
     except BaseExceptionGroup as group_error:
         raise group_error.exceptions[0] from None
-
-
-def in_place_command(archive: Archive, target: ConnectTarget) -> str:
-    """Return the shell command that restores an archive over the live database, except `ops`, without a second one.
-
-    Not `pg_restore --clean`: it fails on the keys of partitions (cannot drop inherited constraint).
-    """
-    program, file = shlex.quote(str(archive.tools / "pg_restore")), shlex.quote(str(archive.file))
-    psql, url = shlex.quote(str(archive.tools / "psql")), shlex.quote(target.libpq_url())
-    return (
-        f"(echo 'DROP SCHEMA public CASCADE; CREATE SCHEMA public;'; {program} -l {file} | grep -v ' ops ' |"
-        f" {program} --no-owner --no-privileges -L /dev/stdin -f - {file}) |"
-        f" {psql} --quiet --single-transaction --set ON_ERROR_STOP=1 --output /dev/null {url}"
-    )

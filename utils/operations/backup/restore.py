@@ -19,8 +19,10 @@ from utils.exceptions import BackupError, ForbiddenHere, GuildbookError, transla
 from utils.operations import migrations
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.backup import load, recovery, scratch, swap
-from utils.operations.backup.catalog import Archive, BackupCatalog
+from utils.operations.backup.archive import Archive
+from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.create import BackupRequest, create
+from utils.operations.backup.objects import Schemas
 
 _log = logging.getLogger(__name__)
 
@@ -89,11 +91,7 @@ async def restore_archive(
     try:
         await scratch.check_privileges(live, name, to_rename=True)
     except ForbiddenHere as error:
-        raise ForbiddenHere(
-            f"{error}, so backup {archive.id} cannot be restored next to the live database. To restore it over the live"
-            " one, stop the bot, run this command, and start the bot (it replaces everything in the database except"
-            f" schema ops, in one transaction):\n{load.in_place_command(archive, live)}"
-        ) from error
+        raise ForbiddenHere(f"{error}, so backup {archive.id} cannot be restored next to the live database") from error
     revisions = await _missing_revisions(archive)
     progress(Step("safety backup"))
     safety_id, why_none = await safety_backup()
@@ -101,7 +99,9 @@ async def restore_archive(
     async with scratch.scratch_database(live, name, scratch.RESTORE, suffix) as database:
         dropping = asyncio.create_task(_drop_earlier(live, name), name="dropping the database of an earlier restore")
         try:
-            await load.load_and_check(archive, database.target, progress=progress)
+            place = await load.make_place(archive, database.target)
+            loaded = await load.load_and_check(archive, place, progress=progress)
+            await load.set_sequences(archive, place)
             await dropping
         finally:
             dropping.cancel()
@@ -125,8 +125,10 @@ async def restore_archive(
     seconds_until_live = round(time.monotonic() - started, 2)
     lines = [
         f"Backup {archive.id} of {archive.made_at:%Y-%m-%d %H:%M} UTC is now the live database {name}:"
-        f" {sum(archive.counts.values()):,} rows in {len(archive.counts)} tables, all counted."
+        f" {loaded.rows:,} rows in {len(loaded.tables)} tables, all counted."
     ]
+    if loaded.left_out:
+        lines.append(f"Left out, because no revision here makes them: {', '.join(loaded.left_out)}.")
     if revisions:
         lines.append(f"It was migrated from revision {archive.revision} to {revisions[-1]}.")
     lines.append(f"The old database was backed up first: {safety_id}." if safety_id else why_none)
@@ -146,7 +148,8 @@ async def restore_archive(
         "seconds_until_live": seconds_until_live,
         "safety_backup": safety_id,
         "migrated": revisions,
-        "rows": sum(archive.counts.values()),
+        "rows": loaded.rows,
+        "left_out": loaded.left_out,
         "ops": swapped.ops_rows,
         "began_anew": swapped.has_diverged,
         "before": None if drop_old else before,
@@ -182,7 +185,7 @@ async def _finish(
         # A pause of the former database is in `ops`, but the restored one is at the newest revision.
         ("resuming AUTO_MIGRATE", lambda: migrations.resume_auto_migrate(pool)),
         ("the reconcile", after),
-        ("gathering statistics", lambda: load.analyze(live)),
+        ("gathering statistics", lambda: load.analyze(live, Schemas())),
     ):
         try:
             if work is not None:

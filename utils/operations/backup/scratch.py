@@ -196,11 +196,11 @@ async def scratch_database(
     maintenance = await maintenance_target(live, database)
     name = scratch_name(database, purpose, suffix)
     async with connect(maintenance) as connection:
-        if purpose == RESTORE and not await _lock(connection, f"restore of {database}"):
+        if purpose == RESTORE and not await lock(connection, f"restore of {database}"):
             raise BackupError(f"another restore of {database} is running: wait until it ends")
         properties = await _read_properties(connection, database, to_rename=purpose == RESTORE)
         await drop_leftovers(connection, database)
-        await _lock(connection, name)
+        await lock(connection, name)
         try:
             await connection.execute(_create_statement(name, properties, connection.get_server_version().major))
             yield ScratchDatabase(name, live.with_database(name))
@@ -212,7 +212,7 @@ async def drop_leftovers(connection: Connection, database: str) -> list[str]:
     """Drop the scratch databases that killed processes left next to `database`; return their names."""
     dropped: list[str] = []
     for name in await list_databases(connection, database, RESTORE, DRILL):
-        if not await _lock(connection, name):
+        if not await lock(connection, name):
             continue  # its owner is alive
         try:
             await drop(connection, name)
@@ -222,7 +222,7 @@ async def drop_leftovers(connection: Connection, database: str) -> list[str]:
             _log.info("dropped database %s of a killed restore or drill", name)
             dropped.append(name)
         finally:
-            await connection.execute("SELECT pg_advisory_unlock($1)", _lock_key(name))
+            await unlock(connection, name)
     return dropped
 
 
@@ -242,9 +242,14 @@ async def _try_to_drop(maintenance: ConnectTarget, connection: Connection, name:
         _log.warning("could not drop database %s, the next restore or drill will: %s", name, translate(error))
 
 
-async def _lock(connection: Connection, name: str) -> bool:
+async def lock(connection: Connection, name: str) -> bool:
     """Take the advisory lock of a name until the connection ends; False if another session holds it."""
     return bool(await connection.fetchval("SELECT pg_try_advisory_lock($1)", _lock_key(name)))
+
+
+async def unlock(connection: Connection, name: str) -> None:
+    """Release the advisory lock of a name."""
+    await connection.execute("SELECT pg_advisory_unlock($1)", _lock_key(name))
 
 
 def _lock_key(name: str) -> int:

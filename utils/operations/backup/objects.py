@@ -1,0 +1,118 @@
+"""What a backup contains: our tables, views and sequences, whatever else the database holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from utils.database import ownership
+from utils.database.ownership import OPS, VERSION_TABLE
+from utils.database.sql import quote_identifier
+from utils.operations.backup.scratch import Connection
+
+#: A schema and a name in it.
+Name = tuple[str, str]
+
+#: Those of the wanted tables that exist, largest first, with their partitions.
+_TABLES = """
+SELECT n.nspname AS schema, c.relname AS name, format('%I.%I', n.nspname, c.relname) AS quoted,
+    ARRAY(SELECT format('%I.%I', pn.nspname, p.relname) FROM pg_partition_tree(c.oid) AS t
+        JOIN pg_class AS p ON p.oid = t.relid JOIN pg_namespace AS pn ON pn.oid = p.relnamespace
+        WHERE p.oid <> c.oid) AS partitions
+FROM unnest($1::text[], $2::text[]) AS wanted (schema, name)
+    JOIN pg_namespace AS n ON n.nspname = wanted.schema
+    JOIN pg_class AS c ON c.relnamespace = n.oid AND c.relname = wanted.name
+WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND c.relpersistence <> 't'
+ORDER BY c.relpages DESC, 1, 2
+"""
+#: The sequences that belong to these tables or that their columns' defaults draw from.
+SEQUENCES = """
+WITH wanted AS (SELECT to_regclass(name)::oid AS oid FROM unnest($1::text[]) AS name)
+SELECT DISTINCT n.nspname AS schema, s.relname AS name
+FROM pg_class AS s JOIN pg_namespace AS n ON n.oid = s.relnamespace
+WHERE s.relkind = 'S' AND (s.oid IN (
+    SELECT d.objid FROM pg_depend AS d JOIN wanted ON d.refobjid = wanted.oid
+    WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.deptype IN ('a', 'i')
+) OR s.oid IN (
+    SELECT d.refobjid FROM wanted JOIN pg_attrdef AS a ON a.adrelid = wanted.oid
+        JOIN pg_depend AS d ON d.classid = 'pg_attrdef'::regclass AND d.objid = a.oid
+    WHERE d.refclassid = 'pg_class'::regclass
+)) ORDER BY 1, 2
+"""
+_VIEWS = """
+SELECT n.nspname AS schema, c.relname AS name
+FROM unnest($1::text[], $2::text[]) AS wanted (schema, name)
+    JOIN pg_namespace AS n ON n.nspname = wanted.schema
+    JOIN pg_class AS c ON c.relnamespace = n.oid AND c.relname = wanted.name
+WHERE c.relkind IN ('v', 'm') ORDER BY 1, 2
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnTable:
+    """A table of ours that exists."""
+
+    schema: str
+    name: str
+    #: With its schema, in SQL.
+    quoted: str
+    #: Its partitions, in the same form.
+    partitions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Schemas:
+    """The schemas of one Guildbook: that of its main tables, and that of the bot's own."""
+
+    main: str = "public"
+    ops: str = OPS
+    #: What stands for other schemas with tables of cogs; those that are missing stand for themselves.
+    others: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, names: Mapping[Name, object]) -> Schemas:
+        """Return the schemas in which a backup with these tables has ours."""
+        by_name = {name: schema for schema, name in names if name in (VERSION_TABLE, "guilds", "leases")}
+        main = by_name.get(VERSION_TABLE) or by_name.get("guilds")
+        return cls(main or "public", by_name.get("leases") or OPS)
+
+    def resolve(self, schema: str | None) -> str:
+        """Return the schema for one as models and revisions spell it; None: the main one."""
+        return self.main if schema is None else self.ops if schema == OPS else self.others.get(schema, schema)
+
+    def spell(self, schema: str) -> str | None:
+        """Return a schema as models and revisions spell it: the reverse of `resolve`."""
+        return None if schema == self.main else OPS if schema == self.ops else schema
+
+    def all(self) -> list[str]:
+        """Return all of their names."""
+        return [self.main, self.ops, *self.others.values()]
+
+
+def owned_names(schemas: Schemas) -> list[Name]:
+    """Return the names of all tables that are ours, whether or not they exist."""
+    return sorted((schemas.resolve(schema), name) for schema, name in ownership.owned_tables())
+
+
+def qualified(name: Name) -> str:
+    """Return a name with its schema, in SQL."""
+    return ".".join(map(quote_identifier, name))
+
+
+async def find_tables(connection: Connection, names: Sequence[Name]) -> list[OwnTable]:
+    """Return those of these tables that exist, largest first."""
+    rows = await connection.fetch(_TABLES, [schema for schema, _ in names], [name for _, name in names])
+    return [OwnTable(row["schema"], row["name"], row["quoted"], tuple(row["partitions"])) for row in rows]
+
+
+async def find_sequences(connection: Connection, tables: Sequence[OwnTable]) -> list[Name]:
+    """Return the sequences that tables draw from."""
+    rows = await connection.fetch(SEQUENCES, [name for table in tables for name in (table.quoted, *table.partitions)])
+    return [(row["schema"], row["name"]) for row in rows]
+
+
+async def find_views(connection: Connection, schemas: Schemas) -> list[Name]:
+    """Return our views that exist."""
+    views = [(schemas.resolve(schema), name) for schema, name in ownership.owned().views]
+    rows = await connection.fetch(_VIEWS, [schema for schema, _ in views], [name for _, name in views])
+    return [(row["schema"], row["name"]) for row in rows]
