@@ -15,7 +15,9 @@ from tests.database.pooler import needs_pgbouncer, pgbouncer
 from utils.database import ConnectTarget, Pool
 from utils.database.cache import QueryCache
 from utils.database.cache.channel import Channel
+from utils.exceptions import MigrationError
 from utils.operations import migrations
+from utils.operations.upkeep import maintain
 
 pytestmark = needs_pgbouncer
 
@@ -137,9 +139,42 @@ async def test_migrations_pass_through_a_pooler(empty_target: ConnectTarget) -> 
             await asyncio.wait_for(migrations.upgrade(pool), 60)
             assert not await migrations.pending(pool)
             await pool.close()
-        watch = await asyncpg.connect(**empty_target.connect_kwargs())
-        assert await watch.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
+        await _assert_no_trace(empty_target)
+
+
+async def test_concurrent_migrations_through_a_pooler_take_turns(empty_target: ConnectTarget) -> None:
+    async with pgbouncer(empty_target, size=6) as behind:
+        pool = Pool(behind, connect_timeout=10)
+        await pool.connect()
+        async with asyncio.timeout(100):
+            await asyncio.gather(migrations.upgrade(pool), migrations.upgrade(pool))
+        applied = await pool.fetch("SELECT revision, count(*) AS times FROM ops.migrations GROUP BY revision")
+        assert {row["times"] for row in applied} == {1}
+        await pool.close()
+        await _assert_no_trace(empty_target)
+
+
+async def test_maintenance_through_a_pooler_is_exclusive(target: ConnectTarget) -> None:
+    async with pgbouncer(target, size=4) as behind:
+        pool = Pool(behind, connect_timeout=10)
+        await pool.connect()
+        assert (await maintain.maintain(pool)).ok
+        watch = await asyncpg.connect(**target.connect_kwargs())
+        await watch.fetchval("SELECT pg_advisory_lock($1)", maintain.LOCK_KEY)
+        with pytest.raises(MigrationError, match="another process maintains"):
+            await maintain.maintain(pool)
         await watch.close()
+        await pool.close()
+        await _assert_no_trace(target)
+
+
+async def _assert_no_trace(target: ConnectTarget) -> None:
+    """Assert that nothing is locked and that no backend of the pooler kept a setting."""
+    watch = await asyncpg.connect(**target.connect_kwargs())
+    assert await watch.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
+    names = await watch.fetch("SELECT application_name FROM pg_stat_activity WHERE datname = current_database()")
+    assert not [row["application_name"] for row in names if "migration" in row["application_name"]]
+    await watch.close()
 
 
 async def test_nothing_listens_through_a_pooler(target: ConnectTarget) -> None:

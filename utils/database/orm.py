@@ -100,10 +100,8 @@ class Orm:
             set_limits_of_driver(connection, record)
 
     def _set_local_limits(self, connection: SyncConnection) -> None:
-        # A session setting would reach other clients of the pooler; in autocommit mode there is no transaction yet.
-        if self._target().pooled and connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
-            statement = limits_of(connection.connection.driver_connection, local=True)
-            connection.exec_driver_sql(statement, execution_options={_OWN: True})
+        if self._target().pooled:
+            set_local_limits(connection)
 
     def _record_slow(self, _: SyncConnection, __: Any, statement: str, ___: Any, context: Any, ____: bool) -> None:
         started = getattr(context, "guildbook_started", None)
@@ -184,6 +182,16 @@ def _find_session_caller() -> Caller | None:
 
 def _set_up(connection: Any, _: Any) -> None:
     connection.run_async(set_codecs)
+
+
+def set_local_limits(connection: SyncConnection) -> None:
+    """Set our time limits for a transaction through a pooler: a listener for the event `begin`.
+
+    A setting of the session would reach other clients of the pooler. In autocommit mode there is no transaction.
+    """
+    if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
+        statement = limits_of(connection.connection.driver_connection, local=True)
+        connection.exec_driver_sql(statement, execution_options={_OWN: True})
 
 
 def set_limits_of_driver(connection: Any, _: Any) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import logging
 import re
+import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,8 +25,9 @@ import models
 from models import Base
 from utils.database import ownership
 from utils.database.address import open_target
-from utils.database.orm import set_limits_of_driver
+from utils.database.orm import set_limits_of_driver, set_local_limits
 from utils.database.ownership import SCRIPTS, VERSION_TABLE, RecordedVersion
+from utils.database.pool import is_behind_pooler
 from utils.database.target import ConnectTarget
 from utils.exceptions import MigrationError
 from utils.operations.migrations import batches, history, invalid_indexes
@@ -87,8 +89,10 @@ class MigrationRun:
     #: Set by the caller to stop waiting for the lock.
     is_cancelled: bool = False
 
-    #: The server process that migrates.
+    #: The server process that migrates; None through a pooler, where it changes with each transaction.
     pid: int | None = None
+    #: The `application_name` of the transactions through a pooler.
+    application_name: str = field(default_factory=lambda: f"guildbook-migration-{secrets.token_hex(8)}")
     #: The revision before (several, of unmerged branches: separated by commas); None: the database had no schema.
     before: str | None = None
     applied: list[str] = field(default_factory=list)
@@ -157,7 +161,9 @@ async def run_on_connection(target: ConnectTarget, work: Callable[[Connection], 
     engine = create_async_engine(
         target.sqlalchemy_url(), connect_args=target.sqlalchemy_connect_args(), poolclass=NullPool
     )
-    if not target.pooled:
+    if target.pooled:
+        event.listen(engine.sync_engine, "begin", set_local_limits)
+    else:
         event.listen(engine.sync_engine, "connect", set_limits_of_driver)
     try:
         async with engine.connect() as connection:
@@ -167,17 +173,37 @@ async def run_on_connection(target: ConnectTarget, work: Callable[[Connection], 
 
 
 @contextmanager
-def migration_lock(connection: Connection, timeout: float, is_cancelled: Callable[[], bool]) -> Iterator[None]:
-    """Hold the migration lock.
+def migration_lock(
+    connection: Connection, timeout: float, is_cancelled: Callable[[], bool], *, is_pooled: bool = False
+) -> Iterator[None]:
+    """Hold the migration lock: through a pooler in a transaction of its own, because sessions are shared there.
 
     Raises `MigrationError` when another process still holds it after `timeout` seconds, or when `is_cancelled` is true.
 
     The lock is polled: a session that waits inside `pg_advisory_lock` holds a snapshot, for which a CREATE INDEX
     CONCURRENTLY of the lock's holder waits in turn. (Not stamina: nothing fails, and the wait can be cancelled.)
     """
+    if is_pooled:
+        with connection.engine.connect() as holder:
+            _acquire_lock(holder, timeout, is_cancelled, "pg_try_advisory_xact_lock")
+            holder.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+            yield
+        return
+    _acquire_lock(connection, timeout, is_cancelled, "pg_try_advisory_lock")
+    connection.commit()
+    try:
+        yield
+    finally:
+        if not connection.closed and not connection.invalidated:
+            connection.rollback()
+            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": LOCK_KEY})
+            connection.commit()
+
+
+def _acquire_lock(connection: Connection, timeout: float, is_cancelled: Callable[[], bool], function: str) -> None:
     started = logged_at = time.monotonic()
-    while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": LOCK_KEY}):
-        connection.commit()
+    while not connection.scalar(text(f"SELECT {function}(:key)"), {"key": LOCK_KEY}):
+        connection.rollback()
         now = time.monotonic()
         if is_cancelled():
             raise MigrationError("the migration was cancelled before it began")
@@ -190,14 +216,6 @@ def migration_lock(connection: Connection, timeout: float, is_cancelled: Callabl
             _log.info("waiting for another process to finish migrating", extra={"seconds": round(now - started, 1)})
             logged_at = now
         time.sleep(POLL_SECONDS)
-    connection.commit()
-    try:
-        yield
-    finally:
-        if not connection.closed and not connection.invalidated:
-            connection.rollback()
-            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": LOCK_KEY})
-            connection.commit()
 
 
 def list_partitions(connection: Connection) -> frozenset[tuple[str | None, str]]:
@@ -256,7 +274,9 @@ def comparison_options(
 
 async def _migrate_with_settings() -> None:
     settings = load_settings()
-    async with open_target(settings.direct_target, settings.data_dir) as target:
+    async with open_target(settings.direct_target, settings.data_dir) as opened:
+        is_pooler = not (opened.pooled or opened.is_declared) and await is_behind_pooler(opened)
+        target = opened.through_pooler() if is_pooler else opened
         command: Any = getattr(context.config.cmd_opts, "cmd", None)
         run = MigrationRun(target=target, by=ALEMBIC, is_stamp=command is not None and command[0].__name__ == "stamp")
         try:
@@ -266,10 +286,11 @@ async def _migrate_with_settings() -> None:
 
 
 def _migrate(connection: Connection, run: MigrationRun) -> None:
-    run.pid = connection.scalar(text("SELECT pg_backend_pid()"))
-    connection.commit()
-    with migration_lock(connection, run.timeout, lambda: run.is_cancelled):
-        connection.execute(text(f"SET lock_timeout = '{run.options.lock_timeout}'"))
+    if not run.target.pooled:
+        run.pid = connection.scalar(text("SELECT pg_backend_pid()"))
+        connection.commit()
+    with migration_lock(connection, run.timeout, lambda: run.is_cancelled, is_pooled=run.target.pooled):
+        _set_lock_timeout(connection, run)
         partitions = list_partitions(connection)
         paused = history.read_pause(connection)
         connection.commit()
@@ -292,6 +313,19 @@ def _migrate(connection: Connection, run: MigrationRun) -> None:
         if run.is_upgrade and not Revisions(run.options.scripts).pending(context.get_context().get_current_heads()):
             history.resume(connection, run.by)
         connection.commit()
+
+
+def _set_lock_timeout(connection: Connection, run: MigrationRun) -> None:
+    """Limit how long the migration's statements wait for locks: through a pooler in each of its transactions."""
+    if not run.target.pooled:
+        connection.execute(text(f"SET lock_timeout = '{run.options.lock_timeout}'"))
+        return
+    settings = text("SELECT set_config('lock_timeout', :timeout, true), set_config('application_name', :name, true)")
+
+    @event.listens_for(connection, "begin")
+    def set_in_transaction(beginning: Connection) -> None:
+        if beginning.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
+            beginning.execute(settings, {"timeout": run.options.lock_timeout, "name": run.application_name})
 
 
 def prepare_version_table(connection: Connection, run: MigrationRun) -> tuple[str, ...] | None:

@@ -330,18 +330,23 @@ async def _run(
     return MigrationResult(run.before, tuple(run.applied), run.indexes, run.paused)
 
 
+_INTERRUPT = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE datname = current_database() AND (pid = $1 OR application_name = $2)
+"""
+
+
 async def _interrupt(run: MigrationRun, working: asyncio.Future[None]) -> None:
     """End the running migration: the server rolls back what is not committed, and the thread ends."""
     run.is_cancelled = True
     working.add_done_callback(lambda done: done.cancelled() or done.exception())
     try:
         async with asyncio.timeout(INTERRUPT_SECONDS):
-            if run.pid is not None:
-                connection = await asyncpg.connect(**run.target.connect_kwargs())
-                try:
-                    await connection.execute("SELECT pg_terminate_backend($1)", run.pid)
-                finally:
-                    await connection.close()
+            connection = await asyncpg.connect(**run.target.connect_kwargs())
+            try:
+                await connection.execute(_INTERRUPT, run.pid, run.application_name)
+            finally:
+                await connection.close()
             await asyncio.wait({working})
     except DRIVER_ERRORS as error:
         _log.warning("could not interrupt the migration; the server continues its statement: %r", error)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import asyncpg
 
@@ -17,6 +18,7 @@ from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.text import format_bytes
 
 _log = logging.getLogger(__name__)
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 #: An index is rebuilt when it is this many times as large as its rows need and wastes this many bytes.
 BLOAT_FACTOR, WASTED_BYTES = 2.0, 1_000_000
@@ -111,37 +113,56 @@ async def maintain(pool: Pool, *, progress: Progress = ignore_progress, lock_tim
     jobs = await plan(pool)
     done: list[str] = []
     failed: list[str] = []
-    with translate_errors():
-        connection = await asyncpg.connect(**pool.direct.connect_kwargs(), timeout=30)
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        connection = await _connect(pool, stack)
         with translate_errors():
-            if not await connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK_KEY, timeout=30):
-                raise MigrationError("another process maintains this database: wait until it is done")
-            await connection.execute("SELECT set_config('lock_timeout', $1, false)", lock_timeout)
+            if pool.direct.pooled:  # sessions are shared there: a transaction of its own holds the lock
+                holder = await _connect(pool, stack)
+                await holder.execute("BEGIN; SET LOCAL idle_in_transaction_session_timeout = 0")
+                is_locked = await holder.fetchval("SELECT pg_try_advisory_xact_lock($1)", LOCK_KEY, timeout=30)
+            else:
+                is_locked = await connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK_KEY, timeout=30)
+                await connection.execute("SELECT set_config('lock_timeout', $1, false)", lock_timeout)
+        if not is_locked:
+            raise MigrationError("another process maintains this database: wait until it is done")
         for number, job in enumerate(jobs):
             progress(Step("maintaining", number, len(jobs), "jobs"))
             started = time.monotonic()
             try:
                 with translate_errors():
-                    await _run(connection, pool, job)
+                    await _run(connection, pool, job, lock_timeout)
             except GuildbookError as error:
                 _log.warning("maintenance job failed: %s: %s", job.line, error)
                 failed.append(f"{job.line}: {error}")
             else:
                 done.append(f"{job.line} ({time.monotonic() - started:.1f} s)")
-    finally:
-        await connection.close(timeout=10)
     lines = [*(f"done: {line}" for line in done), *(f"FAILED: {line}" for line in failed)]
     return Outcome("\n".join(lines), data={"done": done, "failed": failed}, ok=not failed)
 
 
-async def _run(connection: asyncpg.Connection[asyncpg.Record], pool: Pool, job: Job) -> None:
+async def _connect(pool: Pool, stack: contextlib.AsyncExitStack) -> Connection:
+    with translate_errors():
+        connection: Connection = await asyncpg.connect(**pool.direct.connect_kwargs(), timeout=30)
+    stack.push_async_callback(connection.close, timeout=10)
+    return connection
+
+
+async def _run(connection: Connection, pool: Pool, job: Job, lock_timeout: str) -> None:
+    if pool.direct.pooled and job.kind != "reindex":
+        async with connection.transaction():
+            await connection.execute("SELECT set_config('lock_timeout', $1, true)", lock_timeout)
+            await _work(connection, pool, job)
+    else:
+        await _work(connection, pool, job)
+
+
+async def _work(connection: Connection, pool: Pool, job: Job) -> None:
     match job.kind:
         case "partitions":
             await ensure_partitions(connection, pool.now())
         case "analyze":
             await connection.execute("ANALYZE " + job.name, timeout=JOB_SECONDS)
-        case "reindex":
+        case "reindex":  # not in a transaction; its locks let readers and writers through
             await connection.execute("REINDEX INDEX CONCURRENTLY " + job.name, timeout=JOB_SECONDS)
         case "refresh":
             option = "CONCURRENTLY " if job.concurrently else ""
