@@ -54,7 +54,7 @@ async def test_serves_all_addresses_of_a_name_on_one_port() -> None:
 async def test_metrics_are_updated_before_they_are_shown() -> None:
     server = HealthServer("127.0.0.1", 0, before_metrics=lambda: metrics.buffer_rows.set(17))
     await server.start()
-    metrics.events_received.labels("GUILD_CREATE").inc()
+    metrics.dispatches_received.labels("GUILD_CREATE").inc()
     metrics.malformed_payloads.labels("MESSAGE_UPDATE").inc(2)
     status, text = await get(f"http://127.0.0.1:{server.port}/metrics")
     assert status == 200

@@ -1,4 +1,4 @@
-"""The mirror: receives gateway events and keeps the tables equal to Discord's state."""
+"""The mirror: receives dispatches of the gateway and keeps the tables equal to Discord's state."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PAUSE_SECONDS = 10.0
 #: Seconds between two checks whether the event queue has room.
 ROOM_SECONDS = 0.005
 #: Events that may change what the bot is allowed to do; GUILD_MEMBER_UPDATE only if it is about the bot.
-PERMISSION_EVENTS = frozenset(("GUILD_MEMBER_UPDATE", "GUILD_ROLE_UPDATE", "GUILD_ROLE_DELETE", "CHANNEL_UPDATE"))
+PERMISSION_DISPATCHES = frozenset(("GUILD_MEMBER_UPDATE", "GUILD_ROLE_UPDATE", "GUILD_ROLE_DELETE", "CHANNEL_UPDATE"))
 #: Seconds after the last READY or GUILD_CREATE from which a missing guild counts as unavailable. READY lists all guilds
 #: as unavailable, and one GUILD_CREATE after the other follows; discord.py waits as long for the next one.
 ARRIVAL_SECONDS = 2.0
@@ -144,9 +144,9 @@ class Mirror:
         return ready, {"shards_ready": len(self._ready), **progress}
 
     def update_metrics(self) -> None:
-        """Update the metrics that are not updated by each event."""
+        """Update the metrics that are not updated by each dispatch."""
         messages, self._messages = self._messages, 0
-        metrics.events_received.labels("MESSAGE_CREATE").inc(messages)
+        metrics.dispatches_received.labels("MESSAGE_CREATE").inc(messages)
 
     async def sync(self, guild_id: int) -> Run:
         """Reconcile a guild now: settings, roles and channels over REST, members by a complete listing.
@@ -168,50 +168,50 @@ class Mirror:
         await done
         return await self.reconciler.sync(guild_id)
 
-    # --- gateway events
+    # --- dispatches
 
-    def receive(self, event: str, data: Any, shard_id: int, session: str) -> bool | None:
+    def receive(self, name: str, data: Any, shard_id: int, session: str) -> bool | None:
         """Process one dispatch, see `Receiver.receive`. Never raises."""
         stamp = self.stamps.next()
         try:
-            if event == "MESSAGE_CREATE":
+            if name == "MESSAGE_CREATE":
                 self._on_message_create(data, stamp)
                 return False
-            if event == "GUILD_MEMBERS_CHUNK":
+            if name == "GUILD_MEMBERS_CHUNK":
                 return self._on_members_chunk(data)
-            if event == "RATE_LIMITED":
+            if name == "RATE_LIMITED":
                 return self._on_rate_limited(data)
-            if event == "READY":
+            if name == "READY":
                 self._on_ready(data, shard_id, stamp)
-            elif event == "GUILD_CREATE":
+            elif name == "GUILD_CREATE":
                 self._on_guild_create(data, stamp)
-            elif event in ROW_PARSERS or event in MEMBERSHIP_PARSERS:
-                self._on_live_event(event, data, stamp)
+            elif name in ROW_PARSERS or name in MEMBERSHIP_PARSERS:
+                self._on_other_dispatch(name, data, stamp)
         except MALFORMED as error:
-            self.report_malformed(event, error)
+            self.report_malformed(name, error)
             return None
         return False
 
-    def report_malformed(self, event: str, error: Exception) -> None:
+    def report_malformed(self, name: str, error: Exception) -> None:
         """Count a payload that could not be parsed; log the first of its kind."""
-        metrics.malformed_payloads.labels(event).inc()
+        metrics.malformed_payloads.labels(name).inc()
         log_once(
             _log,
-            ("malformed", event, type(error).__name__),
+            ("malformed", name, type(error).__name__),
             "malformed %s skipped (%s: %.200s); further ones are only counted",
-            event,
+            name,
             type(error).__name__,
             error,
         )
 
-    def report_unparsed(self, event: str, error: Exception) -> None:
+    def report_unparsed(self, name: str, error: Exception) -> None:
         """Count a payload that the mirror has and discord.py could not parse; log the first of its kind."""
-        metrics.malformed_payloads.labels(event).inc()
+        metrics.malformed_payloads.labels(name).inc()
         log_once(
             _log,
-            ("unparsed", event, type(error).__name__),
+            ("unparsed", name, type(error).__name__),
             "discord.py could not parse %s (%s: %.200s), so that cogs miss it; further ones are only counted",
-            event,
+            name,
             type(error).__name__,
             error,
         )
@@ -258,7 +258,7 @@ class Mirror:
         return True
 
     def _on_rate_limited(self, data: Payload) -> bool:
-        """Fail the listing whose op 8 Discord refused; discord.py does not handle this event and would wait forever."""
+        """Fail the listing whose op 8 Discord refused; discord.py ignores this dispatch and would wait forever."""
         listing = self.reconciler.listings.get((data.get("meta") or {}).get("nonce") or "")
         if listing is not None:
             listing.fail(SyncError(f"guild {listing.guild_id}: op 8 is rate limited for {data.get('retry_after')} s"))
@@ -273,7 +273,7 @@ class Mirror:
         requested = {state.id: state.requested_at for state in guilds.values()}
         self.reconciler.queue.remove_shard(shard_id)
         for state in [state for state in guilds.values() if state.shard_id == shard_id]:
-            self.reconciler.cancel(state, "a new gateway session started, events were missed")
+            self.reconciler.cancel(state, "a new gateway session started, dispatches were missed")
             del guilds[state.id]
         for id in ids:
             guilds[id] = GuildState(id, shard_id, requested_at=requested.get(id))
@@ -283,7 +283,7 @@ class Mirror:
 
     def _on_guild_create(self, data: Payload, stamp: int) -> None:
         if data.get("unavailable"):
-            self._on_live_event("GUILD_DELETE", data, stamp)
+            self._on_other_dispatch("GUILD_DELETE", data, stamp)
             return
         guild_id = int(data["id"])
         self._last_arrival = time.monotonic()
@@ -301,7 +301,7 @@ class Mirror:
                     state.active_threads[record[1]] = values.get("parent_id")
         self.reconciler.guilds[guild_id] = state
         self._ready.setdefault(shard_id, set()).add(guild_id)
-        # Submitted before the task starts, so that events from the next message on count as newer.
+        # Submitted before the task starts, so that whatever the next message says counts as newer.
         self.reconciler.spawn(self._finish_snapshot(state, self.writer.submit(observation)))
         self.reconciler.request(state, "available")
 
@@ -326,27 +326,27 @@ class Mirror:
             self.writer.add_event(message)
         self._messages += 1
 
-    def _on_live_event(self, event: str, data: Payload, stamp: int) -> None:
-        """Write the rows and queue the membership event of any other dispatch that the mirror keeps."""
+    def _on_other_dispatch(self, name: str, data: Payload, stamp: int) -> None:
+        """Write the rows and queue the membership of any other dispatch that the mirror keeps."""
         now = self.pool.now()
-        membership = MEMBERSHIP_PARSERS[event](data, stamp, now) if event in MEMBERSHIP_PARSERS else None
-        rows = [validate_row(row) for row in ROW_PARSERS[event](data, now)] if event in ROW_PARSERS else []
+        membership = MEMBERSHIP_PARSERS[name](data, stamp, now) if name in MEMBERSHIP_PARSERS else None
+        rows = [validate_row(row) for row in ROW_PARSERS[name](data, now)] if name in ROW_PARSERS else []
         if membership is not None:  # after parsing the rows: a malformed payload is skipped as a whole
             self.writer.add_event(membership)
         self._put_rows(rows, stamp)
-        metrics.events_received.labels(event).inc()
-        if event == "GUILD_DELETE":
+        metrics.dispatches_received.labels(name).inc()
+        if name == "GUILD_DELETE":
             state = self.reconciler.guilds.get(int(data["id"]))
             if state is not None:
                 state.available = False
                 self.reconciler.cancel(state, "it became unavailable")
                 if not data.get("unavailable"):
                     del self.reconciler.guilds[state.id]
-        elif event in PERMISSION_EVENTS:
-            if event != "GUILD_MEMBER_UPDATE" or int(data["user"]["id"]) == self._own_id:
+        elif name in PERMISSION_DISPATCHES:
+            if name != "GUILD_MEMBER_UPDATE" or int(data["user"]["id"]) == self._own_id:
                 self.archived.on_permissions_changed(int(data.get("guild_id") or 0))
-        elif event.startswith("THREAD_"):
-            if event == "THREAD_LIST_SYNC":
+        elif name.startswith("THREAD_"):
+            if name == "THREAD_LIST_SYNC":
                 self._on_thread_list_sync(data)
             self._record_threads(rows)
 
@@ -378,5 +378,5 @@ class Mirror:
             if state is not None:
                 self.reconciler.request(state, "dropped")
 
-    def _malformed_reporter(self, event: str) -> Callable[[Exception], None]:
-        return lambda error: self.report_malformed(event, error)
+    def _malformed_reporter(self, name: str) -> Callable[[Exception], None]:
+        return lambda error: self.report_malformed(name, error)

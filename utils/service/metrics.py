@@ -14,11 +14,14 @@ ProcessCollector(registry=registry)
 PlatformCollector(registry=registry)
 GCCollector(registry=registry)
 
-events_received = Counter(
-    "guildbook_gateway_events", "Gateway events received, by type.", ["type"], registry=registry
+dispatches_received = Counter(
+    "guildbook_gateway_events", "Dispatches received from the gateway, by name.", ["type"], registry=registry
 )  # fmt: skip
 malformed_payloads = Counter(
-    "guildbook_malformed_payloads", "Payloads that could not be parsed, by event.", ["event"], registry=registry
+    "guildbook_malformed_payloads",
+    "Payloads that could not be parsed, by the name of the dispatch.",
+    ["event"],
+    registry=registry,
 )
 rows_written = Counter("guildbook_rows_written", "Rows changed, by table.", ["table"], registry=registry)
 sync_runs = Counter(

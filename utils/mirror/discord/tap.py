@@ -26,25 +26,25 @@ _log = logging.getLogger(__name__)
 
 #: Gateway opcode 0, "Dispatch" (Discord API reference, "Gateway Opcodes").
 DISPATCH = 0
-#: How long to retry RESUME, in seconds. The session's gateway may never come back, and Discord keeps missed events for
-#: a few minutes only.
+#: How long to retry RESUME, in seconds. The session's gateway may never come back, and Discord keeps missed dispatches
+#: for a few minutes only.
 RESUME_SECONDS = 90.0
 
 
 class Receiver(Protocol):
     """Receives every dispatch of a client's gateway connections."""
 
-    def receive(self, event: str, data: Any, shard_id: int, session: str) -> bool | None:
-        """Process one dispatch. Never raises.
+    def receive(self, name: str, data: Any, shard_id: int, session: str) -> bool | None:
+        """Process one dispatch by its name, such as GUILD_UPDATE. Never raises.
 
         Returns True to keep it from discord.py's own parser, None if it was malformed and already reported, so that an
         error of discord.py's parser is not reported again.
         """
 
-    def report_malformed(self, event: str, error: Exception) -> None:
+    def report_malformed(self, name: str, error: Exception) -> None:
         """Count and log a payload that could not be parsed."""
 
-    def report_unparsed(self, event: str, error: Exception) -> None:
+    def report_unparsed(self, name: str, error: Exception) -> None:
         """Count and log a payload that only discord.py's parser refused."""
 
     def backpressure(self) -> Awaitable[None] | None:
@@ -130,24 +130,24 @@ async def _received_message(ws: DiscordWebSocket, message: Any, /) -> None:
         return None
     if decoded.get("op") != DISPATCH:
         return await _original_received_message(ws, decoded)
-    event: Any = decoded.get("t")
+    name: Any = decoded.get("t")
     sequence: Any = decoded.get("s")
     if (
         type(sequence) is int
         and sequence > connection.last_sequence
         and connection.session == ws.session_id
-        and type(event) is str
-        and event != "READY"
+        and type(name) is str
+        and name != "READY"
     ):  # the usual case, without the two calls below, which would come to the same result
         connection.last_sequence = sequence
     elif not _has_envelope(decoded):
         receiver.report_malformed("unreadable", ValueError("the dispatch lacks a name, a sequence number or a session"))
         return None
     elif _is_duplicate(ws, connection, decoded):
-        log_once(_log, "duplicate", "duplicate gateway event dropped; further ones are dropped silently")
+        log_once(_log, "duplicate", "duplicate dispatch dropped; further ones are dropped silently")
         return None
-    session = decoded["d"]["session_id"] if event == "READY" else ws.session_id or ""
-    taken = receiver.receive(event, decoded.get("d"), ws.shard_id or 0, session)
+    session = decoded["d"]["session_id"] if name == "READY" else ws.session_id or ""
+    taken = receiver.receive(name, decoded.get("d"), ws.shard_id or 0, session)
     if taken:
         ws.sequence = ws.sequence if sequence is None else sequence
         if ws._keep_alive:
@@ -159,7 +159,7 @@ async def _received_message(ws: DiscordWebSocket, message: Any, /) -> None:
             raise  # about the connection, not about this payload
         except Exception as error:
             if taken is not None:
-                receiver.report_unparsed(event, error)
+                receiver.report_unparsed(name, error)
     waiting = receiver.backpressure()
     if waiting is not None:
         await waiting
@@ -177,10 +177,10 @@ def _connect(ws: DiscordWebSocket) -> _Connection | None:
 
 def _has_envelope(message: dict[str, Any]) -> bool:
     """Return whether a dispatch has the fields that discord.py and the code below use without checking."""
-    sequence, event = message.get("s"), message.get("t")
-    if type(event) is not str or not (type(sequence) is int or sequence is None):
+    sequence, name = message.get("s"), message.get("t")
+    if type(name) is not str or not (type(sequence) is int or sequence is None):
         return False
-    if event == "READY":
+    if name == "READY":
         data = message.get("d")
         return isinstance(data, dict) and isinstance(data.get("session_id"), str)
     return True
@@ -208,7 +208,7 @@ def _is_duplicate(ws: DiscordWebSocket, connection: _Connection, message: dict[s
 async def _reconnect(shard: Shard) -> None:
     """Keep trying to resume the session.
 
-    discord.py starts a new one after the first failed attempt, and the events missed in between are lost.
+    discord.py starts a new one after the first failed attempt, and the dispatches missed in between are lost.
     """
     ws, now = shard.ws, time.monotonic()
     broken, since = getattr(shard, _RESUMING, (ws, now))

@@ -189,7 +189,7 @@ class ArchivedThreads:
 
     async def _write(self, state: GuildState, rows: list[Row], stamp: int) -> None:
         if not self._reconciler.is_current(state):
-            raise SyncError(f"guild {state.id}: events were missed since the request")
+            raise SyncError(f"guild {state.id}: dispatches were missed since the request")
         entries = {(row.table, row.key): Entry(row.values, row.may_insert, stamp) for row in rows}
         if entries:
             await self._writer.submit(Observation(state.id, stamp, list(group_entries(entries.items()))))

@@ -307,7 +307,7 @@ class Reconciler:
         return [Absence("members", listing.guild_id, listing.stamp, protected.union(present))]
 
     async def _analyze(self) -> None:
-        """Refresh the planner's statistics: until autovacuum does, merges of live events would be planned badly."""
+        """Refresh the planner's statistics: until autovacuum does, merges of live rows would be planned badly."""
         if self._analyze_lock.locked():
             return
         async with self._analyze_lock:

@@ -1,6 +1,6 @@
 """The statements that merge a staging table, derived from the models like those of `write.merge_sql`.
 
-`touched` stands for the ids that live events named since the listing was requested: they are left alone. A guild's
+`touched` stands for the ids that dispatches named since the listing was requested: they are left alone. A guild's
 listing has its guild id as a parameter, so that the planner reads the rows of that guild alone; users belong to no
 guild, and the parameter is NULL.
 """

@@ -1,4 +1,4 @@
-"""Rows of mirrored tables, each with the stamp of its observation, and what a listing proves about them."""
+"""Rows of mirrored tables with their stamps, and observations: what a response or a snapshot showed of a guild."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Stamps:
 
 
 class Row(NamedTuple):
-    """One observation of one row: only the columns that the payload contained."""
+    """What one payload says of one row: only the columns that it contained."""
 
     table: str
     key: Key
     values: dict[str, Any]
-    #: False if the observation may only update an existing row: a removal, an outage, a partial payload.
+    #: False if it may only update an existing row: a removal, an outage, a partial payload.
     may_insert: bool = True
 
 
@@ -62,7 +62,7 @@ class Entry(NamedTuple):
     stamp: int
 
     def merged_with(self, later: Entry) -> Entry:
-        """Combine two observations of the same row; values of the later one win."""
+        """Combine two entries of the same row; values of the later one win."""
         return Entry(self.values | later.values, self.may_insert or later.may_insert, max(self.stamp, later.stamp))
 
 
@@ -73,7 +73,7 @@ class Mode(enum.Enum):
     MERGE = "merge"
     #: Update existing rows only: removals, partial payloads.
     UPDATE = "update"
-    #: Insert missing rows only: these are older than a live event about the same rows.
+    #: Insert missing rows only: these are older than a dispatch about the same rows.
     INSERT = "insert"
 
 
@@ -123,7 +123,7 @@ class Run:
 
 @dataclass(eq=False, slots=True)
 class Observation:
-    """What Discord showed of one guild at one moment: rows, and tables whose listing was complete."""
+    """What a response or a snapshot showed of one guild at one moment: rows, and tables that it listed completely."""
 
     guild_id: int
     stamp: int
@@ -172,7 +172,7 @@ def key_columns(name: str) -> tuple[str, ...]:
 
 @cache
 def value_columns(name: str) -> tuple[str, ...]:
-    """Return the columns that an observation can contain, in the table's order."""
+    """Return the columns that a payload can set, in the table's order."""
     keys = key_columns(name)
     return tuple(
         column.name

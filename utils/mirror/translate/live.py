@@ -1,4 +1,4 @@
-"""Parsers for live gateway events, by event name: rows to write, memberships to record, messages to count."""
+"""Parsers for dispatches, by name: rows to write, memberships to record, messages to count."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _thread_list(payload: Payload, at: datetime) -> list[Row]:
     return [objects.thread(guild_id, thread) for thread in payload["threads"]]
 
 
-#: Events that change rows. READY, GUILD_CREATE and the answers to the mirror's own requests are parsed elsewhere.
+#: Dispatches that change rows. READY, GUILD_CREATE and the answers to the mirror's own requests are parsed elsewhere.
 ROW_PARSERS: dict[str, Callable[[Payload, datetime], list[Row]]] = {
     "USER_UPDATE": _user_update,
     "GUILD_UPDATE": _guild_update,
@@ -127,7 +127,7 @@ def _valid_id(value: Any) -> int:
     return number
 
 
-#: Events that are recorded in `member_events`.
+#: Dispatches that are recorded as events in `member_events`.
 MEMBERSHIP_PARSERS: dict[str, Callable[[Payload, int, datetime], Membership]] = {
     "GUILD_MEMBER_ADD": _membership_parser("join"),
     "GUILD_MEMBER_REMOVE": _membership_parser("leave"),

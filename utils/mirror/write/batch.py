@@ -175,7 +175,7 @@ async def write_groups(
 ) -> None:
     """Merge groups inside a transaction, and add to `counts` and, for members, to the run of their guild.
 
-    `inferred`: a listing or a snapshot showed the rows; false if live events reported them.
+    `inferred`: a listing or a snapshot showed the rows; false if dispatches did.
     """
     for group in groups:
         statement = merge_sql.merge_arrays(group.table, group.columns, group.mode)
@@ -208,7 +208,7 @@ def _to_arrays(group: Group, records: Sequence[tuple[Any, ...]]) -> list[list[An
 
 
 async def _apply_live_cascades(connection: Connection, pool: Pool, entries: Mapping[tuple[str, Key], Entry]) -> None:
-    """Apply the cascades that Discord sends no event for, for roles and channels that live events deleted."""
+    """Apply the cascades that Discord sends nothing for, after dispatches that deleted roles or channels."""
     for table in ("roles", "channels"):
         tombstone = str(tombstone_column(table))
         deleted = [

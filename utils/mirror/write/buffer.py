@@ -1,4 +1,4 @@
-"""The write-behind buffer: rows from live events, one entry for each row, until the next flush."""
+"""The write-behind buffer: live rows, from dispatches, one entry for each row, until the next flush."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 -- name: strip_deleted_roles
 -- Remove deleted roles from the role lists of members.
 -- $1 guild ids, $2 role ids (parallel arrays); $3 whether a listing proved the deletion.
--- The members' stamps stay: no event named these members, so a listing requested before the deletion is still newer in
+-- The members' stamps stay: no dispatch named these members, so a listing requested before the deletion is still newer in
 -- every other column.
 WITH deleted AS (
     SELECT * FROM unnest($1::bigint[], $2::bigint[]) AS d(guild_id, id)

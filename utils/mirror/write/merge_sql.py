@@ -24,7 +24,7 @@ def merge_arrays(table: str, columns: tuple[str, ...], mode: Mode) -> str:
     """Return the statement that merges a small batch given as arrays; it returns (rows inserted, rows updated).
 
     Parameters: one array for each key column, for each of `columns` and for the stamps, then whether a listing or a
-    snapshot proved the rows (false: live events reported them).
+    snapshot proved the rows (false: dispatches did).
     """
     # One statement, so that data and history cannot differ. DO UPDATE uses IMMUTABLE functions only: Citus requires it.
     keys = key_columns(table)
@@ -147,7 +147,7 @@ def history(table: str, columns: tuple[str, ...], *, source: str, changed: str, 
     """Return the CTE `history`: it records what differs between the new values in `source` and its `old_…` columns.
 
     `changed` is the CTE that returned the keys of the rows written. `inferred` is SQL for whether a listing proved the
-    change; false means that a live event reported it.
+    change; false means that a dispatch reported it.
     """
     keys = key_columns(table)
     recorded = tuple(name for name in columns if part_of(table_of(table).columns[name]) is not Part.QUIET)

@@ -1,4 +1,4 @@
-"""The live overlay: what live events reported while an observation was under way, and which of the two is newer."""
+"""The live overlay: what dispatches reported while an observation was under way, and which of the two is newer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Slot = tuple[str, Key]
 
 
 class _LiveRow:
-    """What live events reported of one row, each column with the stamp of the last event that named it."""
+    """What dispatches reported of one row, each column with the stamp of the last dispatch that named it."""
 
     __slots__ = ("may_insert", "stamp", "stamps", "values")
 
@@ -34,9 +34,9 @@ class _LiveRow:
 
 
 class LiveOverlay:
-    """Remembers live events for as long as an observation older than them is still to be merged.
+    """Remembers dispatches for as long as an observation older than them is still to be merged.
 
-    An event that changed nothing leaves no stamp in the table, and yet it is newer than an older page, in the columns
+    A dispatch that changed nothing leaves no stamp in the table, and yet it is newer than an older page, in the columns
     that it named; in the other columns the page is newer than the table.
 
     Members and users are many. They are remembered only while an observation that shows them is open, up to
@@ -54,7 +54,7 @@ class LiveOverlay:
         self._rows: dict[tuple[str, int], dict[Key, _LiveRow]] = {}
         #: How many of the rows are members or users.
         self._people = 0
-        #: Events about members and users up to this stamp are forgotten.
+        #: Dispatches about members and users up to this stamp are forgotten.
         self._forgotten_stamp = 0
         self._newest_stamp = 0
 
@@ -64,13 +64,13 @@ class LiveOverlay:
         return bool(self._open)
 
     def open(self, observation: object, *, people: bool = True) -> None:
-        """Start to remember live events for an observation; `people`: it shows members or users."""
+        """Start to remember dispatches for an observation; `people`: it shows members or users."""
         self._open.add(observation)
         if people:
             self._open_people.add(observation)
 
     def close(self, observation: object) -> None:
-        """Close an observation; with the last one, forget every event."""
+        """Close an observation; with the last one, forget every dispatch."""
         self._open.discard(observation)
         if observation in self._open_people:
             self._open_people.remove(observation)
@@ -81,7 +81,7 @@ class LiveOverlay:
 
     @contextlib.contextmanager
     def tracking(self, *, people: bool = True) -> Iterator[None]:
-        """Remember live events during the block: for a request that is sent now and answered later."""
+        """Remember dispatches during the block: for a request that is sent now and answered later."""
         request = object()
         self.open(request, people=people)
         try:
@@ -90,7 +90,7 @@ class LiveOverlay:
             self.close(request)
 
     def add(self, row: Row, stamp: int) -> None:
-        """Record that a live event named a row."""
+        """Record that a dispatch named a row."""
         if not self._open:
             return
         is_person = row.table in PEOPLE_TABLES
@@ -119,11 +119,11 @@ class LiveOverlay:
         self._people = 0
 
     def covers(self, stamp: int) -> bool:
-        """Return whether every event about members and users after `stamp` is still remembered."""
+        """Return whether every dispatch about members and users after `stamp` is still remembered."""
         return stamp >= self._forgotten_stamp
 
     def touched_since(self, table: str, guild_id: int, stamp: int) -> set[int]:
-        """Return the ids (the last part of the key) of a guild's rows that events after `stamp` named; guild 0: users.
+        """Return the ids (last in the key) of a guild's rows that dispatches after `stamp` named; guild 0: users.
 
         Raises `SyncError` when they are no longer remembered.
         """
@@ -136,10 +136,10 @@ class LiveOverlay:
         return {key[-1] for key, live in rows.items() if live.stamp > stamp} if rows else set()
 
     def split_stale(self, group: Group, guild_id: int, stamp: int) -> list[Group]:
-        """Split a group observed at `stamp` into rows that no event named since, and rows where events are newer.
+        """Split a group observed at `stamp` into rows that no dispatch named since, and rows that one did.
 
-        Of the latter, unknown rows are inserted whole. For known rows, only the columns that no event named are
-        written, with the event's stamp, which the row may already have.
+        Of the latter, unknown rows are inserted whole. For known rows, only the columns that no dispatch named
+        are written, with the dispatch's stamp, which the row may already have.
         """
         touched = self.touched_since(group.table, guild_id, stamp)
         keys = len(key_columns(group.table))
@@ -162,7 +162,7 @@ class LiveOverlay:
         return [*groups, *partial.values()]
 
     def entries_to_reapply(self, guild_id: int, stamp: int) -> Iterator[tuple[Slot, Entry]]:
-        """Yield the events after `stamp` that had no effect if their row was inserted only by the listing.
+        """Yield the dispatches after `stamp` that had no effect if their row was inserted only by the listing.
 
         Partial payloads change an existing row only, so they have to be written again once the listing has been
         merged. Deletions as well: what a deletion implied (a role removed from members, the threads of a channel), the

@@ -121,7 +121,7 @@ class MirrorWriter:
     # --- what comes in
 
     def put(self, row: Row, stamp: int) -> None:
-        """Accept a row from a live event."""
+        """Accept a live row, from a dispatch."""
         self.buffer.put(row, stamp)
         self.overlay.add(row, stamp)
         self._free_memory()
@@ -129,7 +129,7 @@ class MirrorWriter:
     def submit(self, observation: Observation) -> asyncio.Future[None]:
         """Accept an observation; the future is done with the commit, or fails with the reason why there was none.
 
-        Rows from live events that come from now on are newer than the observation.
+        Live rows that come from now on are newer than the observation.
         """
         self.overlay.open(observation, people=observation.has_people)
         self._observations.append(observation)
@@ -302,7 +302,7 @@ class MirrorWriter:
         await self._commit([])
 
     def reapply_live(self, guild_id: int, stamp: int) -> None:
-        """Buffer again what live events after `stamp` reported of rows that only a listing has inserted."""
+        """Buffer again what dispatches after `stamp` reported of rows that only a listing has inserted."""
         self.buffer.give_back(dict(self.overlay.entries_to_reapply(guild_id, stamp)))
 
     async def _commit(self, observations: list[Observation]) -> None:
@@ -360,13 +360,13 @@ class MirrorWriter:
         return EventBatch(self.fence.holder, oldest.events, oldest.upto, self._may_be_committed)
 
     def without_stale_columns(self, observation: Observation) -> Iterator[Group]:
-        """Return an observation's groups without the columns that live events have named since it was requested."""
+        """Return an observation's groups without the columns that dispatches have named since it was requested."""
         for group in observation.groups:
             guild_id = 0 if group.table == "users" else observation.guild_id
             yield from self.overlay.split_stale(group, guild_id, observation.stamp)
 
     def absences_without_live(self, observation: Observation) -> list[Absence]:
-        """Return an observation's absences, with the rows that live events have named since counted as present."""
+        """Return an observation's absences, with the rows that dispatches have named since counted as present."""
         return [
             absence._replace(
                 present={*absence.present, *self.overlay.touched_since(absence.table, absence.guild_id, absence.stamp)}
