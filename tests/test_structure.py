@@ -131,9 +131,9 @@ def within(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix + ".")
 
 
-def room_of(name: str) -> str:
+def layer_of(name: str) -> str:
     """Return the longest entry of `LAYERS` that contains a module."""
-    return max((room for room in LAYERS if within(name, room)), key=len)
+    return max((layer for layer in LAYERS if within(name, layer)), key=len)
 
 
 def test_imports_point_to_lower_layers() -> None:
@@ -143,16 +143,16 @@ def test_imports_point_to_lower_layers() -> None:
         if not within(name, "simulator")
         for other in imported(name, at_run_time=True)
         if is_ours(other) and not within(other, "simulator") and other in FILES
-        if LAYERS.index(room_of(other)) > LAYERS.index(room_of(name))
+        if LAYERS.index(layer_of(other)) > LAYERS.index(layer_of(name))
     ]
     assert wrong == []
 
 
-def test_every_room_is_in_the_layers() -> None:
+def test_every_package_is_in_the_layers() -> None:
     folders = {".".join(path.relative_to(ROOT).parts) for path in (ROOT / "utils").rglob("*") if path.is_dir()}
-    rooms = {folder for folder in folders if "__pycache__" not in folder and folder.count(".") == 1}
-    assert rooms <= set(LAYERS)
-    assert all(any(within(name, room) for name in FILES) for room in LAYERS)
+    packages = {folder for folder in folders if "__pycache__" not in folder and folder.count(".") == 1}
+    assert packages <= set(LAYERS)
+    assert all(any(within(name, layer) for name in FILES) for layer in LAYERS)
 
 
 def test_no_folder_holds_a_single_file() -> None:

@@ -1,6 +1,6 @@
 """Hooks into discord.py's gateway: raw payloads for the mirror, and sessions that are resumed whenever possible.
 
-Written against discord.py 2.7.1; the package's docstring lists the private names used here.
+Written against discord.py 2.7.1; docs/explanation/architecture.md lists the private names used here.
 """
 
 from __future__ import annotations
