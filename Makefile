@@ -14,7 +14,7 @@ SOURCES := bot.py benchmarks cogs migrations models simulator tests utils
 WORKERS ?= 4
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist load --maxschedchunk 1
 # What depends on the version of the database, and on a pooler before it.
-DATABASE_TESTS := tests/database tests/repositories tests/documents
+DATABASE_TESTS := tests/database tests/repositories tests/documents tests/worlds
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo run test test-all test-databases bench soak lint format psql migration docs lock

@@ -74,7 +74,8 @@ class Orm:
         )
         event.listen(self.engine.sync_engine, "connect", _set_up)
         event.listen(self.engine.sync_engine, "do_connect", self._set_arguments)
-        event.listen(self.engine.sync_engine, "connect", self._set_limits)
+        # First: before what SQLAlchemy asks a new connection.
+        event.listen(self.engine.sync_engine, "connect", self._set_limits, insert=True)
         event.listen(self.engine.sync_engine, "begin", self._set_local_limits)
         event.listen(self.engine.sync_engine, "before_cursor_execute", _record)
         event.listen(self.engine.sync_engine, "before_cursor_execute", _start_clock)

@@ -496,10 +496,12 @@ async def _answers(connection: Connection, timeout: float) -> bool:
 def limits_of(conn: Any, *, local: bool = False) -> str:
     """Return the statement that replaces the time limits which a role or a database sets for its sessions.
 
-    Statements have time limits of their own, on our side. `local`: for the current transaction alone.
+    Statements have time limits of their own, on our side. Types that the catalog's functions return are not quoted,
+    because SQLAlchemy does not know them with quotes. `local`: for the current transaction alone.
     """
-    limits = {"statement_timeout": 0, "lock_timeout": 0}
+    limits: dict[str, int | str] = {"statement_timeout": 0, "lock_timeout": 0}
     limits["idle_in_transaction_session_timeout"] = IDLE_IN_TRANSACTION_SECONDS * 1000
+    limits["quote_all_identifiers"] = "off"
     if conn.get_server_version().major >= 14:
         limits["idle_session_timeout"] = 0
     if conn.get_server_version().major >= 17:

@@ -164,7 +164,8 @@ async def run_on_connection(target: ConnectTarget, work: Callable[[Connection], 
     if target.pooled:
         event.listen(engine.sync_engine, "begin", set_local_limits)
     else:
-        event.listen(engine.sync_engine, "connect", set_limits_of_driver)
+        # First: before what SQLAlchemy asks a new connection.
+        event.listen(engine.sync_engine, "connect", set_limits_of_driver, insert=True)
     try:
         async with engine.connect() as connection:
             return await connection.run_sync(work)
