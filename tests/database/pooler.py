@@ -62,7 +62,7 @@ def _write_configuration(target: ConnectTarget, port: int, mode: str, size: int)
     account = f"user = {ACCOUNT_NAME}\n" if os.geteuid() == 0 else ""
     ini = directory / "pgbouncer.ini"
     ini.write_text(
-        f"[databases]\n{target.database} = host={target.hosts[0]} port={target.ports[0]} user={target.user}\n"
+        f"[databases]\n* = host={target.hosts[0]} port={target.ports[0]} user={target.user}\n"
         f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
         f"pool_mode = {mode}\ndefault_pool_size = {size}\nmax_client_conn = 200\n{account}",
         encoding="utf-8",

@@ -348,6 +348,7 @@ def test_ignores_pguser_without_pghost() -> None:
     assert resolve({"PGUSER": "amy", "PGPASSWORD": PASSWORD}) is None
 
 
+@pytest.mark.direct("start-up parameters are refused")
 async def test_all_forms_reach_the_same_database(target: ConnectTarget) -> None:
     again = parse_url(target.libpq_url())
     for one in (target, again):

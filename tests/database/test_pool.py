@@ -208,6 +208,7 @@ async def test_a_cancelled_task_returns_its_connection(target: ConnectTarget) ->
         assert await db.fetchval("SELECT count(*) FROM users") == 0
 
 
+@pytest.mark.direct("it ends the backend of a session")
 async def test_a_killed_connection_is_transient_and_replaced(target: ConnectTarget) -> None:
     async with pool(target, pool_max=1) as db:
         other = await asyncpg.connect(**target.connect_kwargs())
@@ -224,6 +225,7 @@ async def test_a_killed_connection_is_transient_and_replaced(target: ConnectTarg
         await other.close()
 
 
+@pytest.mark.direct("it compares the backends of sessions")
 async def test_renew_after_ddl_of_another_session(target: ConnectTarget) -> None:
     async with pool(target, pool_max=1) as db:
         query = "SELECT * FROM users"
@@ -403,6 +405,7 @@ async def limits(connection: Connection) -> list[str]:
     return [await connection.fetchval("SELECT current_setting($1)", name) for name in LIMITS]
 
 
+@pytest.mark.direct("it reads settings of a session")
 @pytest.mark.parametrize("pooled", [False, True])
 async def test_sessions_replace_the_time_limits_of_a_role(target: ConnectTarget, pooled: bool) -> None:
     async with pool(target) as admin:

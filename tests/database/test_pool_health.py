@@ -93,6 +93,7 @@ async def test_ignores_connections_in_use(target: ConnectTarget) -> None:
         assert await conn.fetchval("SELECT 1") == 1
 
 
+@pytest.mark.direct("it ends the backends of sessions")
 async def test_replaces_terminated_connections(target: ConnectTarget) -> None:
     async with warm(target, 3) as db:
         other = await asyncpg.connect(**target.connect_kwargs())
@@ -110,6 +111,7 @@ async def test_replaces_terminated_connections(target: ConnectTarget) -> None:
         await other.close()
 
 
+@pytest.mark.direct("it cuts the connection to the server")
 async def test_replaces_silent_connections(
     target: ConnectTarget,
 ) -> None:
@@ -124,6 +126,7 @@ async def test_replaces_silent_connections(
         assert db.pool_stats()["created"] > 3
 
 
+@pytest.mark.direct("it cuts the connection to the server")
 async def test_survives_an_unreachable_database(target: ConnectTarget) -> None:
     async with behind_a_network(target, 2) as (db, network):
         network.cut()
@@ -138,6 +141,7 @@ async def test_survives_an_unreachable_database(target: ConnectTarget) -> None:
         assert await db.fetchval("SELECT 1") == 1
 
 
+@pytest.mark.direct("it cuts the connection to the server")
 async def test_a_cancelled_check_returns_its_connections(target: ConnectTarget) -> None:
     async with behind_a_network(target, 3) as (db, network):
         network.freeze()
@@ -158,6 +162,7 @@ async def test_checks_nothing_before_connect(target: ConnectTarget) -> None:
     assert await Pool(target).validate_connections() == {"checked": 0, "replaced": 0}
 
 
+@pytest.mark.direct("the pooler keeps a connection to the database")
 async def test_a_database_being_renamed_is_transient(target: ConnectTarget, server: EmbeddedServer) -> None:
     database = Pool(target, pool_min=0, pool_max=2)  # which makes no connection by itself
     await database.connect()

@@ -19,7 +19,7 @@ from utils.exceptions import MigrationError
 from utils.operations import migrations
 from utils.operations.upkeep import maintain
 
-pytestmark = needs_pgbouncer
+pytestmark = [needs_pgbouncer, pytest.mark.direct("it starts a pooler of its own")]
 
 
 async def test_an_unannounced_pooler_is_recognised(target: ConnectTarget, caplog: pytest.LogCaptureFixture) -> None:

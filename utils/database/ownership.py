@@ -79,6 +79,11 @@ def owned_tables(scripts: Path = SCRIPTS, metadata: MetaData = Base.metadata) ->
     return owned(scripts, metadata).tables
 
 
+def created_by(revisions: Iterable[Path]) -> frozenset[Name]:
+    """Return the tables that the files of some revisions create."""
+    return frozenset(_read_revisions(tuple((path, path.stat().st_mtime_ns) for path in revisions)).created)
+
+
 @dataclass(slots=True)
 class _Made:
     """What the revisions read so far have made and not dropped again."""

@@ -19,6 +19,8 @@ from utils.database.cache import Channel, QueryCache
 from utils.database.cache.channel import CHANNEL
 from utils.exceptions import DatabaseError
 
+pytestmark = pytest.mark.direct("nothing listens through a pooler")
+
 READ = "SELECT value FROM counter WHERE id = $1"
 THROUGH_VIEW = "SELECT sum(value)::bigint FROM counted"
 Pair = tuple[Process, Process]

@@ -18,6 +18,8 @@ from tests.waiting import until
 from utils.database.cache import QueryCache
 from utils.exceptions import DatabaseError
 
+pytestmark = pytest.mark.direct("nothing listens through a pooler")
+
 #: Seconds that another process's write may stay unseen, and what a busy machine may add.
 UNSEEN_SECONDS = 1.0
 SLACK_SECONDS = 1.0

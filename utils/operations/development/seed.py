@@ -13,6 +13,7 @@ from utils.database import Connection, Pool
 from utils.database.partitions import id_at
 from utils.exceptions import GuildbookError
 from utils.operations import migrations
+from utils.operations.migrations.dependents import refuse_dependents
 from utils.service.lease import hold_as_operator
 
 #: The low bits of every seeded id: worker 31, process 31, increment 0. They distinguish seeded ids from Discord's.
@@ -194,9 +195,10 @@ def _created_at(snowflake: int) -> datetime:
 async def reset(pool: Pool, *, name: str | None, environment: str) -> str:
     """Drop and recreate all of Guildbook's tables, with all data, and return the database's name.
 
-    Unless `environment` is 'development', `name` must be the database's name. Tables of cogs are kept; a foreign key
-    from one of them to ours makes the reset fail. Raises `GuildbookError` if the reset is not allowed, always while a
-    bot is running on the database, and `MigrationError` if it fails: run `db upgrade` to create what is missing.
+    Unless `environment` is 'development', `name` must be the database's name. Tables of cogs and of other programs are
+    kept; a view of one of them on our tables, or a foreign key to them, refuses the reset. Raises `GuildbookError` if
+    the reset is not allowed, always while a bot is running on the database, and `MigrationError` if it fails: run
+    `db upgrade` to create what is missing.
     """
     found: str = await pool.fetchval("SELECT current_database()")
     if name is not None and name != found:
@@ -205,6 +207,7 @@ async def reset(pool: Pool, *, name: str | None, environment: str) -> str:
         raise GuildbookError(
             f"ENVIRONMENT is {environment}: to drop everything in {found} at {pool.target}, pass --yes-destroy {found}"
         )
+    await refuse_dependents(pool, [revision.id for revision in migrations.known_revisions()])
     async with hold_as_operator(pool):
         await migrations.downgrade(pool, "base")
         await migrations.upgrade(pool)

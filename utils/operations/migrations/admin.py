@@ -17,6 +17,7 @@ from utils.database.pool import set_limits
 from utils.exceptions import GuildbookError, MigrationError, translate_errors
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.migrations import invalid_indexes, runner, schema_catalog
+from utils.operations.migrations.dependents import refuse_dependents
 from utils.operations.migrations.drift import check_drift
 from utils.operations.migrations.environment import DEFAULTS, MigrationOptions
 from utils.operations.migrations.history import COMMAND_LINE, Actor, AppliedRevision
@@ -188,6 +189,7 @@ async def downgrade(
     Raises
     ------
     GuildbookError: a bot acts on the database, or the backup failed. Nothing was changed.
+    MigrationError: objects of another program depend on tables that it would drop. Nothing was changed.
     MigrationError: a revision failed. The database is at the last completed revision, and AUTO_MIGRATE is paused unless
         nothing was reverted.
     """
@@ -197,6 +199,7 @@ async def downgrade(
     reverted = revisions.to_revert(heads, goal)
     if not reverted:
         return Outcome(f"the schema is at {goal} already", data={"before": current, "after": goal, "taken_back": []})
+    await refuse_dependents(pool, reverted, options)
     steps = _StepCounter(progress, "downgrading", len(reverted))
     saved = None
     async with exclusive(pool):

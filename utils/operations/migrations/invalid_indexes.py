@@ -11,22 +11,26 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from utils.database import Pool
+from utils.database import Pool, ownership
 from utils.exceptions import translate
 
 #: How long a drop waits for the table's lock. Readers and writers queue behind it for as long.
 LOCK_TIMEOUT = "3s"
 
-#: Indexes in the schema of our tables and in `ops`. Left out: indexes of partitioned tables, which are invalid until
-#: every partition has one, and indexes of constraints.
+#: Indexes of our tables ({schemas} and {names}). Left out: indexes of partitioned tables, which are invalid until every
+#: partition has one, and indexes of constraints.
 _FIND = """
 SELECT i.indexrelid::regclass::text AS name, i.indrelid::regclass::text AS "table"
-FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid JOIN pg_namespace AS n ON n.oid = c.relnamespace
-WHERE NOT i.indisvalid AND c.relkind = 'i' AND NOT c.relispartition AND n.nspname IN (current_schema(), 'ops')
-    AND pg_has_role(c.relowner, 'USAGE')
+FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid
+JOIN pg_class AS t ON t.oid = i.indrelid JOIN pg_namespace AS n ON n.oid = t.relnamespace
+JOIN unnest(CAST({schemas} AS text[]), CAST({names} AS text[])) AS ours (schema, name)
+    ON ours.schema = n.nspname AND ours.name = t.relname
+WHERE NOT i.indisvalid AND c.relkind = 'i' AND NOT c.relispartition AND pg_has_role(c.relowner, 'USAGE')
     AND NOT EXISTS (SELECT FROM pg_constraint AS k WHERE k.conindid = i.indexrelid)
 ORDER BY 1
 """
+_FIND_BY_POOL = _FIND.format(schemas="$1", names="$2")
+_FIND_BY_CONNECTION = _FIND.format(schemas=":schemas", names=":names")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,9 @@ class DroppedIndexes:
 
 async def find(pool: Pool) -> list[str]:
     """Return the names of our tables' invalid indexes, quoted where SQL needs it. Raises `DatabaseError`."""
-    return [row["name"] for row in await pool.fetch(_FIND, timeout=10.0)]
+    tables = ownership.owned().qualified((await ownership.fetch_version(pool)).schema)
+    names = [schema for schema, _ in tables], [name for _, name in tables]
+    return [row["name"] for row in await pool.fetch(_FIND_BY_POOL, *names, timeout=10.0)]
 
 
 def drop(connection: Connection, *, lock_timeout: str = LOCK_TIMEOUT) -> DroppedIndexes:
@@ -48,7 +54,9 @@ def drop(connection: Connection, *, lock_timeout: str = LOCK_TIMEOUT) -> Dropped
 
     An index that is being built, or whose table stays locked, is left and reported; that is no error.
     """
-    names = [row.name for row in connection.execute(text(_FIND))]
+    tables = ownership.owned().qualified(ownership.read_version(connection).schema)
+    ours = {"schemas": [schema for schema, _ in tables], "names": [name for _, name in tables]}
+    names = [row.name for row in connection.execute(text(_FIND_BY_CONNECTION), ours)]
     connection.commit()
     dropped: list[str] = []
     remaining: list[tuple[str, str]] = []

@@ -64,6 +64,11 @@ class Revisions:
         if unknown:
             raise unknown_revision(", ".join(unknown))
 
+    def files(self, revisions: Iterable[str]) -> list[Path]:
+        """Return the files of known revisions."""
+        scripts = (self._directory.get_revision(revision) for revision in revisions)
+        return [Path(script.path) for script in scripts if script is not None]
+
     def including_ancestors(self, revisions: Iterable[str]) -> set[str]:
         """Return known revisions and everything that they build on."""
         found: set[str] = set()
