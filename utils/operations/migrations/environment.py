@@ -204,7 +204,7 @@ def migration_lock(
 def _acquire_lock(connection: Connection, timeout: float, is_cancelled: Callable[[], bool], function: str) -> None:
     started = logged_at = time.monotonic()
     while not connection.scalar(text(f"SELECT {function}(:key)"), {"key": LOCK_KEY}):
-        connection.rollback()
+        connection.commit()
         now = time.monotonic()
         if is_cancelled():
             raise MigrationError("the migration was cancelled before it began")
