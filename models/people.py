@@ -116,3 +116,14 @@ class MemberPreferences(Base):
     language: Mapped[str | None] = marked(Text, erase=Erase.CLEAR)
     #: For preferences defined by cogs.
     extra: Mapped[dict[str, Any]] = marked(JSONB, nullable=False, server_default="{}", erase=Erase.CLEAR)
+
+
+#: The members of each role; Alembic does not compare views. Joins `roles`, because a view over unnest(roles) could not
+#: use the GIN index.
+ROLE_MEMBERSHIP = """
+CREATE VIEW role_membership AS
+SELECT r.guild_id, r.id AS role_id, m.user_id
+FROM roles AS r
+JOIN members AS m ON m.guild_id = r.guild_id AND m.roles @> ARRAY[r.id]
+WHERE r.deleted_at IS NULL AND m.left_at IS NULL
+""".strip()

@@ -16,6 +16,7 @@ LAYERS = (
     "models",
     "utils.exceptions",
     "utils.text",
+    "utils.files",
     "utils.cache",
     "utils.logs",
     "utils.database",

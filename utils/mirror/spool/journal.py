@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from utils.exceptions import SpoolError
-from utils.mirror.spool.segments import MAX_RECORD_BYTES, READ_BYTES, Damage, Record, Segments, sync_directory
+from utils.files import sync_directory
+from utils.mirror.spool.segments import MAX_RECORD_BYTES, READ_BYTES, Damage, Record, Segments
 
 _log = logging.getLogger(__name__)
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from utils.files import sync_directory
+
 _log = logging.getLogger(__name__)
 
 #: Stamp and payload.
@@ -365,15 +367,6 @@ class Segments:
         (self._directory / lock).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # contains foreign files; without a lock it is no longer a journal
             self._directory.rmdir()
-
-
-def sync_directory(directory: Path) -> None:
-    """Flush a directory's entries to disk. Raises `OSError`."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

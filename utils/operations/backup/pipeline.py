@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from utils.exceptions import BackupError
+from utils.files import create_private
 from utils.operations.action import Progress, Step, ignore_progress
 
 #: Bytes copied at a time.
@@ -125,14 +126,14 @@ class _Pipe:
             stdin = stack.enter_context(self._source.open("rb")) if self._source else None
             for number, command in enumerate(self._commands):
                 self._start(command, stdin if number == 0 else None, is_first=number == 0, stderr=stderrs[number])
-            copy = stack.enter_context(_create_private(self._copy_path)) if self._copy_path else None
+            copy = stack.enter_context(_open_private(self._copy_path)) if self._copy_path else None
             threads = [
                 threading.Thread(target=self._forward, args=(number, copy if number == 0 else None), daemon=True)
                 for number in range(len(self._processes) - 1)
             ]
             for thread in threads:
                 thread.start()
-            with _create_private(self._out) as out:
+            with _open_private(self._out) as out:
                 try:
                     self._copy(self._processes[-1].stdout, out, self.digests[-1], copy if not threads else None)
                     _sync(out)
@@ -202,9 +203,8 @@ class _Pipe:
                 raise BackupError(f"{command.name} failed: {message or f'exit code {code}'}")
 
 
-def _create_private(path: Path) -> IO[bytes]:
-    """Open a new file that only its owner can read."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0)
+def _open_private(path: Path) -> IO[bytes]:
+    return os.fdopen(create_private(path), "wb", buffering=0)
 
 
 def _write(out: IO[bytes], chunk: memoryview) -> None:

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr
 
 from utils.exceptions import BackupError
+from utils.files import create_private, sync_directory
 from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup.pipeline import Digest
 
@@ -121,11 +122,7 @@ class Directory:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         path.rename(self.path / name)
-        directory = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_directory(self.path)
 
 
 class Remote:
@@ -227,7 +224,7 @@ class Remote:
         try:
             head = await self._bounded("read", name, obstore.head_async(self._store, name), OPERATION_SECONDS)
             size = head["size"]
-            file = None if to is None else await _in_thread(lambda: os.fdopen(_create_private(to), "wb", buffering=0))
+            file = None if to is None else await _in_thread(lambda: os.fdopen(create_private(to), "wb", buffering=0))
 
             def consume(part: Any) -> None:
                 sha256.update(part)
@@ -276,10 +273,6 @@ class Remote:
 
 
 Store: TypeAlias = Directory | Remote
-
-
-def _create_private(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
 
 
 def _first_line(exc: BaseException) -> str:

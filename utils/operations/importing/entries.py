@@ -16,7 +16,7 @@ from utils.documents.documents import KEY_LENGTH, NAMESPACE
 from utils.exceptions import ValidationError
 from utils.operations.importing import repair
 from utils.operations.importing.escaping import UnstorableValue, storable_json, storable_key
-from utils.operations.importing.originals import Original, create_private
+from utils.operations.importing.originals import Original, create_private_text
 from utils.operations.importing.reader import WINDOW, Entry, Reader
 from utils.operations.importing.repair import UnusableValue
 from utils.operations.importing.shapes import Outline, Place
@@ -119,7 +119,7 @@ class Rejects:
         if self.path is None:
             return
         if self._file is None:
-            self._file = create_private(self.path)
+            self._file = create_private_text(self.path)
         row = {"line": line, "column": column, "key": key, "reasons": reasons, "stored": stored, "text": text}
         self._file.write(json.dumps(row) + "\n")  # ASCII, because the text may hold lone surrogates
 

@@ -21,6 +21,7 @@ from models import Base
 from utils.database import Connection, Pool
 from utils.documents.documents import NAMESPACE
 from utils.exceptions import GuildbookError, ValidationError
+from utils.files import create_private, sync_directory
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.importing.entries import KINDS, PREFIX
 from utils.operations.importing.escaping import original_json, original_key
@@ -230,7 +231,7 @@ def _csv_field(field: str | None) -> str:
 def _replace_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file that replaces `path` when the block succeeds and is deleted otherwise."""
     partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.partial")
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    handle = create_private(partial)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -240,8 +241,4 @@ def _replace_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_directory(path.parent)

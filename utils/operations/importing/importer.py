@@ -328,8 +328,8 @@ async def _batches(rows: Rows, step: Step, progress: Progress) -> AsyncGenerator
 
 
 def _write_report(directory: Path, data: dict[str, Any]) -> None:
-    with originals.create_private(directory / REPORT) as file:
+    with originals.create_private_text(directory / REPORT) as file:
         json.dump(data, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-    originals.fsync_directory(directory)
+    originals.sync_files(directory)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from utils.exceptions import ValidationError
+from utils.files import create_private, sync_directory
 
 _log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def copy_files(
         done = 0
         for path in paths:
             target = partial / _free_name(partial, path.name)
-            with create_private(target) as file:
+            with create_private_text(target) as file:
 
                 def write(block: bytes, file: TextIO = file) -> None:
                     nonlocal done
@@ -129,9 +130,9 @@ def copy_files(
         digests = "".join(copy.sha256 for copy in copies if isinstance(copy, Original))
         digest = hashlib.sha256(digests.encode()).hexdigest()
         directory = parent / f"{at}-{digest[:12]}"
-        fsync_directory(partial)
+        sync_files(partial)
         partial.rename(directory)
-        fsync_directory(parent)
+        sync_directory(parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -140,20 +141,18 @@ def copy_files(
     ]
 
 
-def create_private(path: Path) -> TextIO:
+def create_private_text(path: Path) -> TextIO:
     """Create a text file that only its owner can read."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
+    return os.fdopen(create_private(path), "w", encoding="utf-8")
 
 
-def fsync_directory(directory: Path) -> None:
+def sync_files(directory: Path) -> None:
     """Flush a directory and the files in it to disk."""
-    for path in (*directory.iterdir(), directory):
-        if path is directory or path.is_file():
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+    for path in directory.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_directory(directory)
 
 
 def _read(path: Path, write: Callable[[bytes], None]) -> Original:

@@ -25,7 +25,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
 
-from models.views import ROLE_MEMBERSHIP
+from models.people import ROLE_MEMBERSHIP
 from utils.database import ConnectTarget
 from utils.database.address import open_target
 from utils.database.embedded import EmbeddedServer

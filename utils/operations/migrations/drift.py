@@ -11,7 +11,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Connection, MetaData, text
 
 from models import Base
-from models.views import ROLE_MEMBERSHIP
+from models.people import ROLE_MEMBERSHIP
 from utils.database import ConnectTarget, Pool
 from utils.database.ownership import SCRIPTS
 from utils.operations.migrations.environment import comparison_options, import_models, list_partitions

@@ -10,7 +10,7 @@ import asyncpg
 from sqlalchemy import Connection, MetaData, text
 
 from models import Base
-from models.views import ROLE_MEMBERSHIP
+from models.people import ROLE_MEMBERSHIP
 from utils.database.pool import set_limits
 from utils.database.target import ConnectTarget
 from utils.exceptions import translate_errors
