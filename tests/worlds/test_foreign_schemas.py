@@ -19,6 +19,7 @@ from utils.operations import migrations
 from utils.operations.development import seed
 from utils.operations.migrations import admin
 from utils.operations.migrations.__main__ import write_revision
+from utils.operations.upkeep.maintain import maintain
 
 pytestmark = pytest.mark.slow
 
@@ -107,3 +108,11 @@ async def test_an_invalid_index_beside_our_tables_stays(shared: Shared) -> None:
     assert (await admin.status(shared.pool)).ok
     await admin.upgrade(shared.pool)
     assert await shared.pool.fetchval("SELECT to_regclass('their_index') IS NOT NULL")
+
+
+async def test_maintain(shared: Shared) -> None:
+    outcome = await maintain(shared.pool)
+    assert outcome.ok, outcome.text
+    for schema in foreign.SCHEMAS:
+        assert schema not in outcome.text
+    assert await shared.difference() == []

@@ -52,12 +52,21 @@ class Owned:
     columns: Mapping[Name, frozenset[str]]
     #: Indexes and constraints that a revision made.
     indexes: frozenset[str]
+    #: Views, materialized or not, that a revision made.
     views: frozenset[Name] = frozenset((None, name) for name in VIEWS)
 
     def qualified(self, main: str = "public", ops: str = OPS) -> list[tuple[str, str]]:
         """Return the schema and the name of every table, given the schemas of this database."""
+        return self._qualify(self.tables, main, ops)
+
+    def qualified_relations(self, main: str = "public", ops: str = OPS) -> list[tuple[str, str]]:
+        """Return the same for every table and view."""
+        return self._qualify(self.tables | self.views, main, ops)
+
+    @staticmethod
+    def _qualify(names: Iterable[Name], main: str, ops: str) -> list[tuple[str, str]]:
         schemas = {None: main, OPS: ops}
-        return sorted((schemas.get(schema) or str(schema), name) for schema, name in self.tables)
+        return sorted((schemas.get(schema) or str(schema), name) for schema, name in names)
 
 
 def owned(scripts: Path = SCRIPTS, metadata: MetaData = Base.metadata) -> Owned:
@@ -71,6 +80,7 @@ def owned(scripts: Path = SCRIPTS, metadata: MetaData = Base.metadata) -> Owned:
         frozenset(made.created),
         {table: frozenset(columns) for table, columns in made.tables.items()},
         frozenset(made.indexes),
+        frozenset(made.views | {(None, name) for name in VIEWS}),
     )
 
 
@@ -91,6 +101,7 @@ class _Made:
     tables: dict[Name, set[str]] = field(default_factory=dict)
     created: set[Name] = field(default_factory=set)
     indexes: set[str] = field(default_factory=set)
+    views: set[Name] = field(default_factory=set)
 
 
 _NAME = r'(?:IF\s+NOT\s+EXISTS\s+)?"?(?:(?P<schema>\w+)"?\."?)?(?P<name>\w+)"?'
@@ -100,6 +111,9 @@ _ADD_COLUMN_SQL = re.compile(
     re.IGNORECASE,
 )
 _CREATE_INDEX_SQL = re.compile(rf"\bCREATE\s+(?:UNIQUE\s+)?INDEX\s+(?:CONCURRENTLY\s+)?{_NAME}", re.IGNORECASE)
+_CREATE_VIEW_SQL = re.compile(
+    rf"\bCREATE\s+(?:OR\s+REPLACE\s+)?(?:MATERIALIZED\s+|RECURSIVE\s+)?VIEW\s+{_NAME}", re.IGNORECASE
+)
 _WORD = re.compile(r"\w+")
 
 
@@ -239,6 +253,7 @@ def _read_sql(made: _Made, sql: str) -> None:
     for match in _ADD_COLUMN_SQL.finditer(sql):
         made.tables.setdefault((match["schema"], match["name"]), set()).add(match["column"])
     made.indexes.update(match["name"] for match in _CREATE_INDEX_SQL.finditer(sql))
+    made.views.update((match["schema"], match["name"]) for match in _CREATE_VIEW_SQL.finditer(sql))
 
 
 def _function(call: ast.Call) -> str:

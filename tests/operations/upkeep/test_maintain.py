@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_command_line import db
+from tests.operations.migrations.support import with_revision
 from utils.database import Pool
 from utils.exceptions import MigrationError
+from utils.operations import migrations
 from utils.operations.upkeep import maintain
 
 BLOAT = """
@@ -54,15 +56,33 @@ async def test_analyzes_changed_tables_once(database: Pool) -> None:
     assert ("analyze", "public.documents") not in await due_jobs(database)
 
 
-async def test_refreshes_views_concurrently_if_possible(database: Pool) -> None:
-    await database.execute("CREATE MATERIALIZED VIEW everybody AS SELECT count(*) AS n FROM users WITH NO DATA")
-    assert not next(job.concurrently for job in await maintain.plan(database) if job.kind == "refresh")
-    await maintain.maintain(database)
+async def test_refreshes_views_concurrently_if_possible(database: Pool, tmp_path: Path) -> None:
+    view = "CREATE MATERIALIZED VIEW everybody AS SELECT count(*) AS n FROM users WITH NO DATA"
+    options = with_revision(tmp_path, f'def upgrade():\n    op.execute("{view}")')
+    await migrations.upgrade(database, options=options)
+
+    async def is_concurrent() -> bool:
+        jobs = await maintain.plan(database, scripts=options.scripts)
+        return next(job.concurrently for job in jobs if job.kind == "refresh")
+
+    assert not await is_concurrent()
+    await maintain.maintain(database, scripts=options.scripts)
     await database.execute("CREATE UNIQUE INDEX everybody_n ON everybody (n)")
     await database.execute("INSERT INTO users (id, username) VALUES (5, 'one')")
-    assert next(job.concurrently for job in await maintain.plan(database) if job.kind == "refresh")
-    assert (await maintain.maintain(database)).ok
+    assert await is_concurrent()
+    assert (await maintain.maintain(database, scripts=options.scripts)).ok
     assert await database.fetchval("SELECT n FROM everybody") == 1
+
+
+async def test_leaves_what_no_revision_made(database: Pool) -> None:
+    await database.execute(
+        "CREATE TABLE theirs AS SELECT 1 AS n; CREATE MATERIALIZED VIEW counted AS SELECT count(*) FROM theirs"
+    )
+    await bloat_indexes(database)
+    await database.execute(
+        "CREATE TABLE their_stats AS TABLE member_stats; CREATE INDEX theirs_n ON their_stats (user_id)"
+    )
+    assert {name for _, name in await due_jobs(database)} == {"", "public.pk_member_stats", "public.guildbook_version"}
 
 
 async def test_a_failed_job_does_not_stop_the_others(database: Pool) -> None:

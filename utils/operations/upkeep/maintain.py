@@ -6,12 +6,14 @@ import contextlib
 import logging
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import asyncpg
 
-from utils.database import Pool
+from utils.database import Pool, ownership
 from utils.database.materialized_views import REFRESH_SECONDS, VIEWS
+from utils.database.ownership import SCRIPTS
 from utils.database.partitions import ensure_partitions
 from utils.exceptions import GuildbookError, MigrationError, translate_errors
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
@@ -41,8 +43,7 @@ CROSS JOIN LATERAL (
     WHERE l.relkind IN ('r', 'm')
         AND (l.oid = c.oid OR l.oid IN (SELECT relid FROM pg_partition_tree(c.oid) WHERE isleaf))
 ) AS leaves
-WHERE c.relkind IN ('r', 'p', 'm') AND NOT c.relispartition AND c.relpersistence <> 't'
-    AND n.nspname <> 'information_schema' AND n.nspname NOT LIKE 'pg\\_%'
+WHERE c.relkind IN ('r', 'p', 'm') AND (n.nspname, c.relname) IN (SELECT * FROM unnest($1::text[], $2::text[]))
     AND (c.reltuples < 0 AND leaves.bytes > 0 OR leaves.changed > 50 + 0.1 * greatest(c.reltuples, 0))
 ORDER BY 1
 """
@@ -53,14 +54,15 @@ _INDEXES = """
 SELECT format('%I.%I', n.nspname, i.relname) AS name, pg_relation_size(i.oid) AS bytes,
     (t.reltuples * ((7 + 8 + widths.width)::int / 8 * 8 + 4) / 0.9 + 16384)::bigint AS needed
 FROM pg_index AS x JOIN pg_class AS i ON i.oid = x.indexrelid JOIN pg_class AS t ON t.oid = x.indrelid
-JOIN pg_namespace AS n ON n.oid = i.relnamespace JOIN pg_am AS am ON am.oid = i.relam
+JOIN pg_class AS root ON root.oid = coalesce(pg_partition_root(t.oid), t.oid)
+JOIN pg_namespace AS n ON n.oid = root.relnamespace JOIN pg_am AS am ON am.oid = i.relam
 CROSS JOIN LATERAL (
     SELECT coalesce(sum(coalesce(s.avg_width, 8)), 8) AS width FROM unnest(x.indkey::int2[]) AS k(number)
     LEFT JOIN pg_attribute AS a ON a.attrelid = t.oid AND a.attnum = k.number
     LEFT JOIN pg_stats AS s ON s.schemaname = n.nspname AND s.tablename = t.relname AND s.attname = a.attname
 ) AS widths
 WHERE am.amname = 'btree' AND i.relkind = 'i' AND x.indisvalid AND x.indpred IS NULL AND t.reltuples >= 0
-    AND n.nspname <> 'information_schema' AND n.nspname NOT LIKE 'pg\\_%'
+    AND (n.nspname, root.relname) IN (SELECT * FROM unnest($1::text[], $2::text[]))
 ORDER BY 1
 """
 
@@ -82,17 +84,24 @@ class Job:
         return f"{self.kind} {self.name.removeprefix('public.')}: {self.why}" if self.name else self.why
 
 
-async def plan(pool: Pool) -> list[Job]:
-    """Return the jobs that are due, without doing them. Raises `DatabaseError`."""
+async def plan(pool: Pool, *, scripts: Path = SCRIPTS) -> list[Job]:
+    """Return the jobs that are due, without doing them. Raises `DatabaseError`.
+
+    `scripts`: the revisions that say which tables and views are ours; those of other programs are left alone.
+    """
+    ours = ownership.owned(scripts).qualified_relations((await ownership.fetch_version(pool)).schema)
+    names = [schema for schema, _ in ours], [name for _, name in ours]
     jobs = [Job("partitions", "", "create missing partitions for the coming months")]
-    for row in await pool.fetch(_STALE_TABLES):
+    for row in await pool.fetch(_STALE_TABLES, *names):
         why = "never analyzed" if row["is_new"] else f"{row['changed']:,} of {row['rows']:,} rows changed since"
         jobs.append(Job("analyze", row["name"], why))
-    for row in await pool.fetch(_INDEXES):
+    for row in await pool.fetch(_INDEXES, *names):
         if row["bytes"] > BLOAT_FACTOR * row["needed"] and row["bytes"] - row["needed"] > WASTED_BYTES:
             why = f"{format_bytes(row['bytes'])}, of which its rows need {format_bytes(row['needed'])}"
             jobs.append(Job("reindex", row["name"], why))
     for row in await pool.fetch(VIEWS):
+        if (row["schema"], row["relname"]) not in ours:
+            continue
         concurrently = row["can_refresh_concurrently"]
         why = "concurrently" if concurrently else "blocks readers: it was never filled or has no unique index"
         jobs.append(Job("refresh", row["quoted"], why, concurrently))
@@ -105,12 +114,14 @@ async def preview(pool: Pool) -> Outcome:
     return Outcome("\n".join(job.line for job in jobs), data={"jobs": [asdict(job) for job in jobs]})
 
 
-async def maintain(pool: Pool, *, progress: Progress = ignore_progress, lock_timeout: str = LOCK_TIMEOUT) -> Outcome:
+async def maintain(
+    pool: Pool, *, progress: Progress = ignore_progress, lock_timeout: str = LOCK_TIMEOUT, scripts: Path = SCRIPTS
+) -> Outcome:
     """Do what is due. A job that fails is reported, and the others are done all the same.
 
     Raises `MigrationError` when another process maintains the database, and `DatabaseError`.
     """
-    jobs = await plan(pool)
+    jobs = await plan(pool, scripts=scripts)
     done: list[str] = []
     failed: list[str] = []
     async with contextlib.AsyncExitStack() as stack:
