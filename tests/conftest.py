@@ -183,11 +183,12 @@ def database_url(target: ConnectTarget) -> str:
 
 
 @pytest.fixture
-def world() -> World:
-    """Two guilds: one of several pages of members, and a small one."""
+def world(request: pytest.FixtureRequest) -> World:
+    """Two guilds, one of several pages of members and a small one; or those of the marker `guilds`."""
+    marker = request.node.get_closest_marker("guilds")
     world = World(seed=11)
-    world.add_guild(members=3_500, name="Large")
-    world.add_guild(members=40, name="Small")
+    for members in marker.args if marker is not None else (3_500, 40):
+        world.add_guild(members=members, name="Large" if members > 1_000 else "Small")
     return world
 
 

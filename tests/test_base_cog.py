@@ -11,20 +11,14 @@ from typing import Any
 import pytest
 
 from models import Role
-from simulator import Simulator, World
+from simulator import Simulator
 from tests.bot.running import running_bot
 from tests.bot.temporary_cogs import TemporaryCogs
 from utils.base_cog import BaseCog
 from utils.database import Pool
 from utils.exceptions import GuildbookError
 
-
-@pytest.fixture
-def world() -> World:
-    """One small guild."""
-    world = World(seed=11)
-    world.add_guild(members=10, name="Small")
-    return world
+pytestmark = pytest.mark.guilds(10)
 
 
 class Worker(BaseCog):

@@ -12,7 +12,7 @@ import pytest
 from discord import app_commands
 from discord.ext import commands
 
-from simulator import InteractionResult, Simulator, World
+from simulator import InteractionResult, Simulator
 from tests.bot.running import running_bot
 from tests.bot.temporary_cogs import TemporaryCogs
 from tests.waiting import until
@@ -20,6 +20,8 @@ from utils.bot import command_errors
 from utils.bot.command_errors import explain
 from utils.database import Pool
 from utils.exceptions import DatabaseError, DatabaseUnavailable, Declined, GuildbookError
+
+pytestmark = pytest.mark.guilds(10)
 
 FAILING_COG = """
 async def missing_permissions(interaction: discord.Interaction[Guildbook]) -> bool:
@@ -78,14 +80,6 @@ class Failing(BaseCog):
 async def setup(bot: Guildbook) -> None:
     await bot.add_cog(Failing(bot))
 """
-
-
-@pytest.fixture
-def world() -> World:
-    """One small guild."""
-    world = World(seed=11)
-    world.add_guild(members=10, name="Small")
-    return world
 
 
 @pytest.fixture

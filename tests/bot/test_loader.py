@@ -12,7 +12,7 @@ import pytest
 from discord import app_commands
 
 from models import Base
-from simulator import Simulator, World
+from simulator import Simulator
 from tests.bot.running import running_bot, wait_until_mirrored
 from tests.bot.temporary_cogs import TemporaryCogs
 from tests.waiting import until
@@ -22,13 +22,7 @@ from utils.bot.registrations import Registrations
 from utils.database import Pool
 from utils.exceptions import CogError, ValidationError
 
-
-@pytest.fixture
-def world() -> World:
-    """One small guild."""
-    world = World(seed=11)
-    world.add_guild(members=10, name="Small")
-    return world
+pytestmark = pytest.mark.guilds(10)
 
 
 @pytest.fixture

@@ -17,13 +17,7 @@ from tests.bot.temporary_cogs import TemporaryCogs
 from utils.database import Pool
 from utils.operations import slash
 
-
-@pytest.fixture
-def world() -> World:
-    """One small guild."""
-    world = World(seed=11)
-    world.add_guild(members=10, name="Small")
-    return world
+pytestmark = pytest.mark.guilds(10)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from simulator import InteractionResult, Limits, Simulator, World
+from simulator import InteractionResult, Simulator
 from tests.bot.running import running_bot, wait_until_mirrored
 from tests.operations.backup.helpers import dropping_scratch_databases
 from tests.waiting import until
@@ -21,7 +21,7 @@ from utils.exceptions import DatabaseUnavailable, MigrationError
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.slash import REFUSAL
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.guilds(60)]
 
 
 class Command(NamedTuple):
@@ -55,19 +55,6 @@ COMMANDS = [
     Command("backup restore", {}, "Restore", "is now the live database"),
 ]
 PATHS = {command.path for command in COMMANDS} | {"migrate downgrade"}
-
-
-@pytest.fixture
-def world() -> World:
-    world = World(seed=5)
-    world.add_guild(members=60, name="Small")
-    return world
-
-
-@pytest.fixture
-async def simulator(world: World) -> AsyncIterator[Simulator]:
-    async with Simulator(world, limits=Limits.none()) as running_simulator:
-        yield running_simulator
 
 
 @pytest.fixture

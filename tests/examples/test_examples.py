@@ -16,13 +16,7 @@ from tests.waiting import until
 from utils.bot.registrations import remove_tables
 from utils.database import Pool
 
-
-@pytest.fixture
-def world() -> World:
-    """One small guild."""
-    world = World(seed=1)
-    world.add_guild(members=8)
-    return world
+pytestmark = pytest.mark.guilds(8)
 
 
 @pytest.fixture

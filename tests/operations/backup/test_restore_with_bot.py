@@ -15,20 +15,11 @@ from utils.database import Pool
 from utils.database.embedded import EmbeddedServer
 from utils.operations.backup.restore import restore_archive
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.guilds(1_500, 40)]
 
 
 async def no_safety_backup() -> tuple[None, str]:
     return None, "There was nothing to back up."
-
-
-@pytest.fixture
-def world() -> World:
-    """Two guilds, one of them of two pages of members."""
-    world = World(seed=11)
-    world.add_guild(members=1_500, name="Large")
-    world.add_guild(members=40, name="Small")
-    return world
 
 
 async def test_a_running_bot_keeps_its_lease_and_reconciles(
