@@ -42,7 +42,7 @@ _REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
 TARGET_VARIABLES = (
     "DATABASE_URL", "DATABASE_UNPOOLED_URL", "DATABASE_PUBLIC_URL",
     "PGHOST", "PGPORT", "PGUSER", "PGPASSWORD", "PGDATABASE", "PGSSLMODE",
-    "DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME", "DB_SSL",
+    "DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME", "DB_SSL", "DB_SCHEMA",
 )  # fmt: skip
 
 Snowflake = Annotated[int, Field(gt=0, lt=2**63)]
@@ -170,6 +170,14 @@ class Settings(BaseSettings):
     db_password: SecretStr | None = Field(default=None, description="Password.")
     db_name: str | None = Field(default=None, description="Name of the database.")
     db_ssl: str | None = Field(default=None, description="true, false, or a mode as for PGSSLMODE.")
+    db_schema: str | None = Field(
+        default=None,
+        description=(
+            "Schema of the tables, for a database that other programs use too; the bot's own tables are in <name>_ops"
+            " (public: ops). Created by the first migration. Without it, ?schema=<name> in the address or the"
+            " search_path of the user decides."
+        ),
+    )
     db_pool_min: int = Field(default=1, ge=0, le=1_000, description="Connections that are kept open.")
     # A reconcile writes users and members side by side, and one connection is for transactions and sessions of cogs.
     db_pool_max: int = Field(

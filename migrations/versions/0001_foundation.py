@@ -30,7 +30,9 @@ WHERE r.deleted_at IS NULL AND m.left_at IS NULL
 
 
 def upgrade() -> None:
-    op.execute("CREATE SCHEMA ops")
+    # One who may not create schemas has it made by an administrator.
+    if op.get_context().as_sql or op.get_bind().scalar(sa.text("SELECT to_regnamespace('ops') IS NULL")):
+        op.execute("CREATE SCHEMA ops")
     op.execute(sa.schema.CreateSequence(sa.Sequence("change_ids", schema="ops")))
     _guilds()
     _people()

@@ -85,7 +85,7 @@ def test_a_missing_certificate_error_hides_the_password() -> None:
 
 
 def test_ignores_options_of_other_drivers() -> None:
-    target = parse_url("postgresql://u@h/d?connect_timeout=10&channel_binding=require&sslmode=require&schema=public")
+    target = parse_url("postgresql://u@h/d?connect_timeout=10&channel_binding=require&sslmode=require&supa=x")
     assert target.connect_kwargs()["server_settings"] == {"application_name": "guildbook"}
 
 

@@ -9,6 +9,7 @@ import pytest
 from models import Base
 from utils.database import Pool
 from utils.database.ownership import FORMER_VERSION_TABLE, MARKERS, VERSION_TABLE, fetch_version, owned, owned_tables
+from utils.database.placement import Placement
 from utils.operations.migrations.environment import import_models
 
 SOURCE = """
@@ -54,7 +55,7 @@ def test_revisions_and_models_declare_the_same() -> None:
 
 
 def test_names_are_qualified_for_a_placement() -> None:
-    names = owned().qualified("botx", "botx_ops")
+    names = owned().qualified(Placement.of("botx"))
     assert ("botx", "members") in names
     assert ("botx_ops", "leases") in names
     assert {schema for schema, _ in names} == {"botx", "botx_ops"}

@@ -113,7 +113,12 @@ class Process:
         settings = self.settings
         assert settings.discord_token is not None, "bot.py checks it"
         target = await self._resources.enter_async_context(
-            open_target(settings.target, settings.data_dir, stop_timeout=lambda: self._server_stop_timeout)
+            open_target(
+                settings.target,
+                settings.data_dir,
+                schema=settings.db_schema,
+                stop_timeout=lambda: self._server_stop_timeout,
+            )
         )
         self.pool = pool = Pool(
             target,

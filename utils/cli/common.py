@@ -83,7 +83,7 @@ def run_with_pool(settings: Settings, data_dir: Path | None, work: Callable[[Poo
     settings = settings.with_data_dir(data_dir)
 
     async def run() -> ResultT:
-        async with open_target(settings.direct_target, settings.data_dir) as target:
+        async with open_target(settings.direct_target, settings.data_dir, schema=settings.db_schema) as target:
             pool = make_pool(settings, target, connections=2)
             await pool.connect()
             try:
@@ -112,7 +112,7 @@ def make_pool(settings: Settings, target: ConnectTarget, *, connections: int) ->
 async def _run_recorded(
     settings: Settings, command: str, action: Action, arguments: dict[str, Any], progress: Progress
 ) -> Outcome:
-    async with open_target(settings.direct_target, settings.data_dir) as target:
+    async with open_target(settings.direct_target, settings.data_dir, schema=settings.db_schema) as target:
         pool = make_pool(settings, target, connections=CONNECTIONS)
         try:
             await pool.connect()

@@ -251,7 +251,7 @@ def _run_psql(settings: Settings, arguments: Sequence[str]) -> int:
         raise DatabaseError(f"there is no database under {server.data_dir} yet: make run or make demo creates one")
 
     async def run() -> int:
-        async with open_target(None, settings.data_dir) as embedded:
+        async with open_target(None, settings.data_dir, schema=settings.db_schema) as embedded:
             # Ctrl-C is for psql, which cancels its query. The child does not inherit a handler, but would SIG_IGN.
             previous = signal.signal(signal.SIGINT, lambda *_: None)
             try:

@@ -30,6 +30,7 @@ from urllib.parse import parse_qsl, unquote
 from pydantic import SecretStr
 
 from utils.database.embedded import START_SECONDS, STOP_SECONDS, EmbeddedServer
+from utils.database.placement import check_schema
 from utils.database.target import ConnectTarget
 from utils.exceptions import SettingsError
 
@@ -52,7 +53,7 @@ _IGNORED = frozenset(
     | {"connection_limit", "pool_timeout", "socket_timeout", "max_idle_connection_lifetime"}  # Prisma
     | {"statement_cache_size", "prepared_statement_cache_size", "async_fallback", "pool_size", "max_overflow"}
     | {"pool_max_conns", "pool_min_conns", "default_query_exec_mode", "statement_cache_capacity", "preparethreshold"}
-    | {"supa", "workaround", "conn_max_age", "sslidentity", "schema"}
+    | {"supa", "workaround", "conn_max_age", "sslidentity"}
 )
 #: Settings of PostgreSQL that an address may set directly; any other one is written `options=-c name=value`.
 _SERVER_SETTINGS = frozenset(
@@ -95,7 +96,8 @@ def resolve_targets(
     `can_resolve` is asked only when there is both a private and a public address.
     Raises `SettingsError`, which names the variable and what is wrong with it but never shows the value of a URL.
     """
-    target, direct = _resolve(_reader(values), can_resolve)
+    get = _reader(values)
+    target, direct = _with_schema(*_resolve(get, can_resolve), get("DB_SCHEMA"))
     for one in (target, direct):
         if one is not None:
             one.check_files()
@@ -107,11 +109,13 @@ async def open_target(
     target: ConnectTarget | None,
     data_dir: Path | str,
     *,
+    schema: str | None = None,
     start_timeout: float = START_SECONDS,
     stop_timeout: Callable[[], float] = lambda: STOP_SECONDS,
 ) -> AsyncIterator[ConnectTarget]:
     """Yield `target`; if it is None, yield the embedded server's, which runs under `data_dir` during the block.
 
+    `schema` is that of the tables in the embedded server's database; `target` has its own.
     `stop_timeout` is called when the block ends and returns how many seconds the stop may take.
     """
     if target is not None:
@@ -120,9 +124,27 @@ async def open_target(
     server = EmbeddedServer(data_dir)
     await server.start(start_timeout)
     try:
-        yield server.target()
+        yield replace(server.target(), schema=schema)
     finally:
         await server.stop(stop_timeout())
+
+
+def _with_schema(
+    target: ConnectTarget | None, direct: ConnectTarget | None, schema: str | None
+) -> tuple[ConnectTarget | None, ConnectTarget | None]:
+    """Return both with the same schema: that of DB_SCHEMA or, without it, that of an address."""
+    if schema is not None and (problem := check_schema(schema)):
+        raise SettingsError(f"DB_SCHEMA: {schema[:70]!r}: {problem}", variables=["DB_SCHEMA"])
+    if target is None or direct is None:
+        return target, direct
+    if schema is None and target.schema and direct.schema and target.schema != direct.schema:
+        raise SettingsError(
+            f"{direct.source}: its schema is {direct.schema!r}, but that of {target.source} is {target.schema!r}: use"
+            " one for both, or set DB_SCHEMA",
+            variables=[direct.source],
+        )
+    schema = schema or target.schema or direct.schema
+    return replace(target, schema=schema), replace(direct, schema=schema)
 
 
 def _resolve(
@@ -197,6 +219,9 @@ def parse_url(url: str, *, source: str = "DATABASE_URL", pooled: bool = False) -
         sslmode = "verify-full"
         tls.setdefault("sslrootcert", "system")
     sslmode = _with_system_certificates(tls, sslmode, source)
+    schema = options.pop("schema", None)  # Prisma's spelling
+    if schema is not None and (problem := check_schema(schema)):
+        raise _invalid(source, f"has a schema that {problem}")
     declared = options.pop("pgbouncer", None)
     is_hinted = _is_pooler(hosts, ports) or "pooler" in options.get("supa", "") + options.get("workaround", "")
     driver = {key: options.pop(key) for key in sorted(_DRIVER_OPTIONS & options.keys())}
@@ -216,6 +241,7 @@ def parse_url(url: str, *, source: str = "DATABASE_URL", pooled: bool = False) -
         server_settings=settings,
         pooled=pooled or (is_hinted if declared is None else _flag(declared)),
         is_declared=pooled or declared is not None,
+        schema=schema,
         source=source,
         notes=(f"{source}: ignored what other programs understand: {', '.join(ignored)}",) if ignored else (),
     )

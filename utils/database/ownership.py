@@ -19,6 +19,7 @@ import asyncpg
 from sqlalchemy import Connection, MetaData, text
 
 from models import Base
+from utils.database.placement import OPS, PUBLIC, Placement, placement_of
 
 #: Alembic's table in a database of ours.
 VERSION_TABLE = "guildbook_version"
@@ -30,8 +31,6 @@ MOVED = VERSION_TABLE
 PAUSE_COMMENT = "AUTO_MIGRATE is off: "
 #: Progress of `in_batches`; exists only while a migration runs.
 BATCHES_TABLE = "guildbook_batches"
-#: The schema of the bot's own tables, as models and revisions spell it.
-OPS = "ops"
 VIEWS = ("role_membership",)
 SCRIPTS = Path(__file__).resolve().parents[2] / "migrations"
 
@@ -55,18 +54,13 @@ class Owned:
     #: Views, materialized or not, that a revision made.
     views: frozenset[Name] = frozenset((None, name) for name in VIEWS)
 
-    def qualified(self, main: str = "public", ops: str = OPS) -> list[tuple[str, str]]:
+    def qualified(self, placement: Placement) -> list[tuple[str, str]]:
         """Return the schema and the name of every table, given the schemas of this database."""
-        return self._qualify(self.tables, main, ops)
+        return sorted((placement.resolve(schema), name) for schema, name in self.tables)
 
-    def qualified_relations(self, main: str = "public", ops: str = OPS) -> list[tuple[str, str]]:
+    def qualified_relations(self, placement: Placement) -> list[tuple[str, str]]:
         """Return the same for every table and view."""
-        return self._qualify(self.tables | self.views, main, ops)
-
-    @staticmethod
-    def _qualify(names: Iterable[Name], main: str, ops: str) -> list[tuple[str, str]]:
-        schemas = {None: main, OPS: ops}
-        return sorted((schemas.get(schema) or str(schema), name) for schema, name in names)
+        return sorted((placement.resolve(schema), name) for schema, name in self.tables | self.views)
 
 
 def owned(scripts: Path = SCRIPTS, metadata: MetaData = Base.metadata) -> Owned:
@@ -276,7 +270,7 @@ class RecordedVersion:
     #: A comment on that table.
     comment: str | None = None
     #: The schema that it is in or, without one, in which a migration creates tables.
-    schema: str = "public"
+    schema: str = PUBLIC
     #: Which of the tables that every revision of ours has are missing there.
     missing: tuple[str, ...] = ()
     #: Whether any of them exists.
@@ -301,54 +295,57 @@ _FIND = """
 WITH candidate AS (
     SELECT n.nspname::text AS schema, c.relname::text AS name,
         quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS qualified,
-        obj_description(c.oid, 'pg_class') AS comment, array_position(current_schemas(false), n.nspname) AS position
+        obj_description(c.oid, 'pg_class') AS comment
     FROM pg_namespace AS n LEFT JOIN pg_class AS c
         ON c.relnamespace = n.oid AND c.relkind IN ('r', 'p')
         AND c.relname IN ('guildbook_version', 'alembic_version')
-    WHERE n.nspname = ANY(current_schemas(false)) AND (c.oid IS NOT NULL OR n.nspname = current_schema())
+    WHERE n.nspname = CAST($1 AS text)
 )
 SELECT candidate.*, ARRAY(
     SELECT marker.name FROM (
         VALUES ('guilds', format('%I.guilds', schema), 'stamp'), ('users', format('%I.users', schema), 'stamp'),
             ('members', format('%I.members', schema), 'stamp'), ('roles', format('%I.roles', schema), 'stamp'),
-            ('channels', format('%I.channels', schema), 'stamp'), ('ops' || '.leases', 'ops.leases', 'epoch')
+            ('channels', format('%I.channels', schema), 'stamp'),
+            ('ops' || '.leases', to_regclass('ops.leases')::text, 'epoch')
     ) AS marker (name, qualified, attribute)
     WHERE NOT EXISTS (
         SELECT FROM pg_attribute AS a
         WHERE a.attrelid = to_regclass(marker.qualified) AND a.attname = marker.attribute AND NOT a.attisdropped
     )
 ) AS missing
-FROM candidate ORDER BY candidate.name = 'guildbook_version' DESC NULLS LAST, candidate.position
+FROM candidate ORDER BY candidate.name = 'guildbook_version' DESC NULLS LAST
 """
 
 
 def read_version(connection: Connection) -> RecordedVersion:
     """Return what the database of a SQLAlchemy connection says about its schema."""
-    rows = [dict(row) for row in connection.execute(text(_FIND)).mappings()]
+    main = placement_of(connection).main
+    rows = [dict(row) for row in connection.execute(text(_FIND.replace("$1", ":main")), {"main": main}).mappings()]
     contents = {
         row["qualified"]: [value for (value,) in connection.exec_driver_sql(_select(row["qualified"]))]
         for row in rows
         if row["name"]
     }
-    return _interpret(rows, contents)
+    return _interpret(main, rows, contents)
 
 
 async def fetch_version(connection: asyncpg.Connection[Any] | Any) -> RecordedVersion:
-    """Return what the database of an asyncpg connection, or of a `Pool`, says about its schema."""
-    rows = await connection.fetch(_FIND)
+    """Return what the database of an asyncpg connection of ours, or of a `Pool`, says about its schema."""
+    main = getattr(connection, "placement", Placement()).main
+    rows = await connection.fetch(_FIND, main)
     contents = {
         row["qualified"]: [value for (value,) in await connection.fetch(_select(row["qualified"]))]
         for row in rows
         if row["name"]
     }
-    return _interpret(rows, contents)
+    return _interpret(main, rows, contents)
 
 
 def _select(table: str) -> str:
     return " ".join(("SELECT DISTINCT version_num FROM", table, "WHERE version_num <> '' ORDER BY 1"))
 
 
-def _interpret(rows: Sequence[Mapping[str, Any]], contents: Mapping[str, Sequence[str]]) -> RecordedVersion:
+def _interpret(main: str, rows: Sequence[Mapping[str, Any]], contents: Mapping[str, Sequence[str]]) -> RecordedVersion:
     """Choose the table that is ours: `VERSION_TABLE`, or the former one if marker tables of ours are beside it."""
     empty: RecordedVersion | None = None
     for row in rows:
@@ -364,8 +361,7 @@ def _interpret(rows: Sequence[Mapping[str, Any]], contents: Mapping[str, Sequenc
             empty = found
     if empty is not None:
         return empty
-    current = min(rows, key=lambda row: int(row["position"]), default=None)  # where tables are created
-    return RecordedVersion() if current is None else RecordedVersion(**_describe_tables(current))
+    return RecordedVersion(**_describe_tables(rows[0])) if rows else RecordedVersion(schema=main)
 
 
 def _describe_tables(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -409,7 +405,8 @@ def _quote(value: str) -> str:
 
 def find_collisions(connection: Connection, version: RecordedVersion, created: Iterable[Name]) -> list[str]:
     """Return the tables that another program has where the first revisions would create ours, in SQL."""
-    names = [(schema or version.schema, name) for schema, name in created]
+    placement = placement_of(connection)
+    names = [(placement.resolve(schema), name) for schema, name in created]
     rows = connection.execute(
         text(
             "SELECT wanted.schema, wanted.name FROM unnest(CAST(:schemas AS text[]), CAST(:names AS text[]))"

@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,8 @@ import orjson
 import stamina
 
 from utils.database.callers import Holders, Timing, find_caller
-from utils.database.target import ConnectTarget
+from utils.database.placement import Placement
+from utils.database.target import ConnectTarget, located
 from utils.exceptions import (
     DRIVER_ERRORS,
     DatabaseError,
@@ -110,6 +112,11 @@ class Pool:
 
     def __repr__(self) -> str:
         return f"<Pool {self.target} {self.pool_stats()}>"
+
+    @property
+    def placement(self) -> Placement:
+        """The schemas that our tables are in, found out by `connect`."""
+        return self.target.placement or Placement()
 
     @property
     def is_connected(self) -> bool:
@@ -381,6 +388,7 @@ class Pool:
     async def _open(self) -> AsyncpgPool[Record]:
         if not self._is_examined:
             await self._detect_poolers()
+            await self._locate()
             self._is_examined = True
             for note in self.target.notes:
                 _log.info(note)
@@ -419,6 +427,14 @@ class Pool:
             if is_pooled:
                 self.direct = direct.through_pooler()
                 _log.warning("%s, read from %s, is a pooler as well", direct, direct.source or "the settings")
+
+    async def _locate(self) -> None:
+        """Find out in which schemas our tables are."""
+        target, direct = self.target, self.direct
+        self.target = await located(target)
+        self.direct = self.target if direct == target else replace(direct, placement=self.target.placement)
+        if self.placement != Placement():
+            _log.info("tables are in schema %s, those of the bot itself in %s", self.placement.main, self.placement.ops)
 
     async def _set_up(self, conn: asyncpg.Connection[Record]) -> None:
         self._created += 1
@@ -471,9 +487,11 @@ async def is_behind_pooler(target: ConnectTarget) -> bool:
 
     Nothing is prepared under a name: the backend may have a statement of that name from somebody else.
     """
-    kwargs = target.connect_kwargs() | {"statement_cache_size": 0}
+    # A pooler refuses a search_path as a start-up parameter.
+    settings = {key: value for key, value in target.server_settings.items() if key != "search_path"}
+    bare = replace(target, schema=None, placement=None, server_settings=settings)
     connection: asyncpg.Connection[Record] = await asyncpg.connect(
-        **kwargs, timeout=ATTEMPT_SECONDS, command_timeout=ATTEMPT_SECONDS
+        **bare.connect_kwargs() | {"statement_cache_size": 0}, timeout=ATTEMPT_SECONDS, command_timeout=ATTEMPT_SECONDS
     )
     try:
         return bool(await connection.fetchval("SELECT pg_backend_pid()") != connection.get_server_pid())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import ssl
@@ -10,11 +11,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote, urlencode
 
+import asyncpg
 from sqlalchemy import URL
 
-from utils.exceptions import SettingsError
+from utils.database.placement import Placement, connection_class, find_placement
+from utils.database.sql import quote_identifier
+from utils.exceptions import DRIVER_ERRORS, SettingsError
 
 APPLICATION_NAME = "guildbook"
+#: Seconds for connecting, and for each query, to find out where our tables are.
+LOCATE_SECONDS = 10.0
 #: The `source` of the embedded server's target.
 EMBEDDED = "embedded"
 
@@ -43,6 +49,10 @@ class ConnectTarget:
     pooled: bool = False
     #: Whether the address states if there is a pooler (`pgbouncer=true` or `false`), so that detection is skipped.
     is_declared: bool = False
+    #: The schema of the main tables; None: the one to which the server's `search_path` leads.
+    schema: str | None = None
+    #: Where our tables are, once that was found out: see `located`.
+    placement: Placement | None = None
     #: The variable it was read from.
     source: str = ""
     #: What the operator should know about the address: one line each, without secrets.
@@ -70,6 +80,17 @@ class ConnectTarget:
         """Return the same target for a pooler in transaction mode."""
         return replace(self, pooled=True)
 
+    def with_placement(self, placement: Placement) -> ConnectTarget:
+        """Return the target of a Guildbook in these schemas, which need not exist."""
+        settings = {key: value for key, value in self.server_settings.items() if key != "search_path"}
+        return replace(self, schema=placement.main, placement=placement, server_settings=settings)
+
+    @property
+    def search_path(self) -> str | None:
+        """The `search_path` that our sessions set; None: the one that the server gives them."""
+        given = self.server_settings.get("search_path")
+        return ", ".join(filter(None, (quote_identifier(self.schema), given))) if self.schema else given
+
     def connect_kwargs(self) -> dict[str, Any]:
         """Return keyword arguments for `asyncpg.connect` and `asyncpg.create_pool`.
 
@@ -93,13 +114,20 @@ class ConnectTarget:
             # asyncpg takes these from a DSN only. The other arguments override everything else in it.
             kwargs["dsn"] = f"postgresql:///?{urlencode(from_dsn, quote_via=quote)}"
         kwargs.update({key: value for key, value in self.driver.items() if key != "service"})
-        settings = dict(self.server_settings)
+        settings, path = dict(self.server_settings), self.search_path
         if self.pooled:
+            # A pooler refuses or ignores this start-up parameter, so each transaction sets it.
+            settings.pop("search_path", None)
             kwargs["statement_cache_size"] = 0
         else:
             settings.setdefault("application_name", APPLICATION_NAME)
+            if path is not None:
+                settings["search_path"] = path
         if settings:
             kwargs["server_settings"] = settings
+        placement, local_path = self.placement or Placement(), path if self.pooled else None
+        if local_path is not None or placement != Placement():
+            kwargs["connection_class"] = connection_class(placement, local_path)
         return kwargs
 
     def _require_user_name(self) -> None:
@@ -159,7 +187,8 @@ class ConnectTarget:
             options["sslmode"] = self.sslmode
         options.update({key: value for key, value in self.tls.items() if key != "sslpassword"})
         options.update({key: value for key, value in self.driver.items() if key in ("target_session_attrs", "service")})
-        options.update(_libpq_settings(self.server_settings))
+        path = {} if self.search_path is None else {"search_path": self.search_path}
+        options.update(_libpq_settings({**self.server_settings, **path}))
         query = f"?{urlencode(options, quote_via=quote, safe='/,')}" if options else ""
         return f"postgresql://{user}{authority}/{quote(self.database or '', safe='')}{query}"
 
@@ -186,3 +215,30 @@ def _libpq_settings(settings: Mapping[str, str]) -> dict[str, str]:
     if others:
         known["options"] = f"{known['options']} {others}" if "options" in known else others
     return known
+
+
+async def located(target: ConnectTarget) -> ConnectTarget:
+    """Connect, and return the target with its placement.
+
+    Raises the driver's errors, and `DatabaseError` where no schema can hold our tables.
+    """
+    if target.placement is not None:
+        return target
+    # Without a schema: whether the server's own search_path leads there is to be found out.
+    kwargs = replace(target, schema=None).connect_kwargs() | {"statement_cache_size": 0}
+    connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(
+        **kwargs, timeout=LOCATE_SECONDS, command_timeout=LOCATE_SECONDS
+    )
+    try:
+        found = await find_placement(connection, target.schema)
+    finally:
+        with contextlib.suppress(*DRIVER_ERRORS):
+            await connection.close(timeout=1.0)
+    target = replace(target, placement=found.placement)
+    if found.is_current:
+        # Behind a pooler each statement would need a transaction that sets it.
+        return replace(target, schema=None) if target.pooled else target
+    if target.schema is None:  # our tables are there, but new ones would be created elsewhere
+        settings = {**target.server_settings, "search_path": found.path}
+        return replace(target, schema=found.placement.main, server_settings=settings)
+    return target

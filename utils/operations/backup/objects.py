@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from utils.database import ownership
-from utils.database.ownership import OPS, VERSION_TABLE
+from utils.database.ownership import VERSION_TABLE
+from utils.database.placement import OPS
 from utils.database.sql import quote_identifier
 from utils.operations.backup.scratch import Connection
 

@@ -131,7 +131,7 @@ class DoctorContext:
         if target is None and not await run_in_daemon_thread(lambda: EmbeddedServer(self.data_dir).has_data):
             raise CheckSkipped("the embedded database is created by the first start")
         target = await self._resources.enter_async_context(
-            open_target(target, self.data_dir, start_timeout=START_SECONDS)
+            open_target(target, self.data_dir, schema=self.settings.db_schema, start_timeout=START_SECONDS)
         )
         is_slow = any(host.endswith(NEON_SUFFIX) for host in target.hosts)
         pool = Pool(

@@ -104,7 +104,7 @@ async def write_revision(
 
 async def _write_revision_of_settings(message: str) -> Path:
     settings = load_settings()
-    async with open_target(settings.direct_target, settings.data_dir) as target:
+    async with open_target(settings.direct_target, settings.data_dir, schema=settings.db_schema) as target:
         return await write_revision(target, message, auto_migrate=settings.auto_migrate)
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,8 +28,10 @@ from utils.database import ownership
 from utils.database.address import open_target
 from utils.database.orm import set_limits_of_driver, set_local_limits
 from utils.database.ownership import SCRIPTS, VERSION_TABLE, RecordedVersion
+from utils.database.placement import OPS, Placement, placement_of, with_placement
 from utils.database.pool import is_behind_pooler
-from utils.database.target import ConnectTarget
+from utils.database.sql import quote_identifier
+from utils.database.target import ConnectTarget, located
 from utils.exceptions import MigrationError
 from utils.operations.migrations import batches, history, invalid_indexes
 from utils.operations.migrations.history import ALEMBIC, BOT, SQL_FILE, Actor, MigrationRecorder, Pause
@@ -42,8 +45,8 @@ _log = logging.getLogger(__name__)
 LOCK_KEY = 0x6775696C64626F6F
 #: Seconds between two attempts to get that lock.
 POLL_SECONDS = 0.25
-#: Schemas with our tables. Others are not compared.
-SCHEMAS = (None, "ops")
+#: Schemas with our tables, as the models spell them. Others are not compared.
+SCHEMAS = (None, OPS)
 _ROOT = Path(__file__).resolve().parents[3]
 COGS = _ROOT / "cogs"
 MODELS = Path(models.__file__).parent
@@ -157,7 +160,11 @@ def _module_name(path: Path, folder: Path) -> str:
 
 
 async def run_on_connection(target: ConnectTarget, work: Callable[[Connection], ResultT]) -> ResultT:
-    """Return what `work` returns, given a SQLAlchemy connection that is closed afterwards."""
+    """Return what `work` returns, given a SQLAlchemy connection that is closed afterwards.
+
+    Where our tables are is found out first; `placement_of` returns it for the connection.
+    """
+    target = await located(target)
     engine = create_async_engine(
         target.sqlalchemy_url(), connect_args=target.sqlalchemy_connect_args(), poolclass=NullPool
     )
@@ -166,11 +173,37 @@ async def run_on_connection(target: ConnectTarget, work: Callable[[Connection], 
     else:
         # First: before what SQLAlchemy asks a new connection.
         event.listen(engine.sync_engine, "connect", set_limits_of_driver, insert=True)
+    placement = target.placement or Placement()
+    if placement.ops != OPS:
+        event.listen(engine.sync_engine, "before_cursor_execute", partial(_rename_schemas, placement), retval=True)
     try:
         async with engine.connect() as connection:
-            return await connection.run_sync(work)
+            return await connection.run_sync(lambda sync: work(with_placement(sync, placement)))
     finally:
         await engine.dispose()
+
+
+_SCHEMA_COLUMN = "pg_catalog.pg_namespace.nspname"
+
+
+def _rename_schemas(
+    placement: Placement, _: Connection, __: Any, statement: str, parameters: Any, ___: Any, ____: bool
+) -> tuple[str, Any]:
+    """Give the schema of the bot's own tables the models' name for it wherever SQLAlchemy reads the catalog."""
+    if _SCHEMA_COLUMN in statement:
+        own = "'" + placement.ops.replace("'", "''") + "'"
+        # A schema that really is called `ops` belongs to another Guildbook, or to another program.
+        renamed = f"(CASE {_SCHEMA_COLUMN} WHEN {own} THEN 'ops' WHEN 'ops' THEN {own} ELSE {_SCHEMA_COLUMN} END)"
+        statement = statement.replace(_SCHEMA_COLUMN, renamed)
+    return statement, parameters
+
+
+def create_main_schema(connection: Connection) -> None:
+    """Create the schema of the main tables if it does not exist. The caller commits."""
+    main = placement_of(connection).main
+    if connection.scalar(text("SELECT to_regnamespace(quote_ident(:name)) IS NULL"), {"name": main}):
+        connection.exec_driver_sql("CREATE SCHEMA " + quote_identifier(main))
+        _log.info("created schema %s", main)
 
 
 @contextmanager
@@ -184,26 +217,29 @@ def migration_lock(
     The lock is polled: a session that waits inside `pg_advisory_lock` holds a snapshot, for which a CREATE INDEX
     CONCURRENTLY of the lock's holder waits in turn. (Not stamina: nothing fails, and the wait can be cancelled.)
     """
+    key = placement_of(connection).lock_key(LOCK_KEY)
     if is_pooled:
         with connection.engine.connect() as holder:
-            _acquire_lock(holder, timeout, is_cancelled, "pg_try_advisory_xact_lock")
+            _acquire_lock(holder, key, timeout, is_cancelled, "pg_try_advisory_xact_lock")
             holder.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
             yield
         return
-    _acquire_lock(connection, timeout, is_cancelled, "pg_try_advisory_lock")
+    _acquire_lock(connection, key, timeout, is_cancelled, "pg_try_advisory_lock")
     connection.commit()
     try:
         yield
     finally:
         if not connection.closed and not connection.invalidated:
             connection.rollback()
-            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": LOCK_KEY})
+            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": key})
             connection.commit()
 
 
-def _acquire_lock(connection: Connection, timeout: float, is_cancelled: Callable[[], bool], function: str) -> None:
+def _acquire_lock(
+    connection: Connection, key: int, timeout: float, is_cancelled: Callable[[], bool], function: str
+) -> None:
     started = logged_at = time.monotonic()
-    while not connection.scalar(text(f"SELECT {function}(:key)"), {"key": LOCK_KEY}):
+    while not connection.scalar(text(f"SELECT {function}(:key)"), {"key": key}):
         connection.commit()
         now = time.monotonic()
         if is_cancelled():
@@ -211,7 +247,7 @@ def _acquire_lock(connection: Connection, timeout: float, is_cancelled: Callable
         if now - started > timeout:
             raise MigrationError(
                 f"another process has been migrating this database for {timeout:.0f} s: wait until it is done, or end"
-                f" it (pg_locks, locktype advisory, key {LOCK_KEY}), then try again"
+                f" it (pg_locks, locktype advisory, key {key}), then try again"
             )
         if logged_at == started or now - logged_at > 10:
             _log.info("waiting for another process to finish migrating", extra={"seconds": round(now - started, 1)})
@@ -301,6 +337,9 @@ def _migrate(connection: Connection, run: MigrationRun) -> None:
         recorded = prepare_version_table(connection, run)
         if recorded is None:
             return
+        if run.is_upgrade or run.is_stamp:
+            create_main_schema(connection)
+            connection.commit()
         if run.is_upgrade:
             _drop_invalid_indexes(connection, run)
         context.configure(
@@ -404,8 +443,8 @@ def find_obstacle(connection: Connection, version: RecordedVersion, scripts: Pat
         return None
     names = ", ".join(collisions[:5]) + (f" and {len(collisions) - 5} more" if len(collisions) > 5 else "")
     return (
-        f"another program has tables where Guildbook would create its own: {names}. Nothing was changed. Create"
-        " a database for Guildbook alone, and point DATABASE_URL to it"
+        f"another program has tables where Guildbook would create its own: {names}. Nothing was changed. Set"
+        " DB_SCHEMA=guildbook, and Guildbook creates its tables in a schema of that name beside them"
     )
 
 

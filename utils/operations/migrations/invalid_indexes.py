@@ -12,6 +12,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from utils.database import Pool, ownership
+from utils.database.placement import placement_of
 from utils.exceptions import translate
 
 #: How long a drop waits for the table's lock. Readers and writers queue behind it for as long.
@@ -44,7 +45,7 @@ class DroppedIndexes:
 
 async def find(pool: Pool) -> list[str]:
     """Return the names of our tables' invalid indexes, quoted where SQL needs it. Raises `DatabaseError`."""
-    tables = ownership.owned().qualified((await ownership.fetch_version(pool)).schema)
+    tables = ownership.owned().qualified(pool.placement)
     names = [schema for schema, _ in tables], [name for _, name in tables]
     return [row["name"] for row in await pool.fetch(_FIND_BY_POOL, *names, timeout=10.0)]
 
@@ -54,7 +55,7 @@ def drop(connection: Connection, *, lock_timeout: str = LOCK_TIMEOUT) -> Dropped
 
     An index that is being built, or whose table stays locked, is left and reported; that is no error.
     """
-    tables = ownership.owned().qualified(ownership.read_version(connection).schema)
+    tables = ownership.owned().qualified(placement_of(connection))
     ours = {"schemas": [schema for schema, _ in tables], "names": [name for _, name in tables]}
     names = [row.name for row in connection.execute(text(_FIND_BY_CONNECTION), ours)]
     connection.commit()

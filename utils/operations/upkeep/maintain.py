@@ -89,7 +89,7 @@ async def plan(pool: Pool, *, scripts: Path = SCRIPTS) -> list[Job]:
 
     `scripts`: the revisions that say which tables and views are ours; those of other programs are left alone.
     """
-    ours = ownership.owned(scripts).qualified_relations((await ownership.fetch_version(pool)).schema)
+    ours = ownership.owned(scripts).qualified_relations(pool.placement)
     names = [schema for schema, _ in ours], [name for _, name in ours]
     jobs = [Job("partitions", "", "create missing partitions for the coming months")]
     for row in await pool.fetch(_STALE_TABLES, *names):
