@@ -76,13 +76,13 @@ async def test_refreshes_views_concurrently_if_possible(database: Pool, tmp_path
 
 async def test_leaves_what_no_revision_made(database: Pool) -> None:
     await database.execute(
-        "CREATE TABLE theirs AS SELECT 1 AS n; CREATE MATERIALIZED VIEW counted AS SELECT count(*) FROM theirs"
+        "CREATE TABLE theirs AS SELECT 1 AS n; CREATE MATERIALIZED VIEW their_view AS SELECT count(*) FROM theirs"
     )
     await bloat_indexes(database)
-    await database.execute(
-        "CREATE TABLE their_stats AS TABLE member_stats; CREATE INDEX theirs_n ON their_stats (user_id)"
-    )
-    assert {name for _, name in await due_jobs(database)} == {"", "public.pk_member_stats", "public.guildbook_version"}
+    await database.execute("CREATE TABLE their_stats AS TABLE member_stats; CREATE INDEX their_index ON theirs (n)")
+    names = {name for _, name in await due_jobs(database)}
+    assert "public.pk_member_stats" in names
+    assert not [name for name in names if "their" in name]
 
 
 async def test_a_failed_job_does_not_stop_the_others(database: Pool) -> None:
