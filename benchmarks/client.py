@@ -30,7 +30,7 @@ from utils.mirror.discord.tap import install
 from utils.mirror.reconcile.reconciler import ReconcilePolicy
 from utils.mirror.write.writer import FlushPolicy
 from utils.service import lease
-from utils.service.heap import settle
+from utils.service.heap import freeze_heap
 
 #: Nothing may take longer than this, in seconds.
 PATIENCE = 120.0
@@ -79,7 +79,7 @@ async def bare(token: str, gateway: str, *, settled: bool = False) -> dict[str, 
             await client.wait_until_ready()
             guild = max(client.guilds, key=lambda guild: guild.member_count or 0)
             if settled:
-                settle()
+                freeze_heap()
             gc.collect()
             before, stall = _resident(), _Stall()
             watch = asyncio.create_task(stall.watch())
@@ -119,7 +119,7 @@ async def mirror(token: str, gateway: str, dsn: str) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     async with client:
         mirrored.start()
-        settle()  # as the bot does
+        freeze_heap()  # as the bot does
         before = _resident()
         watch = asyncio.create_task(stall.watch())
         started = time.perf_counter()

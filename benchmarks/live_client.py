@@ -38,7 +38,7 @@ from utils.mirror.spool.journal import Journal
 from utils.mirror.spool.queue import EventQueue
 from utils.mirror.write.writer import FlushPolicy
 from utils.service import lease
-from utils.service.heap import settle
+from utils.service.heap import freeze_heap
 
 #: How long the client may run, in seconds.
 CLIENT_SECONDS = 1_800.0
@@ -173,7 +173,7 @@ async def run(way: str, gateway: str, token: str, dsn: str | None, mode: Any, di
         while mirror is not None and not (mirror.is_ready()[0] and mirror.writer.is_idle):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         if way != "default":
-            settle()
+            freeze_heap()
         print("ready", flush=True)
         await answer(client, reader, mirror, queue)
         await client.close()

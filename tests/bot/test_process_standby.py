@@ -20,7 +20,6 @@ from utils.bot.process import Process
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import PORT, EmbeddedServer
 from utils.exceptions import DatabaseUnavailable, LeaseLost
-from utils.service import heap
 from utils.service.lease import Fence
 
 pytestmark = pytest.mark.slow
@@ -197,13 +196,11 @@ async def test_resumed_process_stands_by_until_it_takes_over_again(
 
 
 @asynccontextmanager
-async def run_process(
-    directory: Path, simulator: Simulator, url: str, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Process]:
+async def run_process(directory: Path, simulator: Simulator, url: str) -> AsyncIterator[Process]:
     """Run a `Process` in this process, and stop it with its signal handler."""
-    monkeypatch.setattr(heap, "settle", lambda: None)  # it would exempt the tests' objects from garbage collection
     settings = settings_for(simulator, database_url=url, data_dir=directory, health_host="127.0.0.1", health_port=0)
-    process = Process(settings)
+    # Freezing the heap would exempt the tests' objects from garbage collection.
+    process = Process(settings, before_login=lambda: None)
     task = asyncio.create_task(process.run())
     with restored_endpoints():
         try:
@@ -236,7 +233,7 @@ async def test_lost_lease_during_the_start_leads_to_standby(
         await setup_hook(bot)
 
     monkeypatch.setattr(Guildbook, "setup_hook", lose_lease_once)
-    async with run_process(tmp_path, simulator, database_url, monkeypatch) as process:
+    async with run_process(tmp_path, simulator, database_url) as process:
         await until(lambda: is_ready(process))
         assert await epoch(database) > other.epoch
         assert simulator.gateway.identifies == 1
@@ -261,7 +258,7 @@ async def test_start_is_repeated_after_a_database_outage(
         await setup_hook(bot)
 
     monkeypatch.setattr(Guildbook, "setup_hook", fail_once)
-    async with run_process(tmp_path, simulator, database_url, monkeypatch) as process:
+    async with run_process(tmp_path, simulator, database_url) as process:
         await until(lambda: is_ready(process))
         await wait_until_mirrored(database, simulator)
         assert simulator.gateway.identifies == 1
@@ -278,7 +275,7 @@ async def test_standby_creates_no_partitions(
 ) -> None:
     await seize(database, "another")
     await database.execute("UPDATE ops.leases SET expires_at = 'infinity'")
-    async with run_process(tmp_path, simulator, database_url, monkeypatch) as process:
+    async with run_process(tmp_path, simulator, database_url) as process:
         await until(lambda: process.state == "standby")
         assert process._liveness() == (True, {"state": "standby"})
         assert process._readiness() == (False, {"state": "standby"})

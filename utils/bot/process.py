@@ -25,8 +25,9 @@ from utils.mirror.spool.journal import is_dead, newest_first_stamp
 from utils.operations import migrations
 from utils.operations.backup import recovery
 from utils.operations.backup.catalog import BackupCatalog
-from utils.service import heap, metrics
+from utils.service import metrics
 from utils.service.health import HealthServer
+from utils.service.heap import freeze_heap
 from utils.service.lease import Lease, has_table, holder
 from utils.settings import DEVELOPER_PORTAL, Settings
 
@@ -55,12 +56,14 @@ _INVALID_TOKEN, _DISALLOWED_INTENTS = 4004, 4014
 class Process:
     """Starts everything in order, runs until a signal or an error, and shuts everything down in reverse order."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, before_login: Callable[[], None] = freeze_heap) -> None:
+        """`before_login` is called each time before the bot logs in to Discord."""
         self.settings: Settings = settings
         self.pool: Pool | None = None
         self.health: HealthServer | None = None
         self.lease: Lease | None = None
         self.bot: Guildbook | None = None
+        self._before_login = before_login
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._background_tasks: set[asyncio.Task[None]] = set()
@@ -175,7 +178,7 @@ class Process:
             await migrations.prepare_schema(pool, auto_migrate=settings.auto_migrate)
             await self._create_partitions(pool)
             self.bot = Guildbook(settings, pool, lease)
-            heap.settle()
+            self._before_login()
             running = asyncio.create_task(self.bot.start(settings.discord_token.get_secret_value()), name="discord")
             await asyncio.wait({running, lost}, return_when=asyncio.FIRST_COMPLETED)
             if not lost.done():

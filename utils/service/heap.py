@@ -9,7 +9,7 @@ import gc
 THRESHOLDS = (5_000, 50, 100)
 
 
-def settle() -> None:
+def freeze_heap() -> None:
     """Exempt everything allocated so far from collection. Call it once, before connecting."""
     gc.collect()
     gc.freeze()
