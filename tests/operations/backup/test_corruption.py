@@ -16,7 +16,7 @@ import pytest
 from tests.operations.backup.helpers import fill, make_backup, make_service, table_checksums
 from utils.database import Pool
 from utils.exceptions import BackupError
-from utils.operations.backup.manifest import Manifest, parse_manifest, seal
+from utils.operations.backup.manifest import Manifest, checksum_of, parse_manifest
 from utils.operations.backup.service import BackupService
 
 #: Number of random corruptions of a plain and of an encrypted backup, and their seed.
@@ -96,7 +96,7 @@ def rewrite(**changes: Any) -> Damage:
         content = orjson.loads(one.serialize()) | changes
         content.pop("seal")
         content = {name: value for name, value in content.items() if value is not ...}
-        (place / f"{one.id}.json").write_bytes(orjson.dumps(content | {"seal": seal(content)}))
+        (place / f"{one.id}.json").write_bytes(orjson.dumps(content | {"seal": checksum_of(content)}))
 
     do.__name__ = f"rewrite {changes}"
     return do

@@ -22,7 +22,7 @@ from utils.exceptions import BackupError, ClientToolsMissing, DatabaseError
 from utils.operations.action import Step
 from utils.operations.backup import client_tools, create, pipeline
 from utils.operations.backup.create import BackupRequest
-from utils.operations.backup.manifest import parse_manifest, seal
+from utils.operations.backup.manifest import checksum_of, parse_manifest
 from utils.operations.backup.pipeline import Command
 from utils.service import application
 
@@ -87,7 +87,7 @@ def test_a_backup_that_does_not_say_what_it_is_of_can_be_read() -> None:
            "created_at": "2026-01-02T03:04:05+00:00", "kind": "full", "reason": "manual", "size": 1, "sha256": "0",
            "plain_size": 1, "plain_sha256": "0", "recipient": None, "database": "d", "server": "18", "tool": "18",
            "revision": "0001", "seconds": 1.0, "project": "guildbook", "format": 1}  # fmt: skip
-    manifest = parse_manifest(orjson.dumps(old | {"seal": seal(old)}), f"{old['id']}.json")
+    manifest = parse_manifest(orjson.dumps(old | {"seal": checksum_of(old)}), f"{old['id']}.json")
     assert (manifest.application_id, manifest.host, manifest.total_rows) == (None, None, 1)
 
 

@@ -109,7 +109,7 @@ class Manifest:
     def serialize(self) -> bytes:
         """Return the content of the manifest file: JSON with a checksum ("seal") over all fields."""
         content = asdict(self)
-        return orjson.dumps(content | {"seal": seal(content)}, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
+        return orjson.dumps(content | {"seal": checksum_of(content)}, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
 
 
 _FIELD_TYPES = TypeAdapter(Manifest)
@@ -131,7 +131,7 @@ def parse_manifest(content: bytes, name: str) -> Manifest:
     """Return the manifest in a file called `name`. Raises `BackupError` if it is damaged or not one of ours."""
     try:
         values = orjson.loads(content)
-        stored_seal = values.pop("seal")
+        stored_checksum = values.pop("seal")
         project, version = values["project"], values["format"]
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
         raise BackupError(f"{name} is damaged: not the manifest of a backup ({type(exc).__name__})") from None
@@ -143,7 +143,7 @@ def parse_manifest(content: bytes, name: str) -> Manifest:
         raise BackupError(
             f"{name} has format {str(version)[:20]}, this version reads {FORMAT}: use the version that wrote it"
         )
-    if stored_seal != seal(values):
+    if stored_checksum != checksum_of(values):
         raise BackupError(f"{name} is damaged: its content does not match its checksum")
     try:
         manifest = Manifest(**values)
@@ -166,7 +166,7 @@ def parse_manifest(content: bytes, name: str) -> Manifest:
     return manifest
 
 
-def seal(content: dict[str, Any]) -> str:
+def checksum_of(content: dict[str, Any]) -> str:
     """Return the SHA-256 of a manifest's fields; it reveals damage, not forgery."""
     return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
