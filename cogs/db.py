@@ -249,7 +249,7 @@ class DatabaseCommands(BaseCog):
             interaction, "db backup verify", lambda reply: self._backups().verify(id, progress=reply.step), id=id
         )
 
-    @backup.command(name="drill", description="Restore a backup beside the database and compare, changing nothing")
+    @backup.command(name="drill", description="Restore a backup into scratch tables and compare, changing nothing")
     @app_commands.describe(id="Its id, or latest")
     async def drill(self, interaction: discord.Interaction[Guildbook], id: str = "latest") -> None:
         """Prove that a backup comes back."""
@@ -260,20 +260,33 @@ class DatabaseCommands(BaseCog):
             id=id,
         )
 
-    @backup.command(name="restore", description="Put a backup in the database's place; a backup is made before")
-    @app_commands.describe(id="Its id, or latest")
-    async def restore(self, interaction: discord.Interaction[Guildbook], id: str = "latest") -> None:
+    @backup.command(name="restore", description="Replace Guildbook's rows by a backup's; a backup is made before")
+    @app_commands.describe(
+        id="Its id, or latest", whole_database="Replace the database with everything in it, after naming what is lost"
+    )
+    async def restore(
+        self, interaction: discord.Interaction[Guildbook], id: str = "latest", whole_database: bool = False
+    ) -> None:
         """Ask, and restore; the bot stays connected, and reconciles afterwards."""
 
         async def work(reply: Reply) -> Outcome:
             service = self._backups()
             entry = await service.catalog.find(id)
-            await reply.confirm(f"Replace the database by this backup? {entry.line}", "Restore")
+            question = f"Replace the rows of Guildbook's tables by this backup? {entry.line}"
+            if whole_database:
+                losses = await service.find_losses(self._database, entry.id)
+                question = f"Replace the whole database by this backup? {entry.line}"
+                question += f". This would be lost: {', '.join(losses) or 'nothing that is not in it'}"
+            await reply.confirm(question, "Restore")
             return await service.restore(
-                self._database, entry.id, progress=reply.step, after=self.bot.reconnect_gateway
+                self._database,
+                entry.id,
+                whole_database=whole_database,
+                progress=reply.step,
+                after=self.bot.reconnect_gateway,
             )
 
-        await self._run(interaction, "db backup restore", work, id=id)
+        await self._run(interaction, "db backup restore", work, id=id, whole_database=whole_database)
 
     @backup.command(name="prune", description="Delete the backups that BACKUP_KEEP does not keep")
     async def prune(self, interaction: discord.Interaction[Guildbook]) -> None:

@@ -97,7 +97,7 @@ class ClientToolsMissing(BackupError):
 
 
 class ForbiddenHere(BackupError):
-    """The server does not allow a second database."""
+    """The database user may not create a schema or, for the whole database, a second database."""
 
 
 class CogError(GuildbookError):

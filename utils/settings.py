@@ -308,7 +308,7 @@ class Settings(BaseSettings):
     drill_every: Duration | None = Field(
         default=None,
         description=(
-            "Interval of scheduled drills, which restore the newest backup into a scratch database, written as"
+            "Interval of scheduled drills, which restore the newest backup into scratch tables, written as"
             " BACKUP_EVERY; off: none."
         ),
     )

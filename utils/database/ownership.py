@@ -329,9 +329,16 @@ def read_version(connection: Connection) -> RecordedVersion:
     return _interpret(main, rows, contents)
 
 
-async def fetch_version(connection: asyncpg.Connection[Any] | Any) -> RecordedVersion:
-    """Return what the database of an asyncpg connection of ours, or of a `Pool`, says about its schema."""
-    main = getattr(connection, "placement", Placement()).main
+async def fetch_version(
+    connection: asyncpg.Connection[Any] | Any, placement: Placement | None = None
+) -> RecordedVersion:
+    """Return what the database of an asyncpg connection of ours, or of a `Pool`, says about its schema.
+
+    placement: where our tables are; None: the connection knows.
+    """
+    if placement is None:
+        placement = getattr(connection, "placement", Placement())
+    main = placement.main
     rows = await connection.fetch(_FIND, main)
     contents = {
         row["qualified"]: [value for (value,) in await connection.fetch(_select(row["qualified"]))]

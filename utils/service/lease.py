@@ -13,7 +13,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,6 +27,7 @@ from utils.exceptions import DatabaseError, DatabaseUnavailable, GuildbookError,
 
 _log = logging.getLogger(__name__)
 
+TABLE = "ops.leases"
 #: One process serves all shards, so there is one row.
 SHARD = 0
 #: Seconds that an operator's lease lasts without renewal, and between two renewals.
@@ -96,6 +97,8 @@ _EXTEND = "UPDATE ops.leases SET expires_at = clock_timestamp() + make_interval(
 _END = "UPDATE ops.leases SET expires_at = NULL WHERE holder = $1"
 _EPOCHS = "SELECT shard, epoch, taken_at FROM ops.leases WHERE epoch > 0"
 _LIVE = "SELECT shard FROM ops.leases WHERE expires_at > clock_timestamp()"
+_BLOCK = "SELECT FROM ops.leases FOR UPDATE"
+_RAISE = "UPDATE ops.leases SET epoch = greatest(epoch, $2) WHERE shard = $1"
 _DEPOSE = "UPDATE ops.leases SET epoch = epoch + 1, expires_at = NULL"
 _REVIVE = """
 UPDATE ops.leases SET expires_at = clock_timestamp() + make_interval(secs => $2)
@@ -462,11 +465,41 @@ async def _keep_extending(pool: Pool) -> None:
             await pool.execute(_EXTEND, OPERATOR, OPERATOR_TTL_SECONDS, timeout=5.0)
 
 
-async def list_epochs(connection: Connection) -> dict[int, tuple[int, datetime | None]]:
-    """Return the epoch of each shard that was ever leased, and when it was last taken."""
-    if not await has_table(connection):
+async def list_epochs(connection: Connection, table: str = TABLE) -> dict[int, tuple[int, datetime | None]]:
+    """Return the epoch of each shard that was ever leased, and when it was last taken.
+
+    table: its name in SQL, for one in which a backup was loaded.
+    """
+    if not await connection.fetchval(_EXISTS.replace(TABLE, table)):
         return {}
-    return {row["shard"]: (row["epoch"], row["taken_at"]) for row in await connection.fetch(_EPOCHS)}
+    rows = await connection.fetch(_EPOCHS.replace(TABLE, table))
+    return {row["shard"]: (row["epoch"], row["taken_at"]) for row in rows}
+
+
+def has_diverged(
+    live: Mapping[int, tuple[int, datetime | None]], restored: Mapping[int, tuple[int, datetime | None]]
+) -> bool:
+    """Return whether a live database began anew since a backup: its leases do not continue those of the backup.
+
+    Then the rows that the bot wrote there have lower stamps than those of the backup, and its `ops` lacks earlier
+    requests to be forgotten.
+    """
+    for shard, (epoch, taken_at) in restored.items():
+        live_epoch, live_taken_at = live.get(shard, (0, None))
+        if live_epoch < epoch or (live_epoch == epoch and live_taken_at != taken_at):
+            return True
+    return False
+
+
+async def block_writers(connection: Connection) -> None:
+    """Wait for the transactions that hold a lease, and keep new ones waiting until this one ends."""
+    if await has_table(connection):
+        await connection.execute(_BLOCK)
+
+
+async def raise_epochs(connection: Connection, epochs: Mapping[int, int]) -> None:
+    """Raise the epoch of each shard to at least this one."""
+    await connection.executemany(_RAISE, list(epochs.items()))
 
 
 async def list_live(connection: Connection) -> set[int]:

@@ -21,7 +21,7 @@ from utils.cli import backup
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
 from utils.demo.bot_process import environment
-from utils.operations.backup import scratch
+from utils.operations.backup import scratch, scratch_schemas
 from utils.operations.backup.archive import Archive
 from utils.operations.backup.create import BackupRequest, create
 from utils.operations.backup.manifest import Manifest
@@ -41,7 +41,8 @@ INSERT INTO ops.suppressions (user_id) VALUES (99);
 _RESTORED_TABLES = (
     "SELECT format('%I.%I', n.nspname, c.relname) AS name FROM pg_class AS c"
     " JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'p', 'm') AND NOT c.relispartition"
-    " AND n.nspname NOT IN ('ops', 'information_schema') AND n.nspname !~ '^pg_' ORDER BY 1"
+    " AND n.nspname NOT IN ('ops', 'information_schema') AND n.nspname !~ '^pg_' AND pg_has_role(c.relowner, 'USAGE')"
+    " AND n.nspname NOT LIKE 'guildbook\\_scratch\\_%' ORDER BY 1"
 )
 
 
@@ -149,6 +150,12 @@ async def scratch_databases(target: ConnectTarget, purpose: str) -> list[str]:
         return await scratch.list_databases(connection, str(target.database), purpose)
 
 
+async def scratch_schema_names(target: ConnectTarget) -> list[str]:
+    """Return the names of the schemas of restores and drills in a database."""
+    query = "SELECT array_agg(nspname::text) FROM pg_namespace WHERE starts_with(nspname, $1)"
+    return await fetchval(target, query, scratch_schemas.PREFIX) or []
+
+
 @asynccontextmanager
 async def dropping_scratch_databases(target: ConnectTarget) -> AsyncIterator[None]:
     """Drop the databases that restores have left next to one after the block."""
@@ -156,9 +163,7 @@ async def dropping_scratch_databases(target: ConnectTarget) -> AsyncIterator[Non
         yield
     finally:
         async with connect(target.with_database("postgres")) as connection:
-            for name in await scratch.list_databases(
-                connection, str(target.database), scratch.RESTORE, scratch.DRILL, scratch.BEFORE
-            ):
+            for name in await scratch.list_databases(connection, str(target.database), scratch.RESTORE, scratch.BEFORE):
                 await scratch.drop(connection, name)
 
 

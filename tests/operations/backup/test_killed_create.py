@@ -14,18 +14,16 @@ import pytest
 
 from tests.bot.running import run_cli
 from tests.operations.backup.helpers import (
-    dropping_scratch_databases,
     execute,
     fill,
     make_backup,
     make_service,
-    scratch_databases,
+    scratch_schema_names,
     table_checksums,
     until_query,
 )
 from utils.database import ConnectTarget, Pool
 from utils.demo.bot_process import ENTRY, environment
-from utils.operations.backup import scratch
 from utils.operations.backup.manifest import MANIFEST_SUFFIX
 from utils.operations.backup.service import BackupService
 from utils.operations.backup.store import UNFINISHED
@@ -136,27 +134,26 @@ async def test_a_restore_killed_while_it_backs_up(
     def is_backing_up() -> bool:
         return any(name.startswith(UNFINISHED) for name in hidden_files(service))
 
-    async with dropping_scratch_databases(target):
-        await database.execute("UPDATE members SET nick = 'since'")
-        await database.close()
-        code, seconds = await run_and_kill(*command, has_begun=is_backing_up, after=None, **variables)
-        assert code == 0
-        assert await table_checksums(target) == new
-        ids = {first.id} | await verify_all(service, {first.id})
-        for number in range(SAFETY_KILLS):
-            await execute(target, f"INSERT INTO guilds (id, name) VALUES ({1_000 + number}, 'since')")  # noqa: S608
-            old = await table_checksums(target)
-            for name in hidden_files(service):
-                (service.catalog.local.path / name).unlink()  # so that `is_backing_up` is about this run
-            # The backup is the first part of the time measured; the last kill may hit any part.
-            after = rng.uniform(0, seconds / (3 if number < SAFETY_KILLS - 1 else 1))
-            code, _ = await run_and_kill(*command, has_begun=is_backing_up, after=after, **variables)
-            assert code in (0, -signal.SIGKILL)
-            assert await table_checksums(target) in (old, new)
-            ids |= await verify_all(service, ids)
-        code, output = await run_cli(tmp_path, *command, **variables)
-        assert code == 0, output
-        assert await table_checksums(target) == new
-        assert hidden_files(service) == []
-        assert await scratch_databases(target, scratch.RESTORE) == []
+    await database.execute("UPDATE members SET nick = 'since'")
+    await database.close()
+    code, seconds = await run_and_kill(*command, has_begun=is_backing_up, after=None, **variables)
+    assert code == 0
+    assert await table_checksums(target) == new
+    ids = {first.id} | await verify_all(service, {first.id})
+    for number in range(SAFETY_KILLS):
+        await execute(target, f"INSERT INTO guilds (id, name) VALUES ({1_000 + number}, 'since')")  # noqa: S608
+        old = await table_checksums(target)
+        for name in hidden_files(service):
+            (service.catalog.local.path / name).unlink()  # so that `is_backing_up` is about this run
+        # The backup is the first part of the time measured; the last kill may hit any part.
+        after = rng.uniform(0, seconds / (3 if number < SAFETY_KILLS - 1 else 1))
+        code, _ = await run_and_kill(*command, has_begun=is_backing_up, after=after, **variables)
+        assert code in (0, -signal.SIGKILL)
+        assert await table_checksums(target) in (old, new)
+        ids |= await verify_all(service, ids)
+    code, output = await run_cli(tmp_path, *command, **variables)
+    assert code == 0, output
+    assert await table_checksums(target) == new
+    assert hidden_files(service) == []
+    assert await scratch_schema_names(target) == []
     assert all((service.catalog.local.path / f"{id}{MANIFEST_SUFFIX}").exists() for id in ids)

@@ -12,25 +12,29 @@ from pathlib import Path
 import pytest
 
 from tests.operations.backup.helpers import (
+    connect,
     dropping_scratch_databases,
     dump,
     execute,
-    fetchval,
+    fill,
     make_backup,
     make_service,
     open_pool,
     run_backup_command,
-    scratch_databases,
+    scratch_schema_names,
     table_checksums,
 )
+from tests.waiting import until
 from utils.cli import backup as cli
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
+from utils.database.placement import Placement
 from utils.exceptions import BackupError, ValidationError
 from utils.operations import migrations
 from utils.operations.action import Step
-from utils.operations.backup import load, scratch
+from utils.operations.backup import drill, load, scratch_schemas
 from utils.operations.backup.archive import Archive, SequenceState
+from utils.operations.backup.places import open_place
 from utils.operations.backup.restore import restore_archive
 from utils.operations.backup.service import BackupService
 from utils.operations.development import seed
@@ -57,29 +61,22 @@ async def add_guild(pool: Pool) -> None:
     await execute(pool.target, "INSERT INTO ops.suppressions (user_id) VALUES (9)")
 
 
-async def test_restores_rows_and_keeps_ops_and_the_old_database(database: Pool, archive: Archive) -> None:
-    async with dropping_scratch_databases(database.target):
-        before = await table_checksums(database.target)
-        first = await restore_archive(database, archive, safety_backup=no_safety_backup)
-        assert first.ok, first.text
-        assert await database.fetchval("SELECT count(*) FROM guilds") == 2
-        assert await database.fetchval("SELECT user_id FROM ops.suppressions") == 9
-        assert await database.fetchval("SELECT count(*) FROM pg_stats WHERE tablename = 'members'") > 0
-        [old] = await scratch_databases(database.target, scratch.BEFORE)
-        assert await table_checksums(database.target.with_database(old)) == before
-        assert old in first.text
-        assert await scratch_databases(database.target, scratch.RESTORE) == []
-        second = await restore_archive(database, archive, safety_backup=no_safety_backup)
-        assert await scratch_databases(database.target, scratch.BEFORE) == [second.data["before"]]
-        await restore_archive(database, archive, safety_backup=no_safety_backup, drop_old=True)
-        assert await scratch_databases(database.target, scratch.BEFORE) == []
+async def test_restores_rows_and_keeps_ops(database: Pool, archive: Archive) -> None:
+    first = await restore_archive(database, archive, safety_backup=no_safety_backup)
+    assert first.ok, first.text
+    assert await database.fetchval("SELECT count(*) FROM guilds") == 2
+    assert await database.fetchval("SELECT user_id FROM ops.suppressions") == 9
+    assert await database.fetchval("SELECT count(*) FROM pg_stats WHERE tablename = 'members'") > 0
+    assert first.data["deleted"] > 30
+    assert await scratch_schema_names(database.target) == []
+    second = await restore_archive(database, archive, safety_backup=no_safety_backup)
+    assert [second.data[name] for name in ("deleted", "changed", "added")] == [0, 0, 0], "only what differs is written"
 
 
 async def test_ends_a_pause_of_auto_migrate(database: Pool, archive: Archive) -> None:
     await migrations.pause_auto_migrate(database, migrations.known_revisions()[-1].id)
-    async with dropping_scratch_databases(database.target):
-        await restore_archive(database, archive, safety_backup=no_safety_backup)
-        assert await migrations.find_pause(database) is None
+    await restore_archive(database, archive, safety_backup=no_safety_backup)
+    assert await migrations.find_pause(database) is None
 
 
 async def test_restored_rows_have_the_same_checksums(tmp_path: Path, server: EmbeddedServer, database: Pool) -> None:
@@ -87,10 +84,17 @@ async def test_restored_rows_have_the_same_checksums(tmp_path: Path, server: Emb
     expected = await table_checksums(database.target)
     made = await dump(server, database.target, tmp_path / "dump")
     await database.execute("DELETE FROM members")
-    async with dropping_scratch_databases(database.target):
-        await restore_archive(database, made, safety_backup=no_safety_backup)
-        assert await table_checksums(database.target) == expected
-        assert await migrations.check_drift(database) == []
+    await restore_archive(database, made, safety_backup=no_safety_backup)
+    assert await table_checksums(database.target) == expected
+    assert await migrations.check_drift(database) == []
+
+
+async def test_other_processes_drop_what_they_have_cached(database: Pool, archive: Archive) -> None:
+    messages: list[str] = []
+    async with connect(database.target) as connection:
+        await connection.add_listener("guildbook_cache", lambda *message: messages.append(message[-1]))
+        await restore_archive(database, archive, safety_backup=no_safety_backup)
+        await until(lambda: any("public.members" in message for message in messages))
 
 
 async def test_sequences_continue_after_the_restored_rows(
@@ -107,10 +111,9 @@ async def test_sequences_continue_after_the_restored_rows(
 
 async def test_reports_every_step(database: Pool, archive: Archive) -> None:
     steps: list[Step] = []
-    async with dropping_scratch_databases(database.target):
-        await restore_archive(database, archive, safety_backup=no_safety_backup, progress=steps.append)
+    await restore_archive(database, archive, safety_backup=no_safety_backup, progress=steps.append)
     texts = list(dict.fromkeys(step.text for step in steps))
-    assert texts == ["safety backup", "restoring", "counting rows", "swapping"]
+    assert texts == ["restoring", "counting rows", "replacing rows"]
     assert max(step.done for step in steps if step.text == "restoring") > 5
     assert next(step for step in reversed(steps) if step.text == "counting rows").done == len(archive.counts)
 
@@ -121,7 +124,7 @@ async def test_migrates_an_older_backup(tmp_path: Path, server: EmbeddedServer, 
     await execute(empty_target, "INSERT INTO guilds (id, name) VALUES (1, 'old')")
     made = await dump(server, empty_target, tmp_path / "dump")
     await migrations.upgrade(empty_target)
-    async with dropping_scratch_databases(empty_target), open_pool(empty_target) as pool:
+    async with open_pool(empty_target) as pool:
         outcome = await restore_archive(pool, made, safety_backup=no_safety_backup)
         assert outcome.data["migrated"] == revisions[1:]
         assert await pool.fetchval("SELECT name FROM guilds") == "old"
@@ -146,17 +149,16 @@ async def test_refuses_an_archive_unlike_its_manifest(database: Pool, archive: A
     with pytest.raises(BackupError, match=message):
         await restore_archive(database, archive, safety_backup=no_safety_backup)
     assert await table_checksums(database.target) == before
-    for purpose in (scratch.RESTORE, scratch.BEFORE):
-        assert await scratch_databases(database.target, purpose) == []
+    assert await scratch_schema_names(database.target) == []
 
 
-@pytest.mark.parametrize("phase", ["restoring", "counting rows", "swapping"])
+@pytest.mark.parametrize("phase", ["restoring", "counting rows", "replacing rows"])
 async def test_a_cancelled_restore_leaves_nothing_behind(database: Pool, archive: Archive, phase: str) -> None:
     before = await table_checksums(database.target)
     reached = asyncio.Event()
 
     def progress(step: Step) -> None:
-        if step.text == phase and (step.done or phase == "swapping"):
+        if step.text == phase and step.done:
             reached.set()
 
     task = asyncio.create_task(restore_archive(database, archive, safety_backup=no_safety_backup, progress=progress))
@@ -165,7 +167,7 @@ async def test_a_cancelled_restore_leaves_nothing_behind(database: Pool, archive
     with pytest.raises(asyncio.CancelledError):
         await task
     assert await table_checksums(database.target) == before
-    assert await scratch_databases(database.target, scratch.RESTORE) == []
+    assert await scratch_schema_names(database.target) == []
 
 
 async def test_refuses_a_pooler(database: Pool, archive: Archive) -> None:
@@ -178,12 +180,28 @@ async def test_a_failure_after_the_swap_is_reported(database: Pool, archive: Arc
     async def after() -> None:
         raise BackupError("the guilds cannot be fetched")
 
-    async with dropping_scratch_databases(database.target):
-        outcome = await restore_archive(database, archive, safety_backup=no_safety_backup, after=after)
-        assert not outcome.ok
-        assert "the guilds cannot be fetched" in outcome.text
-        assert await database.fetchval("SELECT count(*) FROM guilds") == 2
-    assert await fetchval(database.target, "SELECT 1") == 1
+    outcome = await restore_archive(database, archive, safety_backup=no_safety_backup, after=after)
+    assert not outcome.ok
+    assert "the guilds cannot be fetched" in outcome.text
+    assert await database.fetchval("SELECT count(*) FROM guilds") == 2
+
+
+async def test_drops_what_a_killed_restore_left(database: Pool, archive: Archive) -> None:
+    leftover, foreign = f"{scratch_schemas.PREFIX}20200101_000000_abcd", f"{scratch_schemas.PREFIX}of_mine"
+    await database.execute(f"CREATE SCHEMA {leftover}; CREATE SCHEMA {leftover}_ops; CREATE SCHEMA {foreign}")
+    await database.execute(f"CREATE TABLE {leftover}.members (LIKE members)")
+    async with open_place(database, is_restore=True) as first:
+        assert leftover not in await scratch_schema_names(database.target)
+        with pytest.raises(BackupError, match="another restore"):
+            await restore_archive(database, archive, safety_backup=no_safety_backup)
+        await restore_drill(database, archive)
+        assert first.place.schemas.main in await scratch_schema_names(database.target), "its owner is alive"
+    assert await scratch_schema_names(database.target) == [foreign]
+
+
+async def restore_drill(pool: Pool, archive: Archive) -> None:
+    """A drill may run beside a restore."""
+    assert (await drill.rehearse(pool, archive)).ok
 
 
 # --- the safety backup
@@ -199,27 +217,17 @@ async def service(tmp_path: Path, database: Pool) -> BackupService:
     return service
 
 
-async def test_backs_up_first_unless_empty_or_damaged(
-    service: BackupService, database: Pool, empty_target: ConnectTarget
-) -> None:
+async def test_backs_up_first_unless_empty(service: BackupService, database: Pool, empty_target: ConnectTarget) -> None:
     [first] = await service.catalog.entries()
-    async with dropping_scratch_databases(database.target):
-        outcome = await service.restore(database, "latest")
-        safety_copy = await service.catalog.find(outcome.data["safety_backup"])
-        assert safety_copy.manifest is not None
-        assert safety_copy.manifest.reason == "before restore"
-        assert safety_copy.id in outcome.text
-        await database.execute("DROP TABLE members CASCADE")
-        outcome = await service.restore(database, first.id, drop_old=True)
-        assert outcome.data["safety_backup"] is None
-        assert "damaged" in outcome.text
-        kept = await scratch_databases(database.target, scratch.BEFORE)
-        assert kept == [outcome.data["before"]], "it is kept because there is no backup of it"
-    async with dropping_scratch_databases(empty_target), open_pool(empty_target) as empty:
-        outcome = await service.restore(empty, first.id, drop_old=True)
+    outcome = await service.restore(database, "latest")
+    safety_copy = await service.catalog.find(outcome.data["safety_backup"])
+    assert safety_copy.manifest is not None
+    assert safety_copy.manifest.reason == "before restore"
+    assert safety_copy.id in outcome.text
+    async with open_pool(empty_target) as empty:
+        outcome = await service.restore(empty, first.id)
         assert outcome.data["safety_backup"] is None
         assert "had no tables" in outcome.text
-        assert await scratch_databases(empty_target, scratch.BEFORE) == []
         assert await table_checksums(empty_target) == await table_checksums(database.target)
     assert {entry.id for entry in await service.catalog.entries()} == {first.id, safety_copy.id}
 
@@ -239,20 +247,21 @@ async def test_a_failed_safety_backup_stops_the_restore(service: BackupService, 
 
 async def test_command_line_restores_after_confirmation(tmp_path: Path, service: BackupService, database: Pool) -> None:
     [entry] = await service.catalog.entries()
-    async with dropping_scratch_databases(database.target):
-        unconfirmed = await run_backup_command(tmp_path, database.target, "restore", "latest")
-        assert unconfirmed.code == 2
-        assert f"{database.target.database}" in unconfirmed.err
-        assert "--yes" in unconfirmed.err
-        assert await database.fetchval("SELECT count(*) FROM guilds") == 3
-        missing = await run_backup_command(tmp_path, database.target, "restore", "nothing", "--yes", "--json")
-        assert (missing.code, json.loads(missing.out)["ok"]) == (1, False)
-        restored = await run_backup_command(tmp_path, database.target, "restore", entry.id, "--yes")
-        assert (restored.code, restored.err) == (0, "")
-        assert entry.id in restored.out
-        assert await database.fetchval("SELECT count(*) FROM guilds") == 2
-        drilled = await run_backup_command(tmp_path, database.target, "drill", "--json")
-        assert json.loads(drilled.out)["where"] == "beside the live database"
+    unconfirmed = await run_backup_command(tmp_path, database.target, "restore", "latest")
+    assert unconfirmed.code == 2
+    assert f"{database.target.database}" in unconfirmed.err
+    assert "--yes" in unconfirmed.err
+    assert await database.fetchval("SELECT count(*) FROM guilds") == 3
+    missing = await run_backup_command(tmp_path, database.target, "restore", "nothing", "--yes", "--json")
+    assert (missing.code, json.loads(missing.out)["ok"]) == (1, False)
+    old = await run_backup_command(tmp_path, database.target, "restore", entry.id, "--yes", "--drop-old")
+    assert (old.code, "--drop-old needs --whole-database" in old.err) == (2, True)
+    restored = await run_backup_command(tmp_path, database.target, "restore", entry.id, "--yes")
+    assert (restored.code, restored.err) == (0, "")
+    assert entry.id in restored.out
+    assert await database.fetchval("SELECT count(*) FROM guilds") == 2
+    drilled = await run_backup_command(tmp_path, database.target, "drill", "--json")
+    assert json.loads(drilled.out)["where"] == drill.WHERE
     actions = await database.fetch("SELECT command, left(result, 6) AS result FROM ops.admin_actions ORDER BY id")
     assert [tuple(row) for row in actions] == [
         ("backup restore", "Failed"),
@@ -272,3 +281,38 @@ def test_a_terminal_is_asked_for_the_database_name(
     monkeypatch.setattr("sys.stdin", stdin)
     with contextlib.nullcontext() if is_right else pytest.raises(ValidationError, match="nothing was done"):
         cli._confirm(settings)
+
+
+# --- where the tables are
+
+
+async def test_tables_in_schemas_of_their_own(tmp_path: Path, empty_target: ConnectTarget, database: Pool) -> None:
+    """A backup of them is drilled and restored there, and wherever else Guildbook's tables are."""
+    placed = empty_target.with_placement(Placement.of("Bot-X"))
+    await migrations.upgrade(placed)
+    service = make_service(tmp_path)
+    async with open_pool(placed) as pool:
+        await fill(pool)
+        await pool.execute("CREATE TABLE public.members (theirs int)")
+        manifest = await make_backup(service, pool)
+        assert manifest.rows["Bot-X.members"] == 3_000
+        assert manifest.rows["Bot-X_ops.suppressions"] == 1
+        drilled = await service.drill(pool)
+        assert drilled.ok, drilled.text
+        assert drilled.data["rows_compared"] > 200
+        await pool.execute("UPDATE members SET nick = 'since'")
+        outcome = await service.restore(pool, manifest.id)
+        assert outcome.ok, outcome.text
+        assert await pool.fetchval("SELECT count(*) FROM members WHERE nick = 'since'") == 0
+        outcome = await service.restore(database, manifest.id)
+        assert outcome.ok, outcome.text
+        assert outcome.data["left_out"] == []
+        expected, found = await table_checksums(placed), await table_checksums(database.target)
+        for name in ("members", "users", "guilds", "documents"):
+            assert found[f"public.{name}"] == expected[f'"Bot-X".{name}']
+        await pool.execute("DELETE FROM members")
+        async with dropping_scratch_databases(empty_target):
+            outcome = await service.restore(pool, manifest.id, whole_database=True)
+            assert outcome.ok, outcome.text
+            assert await pool.fetchval("SELECT count(*) FROM members") == 3_000
+            assert await scratch_schema_names(empty_target) == []

@@ -16,7 +16,7 @@ def test_names_fit_and_are_unique() -> None:
     names = [scratch.scratch_name(name, scratch.RESTORE, suffix) for name in long_names]
     assert len(set(names)) == 3
     assert all(len(name.encode()) <= 63 for name in names)
-    assert scratch.scratch_name("guildbook", scratch.DRILL, suffix) == f"guildbook_drill_{suffix}"
+    assert scratch.scratch_name("guildbook", scratch.BEFORE, suffix) == f"guildbook_before_{suffix}"
 
 
 async def test_drops_leftovers_but_not_databases_in_use(target: ConnectTarget) -> None:
@@ -28,18 +28,17 @@ async def test_drops_leftovers_but_not_databases_in_use(target: ConnectTarget) -
     try:
         async with (
             dropping_scratch_databases(target),
-            scratch.scratch_database(target, name, scratch.DRILL, scratch.new_suffix()) as first,
+            scratch.scratch_database(target, name, scratch.new_suffix()) as made,
         ):
-            assert await scratch_databases(target, scratch.RESTORE) == []
-            async with scratch.scratch_database(target, name, scratch.RESTORE, scratch.new_suffix()) as second:
-                assert await scratch_databases(target, scratch.DRILL) == [first.name]
-                with pytest.raises(BackupError, match="another restore"):
-                    async with scratch.scratch_database(target, name, scratch.RESTORE, scratch.new_suffix()):
-                        pass
-                properties = "(pg_encoding_to_char(encoding), datcollate, datctype)::text"
-                query = f"SELECT {properties} FROM pg_database WHERE datname = $1"  # noqa: S608
-                assert await fetchval(postgres, query, second.name) == await fetchval(postgres, query, name)
-        assert await scratch_databases(target, scratch.RESTORE) == await scratch_databases(target, scratch.DRILL) == []
+            assert await scratch_databases(target, scratch.RESTORE) == [made.name]
+            with pytest.raises(BackupError, match="another restore"):
+                async with scratch.scratch_database(target, name, scratch.new_suffix()):
+                    pass
+            assert await scratch_databases(target, scratch.RESTORE) == [made.name]
+            properties = "(pg_encoding_to_char(encoding), datcollate, datctype)::text"
+            query = f"SELECT {properties} FROM pg_database WHERE datname = $1"  # noqa: S608
+            assert await fetchval(postgres, query, made.name) == await fetchval(postgres, query, name)
+        assert await scratch_databases(target, scratch.RESTORE) == []
         assert await fetchval(postgres, "SELECT count(*) FROM pg_database WHERE datname = $1", foreign) == 1
     finally:
         await execute(postgres, f"DROP DATABASE {foreign}")
@@ -52,11 +51,11 @@ async def test_says_which_privilege_is_missing(target: ConnectTarget) -> None:
     try:
         ours = ConnectTarget(target.hosts, target.ports, user=role, database=target.database, sslmode="disable")
         with pytest.raises(ForbiddenHere, match="CREATEDB"):
-            async with scratch.scratch_database(ours, str(target.database), scratch.RESTORE, scratch.new_suffix()):
+            async with scratch.scratch_database(ours, str(target.database), scratch.new_suffix()):
                 pass
         await execute(postgres, f"ALTER ROLE {role} CREATEDB")
         with pytest.raises(ForbiddenHere, match="may not rename"):
-            async with scratch.scratch_database(ours, str(target.database), scratch.RESTORE, scratch.new_suffix()):
+            async with scratch.scratch_database(ours, str(target.database), scratch.new_suffix()):
                 pass
     finally:
         await execute(postgres, f"DROP ROLE {role}")

@@ -256,7 +256,7 @@ async def test_reports_missing_privileges_and_connections(
     checks = [check for check in CHECKS if check.name in ("rights", "connections")]
     findings = await run_checks(DoctorContext(env_file=None), checks)
     rights = [finding for finding in findings if finding.name == "rights"]
-    assert [finding.state for finding in rights] == ["fail", "fail", "fail", "warn"]
+    assert [finding.state for finding in rights] == ["fail", "fail", "fail"]
     assert 'GRANT CREATE ON SCHEMA public TO "doctor_guest"' in rights[1].todo
     assert [(f.state, "DB_POOL_MAX (10)" in f.todo) for f in findings if f.name == "connections"] == [("fail", True)]
     await conn.execute("DROP OWNED BY doctor_guest; DROP ROLE doctor_guest")

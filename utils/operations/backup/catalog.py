@@ -275,8 +275,8 @@ class BackupCatalog:
         tools = await client_tools.find_directory(server_major)
         async with private_directory(self.settings.data_dir / "opened") as directory:
             file = await self._plaintext_file(store, manifest, directory, progress)
-            counts = {_split_name(name): rows for name, rows in manifest.rows.items()}
-            yield Archive(manifest.id, file, tools, manifest.made_at, manifest.major, manifest.revision, counts)
+            made_at, major = manifest.made_at, manifest.major
+            yield Archive(manifest.id, file, tools, made_at, major, manifest.revision, manifest.counts)
 
     async def verify(self, store: Store, id: str, *, progress: Progress = ignore_progress) -> Verification:
         """Read a backup's archive in one store and compare it with its manifest. Raises `BackupError` if it differs.
@@ -513,8 +513,3 @@ def _is_orphan(name: str, names: Names, now: datetime) -> bool:
     if f".{suffix}" not in (ARCHIVE_SUFFIX, ENCRYPTED_SUFFIX, DRILL_SUFFIX):
         return False
     return now - created_at(id) > timedelta(hours=ORPHAN_HOURS)
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    schema, _, table = name.partition(".")
-    return schema, table

@@ -16,6 +16,7 @@ from typing import Any
 import asyncpg
 
 from utils.database import ConnectTarget, Pool, ownership
+from utils.database.placement import Placement
 from utils.database.pool import ATTEMPT_SECONDS
 from utils.exceptions import BackupError, GuildbookError, translate_errors
 from utils.operations.action import Progress, Step, ignore_progress
@@ -112,7 +113,7 @@ async def create(
     plaintext = catalog.plaintext_path(id)
     with contextlib.ExitStack() as stack:
         unfinished = stack.enter_context(local.unfinished(name))
-        async with _snapshot(direct) as snapshot:
+        async with _snapshot(direct, pool.placement) as snapshot:
             tables = await _select_tables(snapshot, request)
             command = _dump_command(
                 tools,
@@ -190,7 +191,7 @@ class _Snapshot:
 
 
 @contextlib.asynccontextmanager
-async def _snapshot(target: ConnectTarget) -> AsyncIterator[_Snapshot]:
+async def _snapshot(target: ConnectTarget, placement: Placement) -> AsyncIterator[_Snapshot]:
     with translate_errors(f"snapshot of {target.database}"):
         connection: Connection = await asyncpg.connect(
             **target.connect_kwargs(), timeout=ATTEMPT_SECONDS, command_timeout=STATEMENT_SECONDS
@@ -207,10 +208,11 @@ async def _snapshot(target: ConnectTarget) -> AsyncIterator[_Snapshot]:
                 " current_setting('server_version') AS version"
             )
             assert facts is not None, "one row"
-            version = await ownership.fetch_version(connection)
+            version = await ownership.fetch_version(connection, placement)
+            schemas = Schemas(placement.main, placement.ops)
             revision = ", ".join(version.revisions) or None
             application_id = await application.fetch_owner(connection)
-            yield _Snapshot(connection, facts["snapshot"], facts, revision, application_id, Schemas(version.schema))
+            yield _Snapshot(connection, facts["snapshot"], facts, revision, application_id, schemas)
         finally:
             # Closing also tells the server to stop a count that was cancelled here.
             with contextlib.suppress(TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):

@@ -1,16 +1,11 @@
-"""Proves that a backup can be restored, by restoring it next to the live database, comparing, and dropping it again."""
+"""Proves that a backup can be restored: it is loaded into scratch tables, counted, compared, and dropped again."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import shutil
-import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -18,32 +13,32 @@ from sqlalchemy import Table
 
 from models import Part, mirrored_tables, part_of
 from utils.database import ConnectTarget, Pool
-from utils.database.binaries import binaries
-from utils.database.embedded import EmbeddedServer
 from utils.database.sql import quote_identifier, sql_type
-from utils.exceptions import BackupError, DatabaseError, ForbiddenHere, translate_errors
+from utils.exceptions import BackupError, MigrationError, translate_errors
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
-from utils.operations.backup import load, scratch
 from utils.operations.backup.archive import Archive
 from utils.operations.backup.catalog import BackupCatalog
+from utils.operations.backup.load import Place, translated_names
 from utils.operations.backup.manifest import DrillResult
+from utils.operations.backup.objects import Name, Schemas, qualified
+from utils.operations.backup.places import open_place
 from utils.operations.backup.scratch import Connection, connect
 
-#: Major versions that the embedded server has (utils/database/binaries.py).
-EMBEDDED_MAJORS = 16, 18
 #: Rows of each table to read, and to compare where possible.
 SAMPLE_ROWS = 200
+#: Where a drill restores, for its report.
+WHERE = "in scratch schemas of the live database"
 
 
 @dataclass(slots=True)
 class Sample:
     """The rows that were looked at."""
 
-    #: Rows read completely from the restored database.
+    #: Rows read completely from the restored tables.
     read: int = 0
-    #: Those that the live database has too, last changed at the same time by the same observation.
+    #: Those that the live tables have too, last changed at the same time by the same observation.
     compared: int = 0
-    #: Those that have changed or disappeared in the live database since: they cannot be compared.
+    #: Those that have changed or disappeared in the live tables since: they cannot be compared.
     changed: int = 0
     #: One line for each table with rows that differ though nothing has changed them.
     differences: list[str] = field(default_factory=list)
@@ -52,7 +47,7 @@ class Sample:
 async def drill(
     pool: Pool, catalog: BackupCatalog, id: str = "latest", *, progress: Progress = ignore_progress
 ) -> Outcome:
-    """Restore a backup next to the live database, compare, and store the result with the backup.
+    """Restore a backup next to the live tables, compare, and store the result with the backup.
 
     Raises `BackupError` if the backup cannot be opened, or there is no place to restore it.
     """
@@ -64,30 +59,32 @@ async def drill(
 
 
 async def rehearse(pool: Pool, archive: Archive, *, progress: Progress = ignore_progress) -> DrillResult:
-    """Restore an archive next to the live database, or where that is forbidden on a temporary server, and compare.
+    """Do everything that a restore does, except to replace the rows of the live tables.
 
     Leaves nothing behind. A backup that cannot be restored is a result with `problems`. Raises `BackupError` if there
     is no place to restore it, and `DatabaseUnavailable` if the server went away.
     """
     started = time.monotonic()
-    sample, problems = Sample(), []
-    async with _restore_place(pool, archive) as place:
+    sample, problems, rows, tables = Sample(), [], sum(archive.counts.values()), len(archive.counts)
+    async with open_place(pool, is_restore=False) as scratch:
         try:
-            tables = await load.make_place(archive, place.target)
-            loaded = await load.load_and_check(replace(archive, tools=place.tools), tables, progress=progress)
+            loaded = await scratch.load(archive, progress=progress)
+            rows, tables = loaded.rows, len(loaded.tables)
             progress(Step("reading rows"))
-            sample = await read_sample(place.target, place.live, list(loaded.tables))
+            names = list(loaded.tables.values())
+            sample = await read_sample(scratch.place, names, scratch.live, scratch.schemas)
             problems += sample.differences
-        except BackupError as error:
+            await scratch.migrate(archive, progress=progress)
+        except (BackupError, MigrationError) as error:
             problems.append(str(error))
     return DrillResult(
         backup=archive.id,
         at=datetime.now(UTC).isoformat(timespec="seconds"),
         ok=not problems,
         seconds=round(time.monotonic() - started, 2),
-        where=place.description,
-        tables=len(archive.counts),
-        rows=sum(archive.counts.values()),
+        where=WHERE,
+        tables=tables,
+        rows=rows,
         rows_read=sample.read,
         rows_compared=sample.compared,
         rows_changed=sample.changed,
@@ -95,84 +92,27 @@ async def rehearse(pool: Pool, archive: Archive, *, progress: Progress = ignore_
     )
 
 
-# --- where to restore
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """An empty database for a drill."""
-
-    target: ConnectTarget
-    #: Directory of the client programs for its server.
-    tools: Path
-    #: The live database to compare with; None if it cannot be compared.
-    live: ConnectTarget | None
-    description: str
-
-
-@contextlib.asynccontextmanager
-async def _restore_place(pool: Pool, archive: Archive) -> AsyncIterator[_Place]:
-    live = pool.direct
-    if not live.pooled:
-        name: str = await pool.fetchval("SELECT current_database()")
-        live = live.with_database(name)
-        try:
-            await scratch.check_privileges(live, name, to_rename=False)
-        except ForbiddenHere:
-            pass
-        else:
-            async with scratch.scratch_database(live, name, scratch.DRILL, scratch.new_suffix()) as database:
-                yield _Place(database.target, archive.tools, live, "beside the live database")
-            return
-    async with _temporary_server(archive.major) as (target, tools):
-        yield _Place(target, tools, None if live.pooled else live, "on a temporary server")
-
-
-@contextlib.asynccontextmanager
-async def _temporary_server(major: int) -> AsyncIterator[tuple[ConnectTarget, Path]]:
-    """Yield the address of an embedded server that reads archives of this major version, and its client programs."""
-    suitable = [version for version in EMBEDDED_MAJORS if version >= major]
-    if not suitable:
-        raise BackupError(
-            f"the server allows no second database, and there is no embedded PostgreSQL {major} to restore on: give the"
-            " database user CREATEDB"
-        )
-    directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="guildbook-drill-"))
-    server = EmbeddedServer(directory, suitable[0], durable=False)
-    try:
-        try:
-            await server.start()
-        except DatabaseError as error:
-            raise BackupError(
-                f"the server allows no second database, and the embedded server does not start: {error}"
-            ) from error
-        yield server.target(), binaries(suitable[0])
-    finally:
-        await server.stop(force=True)
-        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
-
-
 # --- comparing rows
 
 
-async def read_sample(restored: ConnectTarget, live: ConnectTarget | None, tables: Sequence[tuple[str, str]]) -> Sample:
-    """Read some rows of each table (schema and name), and compare those of mirrored tables with the live database.
+async def read_sample(place: Place, tables: Sequence[Name], live: ConnectTarget, schemas: Schemas) -> Sample:
+    """Read some rows of each table of a place, and compare those of mirrored tables with the live ones.
 
     A mirrored row tells when it was last changed, and by which observation: if both are equal, every column that both
-    databases have must be equal too. Nothing is compared if `live` is None.
+    tables have must be equal too. `schemas` are those of the live tables.
     """
     sample = Sample()
     mirrored = mirrored_tables()
-    async with connect(restored) as connection:
+    live_names = translated_names(tables, place.schemas, schemas)
+    async with connect(place.target) as connection, connect(live) as live_connection:
         with translate_errors("reading rows"):
-            for schema, name in tables:
-                table = mirrored.get(name) if schema == "public" else None
-                if table is None or live is None:
-                    qualified = f"{quote_identifier(schema)}.{quote_identifier(name)}"
-                    sample.read += len(await _sample_rows(connection, qualified, "t.*"))
+            for name in tables:
+                table = mirrored.get(name[1]) if name[0] == place.schemas.main else None
+                if table is None:
+                    sample.read += len(await _sample_rows(connection, qualified(name), "t.*"))
                 else:
-                    async with connect(live) as live_connection:
-                        await _compare(connection, live_connection, table, sample)
+                    names = qualified(name), qualified(live_names[name])
+                    await _compare(connection, live_connection, table, *names, sample)
     return sample
 
 
@@ -188,25 +128,29 @@ async def _sample_rows(connection: Connection, table: str, columns: str) -> list
     return rows or await connection.fetch(f"SELECT {columns} FROM {table} AS t LIMIT {SAMPLE_ROWS}")  # noqa: S608
 
 
-async def _compare(restored: Connection, live: Connection, table: Table, sample: Sample) -> None:
-    name = f"public.{quote_identifier(table.name)}"
-    columns = await _column_names(restored, name) & await _column_names(live, name)
+async def _compare(
+    restored: Connection, live: Connection, table: Table, name: str, live_name: str, sample: Sample
+) -> None:
+    columns = await _column_names(restored, name) & await _column_names(live, live_name)
     keys = [column.name for column in table.primary_key]
     stamps = [column.name for column in table.columns if part_of(column) in (Part.STAMP, Part.TOUCHED)]
     version = f"ROW({', '.join(f't.{quote_identifier(stamp)}' for stamp in stamps)})::text"
     content = f"md5(ROW({', '.join(f't.{quote_identifier(column)}' for column in sorted(columns))})::text)"
     selected = [f"t.{quote_identifier(key)} AS key_{index}" for index, key in enumerate(keys)]
+    if not columns.issuperset([*keys, *stamps]):  # of another revision, or not there
+        sample.read += len(await _sample_rows(restored, name, "t.*"))
+        return
     selected += [f"{version} AS version", f"{content} AS content"]
     rows = await _sample_rows(restored, name, ", ".join([*selected, "t.*"]))
     sample.read += len(rows)
-    if not rows or not columns.issuperset([*keys, *stamps]):
+    if not rows:
         return
     arrays = ", ".join(f"${index}::{sql_type(table.columns[key])}[]" for index, key in enumerate(keys, start=1))
     key_values: list[list[Any]] = [[row[f"key_{index}"] for row in rows] for index in range(len(keys))]
     live_rows = {
         tuple(row[f"key_{index}"] for index in range(len(keys))): row
         for row in await live.fetch(
-            f"SELECT {', '.join(selected)} FROM {name} AS t"  # noqa: S608 - names out of the models
+            f"SELECT {', '.join(selected)} FROM {live_name} AS t"  # noqa: S608 - names out of the models
             f" WHERE ({', '.join(f't.{quote_identifier(key)}' for key in keys)}) IN (SELECT * FROM unnest({arrays}))",
             *key_values,
         )

@@ -8,7 +8,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from utils.database import ConnectTarget
 from utils.database.ownership import VERSION_TABLE
@@ -46,6 +46,7 @@ _WITH_TRIGGERS = """
 SELECT name FROM unnest($1::text[]) AS name
 WHERE EXISTS (SELECT FROM pg_trigger AS t WHERE t.tgrelid = to_regclass(name) AND NOT t.tgisinternal)
 """
+ValueT = TypeVar("ValueT")
 _ITEM = re.compile(r"\d+; \d+ \d+ TABLE DATA (.+)")
 
 
@@ -63,6 +64,8 @@ class Loaded:
 
     #: The loaded tables: the name that each has in its place, by that in the archive.
     tables: dict[Name, Name]
+    #: The columns that the archive has of each, by the name in its place.
+    columns: dict[Name, tuple[str, ...]]
     #: Number of rows in them.
     rows: int
     #: Tables of the archive that were left out because no revision known here makes them.
@@ -74,19 +77,22 @@ def jobs() -> int:
     return max(MIN_JOBS, min(MAX_JOBS, os.cpu_count() or MIN_JOBS))
 
 
-async def make_place(archive: Archive, target: ConnectTarget) -> Place:
-    """Make our tables in an empty database, as the revision of an archive has them.
-
-    Raises `MigrationError` if a revision fails.
-    """
+async def make_place(archive: Archive, target: ConnectTarget, schemas: Schemas) -> Place:
+    """Make our tables as the revision of an archive has them, where there are none. Raises `MigrationError`."""
     for revision in (archive.revision or "").split(", "):
         await migrations.upgrade(target, revision)
-    return Place(target, Schemas())
+    return Place(target, schemas)
 
 
 def translated_names(names: Sequence[Name], schemas: Schemas, into: Schemas) -> dict[Name, Name]:
     """Return the names that tables of ours have in other schemas, by those that they have in `schemas`."""
     return {(schema, name): (into.resolve(schemas.spell(schema)), name) for schema, name in names}
+
+
+def translated(values: Mapping[Name, ValueT], schemas: Schemas, into: Schemas) -> dict[Name, ValueT]:
+    """Return values by the names that their tables or sequences have in other schemas."""
+    names = translated_names(list(values), schemas, into)
+    return {names[name]: value for name, value in values.items()}
 
 
 async def load_and_check(archive: Archive, place: Place, *, progress: Progress = ignore_progress) -> Loaded:
@@ -105,7 +111,7 @@ async def load_and_check(archive: Archive, place: Place, *, progress: Progress =
             finishing = await _prepare(connection, [one for one in tables if has_version or one.name != VERSION_TABLE])
     existing = {(table.schema, table.name) for table in tables}
     loadable = {name: into for name, into in names.items() if into in existing}
-    await copy_rows(archive, place.target, loadable, progress=progress)
+    columns = await copy_rows(archive, place.target, loadable, progress=progress)
     async with connect(place.target) as connection:
         with translate_errors("the rows of the backup", error=BackupError):
             for statement in finishing:
@@ -122,7 +128,7 @@ async def load_and_check(archive: Archive, place: Place, *, progress: Progress =
             f"{f' and {len(problems) - 5} more' if len(problems) > 5 else ''}. Use another backup"
         )
     left_out = [f"{schema}.{name}" for schema, name in archive.counts if (schema, name) not in ours]
-    return Loaded(loadable, sum(counts.values()), left_out)
+    return Loaded(loadable, columns, sum(counts.values()), left_out)
 
 
 async def _prepare(connection: Connection, tables: Sequence[OwnTable]) -> list[str]:
@@ -141,13 +147,14 @@ async def _prepare(connection: Connection, tables: Sequence[OwnTable]) -> list[s
 
 async def copy_rows(
     archive: Archive, target: ConnectTarget, names: Mapping[Name, Name], *, progress: Progress = ignore_progress
-) -> None:
+) -> dict[Name, tuple[str, ...]]:
     """Copy rows into existing tables, on several connections. `names`: where to, by the table's name in the archive.
 
-    Raises `BackupError` if the archive cannot be read or the server refuses its rows.
+    Returns the columns that were copied into each. Raises `BackupError` if the archive cannot be read, or the server
+    refuses its rows.
     """
     shares = _share(await list_items(archive, "TABLE DATA"), archive.counts, names)
-    done: set[Name] = set()
+    columns: dict[Name, tuple[str, ...]] = {}
 
     async def work() -> None:
         items = shares.pop()
@@ -161,10 +168,11 @@ async def copy_rows(
                         pass
                     continue
                 await _copy_table(connection, names[name], header.columns, script)
-                done.add(name)
-                progress(Step("restoring", len(done), len(names), "tables"))
+                columns[names[name]] = header.columns
+                progress(Step("restoring", len(columns), len(names), "tables"))
 
     await _run_concurrently(work, len(shares))
+    return columns
 
 
 async def _copy_table(connection: Connection, into: Name, columns: Sequence[str], script: Script) -> None:

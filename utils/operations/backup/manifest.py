@@ -92,6 +92,12 @@ class Manifest:
         return any(rows for name, rows in self.rows.items() if name.rpartition(".")[2] == "guilds")
 
     @property
+    def counts(self) -> dict[tuple[str, str], int]:
+        """Exact row counts by schema and table."""
+        split = {name: name.partition(".") for name in self.rows}
+        return {(schema, table): self.rows[name] for name, (schema, _, table) in split.items()}
+
+    @property
     def is_safety_copy(self) -> bool:
         """Whether it was made automatically before a dangerous operation."""
         return self.reason in SAFETY_REASONS
@@ -180,7 +186,7 @@ class DrillResult:
     at: str
     ok: bool
     seconds: float
-    #: "beside the live database" or "on a temporary server".
+    #: In which scratch tables it was restored, for people.
     where: str
     #: Tables and rows counted, equal to the manifest's unless `problems` says otherwise.
     tables: int

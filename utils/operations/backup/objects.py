@@ -83,7 +83,9 @@ class Schemas:
 
     def spell(self, schema: str) -> str | None:
         """Return a schema as models and revisions spell it: the reverse of `resolve`."""
-        return None if schema == self.main else OPS if schema == self.ops else schema
+        if schema in (self.main, self.ops):
+            return None if schema == self.main else OPS
+        return next((one for one, name in self.others.items() if name == schema), schema)
 
     def all(self) -> list[str]:
         """Return all of their names."""

@@ -8,6 +8,8 @@ from typing import Literal
 from models import Base
 from utils.database import Pool
 from utils.database.ownership import VERSION_TABLE, fetch_version
+from utils.database.placement import Placement
+from utils.database.sql import quote_identifier
 from utils.exceptions import DatabaseError, DatabaseUnavailable
 from utils.operations import migrations
 from utils.operations.backup.catalog import BackupCatalog
@@ -19,6 +21,7 @@ _ESSENTIAL_TABLES = frozenset((VERSION_TABLE, "guilds", "users", "members", "rol
 _CORRUPTION = ("XX000", "XX001", "XX002", "58030", "58P01")
 _UNDEFINED_TABLE = "42P01"
 _MISSING = "ARRAY(SELECT name FROM unnest($1::text[]) AS expected(name) WHERE to_regclass(name) IS NULL) AS missing"
+_FIND_MISSING = "SELECT " + _MISSING
 _ASSESS = "SELECT " + _MISSING + ", NOT EXISTS (SELECT FROM guilds) AS is_empty"  # noqa: S608 - constants
 #: Seconds for the query, which must not hold up a start.
 TIMEOUT_SECONDS = 10.0
@@ -40,21 +43,33 @@ class Assessment:
         return self.state == "fine"
 
 
+def _qualified_tables(placement: Placement) -> dict[str, str]:
+    """Return the tables of the schema: their names as SQL of this database spells them, and as the models do."""
+    tables = [(None, VERSION_TABLE), *((table.schema, table.name) for table in Base.metadata.sorted_tables)]
+    return {
+        f"{quote_identifier(placement.resolve(schema))}.{quote_identifier(name)}": f"{schema}.{name}"
+        if schema
+        else name
+        for schema, name in tables
+    }
+
+
 async def assess(pool: Pool) -> Assessment:
     """Return whether the database is empty (no tables of Guildbook's, or no guild in them), damaged, or fine.
 
     One query if it is fine. Raises `DatabaseUnavailable` if it does not answer.
     """
-    expected = sorted({VERSION_TABLE, *(table.fullname for table in Base.metadata.sorted_tables)})
+    expected = _qualified_tables(pool.placement)
     try:
         try:
-            row = await pool.fetchrow(_ASSESS, expected, timeout=TIMEOUT_SECONDS)
+            row = await pool.fetchrow(_ASSESS, list(expected), timeout=TIMEOUT_SECONDS)
             assert row is not None, "one row"
-            missing, is_empty = list(row["missing"]), bool(row["is_empty"])
+            absent, is_empty = row["missing"], bool(row["is_empty"])
         except DatabaseError as error:
             if error.sqlstate != _UNDEFINED_TABLE:
                 raise
-            missing, is_empty = list(await pool.fetchval("SELECT " + _MISSING, expected, timeout=TIMEOUT_SECONDS)), True
+            absent, is_empty = await pool.fetchval(_FIND_MISSING, list(expected), timeout=TIMEOUT_SECONDS), True
+        missing = [expected[name] for name in absent]
         if VERSION_TABLE in missing and (await fetch_version(pool)).revisions:  # those of the former version table
             missing.remove(VERSION_TABLE)
         if len(missing) == len(expected):

@@ -1,33 +1,31 @@
-"""Restores a backup: into a scratch database first, whose rows are counted before it replaces the live one."""
+"""Restores a backup: into scratch tables first, whose rows are counted before they replace those of the live ones."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from alembic.script import ScriptDirectory
-from alembic.script.revision import RevisionError
-from alembic.util import CommandError
-
-from utils.database import ConnectTarget, Pool
+from utils.database import Pool
 from utils.database.partitions import ensure_partitions
-from utils.exceptions import BackupError, ForbiddenHere, GuildbookError, translate_errors
+from utils.exceptions import BackupError, GuildbookError
 from utils.operations import migrations
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
-from utils.operations.backup import load, recovery, scratch, swap
+from utils.operations.backup import load, recovery
 from utils.operations.backup.archive import Archive
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.create import BackupRequest, create
-from utils.operations.backup.objects import Schemas
+from utils.operations.backup.places import ScratchPlace, missing_revisions, open_place
+from utils.operations.backup.replacing import Replaced, check_owner, replace_rows
+from utils.operations.backup.whole_database import replace_database
 
 _log = logging.getLogger(__name__)
 
 #: Makes a backup of the live database and returns its id, or None and why there is none.
 SafetyBackup = Callable[[], Awaitable[tuple[str | None, str]]]
+#: Awaited once the restored rows are live.
+After = Callable[[], Awaitable[None]] | None
 
 
 async def restore(
@@ -35,37 +33,45 @@ async def restore(
     catalog: BackupCatalog,
     id: str = "latest",
     *,
+    whole_database: bool = False,
     drop_old: bool = False,
     progress: Progress = ignore_progress,
-    after: Callable[[], Awaitable[None]] | None = None,
+    after: After = None,
 ) -> Outcome:
-    """Replace the live database by a backup, after backing up what is there.
+    """Replace the rows of the live tables by those of a backup, after backing up what is there.
 
-    `after` is awaited once the restored database is live, and should reconcile everything in a new session with
-    Discord, because only that sends all threads. Without it, the holder of the lease loses it: a bot that is running
-    starts over, which reconciles too. With `drop_old` the old database is dropped, unless it could not be backed up.
-    Raises `BackupError`, and leaves everything as it was, if the backup is damaged or cannot be loaded.
+    With `whole_database` the live database is replaced instead, and everything in it is lost that is not Guildbook's;
+    `drop_old` then drops it at once, unless it could not be backed up.
+
+    `after` is awaited once the restored rows are live, and should reconcile everything in a new session with Discord,
+    because only that sends all threads. Without it, the holder of the lease loses it: a bot that is running starts
+    over, which reconciles too. Raises `BackupError`, and leaves everything as it was, if the backup is damaged or
+    cannot be loaded, or if another program's rows refer to rows that are not in it.
     """
     progress(Step("checking the backup"))
     async with catalog.open(id, pool.server_version_num // 10_000, progress=progress) as archive:
+        missing_revisions(archive)
         assessment = await recovery.assess(pool)
 
         async def safety_backup() -> tuple[str | None, str]:
+            progress(Step("safety backup"))
             if not assessment.has_tables:
-                return None, "The old database had no tables of Guildbook's, so it was not backed up."
+                return None, "The database had no tables of Guildbook's, so it was not backed up."
             if assessment.state == "damaged":
-                return None, f"The old database was damaged, so it was not backed up: {assessment.reason}."
+                return None, f"The database was damaged, so it was not backed up: {assessment.reason}."
             manifest = await create(pool, catalog, BackupRequest("before restore"), progress=progress)
             return manifest.id, ""
 
-        return await restore_archive(
-            pool,
-            archive,
-            safety_backup=safety_backup,
-            drop_old=drop_old and assessment.state != "damaged",
-            progress=progress,
-            after=after,
-        )
+        if whole_database:
+            return await replace_database(
+                pool,
+                archive,
+                safety_backup=safety_backup,
+                drop_old=drop_old and assessment.state != "damaged",
+                progress=progress,
+                after=after,
+            )
+        return await restore_archive(pool, archive, safety_backup=safety_backup, progress=progress, after=after)
 
 
 async def restore_archive(
@@ -73,119 +79,94 @@ async def restore_archive(
     archive: Archive,
     *,
     safety_backup: SafetyBackup,
-    drop_old: bool = False,
     progress: Progress = ignore_progress,
-    after: Callable[[], Awaitable[None]] | None = None,
+    after: After = None,
 ) -> Outcome:
     """Do what `restore` does, with a verified archive."""
-    live = pool.direct
-    if live.pooled:
-        raise BackupError(
-            f"{live} is a pooler, and a restore needs a direct connection: set DATABASE_UNPOOLED_URL. Nothing was"
-            " changed"
-        )
-    name: str = await pool.fetchval("SELECT current_database()")
-    live = live.with_database(name)
-    suffix = scratch.new_suffix()
-    before = scratch.scratch_name(name, scratch.BEFORE, suffix)
-    try:
-        await scratch.check_privileges(live, name, to_rename=True)
-    except ForbiddenHere as error:
-        raise ForbiddenHere(f"{error}, so backup {archive.id} cannot be restored next to the live database") from error
-    revisions = await _missing_revisions(archive)
-    progress(Step("safety backup"))
-    safety_id, why_none = await safety_backup()
-    started = time.monotonic()
-    async with scratch.scratch_database(live, name, scratch.RESTORE, suffix) as database:
-        dropping = asyncio.create_task(_drop_earlier(live, name), name="dropping the database of an earlier restore")
-        try:
-            place = await load.make_place(archive, database.target)
-            loaded = await load.load_and_check(archive, place, progress=progress)
-            await load.set_sequences(archive, place)
-            await dropping
-        finally:
-            dropping.cancel()
-            await asyncio.wait({dropping})
-        if revisions:
-            progress(Step("migrating", 0, len(revisions), "revisions"))
-            await migrations.upgrade(database.target)
-        async with scratch.connect(database.target) as connection:
-            with translate_errors("creating partitions"):
-                await ensure_partitions(connection, pool.now())
-        progress(Step("swapping"))
-        with _quiet_pool():
-            swapped = await swap.swap(
-                live,
-                name,
-                database.name,
-                before,
-                comment=f"{name} until backup {archive.id} was restored; dropped by the next restore",
-                revoke_lease=after is None,
+    missing_revisions(archive)
+    async with open_place(pool, is_restore=True) as scratch:
+        await check_owner(scratch.live, scratch.schemas)
+        if (assessment := await recovery.assess(pool)).state == "damaged":
+            raise BackupError(
+                f"the live database is damaged: {assessment.reason}. Its rows cannot be replaced: restore with"
+                " --whole-database"
             )
-    seconds_until_live = round(time.monotonic() - started, 2)
+        safety_id, why_none = await safety_backup()
+        started = time.monotonic()
+        loaded = await scratch.load(archive, progress=progress)
+        revisions = await scratch.migrate(archive, progress=progress)
+        await _prepare_live_tables(pool, scratch)
+        progress(Step("replacing rows"))
+        replaced = await replace_rows(
+            scratch.live,
+            scratch.schemas,
+            scratch.place,
+            await scratch.tables_to_replace(loaded),
+            load.translated(await load.read_sequences(archive), archive.schemas, scratch.schemas),
+            revoke_lease=after is None,
+            progress=progress,
+        )
+        seconds_until_live = round(time.monotonic() - started, 2)
+        database = scratch.live.database
     lines = [
-        f"Backup {archive.id} of {archive.made_at:%Y-%m-%d %H:%M} UTC is now the live database {name}:"
-        f" {loaded.rows:,} rows in {len(loaded.tables)} tables, all counted."
+        f"Backup {archive.id} of {archive.made_at:%Y-%m-%d %H:%M} UTC is live in database {database}:"
+        f" {loaded.rows:,} rows in {len(loaded.tables)} tables, all counted.",
+        f"{replaced.deleted:,} rows were deleted, {replaced.changed:,} changed and {replaced.added:,} added.",
+        *([f"It was migrated from revision {archive.revision} to {revisions[-1]}."] if revisions else []),
+        f"The database was backed up first: {safety_id}." if safety_id else why_none,
+        _describe_ops(replaced),
     ]
     if loaded.left_out:
         lines.append(f"Left out, because no revision here makes them: {', '.join(loaded.left_out)}.")
-    if revisions:
-        lines.append(f"It was migrated from revision {archive.revision} to {revisions[-1]}.")
-    lines.append(f"The old database was backed up first: {safety_id}." if safety_id else why_none)
-    if swapped.has_diverged:
-        lines.append("The live database had begun anew since that backup: schema ops has the rows of both.")
-    else:
-        lines.append(f"Schema ops was kept: {sum(swapped.ops_rows.values()):,} rows.")
-    lines += [f"Not copied from the old database: {line}" for line in swapped.not_copied]
-    more_lines, is_ok = await _finish(pool, name, before, drop_old, after)
-    lines += more_lines
+    more_lines, is_ok = await _finish(pool, scratch, after)
     seconds = round(time.monotonic() - started, 2)
     data: dict[str, Any] = {
         "backup": archive.id,
-        "database": name,
+        "database": database,
         "seconds": seconds,
-        #: Until the swap; gathering statistics and cleaning up come after.
+        #: Until the rows are live; gathering statistics comes after.
         "seconds_until_live": seconds_until_live,
         "safety_backup": safety_id,
         "migrated": revisions,
         "rows": loaded.rows,
+        "deleted": replaced.deleted,
+        "changed": replaced.changed,
+        "added": replaced.added,
         "left_out": loaded.left_out,
-        "ops": swapped.ops_rows,
-        "began_anew": swapped.has_diverged,
-        "before": None if drop_old else before,
+        "ops": replaced.ops_rows,
+        "began_anew": replaced.has_diverged,
     }
-    _log.info("backup restored", extra={"backup": archive.id, "seconds": seconds, "database_name": name})
-    return Outcome("\n".join(lines), data, ok=is_ok)
+    _log.info("backup restored", extra={"backup": archive.id, "seconds": seconds, "database_name": database})
+    return Outcome("\n".join([*lines, *more_lines]), data, ok=is_ok)
 
 
-async def _missing_revisions(archive: Archive) -> list[str]:
-    """Return the revisions that the backup lacks, oldest first. Raises `BackupError` if its own is unknown."""
-    if archive.revision is None:
-        raise BackupError(f"backup {archive.id} contains no tables of Guildbook's: there is nothing to restore")
-    scripts = ScriptDirectory(str(migrations.SCRIPTS))
-    try:
-        revisions = [script.revision for script in scripts.iterate_revisions("heads", archive.revision)]
-    except (CommandError, RevisionError):
-        raise BackupError(
-            f"backup {archive.id} is at revision {archive.revision}, which this version does not know: it was made by a"
-            " newer Guildbook. Restore it with that version"
-        ) from None
-    return revisions[::-1]
+async def _prepare_live_tables(pool: Pool, scratch: ScratchPlace) -> None:
+    """Bring the live tables to the revision of the loaded ones, with partitions for the rows."""
+    if scratch.is_migrated:
+        await migrations.upgrade(pool, "heads")
+    async with pool.acquire() as connection:
+        await ensure_partitions(connection, pool.now())
 
 
-async def _finish(
-    pool: Pool, name: str, before: str, drop_old: bool, after: Callable[[], Awaitable[None]] | None
-) -> tuple[list[str], bool]:
-    """Do what the restored database still needs; it is live already, so a failure is reported and not raised."""
+def _describe_ops(replaced: Replaced) -> str:
+    if replaced.has_diverged:
+        return "The live database had begun anew since that backup: schema ops has the rows of both."
+    return "Schema ops was kept."
+
+
+async def _finish(pool: Pool, scratch: ScratchPlace, after: After) -> tuple[list[str], bool]:
+    """Do what the restored tables still need; they are live already, so a failure is reported and not raised."""
     lines: list[str] = []
     is_ok = True
-    live = pool.direct.with_database(name)
+
+    async def resume() -> None:
+        if not await migrations.pending(pool):  # there is nothing left that the pause would keep from being applied
+            await migrations.resume_auto_migrate(pool)
+
     for what, work in (
-        ("reconnecting", pool.renew),
-        # A pause of the former database is in `ops`, but the restored one is at the newest revision.
-        ("resuming AUTO_MIGRATE", lambda: migrations.resume_auto_migrate(pool)),
+        ("resuming AUTO_MIGRATE", resume),
         ("the reconcile", after),
-        ("gathering statistics", lambda: load.analyze(live, Schemas())),
+        ("gathering statistics", lambda: load.analyze(scratch.live, scratch.schemas)),
     ):
         try:
             if work is not None:
@@ -193,51 +174,6 @@ async def _finish(
         except GuildbookError as error:
             is_ok = False
             lines.append(f"Restored, but {what} failed: {error}")
-    try:
-        lines += await _report_old(live, name, before, drop_old)
-    except GuildbookError as error:
-        is_ok = False
-        lines.append(f"Restored, but the old database could not be dropped: {error}")
     if after is None:
         lines.append("A running bot starts over by itself and reconciles every guild.")
     return lines, is_ok
-
-
-async def _drop_earlier(live: ConnectTarget, name: str) -> None:
-    """Drop the databases that earlier restores kept.
-
-    Concurrently with the load: DROP waits for a full checkpoint, and the earlier it starts, the less there is to flush.
-    """
-    try:
-        async with scratch.connect(await scratch.maintenance_target(live, name)) as connection:
-            with translate_errors("dropping the database of an earlier restore"):
-                for old in await scratch.list_databases(connection, name, scratch.BEFORE):
-                    await scratch.drop(connection, old)
-    except GuildbookError as error:
-        _log.warning("the next restore tries again: %s", error)
-
-
-async def _report_old(live: ConnectTarget, name: str, before: str, drop_old: bool) -> list[str]:
-    """Drop the old database if `drop_old`, and say what became of it."""
-    async with scratch.connect(await scratch.maintenance_target(live, name)) as connection:
-        with translate_errors("dropping the old database"):
-            if drop_old:
-                await scratch.drop(connection, before)
-                return ["The old database was dropped."]
-            size = await connection.fetchval("SELECT pg_size_pretty(pg_database_size($1))", before)
-    return [f"The old database is kept as {before} ({size}) until the next restore drops it."]
-
-
-@contextlib.contextmanager
-def _quiet_pool() -> Iterator[None]:
-    """Suppress the traceback that asyncpg's pool logs for each connection that the swap terminates."""
-    logger = logging.getLogger("asyncpg.pool")
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "connection floor" not in str(record.msg)  # the record has nothing else to tell it by
-
-    logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other)

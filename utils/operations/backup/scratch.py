@@ -1,9 +1,8 @@
-"""Scratch databases: databases next to the live one, in which a backup is restored before it is relied on.
+"""Scratch databases: databases next to the live one, which a restore of the whole database puts in its place.
 
-Their names tell their purpose: `guildbook_restore_20260102_030405_9f3c` and `…_drill_…` are scratch databases,
-`…_before_…` is the former live database that a restore replaced. The creator of a scratch database holds an advisory
-lock on its name in the maintenance database. One that nobody holds belonged to a killed process; the next restore or
-drill drops it.
+Their names tell their purpose: `guildbook_restore_20260102_030405_9f3c` is a scratch database, `…_before_…` the former
+live database that a restore replaced. The creator of a scratch database holds an advisory lock on its name in the
+maintenance database. One that nobody holds belonged to a killed process; the next such restore drops it.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ else:
 
 _log = logging.getLogger(__name__)
 
-RESTORE, DRILL, BEFORE = "restore", "drill", "before"
+RESTORE, BEFORE = "restore", "before"
 #: Databases that every server has. A session in one of them can rename the live database; a session in the live one
 #: cannot (PostgreSQL manual, 23.3).
 _MAINTENANCE_DATABASES = ("postgres", "template1")
@@ -156,13 +155,13 @@ async def maintenance_target(live: ConnectTarget, database: str) -> ConnectTarge
     raise ForbiddenHere(f"the server allows connections to no database but {database} ({reason})")
 
 
-async def check_privileges(live: ConnectTarget, database: str, *, to_rename: bool) -> None:
-    """Raise `ForbiddenHere` unless we may create a database like `database` and, with `to_rename`, rename it."""
+async def check_privileges(live: ConnectTarget, database: str) -> None:
+    """Raise `ForbiddenHere` unless we may create a database like `database` and rename it."""
     async with connect(await maintenance_target(live, database)) as connection:
-        await _read_properties(connection, database, to_rename=to_rename)
+        await _read_properties(connection, database)
 
 
-async def _read_properties(connection: Connection, database: str, *, to_rename: bool) -> asyncpg.Record:
+async def _read_properties(connection: Connection, database: str) -> asyncpg.Record:
     """Return the properties of a database that a scratch one copies. Raises as `check_privileges` does."""
     properties = await connection.fetchrow(_PROPERTIES, database)
     if properties is None:
@@ -173,7 +172,7 @@ async def _read_properties(connection: Connection, database: str, *, to_rename: 
             f"the database user {role} may not create databases (to allow it: ALTER ROLE {quote_identifier(role)}"
             " CREATEDB)"
         )
-    if to_rename and not properties["is_owner"]:
+    if not properties["is_owner"]:
         raise ForbiddenHere(
             f"database {database} belongs to {properties['owner']}, and {role} may not rename it (to allow it: ALTER"
             f" DATABASE {quote_identifier(database)} OWNER TO {quote_identifier(role)})"
@@ -185,20 +184,18 @@ async def _read_properties(connection: Connection, database: str, *, to_rename: 
 
 
 @contextlib.asynccontextmanager
-async def scratch_database(
-    live: ConnectTarget, database: str, purpose: str, suffix: str
-) -> AsyncIterator[ScratchDatabase]:
+async def scratch_database(live: ConnectTarget, database: str, suffix: str) -> AsyncIterator[ScratchDatabase]:
     """Create an empty database like `database`, and drop it after the block unless it has been renamed.
 
     Leftovers of killed processes are dropped first. Raises `ForbiddenHere` if the server does not allow a second
     database, and `BackupError` while another restore of `database` is running.
     """
     maintenance = await maintenance_target(live, database)
-    name = scratch_name(database, purpose, suffix)
+    name = scratch_name(database, RESTORE, suffix)
     async with connect(maintenance) as connection:
-        if purpose == RESTORE and not await lock(connection, f"restore of {database}"):
+        if not await lock(connection, f"restore of {database}"):
             raise BackupError(f"another restore of {database} is running: wait until it ends")
-        properties = await _read_properties(connection, database, to_rename=purpose == RESTORE)
+        properties = await _read_properties(connection, database)
         await drop_leftovers(connection, database)
         await lock(connection, name)
         try:
@@ -211,15 +208,15 @@ async def scratch_database(
 async def drop_leftovers(connection: Connection, database: str) -> list[str]:
     """Drop the scratch databases that killed processes left next to `database`; return their names."""
     dropped: list[str] = []
-    for name in await list_databases(connection, database, RESTORE, DRILL):
+    for name in await list_databases(connection, database, RESTORE):
         if not await lock(connection, name):
             continue  # its owner is alive
         try:
             await drop(connection, name)
-        except asyncpg.PostgresError as error:  # the next restore or drill tries again
-            _log.warning("could not drop database %s of a killed restore or drill: %s", name, translate(error))
+        except asyncpg.PostgresError as error:  # the next restore tries again
+            _log.warning("could not drop database %s of a killed restore: %s", name, translate(error))
         else:
-            _log.info("dropped database %s of a killed restore or drill", name)
+            _log.info("dropped database %s of a killed restore", name)
             dropped.append(name)
         finally:
             await unlock(connection, name)
@@ -239,7 +236,9 @@ async def _try_to_drop(maintenance: ConnectTarget, connection: Connection, name:
         async with connect(maintenance) as fresh:  # a firewall may have closed the idle connection
             await drop(fresh, name)
     except (DatabaseError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
-        _log.warning("could not drop database %s, the next restore or drill will: %s", name, translate(error))
+        _log.warning(
+            "could not drop database %s, the next restore of the whole database will: %s", name, translate(error)
+        )
 
 
 async def lock(connection: Connection, name: str) -> bool:

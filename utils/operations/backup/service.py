@@ -14,6 +14,7 @@ from utils.operations.backup.drill import drill
 from utils.operations.backup.manifest import Reason
 from utils.operations.backup.restore import restore
 from utils.operations.backup.retention import RetentionRules
+from utils.operations.backup.whole_database import find_losses
 from utils.settings import Settings
 
 #: Backups listed for people; `--json` has all.
@@ -67,12 +68,20 @@ class BackupService:
         pool: Pool,
         id: str,
         *,
+        whole_database: bool = False,
         drop_old: bool = False,
         progress: Progress = ignore_progress,
         after: Callable[[], Awaitable[None]] | None = None,
     ) -> Outcome:
-        """Replace the live database by a backup; see `utils.operations.backup.restore`."""
-        return await restore(pool, self.catalog, id, drop_old=drop_old, progress=progress, after=after)
+        """Replace the rows of our tables by those of a backup; see `utils.operations.backup.restore`."""
+        return await restore(
+            pool, self.catalog, id, whole_database=whole_database, drop_old=drop_old, progress=progress, after=after
+        )
+
+    async def find_losses(self, pool: Pool, id: str) -> Sequence[str]:
+        """Return what a restore of the whole database would lose, one line each."""
+        entry = await self.catalog.find(id)
+        return await find_losses(pool, [] if entry.manifest is None else list(entry.manifest.counts))
 
     async def drill(self, pool: Pool, id: str = "latest", *, progress: Progress = ignore_progress) -> Outcome:
         """Restore a backup next to the live database and compare; see `utils.operations.backup.drill`."""

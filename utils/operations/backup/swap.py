@@ -180,7 +180,7 @@ async def _transfer_ops(
         await locker.execute(f"LOCK TABLE {', '.join(map(_in_ops, ordered))} IN EXCLUSIVE MODE")
     live_leases |= await lease.list_live(locker)
     async with connect(target) as other, other.transaction():
-        has_diverged = await _has_diverged(locker, other)
+        has_diverged = lease.has_diverged(await lease.list_epochs(locker), await lease.list_epochs(other))
         copied = await copy_ops(locker, other, tables, add=has_diverged)
         if has_diverged or (revoke_lease and "leases" in copied):
             # Later stamps must exceed those in the restored rows. Nobody holds the new epoch, so the current holder
@@ -189,20 +189,6 @@ async def _transfer_ops(
         elif live_leases and "leases" in copied:  # the blocked holder must not lose its lease meanwhile
             await lease.revive(other, live_leases)
     return copied, has_diverged
-
-
-async def _has_diverged(live: Connection, restored: Connection) -> bool:
-    """Return whether the live database began anew since the backup: its leases do not continue those of the backup.
-
-    Then the rows that the bot wrote there have lower stamps than those of the backup, and its `ops` lacks earlier
-    requests to be forgotten.
-    """
-    live_epochs = await lease.list_epochs(live)
-    for shard, (epoch, taken_at) in (await lease.list_epochs(restored)).items():
-        live_epoch, live_taken_at = live_epochs.get(shard, (0, None))
-        if live_epoch < epoch or (live_epoch == epoch and live_taken_at != taken_at):
-            return True
-    return False
 
 
 async def columns_of_ops(connection: Connection) -> dict[str, dict[str, str]]:

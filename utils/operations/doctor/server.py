@@ -23,7 +23,6 @@ _PRIVILEGES = """
 SELECT has_database_privilege(current_database(), 'CREATE') AS may_create_schemas,
     has_schema_privilege(current_schema(), 'CREATE') AS may_create_tables,
     has_database_privilege(current_database(), 'TEMP') AS may_create_temporary,
-    (SELECT rolcreatedb OR rolsuper FROM pg_roles WHERE rolname = current_user) AS may_create_databases,
     current_user::text AS user, current_database()::text AS database
 """
 _CONNECTIONS = """
@@ -73,11 +72,7 @@ async def check_privileges(context: DoctorContext) -> Sequence[Finding]:
         if not row[privilege]:
             advice = " ".join(("as the database's owner: GRANT", grant, "TO", user))
             problems.append(Finding("fail", "rights", f"{user} may not create {objects}", advice))
-    if not row["may_create_databases"]:
-        advice = " ".join(("as a superuser: ALTER ROLE", user, "CREATEDB"))
-        seen = f"{user} may not create databases: no drills, and no restore in one step"
-        problems.append(Finding("warn", "rights", seen, advice))
-    return problems or [Finding("ok", "rights", f"{user} may create schemas, tables, temporary tables and databases")]
+    return problems or [Finding("ok", "rights", f"{user} may create schemas, tables and temporary tables")]
 
 
 async def check_schema(context: DoctorContext) -> Sequence[Finding]:

@@ -1,0 +1,153 @@
+"""Where a backup is loaded and counted before anything relies on it: scratch schemas in the live database.
+
+Their tables are copies of the live ones if those are at the backup's revision. Otherwise the revisions make them as the
+backup has them, and later migrate the loaded rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+from utils.database import ConnectTarget, Pool, ownership
+from utils.database.placement import Placement
+from utils.exceptions import BackupError, MigrationError, translate_errors
+from utils.operations import migrations
+from utils.operations.action import Progress, Step, ignore_progress
+from utils.operations.backup import load
+from utils.operations.backup.archive import Archive
+from utils.operations.backup.load import Loaded, Place
+from utils.operations.backup.objects import Name, Schemas, find_tables, owned_names
+from utils.operations.backup.scratch import Connection, connect
+from utils.operations.backup.scratch_schemas import copy_structure, drop_columns, scratch_schemas
+
+_OTHER_PATH = """
+SELECT string_agg(quote_ident(name), ', ' ORDER BY position)
+FROM unnest(current_schemas(false)::text[]) WITH ORDINALITY AS path (name, position) WHERE name <> $1
+"""
+
+
+def missing_revisions(archive: Archive) -> list[str]:
+    """Return the revisions that a backup lacks, oldest first. Raises `BackupError` if its own is unknown."""
+    if archive.revision is None:
+        raise BackupError(f"backup {archive.id} contains no tables of Guildbook's: there is nothing to restore")
+    try:
+        return migrations.Revisions().pending(archive.revision.split(", "))
+    except MigrationError:
+        raise BackupError(
+            f"backup {archive.id} is at revision {archive.revision}, which this version does not know: it was made by a"
+            " newer Guildbook. Restore it with that version"
+        ) from None
+
+
+def live_schemas(pool: Pool) -> Schemas:
+    """Return the schemas that our tables are in or, without any, in which a migration makes them."""
+    return Schemas(pool.placement.main, pool.placement.ops)
+
+
+@contextlib.asynccontextmanager
+async def open_place(pool: Pool, *, is_restore: bool) -> AsyncIterator[ScratchPlace]:
+    """Yield scratch schemas in the live database, which are dropped after the block.
+
+    Raises `BackupError` behind a pooler and while another restore is running, and `ForbiddenHere` if the user may not
+    create schemas.
+    """
+    live = pool.direct
+    if live.pooled:
+        raise BackupError(
+            f"{live} is a pooler, and a restore or a drill needs a direct connection: set DATABASE_UNPOOLED_URL."
+            " Nothing was changed"
+        )
+    live = live.with_database(await pool.fetchval("SELECT current_database()"))
+    version = await ownership.fetch_version(pool)
+    schemas = live_schemas(pool)
+    async with scratch_schemas(live, schemas, is_restore=is_restore) as scratch:
+        yield ScratchPlace(live, schemas, scratch, ", ".join(version.revisions) or None)
+
+
+class ScratchPlace:
+    """Scratch schemas in the live database, and what was loaded there."""
+
+    def __init__(self, live: ConnectTarget, schemas: Schemas, scratch: Schemas, revision: str | None) -> None:
+        self.live: ConnectTarget = live
+        #: Where the live tables are.
+        self.schemas: Schemas = schemas
+        #: The revision of the live tables; None: there are none.
+        self.revision: str | None = revision
+        self._scratch = scratch
+        #: Leads revisions to the scratch tables; None: these are copies of the live ones.
+        self._placed: ConnectTarget | None = None
+
+    @property
+    def is_migrated(self) -> bool:
+        """Whether the revisions made the tables, so that they can be migrated."""
+        return self._placed is not None
+
+    @property
+    def place(self) -> Place:
+        """The scratch tables."""
+        return Place(self.live, self._scratch)
+
+    async def load(self, archive: Archive, *, progress: Progress = ignore_progress) -> Loaded:
+        """Make the tables of an archive's revision, and load and count its rows.
+
+        Raises `BackupError` unless all of it comes back.
+        """
+        missing_revisions(archive)
+        ours = set(owned_names(archive.schemas))
+        names = load.translated_names([name for name in archive.counts if name in ours], archive.schemas, self.schemas)
+        async with connect(self.live) as connection:
+            with translate_errors("making the scratch tables"):
+                tables = await find_tables(connection, list(names.values()))
+                if self.revision == archive.revision and len(tables) == len(names):
+                    await copy_structure(connection, tables, self.schemas, self._scratch)
+                else:
+                    await self._run_revisions(connection, archive)
+        loaded = await load.load_and_check(archive, self.place, progress=progress)
+        if not self.is_migrated:
+            async with connect(self.live) as connection:
+                with translate_errors("reading the scratch tables"):
+                    await drop_columns(connection, loaded.columns)
+        return loaded
+
+    async def _run_revisions(self, connection: Connection, archive: Archive) -> None:
+        """Make the tables as the revision of an archive has them. Raises `MigrationError` if a revision fails."""
+        if self._scratch.others:
+            raise BackupError(
+                f"backup {archive.id} is at revision {archive.revision}, and the live tables are at {self.revision}:"
+                f" tables of cogs in the schema {', '.join(self._scratch.others)} cannot be migrated in scratch"
+                " schemas. Restore with --whole-database"
+            )
+        # Types and functions of extensions may be in other schemas of the path.
+        path = await connection.fetchval(_OTHER_PATH, self.schemas.main)
+        placed = self.live.with_placement(Placement(self._scratch.main, self._scratch.ops))
+        self._placed = (
+            replace(placed, server_settings={**placed.server_settings, "search_path": path}) if path else placed
+        )
+        await load.make_place(archive, self._placed, self._scratch)
+
+    async def migrate(self, archive: Archive, *, progress: Progress = ignore_progress) -> list[str]:
+        """Migrate what was loaded to the newest revision; return the applied revisions.
+
+        Copies of live tables stay at the revision of those.
+        """
+        revisions = missing_revisions(archive) if self.is_migrated else []
+        if revisions:
+            assert self._placed is not None, "the revisions made the tables"
+            progress(Step("migrating", 0, len(revisions), "revisions"))
+            await migrations.upgrade(self._placed, "heads")
+        return revisions
+
+    async def tables_to_replace(self, loaded: Loaded) -> list[Name]:
+        """Return the live tables that have a counterpart here: one in the backup, or one that a revision filled."""
+        async with connect(self.live) as connection:
+            with translate_errors("reading the scratch tables"):
+                tables = await find_tables(connection, owned_names(self._scratch))
+                in_backup = set(loaded.tables.values())
+                found: list[Name] = []
+                for table in tables:
+                    name = (table.schema, table.name)
+                    if name in in_backup or await connection.fetchval(f"SELECT EXISTS (SELECT FROM {table.quoted})"):  # noqa: S608
+                        found.append(name)
+        return list(load.translated_names(found, self._scratch, self.schemas).values())

@@ -1,0 +1,103 @@
+-- What the replacement of rows asks the catalogue.
+
+-- name: shapes
+-- Of each live table ($1, with its scratch table in $2): the columns that both have, and the types of those that differ;
+-- the columns of its key; and whether rows must be changed in place, because foreign keys refer to it or because it has
+-- columns that a backup does not know.
+WITH pair AS (
+    SELECT number, to_regclass(live)::oid AS live, to_regclass(scratch)::oid AS scratch
+    FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS t (live, scratch, number)
+)
+SELECT pair.number::int, c.relkind = 'p' AS is_partitioned,
+    ARRAY(
+        SELECT l.attname::text
+        FROM pg_attribute AS l JOIN pg_attribute AS s ON s.attrelid = pair.scratch AND s.attname = l.attname
+        WHERE l.attrelid = pair.live AND l.attnum > 0 AND NOT l.attisdropped AND NOT s.attisdropped
+            AND l.attgenerated = '' ORDER BY l.attnum
+    ) AS columns,
+    ARRAY(
+        SELECT CASE WHEN l.atttypid <> s.atttypid THEN format_type(l.atttypid, l.atttypmod) END
+        FROM pg_attribute AS l JOIN pg_attribute AS s ON s.attrelid = pair.scratch AND s.attname = l.attname
+        WHERE l.attrelid = pair.live AND l.attnum > 0 AND NOT l.attisdropped AND NOT s.attisdropped
+            AND l.attgenerated = ''
+        ORDER BY l.attnum
+    ) AS casts,
+    coalesce((
+        SELECT ARRAY(
+            SELECT a.attname::text FROM unnest(i.indkey::int2[]) WITH ORDINALITY AS k (attnum, position)
+            JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+            WHERE k.position <= i.indnkeyatts ORDER BY k.position
+        )
+        FROM pg_index AS i WHERE i.indrelid = pair.live AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
+            AND i.indexprs IS NULL AND i.indimmediate AND NOT EXISTS (
+                SELECT FROM unnest(i.indkey::int2[]) WITH ORDINALITY AS k (attnum, position)
+                JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+                WHERE k.position <= i.indnkeyatts AND NOT a.attnotnull)
+        ORDER BY i.indisprimary DESC, i.indexrelid LIMIT 1
+    ), '{}') AS key,
+    EXISTS (SELECT FROM pg_constraint AS r WHERE r.contype = 'f' AND r.confrelid = pair.live) OR EXISTS (
+        SELECT FROM pg_attribute AS l WHERE l.attrelid = pair.live AND l.attnum > 0 AND NOT l.attisdropped
+            AND l.attgenerated = '' AND NOT EXISTS (
+                SELECT FROM pg_attribute AS s WHERE s.attrelid = pair.scratch AND s.attname = l.attname
+                AND NOT s.attisdropped)
+    ) AS must_update
+FROM pair JOIN pg_class AS c ON c.oid = pair.live WHERE pair.scratch IS NOT NULL ORDER BY pair.number;
+
+-- name: references
+-- Foreign keys among these tables.
+SELECT DISTINCT r.conrelid::regclass::text AS source, r.confrelid::regclass::text AS target
+FROM pg_constraint AS r
+WHERE r.contype = 'f' AND r.conrelid <> r.confrelid AND r.conparentid = 0
+    AND r.conrelid = ANY($1::text[]::regclass[]) AND r.confrelid = ANY($1::text[]::regclass[]);
+
+-- name: foreign_keys
+-- Foreign keys of tables that are not among $2 onto $1.
+SELECT r.conname AS name, r.conrelid::regclass::text AS source, r.confrelid::regclass::text AS target,
+    r.confdeltype::text AS on_delete,
+    ARRAY(SELECT a.attname::text FROM unnest(r.conkey) WITH ORDINALITY AS k (attnum, position)
+        JOIN pg_attribute AS a ON a.attrelid = r.conrelid AND a.attnum = k.attnum ORDER BY k.position) AS columns,
+    ARRAY(SELECT a.attname::text FROM unnest(r.confkey) WITH ORDINALITY AS k (attnum, position)
+        JOIN pg_attribute AS a ON a.attrelid = r.confrelid AND a.attnum = k.attnum ORDER BY k.position) AS referenced
+FROM pg_constraint AS r
+WHERE r.contype = 'f' AND r.conparentid = 0 AND r.confrelid = ANY($1::text[]::regclass[])
+    AND r.conrelid <> ALL($2::text[]::regclass[])
+ORDER BY 2, 1;
+
+-- name: triggers
+-- Triggers that would fire; those of partitions come with their tables.
+SELECT t.tgrelid::regclass::text AS table, quote_ident(t.tgname) AS name, t.tgenabled::text AS state
+FROM pg_trigger AS t
+WHERE t.tgrelid = ANY($1::text[]::regclass[]) AND NOT t.tgisinternal AND t.tgenabled <> 'D'
+    AND NOT EXISTS (SELECT FROM pg_inherits AS i JOIN pg_trigger AS p ON p.tgrelid = i.inhparent
+        AND p.tgname = t.tgname AND NOT p.tgisinternal WHERE i.inhrelid = t.tgrelid)
+ORDER BY 1, 2;
+
+-- name: foreign_owner
+-- A table that somebody else owns.
+SELECT name, pg_get_userbyid(c.relowner) AS owner, current_user::text AS role
+FROM unnest($1::text[]) AS name JOIN pg_class AS c ON c.oid = to_regclass(name)
+WHERE NOT pg_has_role(c.relowner, 'USAGE') ORDER BY name LIMIT 1;
+
+-- name: lock_holders
+-- Sessions with a lock that keeps the rows of these tables from being replaced.
+SELECT DISTINCT format('%s is locked by process %s (%s)', l.relation::regclass, l.pid,
+    coalesce(nullif(a.application_name, ''), a.usename, 'unnamed')) AS line
+FROM pg_locks AS l LEFT JOIN pg_stat_activity AS a USING (pid)
+WHERE l.granted AND l.locktype = 'relation' AND l.mode <> 'AccessShareLock' AND l.pid <> pg_backend_pid()
+    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND l.relation = ANY(SELECT to_regclass(name) FROM unnest($1::text[]) AS name)
+ORDER BY line LIMIT 3;
+
+-- name: raise_sequence
+-- Raise a sequence to at least a state. {name} is its name in SQL.
+SELECT setval($1::text::regclass, $2, $3) FROM pg_sequence AS s, {name} AS now
+WHERE s.seqrelid = $1::text::regclass
+    AND (CASE WHEN s.seqincrement > 0 THEN (now.last_value, now.is_called) < ($2, $3)
+        ELSE (-now.last_value, now.is_called) < (-$2, $3) END);
+
+-- name: drawn_columns
+-- Columns of a table that draw from a sequence.
+SELECT a.attname::text AS name FROM pg_attribute AS a LEFT JOIN pg_attrdef AS d
+    ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+WHERE a.attrelid = to_regclass($1)
+    AND (a.attidentity <> '' OR pg_get_expr(d.adbin, d.adrelid) LIKE 'nextval(%');

@@ -1,0 +1,245 @@
+"""Replaces the whole live database by a restored one, with everything in it that is not Guildbook's.
+
+For a database that Guildbook has for itself, when nothing of the old one is to stay: a scratch database is made and
+loaded, and then swapped with the live one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any
+
+from utils.database import ConnectTarget, Pool
+from utils.database.partitions import ensure_partitions
+from utils.exceptions import BackupError, ForbiddenHere, GuildbookError, translate_errors
+from utils.operations import migrations
+from utils.operations.action import Outcome, Progress, Step, ignore_progress
+from utils.operations.backup import load, scratch, swap
+from utils.operations.backup.archive import Archive
+from utils.operations.backup.objects import Name, Schemas, find_views, qualified
+from utils.operations.backup.places import live_schemas, missing_revisions
+from utils.operations.backup.scratch import connect
+
+_log = logging.getLogger(__name__)
+
+#: What is in the database besides these tables, with the rows that the planner estimates.
+_LOSSES = """
+SELECT n.nspname::text AS schema, c.relname::text AS name, CASE c.relkind WHEN 'v' THEN 'view'
+    WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' ELSE 'table' END AS kind,
+    CASE WHEN c.relkind = 'p' THEN (SELECT sum(greatest(l.reltuples, 0)) FROM pg_partition_tree(c.oid) AS t
+        JOIN pg_class AS l ON l.oid = t.relid WHERE t.isleaf) ELSE greatest(c.reltuples, 0) END::bigint AS rows
+FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') AND NOT c.relispartition AND c.relpersistence <> 't'
+    AND n.nspname <> 'information_schema' AND n.nspname NOT LIKE 'pg\\_%'
+    AND NOT EXISTS (SELECT FROM pg_depend AS d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
+        AND d.deptype = 'e')
+    AND NOT EXISTS (SELECT FROM unnest($1::text[], $2::text[]) AS kept (schema, name)
+        WHERE kept.schema = n.nspname AND kept.name = c.relname)
+ORDER BY 1, 2
+"""
+_OTHERS = """
+SELECT 'extension ' || quote_ident(extname) AS line FROM pg_extension WHERE extname <> 'plpgsql'
+UNION ALL SELECT 'publication ' || quote_ident(pubname) FROM pg_publication
+UNION ALL SELECT 'event trigger ' || quote_ident(evtname) FROM pg_event_trigger
+UNION ALL SELECT 'grants on Guildbook''s tables' WHERE EXISTS (
+    SELECT FROM unnest($1::text[], $2::text[]) AS kept (schema, name) JOIN pg_namespace AS n ON n.nspname = kept.schema
+        JOIN pg_class AS c ON c.relnamespace = n.oid AND c.relname = kept.name, aclexplode(c.relacl) AS a
+    WHERE a.grantee <> c.relowner)
+UNION ALL SELECT 'policies on Guildbook''s tables' WHERE EXISTS (
+    SELECT FROM unnest($1::text[], $2::text[]) AS kept (schema, name) JOIN pg_policies AS p
+        ON p.schemaname = kept.schema AND p.tablename = kept.name)
+ORDER BY 1
+"""
+
+
+async def find_losses(pool: Pool, tables: Sequence[Name]) -> list[str]:
+    """Return what replacing the whole database would lose, one line each: everything but these tables and our views."""
+    schemas = live_schemas(pool)
+    async with connect(pool.direct) as connection:
+        with translate_errors("looking for other programs' objects"):
+            kept = [*tables, *await find_views(connection, schemas)]
+            names = [schema for schema, _ in kept], [name for _, name in kept]
+            relations = await connection.fetch(_LOSSES, *names)
+            others = await connection.fetch(_OTHERS, *names)
+    lines = [
+        f"{row['kind']} {qualified((row['schema'], row['name']))}"
+        + (f" (about {row['rows']:,} rows)" if row["kind"] != "view" else "")
+        for row in relations
+    ]
+    return [*lines, *(row["line"] for row in others)]
+
+
+async def replace_database(
+    pool: Pool,
+    archive: Archive,
+    *,
+    safety_backup: Callable[[], Awaitable[tuple[str | None, str]]],
+    drop_old: bool = False,
+    progress: Progress = ignore_progress,
+    after: Callable[[], Awaitable[None]] | None = None,
+) -> Outcome:
+    """Put a restored database in the place of the live one; see `utils.operations.backup.restore.restore`."""
+    live = pool.direct
+    if live.pooled:
+        raise BackupError(
+            f"{live} is a pooler, and a restore needs a direct connection: set DATABASE_UNPOOLED_URL. Nothing was"
+            " changed"
+        )
+    name: str = await pool.fetchval("SELECT current_database()")
+    live = live.with_database(name)
+    schemas = live_schemas(pool)
+    suffix = scratch.new_suffix()
+    before = scratch.scratch_name(name, scratch.BEFORE, suffix)
+    try:
+        await scratch.check_privileges(live, name)
+    except ForbiddenHere as error:
+        raise ForbiddenHere(
+            f"{error}, so the whole database cannot be replaced: restore without --whole-database"
+        ) from error
+    revisions = missing_revisions(archive)
+    lost = await find_losses(pool, list(archive.counts))
+    safety_id, why_none = await safety_backup()
+    started = time.monotonic()
+    async with scratch.scratch_database(live, name, suffix) as database:
+        dropping = asyncio.create_task(_drop_earlier(live, name), name="dropping the database of an earlier restore")
+        try:
+            target = database.target.with_placement(pool.placement)
+            place = await load.make_place(archive, target, schemas)
+            loaded = await load.load_and_check(archive, place, progress=progress)
+            await load.set_sequences(archive, place)
+            await dropping
+        finally:
+            dropping.cancel()
+            await asyncio.wait({dropping})
+        if revisions:
+            progress(Step("migrating", 0, len(revisions), "revisions"))
+            await migrations.upgrade(target, "heads")
+        async with connect(target) as connection:
+            with translate_errors("creating partitions"):
+                await ensure_partitions(connection, pool.now())
+        progress(Step("swapping"))
+        with _quiet_pool():
+            swapped = await swap.swap(
+                live,
+                name,
+                database.name,
+                before,
+                comment=f"{name} until backup {archive.id} was restored; dropped by the next restore",
+                revoke_lease=after is None,
+            )
+    seconds_until_live = round(time.monotonic() - started, 2)
+    lines = [
+        f"Backup {archive.id} of {archive.made_at:%Y-%m-%d %H:%M} UTC is now the live database {name}:"
+        f" {loaded.rows:,} rows in {len(loaded.tables)} tables, all counted."
+    ]
+    if revisions:
+        lines.append(f"It was migrated from revision {archive.revision} to {revisions[-1]}.")
+    lines.append(f"The old database was backed up first: {safety_id}." if safety_id else why_none)
+    if swapped.has_diverged:
+        lines.append("The live database had begun anew since that backup: schema ops has the rows of both.")
+    else:
+        lines.append(f"Schema ops was kept: {sum(swapped.ops_rows.values()):,} rows.")
+    if loaded.left_out:
+        lines.append(f"Left out, because no revision here makes them: {', '.join(loaded.left_out)}.")
+    if lost:
+        lines.append(f"Not in the new database: {', '.join(lost)}.")
+    lines += [f"Not copied from the old database: {line}" for line in swapped.not_copied]
+    more_lines, is_ok = await _finish(pool, name, schemas, before, drop_old, after)
+    lines += more_lines
+    seconds = round(time.monotonic() - started, 2)
+    data: dict[str, Any] = {
+        "backup": archive.id,
+        "database": name,
+        "seconds": seconds,
+        #: Until the swap; gathering statistics and cleaning up come after.
+        "seconds_until_live": seconds_until_live,
+        "safety_backup": safety_id,
+        "migrated": revisions,
+        "rows": loaded.rows,
+        "left_out": loaded.left_out,
+        "lost": lost,
+        "ops": swapped.ops_rows,
+        "began_anew": swapped.has_diverged,
+        "before": None if drop_old else before,
+    }
+    _log.info("whole database restored", extra={"backup": archive.id, "seconds": seconds, "database_name": name})
+    return Outcome("\n".join(lines), data, ok=is_ok)
+
+
+async def _finish(
+    pool: Pool,
+    name: str,
+    schemas: Schemas,
+    before: str,
+    drop_old: bool,
+    after: Callable[[], Awaitable[None]] | None,
+) -> tuple[list[str], bool]:
+    """Do what the restored database still needs; it is live already, so a failure is reported and not raised."""
+    lines: list[str] = []
+    is_ok = True
+    live = pool.direct.with_database(name)
+    for what, work in (
+        ("reconnecting", pool.renew),
+        # A pause of the former database is in `ops`, but the restored one is at the newest revision.
+        ("resuming AUTO_MIGRATE", lambda: migrations.resume_auto_migrate(pool)),
+        ("the reconcile", after),
+        ("gathering statistics", lambda: load.analyze(live, schemas)),
+    ):
+        try:
+            if work is not None:
+                await work()
+        except GuildbookError as error:
+            is_ok = False
+            lines.append(f"Restored, but {what} failed: {error}")
+    try:
+        lines += await _report_old(live, name, before, drop_old)
+    except GuildbookError as error:
+        is_ok = False
+        lines.append(f"Restored, but the old database could not be dropped: {error}")
+    if after is None:
+        lines.append("A running bot starts over by itself and reconciles every guild.")
+    return lines, is_ok
+
+
+async def _drop_earlier(live: ConnectTarget, name: str) -> None:
+    """Drop the databases that earlier restores kept.
+
+    Concurrently with the load: DROP waits for a full checkpoint, and the earlier it starts, the less there is to flush.
+    """
+    try:
+        async with scratch.connect(await scratch.maintenance_target(live, name)) as connection:
+            with translate_errors("dropping the database of an earlier restore"):
+                for old in await scratch.list_databases(connection, name, scratch.BEFORE):
+                    await scratch.drop(connection, old)
+    except GuildbookError as error:
+        _log.warning("the next restore tries again: %s", error)
+
+
+async def _report_old(live: ConnectTarget, name: str, before: str, drop_old: bool) -> list[str]:
+    """Drop the old database if `drop_old`, and say what became of it."""
+    async with scratch.connect(await scratch.maintenance_target(live, name)) as connection:
+        with translate_errors("dropping the old database"):
+            if drop_old:
+                await scratch.drop(connection, before)
+                return ["The old database was dropped."]
+            size = await connection.fetchval("SELECT pg_size_pretty(pg_database_size($1))", before)
+    return [f"The old database is kept as {before} ({size}) until the next restore drops it."]
+
+
+@contextlib.contextmanager
+def _quiet_pool() -> Iterator[None]:
+    """Suppress the traceback that asyncpg's pool logs for each connection that the swap terminates."""
+    logger = logging.getLogger("asyncpg.pool")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "connection floor" not in str(record.msg)  # the record has nothing else to tell it by
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
