@@ -229,6 +229,7 @@ NAMES_ONLY = {
     "cogs.mirror": "names of mirrored tables",
     "utils.operations.backup.swap": "quoted names from the catalogue",
     "utils.operations.backup.replacing": "quoted names from the catalogue",
+    "utils.operations.backup.missing_tables": "quoted names and definitions from the catalogue",
     "utils.operations.backup.places": "quoted names from the catalogue",
     "utils.operations.backup.scratch_schemas": "quoted names from the catalogue",
     "utils.operations.backup.scratch": "quoted names from the catalogue",

@@ -15,7 +15,9 @@ from simulator import World as DiscordWorld
 from tests.mirror.harness import differences, mirrored
 from tests.operations.migrations.support import KNOWN
 from tests.worlds.worlds import World
+from utils.exceptions import BackupError
 from utils.operations import migrations
+from utils.operations.backup.service import BackupService
 from utils.operations.doctor import CHECKS, DoctorContext, run_checks
 from utils.operations.importing.importer import import_files
 from utils.operations.migrations import admin
@@ -64,6 +66,28 @@ async def mirror(world: World, monkeypatch: pytest.MonkeyPatch, directory: Path)
         assert await differences(pool, simulator) == []
 
 
+async def back_up(world: World, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    """Back up, change rows, drill and restore; through a pooler, all of this is refused with one line."""
+    service = BackupService(Settings(_env_file=None, data_dir=directory / "data"))  # type: ignore[call-arg]
+    async with world.connected() as pool:
+        await migrations.prepare_schema(pool, auto_migrate=True)
+        if pool.direct.pooled:
+            with pytest.raises(BackupError, match=r"is a pooler, .*set DATABASE_UNPOOLED_URL\Z"):
+                await service.create(pool)
+            return
+        await pool.execute("INSERT INTO guilds (id, name) VALUES ($1, $2)", GUILD, NAME)
+        created = await service.create(pool)
+        await pool.execute("UPDATE guilds SET name = 'since' WHERE id = $1", GUILD)
+        await pool.execute("INSERT INTO guilds (id, name) VALUES ($1, 'new')", GUILD + 1)
+        drilled = await service.drill(pool)
+        assert drilled.ok, drilled.text
+        restored = await service.restore(pool, created.data["id"])
+        assert restored.ok, restored.text
+        rows = await pool.fetch("SELECT name FROM guilds WHERE id IN ($1, $2)", GUILD, GUILD + 1)
+        assert [row["name"] for row in rows] == [NAME]
+        await pool.execute("DELETE FROM guilds WHERE id = $1", GUILD)
+
+
 async def import_files_of_another_bot(world: World, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
     """Import members and settings."""
     members = {f"{GUILD}_{USER + n}": {"statistics": {"message_count": n}, "preferences": {}} for n in range(20)}
@@ -102,6 +126,7 @@ async def doctor(world: World, monkeypatch: pytest.MonkeyPatch, directory: Path)
 OPERATIONS: dict[str, Operation] = {
     "migrate": migrate,
     "mirror": mirror,
+    "back up": back_up,
     "import": import_files_of_another_bot,
     "doctor": doctor,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from tests.operations.backup.helpers import (
     fetchval,
     make_backup,
     make_service,
+    open_pool,
     scratch_schema_names,
     table_checksums,
     until_query,
 )
 from utils.database import ConnectTarget, Pool
+from utils.database.partitions import ensure_partitions, id_at
 from utils.exceptions import BackupError
 from utils.operations.backup import load
 from utils.operations.backup.places import open_place
@@ -158,6 +161,18 @@ async def test_partitions_take_the_rows_of_a_partitioned_table(database: Pool, s
     await execute(database.target, insert, "DELETE FROM changes WHERE guild_id = 1")
     await replace(database, service)
     assert await table_checksums(database.target) == expected
+
+
+async def test_old_months_get_partitions(tmp_path: Path, database: Pool, empty_target: ConnectTarget) -> None:
+    async with database.acquire() as connection:
+        await ensure_partitions(connection, datetime(2024, 5, 1, tzinfo=UTC), 0)
+    insert = "INSERT INTO changes (guild_id, id, table_name, key, action) VALUES (1, $1, 'members', '{}', 'update')"
+    await database.execute(insert, id_at(datetime(2024, 5, 9, tzinfo=UTC)))
+    service = make_service(tmp_path)
+    manifest = await make_backup(service, database)
+    async with open_pool(empty_target) as empty:
+        assert (await service.restore(empty, manifest.id)).ok
+        assert await empty.fetchval("SELECT count(*) FROM changes_y2024m05") == 1
 
 
 # --- under load

@@ -232,6 +232,34 @@ async def test_backs_up_first_unless_empty(service: BackupService, database: Poo
     assert {entry.id for entry in await service.catalog.entries()} == {first.id, safety_copy.id}
 
 
+async def test_brings_back_missing_tables(service: BackupService, database: Pool) -> None:
+    """With their rows, and with what belongs to them; foreign tables and the rest of ours stay where they are."""
+    [entry] = await service.catalog.entries()
+    await database.execute(
+        "CREATE TABLE theirs (id int); DROP TABLE members CASCADE; DROP SCHEMA ops CASCADE; DROP TABLE user_changes"
+    )
+    outcome = await service.restore(database, entry.id)
+    assert outcome.ok, outcome.text
+    assert "damaged" in outcome.text
+    assert {"ops.leases", "ops.suppressions", "public.user_changes", "public.members"} <= {
+        *outcome.data["brought_back"]
+    }
+    assert "public.guilds" not in outcome.data["brought_back"]
+    assert await database.fetchval("SELECT count(*) FROM guilds") == 2
+    assert entry.manifest is not None
+    assert await database.fetchval("SELECT count(*) FROM members") == entry.manifest.rows["public.members"]
+    await database.execute(
+        "INSERT INTO changes (guild_id, table_name, key, action) VALUES (1, 'members', '{}', 'update');"
+        "SELECT count(*) FROM role_membership"
+    )
+    assert await scratch_schema_names(database.target) == []
+    assert (await service.drill(database, entry.id)).ok
+    assert await migrations.check_drift(database) == []
+    await database.execute("UPDATE guildbook_version SET version_num = '0005'; DROP TABLE members CASCADE")
+    with pytest.raises(BackupError, match=r"damaged .*members.*--whole-database"):
+        await service.restore(database, entry.id)
+
+
 async def test_a_failed_safety_backup_stops_the_restore(service: BackupService, database: Pool) -> None:
     lock = service.catalog.local.path / ".lock"
     lock.unlink()

@@ -242,7 +242,7 @@ async def _select_tables(snapshot: _Snapshot, request: BackupRequest) -> list[Ow
 
 async def _list_relations(snapshot: _Snapshot, tables: Sequence[OwnTable], request: BackupRequest) -> list[str]:
     """Return everything to dump, in SQL: the tables, their partitions and sequences and, of a whole backup, views."""
-    relations = [name for table in tables for name in (table.quoted, *table.partitions)]
+    relations = [name for table in tables for name in table.relations]
     others = await find_sequences(snapshot.connection, tables)
     if not request.tables:
         others += await find_views(snapshot.connection, snapshot.schemas)
@@ -309,7 +309,7 @@ async def _dump_and_count(
 
 async def _lock_holders(target: ConnectTarget, tables: Sequence[OwnTable]) -> list[str]:
     """Return one line for each session that keeps these tables locked, which pg_dump gives up waiting for."""
-    names = [name for table in tables for name in (table.quoted, *table.partitions)]
+    names = [name for table in tables for name in table.relations]
     try:
         async with connect(target) as connection:
             with translate_errors("looking for locks"):

@@ -8,10 +8,12 @@ import re
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TypeVar
 
 from utils.database import ConnectTarget
 from utils.database.ownership import VERSION_TABLE
+from utils.database.partitions import month_start, partitioned_tables
 from utils.database.sql import quote_identifier
 from utils.exceptions import BackupError, DatabaseError, DatabaseUnavailable, translate_errors
 from utils.operations import migrations
@@ -37,7 +39,7 @@ LOAD_SECONDS = 6 * 3_600.0
 #: SQLSTATE class of a server without disk space or memory: that is not the backup's fault.
 _NO_RESOURCES = "53"
 #: Foreign keys of tables; those of partitions come with their tables.
-_FOREIGN_KEYS = """
+FOREIGN_KEYS = """
 SELECT r.conrelid::regclass::text AS table, quote_ident(r.conname) AS name, pg_get_constraintdef(r.oid) AS definition
 FROM pg_constraint AS r WHERE r.contype = 'f' AND r.conparentid = 0
     AND r.conrelid = ANY(SELECT to_regclass(name)::oid FROM unnest($1::text[]) AS name) ORDER BY 1, 2
@@ -135,7 +137,7 @@ async def _prepare(connection: Connection, tables: Sequence[OwnTable]) -> list[s
     """Empty tables, and drop what would keep rows from being loaded in any order; return how to bring it back."""
     names = [table.quoted for table in tables]
     finishing: list[str] = []
-    for key in await connection.fetch(_FOREIGN_KEYS, names):
+    for key in await connection.fetch(FOREIGN_KEYS, names):
         await connection.execute(f"ALTER TABLE {key['table']} DROP CONSTRAINT {key['name']}")
         finishing.append(f"ALTER TABLE {key['table']} ADD CONSTRAINT {key['name']} {key['definition']}")
     for row in await connection.fetch(_WITH_TRIGGERS, names):
@@ -220,6 +222,17 @@ def _table_of(part: Name, counts: Mapping[Name, int]) -> Name | None:
 
 def _longest(names: Any) -> Name | None:
     return max(names, key=lambda name: len(name[1]), default=None)
+
+
+async def list_months(archive: Archive) -> list[datetime]:
+    """Return the first days of the months that an archive has partitions for."""
+    found = {
+        (int(match[1]), int(match[2]))
+        for item in await list_items(archive, "TABLE DATA")
+        for table in partitioned_tables()
+        if (match := re.search(rf" {table}_y(\d{{4}})m(\d{{2}}) ", item)) is not None
+    }
+    return [month_start(year, month) for year, month in sorted(found)]
 
 
 async def set_sequences(archive: Archive, place: Place) -> None:

@@ -60,6 +60,11 @@ class OwnTable:
     #: Its partitions, in the same form.
     partitions: tuple[str, ...] = ()
 
+    @property
+    def relations(self) -> list[str]:
+        """The table and its partitions."""
+        return [self.quoted, *self.partitions]
+
 
 @dataclass(frozen=True, slots=True)
 class Schemas:
@@ -110,7 +115,7 @@ async def find_tables(connection: Connection, names: Sequence[Name]) -> list[Own
 
 async def find_sequences(connection: Connection, tables: Sequence[OwnTable]) -> list[Name]:
     """Return the sequences that tables draw from."""
-    rows = await connection.fetch(SEQUENCES, [name for table in tables for name in (table.quoted, *table.partitions)])
+    rows = await connection.fetch(SEQUENCES, [name for table in tables for name in table.relations])
     return [(row["schema"], row["name"]) for row in rows]
 
 

@@ -26,6 +26,7 @@ from utils.exceptions import BackupError, DatabaseError, DatabaseUnavailable, tr
 from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup.archive import SequenceState
 from utils.operations.backup.load import LOAD_SECONDS, Place
+from utils.operations.backup.missing_tables import add_missing_tables
 from utils.operations.backup.objects import Name, OwnTable, Schemas, find_sequences, find_tables, owned_names, qualified
 from utils.operations.backup.scratch import Connection, connect
 from utils.service import lease
@@ -58,6 +59,8 @@ class Replaced:
     deleted: int = 0
     changed: int = 0
     added: int = 0
+    #: Tables that were missing, and are there again.
+    brought_back: list[str] = field(default_factory=list)
     #: Number of rows of `ops` added from the backup, by table.
     ops_rows: dict[str, int] = field(default_factory=dict)
     #: True if the live database began anew since the backup, so that the backup's rows of `ops` were added.
@@ -234,6 +237,8 @@ class _Replacement:
         tables = await find_tables(connection, self._names)
         await self._lock(connection, tables)
         self._xid = await connection.fetchval("SELECT pg_current_xact_id()::text")
+        added = await add_missing_tables(connection, self._schemas, self._place.schemas)
+        result.brought_back = [table.quoted for table in added]
         pairs = await self._pairs(connection, tables)
         await self._check_foreign_keys(connection, tables, pairs)
         enabling = await _disable_triggers(connection, tables)
@@ -242,7 +247,7 @@ class _Replacement:
         await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")  # a table with pending checks is not altered
         for statement in enabling:
             await connection.execute(statement)
-        await self._raise_sequences(connection, tables)
+        await self._raise_sequences(connection, [*tables, *added])
         await self._merge_ops(connection, result)
         await announce(connection, {f"{table.schema}.{table.name}" for table in tables})
 
@@ -314,11 +319,11 @@ class _Replacement:
         self, connection: Connection, tables: Sequence[OwnTable], pairs: Sequence[_Pair]
     ) -> None:
         """Raise `BackupError` if another program's rows refer to rows that are not in the backup."""
-        parts = [name for table in tables for name in (table.quoted, *table.partitions)]
+        parts = [name for table in tables for name in table.relations]
         shown = {row["shown"]: row["pair"] for row in await connection.fetch(
             "SELECT name::regclass::text AS shown, pair FROM unnest($1::text[], $2::text[]) AS t (name, pair)",
             parts,
-            [table.quoted for table in tables for _ in (table.quoted, *table.partitions)],
+            [table.quoted for table in tables for _ in table.relations],
         )}  # fmt: skip
         by_name = {pair.live: pair for pair in pairs}
         for key in await connection.fetch(_SQL["foreign_keys"], parts, parts):
@@ -438,7 +443,7 @@ async def _disable_triggers(connection: Connection, tables: Sequence[OwnTable]) 
 
     Returns the statements that enable them again.
     """
-    parts = [name for table in tables for name in (table.quoted, *table.partitions)]
+    parts = [name for table in tables for name in table.relations]
     enabling = []
     for row in await connection.fetch(_SQL["triggers"], parts):
         await connection.execute(f"ALTER TABLE {row['table']} DISABLE TRIGGER {row['name']}")

@@ -86,16 +86,18 @@ async def restore_archive(
     missing_revisions(archive)
     async with open_place(pool, is_restore=True) as scratch:
         await check_owner(scratch.live, scratch.schemas)
-        if (assessment := await recovery.assess(pool)).state == "damaged":
+        assessment = await recovery.assess(pool)
+        if assessment.state == "damaged" and await migrations.pending(pool):
+            # Missing tables are brought back as the newest revision has them, beside those that are left.
             raise BackupError(
-                f"the live database is damaged: {assessment.reason}. Its rows cannot be replaced: restore with"
+                f"the live database is damaged ({assessment.reason}), and not at the newest revision: restore with"
                 " --whole-database"
             )
         safety_id, why_none = await safety_backup()
         started = time.monotonic()
         loaded = await scratch.load(archive, progress=progress)
         revisions = await scratch.migrate(archive, progress=progress)
-        await _prepare_live_tables(pool, scratch)
+        await _prepare_live_tables(pool, scratch, archive)
         progress(Step("replacing rows"))
         replaced = await replace_rows(
             scratch.live,
@@ -116,6 +118,8 @@ async def restore_archive(
         f"The database was backed up first: {safety_id}." if safety_id else why_none,
         _describe_ops(replaced),
     ]
+    if replaced.brought_back:
+        lines.append(f"Missing tables were brought back: {', '.join(replaced.brought_back)}.")
     if loaded.left_out:
         lines.append(f"Left out, because no revision here makes them: {', '.join(loaded.left_out)}.")
     more_lines, is_ok = await _finish(pool, scratch, after)
@@ -133,6 +137,7 @@ async def restore_archive(
         "changed": replaced.changed,
         "added": replaced.added,
         "left_out": loaded.left_out,
+        "brought_back": replaced.brought_back,
         "ops": replaced.ops_rows,
         "began_anew": replaced.has_diverged,
     }
@@ -140,11 +145,15 @@ async def restore_archive(
     return Outcome("\n".join([*lines, *more_lines]), data, ok=is_ok)
 
 
-async def _prepare_live_tables(pool: Pool, scratch: ScratchPlace) -> None:
+async def _prepare_live_tables(pool: Pool, scratch: ScratchPlace, archive: Archive) -> None:
     """Bring the live tables to the revision of the loaded ones, with partitions for the rows."""
+    if (await recovery.assess(pool)).state == "damaged":
+        return  # at the newest revision already; what is missing comes back with its partitions
     if scratch.is_migrated:
         await migrations.upgrade(pool, "heads")
     async with pool.acquire() as connection:
+        for month in await load.list_months(archive):
+            await ensure_partitions(connection, month, 0)
         await ensure_partitions(connection, pool.now())
 
 
