@@ -77,7 +77,7 @@ async def back_up(world: World, monkeypatch: pytest.MonkeyPatch, directory: Path
             return
         await pool.execute("INSERT INTO guilds (id, name) VALUES ($1, $2)", GUILD, NAME)
         created = await service.create(pool)
-        await pool.execute("UPDATE guilds SET name = 'since' WHERE id = $1", GUILD)
+        await pool.execute("UPDATE guilds SET name = 'since', stamp = stamp + 1 WHERE id = $1", GUILD)
         await pool.execute("INSERT INTO guilds (id, name) VALUES ($1, 'new')", GUILD + 1)
         drilled = await service.drill(pool)
         assert drilled.ok, drilled.text

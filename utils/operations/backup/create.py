@@ -272,7 +272,7 @@ def _dump_command(
 ) -> Command:
     arguments = [
         str(tools / "pg_dump"), "--format=custom", f"--compress={COMPRESSION}", "--no-owner", "--no-privileges",
-        "--no-publications", "--no-subscriptions", "--no-security-labels",
+        "--no-publications", "--no-subscriptions", "--no-security-labels", "--encoding=UTF8",
         f"--snapshot={snapshot}", f"--lock-wait-timeout={lock_seconds:g}s", "--no-password",
     ]  # fmt: skip
     if request.schema_only:

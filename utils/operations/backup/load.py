@@ -162,7 +162,7 @@ async def copy_rows(
         items = shares.pop()
         async with connect(target) as connection, open_script(archive, items) as script:
             # Asynchronous commits are safe: nobody uses the tables yet, and the last commit syncs all of them.
-            await connection.execute("SET synchronous_commit = off")
+            await connection.execute("SET synchronous_commit = off; SET xmloption = content")
             while (header := await script.next_table()) is not None:
                 name = _table_of(header.table, archive.counts)
                 if name is None or name not in names:
