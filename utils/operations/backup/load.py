@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
+
+import asyncpg
 
 from utils.database import ConnectTarget
 from utils.database.ownership import VERSION_TABLE
@@ -43,6 +46,21 @@ FOREIGN_KEYS = """
 SELECT r.conrelid::regclass::text AS table, quote_ident(r.conname) AS name, pg_get_constraintdef(r.oid) AS definition
 FROM pg_constraint AS r WHERE r.contype = 'f' AND r.conparentid = 0
     AND r.conrelid = ANY(SELECT to_regclass(name)::oid FROM unnest($1::text[]) AS name) ORDER BY 1, 2
+"""
+#: Keys, exclusion constraints and other indexes of tables, with the statements that drop and make them; those of
+#: partitions come with their tables. `is_only_for_speed`: nothing is refused without it.
+_INDEXES = """
+SELECT name AS table, format('ALTER TABLE %s DROP CONSTRAINT %I', name, r.conname) AS drop,
+    format('ALTER TABLE %s ADD CONSTRAINT %I %s', name, r.conname, pg_get_constraintdef(r.oid)) AS make,
+    false AS is_only_for_speed
+FROM unnest($1::text[]) AS name
+    JOIN pg_constraint AS r ON r.conrelid = to_regclass(name) AND r.contype IN ('p', 'u', 'x')
+UNION ALL
+SELECT name, format('DROP INDEX %s', i.indexrelid::regclass),
+    regexp_replace(pg_get_indexdef(i.indexrelid), ' ON ONLY ', ' ON '), NOT i.indisunique
+FROM unnest($1::text[]) AS name JOIN pg_index AS i ON i.indrelid = to_regclass(name)
+WHERE NOT EXISTS (SELECT FROM pg_constraint AS r WHERE r.conindid = i.indexrelid AND r.contype IN ('p', 'u', 'x'))
+ORDER BY 1, 4
 """
 _WITH_TRIGGERS = """
 SELECT name FROM unnest($1::text[]) AS name
@@ -97,10 +115,13 @@ def translated(values: Mapping[Name, ValueT], schemas: Schemas, into: Schemas) -
     return {names[name]: value for name, value in values.items()}
 
 
-async def load_and_check(archive: Archive, place: Place, *, progress: Progress = ignore_progress) -> Loaded:
+async def load_and_check(
+    archive: Archive, place: Place, *, with_indexes: bool = True, progress: Progress = ignore_progress
+) -> Loaded:
     """Replace the rows of the tables in a place by those of an archive.
 
-    Raises `BackupError` unless their counts and the revision match.
+    Without `with_indexes` the tables keep only those indexes that refuse rows. Raises `BackupError` unless the counts
+    and the revision match.
     """
     ours = set(owned_names(archive.schemas))
     counts = {name: rows for name, rows in archive.counts.items() if name in ours}
@@ -110,14 +131,12 @@ async def load_and_check(archive: Archive, place: Place, *, progress: Progress =
         with translate_errors("preparing the scratch tables"):
             tables = await find_tables(connection, owned_names(place.schemas))
             has_version = any(name == VERSION_TABLE for _, name in counts)
-            finishing = await _prepare(connection, [one for one in tables if has_version or one.name != VERSION_TABLE])
+            emptied = [one for one in tables if has_version or one.name != VERSION_TABLE]
+            preparation = await _prepare(connection, emptied, with_indexes=with_indexes)
     existing = {(table.schema, table.name) for table in tables}
     loadable = {name: into for name, into in names.items() if into in existing}
     columns = await copy_rows(archive, place.target, loadable, progress=progress)
-    async with connect(place.target) as connection:
-        with translate_errors("the rows of the backup", error=BackupError):
-            for statement in finishing:
-                await connection.execute(statement, timeout=LOAD_SECONDS)
+    await _finish(place.target, preparation)
     progress(Step("counting rows", 0, len(loadable), "tables"))
     found = await count(place.target, list(loadable.values()), progress=progress)
     problems = differences(counts, {name: found[into] for name, into in loadable.items()})
@@ -133,18 +152,68 @@ async def load_and_check(archive: Archive, place: Place, *, progress: Progress =
     return Loaded(loadable, columns, sum(counts.values()), left_out)
 
 
-async def _prepare(connection: Connection, tables: Sequence[OwnTable]) -> list[str]:
-    """Empty tables, and drop what would keep rows from being loaded in any order; return how to bring it back."""
+@dataclass(frozen=True, slots=True)
+class _Preparation:
+    """What was dropped before rows are loaded: the statements that bring it back."""
+
+    #: Of each table: its keys and indexes.
+    indexes: list[list[str]]
+    #: Foreign keys and triggers, once all indexes are there.
+    others: list[str]
+
+
+async def _prepare(connection: Connection, tables: Sequence[OwnTable], *, with_indexes: bool) -> _Preparation:
+    """Empty tables, and drop what would slow down the loading or keep rows from being loaded in any order."""
     names = [table.quoted for table in tables]
-    finishing: list[str] = []
+    others: list[str] = []
     for key in await connection.fetch(FOREIGN_KEYS, names):
         await connection.execute(f"ALTER TABLE {key['table']} DROP CONSTRAINT {key['name']}")
-        finishing.append(f"ALTER TABLE {key['table']} ADD CONSTRAINT {key['name']} {key['definition']}")
+        others.append(f"ALTER TABLE {key['table']} ADD CONSTRAINT {key['name']} {key['definition']}")
     for row in await connection.fetch(_WITH_TRIGGERS, names):
         await connection.execute(f"ALTER TABLE {row['name']} DISABLE TRIGGER USER")
-        finishing.append(f"ALTER TABLE {row['name']} ENABLE TRIGGER USER")
+        others.append(f"ALTER TABLE {row['name']} ENABLE TRIGGER USER")
+    indexes: dict[str, list[str]] = {name: [] for name in names}
+    for row in await connection.fetch(_INDEXES, names):
+        try:
+            await connection.execute(row["drop"])
+        except asyncpg.DependentObjectsStillExistError:  # a view groups by the key
+            continue
+        if with_indexes or not row["is_only_for_speed"]:
+            indexes[row["table"]].append(row["make"])
     await connection.execute(f"TRUNCATE {', '.join(names)}")
-    return finishing
+    return _Preparation([statements for statements in indexes.values() if statements], others)
+
+
+async def _finish(target: ConnectTarget, preparation: _Preparation) -> None:
+    """Bring back what `_prepare` dropped, the indexes on several connections."""
+    queue = deque(preparation.indexes)
+
+    async def work() -> None:
+        async with connect(target) as connection:
+            while queue:
+                for statement in queue.popleft():
+                    with _refused("the rows of the backup"):
+                        await connection.execute(statement, timeout=LOAD_SECONDS)
+
+    await _run_concurrently(work, min(jobs(), len(queue)))
+    async with connect(target) as connection:
+        for statement in preparation.others:
+            with _refused("the rows of the backup"):
+                await connection.execute(statement, timeout=LOAD_SECONDS)
+
+
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Raise `BackupError` for rows that the server refuses, but not for a server that is unavailable or full."""
+    try:
+        with translate_errors(what):
+            yield
+    except DatabaseUnavailable:
+        raise
+    except DatabaseError as error:
+        if (error.sqlstate or "").startswith(_NO_RESOURCES):
+            raise
+        raise BackupError(str(error)) from error
 
 
 async def copy_rows(
@@ -179,17 +248,10 @@ async def copy_rows(
 
 async def _copy_table(connection: Connection, into: Name, columns: Sequence[str], script: Script) -> None:
     schema, name = into
-    try:
-        with translate_errors(f"loading {qualified(into)}"):
-            await connection.copy_to_table(
-                name, schema_name=schema, columns=columns, source=script.rows(), timeout=LOAD_SECONDS
-            )
-    except DatabaseUnavailable:
-        raise
-    except DatabaseError as error:
-        if (error.sqlstate or "").startswith(_NO_RESOURCES):
-            raise
-        raise BackupError(str(error)) from error
+    with _refused(f"loading {qualified(into)}"):
+        await connection.copy_to_table(
+            name, schema_name=schema, columns=columns, source=script.rows(), timeout=LOAD_SECONDS
+        )
 
 
 def _share(items: Sequence[str], counts: Mapping[Name, int], names: Mapping[Name, Name]) -> list[list[str]]:

@@ -89,10 +89,13 @@ class ScratchPlace:
         """The scratch tables."""
         return Place(self.live, self._scratch)
 
-    async def load(self, archive: Archive, *, progress: Progress = ignore_progress) -> Loaded:
+    async def load(
+        self, archive: Archive, *, with_indexes: bool = True, progress: Progress = ignore_progress
+    ) -> Loaded:
         """Make the tables of an archive's revision, and load and count its rows.
 
-        Raises `BackupError` unless all of it comes back.
+        Without `with_indexes`, copies of live tables keep only those indexes that refuse rows. Raises `BackupError`
+        unless all of it comes back.
         """
         missing_revisions(archive)
         ours = set(owned_names(archive.schemas))
@@ -104,7 +107,8 @@ class ScratchPlace:
                     await copy_structure(connection, tables, self.schemas, self._scratch)
                 else:
                     await self._run_revisions(connection, archive)
-        loaded = await load.load_and_check(archive, self.place, progress=progress)
+        with_indexes = with_indexes or self.is_migrated  # revisions may rely on them
+        loaded = await load.load_and_check(archive, self.place, with_indexes=with_indexes, progress=progress)
         if not self.is_migrated:
             async with connect(self.live) as connection:
                 with translate_errors("reading the scratch tables"):

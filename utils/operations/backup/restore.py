@@ -95,7 +95,7 @@ async def restore_archive(
             )
         safety_id, why_none = await safety_backup()
         started = time.monotonic()
-        loaded = await scratch.load(archive, progress=progress)
+        loaded = await scratch.load(archive, with_indexes=False, progress=progress)
         revisions = await scratch.migrate(archive, progress=progress)
         await _prepare_live_tables(pool, scratch, archive)
         progress(Step("replacing rows"))

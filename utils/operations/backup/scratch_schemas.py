@@ -129,7 +129,7 @@ async def copy_structure(connection: Connection, tables: Sequence[OwnTable], liv
         schema = scratch.resolve(live.spell(table.schema))
         await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {quote_identifier(schema)}")
         copy = qualified((schema, table.name))
-        await connection.execute(f"CREATE TABLE {copy} (LIKE {table.quoted} INCLUDING ALL)")
+        await connection.execute(f"CREATE UNLOGGED TABLE {copy} (LIKE {table.quoted} INCLUDING ALL)")
 
 
 async def drop_columns(connection: Connection, kept: Mapping[Name, Sequence[str]]) -> None:
