@@ -216,10 +216,12 @@ async def measure(pool: Pool, *, rounds: int = 5) -> list[Figure]:
         ratio(f"making a backup of {rows:,} rows: time against `pg_dump -Fc`", created, dumped, "≤", 1.15),
         Figure("`pg_dump -Fc` for that", dumped, unit=" s"),
         Figure("its archive", (size / 1e6,), unit=" MB"),
-        ratio("restoring it into emptied tables, counted: time against `pg_restore`", restored, plainly_restored),
+        ratio(
+            "restoring it into emptied tables, counted: time against `pg_restore`", restored, plainly_restored, "≤", 5
+        ),
         ratio("the same until all is on the disk, on both sides", restored_to_disk, plainly_restored_to_disk),
-        ratio("restoring it where no row differs, counted", unchanged, plainly_restored),
-        ratio("restoring it as the whole database, counted", replaced, plainly_restored),
+        ratio("restoring where no row differs, counted", unchanged, plainly_restored, "≤", 4),
+        ratio("restoring as the whole database, counted", replaced, plainly_restored, "≤", 2.5),
         Figure(f"`pg_restore -j {load.jobs()}` for that", plainly_restored, unit=" s"),
         Figure("a drill of it", (drill_seconds,), unit=" s"),
         Figure("longest loop stall while a backup is made", (while_creating.stall * 1e3,), "≤", 50, " ms"),

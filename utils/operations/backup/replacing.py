@@ -40,6 +40,8 @@ MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.5, 3.0
 LOCK_SECONDS = 5.0
 #: Seconds after which the server ends the transaction by itself if this process no longer answers.
 IDLE_SECONDS = 60
+#: Memory of the server for each join.
+WORK_MEM = "64MB"
 #: lock_not_available and deadlock_detected (PostgreSQL manual, appendix A).
 _LOCKED = ("55P03", "40P01")
 _SQL = load_statements(Path(__file__).with_suffix(".sql"))
@@ -230,9 +232,9 @@ class _Replacement:
             "SELECT set_config(name, '1s', true) FROM pg_settings WHERE name = 'client_connection_check_interval'"
         )
         await connection.execute(
-            # Without a path, every name in a definition has its schema.
-            f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'; SET LOCAL row_security = off;"
-            " SET LOCAL search_path = pg_catalog"
+            # Without a path, every name in a definition has its schema. Rows are compared by joins of whole tables.
+            f"SET LOCAL work_mem = '{WORK_MEM}'; SET LOCAL search_path = pg_catalog; SET LOCAL row_security = off;"
+            f" SET LOCAL idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'"
         )
         tables = await find_tables(connection, self._names)
         await self._lock(connection, tables)
