@@ -19,6 +19,7 @@ from tests.ports import free_port
 from tests.waiting import until
 from utils.bot.client import Guildbook
 from utils.database import Pool
+from utils.database.embedded import EmbeddedServer
 from utils.demo.bot_process import ENTRY, environment
 from utils.demo.compare import TABLES, compare
 from utils.service.lease import Lease, holder
@@ -97,6 +98,17 @@ async def wait_until_mirrored(pool: Pool, simulator: Simulator) -> None:
                 await asyncio.sleep(0.05)
     except TimeoutError:
         pytest.fail("\n".join(await mirror_differences(pool, simulator)))
+
+
+@asynccontextmanager
+async def embedded_server(data_dir: Path) -> AsyncIterator[None]:
+    """Keep the embedded server of a data directory running: commands then need not start and stop it."""
+    server = EmbeddedServer(data_dir, durable=False)
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(force=True)
 
 
 async def run_cli(directory: Path, *arguments: str, **settings: str) -> tuple[int, str]:

@@ -57,7 +57,7 @@ def clone(tmp_path: Path) -> Path:
 
 def cloned_sources(where: Path) -> Path:
     """Copy the sources into a directory to write into."""
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "benchmarks", "faults")
+    ignored = shutil.ignore_patterns(".*", "benchmarks", "faults")
     shutil.copytree(ROOT, where, ignore=ignored)
     (where / ".venv").symlink_to(sys.prefix)
     return where

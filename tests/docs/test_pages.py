@@ -17,7 +17,7 @@ import discord
 import pytest
 
 from simulator import Limits, Simulator, World
-from tests.bot.running import run_cli, running_bot, wait_until_mirrored
+from tests.bot.running import embedded_server, run_cli, running_bot, wait_until_mirrored
 from tests.docs.blocks import PAGES, ROOT, Block, blocks
 from utils.database import Pool
 from utils.mirror.discord.permissions import invite_url
@@ -69,6 +69,11 @@ async def test_commands_of_a_page_succeed_in_order(page: Path, tmp_path: Path) -
     entry = {"join_date": "2024-05-01", "roles": ["5"], "statistics": {"message_count": 7}}
     (tmp_path / "members.json").write_text(json.dumps({"1_2": entry}))
     (tmp_path / "shop.json").write_text(json.dumps({"hat": {"price": 3}}))
+    async with embedded_server(tmp_path / load_settings(None).data_dir):
+        await _run_commands(page, tmp_path)
+
+
+async def _run_commands(page: Path, tmp_path: Path) -> None:
     for arguments in (("db", "upgrade"), ("db", "seed", "--members", "30")):
         code, output = await run_cli(tmp_path, *arguments)
         assert code == 0, output
