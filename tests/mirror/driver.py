@@ -1,4 +1,4 @@
-"""Drives a mirror through whatever may happen, and says afterwards what is wrong: the body of the property test."""
+"""Drives a mirror through random events and faults, and returns the differences: the body of the property test."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REST = ("/members", "GET /guilds", "/channels", "/threads/archived")
 
 
 class Driver:
-    """One world, one bot that is started and stopped, and every row that was really removed."""
+    """One world, a bot that is started and stopped, and every row that Discord really removed."""
 
     def __init__(self, database: Pool, monkeypatch: pytest.MonkeyPatch, seed: int, guilds: int) -> None:
         self.database = database
@@ -80,7 +80,7 @@ class Driver:
             self.world.update_member(*member, nick=f"nick {n % 3}")
 
     def grant(self, n: int) -> None:
-        """Give a member other roles; nick and pending may be left out of the event."""
+        """Give a member other roles; nick and pending may be absent from the dispatch."""
         if (member := self._member(n)) is not None:
             roles = sorted(self.world.guild(member[0]).roles.keys() - {member[0]})
             self.world.update_member(*member, roles=roles[: n % 4])
@@ -198,7 +198,7 @@ class Driver:
     # --- the run
 
     async def run(self, steps: list[Step]) -> list[str]:
-        """Take the steps, let everything come to rest, and return what is wrong then."""
+        """Take the steps, wait until everything is idle, and return the differences."""
         async with asyncio.timeout(90), self.simulator:
             try:
                 await self.start(0)
@@ -248,7 +248,7 @@ class Driver:
         elif kind == 3 and bot is not None:  # a moment for what is under way, however it ends
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.1):
-                    while not (bot.has_heard_all() and bot.mirror.is_ready()[0]):  # noqa: ASYNC110
+                    while not (bot.has_received_all() and bot.mirror.is_ready()[0]):  # noqa: ASYNC110
                         await asyncio.sleep(0.005)
 
     def _mirrored(self) -> contextlib.AbstractAsyncContextManager[Mirrored]:

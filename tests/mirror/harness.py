@@ -61,8 +61,8 @@ class Mirrored:
         self.simulator = simulator
         self.killed = False
 
-    def has_heard_all(self) -> bool:
-        """Return whether the connected session has received all that the simulator had for it."""
+    def has_received_all(self) -> bool:
+        """Return whether the connected session has received everything that the simulator sent."""
         session = next((s for s in self.simulator.gateway.sessions.values() if s.socket is not None), None)
         if session is None or session.dead or not session.has_sent_all:
             return False
@@ -77,19 +77,19 @@ class Mirrored:
         await until(lambda: self.mirror.is_ready()[0], timeout)
 
     async def settled(self, timeout: float = PATIENCE) -> None:
-        """Wait until all that was sent has been received, reconciled where that was due, and written."""
+        """Wait until everything sent has been received, reconciled if due, and written."""
         async with asyncio.timeout(timeout):
             while True:
-                await until(lambda: self.has_heard_all() and self.mirror.is_ready()[0], timeout)
+                await until(lambda: self.has_received_all() and self.mirror.is_ready()[0], timeout)
                 await self.mirror.reconciler.wait_until_idle()
                 await until(lambda: not self.mirror.archived.guilds_waiting, timeout)
                 with contextlib.suppress(DatabaseError):
                     await self.mirror.writer.flush()
-                if self.has_heard_all() and self.mirror.is_ready()[0] and self.mirror.writer.is_idle:
+                if self.has_received_all() and self.mirror.is_ready()[0] and self.mirror.writer.is_idle:
                     return
 
     async def listing(self, guild_id: int, pages: int = 1) -> Listing:
-        """Wait until a listing of the guild is under way and so many of its pages have come."""
+        """Wait until a listing of the guild is under way and that many of its pages were received."""
 
         def under_way() -> Listing | None:
             state = self.mirror.reconciler.guilds.get(guild_id)
@@ -102,7 +102,7 @@ class Mirrored:
         return listing
 
     async def kill(self) -> None:
-        """End as a killed process does: nothing more is written, nothing is said to anyone."""
+        """End as a killed process does: nothing more is written, and nobody is told."""
         self.killed = True
         tasks = [*self.mirror.reconciler._tasks, self.mirror.writer._task]
         alive = [task for task in tasks if task is not None]
@@ -122,7 +122,7 @@ def small_world(
 
 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten waits of minutes and seconds, our own and discord.py's, that no test is about."""
+    """Shorten waits of ours and of discord.py that no test is about."""
     monkeypatch.setattr(http, "asyncio", _Impatient())
     monkeypatch.setattr(backoff.ExponentialBackoff, "delay", lambda self: 0.01)
 
@@ -206,7 +206,7 @@ async def mirrored(
 
 
 async def differences(database: Pool, simulator: Simulator, tables: Iterable[str] = TABLES) -> list[str]:
-    """Return what is wrong in the tables, as lines; an empty list means that they equal the simulator's world.
+    """Return the differences between the tables and the simulator's world, as lines.
 
     Of guilds that the bot is no longer in nothing is known, and so nothing is compared but that it left.
     """
@@ -238,7 +238,7 @@ async def differences(database: Pool, simulator: Simulator, tables: Iterable[str
 
 
 async def changes(database: Pool, **where: Any) -> list[tuple[Any, ...]]:
-    """Return the history in order: table, key (guilds aside), action, before, after."""
+    """Return the history in order: table, key without guild id, action, before, after."""
     records = await database.fetch("SELECT * FROM changes ORDER BY id")
     told = []
     for record in records:
@@ -255,7 +255,7 @@ async def removals(database: Pool) -> set[tuple[str, int]]:
 
 
 async def versions(database: Pool) -> dict[str, set[tuple[Any, ...]]]:
-    """Return where each row version lies, of the mirrored tables and their history: a write moves it."""
+    """Return the physical position (ctid) of each row of the mirrored tables and their history: a write moves it."""
     found = {}
     for table in (*TABLES, "changes", "user_changes"):
         records = await database.fetch(f"SELECT tableoid, ctid, xmin::text FROM {table}")  # noqa: S608

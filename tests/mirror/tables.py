@@ -1,4 +1,4 @@
-"""What the tests of the mirror's tables share: rows to write, tables to read, listings that have come already."""
+"""Helpers of the tests of mirrored tables: rows to write, tables to read, received listings."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ def when(seconds: int) -> datetime:
 def entry_of(
     table: str, key: Key, stamp: int, *, may_insert: bool = True, **values: Any
 ) -> tuple[tuple[str, Key], Entry]:
-    """Return one observation as it waits in the buffer."""
+    """Return an entry of the buffer."""
     return (table, key), Entry(values, may_insert, stamp)
 
 
 async def fence_of(database: Pool) -> Fence:
-    """Return the fence of the process that acts, of a test's where none does."""
+    """Return the fence of the active process, or of a test process if there is none."""
     epoch = await database.fetchval("SELECT epoch FROM ops.leases")
     return await seize(database, "a test") if epoch is None else Fence("a test", epoch)
 
 
 async def applied(database: Pool, batch: Batch) -> WriteCounts:
-    """Write a batch as the process that acts."""
+    """Write a batch as the active process."""
     return await write_batch(database, batch, await fence_of(database))
 
 
 async def writer_of(database: Pool, **policy: Any) -> MirrorWriter:
-    """Return a writer of a process that acts, with a queue that is in memory alone."""
+    """Return a writer of the active process, with a queue in memory only."""
     fence = await fence_of(database)
     queue = EventQueue(None, spool="off", max_rows=20_000)
     return MirrorWriter(
@@ -72,7 +72,7 @@ async def write_groups(database: Pool, *groups: Group, absences: Sequence[Absenc
 
 
 async def rows(database: Pool, table: str) -> dict[Key, dict[str, Any]]:
-    """Return a table by key, without the moment of the last change."""
+    """Return a table's rows by key, without updated_at."""
     keys = key_columns(table)
     records = await database.fetch(f"SELECT * FROM {table}")  # noqa: S608
     return {
@@ -89,7 +89,7 @@ async def row(database: Pool, table: str, key: Key) -> dict[str, Any]:
 
 
 async def versions(database: Pool, table: str) -> dict[Key, tuple[Any, Any]]:
-    """Return where each row of a table lies and which transaction wrote it: an update that changes nothing shows."""
+    """Return the ctid and xmin of each row of a table: even an update to equal values changes them."""
     keys = key_columns(table)
     records = await database.fetch(f"SELECT {', '.join(keys)}, ctid::text, xmin::text FROM {table}")  # noqa: S608
     return {tuple(record[key] for key in keys): (record["ctid"], record["xmin"]) for record in records}
@@ -112,20 +112,20 @@ async def history(database: Pool, table: str = "changes") -> list[tuple[Any, ...
 
 
 async def empty(database: Pool) -> None:
-    """Make every mirrored table and the history empty, between the examples of a property."""
+    """Empty every mirrored table and the history, between two examples of a property."""
     await database.execute(
         "TRUNCATE guilds, users, members, roles, channels, threads, changes, user_changes, sync_runs"
     )
 
 
 def member_record(user_id: int, stamp: int, *, guild_id: int = GUILD, **values: Any) -> Record:
-    """Return a member as a listing shows them."""
+    """Return the record of a listed member."""
     given = {"roles": [], "joined_at": when(0), "pending": False, "flags": 0} | values
     return (guild_id, user_id, *(given.get(name) for name in LISTED_MEMBER_COLUMNS), stamp)
 
 
 def user_record(user_id: int, stamp: int, **values: Any) -> Record:
-    """Return a user as a listing shows them."""
+    """Return the record of a listed user."""
     given = {"username": f"user {user_id}", "discriminator": "0", "bot": False, "system": False, "public_flags": 0}
     given |= values
     return (user_id, *(given.get(name) for name in LISTED_USER_COLUMNS), stamp)
@@ -142,7 +142,7 @@ def page(members: Iterable[Record], users: Iterable[Record] | None = None) -> Pa
 
 
 class Received(Listing):
-    """A listing whose pages have all come; with `breaks`, one that fails after the last of them."""
+    """A listing whose pages have all been received; with `breaks`, one that fails after the last of them."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""A whole world over the wire, and what happens to it live."""
+"""A world is mirrored over a real gateway connection, then its changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever happens, in whatever order: once all is at rest and a reconcile is through, the tables equal the world."""
+"""After any interleaving of events, faults and restarts, the tables equal the world once a reconcile is complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A database set back to any snapshot, or dropped, at any moment of any history, equals the world after a reconcile."""
+"""A database restored to any snapshot, or dropped, at any point of any history equals the world after a reconcile."""
 
 from __future__ import annotations
 

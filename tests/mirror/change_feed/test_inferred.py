@@ -1,4 +1,4 @@
-"""The column `inferred`: true for changes that a listing or a snapshot proved, false for live events."""
+"""The column `inferred`: true for changes that a listing or a snapshot proved, false for dispatches."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def guild(database: Pool) -> Pool:
     return database
 
 
-async def test_live_events_are_not_inferred(guild: Pool) -> None:
+async def test_live_rows_are_not_inferred(guild: Pool) -> None:
     await write(
         guild,
         entry_of("users", (ANN,), 2, username="anne"),

@@ -227,7 +227,7 @@ async def test_connection_errors_propagate(socket: Socket) -> None:
         await socket.received_message(event("CLOSING", 1))
 
 
-async def test_drops_duplicate_events(socket: Socket, receiver: Receiver) -> None:
+async def test_drops_duplicate_dispatches(socket: Socket, receiver: Receiver) -> None:
     for sequence in (1, 2, 2, 1, 3, 3):
         await socket.received_message(event(f"E{sequence}", sequence))
     assert receiver.events == ["E1", "E2", "E3"] == [name for name, _ in socket.parsed]

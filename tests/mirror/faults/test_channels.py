@@ -1,4 +1,4 @@
-"""Hidden channels, archived threads, and what roles and channels take along when they go."""
+"""Hidden channels, archived threads, and what the deletion of a role or a channel implies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from utils.database import Pool
 
 
 def text_channel(simulator: Simulator, guild_id: int) -> int:
-    """Make a text channel with something of everything that can be hidden."""
+    """Create a text channel that sets every field that can be hidden."""
     return simulator.world.create_channel(
         guild_id, "secret plans", ChannelType.TEXT, topic="what was last seen", slowmode=5, nsfw=True
     )
@@ -124,7 +124,7 @@ async def test_offline_thread_changes_are_found(database: Pool, monkeypatch: pyt
 
 
 async def test_unreadable_archive_tombstones_no_thread(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """403 means unknown; each thread is asked for by itself, and what answers is taken as it is."""
+    """403 means unknown: each thread is requested by itself."""
     simulator, (guild_id,) = small_world(monkeypatch, 6)
     world, channel_id = simulator.world, text_channel(simulator, guild_id)
     archived, unknown = (world.create_thread(guild_id, channel_id) for _ in range(2))
@@ -155,7 +155,7 @@ async def test_failed_archive_read_is_retried(database: Pool, monkeypatch: pytes
 async def test_thread_deleted_during_an_archive_read_stays_deleted(
     database: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The listing was rendered before the deletion and comes after it: the thread, never stored, must not come up."""
+    """The response was made before the deletion and arrives after it: the thread, never stored, must not appear."""
     simulator, (guild_id,) = small_world(monkeypatch, 6)
     world, channel_id = simulator.world, text_channel(simulator, guild_id)
     doomed, buried = world.create_thread(guild_id, channel_id), text_channel(simulator, guild_id)
@@ -178,9 +178,7 @@ async def test_thread_deleted_during_an_archive_read_stays_deleted(
     assert await differences(database, simulator) == []
 
 
-async def test_a_deleted_channel_buries_its_threads_and_a_deleted_role_leaves_every_member(
-    database: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_live_deletions_of_channels_and_roles_cascade(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, (guild_id, _) = small_world(monkeypatch, 15, 6)
     world, channel_id = simulator.world, text_channel(simulator, guild_id)
     threads = [world.create_thread(guild_id, channel_id) for _ in range(3)]

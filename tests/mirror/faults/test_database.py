@@ -1,4 +1,4 @@
-"""A PostgreSQL that takes no writes for a while loses nothing, and nothing else waits for it."""
+"""While PostgreSQL accepts no writes nothing is lost, and nothing else waits for it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from utils.service import metrics
 
 
 async def end_connections(admin: asyncpg.Connection[asyncpg.Record]) -> int:
-    """End every connection to the database but this one; return how many."""
+    """Terminate every other connection to the database, and return their number."""
     ended = await admin.fetch(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
         "WHERE datname = current_database() AND pid <> pg_backend_pid()"
@@ -33,7 +33,7 @@ async def end_connections(admin: asyncpg.Connection[asyncpg.Record]) -> int:
 
 @asynccontextmanager
 async def administrator(database: Pool) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
-    """A connection of its own, outside the bot's pool."""
+    """A separate connection, outside the bot's pool."""
     connection = await asyncpg.connect(**database.target.connect_kwargs())
     try:
         yield connection
@@ -43,7 +43,7 @@ async def administrator(database: Pool) -> AsyncIterator[asyncpg.Connection[asyn
 
 @asynccontextmanager
 async def refusing(database: Pool, how: str) -> AsyncIterator[None]:
-    """Let the database take no writes for the length of the block."""
+    """Make the database refuse writes during the block."""
     async with administrator(database) as admin:
         name = database.target.database
         if how == "locked":
@@ -85,7 +85,7 @@ async def _keep_ending(admin: asyncpg.Connection[asyncpg.Record]) -> None:
 
 
 def failures() -> float:
-    """Return how many flushes failed so far."""
+    """Return the number of failed flushes."""
     value: float = metrics.flush_failures._value.get()
     return value
 
@@ -100,7 +100,7 @@ HOW = ["read-only", "locked", "missing a table", "gone"]
 
 
 @pytest.mark.parametrize("how", HOW)
-async def test_live_events_wait_for_a_database_that_takes_no_writes(
+async def test_live_rows_wait_while_the_database_refuses_writes(
     database: Pool, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     simulator, (guild_id, other) = small_world(monkeypatch, 45, 6, heartbeat_interval=0.3)
@@ -114,7 +114,7 @@ async def test_live_events_wait_for_a_database_that_takes_no_writes(
             world.rename_user(crowd[2], global_name="while it was down")
             world.create_role(guild_id, "while it was down")
             world.join(other)
-            await until(bot.has_heard_all)
+            await until(bot.has_received_all)
             if how == "locked":
                 await until(bot.mirror.writer.write_lock.locked)
             else:
@@ -136,7 +136,7 @@ async def test_live_events_wait_for_a_database_that_takes_no_writes(
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("size", [6, 60], ids=["small guild", "large guild"])
 @pytest.mark.parametrize("known", [False, True], ids=["first sync", "a sync of what is known"])
-async def test_a_sync_outlives_a_database_that_takes_no_writes(
+async def test_a_sync_survives_a_database_that_refuses_writes(
     database: Pool, monkeypatch: pytest.MonkeyPatch, how: str, size: int, known: bool
 ) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, size, pages_per_second=40)
@@ -150,10 +150,10 @@ async def test_a_sync_outlives_a_database_that_takes_no_writes(
         async with mirrored(database, simulator, monkeypatch) as bot:
             await until(lambda: bot.mirror.reconciler.guilds)
             async with refusing(database, how):
-                await until(bot.has_heard_all)
+                await until(bot.has_received_all)
                 world.rename_user(crowd[2], global_name="while it was down")
                 world.join(guild_id)
-                await until(bot.has_heard_all)
+                await until(bot.has_received_all)
                 await until(lambda: len(bot.mirror.writer.buffer) or bot.mirror.writer.write_lock.locked())
                 ready, progress = bot.mirror.is_ready()
                 assert not ready, progress
@@ -195,14 +195,14 @@ async def test_pending_rows_are_written_or_reported_lost_at_stop(
         async with mirrored(database, simulator, monkeypatch, flush_seconds=60) as bot:
             await bot.settled()
             world.update_guild(guild_id, name="written at the stop")
-            await until(bot.has_heard_all)
+            await until(bot.has_received_all)
             assert len(bot.mirror.writer.buffer)
         assert await differences(database, simulator) == []
         async with mirrored(database, simulator, monkeypatch) as bot:
             await bot.settled()
             async with refusing(database, "locked"):
                 world.join(guild_id)
-                await until(bot.has_heard_all)
+                await until(bot.has_received_all)
                 await bot.mirror.stop(0.1)
                 bot.killed = True
     assert any("rows were not written" in record.getMessage() for record in caplog.records)
@@ -211,7 +211,7 @@ async def test_pending_rows_are_written_or_reported_lost_at_stop(
 async def test_buffered_rows_older_than_a_listing_do_not_overwrite_it(
     database: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The buffer could not be written over a new session, in which nicks were found changed and events were partial."""
+    """The buffer waits when a new session begins, whose listing shows other nicks; its dispatches are partial."""
     simulator, (guild_id,) = small_world(monkeypatch, 60, pages_per_second=20)
     world, crowd = simulator.world, people(simulator, guild_id)
     is_down = [True]

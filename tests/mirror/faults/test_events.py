@@ -1,4 +1,4 @@
-"""Joins, leaves and messages through everything that can go wrong: each is in the tables once."""
+"""Joins, leaves and messages under faults: each is in the tables exactly once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def channel(simulator: Simulator, guild_id: int) -> int:
 
 
 def chatter(simulator: Simulator, guild_id: int, count: int) -> None:
-    """Let members write."""
+    """Send messages from members."""
     crowd = people(simulator, guild_id)
     for number in range(count):
         simulator.world.message(guild_id, channel(simulator, guild_id), crowd[number % len(crowd)], "hello")
@@ -104,7 +104,7 @@ async def test_an_outage_loses_and_doubles_nothing(
             simulator.world.join(guild_id)
             await until(lambda: failures() >= before + 2)
             chatter(simulator, guild_id, 50)
-            await until(bot.has_heard_all)
+            await until(bot.has_received_all)
         await bot.settled()
     assert await counted_messages(database) == sent_messages(simulator)
     assert len(await membership_events(database)) == 1
@@ -145,7 +145,7 @@ async def test_next_process_replays_events_of_a_killed_one(
             chatter(simulator, guild_id, 50)
             gone = people(simulator, guild_id)[0]
             simulator.world.leave(guild_id, gone)
-            await until(bot.has_heard_all)
+            await until(bot.has_received_all)
             await bot.kill()
         assert await counted_messages(database) == {}
         async with mirrored(database, simulator, monkeypatch, spool=tmp_path) as bot:
@@ -167,7 +167,7 @@ async def test_unwritten_events_are_spooled_or_reported_lost(
                 await bot.settled()
                 async with refusing(database, "read-only"):
                     chatter(simulator, guild_id, 30)
-                    await until(bot.has_heard_all)
+                    await until(bot.has_received_all)
                     await bot.mirror.stop(0.3)
                     bot.killed = True
             assert ("30 events were not written; they are in the spool" in caplog.text) == (mode == "outage")
@@ -240,7 +240,7 @@ async def test_dropped_members_are_restored_by_a_reconcile(
                 for user_id in people(simulator, id):
                     world.update_member(id, user_id, nick="while it was down")
             chatter(simulator, guild_id, 150)
-            await until(bot.has_heard_all)
+            await until(bot.has_received_all)
             await until(lambda: failures() >= before + 2)
             await until(lambda: bot.mirror.writer.queue.in_memory == 0)
             assert len(bot.mirror.writer.buffer) <= 110
@@ -262,7 +262,7 @@ async def test_former_holder_leaves_its_events_to_the_next_one(
     async with simulator, mirrored(database, simulator, monkeypatch, spool=tmp_path, flush_seconds=60) as former:
         await former.settled()
         chatter(simulator, guild_id, 20)
-        await until(former.has_heard_all)
+        await until(former.has_received_all)
         await _two_at_once(database, simulator, monkeypatch, tmp_path, former, guild_id)
     assert await counted_messages(database) == sent_messages(simulator)
     assert await differences(database, simulator) == []
@@ -293,13 +293,13 @@ async def _two_at_once(
 async def test_join_before_and_leave_after_a_kill_is_a_leave(
     database: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Only the journal knows of them: without a row of theirs no listing could prove that they left."""
+    """Only the journal has them: without a row in `members` no listing could prove the leave."""
     simulator, (guild_id,) = small_world(monkeypatch, 12)
     async with simulator:
         async with mirrored(database, simulator, monkeypatch, spool=tmp_path, flush_seconds=60) as bot:
             await bot.settled()
             joined = simulator.world.join(guild_id)
-            await until(bot.has_heard_all)
+            await until(bot.has_received_all)
             await bot.kill()
         simulator.world.leave(guild_id, joined)
         async with mirrored(database, simulator, monkeypatch, spool=tmp_path) as bot:
@@ -311,7 +311,7 @@ async def test_join_before_and_leave_after_a_kill_is_a_leave(
 async def test_rows_wait_for_events_that_one_transaction_does_not_take(
     database: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A row that shows somebody who left and joined anew would prove both, though both stand in the queue."""
+    """A row of a member who left and joined again would prove both, although both wait in the queue."""
     simulator, (guild_id,) = small_world(monkeypatch, 12)
     async with simulator, mirrored(database, simulator, monkeypatch, spool=tmp_path, transaction_events=10) as bot:
         await bot.settled()
@@ -321,7 +321,7 @@ async def test_rows_wait_for_events_that_one_transaction_does_not_take(
             chatter(simulator, guild_id, 40)
             simulator.world.leave(guild_id, back)
             simulator.world.join(guild_id, back)
-            await until(bot.has_heard_all)
+            await until(bot.has_received_all)
             await until(lambda: failures() >= before + 2)
         await bot.settled()
     assert await membership_events(database) == [(back, "leave"), (back, "join")]

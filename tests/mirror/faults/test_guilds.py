@@ -18,7 +18,7 @@ async def guild_row(database: Pool, guild_id: int) -> tuple[bool, bool]:
     return row["unavailable"], row["left_at"] is not None
 
 
-async def test_an_outage_in_quiet_times_tombstones_nobody(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_outage_without_events_tombstones_nobody(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, (guild_id, other) = small_world(monkeypatch, 45, 12)
     world = simulator.world
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
@@ -87,7 +87,7 @@ async def test_guild_outage_across_a_restart_blocks_nothing(database: Pool, monk
 
 
 async def test_unavailable_guild_is_not_a_left_guild(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Discord may mark the guild object of GUILD_CREATE so (Gateway Events, "Guild Create")."""
+    """GUILD_CREATE may contain an unavailable guild (Discord API reference, "Guild Create")."""
     simulator, (guild_id,) = small_world(monkeypatch, 12)
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
         await bot.settled()
@@ -137,7 +137,7 @@ async def test_removal_from_a_guild_touches_no_other_guild(
 
 
 async def test_events_after_guild_create_win(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names change during an outage, and right behind GUILD_CREATE they change back to what is stored."""
+    """Names change during an outage, and right after GUILD_CREATE they change back to the stored ones."""
     simulator, (guild_id,) = small_world(monkeypatch, 6)
     world = simulator.world
     channel = next(c.id for c in world.guild(guild_id).channels.values() if not c.hidden)

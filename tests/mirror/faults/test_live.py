@@ -1,4 +1,4 @@
-"""What happens while a listing is under way beats its pages, in what it spoke of and in nothing else."""
+"""Dispatches during a listing beat its pages, in the columns that they named only."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ EARLY, LATE = slice(0, 5), slice(-6, -1)
 
 
 def people(simulator: Simulator, guild_id: int) -> list[int]:
-    """Return the members in the order of the pages, those left out whom the world treats specially."""
+    """Return the members in the order of the pages, without those that the simulator treats specially."""
     world = simulator.world
     special = (world.bot.id, world.guild(guild_id).owner_id)
     return [id for id in world.guild(guild_id).ordered_member_ids() if id not in special]
 
 
 async def in_the_middle(bot: Mirrored, guild_id: int, happening: Callable[[], None]) -> None:
-    """Let something happen after the first two of six pages have come, and see that it was heard before the last."""
+    """Change something after the first two of six pages, and check that it was received before the last."""
     listing = await bot.listing(guild_id, pages=2)
     happening()
-    heard = bot.mirror.stamps.last
+    newest = bot.mirror.stamps.last
     assert listing.pages < 6
-    await until(lambda: listing.pages == 6 and bot.mirror.stamps.last > heard)
+    await until(lambda: listing.pages == 6 and bot.mirror.stamps.last > newest)
     await bot.settled()
 
 
 @pytest.fixture(params=["staged", "page by page", "over REST"])
 def transport(request: pytest.FixtureRequest, database: Pool, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The three ways that a large listing takes."""
+    """The three ways to read a large listing."""
     if request.param == "page by page":
         monkeypatch.setattr(database, "target", replace(database.target, pooled=True))
     return str(request.param)
 
 
 def slowed(monkeypatch: pytest.MonkeyPatch, transport: str, *, pages_per_second: float = 15) -> tuple[Simulator, int]:
-    """Return a simulator whose pages come slowly enough for things to happen between them, and its guild."""
+    """Return a simulator that sends pages slowly enough for changes between them, and its guild."""
     simulator, (guild_id,) = small_world(monkeypatch, SIZE, pages_per_second=pages_per_second)
     if transport == "over REST":
         simulator.faults.rest_delay("/members", 0.06)
@@ -70,7 +70,7 @@ async def listing_by(bot: Mirrored, guild_id: int, transport: str) -> None:
     await until(found)
 
 
-async def test_live_events_during_the_first_sync_are_kept(
+async def test_dispatches_during_the_first_sync_are_kept(
     database: Pool, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
     simulator, guild_id = slowed(monkeypatch, transport)
@@ -96,10 +96,10 @@ async def test_live_events_during_the_first_sync_are_kept(
     assert await database.fetchval("SELECT count(*) FROM members WHERE user_id = $1", joined[0]) == 1
 
 
-async def test_live_event_without_a_change_beats_an_older_page(
+async def test_dispatch_without_a_change_beats_an_older_page(
     database: Pool, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
-    """While the bot is away a nick changes, so the pages show the new one; live it changes back to what is stored."""
+    """A nick changes while the bot is offline, so the pages show it; then it changes back to the stored one."""
     simulator, guild_id = slowed(monkeypatch, transport)
     world, crowd = simulator.world, people(simulator, guild_id)
     async with simulator:
@@ -127,10 +127,10 @@ async def test_live_event_without_a_change_beats_an_older_page(
     assert await database.fetchval("SELECT count(*) FROM user_changes") == 0
 
 
-async def test_partial_event_beats_the_page_in_its_columns_only(
+async def test_partial_dispatch_beats_the_page_in_its_columns_only(
     database: Pool, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
-    """Nicks changed while the bot was away; live events without nick and pending must not hide that."""
+    """Nicks changed while the bot was offline; dispatches without nick and pending must not hide that."""
     simulator, guild_id = slowed(monkeypatch, transport)
     world, crowd = simulator.world, people(simulator, guild_id)
     async with simulator:
@@ -159,7 +159,7 @@ async def test_partial_event_beats_the_page_in_its_columns_only(
 async def test_unchanged_return_during_a_listing_is_not_a_leave(
     database: Pool, monkeypatch: pytest.MonkeyPatch, transport: str, size: int
 ) -> None:
-    """They left while the bot was away, so no page shows them, and their return changes nothing in the table."""
+    """They left while the bot was offline, so no page contains them, and their return changes no row."""
     simulator, (guild_id,) = small_world(monkeypatch, size, pages_per_second=15)
     world = simulator.world
     guild, back = world.guild(guild_id), people(simulator, guild_id)[1]
@@ -190,7 +190,7 @@ async def test_unchanged_return_during_a_listing_is_not_a_leave(
 async def test_role_deleted_during_a_listing_leaves_no_trace(
     database: Pool, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
-    """Its members changed, and some left, while the bot was away: taking the role away must not hide that."""
+    """Its members changed, and some left, while the bot was offline: the cascade must not hide that."""
     simulator, guild_id = slowed(monkeypatch, transport)
     world, crowd = simulator.world, people(simulator, guild_id)
     role, given = world.create_role(guild_id), world.create_role(guild_id)
@@ -244,7 +244,7 @@ async def test_short_lived_role_is_in_no_member_after_the_first_sync(
 
 
 async def test_first_sync_is_one_copy_and_live_rows_wait(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of the guild's members may be there before the COPY commits, or it would fail on them."""
+    """No member row of the guild may exist before the COPY commits, or it would fail."""
     simulator, guild_id = slowed(monkeypatch, "staged", pages_per_second=4)
     world, crowd = simulator.world, people(simulator, guild_id)
     held: list[int] = []

@@ -1,4 +1,4 @@
-"""Member pages that are lost, late, doubled or shuffled tombstone nobody, and the next sync is whole."""
+"""Member pages that are lost, late, duplicated or out of order tombstone nobody, and the next sync is complete."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HARMLESS: dict[str, tuple[str, Fault]] = {
 
 
 def _meanwhile(simulator: Simulator, guild_id: int) -> int:
-    """Change the guild while the bot is away; return who left."""
+    """Change the guild while the bot is offline, and return the member who left."""
     world = simulator.world
     others = [id for id in world.guild(guild_id).ordered_member_ids() if id != world.bot.id]
     others.remove(world.guild(guild_id).owner_id)
@@ -88,7 +88,7 @@ async def test_pages_complete_a_listing_in_any_order(database: Pool, monkeypatch
     assert await removals(database) == {("members", gone)}
 
 
-async def test_a_doubled_page_proves_no_other_page(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_duplicate_page_stands_for_no_other_page(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 45)
     async with simulator:
         async with mirrored(database, simulator, monkeypatch) as bot:

@@ -1,4 +1,4 @@
-"""What cannot be understood costs itself alone: one log line, one count, and the bot lives on."""
+"""A malformed payload costs itself only: one log line, one count, and the bot keeps running."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ KINDS = sorted(malformed_events(_some_guild))
 
 @pytest.fixture(autouse=True)
 def _first_times() -> Iterator[None]:
-    """Every test hears of what is logged but once."""
+    """Let each test see what is logged only once."""
     logs.reset_repeats()
     yield
     logs.reset_repeats()
 
 
 def malformed_count() -> float:
-    """Return how many payloads could not be understood so far."""
+    """Return the number of malformed payloads."""
     return sum(
         sample.value
         for metric in metrics.malformed_payloads.collect()
@@ -45,13 +45,13 @@ def malformed_count() -> float:
 
 
 def logged_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return the lines of our own log that are more than information."""
+    """Return our own log lines from WARNING up."""
     lines = [r for r in caplog.records if r.name.startswith("utils.") and r.levelno > logging.INFO]
     return [record.getMessage() for record in lines]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_malformed_event_costs_that_event_alone(
+async def test_a_malformed_dispatch_costs_itself_only(
     database: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 15)

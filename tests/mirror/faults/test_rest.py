@@ -1,4 +1,4 @@
-"""REST answers that fail, come late or are stale; and the history that every way of writing leaves."""
+"""REST responses that fail, are late or stale; and the history that each way of writing records."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ async def test_failed_sync_raises_for_the_caller(database: Pool, monkeypatch: py
     assert await differences(database, simulator) == []
 
 
-async def test_late_response_is_older_than_live_events(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answer shows what lay between: names that changed before the request and changed back after it.
+async def test_late_response_is_older_than_dispatches(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The response has the state in between: names that changed before the request and changed back after it.
 
     Both events wait in the buffer, where they cancel each other out, so that no stamp in the table tells.
     """
@@ -88,17 +88,17 @@ async def test_late_response_is_older_than_live_events(database: Pool, monkeypat
             simulator.faults.rest_delay("GET /guilds", 0.15, times=3)
             asked = dict(simulator.rules.requests)
             call("between")
-            await until(bot.has_heard_all)
+            await until(bot.has_received_all)
             sync = asyncio.create_task(bot.mirror.sync(guild_id))
             channels, members = f"GET /guilds/{guild_id}/channels", f"GET /guilds/{guild_id}/members"
             await until(lambda: simulator.rules.requests[channels] > asked.get(channels, 0))
             call("stored")
             created = world.create_role(guild_id), world.create_channel(guild_id), world.join(guild_id)
             call_person("between")
-            await until(bot.has_heard_all)
+            await until(bot.has_received_all)
             await until(lambda: simulator.rules.requests[members] > asked.get(members, 0))
             call_person("stored")
-            await until(bot.has_heard_all)
+            await until(bot.has_received_all)
             await sync
             await bot.settled()
         assert simulator.faults.injected["rest_delay"] == 3
@@ -108,7 +108,7 @@ async def test_late_response_is_older_than_live_events(database: Pool, monkeypat
 
 
 async def test_response_from_an_older_session_is_discarded(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Events between the answer and the new session were missed: only what the new one shows counts."""
+    """Dispatches between the response and the new session were missed: only the new session counts."""
     simulator, (guild_id,) = small_world(monkeypatch, 6)
     world = simulator.world
     channel = next(c.id for c in world.guild(guild_id).channels.values() if not c.hidden)
@@ -133,7 +133,7 @@ async def test_response_from_an_older_session_is_discarded(database: Pool, monke
 async def test_history_has_changes_removals_and_returns(
     database: Pool, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    """By a reconcile and live alike: what changed, from what to what."""
+    """For a reconcile and for dispatches: each change with its old and new values."""
     simulator, (guild_id,) = small_world(monkeypatch, size)
     world = simulator.world
     one, two = people(simulator, guild_id)[:2]

@@ -120,8 +120,8 @@ async def test_next_start_repairs_a_listing_cut_by_a_kill(
 
 
 @pytest.mark.parametrize("echo", ["at once", "a few events later"])
-async def test_events_that_come_twice_count_once(database: Pool, monkeypatch: pytest.MonkeyPatch, echo: str) -> None:
-    """The doubled event is older than what came since: taken a second time it would bring the past back."""
+async def test_duplicate_dispatches_count_once(database: Pool, monkeypatch: pytest.MonkeyPatch, echo: str) -> None:
+    """The duplicate is older than what was received since: applied again, it would restore old values."""
     simulator, (guild_id,) = small_world(monkeypatch, 45)
     world = simulator.world
     monkeypatch.setattr(simulator.faults.rng, "choice", lambda _: 0 if echo == "at once" else 3)
@@ -155,7 +155,7 @@ async def test_replayed_events_are_processed_once_in_order(database: Pool, monke
             if number % 10 == 0:
                 simulator.faults.drop_socket_after_events(4)
             world.update_member(guild_id, crowd[number % 3], nick=f"nick {number}")
-            await until(bot.has_heard_all) if number % 7 == 0 else None
+            await until(bot.has_received_all) if number % 7 == 0 else None
         await bot.settled()
     assert simulator.faults.injected["drop_socket_after_events"] >= 2
     assert simulator.gateway.resumes >= 2

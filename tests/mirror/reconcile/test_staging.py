@@ -124,7 +124,7 @@ async def test_first_listing_with_a_duplicate_succeeds_over_rest(database: Pool,
     assert counts(run) == (8, 0, 0)
 
 
-async def test_live_events_beat_an_older_listing(database: Pool, writer: MirrorWriter) -> None:
+async def test_live_rows_beat_an_older_listing(database: Pool, writer: MirrorWriter) -> None:
     await stage(writer, listed(range(1, 41), 10, nick="n"), 10)
     writer.overlay.open("listing")
     writer.put(Row("members", (GUILD, 1), {"nick": "n"}), 25)  # no change, so the table has no trace of it

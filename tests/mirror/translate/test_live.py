@@ -1,4 +1,4 @@
-"""Live events as rows, memberships and messages to count."""
+"""Dispatches become rows, memberships and messages to count."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def read(event: str, payload: Payload) -> list[Row]:
 
 
 @pytest.mark.parametrize(("event", "payload", "expected"), SHAPES)
-def test_parses_each_event_into_rows(
+def test_parses_each_dispatch_into_rows(
     event: str, payload: Payload, expected: list[tuple[str, tuple[int, ...], bool]]
 ) -> None:
     assert [(row.table, row.key, row.may_insert) for row in read(event, payload)] == expected
@@ -241,7 +241,7 @@ async def test_counts_malformed_payloads_and_fail_raises(database: Pool, event: 
 
 
 @pytest.mark.parametrize("event", ["GUILD_MEMBERS_CHUNK", "RATE_LIMITED", "SOMETHING_NEW"])
-async def test_fail_raises_for_requests_and_unknown_events(database: Pool, event: str) -> None:
+async def test_fail_raises_for_requests_and_unknown_dispatches(database: Pool, event: str) -> None:
     mirror = unstarted(database)
     for payload in JUNK:
         assert mirror.receive(event, payload, 0, "s") in (None, True, False)

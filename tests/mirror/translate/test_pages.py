@@ -1,4 +1,4 @@
-"""Pages of listings agree with live events, and a malformed member costs only itself."""
+"""Pages of listings agree with dispatches, and a malformed member costs only itself."""
 
 from __future__ import annotations
 

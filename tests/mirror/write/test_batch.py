@@ -147,7 +147,7 @@ async def test_older_stamp_never_overwrites_a_newer_one(database: Pool) -> None:
     assert (await row(database, "members", (GUILD, 1)))["nick"] == "same stamp"
 
 
-async def test_partial_observations_insert_nothing(database: Pool) -> None:
+async def test_partial_rows_insert_nothing(database: Pool) -> None:
     written = await write(
         database,
         member(1, 10, left_at=when(1), may_insert=False),

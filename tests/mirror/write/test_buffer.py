@@ -22,7 +22,7 @@ def buffer(rows: int = 500, seconds: float = 60.0) -> Buffer:
     return Buffer(flush_rows=rows, flush_seconds=seconds)
 
 
-async def test_later_event_wins_by_column() -> None:
+async def test_later_row_wins_by_column() -> None:
     waiting = buffer()
     waiting.put(member(1, nick="a", roles=[1]), 10)
     waiting.put(member(1, may_insert=False, nick="b"), 11)

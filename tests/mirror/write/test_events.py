@@ -223,7 +223,7 @@ async def test_same_join_of_a_present_member_implies_nothing(database: Pool, fen
     assert await events_of(database) == [("join", False)]
 
 
-async def test_leave_of_an_unheard_member_implies_the_join(database: Pool, fence: Fence) -> None:
+async def test_leave_of_an_unknown_member_implies_the_join(database: Pool, fence: Fence) -> None:
     await listed(database, fence, 10, {BOB: when(1)})
     await write_events(database, fence, Membership(stamp(fence, 11), GUILD, ANN, "leave", when(12), when(12)))
     assert await events_of(database) == [("join", True), ("leave", False)]
@@ -385,7 +385,7 @@ async def test_joins_tell_fast_moves_of_two_processes_apart(database: Pool, move
     """A member joins and leaves within milliseconds, less than the two processes' times differ."""
     await database.execute("TRUNCATE member_events, ops.positions, members, sync_runs")
     now = await seize(database, "the new holder")
-    if data.draw(st.booleans(), label="listed before"):  # then a leave of somebody unheard implies the join
+    if data.draw(st.booleans(), label="listed before"):  # then a leave of an unknown member implies the join
         await listed(database, now, 0, {BOB: when(0)})
     happened = [("join", "leave")[turn % 2] for turn in range(moves)]
     by_former = data.draw(st.integers(0, moves), label="received by the former holder")

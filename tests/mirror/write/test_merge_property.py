@@ -1,4 +1,4 @@
-"""The merge compared with a model in plain Python: any observations, in any order, in any batches."""
+"""The merge compared with a model in plain Python: any rows, in any order, in any batches."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ async def test_batches_with_any_stamps_match_the_model(database: Pool, batches: 
 
 @settings(max_examples=40)
 @given(events=st.lists(OBSERVATIONS, max_size=12), data=st.data())
-async def test_events_end_as_the_newest_says_in_any_batching(
+async def test_newest_stamp_wins_in_any_batching(
     database: Pool, events: list[tuple[Key, Entry]], data: st.DataObject
 ) -> None:
     await empty(database)

@@ -1,4 +1,4 @@
-"""The live overlay: live events beat an older observation, column by column."""
+"""The live overlay: dispatches beat an older observation, column by column."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_partial_rows_and_removals_are_reapplied() -> None:
 
 
 @given(touches=st.lists(st.tuples(st.integers(1, 4), st.sampled_from(["nick", "flags", "left_at"])), max_size=8))
-def test_split_keeps_every_column_that_no_event_named(
+def test_split_keeps_every_column_that_no_dispatch_named(
     touches: list[tuple[int, str]],
 ) -> None:
     overlay = LiveOverlay()
@@ -144,7 +144,7 @@ def test_split_keeps_every_column_that_no_event_named(
                 )
 
 
-async def test_event_without_a_change_beats_an_older_observation(database: Pool) -> None:
+async def test_dispatch_without_a_change_beats_an_older_observation(database: Pool) -> None:
     writer = await writer_of(database)
     await write(database, entry_of("roles", (GUILD, 1), 1, name="new"), entry_of("roles", (GUILD, 2), 1, name="new"))
     writer.start()
