@@ -16,6 +16,7 @@ from utils.database import Pool
 from utils.exceptions import GuildbookError, MigrationError, ValidationError
 from utils.operations import slash
 from utils.operations.action import Outcome
+from utils.operations.backup import recovery
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.create import BackupRequest, create
 from utils.operations.backup.service import BackupService
@@ -120,6 +121,20 @@ class DatabaseCommands(BaseCog):
             return await exporting.export(self._database, what.strip(), file, form=form, progress=reply.step)
 
         await self._run(interaction, "db export", work, what=what, form=form)
+
+    @db_group.command(name="begin-anew", description="Create the schema in an empty database, and fill it from Discord")
+    async def begin_anew(self, interaction: discord.Interaction[Guildbook]) -> None:
+        """Ask, and end the hold on an empty database without restoring a backup."""
+
+        async def work(reply: Reply) -> Outcome:
+            await reply.confirm(
+                "Begin anew? Members, roles and channels are filled from Discord; the history is only in the backups.",
+                "Begin anew",
+            )
+            by = Actor("discord", interaction.user.id)
+            return await recovery.begin_anew(self._database, by=by, progress=reply.step)
+
+        await self._run(interaction, "db begin-anew", work)
 
     def _path(self, directory: str, name: str | None) -> Path:
         """Return a path under a directory of DATA_DIR. Raises `ValidationError` for a name that leads out of it."""
@@ -278,12 +293,14 @@ class DatabaseCommands(BaseCog):
                 question = f"Replace the whole database by this backup? {entry.line}"
                 question += f". This would be lost: {', '.join(losses) or 'nothing that is not in it'}"
             await reply.confirm(question, "Restore")
+            # A bot that holds the database starts over, and reconciles then.
+            after = None if self.bot.is_held else self.bot.reconnect_gateway
             return await service.restore(
                 self._database,
                 entry.id,
                 whole_database=whole_database,
                 progress=reply.step,
-                after=self.bot.reconnect_gateway,
+                after=after,
             )
 
         await self._run(interaction, "db backup restore", work, id=id, whole_database=whole_database)

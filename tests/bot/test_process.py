@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from simulator import Simulator
-from tests.bot.running import BotProcess, mirror_differences, wait_until_mirrored
+from tests.bot.running import BotProcess, mirror_differences, run_cli, wait_until_mirrored
 from tests.waiting import until
 from utils.database import Connection, ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
@@ -241,7 +241,7 @@ async def test_bot_survives_a_gateway_reconnect(
         assert await bot.wait_for_exit() == 0
 
 
-async def test_another_applications_token_is_refused_with_one_line(
+async def test_another_applications_token_is_refused_with_a_line_that_says_what_to_do(
     tmp_path: Path, simulator: Simulator, database: Pool, database_url: str
 ) -> None:
     await database.execute("INSERT INTO ops.application (id) VALUES (42)")
@@ -249,8 +249,20 @@ async def test_another_applications_token_is_refused_with_one_line(
         assert await bot.wait_for_exit() == 2
     assert bot.output.count("\n") == 1
     assert bot.output.startswith("DISCORD_TOKEN: the database belongs to application 42,")
+    command = f"python bot.py db adopt {simulator.world.application_id}"
+    assert command in bot.output
     assert simulator.gateway.identifies == 0
     assert await database.fetchval("SELECT count(*) FROM guilds") == 0
+    code, output = await run_cli(tmp_path, *command.split()[2:], DATABASE_URL=database_url)
+    assert code == 2, output
+    assert output == "guilds that the application is not in will count as left: confirm with --yes\n"
+    code, output = await run_cli(tmp_path, *command.split()[2:], "--yes", DATABASE_URL=database_url)
+    assert code == 0, output
+    assert await database.fetchval("SELECT count(*) FROM ops.admin_actions WHERE command = 'db adopt'") == 1
+    async with BotProcess(tmp_path, **discord_settings(simulator, DATABASE_URL=database_url)) as bot:
+        await bot.wait_until_ready()
+        bot.send_signal(signal.SIGTERM)
+        assert await bot.wait_for_exit() == 0
 
 
 async def test_a_changed_token_of_the_same_application_is_accepted(

@@ -55,7 +55,7 @@ COMMANDS = [
     Command("backup restore", {}, "Restore", "is live in database"),
     Command("backup restore", {"whole_database": True}, "Restore", "is now the live database"),
 ]
-PATHS = {command.path for command in COMMANDS} | {"migrate downgrade"}
+PATHS = {command.path for command in COMMANDS} | {"migrate downgrade", "begin-anew"}
 
 
 @pytest.fixture

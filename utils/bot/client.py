@@ -99,6 +99,8 @@ class Guildbook(commands.AutoShardedBot):
         self.scheduler: Scheduler = Scheduler(settings, pool)
         #: Why an operator command shut the bot down; None if none did.
         self.shutdown_error: GuildbookError | None = None
+        #: Whether nothing may be written to the database before an operator has decided; set by the process.
+        self.is_held: bool = False
         self._pool: Pool = pool
         self._channel: Channel | None = None
         self._background_tasks: list[asyncio.Task[None]] = []
@@ -225,6 +227,11 @@ class Guildbook(commands.AutoShardedBot):
         await self.db.renew()
         await tap.begin_new_sessions(self)
 
+    def spool_events(self) -> None:
+        """Keep events on disk from now on: the database cannot take them."""
+        if self._mirror is not None:
+            self._mirror.writer.queue.spill()
+
     def shut_down(self, error: GuildbookError) -> None:
         """Disconnect from Discord once running operator commands have answered; the process then ends with `error`."""
 
@@ -284,7 +291,8 @@ class Guildbook(commands.AutoShardedBot):
         if owner != self.application_id:
             raise SettingsError(
                 f"DISCORD_TOKEN: the database belongs to application {owner}, and this token to application"
-                f" {self.application_id}: use that application's token, or another database (DATABASE_URL)"
+                f" {self.application_id}: use that application's token, or another database (DATABASE_URL), or give the"
+                f" database to this one with python bot.py db adopt {self.application_id}"
             )
 
     async def _open_journal(self, name: str) -> Journal | None:

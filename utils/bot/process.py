@@ -16,10 +16,11 @@ import discord
 
 from utils import logs, retrying
 from utils.bot.client import SPOOL_DIRECTORY, Guildbook
+from utils.bot.database_hold import DatabaseHold
 from utils.database import Pool
 from utils.database.address import open_target
 from utils.database.partitions import ensure_partitions
-from utils.exceptions import DatabaseUnavailable, GuildbookError, LeaseLost, SettingsError
+from utils.exceptions import DatabaseError, DatabaseUnavailable, GuildbookError, LeaseLost, SettingsError
 from utils.mirror.records.rows import COUNTER_BITS
 from utils.mirror.spool.journal import is_dead, newest_first_stamp
 from utils.operations import migrations
@@ -28,7 +29,7 @@ from utils.operations.backup.catalog import BackupCatalog
 from utils.service import metrics
 from utils.service.health import HealthServer
 from utils.service.heap import freeze_heap
-from utils.service.lease import Lease, has_table, holder
+from utils.service.lease import NO_TABLE, Lease, has_table, holder
 from utils.settings import DEVELOPER_PORTAL, Settings
 
 _log = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ class Process:
         self.lease: Lease | None = None
         self.bot: Guildbook | None = None
         self._before_login = before_login
+        #: Holds a database that has lost what a backup has.
+        self.hold: DatabaseHold | None = None
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._background_tasks: set[asyncio.Task[None]] = set()
@@ -148,16 +151,31 @@ class Process:
             )
             await self.health.start()  # before the slow steps: a process in standby must be healthy
         await pool.connect()
-        await self._suggest_restore(pool)
-        if not await has_table(pool):
-            await migrations.prepare_schema(pool, auto_migrate=settings.auto_migrate)  # the lease needs its table
+        self.hold = DatabaseHold(settings, pool)
+        await self._prepare_database(pool, self.hold)
         self._start_periodic("partitions", PARTITION_INTERVAL, self._maintain_partitions)
         self._start_periodic("database check", CHECK_INTERVAL, self._check_database)
         self._start_task("loop watchdog", self._measure_stalls())
         while True:
-            await self._run_bot(pool)
+            await self._run_bot(pool, self.hold)
+            try:
+                await self._prepare_database(pool, self.hold)
+            except DatabaseUnavailable as error:
+                _log.error("the database does not answer: %s", error)
 
-    async def _run_bot(self, pool: Pool) -> None:
+    async def _prepare_database(self, pool: Pool, hold: DatabaseHold) -> None:
+        """Wait while the database must not be written to, then give it its schema if it has none.
+
+        Raises `MigrationError` if that is not allowed or fails, `DatabaseError` for other errors.
+        """
+        await hold.wait_until_usable()
+        if self._last_epoch == 0:
+            await self._suggest_restore(pool)
+        if not await has_table(pool):
+            await migrations.prepare_schema(pool, auto_migrate=self.settings.auto_migrate)  # the lease needs its table
+            await pool.renew()
+
+    async def _run_bot(self, pool: Pool, hold: DatabaseHold) -> None:
         """Wait for the lease, then run the bot until the lease is lost or a database outage interrupts its start.
 
         The caller repeats it. A fixed delay and no stamina: waiting for the lease and connecting to the database have
@@ -171,8 +189,10 @@ class Process:
             is_dead=partial(is_dead, settings.data_dir / SPOOL_DIRECTORY),
             newest_epoch=self._newest_epoch,
         )
-        self._last_epoch = (await lease.wait()).epoch
+        if not await self._take_lease(lease, hold):
+            return
         lost = asyncio.create_task(lease.lost.wait(), name="lease lost")
+        missing = asyncio.create_task(lease.table_missing.wait(), name="lease table missing")
         running: asyncio.Task[None] | None = None
         try:
             await migrations.prepare_schema(pool, auto_migrate=settings.auto_migrate)
@@ -180,8 +200,14 @@ class Process:
             self.bot = Guildbook(settings, pool, lease)
             self._before_login()
             running = asyncio.create_task(self.bot.start(settings.discord_token.get_secret_value()), name="discord")
-            await asyncio.wait({running, lost}, return_when=asyncio.FIRST_COMPLETED)
-            if not lost.done():
+            while True:
+                await asyncio.wait({running, lost, missing}, return_when=asyncio.FIRST_COMPLETED)
+                if not running.done():
+                    await hold.wait_with(self.bot, lease, running)
+                if running.done() or lease.lost.is_set():
+                    break
+                missing = asyncio.create_task(lease.table_missing.wait(), name="lease table missing")
+            if not lease.lost.is_set():
                 await running
                 if self.bot.shutdown_error is not None:
                     raise self.bot.shutdown_error
@@ -192,9 +218,26 @@ class Process:
             _log.error("start interrupted by a database outage, starting again: %s", error)
         finally:
             lost.cancel()
+            missing.cancel()
             if running is not None:
                 running.cancel()
         await self._stand_down(lease, running)
+
+    async def _take_lease(self, lease: Lease, hold: DatabaseHold) -> bool:
+        """Wait for the lease; return False if the database was recreated meanwhile and must be prepared again."""
+        try:
+            self._last_epoch = (await lease.wait()).epoch
+            if not await hold.is_needed():
+                return True
+        except DatabaseUnavailable as error:
+            _log.error("the database does not answer: %s", error)
+        except DatabaseError as error:
+            if error.sqlstate not in NO_TABLE:
+                raise
+            _log.warning("the database was recreated while this process stood by")
+        await lease.release(RESTART_DELAY)
+        await asyncio.sleep(RESTART_DELAY)
+        return False
 
     def _newest_epoch(self) -> int:
         """Return the newest epoch known without the database: this process's last one, or one in the spool. Blocking.
@@ -279,19 +322,22 @@ class Process:
 
     @property
     def state(self) -> str:
-        """`starting`, or the state of the lease: `standby`, `active`, `unsure` or `lost`."""
+        """`starting`, `held`, or the state of the lease: `standby`, `active`, `unsure` or `lost`."""
+        if self.hold is not None and self.hold.current is not None:
+            return "held"
         return "starting" if self.lease is None else str(self.lease.describe()["state"])
 
     def _liveness(self) -> tuple[bool, dict[str, Any]]:
         return True, {"state": self.state}
 
     def _readiness(self) -> tuple[bool, dict[str, Any]]:
+        held = {} if self.hold is None else self.hold.details()
         if self.bot is None:
-            return False, {"state": self.state}
+            return False, {"state": self.state, **held}
         ready, details = self.bot.readiness()
         # A lease that was not renewed in time shows an outage within seconds, and its end at once.
         is_usable = self._is_database_up and self.state == "active"
-        details = {"state": self.state, **details, "database": is_usable}
+        details = {"state": self.state, **details, "database": is_usable, **held}
         return ready and is_usable and not self._stop.is_set(), details
 
     def _update_metrics(self) -> None:

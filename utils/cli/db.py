@@ -20,7 +20,7 @@ from utils.cli.common import AsJson, DataDir, exit_on_errors, run_action, run_wi
 from utils.database import Pool
 from utils.database.address import open_target
 from utils.database.embedded import EmbeddedServer
-from utils.exceptions import DatabaseError, GuildbookError
+from utils.exceptions import DatabaseError, GuildbookError, ValidationError
 from utils.operations.action import Outcome, Progress
 from utils.settings import Settings, load_settings
 
@@ -169,6 +169,51 @@ def stamp(
         return await admin.stamp(pool, revision, progress=progress)
 
     run_action("db stamp", action, data_dir=data_dir, as_json=as_json, arguments={"revision": revision})
+
+
+@app.command("begin-anew")
+def begin_anew(as_json: AsJson = False, data_dir: DataDir = None) -> None:
+    """Create the schema in an empty database of which a backup is known, so that the bot fills it from Discord."""
+
+    async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
+        from utils.operations.backup import recovery
+
+        return await recovery.begin_anew(pool, progress=progress)
+
+    run_action("db begin-anew", action, data_dir=data_dir, as_json=as_json)
+
+
+@app.command("adopt")
+def adopt(
+    application_id: Annotated[int, typer.Argument(help="The id of the application, as the refused start shows it.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Give the database to another application; refused while a bot runs.
+
+    Guilds that the application is not in count as left from its first start on.
+    """
+
+    async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
+        from utils.operations.upkeep import adopt
+
+        return await adopt.adopt(pool, application_id)
+
+    with exit_on_errors(as_json=as_json):
+        if not yes:
+            _confirm_adoption(application_id)
+    arguments = {"application_id": application_id}
+    run_action("db adopt", action, data_dir=data_dir, as_json=as_json, arguments=arguments)
+
+
+def _confirm_adoption(application_id: int) -> None:
+    """Ask. Raises `ValidationError` for any answer but yes, and without a terminal."""
+    if not sys.stdin.isatty():
+        raise ValidationError("guilds that the application is not in will count as left: confirm with --yes")
+    question = f"Guilds that application {application_id} is not in will count as left. Give it the database?"
+    if not typer.confirm(question, err=True):
+        raise ValidationError("not confirmed: nothing was changed")
 
 
 # --- the data

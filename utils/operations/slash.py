@@ -70,6 +70,24 @@ class Operators:
         """Return whether a user may operate the bot. Raises `GuildbookError` if Discord does not say who owns it."""
         if user_id in self._user_ids:
             return True
+        return user_id in await self._fetch_owners()
+
+    async def notify(self, text: str) -> None:
+        """Send a direct message to every operator. A failure is logged: an operator may accept no messages."""
+        try:
+            user_ids = self._user_ids | await self._fetch_owners()
+        except GuildbookError as exc:
+            _log.warning("operators not notified: %s", exc)
+            return
+        for user_id in sorted(user_ids):
+            try:
+                async with asyncio.timeout(REQUEST_TIMEOUT):
+                    user = await self._bot.fetch_user(user_id)
+                    await user.send(text[:MESSAGE_LENGTH])
+            except (discord.DiscordException, OSError, TimeoutError) as exc:
+                _log.warning("operator %s not notified: %r", user_id, exc)
+
+    async def _fetch_owners(self) -> frozenset[int]:
         if self._owners_fetched_at is None or time.monotonic() - self._owners_fetched_at > self.owners_ttl:
             try:
                 async with asyncio.timeout(REQUEST_TIMEOUT):
@@ -77,7 +95,7 @@ class Operators:
             except (discord.DiscordException, OSError, TimeoutError) as exc:
                 raise GuildbookError(f"cannot ask Discord who owns this application: {exc!r}") from exc
             self._owners, self._owners_fetched_at = _owners(application), time.monotonic()
-        return user_id in self._owners
+        return self._owners
 
     def track(self, task: asyncio.Task[None]) -> None:
         """Keep a running command until it ends; `stop` cancels it."""

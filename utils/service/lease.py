@@ -38,7 +38,7 @@ OPERATOR = "db downgrade"
 #: is left for counting on, also with a clock that is decades ahead.
 MAX_CLOCK_EPOCH = 2**23 - 2**17
 #: SQLSTATEs of a database without `ops.leases`: undefined table, invalid schema name (PostgreSQL manual, appendix A).
-_NO_TABLE = ("42P01", "3F000")
+NO_TABLE = ("42P01", "3F000")
 #: The epoch that follows `{epoch}` and the newest known one, `{known}`. A database that was restored or recreated has
 #: lost the epochs handed out since, while their stamps live on in spools; minutes outrank them without a search.
 NEXT_EPOCH = (
@@ -194,7 +194,7 @@ class Lease:
         self.fence: Fence | None = None
         #: Set when another process has taken it, or when the database went back to a state before it was taken.
         self.lost: asyncio.Event = asyncio.Event()
-        #: Set when a renewal found no table of leases: the database was recreated. Whoever waits for it decides when to
+        #: Set while renewals find no table of leases: the database was recreated. Whoever waits for it decides when to
         #: call `give_up`; until then nothing can be written.
         self.table_missing: asyncio.Event = asyncio.Event()
         self._target = target
@@ -292,7 +292,7 @@ class Lease:
 
     async def _try_to_take(self) -> Fence | None:
         try:
-            with translate_errors():
+            with translate_errors(was_connected=True):  # the pool was, so a missing database is being replaced
                 async with self._connected() as connection:
                     row = await connection.fetchrow(_STATE, SHARD)
                     if row is None:
@@ -380,10 +380,11 @@ class Lease:
                 # A failed renewal does not mean that the lease is lost: the epoch tells once the database is back.
                 known = translate(error)
                 self._log_once(logging.WARNING, "the lease could not be renewed: %s", known or error)
-                if isinstance(known, DatabaseError) and known.sqlstate in _NO_TABLE:
+                if isinstance(known, DatabaseError) and known.sqlstate in NO_TABLE:
                     self.table_missing.set()
                 continue
             self._renewed, self._expires_at = sent_at, expires_at
+            self.table_missing.clear()
             if self._resumed is not None and sent_at >= self._resumed:
                 self._resumed = None
             if self._logged:

@@ -10,9 +10,18 @@ import pytest
 
 from tests.operations.backup.helpers import execute, make_backup, make_service, open_pool
 from utils.database import ConnectTarget, Pool
-from utils.exceptions import DatabaseError, DatabaseUnavailable
+from utils.exceptions import BackupError, DatabaseError, DatabaseUnavailable
 from utils.operations import migrations
-from utils.operations.backup.recovery import Assessment, assess, suggest_restore
+from utils.operations.backup.recovery import (
+    DECISION,
+    Assessment,
+    assess,
+    begin_anew,
+    find_hold,
+    find_loss,
+    suggest_restore,
+)
+from utils.service import application
 
 GUILD = "INSERT INTO guilds (id, name) VALUES (1, 'one')"
 
@@ -76,6 +85,62 @@ async def test_a_missing_file_is_damage_but_an_outage_is_not(database: Pool, mon
     monkeypatch.setattr(database, "fetchrow", outage)
     with pytest.raises(DatabaseUnavailable):
         await assess(database)
+
+
+async def ours() -> int:
+    return 7
+
+
+async def nobody_knows() -> None:
+    return None
+
+
+async def test_what_may_be_written_to_is_no_loss(database: Pool, empty_target: ConnectTarget) -> None:
+    assert await find_loss(database) == Assessment("empty", "it has no guilds"), "nobody has logged in yet"
+    await application.claim(database, 7)
+    assert await find_loss(database) is None
+    await database.execute("DELETE FROM ops.application")
+    assert (await begin_anew(database)).ok
+    assert await find_loss(database) is None, "an operator has decided"
+    await database.execute("DROP TABLE ops.leases")
+    assert str(await find_loss(database)).count("ops.leases")
+    async with open_pool(empty_target) as bare:
+        assert await find_loss(bare) == Assessment("empty", "it has no tables yet", has_tables=False)
+
+
+async def test_holds_an_empty_database_for_a_good_backup_of_it_alone(
+    tmp_path: Path, database: Pool, empty_target: ConnectTarget
+) -> None:
+    catalog = make_service(tmp_path).catalog
+    await application.claim(database, 7)
+    await make_backup(make_service(tmp_path), database)
+    loss = Assessment("empty", "it has no tables yet", has_tables=False)
+    assert await find_hold(database, catalog, loss, ours) is None, "there is no guild in it"
+    await database.execute(GUILD)
+    backup = await make_backup(make_service(tmp_path), database)
+    hold = await find_hold(database, catalog, loss, ours)
+    assert hold is not None
+    assert hold.backup == backup
+    assert await find_hold(database, catalog, loss, nobody_knows) == hold, "it may be the same application"
+
+    async def another() -> int:
+        return 8
+
+    assert await find_hold(database, catalog, loss, another) is None
+    async with open_pool(empty_target) as elsewhere:
+        assert await find_hold(elsewhere, catalog, loss, ours) is None, "another database"
+    (catalog.local.path / backup.file).write_bytes(b"")
+    assert await find_hold(database, catalog, loss, ours) is None, "no good backup"
+
+
+async def test_begins_anew_only_in_an_empty_database(database: Pool, empty_target: ConnectTarget) -> None:
+    async with open_pool(empty_target) as bare:
+        outcome = await begin_anew(bare)
+        assert outcome.text.startswith("The database begins anew: applied: 0001")
+        assert await bare.fetchval("SELECT count(*) FROM ops.admin_actions WHERE command = $1", DECISION) == 1
+    await database.execute(GUILD)
+    with pytest.raises(BackupError, match="it has guilds in it: nothing was changed"):
+        await begin_anew(database)
 
 
 async def test_suggests_a_backup_when_data_is_lost(tmp_path: Path, database: Pool) -> None:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -147,10 +147,10 @@ class BackupCatalog:
         known = f"the newest are {', '.join(entry.id for entry in entries[:3])}" if entries else "there are no backups"
         raise BackupError(f"there is no {'full backup' if id == 'latest' else f'backup {id[:60]}'}: {known}")
 
-    async def newest(self) -> Manifest | None:
-        """Return the newest full backup that is intact in some store; None if there is none."""
+    async def newest(self, accepts: Callable[[Manifest], bool] = lambda _: True) -> Manifest | None:
+        """Return the newest full backup that is intact in some store and accepted; None if there is none."""
         try:
-            _, manifest = await self._find_intact("latest")
+            _, manifest = await self._find_intact("latest", accepts)
         except BackupError as exc:
             _log.debug("no usable backup: %s", exc)
             return None
@@ -203,7 +203,9 @@ class BackupCatalog:
             await self.last_drill(id),
         )
 
-    async def _find_intact(self, id: str) -> tuple[Store, Manifest]:
+    async def _find_intact(
+        self, id: str, accepts: Callable[[Manifest], bool] = lambda _: True
+    ) -> tuple[Store, Manifest]:
         """Return the first store that has a backup intact, by names and sizes; `latest` is the newest such full one.
 
         Raises `BackupError` if there is none.
@@ -223,7 +225,7 @@ class BackupCatalog:
             if found is None:
                 damaged.append(problem)
             # Within one second the ids do not tell which is newer.
-            elif found[1].kind == "full" and (best is None or found[1].made_at > best[1].made_at):
+            elif found[1].kind == "full" and accepts(found[1]) and (best is None or found[1].made_at > best[1].made_at):
                 best = found
         if best is None:
             raise self._not_found("full backup", [*damaged[:1], *unreachable])

@@ -87,11 +87,6 @@ class Manifest:
         return sum(self.rows.values())
 
     @property
-    def has_guilds(self) -> bool:
-        """Whether there is anything of Discord's in it."""
-        return any(rows for name, rows in self.rows.items() if name.rpartition(".")[2] == "guilds")
-
-    @property
     def counts(self) -> dict[tuple[str, str], int]:
         """Exact row counts by schema and table."""
         split = {name: name.partition(".") for name in self.rows}

@@ -1,18 +1,24 @@
-"""Notices at start that the database has lost what a backup still has, and says how to restore it."""
+"""Notices that the database has lost what a backup still has, holds it, and begins anew if an operator says so."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from models import Base
 from utils.database import Pool
 from utils.database.ownership import VERSION_TABLE, fetch_version
 from utils.database.placement import Placement
 from utils.database.sql import quote_identifier
-from utils.exceptions import DatabaseError, DatabaseUnavailable
+from utils.exceptions import BackupError, DatabaseError, DatabaseUnavailable
 from utils.operations import migrations
+from utils.operations.action import Outcome, Progress, ignore_progress, record_action
 from utils.operations.backup.catalog import BackupCatalog
+from utils.operations.backup.manifest import Manifest
+from utils.operations.migrations import Actor, admin
+from utils.operations.migrations.history import COMMAND_LINE
+from utils.service import application, lease
 
 #: Tables that every revision has (migration 0001).
 _ESSENTIAL_TABLES = frozenset((VERSION_TABLE, "guilds", "users", "members", "roles", "channels", "ops.leases"))
@@ -23,6 +29,12 @@ _UNDEFINED_TABLE = "42P01"
 _MISSING = "ARRAY(SELECT name FROM unnest($1::text[]) AS expected(name) WHERE to_regclass(name) IS NULL) AS missing"
 _FIND_MISSING = "SELECT " + _MISSING
 _ASSESS = "SELECT " + _MISSING + ", NOT EXISTS (SELECT FROM guilds) AS is_empty"  # noqa: S608 - constants
+#: The command in `ops.admin_actions` that records the decision not to restore a backup into an empty database.
+DECISION = "begin anew"
+#: Whether an operator has decided, or an application has logged in since the tables were created.
+_HAS_BEGUN = """
+SELECT EXISTS (SELECT FROM ops.admin_actions WHERE command = $1) OR EXISTS (SELECT FROM ops.application)
+"""
 #: Seconds for the query, which must not hold up a start.
 TIMEOUT_SECONDS = 10.0
 
@@ -41,6 +53,48 @@ class Assessment:
     def is_fine(self) -> bool:
         """Whether there is nothing to recover."""
         return self.state == "fine"
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Why nothing may be written to the database before an operator has decided."""
+
+    state: Literal["fine", "empty", "damaged"]
+    reason: str
+    #: The newest backup of it; None if that is unknown, or if there is none.
+    backup: Manifest | None
+    #: Why no backup is known, if there may be one.
+    problem: str = ""
+
+    @property
+    def advice(self) -> str:
+        """What to type."""
+        id = "ID" if self.backup is None else self.backup.id
+        restore = f"to restore it, run python bot.py backup restore {id} (in Discord: /db backup restore)"
+        if self.state == "damaged":
+            return restore if self.backup is not None else "restore its tables, or recreate the database"
+        return f"{restore}; to begin anew, run python bot.py db begin-anew (in Discord: /db begin-anew)"
+
+    @property
+    def line(self) -> str:
+        """What happened and what to do, for people."""
+        found = self.problem
+        if self.backup is not None:
+            found = (
+                f"backup {self.backup.id} of {self.backup.made_at:%Y-%m-%d %H:%M} UTC with"
+                f" {self.backup.total_rows:,} rows is of the same application, host and database"
+            )
+        known = f", and {found}" if found else ""
+        return f"the database is {self.state} ({self.reason}){known}: nothing is written to it; {self.advice}"
+
+    def details(self) -> dict[str, Any]:
+        """Return what GET /readyz shows."""
+        return {
+            "reason": f"the database is {self.state}: {self.reason}",
+            "backup": None if self.backup is None else self.backup.id,
+            "problem": self.problem or None,
+            "todo": self.advice,
+        }
 
 
 def _qualified_tables(placement: Placement) -> dict[str, str]:
@@ -105,3 +159,65 @@ async def suggest_restore(pool: Pool, catalog: BackupCatalog) -> str | None:
         f" {newest.made_at:%Y-%m-%d %H:%M} UTC with {newest.total_rows:,} rows: to restore it, run python bot.py backup"
         f" restore {newest.id}"
     )
+
+
+async def find_loss(pool: Pool) -> Assessment | None:
+    """Return the assessment of a database that must not be written to if a backup of it exists; None if it may.
+
+    It must not if some tables are missing, that of the leases among them, and if it is empty and nobody has begun anew.
+    Raises `DatabaseError`.
+    """
+    assessment = await assess(pool)
+    if assessment.state == "fine" or (assessment.state == "damaged" and await lease.has_table(pool)):
+        return None
+    if assessment.state == "empty" and assessment.has_tables and await _has_begun(pool):
+        return None
+    return assessment
+
+
+async def find_hold(
+    pool: Pool, catalog: BackupCatalog, loss: Assessment, fetch_application: Callable[[], Awaitable[int | None]]
+) -> Hold | None:
+    """Return why a database with this loss must be held, or None if nothing is known that could be restored into it.
+
+    An empty one is held if there is a good backup of the same application, host and database. A store that does not
+    answer may have one, and an application that is unknown (`fetch_application` returns None) may be the same.
+    Raises `DatabaseError`, and `BackupError` if the local backups cannot be read.
+    """
+    name: str = await pool.fetchval("SELECT current_database()")
+    host = pool.direct.location
+
+    guilds = f"{pool.placement.main}.guilds"
+
+    def is_of_this_database(backup: Manifest) -> bool:
+        return (backup.host, backup.database) == (host, name) and backup.rows.get(guilds, 0) > 0
+
+    found = await catalog.newest(is_of_this_database)
+    if found is not None and (application_id := await fetch_application()) is not None:
+        found = await catalog.newest(lambda it: is_of_this_database(it) and it.application_id == application_id)
+    if found is not None or loss.state == "damaged":
+        return Hold(loss.state, loss.reason, found)
+    if problems := (await catalog.scan())[1]:
+        return Hold(loss.state, loss.reason, None, problem=f"backups cannot be listed: {problems[0]}")
+    return None
+
+
+async def _has_begun(pool: Pool) -> bool:
+    # Without the table an older version made the schema, and began to use it.
+    return not await application.has_table(pool) or bool(await pool.fetchval(_HAS_BEGUN, DECISION))
+
+
+async def begin_anew(pool: Pool, *, by: Actor = COMMAND_LINE, progress: Progress = ignore_progress) -> Outcome:
+    """Create the schema in an empty database, and record the decision not to restore a backup into it.
+
+    A bot that holds the database continues. Raises `BackupError` if the database is not empty, `MigrationError` if the
+    schema cannot be created.
+    """
+    assessment = await assess(pool)
+    if assessment.state != "empty":
+        what = "has guilds in it" if assessment.is_fine else f"is damaged: {assessment.reason}"
+        raise BackupError(f"the database is not empty, it {what}: nothing was changed. To replace it, restore a backup")
+    applied = await admin.upgrade(pool, by=by, progress=progress)
+    text = f"The database begins anew: {applied.text}. A running bot fills it within seconds, others at their start."
+    await record_action(pool, DECISION, {}, text, user_id=by.user_id)
+    return Outcome(text, applied.data)

@@ -13,6 +13,8 @@ from utils.database import Connection, Pool
 from utils.database.partitions import id_at
 from utils.exceptions import GuildbookError
 from utils.operations import migrations
+from utils.operations.action import record_action
+from utils.operations.backup import recovery
 from utils.operations.migrations.dependents import refuse_dependents
 from utils.service.lease import hold_as_operator
 
@@ -211,4 +213,5 @@ async def reset(pool: Pool, *, name: str | None, environment: str) -> str:
     async with hold_as_operator(pool):
         await migrations.downgrade(pool, "base")
         await migrations.upgrade(pool)
+        await record_action(pool, recovery.DECISION, {}, "db reset")
     return found

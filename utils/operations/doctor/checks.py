@@ -29,7 +29,7 @@ CHECKS: tuple[Check, ...] = (
     Check("clock", server.check_clock, _CONNECT + 5.0),
     Check("disk", machine.check_disk, 10.0),
     Check("tools", server.check_tools, _CONNECT + 20.0),
-    Check("backups", machine.check_backups, 20.0),
+    Check("backups", machine.check_backups, _CONNECT + 20.0),
     Check("spool", machine.check_spool, 10.0),
 )
 

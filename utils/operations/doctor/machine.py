@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -9,8 +10,9 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from utils.exceptions import DatabaseError
 from utils.operations.doctor.context import DoctorContext
-from utils.operations.doctor.report import Finding, run_in_daemon_thread
+from utils.operations.doctor.report import CheckSkipped, Finding, run_in_daemon_thread
 from utils.text import format_bytes
 
 #: Free bytes below which the disk counts as full: PostgreSQL's write-ahead log alone grows in files of 16 MB.
@@ -60,11 +62,19 @@ def _probe(directory: Path, free_bytes: Callable[[Path], int]) -> tuple[int, str
 
 
 async def check_backups(context: DoctorContext) -> Sequence[Finding]:
-    """Check the age of the newest full backup."""
+    """Check the age of the newest full backup, and whether the database has lost what a backup of it has."""
+    from utils.operations.backup import recovery
     from utils.operations.backup.catalog import BackupCatalog
 
     context.require("BACKUP_URL", "BACKUP_AGE_RECIPIENT", "BACKUP_AGE_IDENTITY_FILE", "BACKUP_EVERY", "DATA_DIR")
-    newest = await BackupCatalog(context.settings.model_copy(update={"data_dir": context.data_dir})).newest()
+    catalog = BackupCatalog(context.settings.model_copy(update={"data_dir": context.data_dir}))
+    with contextlib.suppress(DatabaseError, CheckSkipped):  # other checks report them
+        pool = await context.pool()
+        loss = await recovery.find_loss(pool)
+        hold = None if loss is None else await recovery.find_hold(pool, catalog, loss, _unknown)
+        if hold is not None:
+            return [Finding("fail", "backups", hold.line.removesuffix(f"; {hold.advice}"), hold.advice)]
+    newest = await catalog.newest()
     every = context.settings.backup_every
     advice = "run python bot.py backup create" + ("" if every else ", or schedule backups with BACKUP_EVERY=1d")
     if newest is None:
@@ -73,6 +83,10 @@ async def check_backups(context: DoctorContext) -> Sequence[Finding]:
     seen = f"the newest, {newest.id}, is {age / timedelta(hours=1):,.0f} hours old"
     max_age = timedelta(seconds=2 * every) if every else MAX_BACKUP_AGE
     return [Finding("warn", "backups", seen, advice) if age > max_age else Finding("ok", "backups", seen)]
+
+
+async def _unknown() -> None:
+    """Return no application: any may be that of the token."""
 
 
 async def check_spool(context: DoctorContext) -> Sequence[Finding]:

@@ -1,0 +1,360 @@
+"""The database is dropped and recreated under a running bot: it is held if a backup of it is known, or begins anew."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simulator import Simulator, World
+from tests.bot.running import BotProcess, mirror_differences, run_cli, wait_until_mirrored
+from tests.mirror.restoring import Droppable, droppable
+from tests.operations.backup.helpers import dropping_scratch_databases, make_settings
+from tests.waiting import until
+from utils.database import Pool
+from utils.database.embedded import EmbeddedServer
+from utils.operations.backup.catalog import BackupCatalog
+from utils.operations.backup.manifest import Manifest
+
+pytestmark = pytest.mark.slow
+
+BARE = "template1"
+
+
+@pytest.fixture
+def world() -> World:
+    """Two small guilds."""
+    world = World(seed=11)
+    world.add_guild(members=60, name="Large")
+    world.add_guild(members=40, name="Small")
+    return world
+
+
+@pytest.fixture
+async def dropped(server: EmbeddedServer, template: str) -> AsyncIterator[Droppable]:
+    """A migrated database that can be dropped and recreated."""
+    async with droppable(server, template) as database, dropping_scratch_databases(database.pool.target):
+        yield database
+
+
+class Held:
+    """A bot process on a database that can be dropped, and its commands."""
+
+    def __init__(self, directory: Path, simulator: Simulator, database: Droppable, **settings: str) -> None:
+        self.directory = directory
+        self.simulator = simulator
+        self.database = database
+        self.settings = {
+            "DISCORD_TOKEN": simulator.token,
+            "DISCORD_API_BASE": simulator.api_base,
+            "DATABASE_URL": database.pool.target.libpq_url(),
+            "DATA_DIR": str(directory / "data"),
+            "FLUSH_SECONDS": "0.1",
+            **settings,
+        }
+        self.bot = BotProcess(directory, **self.settings)
+
+    @property
+    def pool(self) -> Pool:
+        return self.database.pool
+
+    @property
+    def catalog(self) -> BackupCatalog:
+        return BackupCatalog(make_settings(self.directory / "data"))
+
+    async def cli(self, *arguments: str) -> tuple[int, str]:
+        """Run a command on the bot's database."""
+        return await run_cli(self.directory, *arguments, **self.settings)
+
+    async def back_up(self) -> Manifest:
+        """Make a backup with the command line."""
+        code, output = await self.cli("backup", "create")
+        assert code == 0, output
+        manifest = await self.catalog.newest()
+        assert manifest is not None
+        return manifest
+
+    async def readiness(self) -> tuple[int, dict[str, Any]]:
+        """Return the status and the body of GET /readyz."""
+        status, body = await self.bot.get("/readyz")
+        return status, body or {}
+
+    async def is_held(self) -> bool:
+        status, body = await self.readiness()
+        return status == 503 and body["state"] == "held"
+
+    async def stop(self) -> None:
+        self.bot.send_signal(signal.SIGTERM)
+        assert await self.bot.wait_for_exit() == 0, self.bot.output
+
+
+def send_messages(simulator: Simulator, guild_id: int, count: int) -> tuple[int, int]:
+    """Send messages as a member of a guild; return the member and the number that was sent."""
+    world = simulator.world
+    guild = world.guild(guild_id)
+    channel = next(c.id for c in guild.channels.values() if c.type == 0 and not c.hidden)
+    author = next(id for id in guild.members if id != world.bot.id and not world.user(id).bot)
+    for number in range(count):
+        world.message(guild_id, channel, author, f"number {number}")
+    return author, count
+
+
+async def counted(pool: Pool, user_id: int) -> int:
+    """Return how many messages of a user are counted."""
+    query = "SELECT coalesce(sum(message_count), 0) FROM member_stats WHERE user_id = $1"
+    return int(await pool.fetchval(query, user_id))
+
+
+async def test_without_a_known_backup_it_begins_anew_without_a_restart(
+    tmp_path: Path, simulator: Simulator, dropped: Droppable, small: int
+) -> None:
+    held = Held(tmp_path, simulator, dropped, SPOOL="always")
+    async with held.bot as bot:
+        await bot.wait_until_ready()
+        await dropped.recreate(template=BARE)
+        author, sent = send_messages(simulator, small, 5)
+        await bot.wait_for_output("beginning anew")
+        await bot.wait_until_ready()
+        await wait_until_mirrored(held.pool, simulator)
+
+        async def are_counted() -> bool:
+            return await counted(held.pool, author) == sent
+
+        await until(are_counted)
+        assert bot.process.returncode is None
+        await held.stop()
+    assert "Traceback" not in bot.output
+
+
+@pytest.mark.parametrize("way", ["restore", "begin anew"])
+async def test_with_a_known_backup_it_is_held_until_an_operator_decides(
+    tmp_path: Path, simulator: Simulator, dropped: Droppable, small: int, way: str
+) -> None:
+    world = simulator.world
+    held = Held(tmp_path, simulator, dropped)
+    async with held.bot as bot:
+        await bot.wait_until_ready()
+        author, before = send_messages(simulator, small, 3)
+
+        async def are_counted() -> bool:
+            return await counted(held.pool, author) == before
+
+        await until(are_counted)
+        backup = await held.back_up()
+        await dropped.recreate(template=BARE)
+        await until(held.is_held)
+        status, body = await held.readiness()
+        assert (status, body["ok"], body["database"]) == (503, False, False)
+        assert body["held"]["reason"] == "the database is empty: it has no tables yet"
+        assert body["held"]["backup"] == backup.id
+        for command in (f"backup restore {backup.id}", "db begin-anew"):
+            assert f"python bot.py {command}" in body["held"]["todo"]
+        assert (await bot.get("/healthz"))[0] == 200
+        await until(lambda: any("db begin-anew" in message["content"] for message in simulator.channels.sent.values()))
+        joined = world.join(small)
+        send_messages(simulator, small, 4)
+        assert await held.pool.fetchval("SELECT to_regclass('guilds') IS NULL"), "nothing is written to it"
+        spool = tmp_path / "data" / "spool"
+        await until(lambda: any(path.stat().st_size for path in spool.rglob("*") if path.name != "lock"))
+        if way == "restore":
+            code, output = await held.cli("backup", "restore", backup.id, "--yes")
+        else:
+            code, output = await held.cli("db", "begin-anew")
+        assert code == 0, output
+        await bot.wait_until_ready()
+        await wait_until_mirrored(held.pool, simulator)
+
+        async def are_all_counted() -> bool:
+            return await counted(held.pool, author) == (before if way == "restore" else 0) + 4
+
+        await until(are_all_counted)
+        kinds = await held.pool.fetch("SELECT kind FROM member_events WHERE user_id = $1", joined)
+        assert [row["kind"] for row in kinds] == ["join"]
+        actions = await held.pool.fetch("SELECT command FROM ops.admin_actions")
+        expected = {"backup restore"} if way == "restore" else {"begin anew", "db begin-anew"}
+        assert expected <= {row["command"] for row in actions}
+        assert await mirror_differences(held.pool, simulator) == []
+        await held.stop()
+    assert "Traceback" not in bot.output
+    assert bot.output.count("nothing is written to it") <= 2
+
+
+@pytest.mark.parametrize("way", ["restore", "begin-anew"])
+async def test_slash_commands_end_the_hold(tmp_path: Path, simulator: Simulator, dropped: Droppable, way: str) -> None:
+    world = simulator.world
+    held = Held(tmp_path, simulator, dropped)
+    async with held.bot as bot:
+        await bot.wait_until_ready()
+        backup = await held.back_up()
+        await dropped.recreate(template=BARE)
+        await until(held.is_held)
+        group = "backup" if way == "restore" else None
+        result = await simulator.run_command("db", user_id=world.operator_id, subcommand=way, subcommand_group=group)
+        label = "Restore" if way == "restore" else "Begin anew"
+        await result.wait_done(30, until=lambda seen: bool(seen.buttons))
+        await simulator.press(result, result.buttons[label], user_id=world.operator_id)
+        await bot.wait_until_ready()
+        await wait_until_mirrored(held.pool, simulator)
+        text = f"Backup {backup.id}" if way == "restore" else "The database begins anew"
+        await result.wait_done(30, until=lambda seen: text in (seen.final_content or ""))
+        row = await held.pool.fetchrow("SELECT user_id, result FROM ops.admin_actions WHERE command LIKE 'db %'")
+        assert row is not None
+        assert row["user_id"] == world.operator_id
+        assert text in row["result"]
+        await held.stop()
+
+
+@pytest.mark.parametrize("other", ["application", "host", "database", "unknown"])
+async def test_a_backup_of_something_else_holds_nothing(
+    tmp_path: Path, simulator: Simulator, dropped: Droppable, other: str
+) -> None:
+    held = Held(tmp_path, simulator, dropped)
+    async with held.bot as bot:
+        await bot.wait_until_ready()
+        manifest = await held.back_up()
+        changed: dict[str, dict[str, Any]] = {
+            "application": {"application_id": 42},
+            "host": {"host": "elsewhere:5432"},
+            "database": {"database": "another"},
+            "unknown": {"application_id": None, "host": None},
+        }
+        file = held.catalog.local.path / f"{manifest.id}.json"
+        file.write_bytes(replace(manifest, **changed[other]).serialize())
+        await dropped.recreate(template=BARE)
+        await bot.wait_for_output("beginning anew")
+        await bot.wait_until_ready()
+        await wait_until_mirrored(held.pool, simulator)
+        await held.stop()
+
+
+@pytest.mark.parametrize("copied", [BARE, None], ids=["no tables", "empty tables"])
+async def test_a_start_on_an_emptied_database_waits(
+    tmp_path: Path, simulator: Simulator, dropped: Droppable, copied: str | None
+) -> None:
+    held = Held(tmp_path, simulator, dropped)
+    async with held.bot as bot:
+        await bot.wait_until_ready()
+        backup = await held.back_up()
+        await held.stop()
+    await dropped.recreate(template=copied)
+    identified = simulator.gateway.identifies
+    held.bot = BotProcess(tmp_path, **held.settings)
+    async with held.bot as bot:
+        await until(held.is_held)
+        assert (await held.readiness())[1]["held"]["backup"] == backup.id
+        code, output = await held.cli("doctor")
+        assert "backups: the database is empty" in output
+        assert simulator.gateway.identifies == identified
+        code, output = await held.cli("db", "begin-anew")
+        assert code == 0, output
+        await bot.wait_until_ready()
+        await wait_until_mirrored(held.pool, simulator)
+        await held.stop()
+    held.bot = BotProcess(tmp_path, **held.settings)
+    async with held.bot as bot:  # the decision holds
+        await bot.wait_until_ready()
+        await held.stop()
+
+
+async def test_truncated_tables_are_held_while_the_bot_runs(
+    tmp_path: Path, simulator: Simulator, dropped: Droppable, small: int
+) -> None:
+    held = Held(tmp_path, simulator, dropped)
+    async with held.bot as bot:
+        await bot.wait_until_ready()
+        backup = await held.back_up()
+        await dropped.recreate()  # with the tables, without a row
+        await until(held.is_held)
+        author, sent = send_messages(simulator, small, 3)
+        code, output = await held.cli("backup", "restore", backup.id, "--yes")
+        assert code == 0, output
+        await bot.wait_until_ready()
+
+        async def are_counted() -> bool:
+            return await counted(held.pool, author) == sent
+
+        await until(are_counted)
+        await wait_until_mirrored(held.pool, simulator)
+        await held.stop()
+
+
+async def test_auto_migrate_off_waits_for_an_operator(tmp_path: Path, simulator: Simulator, dropped: Droppable) -> None:
+    held = Held(tmp_path, simulator, dropped, AUTO_MIGRATE="false")
+    async with held.bot as bot:
+        await bot.wait_until_ready()
+        await dropped.recreate(template=BARE)
+        await until(held.is_held)
+        assert (await held.readiness())[1]["held"]["problem"] == "AUTO_MIGRATE is off"
+        code, output = await held.cli("db", "begin-anew")
+        assert code == 0, output
+        await bot.wait_until_ready()
+        await wait_until_mirrored(held.pool, simulator)
+        await held.stop()
+
+
+async def test_missing_lease_table_is_held_and_goes_on_when_it_is_back(
+    tmp_path: Path, simulator: Simulator, dropped: Droppable
+) -> None:
+    held = Held(tmp_path, simulator, dropped)
+    async with held.bot as bot:
+        await bot.wait_until_ready()
+        await held.pool.execute("ALTER TABLE ops.leases RENAME TO mislaid")
+        await until(held.is_held)
+        assert "ops.leases" in (await held.readiness())[1]["held"]["reason"]
+        await held.pool.execute("ALTER TABLE ops.mislaid RENAME TO leases")
+        await bot.wait_until_ready()
+        await held.stop()
+
+
+async def test_a_store_that_does_not_answer_may_have_a_backup(
+    tmp_path: Path, simulator: Simulator, dropped: Droppable
+) -> None:
+    unreachable = {
+        "BACKUP_URL": "s3://bucket/backups",
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }
+    held = Held(tmp_path, simulator, dropped, **unreachable)
+    await dropped.recreate(template=BARE)
+    async with held.bot as bot:
+        await until(held.is_held)
+        body = (await held.readiness())[1]
+        assert "backups cannot be listed" in body["held"]["problem"]
+        assert (await held.cli("db", "begin-anew"))[0] == 0
+        await bot.wait_until_ready()
+        await held.stop()
+
+
+async def test_another_schema_of_the_database_begins_anew_in_its_place(
+    tmp_path: Path, simulator: Simulator, dropped: Droppable
+) -> None:
+    await dropped.recreate(template=BARE)
+    held = Held(tmp_path, simulator, dropped, DB_SCHEMA="botx")
+    async with held.bot as bot:
+        await bot.wait_until_ready()
+        backup = await held.back_up()
+        await dropped.recreate(template=BARE)
+        await until(held.is_held)
+        assert (await held.readiness())[1]["held"]["backup"] == backup.id
+        assert (await held.cli("db", "begin-anew"))[0] == 0
+        await bot.wait_until_ready()
+        assert await held.pool.fetchval("SELECT count(*) FROM botx.guilds") == 2
+        assert await held.pool.fetchval("SELECT to_regclass('public.guilds') IS NULL")
+        await held.stop()
+
+
+async def test_begin_anew_refuses_a_database_with_guilds(
+    tmp_path: Path, simulator: Simulator, dropped: Droppable
+) -> None:
+    held = Held(tmp_path, simulator, dropped)
+    await held.pool.execute("INSERT INTO guilds (id, name) VALUES (1, 'one')")
+    code, output = await held.cli("db", "begin-anew")
+    assert code == 1
+    assert "is not empty, it has guilds in it: nothing was changed" in output
