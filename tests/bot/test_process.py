@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from simulator import Simulator
+from simulator.proxy import Proxy
 from tests.bot.running import BotProcess, mirror_differences, run_cli, wait_until_mirrored
 from tests.waiting import until
 from utils.database import Connection, ConnectTarget, Pool
-from utils.database.embedded import EmbeddedServer
+from utils.database.embedded import PORT, EmbeddedServer
 
 pytestmark = pytest.mark.slow
 
@@ -23,6 +24,12 @@ def discord_settings(simulator: Simulator, **settings: str) -> dict[str, str]:
 
 async def rows_waiting(bot: BotProcess) -> int:
     return int((await bot.get("/readyz"))[1]["rows_waiting"])
+
+
+async def is_unready(bot: BotProcess) -> bool:
+    """Return whether GET /readyz says, in status and body, that the database cannot be used."""
+    status, state = await bot.get("/readyz")
+    return (status, state["ok"], state["database"]) == (503, False, False)
 
 
 async def is_blocked(connection: Connection) -> bool:
@@ -285,9 +292,20 @@ async def test_not_ready_while_the_database_is_unusable(
         async with database.transaction() as connection:
             await connection.execute("LOCK TABLE ops.leases IN ACCESS EXCLUSIVE MODE")
 
-            async def is_unready() -> bool:
-                status, state = await bot.get("/readyz")
-                return (status, state["ok"], state["database"]) == (503, False, False)
-
-            await until(is_unready)
+            await until(lambda: is_unready(bot))
         await bot.wait_until_ready()
+
+
+async def test_not_ready_while_the_database_does_not_answer(
+    tmp_path: Path, simulator: Simulator, database: Pool, server: EmbeddedServer
+) -> None:
+    target = database.target
+    async with Proxy(f"{server.target().hosts[0]}/.s.PGSQL.{PORT}") as proxy:
+        url = f"postgresql://{target.user}@127.0.0.1:{proxy.port}/{target.database}?sslmode=disable"
+        async with BotProcess(tmp_path, **discord_settings(simulator, DATABASE_URL=url)) as bot:
+            await bot.wait_until_ready()
+            proxy.freeze()  # a half-open connection: nothing is refused, nothing answers
+            await until(lambda: is_unready(bot))
+            assert (await bot.get("/healthz"))[0] == 200
+            proxy.heal()
+            await bot.wait_until_ready()

@@ -192,14 +192,14 @@ class Mirror:
             return None
         return False
 
-    def report_malformed(self, name: str, error: Exception) -> None:
-        """Count a payload that could not be parsed; log the first of its kind."""
+    def report_malformed(self, name: str, error: Exception, *, is_part: bool = False) -> None:
+        """Count a payload that could not be parsed, or a part of it; log the first of its kind."""
         metrics.malformed_payloads.labels(name).inc()
         log_once(
             _log,
             ("malformed", name, type(error).__name__),
             "malformed %s skipped (%s: %.200s); further ones are only counted",
-            name,
+            f"part of {name}" if is_part else name,
             type(error).__name__,
             error,
         )
@@ -379,4 +379,4 @@ class Mirror:
                 self.reconciler.request(state, "dropped")
 
     def _malformed_reporter(self, name: str) -> Callable[[Exception], None]:
-        return lambda error: self.report_malformed(name, error)
+        return lambda error: self.report_malformed(name, error, is_part=True)

@@ -12,6 +12,7 @@ import pytest
 
 from simulator import World
 from simulator.malformed import TOO_LARGE, malformed_events
+from simulator.payloads import member_json
 from tests.mirror.faults.test_live import people
 from tests.mirror.harness import differences, mirrored, removals, small_world
 from tests.waiting import until
@@ -34,13 +35,13 @@ def _first_times() -> Iterator[None]:
     logs.reset_repeats()
 
 
-def malformed_count() -> float:
-    """Return the number of malformed payloads."""
+def malformed_count(event: str | None = None) -> float:
+    """Return the number of malformed payloads, of one event or of all."""
     return sum(
         sample.value
         for metric in metrics.malformed_payloads.collect()
         for sample in metric.samples
-        if sample.name.endswith("_total")
+        if sample.name.endswith("_total") and event in (None, sample.labels["event"])
     )
 
 
@@ -128,6 +129,62 @@ async def test_unreadable_member_is_neither_changed_nor_tombstoned(
         assert malformed_count() - before == 3
     assert await differences(database, simulator) == []
     assert await removals(database) == {("members", gone)}
+
+
+@pytest.mark.parametrize("source", ["gateway", "rest"])
+async def test_195_unreadable_members_are_one_line_and_a_counter(
+    database: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, source: str
+) -> None:
+    simulator, (guild_id,) = small_world(monkeypatch, 205)
+    strange = people(simulator, guild_id)[:195]
+    async with simulator:
+        for id in strange:
+            member = simulator.world.guild(guild_id).members[id]
+            member.rendered = json.dumps(json.loads(member_json(member)) | {"joined_at": "yesterday"}).encode()
+        if source == "rest":
+            simulator.faults.rate_limit_next(guild_id)
+        before = malformed_count("member listing")
+        async with mirrored(database, simulator, monkeypatch) as bot:
+            await bot.settled()
+    lines = [line for line in logged_warnings(caplog) if "could not be read" in line]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("195 of 205 members of a listing could not be read and were left out; the first: ")
+    assert malformed_count("member listing") - before == 195
+    assert await database.fetchval("SELECT count(*) FROM members") == 10
+
+
+async def test_what_only_discord_py_refuses_is_mirrored_and_not_called_left_out(
+    database: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    simulator, (guild_id,) = small_world(monkeypatch, 6)
+    role_id = simulator.world.create_role(guild_id, "kept", color=1)
+    async with simulator, mirrored(database, simulator, monkeypatch) as bot:
+        await bot.settled()
+        caplog.clear()
+        nameless = {"guild_id": str(guild_id), "role": {"id": str(role_id), "color": 5}}
+        for _ in range(3):
+            simulator.faults.inject_raw({"t": "GUILD_ROLE_UPDATE", "d": nameless})
+        await bot.settled()
+        assert tuple(await database.fetchrow("SELECT name, color FROM roles WHERE id = $1", role_id) or ()) == (
+            "kept", 5,
+        )  # fmt: skip
+    (line,) = logged_warnings(caplog)
+    assert line.startswith("discord.py could not parse GUILD_ROLE_UPDATE (KeyError: 'name'), so that cogs miss it")
+    assert "left out" not in line
+    assert "skipped" not in line
+
+
+async def test_a_malformed_part_of_a_guild_is_called_a_part(
+    database: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    simulator, (guild_id,) = small_world(monkeypatch, 6)
+    role_id = simulator.world.create_role(guild_id)
+    simulator.world.guild(guild_id).roles[role_id].position = "first"  # type: ignore[assignment]
+    async with simulator, mirrored(database, simulator, monkeypatch) as bot:
+        await bot.settled()
+    lines = [line for line in logged_warnings(caplog) if "malformed" in line]
+    assert [line.partition(" (")[0] for line in lines] == ["malformed part of GUILD_CREATE skipped"]
+    assert await database.fetchval("SELECT count(*) FROM guilds") == 1
 
 
 async def test_a_page_with_a_member_of_unknown_id_tombstones_nobody(

@@ -46,6 +46,41 @@ async def test_member_list_that_fails_midway_proves_nothing(database: Pool, monk
     assert await removals(database) == set()
 
 
+@pytest.mark.parametrize("is_gone", [False, True], ids=["still there", "unavailable"])
+async def test_a_retry_is_announced_only_if_one_follows(
+    database: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_gone: bool
+) -> None:
+    simulator, (guild_id,) = small_world(monkeypatch, 60)
+    async with simulator, mirrored(database, simulator, monkeypatch) as bot:
+        await bot.settled()
+        caplog.clear()
+        attempts = len(await runs(database, guild_id))
+        simulator.faults.rate_limit_next(guild_id)
+        simulator.faults.rest_delay("/members", 0.05)
+        sync = asyncio.create_task(bot.mirror.reconciler.sync(guild_id))
+        await bot.listing(guild_id, pages=2)
+        if is_gone:
+            simulator.world.guild_outage(guild_id)
+            with pytest.raises(SyncError):
+                await sync
+        else:
+            simulator.faults.rest_fail("/members", 500, times=5)  # discord.py tries five times
+            await asyncio.wait([sync])
+            sync.exception()
+        expected = 2 if is_gone else 3  # over the gateway, over REST, and again only where it was announced
+
+        async def are_recorded() -> bool:
+            return len(await runs(database, guild_id)) - attempts == expected
+
+        await until(are_recorded)
+        await bot.mirror.reconciler.wait_until_idle()
+        lines = [record for record in caplog.records if record.getMessage().startswith("guild not reconciled")]
+        over_rest = [record.getMessage() for record in lines if record.__dict__["source"] == "rest"]
+        assert ["; next attempt in " in line for line in over_rest] == [not is_gone]
+        assert (await runs(database, guild_id))[-1][0] == ("failed" if is_gone else "complete")
+        assert await are_recorded(), "and no other one follows"
+
+
 async def test_failed_sync_raises_for_the_caller(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator, (guild_id,) = small_world(monkeypatch, 6)
     async with simulator, mirrored(database, simulator, monkeypatch) as bot:
