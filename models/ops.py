@@ -116,7 +116,7 @@ class TableSize(Base):
     __table_args__ = {"schema": "ops"}  # noqa: RUF012 - read by SQLAlchemy, never changed
 
     at: Mapped[datetime] = marked(primary_key=True)
-    #: With its schema, unless that is `public`.
+    #: With `ops.`, if it is one of the bot's own.
     table_name: Mapped[str] = marked(Text, primary_key=True)
     #: The planner's estimate.
     rows: Mapped[int] = marked(BigInteger, nullable=False)

@@ -106,6 +106,13 @@ async def test_a_foreign_users_table_names_the_setting(empty_target: ConnectTarg
 
 
 @pytest.mark.slow
+async def test_a_guildbook_of_another_user_on_the_path_is_not_ours(target: ConnectTarget) -> None:
+    async with placed(target, "schema named like the user") as (ours, main):
+        assert (await located(ours)).placement == Placement.of(main)
+        assert (await located(target)).placement == Placement()
+
+
+@pytest.mark.slow
 async def test_schemas_made_by_an_administrator_are_used(empty_target: ConnectTarget) -> None:
     async with placed(empty_target, "search_path of the role") as (target, main):
         connection = await asyncpg.connect(**empty_target.connect_kwargs())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,10 @@ async def examine(world: World, monkeypatch: pytest.MonkeyPatch, directory: Path
     """Return what `doctor` finds."""
     for name in variables():
         monkeypatch.delenv(name, raising=False)
-    settings = {"DATABASE_URL": world.target.libpq_url(), "DATA_DIR": str(directory / "data")}
+    # A schema in the address would be a start-up option, which a pooler refuses.
+    settings = {"DATABASE_URL": replace(world.target, schema=None).libpq_url(), "DATA_DIR": str(directory / "data")}
+    if world.target.schema is not None:
+        settings["DB_SCHEMA"] = world.target.schema
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     checks = [check for check in CHECKS if check.name in ABOUT_THE_DATABASE]

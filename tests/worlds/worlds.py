@@ -12,11 +12,13 @@ from dataclasses import dataclass, field, replace
 import asyncpg
 
 from tests.conftest import admin_execute, cloned
+from tests.database.placements import WAYS, placed
 from tests.database.pooler import PROGRAM, pgbouncer
 from tests.operations.migrations.support import KNOWN
 from tests.worlds import foreign
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
+from utils.database.placement import Placement
 from utils.operations import migrations
 
 _numbers = itertools.count(1)
@@ -177,6 +179,30 @@ async def restored_snapshot(server: EmbeddedServer) -> AsyncIterator[World]:
             await admin_execute(server, f"DROP DATABASE IF EXISTS {snapshot} WITH (FORCE)")
 
 
+def _placed(way: str) -> Creator:
+    @asynccontextmanager
+    async def create(server: EmbeddedServer) -> AsyncIterator[World]:
+        async with cloned(server, "template1") as admin:
+            await migrations.upgrade(admin.with_placement(Placement.of("another_bot")))
+            await run(admin, foreign.CREATE)
+            async with placed(admin, way) as (target, _):
+                yield World(server, target, admin, is_shared=True, warned_by=frozenset({"rights"}))
+
+    return create
+
+
+#: Worlds in which other bots and a second Guildbook are, and the tables of ours are in a schema that the user decides.
+WORLDS.update({way: _placed(way) for way in WAYS})
+
+
+@_world
+async def schema_behind_pooler(server: EmbeddedServer) -> AsyncIterator[World]:
+    """DB_SCHEMA behind a PgBouncer in transaction mode, with another Guildbook in `public`."""
+    async with cloned(server, "template1") as target, pgbouncer(target, size=10) as behind:
+        await migrations.upgrade(target)
+        yield World(server, replace(behind, schema="Bot-X"), target, warned_by=frozenset({"pooler"}))
+
+
 # --- worlds that are refused
 
 
@@ -241,4 +267,4 @@ async def create(name: str, server: EmbeddedServer) -> AsyncIterator[World]:
 
 
 #: Worlds that need programs which a machine may not have.
-NEEDS_POOLER = frozenset({"pooler"}) if PROGRAM is None else frozenset()
+NEEDS_POOLER = frozenset({"pooler", "schema_behind_pooler"}) if PROGRAM is None else frozenset()

@@ -312,7 +312,7 @@ class Guildbook(commands.AutoShardedBot):
     def _on_written(self, tables: frozenset[str], changes: ChangeFeed) -> None:
         """Invalidate cached results and wake the change feed after the mirror has committed."""
         if self.cache is not None:
-            self.cache.invalidate(f"public.{table}" for table in tables)
+            self.cache.invalidate(f"{self._pool.placement.main}.{table}" for table in tables)
         changes.notice()
 
     def _has_change_listeners(self) -> bool:

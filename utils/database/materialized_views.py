@@ -48,9 +48,13 @@ GROUP BY schema, relname, name, quoted, can_refresh_concurrently ORDER BY steps,
 
 async def refresh(db: Database, names: Iterable[str] | None) -> dict[str, float]:
     """Refresh views as `Database.refresh_materialized_views` documents it."""
+    placement = db.pool.placement
     views = await db.fetch(VIEWS, use_cache=False)
-    if names is not None:
-        asked = {name if "." in name else f"public.{name}" for name in names}
+    if names is None:
+        views = [view for view in views if view["schema"] in (placement.main, placement.ops)]
+    else:
+        split = (name.rpartition(".") for name in names)
+        asked = {f"{placement.resolve(schema or None)}.{name}" for schema, _, name in split}
         unknown = asked - {view["name"] for view in views}
         if unknown:
             raise DatabaseError(f"there is no materialized view {', '.join(sorted(unknown))}")

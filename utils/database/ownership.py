@@ -19,7 +19,7 @@ import asyncpg
 from sqlalchemy import Connection, MetaData, text
 
 from models import Base
-from utils.database.placement import OPS, PUBLIC, Placement, placement_of
+from utils.database.placement import OPS, PUBLIC, Placement, placement_of, placement_on
 
 #: Alembic's table in a database of ours.
 VERSION_TABLE = "guildbook_version"
@@ -337,7 +337,7 @@ async def fetch_version(
     placement: where our tables are; None: the connection knows.
     """
     if placement is None:
-        placement = getattr(connection, "placement", Placement())
+        placement = placement_on(connection)
     main = placement.main
     rows = await connection.fetch(_FIND, main)
     contents = {

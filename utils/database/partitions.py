@@ -6,6 +6,7 @@ import logging
 from datetime import UTC, datetime
 
 from models import DISCORD_EPOCH_MS, Base
+from utils.database.placement import placement_on
 from utils.database.pool import Connection
 
 _log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ async def _create(conn: Connection, table: str, name: str, start: datetime, end:
     low, high = id_at(start), id_at(end)
     async with conn.transaction():
         await conn.execute(f"SET LOCAL lock_timeout = {round(lock_seconds * 1000)}")
-        await conn.execute("SELECT pg_advisory_xact_lock($1)", LOCK_KEY)
+        await conn.execute("SELECT pg_advisory_xact_lock($1)", placement_on(conn).lock_key(LOCK_KEY))
         if await _exists(conn, table, name):
             return False  # another process created it meanwhile
         # Created separately and attached: CREATE TABLE … PARTITION OF would block readers of the whole table.

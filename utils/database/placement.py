@@ -80,6 +80,9 @@ class Placement:
         return f"{name}_{hashlib.sha256(self.main.encode()).hexdigest()[:16]}"
 
 
+DEFAULT_PLACEMENT = Placement()
+
+
 def check_schema(name: str) -> str | None:
     """Return what is wrong with the name of a main schema; None: nothing."""
     if not name:
@@ -97,11 +100,16 @@ def check_schema(name: str) -> str | None:
 
 # --- finding it
 
-#: Each schema that may be the main one, and the schema of the sequence behind the ids of its `changes`.
+#: Each schema that may be the main one, and the schema of the sequence behind the ids of its `changes`. Tables that the
+#: user may not read are another user's Guildbook.
 _FIND = """
 SELECT candidate.name, current_schema()::text AS current, current_setting('search_path') AS path,
-    to_regclass(format('%I.guildbook_version', candidate.name)) IS NOT NULL AS is_ours,
-    to_regclass(format('%I.alembic_version', candidate.name)) IS NOT NULL AND EXISTS (
+    coalesce(has_table_privilege(
+        to_regclass(format('%I.guildbook_version', candidate.name))::oid, 'SELECT'
+    ), false) AS is_ours,
+    coalesce(has_table_privilege(
+        to_regclass(format('%I.alembic_version', candidate.name))::oid, 'SELECT'
+    ), false) AND EXISTS (
         SELECT FROM pg_attribute AS a
         WHERE a.attrelid = to_regclass(format('%I.guilds', candidate.name)) AND a.attname = 'stamp'
     ) AS is_former,
@@ -259,6 +267,12 @@ _NEEDS_NO_PATH = re.compile(
 )
 
 
+def placement_on(connection: Any) -> Placement:
+    """Return where our tables are, according to an asyncpg connection of ours or to a `Pool`."""
+    placement: Placement = getattr(connection, "placement", None) or Placement()
+    return placement
+
+
 # --- adapting SQL
 
 _TOKEN = re.compile(
@@ -280,7 +294,10 @@ _NAME_FUNCTION = re.compile(
     re.IGNORECASE,
 )
 _NAME_CAST = re.compile(r"\s*(?:::\s*text\s*)?(?:::|\bas\b)\s*(?:pg_catalog\.)?reg(?:class|namespace)\b", re.IGNORECASE)
-_CODE = re.compile(r"\s*(?:do\b|create\s+(?:or\s+replace\s+)?(?:function|procedure)\b)", re.IGNORECASE)
+#: What comes before a body that is code.
+_CODE = re.compile(
+    r"(?:\A|;|\n)\s*(?:do\b|create\s+(?:or\s+replace\s+)?(?:function|procedure)\b)[^;$]*\Z", re.IGNORECASE
+)
 #: Characters that are looked at before a literal.
 _BEFORE = 60
 
@@ -288,7 +305,6 @@ _BEFORE = 60
 @lru_cache(maxsize=2_048)
 def _adapt(sql: str, ops: str) -> str:
     name = quote_identifier(ops)
-    has_code = _CODE.match(sql) is not None
 
     def replace(match: re.Match[str]) -> str:
         found = match[0]
@@ -301,8 +317,8 @@ def _adapt(sql: str, ops: str) -> str:
                 return found
             return "'" + name.replace("'", "''") + literal[1 + len(OPS) :]
         if match["body"] is not None:
-            delimiter = f"${match['tag']}$"
-            return f"{delimiter}{_adapt(match['body'], ops)}{delimiter}" if has_code else found
+            delimiter, is_code = f"${match['tag']}$", _CODE.search(sql[: match.start()]) is not None
+            return f"{delimiter}{_adapt(match['body'], ops)}{delimiter}" if is_code else found
         if (clause := match["clause"]) is not None:
             return clause + name
         return name if found.lower() == OPS else found

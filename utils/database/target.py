@@ -187,7 +187,8 @@ class ConnectTarget:
             options["sslmode"] = self.sslmode
         options.update({key: value for key, value in self.tls.items() if key != "sslpassword"})
         options.update({key: value for key, value in self.driver.items() if key in ("target_session_attrs", "service")})
-        path = {} if self.search_path is None else {"search_path": self.search_path}
+        # A pooler refuses it, as in `connect_kwargs`.
+        path = {} if self.search_path is None or self.pooled else {"search_path": self.search_path}
         options.update(_libpq_settings({**self.server_settings, **path}))
         query = f"?{urlencode(options, quote_via=quote, safe='/,')}" if options else ""
         return f"postgresql://{user}{authority}/{quote(self.database or '', safe='')}{query}"

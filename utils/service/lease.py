@@ -22,6 +22,7 @@ from typing import Any
 import asyncpg
 
 from utils.database import Connection, ConnectTarget, Pool
+from utils.database.placement import Placement
 from utils.database.pool import set_limits
 from utils.exceptions import DatabaseError, DatabaseUnavailable, GuildbookError, LeaseLost, translate, translate_errors
 
@@ -342,11 +343,13 @@ class Lease:
         """Terminate transactions that block backend `pid`: their process was suspended or cut off in the middle."""
         await asyncio.sleep(self.timings.grace)
         connection: asyncpg.Connection[asyncpg.Record] | None = None
+        placement = self._target.placement or Placement()
+        taking = [placement.adapt(statement) for statement in _TAKING]
         try:
             while True:
                 try:
                     connection = connection or await self._connect()
-                    for row in await connection.fetch(_TERMINATE_BLOCKERS, pid, _TAKING, self.timings.grace):
+                    for row in await connection.fetch(_TERMINATE_BLOCKERS, pid, taking, self.timings.grace):
                         _log.warning("terminated a transaction of the former holder", extra=dict(row))
                 except Exception as error:
                     self._log_once(

@@ -204,7 +204,7 @@ async def test_stamp_rejects_a_schema_that_differs(database: Pool) -> None:
         await admin.stamp(database, KNOWN[0])
     await database.execute("DROP TABLE mine")
     await database.execute("ALTER TABLE users ALTER COLUMN stamp SET DEFAULT 7")
-    with pytest.raises(MigrationError, match=r"differs: column public\.users\.stamp"):
+    with pytest.raises(MigrationError, match=r"differs: column users\.stamp"):
         await admin.stamp(database, "head")
     assert await database.fetchval("SELECT to_regclass('guildbook_version')") is None
     await database.execute("ALTER TABLE users ALTER COLUMN stamp SET DEFAULT '0'; CREATE TABLE theirs (id int)")

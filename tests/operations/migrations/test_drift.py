@@ -32,8 +32,8 @@ async def test_drift_includes_missing_columns_and_indexes(target: ConnectTarget)
 @pytest.mark.parametrize(
     ("statement", "expected"),
     [
-        ("ALTER TABLE users ALTER COLUMN stamp SET DEFAULT 7", "column public.users.stamp"),
-        ("ALTER TABLE changes ALTER COLUMN id DROP DEFAULT", "column public.changes.id"),
+        ("ALTER TABLE users ALTER COLUMN stamp SET DEFAULT 7", "column users.stamp"),
+        ("ALTER TABLE changes ALTER COLUMN id DROP DEFAULT", "column changes.id"),
         ("ALTER TABLE sync_runs DROP CONSTRAINT ck_sync_runs_state", "ck_sync_runs_state"),
         ("ALTER TABLE guilds DROP COLUMN is_active; ALTER TABLE guilds ADD is_active bool", "guilds.is_active"),
         ("ALTER SEQUENCE ops.change_ids CYCLE", "sequence ops.change_ids"),

@@ -20,4 +20,4 @@ def test_squawk_rejects_blocking_sql() -> None:
 async def test_check_reports_drift_from_the_models() -> None:
     assert await __main__.check(18) == []
     lines = await __main__.check(18, role_membership="CREATE VIEW role_membership AS SELECT 1 AS one")
-    assert any("view public.role_membership" in line for line in lines)
+    assert any("view role_membership" in line for line in lines)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from utils.database.cache.tokens import FunctionNames
+from utils.database.placement import DEFAULT_PLACEMENT, Placement
 from utils.database.pool import Pool
 from utils.database.statements import Action
 
@@ -75,6 +76,7 @@ class Catalog:
     functions: FunctionNames
     #: The schemas in which an unqualified name is looked up, in order.
     search_path: tuple[str, ...]
+    placement: Placement = DEFAULT_PLACEMENT
     _ids: dict[str, int] = field(init=False, repr=False, compare=False)
     _children: dict[int, list[int]] = field(init=False, repr=False, compare=False)
 
@@ -89,7 +91,7 @@ class Catalog:
     def find(self, schema: str | None, name: str) -> int | None:
         """Return the oid of a relation; None for an unknown name and for system catalogs."""
         if schema is not None:
-            return self._ids.get(f"{schema}.{name}")
+            return self._ids.get(f"{self.placement.resolve(schema)}.{name}")
         if name.startswith("pg_"):  # pg_catalog precedes the search path
             return None
         return next((found for s in self.search_path if (found := self._ids.get(f"{s}.{name}")) is not None), None)
@@ -204,4 +206,5 @@ async def load_catalog(pool: Pool) -> Catalog:
             keywords=frozenset(keywords),
         ),
         tuple(path),
+        pool.placement,
     )  # fmt: skip

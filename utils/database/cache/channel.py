@@ -15,6 +15,7 @@ import orjson
 import stamina
 
 from utils.database.cache.store import QueryCache
+from utils.database.placement import placement_on
 from utils.database.pool import Connection, Pool
 from utils.database.target import ConnectTarget
 from utils.exceptions import DRIVER_ERRORS, DatabaseError, translate
@@ -45,11 +46,13 @@ RECONNECT_SECONDS = 0.1, 3.0
 
 
 async def announce(connection: Connection, tables: Iterable[str]) -> None:
-    """Tell every process, when this transaction commits, that it wrote these tables ("schema.table").
+    """Tell every process, when this transaction commits, that it wrote these main tables.
 
     For statements that run outside `Database`, on a connection of their own.
     """
-    await connection.execute(_NOTIFY, CHANNEL, _encode("", 0, True, set(tables), set()))
+    placement = placement_on(connection)
+    names = {f"{placement.main}.{table}" for table in tables}
+    await connection.execute(_NOTIFY, placement.channel(CHANNEL), _encode("", 0, True, names, set()))
 
 
 class Channel:
@@ -65,6 +68,8 @@ class Channel:
         self.cache: QueryCache = cache
         self.direct: ConnectTarget = direct
         self.pool: Pool = pool
+        #: The notification channel, which several Guildbooks in one database do not share.
+        self.name: str = pool.placement.channel(CHANNEL)
         self.sender: str = uuid.uuid4().hex[:16]
         self._connection: Listener | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -153,10 +158,10 @@ class Channel:
             connection = self._connection
             if connection is not None:
                 with contextlib.suppress(*DRIVER_ERRORS):
-                    await connection.execute(_NOTIFY, CHANNEL, payload, timeout=SEND_SECONDS)
+                    await connection.execute(_NOTIFY, self.name, payload, timeout=SEND_SECONDS)
                     return True
             async with asyncio.timeout(2 * SEND_SECONDS):
-                await self.pool.execute(_NOTIFY, CHANNEL, payload, timeout=SEND_SECONDS)
+                await self.pool.execute(_NOTIFY, self.name, payload, timeout=SEND_SECONDS)
         except (TimeoutError, DatabaseError) as exc:
             _log.debug("writes were not announced: %s", exc)
             self._put_back(written, distrusted)
@@ -214,7 +219,7 @@ class Channel:
                 **self.direct.connect_kwargs(), timeout=CONNECT_SECONDS, command_timeout=SEND_SECONDS
             )
         try:
-            await connection.add_listener(CHANNEL, self._on_message)
+            await connection.add_listener(self.name, self._on_message)
         except BaseException:
             connection.terminate()
             raise
@@ -243,7 +248,7 @@ class Channel:
             sender, number, is_last, written, distrusted = orjson.loads(str(payload))
             tables = [None if names is None else frozenset(map(str, names)) for names in (written, distrusted)]
         except (ValueError, TypeError):
-            _log.warning("unknown message on %s: flushing the cache", CHANNEL)
+            _log.warning("unknown message on %s: flushing the cache", self.name)
             self.cache.flush()
             return
         if sender == self.sender:

@@ -10,6 +10,7 @@ from typing import Protocol
 import asyncpg
 
 from utils.database import Connection, Pool
+from utils.database.placement import placement_on
 from utils.exceptions import SyncError
 from utils.mirror.reconcile import staging_sql
 from utils.mirror.reconcile.listing import Listing
@@ -152,7 +153,7 @@ class StagedListing:
         guild_id = self._listing.guild_id
         async with connection.transaction():
             await self._writer.fence.check(connection)
-            await connection.execute("SELECT pg_advisory_xact_lock($1)", guild_id)
+            await connection.execute("SELECT pg_advisory_xact_lock($1)", placement_on(connection).lock_key(guild_id))
             if await self._has_members(connection):
                 raise asyncpg.UniqueViolationError(f"guild {guild_id} got members meanwhile")
             self.run.rows_inserted = await _copy(connection, "members", _MEMBER_COLUMNS, _PageStream(self._members))

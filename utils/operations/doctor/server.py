@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from utils.database import Pool
+from utils.database.placement import Placement
 from utils.database.pool import OLDEST_SERVER, Record
+from utils.database.sql import quote_identifier
 from utils.exceptions import ClientToolsMissing, DatabaseError, DatabaseUnavailable
 from utils.operations import migrations
 from utils.operations.doctor.context import DoctorContext
@@ -21,7 +24,9 @@ EXTRA_CONNECTIONS = 3
 
 _PRIVILEGES = """
 SELECT has_database_privilege(current_database(), 'CREATE') AS may_create_schemas,
-    has_schema_privilege(current_schema(), 'CREATE') AS may_create_tables,
+    coalesce(has_schema_privilege(to_regnamespace(quote_ident($1))::oid, 'CREATE'), true) AS may_create_tables,
+    coalesce(has_schema_privilege(to_regnamespace(quote_ident($2))::oid, 'CREATE'), true) AS may_create_own_tables,
+    to_regnamespace(quote_ident($1)) IS NOT NULL AND to_regnamespace(quote_ident($2)) IS NOT NULL AS has_schemas,
     has_database_privilege(current_database(), 'TEMP') AS may_create_temporary,
     current_user::text AS user, current_database()::text AS database
 """
@@ -50,6 +55,8 @@ async def check_database(context: DoctorContext) -> Sequence[Finding]:
     number = pool.server_version_num
     major = number // 10_000
     seen = f"PostgreSQL {major}.{number % 10_000} at {pool.target}"
+    if pool.placement != Placement():
+        seen += f", schemas {pool.placement.main} and {pool.placement.ops}"
     if number < OLDEST_SERVER:  # the pool refuses it first
         return [Finding("fail", "database", seen, f"use version {OLDEST_SERVER // 10_000} or newer")]
     if major > NEWEST_TESTED:
@@ -60,18 +67,30 @@ async def check_database(context: DoctorContext) -> Sequence[Finding]:
 
 async def check_privileges(context: DoctorContext) -> Sequence[Finding]:
     """Check that the user may create what the bot creates."""
-    row = await _fetch_row(await context.pool(), _PRIVILEGES)
+    pool = await context.pool()
+    placement = pool.placement
+    row = await _fetch_row(pool, _PRIVILEGES, placement.main, placement.ops)
     user, database = _quote(row["user"]), _quote(row["database"])
     problems: list[Finding] = []
     required = {
         "may_create_schemas": ("schemas", " ".join(("CREATE ON DATABASE", database))),
-        "may_create_tables": ("tables", "CREATE ON SCHEMA public"),
+        "may_create_tables": (
+            f"tables in {placement.main}",
+            " ".join(("CREATE ON SCHEMA", quote_identifier(placement.main))),
+        ),
+        "may_create_own_tables": (
+            f"tables in {placement.ops}",
+            " ".join(("CREATE ON SCHEMA", quote_identifier(placement.ops))),
+        ),
         "may_create_temporary": ("temporary tables", f"TEMPORARY ON DATABASE {database}"),
     }
     for privilege, (objects, grant) in required.items():
         if not row[privilege]:
             advice = " ".join(("as the database's owner: GRANT", grant, "TO", user))
-            problems.append(Finding("fail", "rights", f"{user} may not create {objects}", advice))
+            # Both schemas may have been made by an administrator.
+            is_optional = privilege == "may_create_schemas" and row["has_schemas"]
+            seen = f"{user} may not create {objects}" + (": no drills and no restore" if is_optional else "")
+            problems.append(Finding("warn" if is_optional else "fail", "rights", seen, advice))
     return problems or [Finding("ok", "rights", f"{user} may create schemas, tables and temporary tables")]
 
 
@@ -156,8 +175,8 @@ async def check_tools(context: DoctorContext) -> Sequence[Finding]:
     return [Finding("ok", "tools", f"pg_dump and pg_restore {major} in {directory}")]
 
 
-async def _fetch_row(pool: Pool, query: str) -> Record:
-    row = await pool.fetchrow(query, timeout=5.0)
+async def _fetch_row(pool: Pool, query: str, *arguments: Any) -> Record:
+    row = await pool.fetchrow(query, *arguments, timeout=5.0)
     assert row is not None, "the query always returns one row"
     return row
 

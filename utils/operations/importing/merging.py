@@ -10,6 +10,7 @@ import orjson
 
 from utils.database import Connection
 from utils.database.cache.channel import announce
+from utils.database.placement import placement_on
 from utils.exceptions import DatabaseUnavailable
 from utils.operations.importing.entries import COLUMNS
 
@@ -152,8 +153,7 @@ ON CONFLICT (guild_id, namespace, key) DO NOTHING
 _ALREADY_IMPORTED = "SELECT key FROM documents WHERE guild_id = 0 AND namespace = $1 AND key = ANY($2)"
 #: Namespace of the records of imported files; the originals are in namespaces that begin with `legacy.`.
 RECORDS = "legacy"
-#: As the query cache calls them.
-_WRITTEN = ("public.documents", "public.member_stats", "public.member_preferences")
+_WRITTEN = ("documents", "member_stats", "member_preferences")
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,9 @@ class Merge:
 
     async def begin(self) -> None:
         """Create the staging tables. Raises `DatabaseUnavailable` while another import is running."""
-        if not await self._connection.fetchval("SELECT pg_try_advisory_xact_lock($1)", _LOCK):
+        if not await self._connection.fetchval(
+            "SELECT pg_try_advisory_xact_lock($1)", placement_on(self._connection).lock_key(_LOCK)
+        ):
             raise DatabaseUnavailable("another import is running on this database: wait until it ends")
         await self._connection.execute(_STAGING)
         await self._connection.execute(_NO_NESTED_LOOPS)

@@ -13,6 +13,7 @@ from typing import Any
 import asyncpg
 
 from utils.database import ConnectTarget, Pool, ownership
+from utils.database.placement import Placement
 from utils.database.pool import set_limits
 from utils.exceptions import GuildbookError, MigrationError, translate_errors
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
@@ -52,6 +53,8 @@ async def status(pool: Pool, *, progress: Progress = ignore_progress, options: M
     paused, invalid = await runner.find_pause(pool), await invalid_indexes.find(pool)
     drift = await check_drift(pool, scripts=options.scripts) if not pending else None
     lines = [f"revision: {head} {descriptions[head]}" for head in heads]
+    if pool.placement != Placement():
+        lines.insert(0, f"schemas: {pool.placement.main}, {pool.placement.ops}")
     if obstacle is not None:
         lines.append(f"problem: {obstacle}")
     elif not heads:
@@ -72,6 +75,7 @@ async def status(pool: Pool, *, progress: Progress = ignore_progress, options: M
     if paused is not None:
         lines.append(f"AUTO_MIGRATE is paused until python bot.py db upgrade: {paused}")
     data = {
+        "schemas": [pool.placement.main, pool.placement.ops],
         "revision": current,
         "revisions": list(heads),
         "heads": list(revisions.heads),
@@ -297,6 +301,7 @@ async def _recorded_revision(pool: Pool) -> str | None:
 async def _empty_database(target: ConnectTarget) -> AsyncIterator[ConnectTarget | None]:
     """Create an empty database on the same server, dropped afterwards; None if the user may not."""
     name = f"guildbook_compare_{secrets.token_hex(6)}"
+    placement = target.placement or Placement()
     with translate_errors():
         connection = await asyncpg.connect(
             **target.connect_kwargs(), timeout=10, command_timeout=CREATE_DATABASE_SECONDS
@@ -309,7 +314,7 @@ async def _empty_database(target: ConnectTarget) -> AsyncIterator[ConnectTarget 
                 yield None
                 return
             try:
-                yield target.with_database(name)
+                yield target.with_database(name).with_placement(placement)
             finally:
                 await connection.execute("DROP DATABASE IF EXISTS " + name + " WITH (FORCE)")
         finally:

@@ -134,7 +134,7 @@ def walk(
 
 def forget(connection: Connection, revisions: Sequence[str]) -> None:
     """Delete the progress of revisions, in the transaction that sets their number."""
-    if connection.scalar(text("SELECT to_regclass('guildbook_batches') IS NULL")):
+    if connection.scalar(text("SELECT to_regclass(format('%I.guildbook_batches', current_schema())) IS NULL")):
         return
     connection.execute(
         text("DELETE FROM guildbook_batches WHERE revision = ANY(:revisions)"), {"revisions": list(revisions)}

@@ -346,6 +346,7 @@ def _migrate(connection: Connection, run: MigrationRun) -> None:
             connection=connection,
             transaction_per_migration=True,
             on_version_apply=_on_version_apply(connection, run),
+            version_table_schema=placement_of(connection).main,
             **comparison_options(skip=partitions, scripts=run.options.scripts),
         )
         with context.begin_transaction():

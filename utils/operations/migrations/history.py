@@ -17,6 +17,7 @@ from sqlalchemy import Connection, insert, text
 
 from models.ops import Migration
 from utils.database.ownership import PAUSE_COMMENT
+from utils.database.placement import placement_of
 from utils.exceptions import MigrationError
 
 #: The revision that creates the table.
@@ -26,7 +27,11 @@ COMMENT_PREFIX = PAUSE_COMMENT
 _RECORDED = "SELECT coalesce(string_agg(version_num, ', ' ORDER BY version_num), 'base') FROM guildbook_version"
 #: A database that was not migrated since has the former version table.
 _COMMENT = """\
-SELECT obj_description(coalesce(to_regclass('guildbook_version'), to_regclass('alembic_version')), 'pg_class')"""
+SELECT obj_description(coalesce(
+    to_regclass(format('%I.guildbook_version', CAST(:main AS text))),
+    to_regclass(format('%I.alembic_version', CAST(:main AS text)))
+), 'pg_class')"""
+_HAS_VERSION_TABLE = "SELECT to_regclass(format('%I.guildbook_version', CAST(:main AS text))) IS NOT NULL"
 #: Ends a pause, if there is one.
 RESUME_SQL = """\
 INSERT INTO ops.migrations (revision, action, applied_by)
@@ -162,7 +167,7 @@ def pause(connection: Connection, revision: str, by: Actor, *, is_table_kept: bo
         connection.execute(insert(Migration).values(**row, applied_by=by.kind, user_id=by.user_id))
         if is_table_kept:
             return paused
-    if not connection.scalar(text("SELECT to_regclass('guildbook_version') IS NOT NULL")):
+    if not connection.scalar(text(_HAS_VERSION_TABLE), {"main": placement_of(connection).main}):
         raise MigrationError("AUTO_MIGRATE cannot be paused: this database has no schema; run python bot.py db upgrade")
     _write_comment(connection, COMMENT_PREFIX + str(paused))
     return paused
@@ -187,7 +192,7 @@ def pause_sql(revision: str, *, is_table_kept: bool) -> str:
 
 
 def _read_comment(connection: Connection) -> str | None:
-    comment: str | None = connection.scalar(text(_COMMENT))
+    comment: str | None = connection.scalar(text(_COMMENT), {"main": placement_of(connection).main})
     return comment.removeprefix(COMMENT_PREFIX) if comment is not None and comment.startswith(COMMENT_PREFIX) else None
 
 

@@ -13,8 +13,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from sqlalchemy import Connection, text
+
 from utils.database import ConnectTarget, Pool, ownership
 from utils.database.ownership import RecordedVersion
+from utils.database.placement import Placement, placement_of
+from utils.database.sql import quote_identifier
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.migrations import history, runner
 from utils.operations.migrations.environment import DEFAULTS, MigrationOptions
@@ -48,7 +52,7 @@ async def preview(
     is unknown or in the other direction.
     """
     progress(Step("writing the SQL", unit="statements"))
-    version = await runner.read_schema(database, ownership.read_version)
+    version, placement, is_new = await runner.read_schema(database, _read)
     revisions = Revisions(options.scripts)
     heads = revisions.newest(version.revisions)
     current = ", ".join(version.revisions) or None
@@ -59,6 +63,8 @@ async def preview(
     if revisions.is_at(heads, goal):
         return Outcome(f"the database is at {goal} already: there is nothing to run", data=_as_json(current, goal, []))
     sql = await asyncio.to_thread(_write_sql, version, heads, goal, down, options)
+    if placement != Placement():
+        sql = _place(sql, placement, is_new=is_new)
     parts = await asyncio.to_thread(parse, sql)
     statements = [part for part in parts if part.effects]
     destructive = [statement.title for statement in statements if statement.is_destructive]
@@ -70,6 +76,20 @@ async def preview(
             _HEADER.format(title=title) + "".join(part.annotated() for part in parts),
         ),
     )
+
+
+def _read(connection: Connection) -> tuple[RecordedVersion, Placement, bool]:
+    """Return what is recorded, where our tables are, and whether the main schema has yet to be created."""
+    placement = placement_of(connection)
+    found = connection.scalar(text("SELECT to_regnamespace(quote_ident(:name)) IS NULL"), {"name": placement.main})
+    return ownership.read_version(connection), placement, bool(found)
+
+
+def _place(sql: str, placement: Placement, *, is_new: bool) -> str:
+    """Return SQL that psql runs in the schemas of a Guildbook."""
+    main = quote_identifier(placement.main)
+    first = " ".join(("CREATE SCHEMA", main)) + ";\n\n" if is_new else ""
+    return f"{first}SET search_path TO {main};\n\n{placement.adapt(sql)}"
 
 
 def _write_sql(version: RecordedVersion, heads: Sequence[str], goal: str, down: bool, options: MigrationOptions) -> str:

@@ -44,6 +44,8 @@ _log = logging.getLogger(__name__)
 #: Alembic keeps its state in module globals: one command at a time.
 _alembic = threading.Lock()
 
+#: SQLSTATE of a missing right (PostgreSQL manual, appendix A).
+_NOT_ALLOWED = "42501"
 #: Seconds for a cancelled migration to end.
 INTERRUPT_SECONDS = 5.0
 #: Seconds for reading the schema, comparing it with the models included.
@@ -364,8 +366,13 @@ def _explain(exc: Exception, what: str, before: str | None) -> Exception:
     cause = driver_error(exc)
     statement = getattr(exc, "statement", None)
     detail = f"; statement: {' '.join(str(statement).split())[:300]}" if statement else ""
+    advice = "correct the cause and try again"
+    if getattr(cause, "sqlstate", None) == _NOT_ALLOWED:
+        advice = (
+            "python bot.py doctor says which rights are missing; or set DB_SCHEMA to a schema that the user may use"
+        )
     return MigrationError(
         f"could not {what} from revision {before or 'none'}: {error or exc}{detail}. The database is at the last"
-        " revision that was completed: correct the cause and try again",
+        f" revision that was completed: {advice}",
         sqlstate=getattr(cause, "sqlstate", None),
     )

@@ -6,20 +6,24 @@ index predicates, partition keys, sequences and views, but needs a second databa
 
 from __future__ import annotations
 
+import re
+
 import asyncpg
 from sqlalchemy import Connection, MetaData, text
 
 from models import Base
 from models.people import ROLE_MEMBERSHIP
+from utils.database.placement import OPS, Placement
 from utils.database.pool import set_limits
-from utils.database.target import ConnectTarget
+from utils.database.sql import quote_identifier
+from utils.database.target import ConnectTarget, located
 from utils.exceptions import translate_errors
 from utils.operations.migrations.environment import import_models, run_on_connection
 
 _RELATIONS = (
-    "SELECT c.oid, format('%s.%s', n.nspname, c.relname) AS name, c.relkind FROM pg_class AS c"
-    " JOIN pg_namespace AS n ON n.oid = c.relnamespace"
-    " WHERE n.nspname IN ('public', 'ops') AND NOT c.relispartition"
+    "SELECT c.oid, CASE n.nspname WHEN $1 THEN c.relname ELSE 'ops.' || c.relname END AS name, c.relkind"
+    " FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace"
+    " WHERE n.nspname IN ($1, $2) AND NOT c.relispartition"
     " AND c.relname NOT IN ('alembic_version', 'guildbook_version')"
 )
 _QUERIES: tuple[str, ...] = (
@@ -46,15 +50,28 @@ _QUERIES: tuple[str, ...] = (
 
 
 async def read(target: ConnectTarget) -> dict[str, str]:
-    """Return the name and the definition of every object, as PostgreSQL spells it. Raises `DatabaseError`."""
+    """Return the name and the definition of every object in our schemas, with the schemas' names as in the models.
+
+    Raises `DatabaseError`.
+    """
     with translate_errors():
+        target = await located(target)
+        placement = target.placement or Placement()
         connection = await asyncpg.connect(**target.connect_kwargs(), timeout=30, command_timeout=60)
         try:
             await set_limits(connection)
-            rows = [row for query in _QUERIES for row in await connection.fetch(query)]
+            rows = [row for query in _QUERIES for row in await connection.fetch(query, placement.main, placement.ops)]
         finally:
             await connection.close(timeout=5)
-    return {row[0]: row[1] for row in rows}
+    return {_spell(row[0], placement): _spell(row[1], placement) for row in rows}
+
+
+def _spell(definition: str | None, placement: Placement) -> str:
+    """Return what PostgreSQL says, with the names of the schemas as in the models."""
+    text = definition or ""
+    for schema, spelled in ((placement.main, ""), (placement.ops, f"{OPS}.")):
+        text = re.sub(rf'(?<![\w"$.]){re.escape(quote_identifier(schema))}\.', spelled, text)
+    return text
 
 
 async def build_from_models(

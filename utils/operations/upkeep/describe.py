@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from models import Base
 from utils.database import Pool
+from utils.database.placement import Placement
 from utils.database.pool import Record
 from utils.exceptions import GuildbookError
 from utils.text import format_bytes
@@ -40,6 +41,8 @@ class Table(TypedDict):
     """One table or view; partitions count with their table."""
 
     schema: str
+    #: The name as SQL of ours spells it, with a schema where it needs one.
+    label: str
     name: str
     #: table, partitioned table, view or materialized view.
     kind: str
@@ -69,10 +72,9 @@ CROSS JOIN LATERAL (
         AND (l.oid = c.oid OR l.oid IN (SELECT relid FROM pg_partition_tree(c.oid) WHERE isleaf))
 ) AS leaves
 WHERE c.relkind IN ('r', 'p', 'v', 'm')
-    AND CASE WHEN $1::text IS NULL
-        THEN NOT c.relispartition AND n.nspname <> 'information_schema' AND n.nspname NOT LIKE 'pg\\_%'
+    AND CASE WHEN $1::text IS NULL THEN NOT c.relispartition AND n.nspname = ANY($2::text[])
         ELSE c.oid = to_regclass($1) END
-ORDER BY n.nspname <> 'public', n.nspname, c.relname
+ORDER BY n.nspname <> ($2::text[])[1], n.nspname, c.relname
 """
 _COLUMNS = """
 SELECT a.attrelid::bigint AS oid, a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type,
@@ -96,14 +98,16 @@ WHERE i.indrelid = ANY($1::bigint[]) ORDER BY i.indrelid, NOT i.indisprimary, c.
 
 
 async def describe(pool: Pool, table: str | None = None) -> list[Table]:
-    """Return every table and view, or the one that `table` names, with or without its schema.
+    """Return every table and view in our schemas, or the one that `table` names, with or without its schema.
 
     The result is plain JSON. Raises `GuildbookError` when there is no such table.
     """
     async with pool.transaction(isolation="repeatable_read", readonly=True) as connection:
-        relations = await connection.fetch(_TABLES, table)
+        schemas = [pool.placement.main, pool.placement.ops]
+        relations = await connection.fetch(_TABLES, None if table is None else pool.placement.adapt(table), schemas)
         if table is not None and not relations:
-            names = [_qualify(row["schema"], row["name"]) for row in await connection.fetch(_TABLES, None)]
+            ours = await connection.fetch(_TABLES, None, schemas)
+            names = [pool.placement.shown(row["schema"], row["name"]) for row in ours]
             similar = difflib.get_close_matches(table, names) or names
             raise GuildbookError(
                 f"there is no table {table} in {pool.target}; there is {', '.join(similar) or 'none at all'}"
@@ -112,10 +116,11 @@ async def describe(pool: Pool, table: str | None = None) -> list[Table]:
         columns, keys, indexes = [
             _group_by_table(await connection.fetch(query, oids)) for query in (_COLUMNS, _KEYS, _INDEXES)
         ]
-    comments = _comments_of_models()
+    comments = _comments_of_models(pool.placement)
     return [
         Table(
             schema=row["schema"],
+            label=pool.placement.shown(row["schema"], row["name"]),
             name=row["name"],
             kind=row["kind"],
             comment=row["comment"] or comments.get((row["schema"], row["name"])),
@@ -138,11 +143,11 @@ def _group_by_table(records: Sequence[Record]) -> dict[int, list[dict[str, Any]]
     return tables
 
 
-def _comments_of_models() -> dict[tuple[str, str], str]:
+def _comments_of_models(placement: Placement) -> dict[tuple[str, str], str]:
     """Return the first line of each model's docstring: a comment for tables that have none in the database."""
     classes = [mapper.class_ for mapper in Base.registry.mappers]
     return {
-        (model.__table__.schema or "public", model.__table__.name): (model.__doc__ or "").split("\n")[0]
+        (placement.resolve(model.__table__.schema), model.__table__.name): (model.__doc__ or "").split("\n")[0]
         for model in classes
     }
 
@@ -186,13 +191,9 @@ def pretty(tables: Sequence[Table]) -> Group:
     return Group(*parts)
 
 
-def _qualify(schema: str, name: str) -> str:
-    return name if schema == "public" else f"{schema}.{name}"
-
-
 def _headline(table: Table) -> str:
     rows = "rows not estimated yet" if table["estimated_rows"] is None else f"about {table['estimated_rows']:,} rows"
-    parts = [f"{_qualify(table['schema'], table['name'])} ({table['kind']}"]
+    parts = [f"{table['label']} ({table['kind']}"]
     if table["kind"] != "view":
         parts += [rows, format_bytes(table["bytes"])]
     if table["partitions"]:

@@ -34,8 +34,8 @@ LOCK_KEY = 0x6D61696E7461696E
 #: Tables that were never analyzed, or of which a tenth changed since: autovacuum's own criterion (PostgreSQL manual,
 #: 19.10, autovacuum_analyze_scale_factor and _threshold), which it never applies to partitioned tables as a whole.
 _STALE_TABLES = """
-SELECT format('%I.%I', n.nspname, c.relname) AS name, greatest(c.reltuples, 0)::bigint AS rows, leaves.changed,
-    c.reltuples < 0 AS is_new
+SELECT n.nspname AS schema, c.relname, format('%I.%I', n.nspname, c.relname) AS name,
+    greatest(c.reltuples, 0)::bigint AS rows, leaves.changed, c.reltuples < 0 AS is_new
 FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
 CROSS JOIN LATERAL (
     SELECT coalesce(sum(s.n_mod_since_analyze), 0)::bigint AS changed, sum(pg_relation_size(l.oid)) AS bytes
@@ -51,7 +51,7 @@ ORDER BY 1
 #: 8 bytes, plus a line pointer of 4; pages are filled to nine tenths (PostgreSQL manual, 65.1 and 73.6). Deduplicated
 #: entries need less, so that this rather misses bloat than reports too much.
 _INDEXES = """
-SELECT format('%I.%I', n.nspname, i.relname) AS name, pg_relation_size(i.oid) AS bytes,
+SELECT n.nspname AS schema, i.relname, format('%I.%I', n.nspname, i.relname) AS name, pg_relation_size(i.oid) AS bytes,
     (t.reltuples * ((7 + 8 + widths.width)::int / 8 * 8 + 4) / 0.9 + 16384)::bigint AS needed
 FROM pg_index AS x JOIN pg_class AS i ON i.oid = x.indexrelid JOIN pg_class AS t ON t.oid = x.indrelid
 JOIN pg_class AS root ON root.oid = coalesce(pg_partition_root(t.oid), t.oid)
@@ -75,13 +75,15 @@ class Job:
     #: The object's name, quoted by the server; empty for partitions.
     name: str
     why: str
+    #: The object's name as our SQL spells it; empty for partitions.
+    label: str = ""
     #: Of a refresh: whether readers can use the view meanwhile.
     concurrently: bool = False
 
     @property
     def line(self) -> str:
         """The job as a line of text."""
-        return f"{self.kind} {self.name.removeprefix('public.')}: {self.why}" if self.name else self.why
+        return f"{self.kind} {self.label}: {self.why}" if self.label else self.why
 
 
 async def plan(pool: Pool, *, scripts: Path = SCRIPTS) -> list[Job]:
@@ -90,21 +92,21 @@ async def plan(pool: Pool, *, scripts: Path = SCRIPTS) -> list[Job]:
     `scripts`: the revisions that say which tables and views are ours; those of other programs are left alone.
     """
     ours = ownership.owned(scripts).qualified_relations(pool.placement)
-    names = [schema for schema, _ in ours], [name for _, name in ours]
+    names, shown = ([schema for schema, _ in ours], [name for _, name in ours]), pool.placement.shown
     jobs = [Job("partitions", "", "create missing partitions for the coming months")]
     for row in await pool.fetch(_STALE_TABLES, *names):
         why = "never analyzed" if row["is_new"] else f"{row['changed']:,} of {row['rows']:,} rows changed since"
-        jobs.append(Job("analyze", row["name"], why))
+        jobs.append(Job("analyze", row["name"], why, shown(row["schema"], row["relname"])))
     for row in await pool.fetch(_INDEXES, *names):
         if row["bytes"] > BLOAT_FACTOR * row["needed"] and row["bytes"] - row["needed"] > WASTED_BYTES:
             why = f"{format_bytes(row['bytes'])}, of which its rows need {format_bytes(row['needed'])}"
-            jobs.append(Job("reindex", row["name"], why))
+            jobs.append(Job("reindex", row["name"], why, shown(row["schema"], row["relname"])))
     for row in await pool.fetch(VIEWS):
         if (row["schema"], row["relname"]) not in ours:
             continue
         concurrently = row["can_refresh_concurrently"]
         why = "concurrently" if concurrently else "blocks readers: it was never filled or has no unique index"
-        jobs.append(Job("refresh", row["quoted"], why, concurrently))
+        jobs.append(Job("refresh", row["quoted"], why, shown(row["schema"], row["relname"]), concurrently))
     return jobs
 
 
@@ -125,14 +127,14 @@ async def maintain(
     done: list[str] = []
     failed: list[str] = []
     async with contextlib.AsyncExitStack() as stack:
-        connection = await _connect(pool, stack)
+        connection, key = await _connect(pool, stack), pool.placement.lock_key(LOCK_KEY)
         with translate_errors():
             if pool.direct.pooled:  # sessions are shared there: a transaction of its own holds the lock
                 holder = await _connect(pool, stack)
                 await holder.execute("BEGIN; SET LOCAL idle_in_transaction_session_timeout = 0")
-                is_locked = await holder.fetchval("SELECT pg_try_advisory_xact_lock($1)", LOCK_KEY, timeout=30)
+                is_locked = await holder.fetchval("SELECT pg_try_advisory_xact_lock($1)", key, timeout=30)
             else:
-                is_locked = await connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK_KEY, timeout=30)
+                is_locked = await connection.fetchval("SELECT pg_try_advisory_lock($1)", key, timeout=30)
                 await connection.execute("SELECT set_config('lock_timeout', $1, false)", lock_timeout)
         if not is_locked:
             raise MigrationError("another process maintains this database: wait until it is done")

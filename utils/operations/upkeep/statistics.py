@@ -22,11 +22,10 @@ LISTED_EVENTS = 3
 #: Most characters of a slow statement.
 STATEMENT_LENGTH = 80
 
-#: Name, estimated rows and bytes of every table outside the system catalogs; partitions count with their table. A
+#: Name, estimated rows and bytes of every table in our schemas; partitions count with their table. A
 #: table that was never analyzed has -1 rows (PostgreSQL manual, pg_class): the statistics' live rows stand in.
 _SIZES = """
-SELECT CASE WHEN n.nspname = 'public' THEN c.relname ELSE n.nspname || '.' || c.relname END AS name, sizes.rows,
-    sizes.bytes, sizes.dead
+SELECT CASE n.nspname WHEN $1 THEN c.relname ELSE 'ops.' || c.relname END AS name, sizes.rows, sizes.bytes, sizes.dead
 FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
 CROSS JOIN LATERAL (
     SELECT coalesce(sum(CASE WHEN l.reltuples < 0 THEN s.n_live_tup ELSE l.reltuples::bigint END), 0)::bigint AS rows,
@@ -37,7 +36,7 @@ CROSS JOIN LATERAL (
         AND (l.oid = c.oid OR l.oid IN (SELECT relid FROM pg_partition_tree(c.oid) WHERE isleaf))
 ) AS sizes
 WHERE c.relkind IN ('r', 'p', 'm') AND NOT c.relispartition AND c.relpersistence <> 't'
-    AND n.nspname <> 'information_schema' AND n.nspname NOT LIKE 'pg\\_%'
+    AND n.nspname IN ($1, $2)
 ORDER BY sizes.bytes DESC, name
 """
 _SAMPLE = """
@@ -109,8 +108,9 @@ class Statistics:
 
 
 async def table_sizes(pool: Pool) -> list[TableSize]:
-    """Return the size of every table, the largest first. Raises `DatabaseError`."""
-    return [TableSize(**dict(row)) for row in await pool.fetch(_SIZES)]
+    """Return the size of every table in our schemas, the largest first. Raises `DatabaseError`."""
+    rows = await pool.fetch(_SIZES, pool.placement.main, pool.placement.ops)
+    return [TableSize(**dict(row)) for row in rows]
 
 
 async def sample_sizes(pool: Pool, *, now: datetime | None = None) -> int:
