@@ -91,8 +91,8 @@ async def soak_restores(
 async def _run(database: Droppable, history: History) -> list[str]:
     try:
         return await find_differences(database, history)
-    except TimeoutError:
-        return ["did not come to rest in time"]
+    except TimeoutError as error:
+        return ["did not come to rest in time", *getattr(error, "__notes__", ())]
     except Exception as error:
         logging.getLogger(__name__).exception("the history raised an error")
         return [f"raised {error!r}"]

@@ -109,6 +109,8 @@ class RestoringDriver(Driver):
         self._spool = spool
         self._lease: Lease | None = None
         self._epoch = 0
+        #: What the bot waited for when the time was up.
+        self._state = ""
         #: The rows of each table, by the table's name, in the binary format of COPY.
         self._snapshots: list[dict[str, bytes]] = []
 
@@ -161,7 +163,35 @@ class RestoringDriver(Driver):
         await super()._pause(kind)
         await self._restart_if_lost()
 
+    async def run(self, steps: list[Step]) -> list[str]:
+        try:
+            return await super().run(steps)
+        except TimeoutError as error:
+            error.add_note(self._state or "before its last step")
+            raise
+
     async def _verdict(self) -> list[str]:
+        try:
+            return await self._verdict_of_the_holder()
+        except (TimeoutError, asyncio.CancelledError):
+            self._state = self._describe()
+            raise
+
+    def _describe(self) -> str:
+        """Return what the bot waits for."""
+        bot, lease = self.bot, self._lease
+        if bot is None:
+            return "the bot does not run"
+        mirror = bot.mirror
+        state = {
+            "heard all": bot.has_heard_all(), **mirror.is_ready()[1], "archived": mirror.archived.guilds_waiting,
+            "written": mirror.writer.is_idle, "lease": lease and lease.describe(),
+            "table missing": lease and lease.table_missing.is_set(), "queued": len(mirror.writer.queue),
+            "refused": mirror.writer.delay(),
+        }  # fmt: skip
+        return ", ".join(f"{name}: {value}" for name, value in state.items())
+
+    async def _verdict_of_the_holder(self) -> list[str]:
         for _ in range(3):  # the loss is noticed with the next renewal
             await asyncio.sleep(2 * TIMINGS.renew_every)
             await self._restart_if_lost()
