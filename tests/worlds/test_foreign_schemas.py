@@ -16,10 +16,12 @@ from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
 from utils.exceptions import GuildbookError
 from utils.operations import migrations
+from utils.operations.backup.service import BackupService
 from utils.operations.development import seed
 from utils.operations.migrations import admin
 from utils.operations.migrations.__main__ import write_revision
 from utils.operations.upkeep.maintain import maintain
+from utils.settings import Settings
 
 pytestmark = pytest.mark.slow
 
@@ -116,3 +118,35 @@ async def test_maintain(shared: Shared) -> None:
     for schema in foreign.SCHEMAS:
         assert schema not in outcome.text
     assert await shared.difference() == []
+
+
+async def test_backup_drill_and_restore(shared: Shared, tmp_path: Path) -> None:
+    """The rows that foreign keys point to are changed and removed since the backup, and come back."""
+    service = BackupService(Settings(_env_file=None, data_dir=tmp_path))  # type: ignore[call-arg]
+    created = await service.create(shared.pool)
+    assert await shared.difference() == []
+    await shared.pool.execute(
+        "UPDATE members SET nick = 'since', stamp = stamp + 1; UPDATE guilds SET name = 'since', stamp = stamp + 1"
+    )
+    drilled = await service.drill(shared.pool)
+    assert drilled.ok, drilled.text
+    assert await shared.difference() == []
+    restored = await service.restore(shared.pool, created.data["id"])
+    assert restored.ok, restored.text
+    assert await shared.difference() == []
+    assert await shared.pool.fetchval("SELECT count(*) FROM members WHERE nick LIKE 'nick %'") == 200
+    assert await shared.pool.fetchval("SELECT name FROM guilds") == "Shared"
+
+
+async def test_a_restore_that_would_change_their_rows_is_refused(shared: Shared, tmp_path: Path) -> None:
+    """A member whom the backup does not have is referred to by a key ON DELETE CASCADE."""
+    service = BackupService(Settings(_env_file=None, data_dir=tmp_path))  # type: ignore[call-arg]
+    created = await service.create(shared.pool)
+    await shared.pool.execute("INSERT INTO members (guild_id, user_id) VALUES (1, 999)")
+    await run(shared.target, "INSERT INTO economy.accounts (guild_id, user_id, balance) VALUES (1, 999, 5)")
+    before = await foreign.describe(shared.server, shared.target)
+    with pytest.raises(GuildbookError, match="economy") as caught:
+        await service.restore(shared.pool, created.data["id"])
+    assert "\n" not in str(caught.value)
+    assert await foreign.describe(shared.server, shared.target) == before
+    assert await shared.pool.fetchval("SELECT count(*) FROM members") == 201

@@ -240,11 +240,24 @@ REFUSED["read_only"] = _read_only, r"read-only"
 @asynccontextmanager
 async def _their_users(server: EmbeddedServer) -> AsyncIterator[World]:
     async with cloned(server, "template1") as target:
-        await run(target, "CREATE TABLE users (id serial PRIMARY KEY, email text)")
+        await run(target, _NAMESAKES)
         yield World(server, target, target)
 
 
-REFUSED["their_users"] = _their_users, r"another program has tables where Guildbook would create its own: public\.users"
+REFUSED["their_users"] = (
+    _their_users,
+    r"another program has tables where Guildbook would create its own: .*public\.users.* DB_SCHEMA",
+)
+
+
+@asynccontextmanager
+async def _unusable_schema(server: EmbeddedServer) -> AsyncIterator[World]:
+    async with _owned(server, 'search_path = "Bot\'s"') as world:
+        await run(world.admin, f'CREATE SCHEMA "Bot\'s" AUTHORIZATION {world.target.user}')
+        yield world
+
+
+REFUSED["schema_with_a_quote"] = _unusable_schema, r"leads to the schema \"Bot's\", .* must not contain .*DB_SCHEMA"
 
 
 @asynccontextmanager

@@ -141,7 +141,8 @@ async def find_placement(connection: Any, schema: str | None = None) -> Found:
     """Find out where our tables are or, in a database without them, where a migration creates them.
 
     It is `schema` if one is given; otherwise the schema on the `search_path` of this asyncpg connection that has our
-    version table, or the one in which new tables are created. Raises `DatabaseError` if there is none.
+    version table, or the one in which new tables are created. Raises `DatabaseError` if there is none, or if its name
+    is one that cannot be used.
     """
     async with connection.transaction(readonly=True):  # a pooler keeps its backend for the whole of it
         rows: Sequence[asyncpg.Record] = await connection.fetch(_FIND, schema)
@@ -156,6 +157,11 @@ async def find_placement(connection: Any, schema: str | None = None) -> Found:
         next((row for row in rows if row["name"] == row["current"]), rows[0]),
     )
     main: str = found["name"]
+    if problem := check_schema(main):
+        raise DatabaseError(
+            f"the search_path of this user leads to the schema {main!r}, and the name of Guildbook's schema {problem}:"
+            " set DB_SCHEMA to another name"
+        )
     placement = Placement(main, found["ops"]) if found["ops"] else Placement.of(main)
     return Found(placement, main == found["current"], found["path"])
 

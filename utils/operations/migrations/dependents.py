@@ -42,11 +42,11 @@ async def find_dependents(pool: Pool, reverted: Collection[str], options: Migrat
 
     Each is described as PostgreSQL does, such as `view economy.rich`. Raises `DatabaseError`.
     """
-    version = await ownership.fetch_version(pool)
+    placement = pool.placement
     created = ownership.created_by(Revisions(options.scripts).files(reverted))
-    names = [(schema or version.schema, name) for schema, name in created]
+    names = [(placement.resolve(schema), name) for schema, name in created]
     rows = await pool.fetch(
-        _FIND, [schema for schema, _ in names], [name for _, name in names], list(ownership.VIEWS), version.schema
+        _FIND, [schema for schema, _ in names], [name for _, name in names], list(ownership.VIEWS), placement.main
     )
     return [row["name"] for row in rows]
 
