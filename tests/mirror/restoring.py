@@ -184,7 +184,7 @@ class RestoringDriver(Driver):
             return "the bot does not run"
         mirror = bot.mirror
         state = {
-            "heard all": bot.has_heard_all(), **mirror.is_ready()[1], "archived": mirror.archived.guilds_waiting,
+            "received all": bot.has_received_all(), **mirror.is_ready()[1], "archived": mirror.archived.guilds_waiting,
             "written": mirror.writer.is_idle, "lease": lease and lease.describe(),
             "table missing": lease and lease.table_missing.is_set(), "queued": len(mirror.writer.queue),
             "refused": mirror.writer.delay(),

@@ -179,6 +179,10 @@ async def restored_snapshot(server: EmbeddedServer) -> AsyncIterator[World]:
             await admin_execute(server, f"DROP DATABASE IF EXISTS {snapshot} WITH (FORCE)")
 
 
+#: Tables of another program with the names of ours.
+_NAMESAKES = "CREATE TABLE users (id serial PRIMARY KEY, email text); CREATE TABLE guilds (id int)"
+
+
 def _placed(way: str) -> Creator:
     @asynccontextmanager
     async def create(server: EmbeddedServer) -> AsyncIterator[World]:
