@@ -144,17 +144,18 @@ async def test_waits_for_a_transaction_that_it_may_not_terminate(
         await database.execute(f"GRANT USAGE ON SCHEMA ops TO {role}")
         await database.execute(f"GRANT SELECT, INSERT, UPDATE ON ops.leases TO {role}")
         lease = Lease(replace(target, user=role), holder(), timings=QUICK)
-        async with connected(target) as former, standing_by(lease) as task:
+        async with connected(target) as former:
             await former.execute("BEGIN")
             await fence.check(former)  # as a superuser
+            async with standing_by(lease) as task:
 
-            async def is_told() -> bool:
-                return any("cannot be terminated" in record.getMessage() for record in caplog.records)
+                async def is_told() -> bool:
+                    return any("cannot be terminated" in record.getMessage() for record in caplog.records)
 
-            await until(is_told)
-            assert not task.done()
-            await former.execute("COMMIT")
-            assert (await won(task)).epoch == fence.epoch + 1
+                await until(is_told)
+                assert not task.done()
+                await former.execute("COMMIT")
+                assert (await won(task)).epoch == fence.epoch + 1
         assert sum("cannot be terminated" in record.getMessage() for record in caplog.records) == 1, "told once"
     finally:
         await database.execute(f"DROP OWNED BY {role}")

@@ -115,7 +115,8 @@ def cells(draw: st.DrawFn) -> tuple[str, str, Any]:
     return table, column, draw(own | own | ANYTHING)
 
 
-@settings(max_examples=250)
+@pytest.mark.timeout(400)
+@settings(max_examples=150)
 @given(cell=cells())
 async def test_valid_values_are_stored_unchanged(database: Pool, cell: tuple[str, str, Any]) -> None:
     table, column, value = cell

@@ -100,12 +100,17 @@ async def test_a_killed_backup_is_complete_or_absent(
     ids = await verify_all(service, set())
     assert len(ids) == 1
     new_backups, unfinished = [], 0
-    for _ in range(kills):
+
+    def is_unfinished() -> bool:
+        return any(name.startswith(UNFINISHED) for name in hidden_files(service))
+
+    for number in range(kills):
         lock.unlink()
-        after = rng.uniform(0, seconds)
-        code, _ = await run_and_kill("backup", "create", has_begun=lock.exists, after=after, **variables)
+        # The first kill hits a backup that is being written, the others any part of the time measured.
+        has_begun, after = (lock.exists, rng.uniform(0, seconds)) if number else (is_unfinished, 0.0)
+        code, _ = await run_and_kill("backup", "create", has_begun=has_begun, after=after, **variables)
         assert code in (0, -signal.SIGKILL)
-        unfinished += any(name.startswith(UNFINISHED) for name in hidden_files(service))
+        unfinished += is_unfinished()
         await until_query(database.target, NO_DUMP, database.target.database)  # its pg_dump ends with it
         new = await verify_all(service, ids)
         new_backups.append(len(new))
