@@ -221,7 +221,7 @@ async def measure(pool: Pool, *, rounds: int = 5) -> list[Figure]:
         ),
         ratio("the same until all is on the disk, on both sides", restored_to_disk, plainly_restored_to_disk),
         ratio("restoring where no row differs, counted", unchanged, plainly_restored, "≤", 4),
-        ratio("restoring as the whole database, counted", replaced, plainly_restored, "≤", 2.5),
+        ratio("restoring as the whole database, counted", replaced, plainly_restored, "≤", 1.3),
         Figure(f"`pg_restore -j {load.jobs()}` for that", plainly_restored, unit=" s"),
         Figure("a drill of it", (drill_seconds,), unit=" s"),
         Figure("longest loop stall while a backup is made", (while_creating.stall * 1e3,), "≤", 50, " ms"),

@@ -253,6 +253,8 @@ _TRANSIENT_STATES: dict[str, str] = {
     "57P03": "the server is still starting",
     "57P05": "the server ended a connection that was idle for too long",
 }
+#: SQLSTATEs of a missing table: undefined table, invalid schema name (PostgreSQL manual, appendix A).
+MISSING_TABLE = ("42P01", "3F000")
 _ADVICE: dict[str, str] = {
     "28000": "the server refused the login: check user and sslmode of the database URL",
     "28P01": "the password is wrong: check the database URL",

@@ -53,7 +53,7 @@ COMMANDS = [
     Command("backup drill", {}, None, "was restored completely"),
     Command("backup prune", {}, "Delete", "0 of 2 backups deleted"),
     Command("backup restore", {}, "Restore", "is live in database"),
-    Command("backup restore", {"whole_database": True}, "Restore", "is now the live database"),
+    Command("backup restore", {"whole_database": True}, "Restore", "kept as"),
 ]
 PATHS = {command.path for command in COMMANDS} | {"migrate downgrade", "begin-anew"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import asyncpg
 import pytest
 
 from models import Base
+from tests.bot.running import embedded_server, run_cli
 from tests.conftest import cloned
 from tests.database.placements import WAYS, list_relations, placed
 from tests.operations.migrations.support import HEAD, KNOWN
@@ -22,6 +24,7 @@ from utils.database.cache import Channel, QueryCache
 from utils.database.embedded import EmbeddedServer
 from utils.database.partitions import ensure_partitions
 from utils.database.placement import Placement
+from utils.demo.bot_process import environment
 from utils.exceptions import MigrationError
 from utils.operations import migrations
 from utils.operations.development.seed import reset, seed
@@ -33,6 +36,7 @@ from utils.service.lease import Lease
 pytestmark = pytest.mark.slow
 
 MEMBERS = 20
+ROOT = Path(__file__).parents[2]
 
 
 async def connected(target: ConnectTarget) -> Pool:
@@ -236,3 +240,17 @@ async def test_a_missing_right_is_one_line_that_says_what_to_do(server: Embedded
             await connection.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
             await connection.close()
     assert Placement.of("botx").lock_key(7) != 7
+
+
+async def test_alembics_own_command_line_follows_on_the_embedded_server(tmp_path: Path) -> None:
+    settings = {"DB_SCHEMA": "botx", "DATA_DIR": str(tmp_path)}
+    async with embedded_server(tmp_path):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "alembic", "upgrade", "head", cwd=ROOT, env=environment(**settings),
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        async with asyncio.timeout(60):
+            output, _ = await process.communicate()
+        assert process.returncode == 0, output.decode()
+        code, text = await run_cli(tmp_path, "db", "status", **settings)
+        assert (code, "botx" in text) == (0, True), text

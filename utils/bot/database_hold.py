@@ -13,6 +13,7 @@ import discord
 from utils.bot.client import Guildbook
 from utils.database import Pool
 from utils.exceptions import BackupError, DatabaseError, DatabaseUnavailable
+from utils.mirror.discord import tap
 from utils.operations.backup import recovery
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.recovery import Assessment, Hold
@@ -154,18 +155,11 @@ class DatabaseHold:
         """Return the token's application; None if Discord does not answer."""
         token = self._settings.discord_token
         if self._application_id is None and token is not None:
-            headers = {"Authorization": f"Bot {token.get_secret_value()}"}
-            url = f"{self._settings.discord_api_base}/applications/@me"
+            tap.set_api_base(self._settings.discord_api_base)
             try:
-                timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
-                async with (
-                    aiohttp.ClientSession(timeout=timeout) as session,
-                    session.get(url, headers=headers) as answer,
-                ):
-                    if answer.status == 401:
-                        raise discord.LoginFailure("Discord rejected the token")
-                    if answer.status == 200:
-                        self._application_id = int((await answer.json())["id"])
-            except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
+                async with asyncio.timeout(REQUEST_SECONDS), discord.Client(intents=discord.Intents.none()) as client:
+                    await client.login(token.get_secret_value())
+                    self._application_id = client.application_id
+            except (discord.HTTPException, aiohttp.ClientError, OSError, TimeoutError) as error:
                 _log.warning("Discord does not tell which application the token belongs to: %r", error)
         return self._application_id

@@ -20,7 +20,7 @@ from utils.bot.database_hold import DatabaseHold
 from utils.database import Pool
 from utils.database.address import open_target
 from utils.database.partitions import ensure_partitions
-from utils.exceptions import DatabaseError, DatabaseUnavailable, GuildbookError, LeaseLost, SettingsError
+from utils.exceptions import MISSING_TABLE, DatabaseError, DatabaseUnavailable, GuildbookError, LeaseLost, SettingsError
 from utils.mirror.records.rows import COUNTER_BITS
 from utils.mirror.spool.journal import is_dead, newest_first_stamp
 from utils.operations import migrations
@@ -29,7 +29,7 @@ from utils.operations.backup.catalog import BackupCatalog
 from utils.service import metrics
 from utils.service.health import HealthServer
 from utils.service.heap import freeze_heap
-from utils.service.lease import NO_TABLE, Lease, has_table, holder
+from utils.service.lease import Lease, has_table, holder
 from utils.settings import DEVELOPER_PORTAL, Settings
 
 _log = logging.getLogger(__name__)
@@ -232,7 +232,7 @@ class Process:
         except DatabaseUnavailable as error:
             _log.error("the database does not answer: %s", error)
         except DatabaseError as error:
-            if error.sqlstate not in NO_TABLE:
+            if error.sqlstate not in MISSING_TABLE:
                 raise
             _log.warning("the database was recreated while this process stood by")
         await lease.release(RESTART_DELAY)

@@ -109,7 +109,7 @@ async def open_target(
     target: ConnectTarget | None,
     data_dir: Path | str,
     *,
-    schema: str | None = None,
+    schema: str | None,
     start_timeout: float = START_SECONDS,
     stop_timeout: Callable[[], float] = lambda: STOP_SECONDS,
 ) -> AsyncIterator[ConnectTarget]:

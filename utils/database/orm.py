@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, c
 from sqlalchemy.orm import Session, SessionTransaction
 
 from utils.database.callers import Caller, Holders, find_caller
-from utils.database.pool import limits_of, set_codecs, set_limits
+from utils.database.sessions import apply_settings, session_settings, set_codecs
 from utils.database.statements import Action, SlowLog, WriteLog
 from utils.database.target import ConnectTarget
 from utils.exceptions import DatabaseUnavailable, translate_errors
@@ -75,8 +75,8 @@ class Orm:
         event.listen(self.engine.sync_engine, "connect", _set_up)
         event.listen(self.engine.sync_engine, "do_connect", self._set_arguments)
         # First: before what SQLAlchemy asks a new connection.
-        event.listen(self.engine.sync_engine, "connect", self._set_limits, insert=True)
-        event.listen(self.engine.sync_engine, "begin", self._set_local_limits)
+        event.listen(self.engine.sync_engine, "connect", self._apply_settings, insert=True)
+        event.listen(self.engine.sync_engine, "begin", self._apply_local_settings)
         event.listen(self.engine.sync_engine, "before_cursor_execute", _record)
         event.listen(self.engine.sync_engine, "before_cursor_execute", _start_clock)
         event.listen(self.engine.sync_engine, "after_cursor_execute", self._record_slow)
@@ -96,13 +96,13 @@ class Orm:
     def _set_arguments(self, _: Any, __: Any, ___: Any, arguments: dict[str, Any]) -> None:
         arguments.update(self._target().sqlalchemy_connect_args())
 
-    def _set_limits(self, connection: Any, record: Any) -> None:
+    def _apply_settings(self, connection: Any, record: Any) -> None:
         if not self._target().pooled:
-            set_limits_of_driver(connection, record)
+            apply_settings_of_driver(connection, record)
 
-    def _set_local_limits(self, connection: SyncConnection) -> None:
+    def _apply_local_settings(self, connection: SyncConnection) -> None:
         if self._target().pooled:
-            set_local_limits(connection)
+            apply_local_settings(connection)
 
     def _record_slow(self, _: SyncConnection, __: Any, statement: str, ___: Any, context: Any, ____: bool) -> None:
         started = getattr(context, "guildbook_started", None)
@@ -185,19 +185,19 @@ def _set_up(connection: Any, _: Any) -> None:
     connection.run_async(set_codecs)
 
 
-def set_local_limits(connection: SyncConnection) -> None:
-    """Set our time limits for a transaction through a pooler: a listener for the event `begin`.
+def apply_local_settings(connection: SyncConnection) -> None:
+    """Set our settings for a transaction through a pooler: a listener for the event `begin`.
 
     A setting of the session would reach other clients of the pooler. In autocommit mode there is no transaction.
     """
     if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
-        statement = limits_of(connection.connection.driver_connection, local=True)
+        statement = session_settings(connection.connection.driver_connection, local=True)
         connection.exec_driver_sql(statement, execution_options={_OWN: True})
 
 
-def set_limits_of_driver(connection: Any, _: Any) -> None:
-    """Set our time limits when SQLAlchemy has connected: a listener for the event `connect`."""
-    connection.run_async(set_limits)
+def apply_settings_of_driver(connection: Any, _: Any) -> None:
+    """Set our settings when SQLAlchemy has connected: a listener for the event `connect`."""
+    connection.run_async(apply_settings)
 
 
 @event.listens_for(_Session, "after_commit")

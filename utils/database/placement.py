@@ -62,9 +62,18 @@ class Placement:
         """Return the schema of this database for one as SQL spells it; None: the main one."""
         return self.main if schema is None else self.ops if schema == OPS else schema
 
+    def spell(self, schema: str) -> str | None:
+        """Return a schema of this database as SQL spells it; None: the main one. The reverse of `resolve`."""
+        return None if schema == self.main else OPS if schema == self.ops else schema
+
     def shown(self, schema: str, name: str) -> str:
         """Return a relation's name as SQL spells it: without the main schema, and with `ops` for the other."""
-        return name if schema == self.main else f"{OPS if schema == self.ops else schema}.{name}"
+        spelled = self.spell(schema)
+        return name if spelled is None else f"{spelled}.{name}"
+
+    def schemas(self) -> list[str]:
+        """Return the names of both schemas."""
+        return [self.main, self.ops]
 
     def lock_key(self, key: int) -> int:
         """Return the advisory lock of this Guildbook for one that all would share."""

@@ -13,11 +13,17 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import asyncpg
-import orjson
 import stamina
 
 from utils.database.callers import Holders, Timing, find_caller
 from utils.database.placement import Placement
+from utils.database.sessions import (
+    ATTEMPT_SECONDS,
+    apply_settings,
+    is_behind_pooler,
+    session_settings,
+    set_codecs,
+)
 from utils.database.target import ConnectTarget, located
 from utils.exceptions import (
     DRIVER_ERRORS,
@@ -42,12 +48,8 @@ _log = logging.getLogger(__name__)
 
 #: Generated columns and the catalog queries of the drivers need this version; hosts still offer 13.
 OLDEST_SERVER = 130_000
-#: Seconds for one attempt to connect.
-ATTEMPT_SECONDS = 10.0
 #: Seconds for finding out whether the direct target is behind a pooler.
 DIRECT_SECONDS = 3.0
-#: Seconds after which the server ends a transaction that its process left idle: one that was suspended holds locks.
-IDLE_IN_TRANSACTION_SECONDS = 3_600
 #: Turns what a statement raises into our errors. An OSError about a file, such as the source of a COPY, stays.
 _BOUNDARY = translate_errors(files=False)
 
@@ -215,7 +217,7 @@ class Pool:
             conn.transaction(isolation=isolation, readonly=readonly),
         ):
             if self.target.pooled:  # a setting of the session would reach other clients of the pooler
-                await conn.execute(limits_of(conn, local=True))
+                await conn.execute(session_settings(conn, local=True))
             yield conn
 
     async def run(
@@ -441,7 +443,7 @@ class Pool:
         conn.add_termination_listener(self._count_destroyed)
         await set_codecs(conn)
         if not self.target.pooled:
-            await set_limits(conn)
+            await apply_settings(conn)
 
     def _count_destroyed(self, _: object) -> None:
         self._destroyed += 1
@@ -478,26 +480,8 @@ class Pool:
             self._used_temp.discard(pid)
             query += "\nDISCARD TEMP;"
         if not self.target.pooled:
-            query += f"\n{limits_of(conn)}"
+            query += f"\n{session_settings(conn)}"
         await conn.execute(query)
-
-
-async def is_behind_pooler(target: ConnectTarget) -> bool:
-    """Connect, and return whether a pooler answered the handshake. Raises the driver's errors.
-
-    Nothing is prepared under a name: the backend may have a statement of that name from somebody else.
-    """
-    # A pooler refuses a search_path as a start-up parameter.
-    settings = {key: value for key, value in target.server_settings.items() if key != "search_path"}
-    bare = replace(target, schema=None, placement=None, server_settings=settings)
-    connection: asyncpg.Connection[Record] = await asyncpg.connect(
-        **bare.connect_kwargs() | {"statement_cache_size": 0}, timeout=ATTEMPT_SECONDS, command_timeout=ATTEMPT_SECONDS
-    )
-    try:
-        return bool(await connection.fetchval("SELECT pg_backend_pid()") != connection.get_server_pid())
-    finally:
-        with contextlib.suppress(*DRIVER_ERRORS):
-            await connection.close(timeout=1.0)
 
 
 async def _answers(connection: Connection, timeout: float) -> bool:
@@ -509,36 +493,3 @@ async def _answers(connection: Connection, timeout: float) -> bool:
             connection.terminate()
         return False
     return True
-
-
-def limits_of(conn: Any, *, local: bool = False) -> str:
-    """Return the statement that replaces the time limits which a role or a database sets for its sessions.
-
-    Statements have time limits of their own, on our side. Types that the catalog's functions return are not quoted,
-    because SQLAlchemy does not know them with quotes. `local`: for the current transaction alone.
-    """
-    limits: dict[str, int | str] = {"statement_timeout": 0, "lock_timeout": 0}
-    limits["idle_in_transaction_session_timeout"] = IDLE_IN_TRANSACTION_SECONDS * 1000
-    limits["quote_all_identifiers"] = "off"
-    if conn.get_server_version().major >= 14:
-        limits["idle_session_timeout"] = 0
-    if conn.get_server_version().major >= 17:
-        limits["transaction_timeout"] = 0
-    calls = (f"set_config('{name}', '{milliseconds}', {local})" for name, milliseconds in limits.items())
-    return f"SELECT {', '.join(calls)};"
-
-
-async def set_limits(conn: Any) -> None:
-    """Replace the time limits of a role or a database for a session."""
-    await conn.execute(limits_of(conn))
-
-
-async def set_codecs(conn: Any) -> None:
-    """Convert json and jsonb to and from Python objects (in binary, the only format that COPY uses)."""
-    await conn.set_type_codec(
-        "jsonb", schema="pg_catalog", format="binary",
-        encoder=lambda value: b"\x01" + orjson.dumps(value), decoder=lambda data: orjson.loads(data[1:]),
-    )  # fmt: skip
-    await conn.set_type_codec(
-        "json", schema="pg_catalog", format="binary", encoder=orjson.dumps, decoder=orjson.loads
-    )  # fmt: skip

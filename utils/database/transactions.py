@@ -16,7 +16,7 @@ import asyncpg
 
 from utils.database.callers import Caller, Timing, find_caller
 from utils.database.orm import write_log
-from utils.database.pool import limits_of
+from utils.database.sessions import session_settings
 from utils.database.statements import WriteLog
 from utils.exceptions import DRIVER_ERRORS, DatabaseError, translate_errors
 
@@ -205,7 +205,7 @@ class Transaction:
             level = f" ISOLATION LEVEL {_LEVELS[self._isolation]}" if self._isolation else ""
             statements = [f"BEGIN{level}{' READ ONLY' if self._readonly else ''}"]
             if self._db.pool.target.pooled:
-                statements.append(limits_of(root.raw, local=True))
+                statements.append(session_settings(root.raw, local=True))
             await root.raw.execute("; ".join(statements))
         except BaseException as exc:
             holders.remove(root.key)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from utils.database import Connection, Pool
-from utils.exceptions import DatabaseError
+from utils.exceptions import MISSING_TABLE, DatabaseError
 
 _EXISTS = "SELECT to_regclass('ops.application') IS NOT NULL"
 _OWNER = "SELECT id FROM ops.application LIMIT 1"
@@ -26,8 +26,6 @@ transferred AS (
 )
 SELECT id FROM former
 """
-#: SQLSTATE of a missing table (PostgreSQL manual, appendix A).
-_UNDEFINED_TABLE = "42P01"
 
 
 async def has_table(pool: Pool | Connection | Any) -> bool:
@@ -48,7 +46,7 @@ async def claim(pool: Pool, application_id: int) -> int:
     try:
         owner: int = await pool.fetchval(_CLAIM, application_id)
     except DatabaseError as error:
-        if error.sqlstate != _UNDEFINED_TABLE:  # AUTO_MIGRATE is paused at an older revision
+        if error.sqlstate not in MISSING_TABLE:  # AUTO_MIGRATE is paused at an older revision
             raise
         return application_id
     return owner

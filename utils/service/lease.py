@@ -23,8 +23,16 @@ import asyncpg
 
 from utils.database import Connection, ConnectTarget, Pool
 from utils.database.placement import Placement
-from utils.database.pool import set_limits
-from utils.exceptions import DatabaseError, DatabaseUnavailable, GuildbookError, LeaseLost, translate, translate_errors
+from utils.database.sessions import apply_settings
+from utils.exceptions import (
+    MISSING_TABLE,
+    DatabaseError,
+    DatabaseUnavailable,
+    GuildbookError,
+    LeaseLost,
+    translate,
+    translate_errors,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -38,8 +46,6 @@ OPERATOR = "db downgrade"
 #: The largest epoch that the clock gives. A stamp has 23 bits for it (8,388,607 minutes end in December 2040); the rest
 #: is left for counting on, also with a clock that is decades ahead.
 MAX_CLOCK_EPOCH = 2**23 - 2**17
-#: SQLSTATEs of a database without `ops.leases`: undefined table, invalid schema name (PostgreSQL manual, appendix A).
-NO_TABLE = ("42P01", "3F000")
 #: The epoch that follows `{epoch}` and the newest known one, `{known}`. A database that was restored or recreated has
 #: lost the epochs handed out since, while their stamps live on in spools; minutes outrank them without a search.
 NEXT_EPOCH = (
@@ -383,7 +389,7 @@ class Lease:
                 # A failed renewal does not mean that the lease is lost: the epoch tells once the database is back.
                 known = translate(error)
                 self._log_once(logging.WARNING, "the lease could not be renewed: %s", known or error)
-                if isinstance(known, DatabaseError) and known.sqlstate in NO_TABLE:
+                if isinstance(known, DatabaseError) and known.sqlstate in MISSING_TABLE:
                     self.table_missing.set()
                 continue
             self._renewed, self._expires_at = sent_at, expires_at
@@ -418,7 +424,7 @@ class Lease:
                 **kwargs, timeout=self.timings.connect, command_timeout=self.timings.statement
             )
             if not self._target.pooled:
-                await set_limits(connection)
+                await apply_settings(connection)
             return connection
 
     def _disconnect(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -169,8 +170,9 @@ async def find_encryption() -> psutil.Process:
     async with asyncio.timeout(20):
         while True:
             for child in psutil.Process().children():
-                if "utils.operations.backup.encryption" in child.cmdline():
-                    return child
+                with contextlib.suppress(psutil.Error):  # another child has just ended
+                    if "utils.operations.backup.encryption" in child.cmdline():
+                        return child
             await asyncio.sleep(0.01)
 
 

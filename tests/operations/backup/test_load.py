@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from utils.database import Pool
+from utils.database.placement import Placement
 from utils.exceptions import DatabaseUnavailable
 from utils.operations.backup import load
-from utils.operations.backup.objects import Schemas
 
 
 async def test_a_timeout_is_one_error_not_a_group(database: Pool) -> None:
@@ -15,7 +15,7 @@ async def test_a_timeout_is_one_error_not_a_group(database: Pool) -> None:
         await connection.execute("LOCK TABLE guilds")
         for work in (
             load.count(database.target, [("public", "guilds")], timeout=0.2),
-            load.analyze(database.target, Schemas(), timeout=0.2),
+            load.analyze(database.target, Placement(), timeout=0.2),
         ):
             with pytest.raises(DatabaseUnavailable, match="did not answer in time"):
                 await work

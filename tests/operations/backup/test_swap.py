@@ -20,7 +20,9 @@ from tests.operations.backup.helpers import (
 )
 from utils.database import ConnectTarget
 from utils.database.embedded import EmbeddedServer
+from utils.database.placement import Placement
 from utils.exceptions import BackupError
+from utils.operations import migrations
 from utils.operations.backup import scratch
 from utils.operations.backup.swap import SwapResult, swap
 
@@ -28,6 +30,8 @@ INSERT_DEAD_LETTERS = (
     "INSERT INTO ops.dead_letters (table_name, key, payload, stamp, error) SELECT 'guilds',"
     " jsonb_build_object('id', n), NULL, n, 'E\\t\\\\' || n FROM generate_series(1, {}) AS n"
 )
+
+LEASE = "INSERT INTO ops.leases (shard, holder, epoch, taken_at, expires_at) VALUES (0, '{}', {}, '{}', '{}')"
 
 
 @pytest.fixture
@@ -71,6 +75,23 @@ async def test_keeps_the_rows_and_sequences_of_ops(target: ConnectTarget, fresh:
     assert result.ops_rows["dead_letters"] == 5_000
 
 
+@pytest.mark.parametrize("epoch", [8, 9], ids=["began anew", "continued"])
+async def test_keeps_ops_in_a_schema_of_its_own(server: EmbeddedServer, epoch: int) -> None:
+    placement = Placement.of("Bot-X")
+    async with cloned(server, "template1") as first, cloned(server, "template1") as second:
+        target, fresh = first.with_placement(placement), second.with_placement(placement)
+        async with dropping_scratch_databases(target):
+            for database in (target, fresh):
+                await migrations.upgrade(database)
+            await execute(fresh, LEASE.format("bot", 8, "2026-01-01", "2026-01-01"), INSERT_DEAD_LETTERS.format(3))
+            await execute(target, LEASE.format("bot", epoch, "2026-01-02", "infinity"), INSERT_DEAD_LETTERS.format(2))
+            result, _ = await run_swap(target, fresh)
+            assert result.has_diverged == (epoch == 8)
+            await execute(target, INSERT_DEAD_LETTERS.format(1))
+            ids = await fetchval(target, "SELECT array_agg(id ORDER BY id) FROM ops.dead_letters")
+            assert ids == ([1, 2, 3, 4, 5, 6] if result.has_diverged else [1, 2, 3])
+
+
 async def test_ignores_tables_and_columns_of_another_revision(target: ConnectTarget, fresh: ConnectTarget) -> None:
     await execute(target, "ALTER TABLE ops.suppressions ADD COLUMN why text", "CREATE TABLE ops.newer (id int)")
     await execute(target, "INSERT INTO ops.suppressions (user_id, why) VALUES (8, 'asked')")
@@ -98,9 +119,6 @@ async def test_a_live_lease_stays_alive(target: ConnectTarget, fresh: ConnectTar
     await run_swap(target, fresh)
     rows = "SELECT array_agg(holder || coalesce(expires_at > now(), false)::text ORDER BY shard) FROM ops.leases"
     assert await fetchval(target, rows) == ["alivetrue", "deadfalse", "releasedfalse"]
-
-
-LEASE = "INSERT INTO ops.leases (shard, holder, epoch, taken_at, expires_at) VALUES (0, '{}', {}, '{}', '{}')"
 
 
 @pytest.mark.parametrize(("epoch", "taken"), [(9, "2026-01-02"), (8, "2026-01-01")])

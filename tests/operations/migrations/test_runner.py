@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 
 from tests.waiting import until
 from utils.database import ConnectTarget, Pool
+from utils.demo.bot_process import environment
 from utils.exceptions import DatabaseUnavailable, MigrationError
 from utils.operations import migrations
 from utils.operations.migrations import MigrationOptions, schema_catalog
@@ -184,13 +184,12 @@ async def test_unreachable_server_is_unavailable() -> None:
 
 
 async def test_alembic_command_line_uses_the_settings(empty_target: ConnectTarget, tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PG", "DB_", "DATABASE_"))}
-    environment["DATABASE_URL"] = empty_target.libpq_url()
+    settings = environment(DATABASE_URL=empty_target.libpq_url())
 
     async def alembic(*arguments: str) -> str:
         command = [sys.executable, "-m", "alembic", *arguments]
         done = await asyncio.to_thread(
-            subprocess.run, command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60
+            subprocess.run, command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False, timeout=60
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -198,6 +197,19 @@ async def test_alembic_command_line_uses_the_settings(empty_target: ConnectTarge
     await alembic("upgrade", "head")
     assert "No new upgrade operations detected" in await alembic("check")
     assert f"{HEAD} (head)" in await alembic("current")
+
+
+async def test_alembic_command_line_refuses_a_foreign_database(empty_target: ConnectTarget) -> None:
+    connection = await asyncpg.connect(**empty_target.connect_kwargs())
+    await connection.execute("CREATE TABLE users (id int)")
+    await connection.close()
+    done = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-m", "alembic", "upgrade", "head"], cwd=ROOT, capture_output=True, text=True,
+        check=False, timeout=60, env=environment(DATABASE_URL=empty_target.libpq_url()),
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "another program has tables where Guildbook would create its own: public.users" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
 
 
 async def test_time_ordered_ids_follow_the_clock(database: Pool) -> None:

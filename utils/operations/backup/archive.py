@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from utils.database.placement import Placement
 from utils.exceptions import BackupError
 from utils.operations.backup import client_tools
-from utils.operations.backup.objects import Name, Schemas
+from utils.operations.backup.objects import Name, placement_of_backup
 
 #: Seconds for pg_restore to list the contents of an archive.
 CONTENTS_SECONDS = 300.0
@@ -48,9 +49,9 @@ class Archive:
     counts: dict[Name, int] = field(default_factory=dict)
 
     @property
-    def schemas(self) -> Schemas:
+    def schemas(self) -> Placement:
         """The schemas that our tables were in."""
-        return Schemas.of(self.counts)
+        return placement_of_backup(self.counts)
 
 
 @dataclass(frozen=True, slots=True)

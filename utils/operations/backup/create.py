@@ -17,7 +17,7 @@ import asyncpg
 
 from utils.database import ConnectTarget, Pool, ownership
 from utils.database.placement import Placement
-from utils.database.pool import ATTEMPT_SECONDS
+from utils.database.sessions import ATTEMPT_SECONDS
 from utils.exceptions import BackupError, GuildbookError, translate_errors
 from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup import client_tools, encryption
@@ -33,7 +33,6 @@ from utils.operations.backup.manifest import (
 )
 from utils.operations.backup.objects import (
     OwnTable,
-    Schemas,
     find_sequences,
     find_tables,
     find_views,
@@ -187,7 +186,7 @@ class _Snapshot:
     revision: str | None
     #: The application that the database belongs to; None before the first login.
     application_id: int | None
-    schemas: Schemas
+    schemas: Placement
 
 
 @contextlib.asynccontextmanager
@@ -209,10 +208,9 @@ async def _snapshot(target: ConnectTarget, placement: Placement) -> AsyncIterato
             )
             assert facts is not None, "one row"
             version = await ownership.fetch_version(connection, placement)
-            schemas = Schemas(placement.main, placement.ops)
             revision = ", ".join(version.revisions) or None
             application_id = await application.fetch_owner(connection)
-            yield _Snapshot(connection, facts["snapshot"], facts, revision, application_id, schemas)
+            yield _Snapshot(connection, facts["snapshot"], facts, revision, application_id, placement)
         finally:
             # Closing also tells the server to stop a count that was cancelled here.
             with contextlib.suppress(TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):

@@ -13,6 +13,7 @@ from sqlalchemy import Table
 
 from models import Part, mirrored_tables, part_of
 from utils.database import ConnectTarget, Pool
+from utils.database.placement import Placement
 from utils.database.sql import quote_identifier, sql_type
 from utils.exceptions import BackupError, MigrationError, translate_errors
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
@@ -20,7 +21,7 @@ from utils.operations.backup.archive import Archive
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.load import Place, translated_names
 from utils.operations.backup.manifest import DrillResult
-from utils.operations.backup.objects import Name, Schemas, qualified
+from utils.operations.backup.objects import Name, qualified
 from utils.operations.backup.places import open_place
 from utils.operations.backup.scratch import Connection, connect
 
@@ -95,7 +96,7 @@ async def rehearse(pool: Pool, archive: Archive, *, progress: Progress = ignore_
 # --- comparing rows
 
 
-async def read_sample(place: Place, tables: Sequence[Name], live: ConnectTarget, schemas: Schemas) -> Sample:
+async def read_sample(place: Place, tables: Sequence[Name], live: ConnectTarget, schemas: Placement) -> Sample:
     """Read some rows of each table of a place, and compare those of mirrored tables with the live ones.
 
     A mirrored row tells when it was last changed, and by which observation: if both are equal, every column that both

@@ -17,6 +17,7 @@ import asyncpg
 from utils.database import ConnectTarget
 from utils.database.ownership import VERSION_TABLE
 from utils.database.partitions import month_start, partitioned_tables
+from utils.database.placement import Placement
 from utils.database.sql import quote_identifier
 from utils.exceptions import BackupError, DatabaseError, DatabaseUnavailable, translate_errors
 from utils.operations import migrations
@@ -25,7 +26,6 @@ from utils.operations.backup.archive import Archive, Script, SequenceState, list
 from utils.operations.backup.objects import (
     Name,
     OwnTable,
-    Schemas,
     find_sequences,
     find_tables,
     owned_names,
@@ -75,7 +75,7 @@ class Place:
     """Tables of ours that nobody uses, in which an archive is loaded."""
 
     target: ConnectTarget
-    schemas: Schemas
+    schemas: Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,24 +92,40 @@ class Loaded:
     left_out: list[str]
 
 
+def describe_restored(
+    archive: Archive, loaded: Loaded, database: str, revisions: Sequence[str], safety_id: str | None, why_none: str
+) -> list[str]:
+    """Return what a restore says of the rows that are live now, and of the backup made before."""
+    lines = [
+        f"Backup {archive.id} of {archive.made_at:%Y-%m-%d %H:%M} UTC is live in database {database}:"
+        f" {loaded.rows:,} rows in {len(loaded.tables)} tables, all counted.",
+        f"The database was backed up first: {safety_id}." if safety_id else why_none,
+    ]
+    if revisions:
+        lines.append(f"The backup was migrated from revision {archive.revision} to {revisions[-1]}.")
+    if loaded.left_out:
+        lines.append(f"Left out, because no revision here makes them: {', '.join(loaded.left_out)}.")
+    return lines
+
+
 def jobs() -> int:
     """Return the number of connections to load with: one per core, within bounds."""
     return max(MIN_JOBS, min(MAX_JOBS, os.cpu_count() or MIN_JOBS))
 
 
-async def make_place(archive: Archive, target: ConnectTarget, schemas: Schemas) -> Place:
+async def make_place(archive: Archive, target: ConnectTarget, schemas: Placement) -> Place:
     """Make our tables as the revision of an archive has them, where there are none. Raises `MigrationError`."""
     for revision in (archive.revision or "").split(", "):
         await migrations.upgrade(target, revision)
     return Place(target, schemas)
 
 
-def translated_names(names: Sequence[Name], schemas: Schemas, into: Schemas) -> dict[Name, Name]:
+def translated_names(names: Sequence[Name], schemas: Placement, into: Placement) -> dict[Name, Name]:
     """Return the names that tables of ours have in other schemas, by those that they have in `schemas`."""
     return {(schema, name): (into.resolve(schemas.spell(schema)), name) for schema, name in names}
 
 
-def translated(values: Mapping[Name, ValueT], schemas: Schemas, into: Schemas) -> dict[Name, ValueT]:
+def translated(values: Mapping[Name, ValueT], schemas: Placement, into: Placement) -> dict[Name, ValueT]:
     """Return values by the names that their tables or sequences have in other schemas."""
     names = translated_names(list(values), schemas, into)
     return {names[name]: value for name, value in values.items()}
@@ -381,7 +397,7 @@ async def _revision(place: Place) -> str | None:
     return ", ".join(row["version_num"] for row in rows) or None
 
 
-async def analyze(target: ConnectTarget, schemas: Schemas, *, timeout: float = TABLE_SECONDS) -> None:
+async def analyze(target: ConnectTarget, schemas: Placement, *, timeout: float = TABLE_SECONDS) -> None:
     """Gather the planner's statistics of our tables, which archives do not contain.
 
     Works on several connections, largest tables first, each within `timeout` seconds.

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from utils.database import ownership
+from utils.database.placement import Placement
 from utils.database.sql import quote_identifier
 from utils.exceptions import BackupError
 from utils.operations.backup.load import FOREIGN_KEYS
-from utils.operations.backup.objects import OwnTable, Schemas, find_sequences, find_tables, owned_names, qualified
+from utils.operations.backup.objects import OwnTable, find_sequences, find_tables, owned_names, qualified
 from utils.operations.backup.scratch import Connection
 
 _IS_MISSING = "SELECT to_regclass($1) IS NULL"
@@ -41,7 +42,7 @@ ORDER BY 1, 2
 """
 
 
-async def add_missing_tables(connection: Connection, live: Schemas, scratch: Schemas) -> list[OwnTable]:
+async def add_missing_tables(connection: Connection, live: Placement, scratch: Placement) -> list[OwnTable]:
     """Move scratch tables, with their rows, to where live ones are missing; return these. Make missing views.
 
     The `search_path` of the connection must be empty. Raises `BackupError` if a table cannot be moved.
@@ -62,7 +63,9 @@ async def add_missing_tables(connection: Connection, live: Schemas, scratch: Sch
     return moved
 
 
-async def _move(connection: Connection, tables: Sequence[OwnTable], live: Schemas, scratch: Schemas) -> list[OwnTable]:
+async def _move(
+    connection: Connection, tables: Sequence[OwnTable], live: Placement, scratch: Placement
+) -> list[OwnTable]:
     """Move tables from the scratch schemas to the live ones."""
     keys = await connection.fetch(FOREIGN_KEYS, [table.quoted for table in tables])
     for key in keys:
@@ -82,12 +85,16 @@ async def _move(connection: Connection, tables: Sequence[OwnTable], live: Schema
 
 
 async def _add_defaults(
-    connection: Connection, remaining: Sequence[OwnTable], moved: Sequence[OwnTable], live: Schemas, scratch: Schemas
+    connection: Connection,
+    remaining: Sequence[OwnTable],
+    moved: Sequence[OwnTable],
+    live: Placement,
+    scratch: Placement,
 ) -> None:
     """Let defaults draw from live sequences, which are moved where they are missing."""
     for schema, name in await find_sequences(connection, [*remaining, *moved]):
         target = live.resolve(scratch.spell(schema))
-        if schema in scratch.all() and await connection.fetchval(_IS_MISSING, qualified((target, name))):
+        if schema in scratch.schemas() and await connection.fetchval(_IS_MISSING, qualified((target, name))):
             await connection.execute(
                 f"ALTER SEQUENCE {qualified((schema, name))} SET SCHEMA {quote_identifier(target)}"
             )
@@ -102,8 +109,8 @@ async def _add_defaults(
         await connection.execute(f"ALTER TABLE {row['table']} ALTER COLUMN {row['column']} SET DEFAULT {definition}")
 
 
-async def _move_types(connection: Connection, tables: Sequence[str], live: Schemas, scratch: Schemas) -> None:
-    for row in await connection.fetch(_TYPES, tables, scratch.all()):
+async def _move_types(connection: Connection, tables: Sequence[str], live: Placement, scratch: Placement) -> None:
+    for row in await connection.fetch(_TYPES, tables, scratch.schemas()):
         schema = live.resolve(scratch.spell(row["schema"]))
         source, target = qualified((row["schema"], row["name"])), qualified((schema, row["name"]))
         if await connection.fetchval("SELECT to_regtype($1) IS NOT NULL", target):
@@ -114,8 +121,8 @@ async def _move_types(connection: Connection, tables: Sequence[str], live: Schem
         await connection.execute(f"ALTER TYPE {source} SET SCHEMA {quote_identifier(schema)}")
 
 
-def _adapt(definition: str, live: Schemas, scratch: Schemas) -> str:
+def _adapt(definition: str, live: Placement, scratch: Placement) -> str:
     """Return a definition with the live schemas for the scratch ones."""
-    for name in sorted(scratch.all(), key=len, reverse=True):  # the others begin with the first
+    for name in sorted(scratch.schemas(), key=len, reverse=True):  # the others begin with the first
         definition = definition.replace(f"{name}.", f"{quote_identifier(live.resolve(scratch.spell(name)))}.")
     return definition

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from utils.database import ownership
 from utils.database.ownership import VERSION_TABLE
-from utils.database.placement import OPS
+from utils.database.placement import OPS, PUBLIC, Placement
 from utils.database.sql import quote_identifier
 from utils.operations.backup.scratch import Connection
 
@@ -40,6 +40,12 @@ WHERE s.relkind = 'S' AND (s.oid IN (
     WHERE d.refclassid = 'pg_class'::regclass
 )) ORDER BY 1, 2
 """
+_DRAWN_COLUMNS = """
+SELECT a.attname::text AS name FROM pg_attribute AS a LEFT JOIN pg_attrdef AS d
+    ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+WHERE a.attrelid = to_regclass($1)
+    AND (a.attidentity <> '' OR pg_get_expr(d.adbin, d.adrelid) LIKE 'nextval(%')
+"""
 _VIEWS = """
 SELECT n.nspname AS schema, c.relname AS name
 FROM unnest($1::text[], $2::text[]) AS wanted (schema, name)
@@ -67,37 +73,31 @@ class OwnTable:
 
 
 @dataclass(frozen=True, slots=True)
-class Schemas:
-    """The schemas of one Guildbook: that of its main tables, and that of the bot's own."""
+class ScratchPlacement(Placement):
+    """Placement that stand for those of a Guildbook, and of its cogs, while a backup is loaded."""
 
-    main: str = "public"
-    ops: str = OPS
     #: What stands for other schemas with tables of cogs; those that are missing stand for themselves.
     others: Mapping[str, str] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, names: Mapping[Name, object]) -> Schemas:
-        """Return the schemas in which a backup with these tables has ours."""
-        by_name = {name: schema for schema, name in names if name in (VERSION_TABLE, "guilds", "leases")}
-        main = by_name.get(VERSION_TABLE) or by_name.get("guilds")
-        return cls(main or "public", by_name.get("leases") or OPS)
-
     def resolve(self, schema: str | None) -> str:
-        """Return the schema for one as models and revisions spell it; None: the main one."""
-        return self.main if schema is None else self.ops if schema == OPS else self.others.get(schema, schema)
+        found = Placement.resolve(self, schema)
+        return self.others.get(found, found)
 
     def spell(self, schema: str) -> str | None:
-        """Return a schema as models and revisions spell it: the reverse of `resolve`."""
-        if schema in (self.main, self.ops):
-            return None if schema == self.main else OPS
-        return next((one for one, name in self.others.items() if name == schema), schema)
+        return next((one for one, name in self.others.items() if name == schema), Placement.spell(self, schema))
 
-    def all(self) -> list[str]:
-        """Return all of their names."""
-        return [self.main, self.ops, *self.others.values()]
+    def schemas(self) -> list[str]:
+        return [*Placement.schemas(self), *self.others.values()]
 
 
-def owned_names(schemas: Schemas) -> list[Name]:
+def placement_of_backup(tables: Iterable[Name]) -> Placement:
+    """Return the schemas in which a backup with these tables has ours."""
+    by_name = {name: schema for schema, name in tables if name in (VERSION_TABLE, "guilds", "leases")}
+    main = by_name.get(VERSION_TABLE) or by_name.get("guilds")
+    return Placement(main or PUBLIC, by_name.get("leases") or OPS)
+
+
+def owned_names(schemas: Placement) -> list[Name]:
     """Return the names of all tables that are ours, whether or not they exist."""
     return sorted((schemas.resolve(schema), name) for schema, name in ownership.owned_tables())
 
@@ -119,7 +119,12 @@ async def find_sequences(connection: Connection, tables: Sequence[OwnTable]) -> 
     return [(row["schema"], row["name"]) for row in rows]
 
 
-async def find_views(connection: Connection, schemas: Schemas) -> list[Name]:
+async def find_drawn_columns(connection: Connection, table: str) -> set[str]:
+    """Return the columns of a table that draw from a sequence."""
+    return {row["name"] for row in await connection.fetch(_DRAWN_COLUMNS, table)}
+
+
+async def find_views(connection: Connection, schemas: Placement) -> list[Name]:
     """Return our views that exist."""
     views = [(schemas.resolve(schema), name) for schema, name in ownership.owned().views]
     rows = await connection.fetch(_VIEWS, [schema for schema, _ in views], [name for _, name in views])

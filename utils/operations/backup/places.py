@@ -18,7 +18,7 @@ from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup import load
 from utils.operations.backup.archive import Archive
 from utils.operations.backup.load import Loaded, Place
-from utils.operations.backup.objects import Name, Schemas, find_tables, owned_names
+from utils.operations.backup.objects import Name, ScratchPlacement, find_tables, owned_names
 from utils.operations.backup.scratch import Connection, connect
 from utils.operations.backup.scratch_schemas import copy_structure, drop_columns, scratch_schemas
 
@@ -41,11 +41,6 @@ def missing_revisions(archive: Archive) -> list[str]:
         ) from None
 
 
-def live_schemas(pool: Pool) -> Schemas:
-    """Return the schemas that our tables are in or, without any, in which a migration makes them."""
-    return Schemas(pool.placement.main, pool.placement.ops)
-
-
 @contextlib.asynccontextmanager
 async def open_place(pool: Pool, *, is_restore: bool) -> AsyncIterator[ScratchPlace]:
     """Yield scratch schemas in the live database, which are dropped after the block.
@@ -61,7 +56,7 @@ async def open_place(pool: Pool, *, is_restore: bool) -> AsyncIterator[ScratchPl
         )
     live = live.with_database(await pool.fetchval("SELECT current_database()"))
     version = await ownership.fetch_version(pool)
-    schemas = live_schemas(pool)
+    schemas = pool.placement
     async with scratch_schemas(live, schemas, is_restore=is_restore) as scratch:
         yield ScratchPlace(live, schemas, scratch, ", ".join(version.revisions) or None)
 
@@ -69,10 +64,12 @@ async def open_place(pool: Pool, *, is_restore: bool) -> AsyncIterator[ScratchPl
 class ScratchPlace:
     """Scratch schemas in the live database, and what was loaded there."""
 
-    def __init__(self, live: ConnectTarget, schemas: Schemas, scratch: Schemas, revision: str | None) -> None:
+    def __init__(
+        self, live: ConnectTarget, schemas: Placement, scratch: ScratchPlacement, revision: str | None
+    ) -> None:
         self.live: ConnectTarget = live
         #: Where the live tables are.
-        self.schemas: Schemas = schemas
+        self.schemas: Placement = schemas
         #: The revision of the live tables; None: there are none.
         self.revision: str | None = revision
         self._scratch = scratch

@@ -10,12 +10,12 @@ from models import Base
 from utils.database import Pool
 from utils.database.ownership import VERSION_TABLE, fetch_version
 from utils.database.placement import Placement
-from utils.database.sql import quote_identifier
-from utils.exceptions import BackupError, DatabaseError, DatabaseUnavailable
+from utils.exceptions import MISSING_TABLE, BackupError, DatabaseError, DatabaseUnavailable
 from utils.operations import migrations
 from utils.operations.action import Outcome, Progress, ignore_progress, record_action
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.manifest import Manifest
+from utils.operations.backup.objects import qualified
 from utils.operations.migrations import Actor, admin
 from utils.operations.migrations.history import COMMAND_LINE
 from utils.service import application, lease
@@ -25,7 +25,6 @@ _ESSENTIAL_TABLES = frozenset((VERSION_TABLE, "guilds", "users", "members", "rol
 #: SQLSTATEs of a database that is itself damaged: internal error, corrupted data or index, missing or unreadable file
 #: (PostgreSQL manual, appendix A).
 _CORRUPTION = ("XX000", "XX001", "XX002", "58030", "58P01")
-_UNDEFINED_TABLE = "42P01"
 _MISSING = "ARRAY(SELECT name FROM unnest($1::text[]) AS expected(name) WHERE to_regclass(name) IS NULL) AS missing"
 _FIND_MISSING = "SELECT " + _MISSING
 _ASSESS = "SELECT " + _MISSING + ", NOT EXISTS (SELECT FROM guilds) AS is_empty"  # noqa: S608 - constants
@@ -39,11 +38,15 @@ SELECT EXISTS (SELECT FROM ops.admin_actions WHERE command = $1) OR EXISTS (SELE
 TIMEOUT_SECONDS = 10.0
 
 
+#: Of a database: whether it has what the mirror needs, no guilds or no tables at all, or only some of the tables.
+State = Literal["fine", "empty", "damaged"]
+
+
 @dataclass(frozen=True, slots=True)
 class Assessment:
     """The state of the live database."""
 
-    state: Literal["fine", "empty", "damaged"]
+    state: State
     #: Why it is not fine, for people; empty if it is.
     reason: str = ""
     #: False if it has no tables of Guildbook's, so that nothing can be lost.
@@ -59,7 +62,7 @@ class Assessment:
 class Hold:
     """Why nothing may be written to the database before an operator has decided."""
 
-    state: Literal["fine", "empty", "damaged"]
+    state: State
     reason: str
     #: The newest backup of it; None if that is unknown, or if there is none.
     backup: Manifest | None
@@ -101,10 +104,7 @@ def _qualified_tables(placement: Placement) -> dict[str, str]:
     """Return the tables of the schema: their names as SQL of this database spells them, and as the models do."""
     tables = [(None, VERSION_TABLE), *((table.schema, table.name) for table in Base.metadata.sorted_tables)]
     return {
-        f"{quote_identifier(placement.resolve(schema))}.{quote_identifier(name)}": f"{schema}.{name}"
-        if schema
-        else name
-        for schema, name in tables
+        qualified((placement.resolve(schema), name)): f"{schema}.{name}" if schema else name for schema, name in tables
     }
 
 
@@ -120,7 +120,7 @@ async def assess(pool: Pool) -> Assessment:
             assert row is not None, "one row"
             absent, is_empty = row["missing"], bool(row["is_empty"])
         except DatabaseError as error:
-            if error.sqlstate != _UNDEFINED_TABLE:
+            if error.sqlstate not in MISSING_TABLE:
                 raise
             absent, is_empty = await pool.fetchval(_FIND_MISSING, list(expected), timeout=TIMEOUT_SECONDS), True
         missing = [expected[name] for name in absent]

@@ -21,13 +21,22 @@ import stamina
 from utils.database import ConnectTarget
 from utils.database.cache.channel import announce
 from utils.database.ownership import VERSION_TABLE
+from utils.database.placement import Placement
 from utils.database.sql import load_statements, quote_identifier
 from utils.exceptions import BackupError, DatabaseError, DatabaseUnavailable, translate_errors
 from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup.archive import SequenceState
 from utils.operations.backup.load import LOAD_SECONDS, Place
 from utils.operations.backup.missing_tables import add_missing_tables
-from utils.operations.backup.objects import Name, OwnTable, Schemas, find_sequences, find_tables, owned_names, qualified
+from utils.operations.backup.objects import (
+    Name,
+    OwnTable,
+    find_drawn_columns,
+    find_sequences,
+    find_tables,
+    owned_names,
+    qualified,
+)
 from utils.operations.backup.scratch import Connection, connect
 from utils.service import lease
 
@@ -135,7 +144,7 @@ class _Pair:
         )
 
 
-async def check_owner(live: ConnectTarget, schemas: Schemas) -> None:
+async def check_owner(live: ConnectTarget, schemas: Placement) -> None:
     """Raise `BackupError` unless we own our tables: only their owner may keep triggers from firing."""
     async with connect(live) as connection:
         with translate_errors("looking for the tables' owner"):
@@ -150,7 +159,7 @@ async def check_owner(live: ConnectTarget, schemas: Schemas) -> None:
 
 async def replace_rows(
     live: ConnectTarget,
-    schemas: Schemas,
+    schemas: Placement,
     place: Place,
     tables: Sequence[Name],
     sequences: Mapping[Name, SequenceState],
@@ -199,7 +208,7 @@ class _Replacement:
     def __init__(
         self,
         live: ConnectTarget,
-        schemas: Schemas,
+        schemas: Placement,
         place: Place,
         names: Sequence[Name],
         sequences: Mapping[Name, SequenceState],
@@ -424,7 +433,7 @@ class _Replacement:
 async def _add_rows(connection: Connection, source: Name, into: Name) -> int:
     """Add the rows whose key does not exist; keys from sequences are drawn anew. Return their number."""
     target = qualified(into)
-    drawn = {row["name"] for row in await connection.fetch(_SQL["drawn_columns"], target)}
+    drawn = await find_drawn_columns(connection, target)
     [shape] = await connection.fetch(_SQL["shapes"], [target], [qualified(source)])
     casts = zip(shape["columns"], shape["casts"], strict=True)
     columns = {column: cast for column, cast in casts if column not in drawn}

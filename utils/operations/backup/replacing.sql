@@ -94,10 +94,3 @@ SELECT setval($1::text::regclass, $2, $3) FROM pg_sequence AS s, {name} AS now
 WHERE s.seqrelid = $1::text::regclass
     AND (CASE WHEN s.seqincrement > 0 THEN (now.last_value, now.is_called) < ($2, $3)
         ELSE (-now.last_value, now.is_called) < (-$2, $3) END);
-
--- name: drawn_columns
--- Columns of a table that draw from a sequence.
-SELECT a.attname::text AS name FROM pg_attribute AS a LEFT JOIN pg_attrdef AS d
-    ON d.adrelid = a.attrelid AND d.adnum = a.attnum
-WHERE a.attrelid = to_regclass($1)
-    AND (a.attidentity <> '' OR pg_get_expr(d.adbin, d.adrelid) LIKE 'nextval(%');

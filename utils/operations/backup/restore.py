@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from utils.database import Pool
 from utils.database.partitions import ensure_partitions
-from utils.exceptions import BackupError, GuildbookError
+from utils.exceptions import BackupError
 from utils.operations import migrations
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.backup import load, recovery
@@ -18,14 +17,9 @@ from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.create import BackupRequest, create
 from utils.operations.backup.places import ScratchPlace, missing_revisions, open_place
 from utils.operations.backup.replacing import Replaced, check_owner, replace_rows
-from utils.operations.backup.whole_database import replace_database
+from utils.operations.backup.whole_database import RECONCILE, After, SafetyBackup, follow_up, replace_database
 
 _log = logging.getLogger(__name__)
-
-#: Makes a backup of the live database and returns its id, or None and why there is none.
-SafetyBackup = Callable[[], Awaitable[tuple[str | None, str]]]
-#: Awaited once the restored rows are live.
-After = Callable[[], Awaitable[None]] | None
 
 
 async def restore(
@@ -109,19 +103,14 @@ async def restore_archive(
             progress=progress,
         )
         seconds_until_live = round(time.monotonic() - started, 2)
-        database = scratch.live.database
+        database = str(scratch.live.database)
     lines = [
-        f"Backup {archive.id} of {archive.made_at:%Y-%m-%d %H:%M} UTC is live in database {database}:"
-        f" {loaded.rows:,} rows in {len(loaded.tables)} tables, all counted.",
+        *load.describe_restored(archive, loaded, database, revisions, safety_id, why_none),
         f"{replaced.deleted:,} rows were deleted, {replaced.changed:,} changed and {replaced.added:,} added.",
-        *([f"It was migrated from revision {archive.revision} to {revisions[-1]}."] if revisions else []),
-        f"The database was backed up first: {safety_id}." if safety_id else why_none,
         _describe_ops(replaced),
     ]
     if replaced.brought_back:
         lines.append(f"Missing tables were brought back: {', '.join(replaced.brought_back)}.")
-    if loaded.left_out:
-        lines.append(f"Left out, because no revision here makes them: {', '.join(loaded.left_out)}.")
     more_lines, is_ok = await _finish(pool, scratch, after)
     seconds = round(time.monotonic() - started, 2)
     data: dict[str, Any] = {
@@ -164,25 +153,12 @@ def _describe_ops(replaced: Replaced) -> str:
 
 
 async def _finish(pool: Pool, scratch: ScratchPlace, after: After) -> tuple[list[str], bool]:
-    """Do what the restored tables still need; they are live already, so a failure is reported and not raised."""
-    lines: list[str] = []
-    is_ok = True
-
     async def resume() -> None:
         if not await migrations.pending(pool):  # there is nothing left that the pause would keep from being applied
             await migrations.resume_auto_migrate(pool)
 
-    for what, work in (
+    return await follow_up(
         ("resuming AUTO_MIGRATE", resume),
-        ("the reconcile", after),
+        (RECONCILE, after),
         ("gathering statistics", lambda: load.analyze(scratch.live, scratch.schemas)),
-    ):
-        try:
-            if work is not None:
-                await work()
-        except GuildbookError as error:
-            is_ok = False
-            lines.append(f"Restored, but {what} failed: {error}")
-    if after is None:
-        lines.append("A running bot starts over by itself and reconciles every guild.")
-    return lines, is_ok
+    )

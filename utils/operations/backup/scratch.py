@@ -13,7 +13,7 @@ import hashlib
 import logging
 import re
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import asyncpg
 
 from utils.database import ConnectTarget
-from utils.database.pool import set_limits
+from utils.database.sessions import apply_settings
 from utils.database.sql import quote_identifier
 from utils.exceptions import BackupError, DatabaseError, ForbiddenHere, translate, translate_errors
 
@@ -128,7 +128,7 @@ async def connect(target: ConnectTarget) -> AsyncIterator[Connection]:
                 **target.connect_kwargs(), timeout=CONNECT_SECONDS, command_timeout=STATEMENT_SECONDS
             )
         try:
-            await set_limits(connection)
+            await apply_settings(connection)
             yield connection
             await connection.close(timeout=5)
         finally:
@@ -202,43 +202,52 @@ async def scratch_database(live: ConnectTarget, database: str, suffix: str) -> A
             await connection.execute(_create_statement(name, properties, connection.get_server_version().major))
             yield ScratchDatabase(name, live.with_database(name))
         finally:
-            await _try_to_drop(maintenance, connection, name)
+            await try_to_drop(maintenance, connection, name, _drop_statement(name))
 
 
-async def drop_leftovers(connection: Connection, database: str) -> list[str]:
-    """Drop the scratch databases that killed processes left next to `database`; return their names."""
-    dropped: list[str] = []
-    for name in await list_databases(connection, database, RESTORE):
-        if not await lock(connection, name):
-            continue  # its owner is alive
-        try:
-            await drop(connection, name)
-        except asyncpg.PostgresError as error:  # the next restore tries again
-            _log.warning("could not drop database %s of a killed restore: %s", name, translate(error))
-        else:
-            _log.info("dropped database %s of a killed restore", name)
-            dropped.append(name)
-        finally:
-            await unlock(connection, name)
-    return dropped
+async def drop_leftovers(connection: Connection, database: str) -> None:
+    """Drop the scratch databases that killed processes left next to `database`."""
+    names = await list_databases(connection, database, RESTORE)
+    await drop_abandoned(connection, {name: _drop_statement(name) for name in names})
 
 
 async def drop(connection: Connection, name: str) -> None:
     """Drop a database and end the sessions in it."""
-    await connection.execute(f"DROP DATABASE IF EXISTS {quote_identifier(name)} WITH (FORCE)")
+    await connection.execute(_drop_statement(name))
 
 
-async def _try_to_drop(maintenance: ConnectTarget, connection: Connection, name: str) -> None:
+def _drop_statement(name: str) -> str:
+    return f"DROP DATABASE IF EXISTS {quote_identifier(name)} WITH (FORCE)"
+
+
+async def drop_abandoned(connection: Connection, statements: Mapping[str, str]) -> None:
+    """Run the statements that drop what killed processes left, by the name that a living one would have locked.
+
+    A failure is logged: the next restore tries again.
+    """
+    for name, statement in statements.items():
+        if not await lock(connection, name):
+            continue  # its owner is alive
+        try:
+            await connection.execute(statement)
+        except asyncpg.PostgresError as error:
+            _log.warning("could not drop %s, left by a killed process: %s", name, translate(error))
+        else:
+            _log.info("dropped %s, left by a killed process", name)
+        finally:
+            await unlock(connection, name)
+
+
+async def try_to_drop(target: ConnectTarget, connection: Connection, name: str, statement: str) -> None:
+    """Run the statement that drops what this process made. A failure is logged: the next restore tries again."""
     try:
         if not connection.is_closed():
-            await drop(connection, name)
+            await connection.execute(statement)
             return
-        async with connect(maintenance) as fresh:  # a firewall may have closed the idle connection
-            await drop(fresh, name)
+        async with connect(target) as fresh:  # a firewall may have closed the idle connection
+            await fresh.execute(statement)
     except (DatabaseError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
-        _log.warning(
-            "could not drop database %s, the next restore of the whole database will: %s", name, translate(error)
-        )
+        _log.warning("could not drop %s, the next restore will: %s", name, translate(error))
 
 
 async def lock(connection: Connection, name: str) -> bool:

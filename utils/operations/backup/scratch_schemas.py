@@ -12,14 +12,12 @@ import logging
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 
-import asyncpg
-
 from utils.database import ConnectTarget, ownership
-from utils.database.placement import OPS
+from utils.database.placement import OPS, Placement
 from utils.database.sql import quote_identifier
-from utils.exceptions import BackupError, DatabaseError, ForbiddenHere, translate_errors
-from utils.operations.backup.objects import Name, OwnTable, Schemas, qualified
-from utils.operations.backup.scratch import Connection, connect, lock, new_suffix, unlock
+from utils.exceptions import BackupError, ForbiddenHere, translate_errors
+from utils.operations.backup.objects import Name, OwnTable, ScratchPlacement, qualified
+from utils.operations.backup.scratch import Connection, connect, drop_abandoned, lock, new_suffix, try_to_drop
 
 _log = logging.getLogger(__name__)
 
@@ -41,14 +39,16 @@ WHERE attrelid = to_regclass($1) AND attnum > 0 AND NOT attisdropped AND attgene
 
 
 @contextlib.asynccontextmanager
-async def scratch_schemas(live: ConnectTarget, live_schemas: Schemas, *, is_restore: bool) -> AsyncIterator[Schemas]:
+async def scratch_schemas(
+    live: ConnectTarget, live_schemas: Placement, *, is_restore: bool
+) -> AsyncIterator[ScratchPlacement]:
     """Create a schema for the main tables and name others, and drop all of them after the block.
 
     Leftovers of killed processes are dropped first. Raises `ForbiddenHere` if the user may not create schemas, and
     `BackupError` while another restore of the same database is running.
     """
     name = f"{PREFIX}{new_suffix()}"
-    schemas = Schemas(name, f"{name}_ops", _others(name))
+    schemas = ScratchPlacement(name, f"{name}_ops", _others(name))
     async with connect(live) as connection:
         with translate_errors("the scratch schemas"):
             if is_restore and not await lock(connection, f"restore of {live_schemas.main}"):
@@ -61,7 +61,7 @@ async def scratch_schemas(live: ConnectTarget, live_schemas: Schemas, *, is_rest
                 await connection.execute(f"CREATE SCHEMA {quote_identifier(name)}")
             yield schemas
         finally:
-            await _try_to_drop(live, connection, schemas.all())
+            await try_to_drop(live, connection, name, _drop_statement(schemas.schemas()))
 
 
 def _others(name: str) -> dict[str, str]:
@@ -82,45 +82,23 @@ async def check_privileges(connection: Connection) -> None:
         )
 
 
-async def drop_leftovers(connection: Connection) -> list[str]:
-    """Drop the scratch schemas that killed processes left; return their names."""
+async def drop_leftovers(connection: Connection) -> None:
+    """Drop the scratch schemas that killed processes left."""
     by_owner: dict[str, list[str]] = {}
     for row in await connection.fetch(_SCHEMAS):
         if (match := _NAME.fullmatch(row["nspname"])) is not None:
             by_owner.setdefault(match[1], []).append(match[0])
-    dropped: list[str] = []
-    for name, schemas in by_owner.items():
-        if not await lock(connection, name):
-            continue  # its owner is alive
-        try:
-            await _drop(connection, schemas)
-        except asyncpg.PostgresError as error:  # the next restore or drill tries again
-            _log.warning("could not drop the scratch schemas %s of a killed restore or drill: %s", name, error)
-        else:
-            _log.info("dropped the scratch schemas of a killed restore or drill: %s", ", ".join(schemas))
-            dropped += schemas
-        finally:
-            await unlock(connection, name)
-    return dropped
+    await drop_abandoned(connection, {name: _drop_statement(schemas) for name, schemas in by_owner.items()})
 
 
-async def _drop(connection: Connection, schemas: Sequence[str]) -> None:
-    """Drop scratch schemas. CASCADE reaches only what was made on scratch tables."""
-    await connection.execute(f"DROP SCHEMA IF EXISTS {', '.join(map(quote_identifier, schemas))} CASCADE")
+def _drop_statement(schemas: Sequence[str]) -> str:
+    # CASCADE reaches only what was made on scratch tables.
+    return f"DROP SCHEMA IF EXISTS {', '.join(map(quote_identifier, schemas))} CASCADE"
 
 
-async def _try_to_drop(live: ConnectTarget, connection: Connection, schemas: Sequence[str]) -> None:
-    try:
-        if not connection.is_closed():
-            await _drop(connection, schemas)
-            return
-        async with connect(live) as fresh:  # a firewall may have closed the idle connection
-            await _drop(fresh, schemas)
-    except (DatabaseError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
-        _log.warning("the next restore or drill drops the scratch schemas %s: %s", schemas[0], error)
-
-
-async def copy_structure(connection: Connection, tables: Sequence[OwnTable], live: Schemas, scratch: Schemas) -> None:
+async def copy_structure(
+    connection: Connection, tables: Sequence[OwnTable], live: Placement, scratch: Placement
+) -> None:
     """Make empty tables like live ones: with the same columns, checks and indexes, each partitioned one as one table.
 
     Triggers and foreign keys are left out.

@@ -19,8 +19,10 @@ import asyncpg
 import stamina
 
 from utils.database import ConnectTarget
+from utils.database.placement import placement_on
 from utils.database.sql import quote_identifier
 from utils.exceptions import BackupError, DatabaseError, translate, translate_errors
+from utils.operations.backup.objects import find_drawn_columns, qualified
 from utils.operations.backup.scratch import (
     Connection,
     connect,
@@ -67,10 +69,6 @@ WHERE c.relnamespace = to_regnamespace('ops') AND c.relkind IN ('r', 'p') AND NO
 """
 _OPS_SEQUENCES = "SELECT relname FROM pg_class WHERE relnamespace = to_regnamespace('ops') AND relkind = 'S'"
 #: Columns of a table whose default draws from a sequence.
-_SEQUENCE_COLUMNS = """
-SELECT a.attname FROM pg_attrdef AS d JOIN pg_attribute AS a ON a.attrelid = d.adrelid AND a.attnum = d.adnum
-WHERE d.adrelid = $1::text::regclass AND pg_get_expr(d.adbin, d.adrelid) LIKE 'nextval(%'
-"""
 
 
 @dataclass(slots=True)
@@ -226,14 +224,16 @@ async def copy_ops(
         state = await source.fetchrow(f"SELECT last_value, is_called FROM {name}")  # noqa: S608 - from the catalogue
         assert state is not None, "a sequence has one row"
         await target.execute(
-            "SELECT setval(found, $2, $3) FROM to_regclass($1) AS found WHERE found IS NOT NULL", name, *state.values()
+            "SELECT setval(found, $2, $3) FROM to_regclass($1) AS found WHERE found IS NOT NULL",
+            qualified((placement_on(target).ops, row["relname"])),  # a parameter, which the connection does not adapt
+            *state.values(),
         )
     return copied
 
 
 async def _add_rows(source: Connection, target: Connection, table: str, columns: list[str]) -> int:
     """Add the rows whose key the target does not have; keys from sequences are drawn anew."""
-    drawn = {row["attname"] for row in await target.fetch(_SEQUENCE_COLUMNS, _in_ops(table))}
+    drawn = await find_drawn_columns(target, qualified((placement_on(target).ops, table)))
     columns = [column for column in columns if column not in drawn]
     names = ", ".join(map(quote_identifier, columns))
     await target.execute(

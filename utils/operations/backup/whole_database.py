@@ -15,16 +15,23 @@ from typing import Any
 
 from utils.database import ConnectTarget, Pool
 from utils.database.partitions import ensure_partitions
+from utils.database.placement import Placement
 from utils.exceptions import BackupError, ForbiddenHere, GuildbookError, translate_errors
 from utils.operations import migrations
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.backup import load, scratch, swap
 from utils.operations.backup.archive import Archive
-from utils.operations.backup.objects import Name, Schemas, find_views, qualified
-from utils.operations.backup.places import live_schemas, missing_revisions
+from utils.operations.backup.objects import Name, find_views, qualified
+from utils.operations.backup.places import missing_revisions
 from utils.operations.backup.scratch import connect
 
 _log = logging.getLogger(__name__)
+
+#: Makes a backup of the live database and returns its id, or None and why there is none.
+SafetyBackup = Callable[[], Awaitable[tuple[str | None, str]]]
+#: Awaited once the restored rows are live.
+After = Callable[[], Awaitable[None]] | None
+RECONCILE = "the reconcile"
 
 #: What is in the database besides these tables, with the rows that the planner estimates.
 _LOSSES = """
@@ -58,7 +65,7 @@ ORDER BY 1
 
 async def find_losses(pool: Pool, tables: Sequence[Name]) -> list[str]:
     """Return what replacing the whole database would lose, one line each: everything but these tables and our views."""
-    schemas = live_schemas(pool)
+    schemas = pool.placement
     async with connect(pool.direct) as connection:
         with translate_errors("looking for other programs' objects"):
             kept = [*tables, *await find_views(connection, schemas)]
@@ -77,10 +84,10 @@ async def replace_database(
     pool: Pool,
     archive: Archive,
     *,
-    safety_backup: Callable[[], Awaitable[tuple[str | None, str]]],
+    safety_backup: SafetyBackup,
     drop_old: bool = False,
     progress: Progress = ignore_progress,
-    after: Callable[[], Awaitable[None]] | None = None,
+    after: After = None,
 ) -> Outcome:
     """Put a restored database in the place of the live one; see `utils.operations.backup.restore.restore`."""
     live = pool.direct
@@ -91,7 +98,7 @@ async def replace_database(
         )
     name: str = await pool.fetchval("SELECT current_database()")
     live = live.with_database(name)
-    schemas = live_schemas(pool)
+    schemas = pool.placement
     suffix = scratch.new_suffix()
     before = scratch.scratch_name(name, scratch.BEFORE, suffix)
     try:
@@ -132,19 +139,11 @@ async def replace_database(
                 revoke_lease=after is None,
             )
     seconds_until_live = round(time.monotonic() - started, 2)
-    lines = [
-        f"Backup {archive.id} of {archive.made_at:%Y-%m-%d %H:%M} UTC is now the live database {name}:"
-        f" {loaded.rows:,} rows in {len(loaded.tables)} tables, all counted."
-    ]
-    if revisions:
-        lines.append(f"It was migrated from revision {archive.revision} to {revisions[-1]}.")
-    lines.append(f"The old database was backed up first: {safety_id}." if safety_id else why_none)
+    lines = load.describe_restored(archive, loaded, name, revisions, safety_id, why_none)
     if swapped.has_diverged:
         lines.append("The live database had begun anew since that backup: schema ops has the rows of both.")
     else:
         lines.append(f"Schema ops was kept: {sum(swapped.ops_rows.values()):,} rows.")
-    if loaded.left_out:
-        lines.append(f"Left out, because no revision here makes them: {', '.join(loaded.left_out)}.")
     if lost:
         lines.append(f"Not in the new database: {', '.join(lost)}.")
     lines += [f"Not copied from the old database: {line}" for line in swapped.not_copied]
@@ -173,35 +172,44 @@ async def replace_database(
 async def _finish(
     pool: Pool,
     name: str,
-    schemas: Schemas,
+    schemas: Placement,
     before: str,
     drop_old: bool,
-    after: Callable[[], Awaitable[None]] | None,
+    after: After,
 ) -> tuple[list[str], bool]:
-    """Do what the restored database still needs; it is live already, so a failure is reported and not raised."""
-    lines: list[str] = []
-    is_ok = True
     live = pool.direct.with_database(name)
-    for what, work in (
+    about_old: list[str] = []
+
+    async def report_old() -> None:
+        about_old.extend(await _report_old(live, name, before, drop_old))
+
+    lines, is_ok = await follow_up(
         ("reconnecting", pool.renew),
         # A pause of the former database is in `ops`, but the restored one is at the newest revision.
         ("resuming AUTO_MIGRATE", lambda: migrations.resume_auto_migrate(pool)),
-        ("the reconcile", after),
+        (RECONCILE, after),
         ("gathering statistics", lambda: load.analyze(live, schemas)),
-    ):
-        try:
-            if work is not None:
-                await work()
-        except GuildbookError as error:
-            is_ok = False
-            lines.append(f"Restored, but {what} failed: {error}")
-    try:
-        lines += await _report_old(live, name, before, drop_old)
-    except GuildbookError as error:
-        is_ok = False
-        lines.append(f"Restored, but the old database could not be dropped: {error}")
-    if after is None:
-        lines.append("A running bot starts over by itself and reconciles every guild.")
+        ("dropping the old database", report_old),
+    )
+    return [*about_old, *lines], is_ok
+
+
+async def follow_up(*steps: tuple[str, Callable[[], Awaitable[object]] | None]) -> tuple[list[str], bool]:
+    """Do what restored rows still need, in order; they are live already, so a failure is reported and not raised.
+
+    Returns lines for the report, and whether nothing failed. Without a step for `RECONCILE` a running bot does it.
+    """
+    lines: list[str] = []
+    is_ok = True
+    for what, step in steps:
+        if step is not None:
+            try:
+                await step()
+            except GuildbookError as error:
+                is_ok = False
+                lines.append(f"Restored, but {what} failed: {error}")
+        elif what == RECONCILE:
+            lines.append("A running bot starts over by itself and reconciles every guild.")
     return lines, is_ok
 
 
@@ -236,7 +244,7 @@ def _quiet_pool() -> Iterator[None]:
     logger = logging.getLogger("asyncpg.pool")
 
     def is_other(record: logging.LogRecord) -> bool:
-        return "connection floor" not in str(record.msg)  # the record has nothing else to tell it by
+        return record.exc_info is None
 
     logger.addFilter(is_other)
     try:

@@ -14,7 +14,7 @@ import asyncpg
 
 from utils.database import ConnectTarget, Pool, ownership
 from utils.database.placement import Placement
-from utils.database.pool import set_limits
+from utils.database.sessions import apply_settings
 from utils.exceptions import GuildbookError, MigrationError, translate_errors
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.migrations import invalid_indexes, runner, schema_catalog
@@ -75,7 +75,7 @@ async def status(pool: Pool, *, progress: Progress = ignore_progress, options: M
     if paused is not None:
         lines.append(f"AUTO_MIGRATE is paused until python bot.py db upgrade: {paused}")
     data = {
-        "schemas": [pool.placement.main, pool.placement.ops],
+        "schemas": pool.placement.schemas(),
         "revision": current,
         "revisions": list(heads),
         "heads": list(revisions.heads),
@@ -307,7 +307,7 @@ async def _empty_database(target: ConnectTarget) -> AsyncIterator[ConnectTarget 
             **target.connect_kwargs(), timeout=10, command_timeout=CREATE_DATABASE_SECONDS
         )
         try:
-            await set_limits(connection)
+            await apply_settings(connection)
             try:
                 await connection.execute("CREATE DATABASE " + name + " TEMPLATE template0")
             except asyncpg.InsufficientPrivilegeError:

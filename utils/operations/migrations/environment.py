@@ -26,10 +26,10 @@ import models
 from models import Base
 from utils.database import ownership
 from utils.database.address import open_target
-from utils.database.orm import set_limits_of_driver, set_local_limits
+from utils.database.orm import apply_local_settings, apply_settings_of_driver
 from utils.database.ownership import SCRIPTS, VERSION_TABLE, RecordedVersion
 from utils.database.placement import OPS, Placement, placement_of, with_placement
-from utils.database.pool import is_behind_pooler
+from utils.database.sessions import is_behind_pooler
 from utils.database.sql import quote_identifier
 from utils.database.target import ConnectTarget, located
 from utils.exceptions import MigrationError
@@ -169,10 +169,10 @@ async def run_on_connection(target: ConnectTarget, work: Callable[[Connection], 
         target.sqlalchemy_url(), connect_args=target.sqlalchemy_connect_args(), poolclass=NullPool
     )
     if target.pooled:
-        event.listen(engine.sync_engine, "begin", set_local_limits)
+        event.listen(engine.sync_engine, "begin", apply_local_settings)
     else:
         # First: before what SQLAlchemy asks a new connection.
-        event.listen(engine.sync_engine, "connect", set_limits_of_driver, insert=True)
+        event.listen(engine.sync_engine, "connect", apply_settings_of_driver, insert=True)
     placement = target.placement or Placement()
     if placement.ops != OPS:
         event.listen(engine.sync_engine, "before_cursor_execute", partial(_rename_schemas, placement), retval=True)
@@ -311,11 +311,12 @@ def comparison_options(
 
 async def _migrate_with_settings() -> None:
     settings = load_settings()
-    async with open_target(settings.direct_target, settings.data_dir) as opened:
+    async with open_target(settings.direct_target, settings.data_dir, schema=settings.db_schema) as opened:
         is_pooler = not (opened.pooled or opened.is_declared) and await is_behind_pooler(opened)
         target = opened.through_pooler() if is_pooler else opened
         command: Any = getattr(context.config.cmd_opts, "cmd", None)
-        run = MigrationRun(target=target, by=ALEMBIC, is_stamp=command is not None and command[0].__name__ == "stamp")
+        name = None if command is None else command[0].__name__
+        run = MigrationRun(target=target, by=ALEMBIC, is_upgrade=name == "upgrade", is_stamp=name == "stamp")
         try:
             await run_on_connection(target, lambda connection: _migrate(connection, run))
         except MigrationError as exc:

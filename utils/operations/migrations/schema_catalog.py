@@ -14,7 +14,7 @@ from sqlalchemy import Connection, MetaData, text
 from models import Base
 from models.people import ROLE_MEMBERSHIP
 from utils.database.placement import OPS, Placement
-from utils.database.pool import set_limits
+from utils.database.sessions import apply_settings
 from utils.database.sql import quote_identifier
 from utils.database.target import ConnectTarget, located
 from utils.exceptions import translate_errors
@@ -59,7 +59,7 @@ async def read(target: ConnectTarget) -> dict[str, str]:
         placement = target.placement or Placement()
         connection = await asyncpg.connect(**target.connect_kwargs(), timeout=30, command_timeout=60)
         try:
-            await set_limits(connection)
+            await apply_settings(connection)
             rows = [row for query in _QUERIES for row in await connection.fetch(query, placement.main, placement.ops)]
         finally:
             await connection.close(timeout=5)

@@ -103,7 +103,7 @@ async def describe(pool: Pool, table: str | None = None) -> list[Table]:
     The result is plain JSON. Raises `GuildbookError` when there is no such table.
     """
     async with pool.transaction(isolation="repeatable_read", readonly=True) as connection:
-        schemas = [pool.placement.main, pool.placement.ops]
+        schemas = pool.placement.schemas()
         relations = await connection.fetch(_TABLES, None if table is None else pool.placement.adapt(table), schemas)
         if table is not None and not relations:
             ours = await connection.fetch(_TABLES, None, schemas)
