@@ -37,7 +37,7 @@ MAX_WAITING_PAGES = 6
 PAUSE_SECONDS = 10.0
 #: Seconds between two checks whether the event queue has room.
 ROOM_SECONDS = 0.005
-#: Events that may change what the bot is allowed to do; GUILD_MEMBER_UPDATE only if it is about the bot.
+#: Dispatches that may change what the bot is allowed to do; GUILD_MEMBER_UPDATE only if it is about the bot.
 PERMISSION_DISPATCHES = frozenset(("GUILD_MEMBER_UPDATE", "GUILD_ROLE_UPDATE", "GUILD_ROLE_DELETE", "CHANNEL_UPDATE"))
 #: Seconds after the last READY or GUILD_CREATE from which a missing guild counts as unavailable. READY lists all guilds
 #: as unavailable, and one GUILD_CREATE after the other follows; discord.py waits as long for the next one.

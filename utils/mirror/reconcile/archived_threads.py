@@ -76,7 +76,7 @@ class ArchivedThreads:
         state = self._reconciler.guilds.get(guild_id)
         if state is None or not state.skipped_archives or guild_id in self._rechecking:
             return
-        # Later, because discord.py has not parsed the event yet, and because such events come in bursts.
+        # Later, because discord.py has not parsed the dispatch yet, and because such dispatches come in bursts.
         self._rechecking.add(guild_id)
         asyncio.get_running_loop().call_later(self._policy.permissions_seconds, self._recheck, guild_id)
 
