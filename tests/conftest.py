@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import asyncpg
+import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -51,6 +52,10 @@ TEMPLATE = "guildbook_template"
 IS_POOLED = bool(os.environ.get("GUILDBOOK_TEST_POOLER"))
 #: Backends of a pooler that a test's database is behind: enough for the largest pool of a test.
 POOLER_SIZE = 30
+#: Where Linux keeps files in memory. Containers often have 64 MB there.
+SHARED_MEMORY = Path("/dev/shm")
+#: Bytes that must be free there; the files of a run with four workers take up to 2 GB.
+MEMORY_ROOM = 4 << 30
 _numbers = itertools.count(1)
 #: Peak memory in MB per process, by the worker's name.
 _peak_memory: dict[str, int] = {}
@@ -64,10 +69,26 @@ def pytest_configure(config: pytest.Config) -> None:
     Every pytest that starts resets the mode of the shared default, also one that a test starts. The account of an
     embedded server could then no longer enter the directories of tests that are running.
     """
+    if (memory := memory_directory()) is not None:
+        # For this process, for the workers and for all that tests start.
+        os.environ["TMPDIR"] = tempfile.tempdir = str(memory)
+    # Otherwise each of the some 300 processes that tests start would compile our modules again.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if config.option.basetemp is None:
         directory = tempfile.mkdtemp(prefix="guildbook-tests-")
         config.option.basetemp = directory
         config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+
+
+def memory_directory() -> Path | None:
+    """Return a directory in memory with enough room for the files of a run; None if this machine has none.
+
+    Cloning a database creates some 400 files. That takes ext4 up to 0.3 s of processor time, and tmpfs 0.02 s.
+    """
+    if "TMPDIR" in os.environ or not SHARED_MEMORY.is_mount():
+        return None
+    room = min(shutil.disk_usage(SHARED_MEMORY).free, psutil.virtual_memory().available)
+    return SHARED_MEMORY if room > MEMORY_ROOM else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -15,12 +14,12 @@ import pytest
 from discord import gateway, http
 
 from simulator import Simulator
+from tests.forkserver import BotCommand, start_bot
 from tests.ports import free_port
 from tests.waiting import until
 from utils.bot.client import Guildbook
 from utils.database import Pool
 from utils.database.embedded import EmbeddedServer
-from utils.demo.bot_process import ENTRY, environment
 from utils.demo.compare import TABLES, compare
 from utils.service.lease import Lease, holder
 from utils.settings import Settings
@@ -113,20 +112,10 @@ async def embedded_server(data_dir: Path) -> AsyncIterator[None]:
 
 async def run_cli(directory: Path, *arguments: str, **settings: str) -> tuple[int, str]:
     """Run `python bot.py` with arguments and return its exit code and output."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        str(ENTRY),
-        *arguments,
-        cwd=directory,
-        env=environment(**settings),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
+    process = await start_bot(directory, *arguments, settings=settings)
     async with asyncio.timeout(60):
         output, _ = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, output.decode()
+        return await process.wait(), output.decode()
 
 
 class BotProcess:
@@ -136,19 +125,11 @@ class BotProcess:
         self.directory = directory
         self.port = free_port()
         self._settings = {"HEALTH_HOST": "127.0.0.1", "HEALTH_PORT": str(self.port), **settings}
-        self.process: asyncio.subprocess.Process
+        self.process: BotCommand
         self.output = ""
 
     async def __aenter__(self) -> BotProcess:
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            str(ENTRY),
-            cwd=self.directory,
-            env=environment(**self._settings),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-        )
+        self.process = await start_bot(self.directory, settings=self._settings)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -182,11 +163,10 @@ class BotProcess:
                     pytest.fail(f"the bot exited with code {self.process.returncode}:\n{self.output}")
                 await asyncio.sleep(0.05)
 
-    async def wait_for_output(self, text: str) -> None:
-        """Read the process's output until a text appears."""
-        assert self.process.stdout is not None
+    async def wait_for_output(self, text: str, *, times: int = 1) -> None:
+        """Read the process's output until a text has appeared so many times."""
         async with asyncio.timeout(TIMEOUT):
-            while text not in self.output:
+            while self.output.count(text) < times:
                 line = await self.process.stdout.readline()
                 if not line:
                     pytest.fail(f"the bot exited without printing {text!r}:\n{self.output}")
@@ -198,7 +178,6 @@ class BotProcess:
 
     async def wait_for_exit(self) -> int:
         """Wait until the process exits, and return its exit code."""
-        assert self.process.stdout is not None
         async with asyncio.timeout(TIMEOUT):
             self.output += (await self.process.stdout.read()).decode()
             return await self.process.wait()

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import sys
 from pathlib import Path
 from typing import IO, Any
 
 import aiohttp
 
 from simulator.proxy import Proxy
+from tests.forkserver import BotCommand, start_bot
 from tests.ports import free_port
-from utils.demo.bot_process import ENTRY, environment
 
 #: Seconds to wait for what takes two on an idle machine.
 TIMEOUT = 60.0
@@ -30,7 +29,7 @@ class Bot:
         self.directory = directory
         self.port = free_port()
         self._settings = {"HEALTH_HOST": "127.0.0.1", "HEALTH_PORT": str(self.port), "LOG_FORMAT": "json", **settings}
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: BotCommand | None = None
         self._log_writer: asyncio.Task[None] | None = None
         self._file: IO[bytes] | None = None
 
@@ -48,17 +47,12 @@ class Bot:
     async def start(self) -> None:
         """Start the process."""
         self._file = self.log.open("ab")
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, str(ENTRY), cwd=self.directory, env=environment(**self._settings),
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
+        self._process = await start_bot(self.directory, settings=self._settings)
         self._log_writer = asyncio.create_task(self._write_log())
 
     async def _write_log(self) -> None:
         # Through a pipe, so that a limit on the bot's file sizes does not apply to its log.
         assert self._process is not None
-        assert self._process.stdout is not None
         assert self._file is not None
         while chunk := await self._process.stdout.read(1 << 16):
             self._file.write(chunk)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
-import os
-import signal
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -14,13 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import asyncpg
-import typer
 
+from tests.forkserver import start_bot
 from tests.waiting import until
-from utils.cli import backup
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
-from utils.demo.bot_process import environment
 from utils.operations.backup import scratch, scratch_schemas
 from utils.operations.backup.archive import Archive
 from utils.operations.backup.create import BackupRequest, create
@@ -186,19 +180,10 @@ async def run_backup_command(
     `kill_after` is the number of seconds after the start of its work until it is killed with SIGKILL. The variable
     KILL_AT is the number of the database call before which it kills itself; 0 prints their number at the end.
     """
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-c",
-        "from tests.operations.backup.helpers import main; print('started', flush=True); main()",
-        "backup",
-        *arguments,
-        cwd=directory,
-        env=environment(DATABASE_URL=target.libpq_url(), DATA_DIR=str(directory), PYTHONPATH=str(ROOT), **variables),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
+    settings = {"DATABASE_URL": target.libpq_url(), "DATA_DIR": str(directory), **variables}
+    process = await start_bot(
+        directory, "backup", *arguments, settings=settings, module="tests.operations.backup.killable", is_merged=False
     )
-    assert process.stdout is not None
     async with asyncio.timeout(60):
         await process.stdout.readline()
         if kill_after is not None:
@@ -207,34 +192,3 @@ async def run_backup_command(
                 process.kill()
         out, err = await process.communicate()
     return Exit(process.returncode or 0, out.decode(), err.decode())
-
-
-def main() -> None:
-    """Run the command line in this process, which `run_backup_command` has started."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.add_typer(backup.app, name="backup")
-    kill_at = int(os.environ.get("KILL_AT", "-1"))
-    if kill_at >= 0:
-        _count_calls(kill_at)
-    app()
-
-
-def _count_calls(kill_at: int) -> None:
-    """Kill this process before its n-th database call, or with 0 print their number at the end."""
-    calls = 0
-
-    def wrap(name: str) -> None:
-        method = getattr(asyncpg.Connection, name)
-
-        async def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return await method(*args, **kwargs)
-
-        setattr(asyncpg.Connection, name, call)
-
-    for name in ("execute", "fetch", "fetchval", "fetchrow", "close"):
-        wrap(name)
-    atexit.register(lambda: sys.stderr.write(f"\ncalls: {calls}\n"))

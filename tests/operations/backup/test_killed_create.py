@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.bot.running import run_cli
+from tests.forkserver import ROOT, start_bot
 from tests.operations.backup.helpers import (
     execute,
     fill,
@@ -23,15 +23,14 @@ from tests.operations.backup.helpers import (
     until_query,
 )
 from utils.database import ConnectTarget, Pool
-from utils.demo.bot_process import ENTRY, environment
 from utils.operations.backup.manifest import MANIFEST_SUFFIX
 from utils.operations.backup.service import BackupService
 from utils.operations.backup.store import UNFINISHED
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-#: Number of kills: of a backup, of an encrypted backup, and of the safety backup of a restore.
-PLAIN_KILLS, ENCRYPTED_KILLS, SAFETY_KILLS = 10, 5, 6
+#: Number of kills of a restore's safety backup.
+SAFETY_KILLS = 4
 #: Rows that take pg_dump a few tenths of a second.
 MORE = (
     "INSERT INTO users (id, username, avatar) SELECT n, 'u' || n, md5(n::text) FROM generate_series(4000, 90000) AS n"
@@ -46,10 +45,7 @@ async def run_and_kill(
 
     It is not killed if `after` is None.
     """
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, str(ENTRY), *arguments, env=environment(**variables), stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
+    process = await start_bot(ROOT, *arguments, settings=variables)
     ended = asyncio.ensure_future(process.wait())
     try:
         async with asyncio.timeout(60):
@@ -81,7 +77,13 @@ def hidden_files(service: BackupService) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("kills", "is_encrypted"), [(PLAIN_KILLS, False), (ENCRYPTED_KILLS, True)], ids=["plain", "encrypted"]
+    ("kills", "is_encrypted"),
+    [
+        pytest.param(5, False, id="plain"),
+        pytest.param(3, True, id="encrypted"),
+        pytest.param(30, False, id="plain-many", marks=pytest.mark.exhaustive),
+        pytest.param(15, True, id="encrypted-many", marks=pytest.mark.exhaustive),
+    ],
 )
 async def test_a_killed_backup_is_complete_or_absent(
     tmp_path: Path, database: Pool, database_url: str, kills: int, is_encrypted: bool

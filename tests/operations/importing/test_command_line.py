@@ -6,27 +6,23 @@ import asyncio
 import json
 import os
 import random
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.forkserver import BotCommand, start_bot
 from tests.operations.importing.files import GUILD, USER, files_in, member, stored_rows
 from utils.database import Pool
-from utils.demo.bot_process import ENTRY, environment
 
 pytestmark = pytest.mark.slow
 
 ENTRIES = 5_000
 
 
-async def start(directory: Path, *arguments: str, **settings: str) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        sys.executable, str(ENTRY), *arguments, cwd=directory, env=environment(DATA_DIR="data", **settings),
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+async def start(directory: Path, *arguments: str, **settings: str) -> BotCommand:
+    return await start_bot(directory, *arguments, is_merged=False, settings={"DATA_DIR": "data", **settings})
 
 
 async def run(directory: Path, *arguments: str, **settings: str) -> tuple[int | None, str, str]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
 
+from tests.forkserver import BotCommand, start_bot
 from tests.operations.migrations.support import HEAD, KNOWN
 from utils.database import ConnectTarget
-from utils.demo.bot_process import ENTRY, environment
 from utils.operations import migrations
 from utils.operations.migrations import schema_catalog
 
@@ -48,15 +47,8 @@ def catalogs() -> dict[str | None, dict[str, str]]:
     return {}
 
 
-async def command(directory: Path, target: ConnectTarget, *arguments: str) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, str(ENTRY), "db", *arguments),
-        cwd=directory,
-        env=environment(DATABASE_URL=target.libpq_url()),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
+async def command(directory: Path, target: ConnectTarget, *arguments: str) -> BotCommand:
+    return await start_bot(directory, "db", *arguments, settings={"DATABASE_URL": target.libpq_url()})
 
 
 async def kill_at(directory: Path, target: ConnectTarget, number: int, *arguments: str) -> None:

@@ -1,0 +1,193 @@
+"""Runs `python bot.py` by forking a process that has imported Guildbook already.
+
+The imports take more than a second of processor time, and a run of the tests starts some 300 bots and commands. What is
+forked is in the state of a Python that has just imported bot.py. Tests that must begin with nothing, of the
+documentation's commands and of the demo, start Python themselves.
+
+`python -m tests.forkserver` is that process: one for each worker, started at the first use, which ends with the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.demo.bot_process import ENTRY, environment
+
+ROOT = ENTRY.parent
+#: What bot.py imports at its start, and what its commands import when they run.
+MODULES = ("bot", "utils.bot.process", "utils.operations.backup.restore", "utils.operations.migrations.environment")
+#: Bytes of the number that says how long a request is.
+_LENGTH = 8
+
+
+class BotCommand:
+    """A running `python bot.py`: what tests use of `asyncio.subprocess.Process`."""
+
+    def __init__(self, pid: int, stdout: asyncio.StreamReader, stderr: asyncio.StreamReader) -> None:
+        self.pid: int = pid
+        #: None until it has exited; the negative number of a signal that ended it.
+        self.returncode: int | None = None
+        self.stdout: asyncio.StreamReader = stdout
+        #: Nothing if it goes to `stdout`.
+        self.stderr: asyncio.StreamReader = stderr
+        self._exited: asyncio.Task[int]
+
+    async def wait(self) -> int:
+        """Wait until it exits, and return its exit code."""
+        return await asyncio.shield(self._exited)
+
+    async def communicate(self) -> tuple[bytes, bytes]:
+        """Return what it writes to stdout and to stderr until it exits."""
+        output, errors, _ = await asyncio.gather(self.stdout.read(), self.stderr.read(), self.wait())
+        return output, errors
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal. Raises `ProcessLookupError` if it has exited."""
+        if self.returncode is not None:
+            raise ProcessLookupError
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Send SIGKILL. Raises `ProcessLookupError` if it has exited."""
+        self.send_signal(signal.SIGKILL)
+
+    async def _watch(self, status: asyncio.StreamReader) -> int:
+        self.returncode = int(await status.readline())
+        return self.returncode
+
+
+async def start_bot(
+    directory: Path, *arguments: str, settings: Mapping[str, str], module: str = "bot", is_merged: bool = True
+) -> BotCommand:
+    """Start `python bot.py`, or another module, with arguments in a directory and in a session of its own.
+
+    It gets only the given settings from its environment. `is_merged` sends its stderr to its stdout.
+    """
+    stdout, stdout_end = os.pipe()
+    stderr, stderr_end = os.pipe()
+    status, status_end = os.pipe()
+    request = {
+        "module": module,
+        "arguments": arguments,
+        "directory": str(directory),
+        "environment": environment(**settings),
+    }
+    try:
+        _server().send(request, [status_end, stdout_end, stdout_end if is_merged else stderr_end])
+    finally:
+        for end in (stdout_end, stderr_end, status_end):
+            os.close(end)
+    readers = [await _reader(end) for end in (status, stdout, stderr)]
+    bot = BotCommand(int(await readers[0].readline()), readers[1], readers[2])
+    bot._exited = asyncio.create_task(bot._watch(readers[0]))
+    return bot
+
+
+async def _reader(end: int) -> asyncio.StreamReader:
+    reader = asyncio.StreamReader()
+    file = os.fdopen(end, "rb", buffering=0)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), file)
+    return reader
+
+
+class _ForkServer:
+    """The process that forks, seen from the worker."""
+
+    def __init__(self) -> None:
+        self._control, other = socket.socketpair()
+        with other:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(other.fileno())], cwd=ROOT, pass_fds=[other.fileno()],
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+        atexit.register(self._stop)
+
+    def send(self, request: dict[str, Any], files: list[int]) -> None:
+        """Have a process forked, with these descriptors: for its pid and exit code, its stdout, its stderr."""
+        body = json.dumps(request).encode()
+        socket.send_fds(self._control, [f"{len(body):{_LENGTH}}".encode()], files)
+        self._control.sendall(body)
+
+    def _stop(self) -> None:
+        self._control.close()
+        self._process.wait(10)
+
+
+_servers: list[_ForkServer] = []
+
+
+def _server() -> _ForkServer:
+    if not _servers:
+        _servers.append(_ForkServer())
+    return _servers[0]
+
+
+# --- the process that forks
+
+
+def serve(control: socket.socket) -> str:
+    """Fork a process for each request, and return in it what it runs; exit when the worker has closed the socket."""
+    for module in MODULES:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        header, files, _, _ = socket.recv_fds(control, _LENGTH, 3)
+        if not header:
+            sys.exit()
+        request = json.loads(_read(control, int(header)))
+        # Twice, so that somebody waits for each: the worker cannot, because it is not the parent.
+        if os.fork() == 0:
+            control.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            pid = os.fork()
+            if pid == 0:
+                _become(request, *files)
+                return str(request["module"])
+            for file in files[1:]:
+                os.close(file)
+            os.write(files[0], b"%d\n" % pid)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            os.write(files[0], b"%d\n" % code)
+            os._exit(0)
+        for file in files:
+            os.close(file)
+
+
+def _read(control: socket.socket, length: int) -> bytes:
+    body = b""
+    while len(body) < length:
+        body += control.recv(length - len(body))
+    return body
+
+
+def _become(request: dict[str, Any], status: int, stdout: int, stderr: int) -> None:
+    """Turn this process into the one of a request."""
+    os.setsid()
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    for file in {status, stdout, stderr}:
+        os.close(file)
+    os.chdir(request["directory"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    sys.argv = [str(ENTRY), *request["arguments"]]
+    sys.path[0] = str(ROOT)
+
+
+if __name__ == "__main__":
+    runpy.run_module(serve(socket.socket(fileno=int(sys.argv[1]))), run_name="__main__")
