@@ -167,11 +167,16 @@ accepted AS MATERIALIZED (
             ELSE coalesce(
                 (SELECT n.kind
                  FROM (
-                     SELECT e.kind, e.latest AS received, e.id AS turn
+                     SELECT e.kind, e.latest AS received,
+                            CASE WHEN e.stamp >> $10::int = g.epoch THEN e.stamp ELSE e.id END AS turn
                      FROM received e
                      WHERE e.guild_id = g.guild_id AND e.user_id = g.user_id
                        AND (e.kind IN ('ban', 'unban')) = g.is_ban
-                       AND e.latest <= g.received
+                       -- What the same process received is ordered by its stamps, also within one instant.
+                       AND CASE
+                           WHEN e.stamp >> $10::int = g.epoch THEN e.stamp < g.stamp
+                           ELSE e.latest <= g.received
+                       END
                      UNION ALL
                      SELECT h.kind, h.received, h.stamp
                      FROM given h
@@ -184,11 +189,16 @@ accepted AS MATERIALIZED (
             ) OR coalesce(
                 (SELECT n.kind
                  FROM (
-                     SELECT e.kind, e.latest AS received, e.id AS turn
+                     SELECT e.kind, e.latest AS received,
+                            CASE WHEN e.stamp >> $10::int = g.epoch THEN e.stamp ELSE e.id END AS turn
                      FROM received e
                      WHERE e.guild_id = g.guild_id AND e.user_id = g.user_id
                        AND (e.kind IN ('ban', 'unban')) = g.is_ban
-                       AND e.latest > g.received
+                       -- What the same process received is ordered by its stamps, also within one instant.
+                       AND CASE
+                           WHEN e.stamp >> $10::int = g.epoch THEN e.stamp > g.stamp
+                           ELSE e.latest > g.received
+                       END
                      UNION ALL
                      SELECT h.kind, h.received, h.stamp
                      FROM given h
