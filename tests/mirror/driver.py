@@ -32,6 +32,8 @@ class Driver:
         self.world: World = self.simulator.world
         self.bot: Mirrored | None = None
         self.wants_restart = False
+        #: Whether the database was set back, so that events are lost that it had recorded.
+        self.has_lost_events = False
         self.gone: set[tuple[str, int]] = set()
         self._stack = contextlib.AsyncExitStack()
         self._present = self._there()
@@ -226,7 +228,7 @@ class Driver:
             await self.bot.mirror.sync(id)
         await self.bot.settled()
         self._note()
-        wrong = await differences(self.database, self.simulator)
+        wrong = await differences(self.database, self.simulator, has_lost_events=self.has_lost_events)
         wrong += [f"{table} {id} was wrongly tombstoned" for table, id in await removals(self.database) - self.gone]
         mirror = self.bot.mirror
         left = {

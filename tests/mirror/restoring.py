@@ -107,6 +107,7 @@ class RestoringDriver(Driver):
         super().__init__(database.pool, monkeypatch, history.seed, history.guilds)
         self._droppable = database
         self._spool = spool
+        self.has_lost_events = True
         self._lease: Lease | None = None
         self._epoch = 0
         #: What the bot waited for when the time was up.

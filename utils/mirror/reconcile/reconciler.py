@@ -29,6 +29,8 @@ _log = logging.getLogger(__name__)
 
 REST_WORKERS = 8
 GATEWAY_WORKERS = 3
+#: Seconds after which `stop` cancels again what has not ended.
+CANCEL_AGAIN_SECONDS = 0.5
 #: Large listings written at once: each holds two connections.
 STAGED_AT_ONCE = 2
 #: Listings of up to this many pages are written as one small batch; larger ones go through staging.
@@ -103,9 +105,12 @@ class Reconciler:
 
     async def stop(self) -> None:
         """Cancel every reconcile; nothing is tombstoned."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while self._tasks:
+            # More than once: a task group that is cancelled while one of its tasks fails raises that task's error
+            # instead of the cancellation, as clean-up may, and the lane goes on with the next guild.
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks, timeout=CANCEL_AGAIN_SECONDS)
 
     async def wait_until_idle(self) -> None:
         """Wait until no reconcile runs and none waits."""

@@ -159,6 +159,7 @@ def group_entries(entries: Iterable[tuple[tuple[str, Key], Entry]]) -> Iterator[
     yield from groups.values()
 
 
+@cache
 def table_of(name: str) -> Table:
     """Return a mirrored table by name."""
     return mirrored_tables()[name]
