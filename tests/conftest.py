@@ -54,7 +54,7 @@ IS_POOLED = bool(os.environ.get("GUILDBOOK_TEST_POOLER"))
 POOLER_SIZE = 30
 #: Where Linux keeps files in memory. Containers often have 64 MB there.
 SHARED_MEMORY = Path("/dev/shm")
-#: Bytes that must be free there; the files of a run with four workers take up to 2 GB.
+#: Bytes that must be free there; the files of a run with six workers took 1 GB at most.
 MEMORY_ROOM = 4 << 30
 _numbers = itertools.count(1)
 #: Peak memory in MB per process, by the worker's name.
@@ -64,7 +64,7 @@ Result = TypeVar("Result")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Give each run its own directory for `tmp_path`; pass --basetemp to keep the files.
+    """Give each run its own directory for `tmp_path`, in memory if possible; pass --basetemp to keep the files.
 
     Every pytest that starts resets the mode of the shared default, also one that a test starts. The account of an
     embedded server could then no longer enter the directories of tests that are running.

@@ -18,6 +18,7 @@ LAYERS = (
     "utils.text",
     "utils.files",
     "utils.cache",
+    "utils.tasks",
     "utils.logs",
     "utils.database",
     "utils.retrying",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.waiting import until
 from utils.bot.client import Guildbook
 from utils.database import Pool
 from utils.database.embedded import EmbeddedServer
+from utils.demo.bot_process import ENTRY, environment
 from utils.demo.compare import TABLES, compare
 from utils.service.lease import Lease, holder
 from utils.settings import Settings
@@ -111,8 +113,19 @@ async def embedded_server(data_dir: Path) -> AsyncIterator[None]:
 
 
 async def run_cli(directory: Path, *arguments: str, **settings: str) -> tuple[int, str]:
-    """Run `python bot.py` with arguments and return its exit code and output."""
+    """Run `python bot.py` with arguments in a fork; return its exit code and output."""
     process = await start_bot(directory, *arguments, settings=settings)
+    async with asyncio.timeout(60):
+        output, _ = await process.communicate()
+        return await process.wait(), output.decode()
+
+
+async def run_python(directory: Path, *arguments: str) -> tuple[int, str]:
+    """Run `python bot.py` as somebody types it, in a Python that has imported nothing; return exit code and output."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(ENTRY), *arguments, cwd=directory, env=environment(), stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
     async with asyncio.timeout(60):
         output, _ = await process.communicate()
         return await process.wait(), output.decode()

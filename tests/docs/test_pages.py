@@ -17,7 +17,7 @@ import discord
 import pytest
 
 from simulator import Limits, Simulator, World
-from tests.bot.running import embedded_server, run_cli, running_bot, wait_until_mirrored
+from tests.bot.running import embedded_server, run_python, running_bot, wait_until_mirrored
 from tests.docs.blocks import PAGES, ROOT, Block, blocks
 from utils.database import Pool
 from utils.mirror.discord.permissions import invite_url
@@ -75,16 +75,16 @@ async def test_commands_of_a_page_succeed_in_order(page: Path, tmp_path: Path) -
 
 async def _run_commands(page: Path, tmp_path: Path) -> None:
     for arguments in (("db", "upgrade"), ("db", "seed", "--members", "30")):
-        code, output = await run_cli(tmp_path, *arguments)
+        code, output = await run_python(tmp_path, *arguments)
         assert code == 0, output
     for block in blocks("sh"):
         for line in block.text.splitlines() if block.page == page else ():
             program, _, *rest = shlex.split(line, comments=True) if line.startswith("python") else ("", "")
             if program and rest != ["doctor"]:
-                code, output = await run_cli(tmp_path, *rest)
+                code, output = await run_python(tmp_path, *rest)
                 assert code == 0, f"{block}: {line}: {output}"
             elif program:  # there is no Discord to be reached
-                code, output = await run_cli(tmp_path, *rest)
+                code, output = await run_python(tmp_path, *rest)
                 assert "ok    database: " in output, output
 
 

@@ -33,6 +33,7 @@ from utils.exceptions import (
     translate,
     translate_errors,
 )
+from utils.tasks import cancel_and_wait
 
 _log = logging.getLogger(__name__)
 
@@ -332,8 +333,7 @@ class Lease:
         try:
             row = await connection.fetchrow(_LOCK, SHARD, timeout=self.timings.lock + self.timings.statement)
         finally:
-            terminating.cancel()
-            await asyncio.wait({terminating})
+            await cancel_and_wait((terminating,))
         if row is None or not self._may_take(row):
             await connection.execute("ROLLBACK")
             return None

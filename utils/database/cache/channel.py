@@ -19,6 +19,7 @@ from utils.database.placement import placement_on
 from utils.database.pool import Connection, Pool
 from utils.database.target import ConnectTarget
 from utils.exceptions import DRIVER_ERRORS, DatabaseError, translate
+from utils.tasks import cancel_and_wait
 
 _log = logging.getLogger(__name__)
 Listener: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -117,15 +118,11 @@ class Channel:
             return
         self.cache.trust_until(-math.inf)
         tasks, self._tasks = self._tasks, []
-        tasks[0].cancel()
-        await asyncio.wait(tasks[:1])
+        await cancel_and_wait(tasks[:1])
         self.cache.on_write = None
         if not await self._send(is_last=True):
             _log.warning("the last writes were not announced: other processes flush their caches")
-        for task in tasks[1:]:
-            task.cancel()
-        if tasks[1:]:
-            await asyncio.wait(tasks[1:])
+        await cancel_and_wait(tasks[1:])
 
     # --- sending
 

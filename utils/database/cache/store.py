@@ -19,6 +19,7 @@ from utils.database.cache.results import CachedResult, Key, cache_key, make_cach
 from utils.database.pool import Pool
 from utils.database.statements import WriteLog
 from utils.exceptions import DatabaseError, ValidationError
+from utils.tasks import cancel_and_wait
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -96,8 +97,7 @@ class QueryCache:
         self._trusted_until = -math.inf
         task, self._reload = self._reload, None
         if task is not None:
-            task.cancel()
-            await asyncio.wait([task])
+            await cancel_and_wait((task,))
         self._drop(None)
 
     # --- reading

@@ -24,13 +24,12 @@ from utils.mirror.write.dead_letters import may_be_row_error
 from utils.mirror.write.writer import MirrorWriter
 from utils.retrying import backoff_seconds
 from utils.service import metrics
+from utils.tasks import cancel_and_wait
 
 _log = logging.getLogger(__name__)
 
 REST_WORKERS = 8
 GATEWAY_WORKERS = 3
-#: Seconds after which `stop` cancels again what has not ended.
-CANCEL_AGAIN_SECONDS = 0.5
 #: Large listings written at once: each holds two connections.
 STAGED_AT_ONCE = 2
 #: Listings of up to this many pages are written as one small batch; larger ones go through staging.
@@ -105,12 +104,8 @@ class Reconciler:
 
     async def stop(self) -> None:
         """Cancel every reconcile; nothing is tombstoned."""
-        while self._tasks:
-            # More than once: a task group that is cancelled while one of its tasks fails raises that task's error
-            # instead of the cancellation, as clean-up may, and the lane goes on with the next guild.
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.wait(self._tasks, timeout=CANCEL_AGAIN_SECONDS)
+        while running := {task for task in self._tasks if not task.done()}:  # ending may start others
+            await cancel_and_wait(running)
 
     async def wait_until_idle(self) -> None:
         """Wait until no reconcile runs and none waits."""
@@ -209,7 +204,7 @@ class Reconciler:
                     await self._request_chunks(listing, stack)
                 else:
                     reading = asyncio.create_task(self._read_rest_pages(listing))
-                    stack.push_async_callback(_cancel_task, reading)
+                    stack.push_async_callback(cancel_and_wait, (reading,))
                 has_slot = source == "gateway" and not self.queue.is_small(state)
                 run = await self._write(listing, state, has_slot=has_slot)
         except Exception as error:  # whatever it was: this guild is retried, and the lane goes on with others
@@ -422,11 +417,6 @@ def _root_cause(error: Exception) -> Exception:
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-async def _cancel_task(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
 
 
 def _log_unexpected_end(task: asyncio.Task[Any]) -> None:

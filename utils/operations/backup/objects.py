@@ -74,7 +74,7 @@ class OwnTable:
 
 @dataclass(frozen=True, slots=True)
 class ScratchPlacement(Placement):
-    """Placement that stand for those of a Guildbook, and of its cogs, while a backup is loaded."""
+    """The scratch schemas that stand for those of a Guildbook, and of its cogs, while a backup is loaded."""
 
     #: What stands for other schemas with tables of cogs; those that are missing stand for themselves.
     others: Mapping[str, str] = field(default_factory=dict)
