@@ -25,6 +25,7 @@ from utils.exceptions import DatabaseError
 from utils.mirror.records.rows import COUNTER_BITS
 from utils.mirror.spool.journal import is_dead, newest_first_stamp
 from utils.operations import migrations
+from utils.retrying import retrying
 from utils.service.lease import Lease, LeaseTimings, has_table, holder
 
 #: Renews often: a snapshot is older than one renewal, as it is in practice.
@@ -117,19 +118,23 @@ class RestoringDriver(Driver):
 
     async def snapshot(self, n: int) -> None:
         """Copy every table, and wait until the lease has been renewed since."""
+        self._snapshots.append(await self._read_rows())
+        lease = self._lease
+        if lease is not None:
+            former = lease._expires_at
+            await until(lambda: lease._expires_at != former or self._has_lost(lease))
+
+    @retrying()  # the connection may be one that a step before has ended
+    async def _read_rows(self) -> dict[str, bytes]:
+        rows = {}
         async with self.database.transaction(isolation="repeatable_read") as connection:
-            rows = {}
             for table in await connection.fetch(_TABLES):
                 output = BytesIO()
                 await connection.copy_from_table(
                     table["name"], schema_name=table["schema"], columns=table["columns"], output=output, format="binary"
                 )
                 rows[table["qualified"]] = output.getvalue()
-        self._snapshots.append(rows)
-        lease = self._lease
-        if lease is not None:
-            former = lease._expires_at
-            await until(lambda: lease._expires_at != former or self._has_lost(lease))
+        return rows
 
     async def go_back(self, n: int) -> None:
         """Set every table back to a snapshot, or empty it, whatever the bot is doing."""
