@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 
@@ -51,5 +52,16 @@ async def test_leaves_results_and_errors_to_their_tasks() -> None:
         failed.result()
 
 
-async def test_waits_for_nothing() -> None:
-    await cancel_and_wait(())
+async def test_returns_what_still_runs() -> None:
+    async def ignore() -> None:
+        while not done.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await done.wait()
+
+    done = asyncio.Event()
+    task = asyncio.create_task(ignore())
+    await asyncio.sleep(0)
+    assert await cancel_and_wait((task,), 0.1) == {task}
+    done.set()
+    await task
+    assert await cancel_and_wait((task,), 0.1) == set()

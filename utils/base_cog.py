@@ -35,6 +35,7 @@ from utils.repositories import (
     ThreadRepository,
     UserRepository,
 )
+from utils.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
     from utils.database.access import Database
@@ -194,14 +195,10 @@ class BaseCog(commands.Cog):
 
     async def _cancel_tasks(self) -> None:
         running = self._tasks - {asyncio.current_task()}
-        for task in running:
-            task.cancel()
-        if running:
-            _, stuck = await asyncio.wait(running, timeout=self._lifecycle_timeout)
-            for task in stuck:
-                self.log.error(
-                    "task still running %g s after its cancellation: %s", self._lifecycle_timeout, task.get_name()
-                )
+        for task in await cancel_and_wait(running, self._lifecycle_timeout):
+            self.log.error(
+                "task still running %g s after its cancellation: %s", self._lifecycle_timeout, task.get_name()
+            )
 
     # --- errors
 

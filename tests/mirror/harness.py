@@ -29,6 +29,7 @@ from utils.mirror.spool.journal import Journal
 from utils.mirror.spool.queue import EventQueue, SpoolMode
 from utils.mirror.write.writer import FlushPolicy
 from utils.service import lease
+from utils.tasks import cancel_and_wait
 
 TABLES = ("guilds", "users", "members", "roles", "channels", "threads")
 #: Members on a page in small worlds that still need guilds of several pages.
@@ -106,10 +107,10 @@ class Mirrored:
         self.killed = True
         writing = self.mirror.writer._task
         if writing is not None:
-            writing.cancel()
+            writing.cancel()  # before a reconcile ends: nothing of it is written any more
         await self.mirror.reconciler.stop()
         if writing is not None:
-            await asyncio.gather(writing, return_exceptions=True)
+            await cancel_and_wait((writing,))
 
 
 def small_world(

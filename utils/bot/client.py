@@ -32,6 +32,7 @@ from utils.operations.slash import Operators
 from utils.service import application, metrics
 from utils.service.lease import Lease
 from utils.settings import Settings
+from utils.tasks import cancel_and_wait
 
 _log = logging.getLogger(__name__)
 
@@ -256,10 +257,7 @@ class Guildbook(commands.AutoShardedBot):
             await self._journal.close(JOURNAL_TIMEOUT)
             self._journal = None
         tasks, self._background_tasks = self._background_tasks, []
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=STOP_TIMEOUT)
+        await cancel_and_wait(tasks, STOP_TIMEOUT)
         await self.db.close(STOP_TIMEOUT)
         if self._channel is not None:
             await self._channel.stop()

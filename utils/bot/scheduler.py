@@ -19,6 +19,7 @@ from utils.operations.backup.service import BackupService
 from utils.operations.upkeep import statistics
 from utils.service import metrics
 from utils.settings import Settings
+from utils.tasks import cancel_and_wait
 
 _log = logging.getLogger(__name__)
 
@@ -72,10 +73,7 @@ class Scheduler:
     async def stop(self, timeout: float) -> None:
         """Cancel all work and wait up to `timeout` seconds for it to end."""
         tasks, self._tasks = self._tasks, []
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=timeout)
+        await cancel_and_wait(tasks, timeout)
 
     def _start_task(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.append(asyncio.create_task(work, name=name))

@@ -283,8 +283,7 @@ class Lease:
         ends_at = time.monotonic() + timeout
         for task in (self._ticking, self._renewing):
             if task is not None:
-                task.cancel()
-                await asyncio.wait({task}, timeout=timeout)
+                await cancel_and_wait((task,), timeout)
         is_ours = (self.fence is not None or self._in_doubt) and not self.lost.is_set()
         self.fence, self._in_doubt = None, False
         try:
@@ -462,8 +461,7 @@ async def hold_as_operator(pool: Pool) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        renewing.cancel()
-        await asyncio.wait({renewing}, timeout=5)
+        await cancel_and_wait((renewing,), 5)
         with contextlib.suppress(DatabaseError):  # a downgrade may have dropped the table; otherwise it expires
             await pool.execute(_END, OPERATOR, timeout=5.0)
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from utils.exceptions import SpoolError
 from utils.files import sync_directory
 from utils.mirror.spool.segments import MAX_RECORD_BYTES, READ_BYTES, Damage, Record, Segments
+from utils.tasks import cancel_and_wait
 
 _log = logging.getLogger(__name__)
 
@@ -353,8 +354,7 @@ class Journal:
 
     async def _stop_writing(self) -> None:
         if self._writing is not None:
-            self._writing.cancel()
-            await asyncio.wait({self._writing}, timeout=self._policy.close_seconds)
+            await cancel_and_wait((self._writing,), self._policy.close_seconds)
 
     async def _in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)

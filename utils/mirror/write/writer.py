@@ -22,11 +22,14 @@ from utils.mirror.write.dead_letters import may_be_row_error, write_isolated
 from utils.mirror.write.overlay import LiveOverlay
 from utils.service import metrics
 from utils.service.lease import Fence
+from utils.tasks import cancel_and_wait
 
 _log = logging.getLogger(__name__)
 
 #: Seconds for the disk to take what is still queued when the writer stops.
 SPOOL_SECONDS = 3.0
+#: Seconds for what is being written to end once it is cancelled.
+CANCEL_SECONDS = 2.0
 #: Share of the memory limit that is freed at once when it is reached.
 FREED_SHARE = 0.05
 
@@ -176,11 +179,9 @@ class MirrorWriter:
         self.buffer.release_all()
         self.buffer.request_flush()
         if self._task is not None:
-            if not flush:
-                self._task.cancel()
-            await asyncio.wait({self._task}, timeout=timeout)
-            self._task.cancel()
-            await asyncio.wait({self._task}, timeout=1.0)
+            if flush:
+                await asyncio.wait({self._task}, timeout=timeout)
+            await cancel_and_wait((self._task,), CANCEL_SECONDS)
         for observation in self._observations:
             observation.done.cancel()
             self.overlay.close(observation)
