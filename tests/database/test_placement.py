@@ -23,6 +23,8 @@ from utils.operations import migrations
 from utils.operations.migrations import admin
 
 MAIN = {table.name for table in Base.metadata.tables.values() if table.schema is None} | {VERSION_TABLE}
+#: tests/worlds has schemas behind a pooler.
+ONE_USER = pytest.mark.direct("the tests' pooler connects as one user, whatever the role")
 OWN = {table.name for table in Base.metadata.tables.values() if table.schema == "ops"}
 
 
@@ -43,6 +45,7 @@ async def connected(target: ConnectTarget) -> Pool:
 # --- deciding
 
 
+@ONE_USER
 @pytest.mark.slow
 async def test_the_first_migration_decides(place: tuple[ConnectTarget, str]) -> None:
     target, main = place
@@ -105,6 +108,7 @@ async def test_a_foreign_users_table_names_the_setting(empty_target: ConnectTarg
     assert (await list_relations(empty_target))["public"] == {"users"}
 
 
+@ONE_USER
 @pytest.mark.slow
 async def test_a_guildbook_of_another_user_on_the_path_is_not_ours(target: ConnectTarget) -> None:
     async with placed(target, "schema named like the user") as (ours, main):
@@ -112,6 +116,7 @@ async def test_a_guildbook_of_another_user_on_the_path_is_not_ours(target: Conne
         assert (await located(target)).placement == Placement()
 
 
+@ONE_USER
 @pytest.mark.slow
 async def test_schemas_made_by_an_administrator_are_used(empty_target: ConnectTarget) -> None:
     async with placed(empty_target, "search_path of the role") as (target, main):
