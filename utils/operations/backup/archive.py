@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import re
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -88,17 +88,30 @@ async def list_items(archive: Archive, kind: str) -> list[str]:
     return [line for line in contents.splitlines() if pattern.match(line)]
 
 
-@contextlib.asynccontextmanager
-async def open_script(archive: Archive, items: Sequence[str]) -> AsyncIterator[Script]:
-    """Yield what pg_restore writes for some lines of the table of contents; it is stopped at the end of the block.
+def table_of(part: Name, tables: Collection[Name]) -> Name | None:
+    """Return the table that rows belong to: itself, or the table of a partition, whose name begins with the table's."""
+    if part in tables:
+        return part
+    return longest(name for name in tables if name[0] == part[0] and part[1].startswith(f"{name[1]}_"))
 
-    Raises `BackupError` if pg_restore fails.
+
+def longest(names: Iterable[Name]) -> Name | None:
+    """Return the table with the longest name; None if there is none."""
+    return max(names, key=lambda name: len(name[1]), default=None)
+
+
+@contextlib.asynccontextmanager
+async def open_script(file: Path, tools: Path, items: Sequence[str] | None = None) -> AsyncIterator[Script]:
+    """Yield what pg_restore writes of an archive's data; it is stopped at the end of the block.
+
+    items: the lines of the table of contents to write; None: all. Raises `BackupError` if pg_restore fails.
     """
+    use_list = [] if items is None else ["--use-list=/dev/stdin"]
     with tempfile.TemporaryFile() as listing, tempfile.TemporaryFile() as errors:
-        listing.write("\n".join([*items, ""]).encode())
+        listing.write("\n".join([*(items or ()), ""]).encode())
         listing.seek(0)
         process = await asyncio.create_subprocess_exec(
-            str(archive.tools / "pg_restore"), "--data-only", "--use-list=/dev/stdin", "--file=-", str(archive.file),
+            str(tools / "pg_restore"), "--data-only", *use_list, "--file=-", str(file),
             stdin=listing, stdout=asyncio.subprocess.PIPE, stderr=errors, limit=CHUNK,
             env={**client_tools.environment(), "LC_ALL": "C"},
             start_new_session=True,  # so that Ctrl-C reaches only us; we stop it

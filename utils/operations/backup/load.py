@@ -22,7 +22,16 @@ from utils.database.sql import quote_identifier
 from utils.exceptions import BackupError, DatabaseError, DatabaseUnavailable, translate_errors
 from utils.operations import migrations
 from utils.operations.action import Progress, Step, ignore_progress
-from utils.operations.backup.archive import Archive, Script, SequenceState, list_items, open_script
+from utils.operations.backup.archive import (
+    Archive,
+    Script,
+    SequenceState,
+    list_items,
+    longest,
+    open_script,
+    table_of,
+)
+from utils.operations.backup.contents import differences
 from utils.operations.backup.objects import (
     Name,
     OwnTable,
@@ -155,7 +164,10 @@ async def load_and_check(
     await _finish(place.target, preparation)
     progress(Step("counting rows", 0, len(loadable), "tables"))
     found = await count(place.target, list(loadable.values()), progress=progress)
-    problems = differences(counts, {name: found[into] for name, into in loadable.items()})
+    problems = differences(
+        {".".join(name): rows for name, rows in counts.items()},
+        {".".join(name): found[into] for name, into in loadable.items()},
+    )
     revision = await _revision(place)
     if revision != archive.revision:
         problems.insert(0, f"the schema is at revision {revision}, expected {archive.revision}")
@@ -245,11 +257,11 @@ async def copy_rows(
 
     async def work() -> None:
         items = shares.pop()
-        async with connect(target) as connection, open_script(archive, items) as script:
+        async with connect(target) as connection, open_script(archive.file, archive.tools, items) as script:
             # Asynchronous commits are safe: nobody uses the tables yet, and the last commit syncs all of them.
             await connection.execute("SET synchronous_commit = off; SET xmloption = content")
             while (header := await script.next_table()) is not None:
-                name = _table_of(header.table, archive.counts)
+                name = table_of(header.table, archive.counts)
                 if name is None or name not in names:
                     async for _ in script.rows():
                         pass
@@ -277,7 +289,7 @@ def _share(items: Sequence[str], counts: Mapping[Name, int], names: Mapping[Name
         match = _ITEM.match(item)
         assert match is not None, "it is a line with the rows of a table"
         # Schema and name are separated by a space, and followed by another one and the owner.
-        table = _longest(name for name in counts if f"{match[1]} ".startswith(" ".join(name)))
+        table = longest(name for name in counts if f"{match[1]} ".startswith(" ".join(name)))
         if table is not None and table in names:
             by_table.setdefault(table, []).append(position)
     weighed = sorted(
@@ -289,17 +301,6 @@ def _share(items: Sequence[str], counts: Mapping[Name, int], names: Mapping[Name
         index = min(range(len(shares)), key=lambda one: (shares[one][0], len(shares[one][1])))
         shares[index] = (shares[index][0] + weight, [*shares[index][1], position])
     return [[items[position] for position in sorted(positions)] for _, positions in shares]
-
-
-def _table_of(part: Name, counts: Mapping[Name, int]) -> Name | None:
-    """Return the table that rows belong to: itself, or the table of a partition, whose name begins with the table's."""
-    if part in counts:
-        return part
-    return _longest(name for name in counts if name[0] == part[0] and part[1].startswith(f"{name[1]}_"))
-
-
-def _longest(names: Any) -> Name | None:
-    return max(names, key=lambda name: len(name[1]), default=None)
 
 
 async def list_months(archive: Archive) -> list[datetime]:
@@ -335,7 +336,7 @@ async def read_sequences(archive: Archive) -> dict[Name, SequenceState]:
     items = await list_items(archive, "SEQUENCE SET")
     if not items:
         return {}
-    async with open_script(archive, items) as script:
+    async with open_script(archive.file, archive.tools, items) as script:
         return {name: state async for name, state in script.sequences()}
 
 
@@ -377,16 +378,6 @@ async def count(
 
     await _run_concurrently(work, min(jobs(), len(queue)))
     return counts
-
-
-def differences(expected: Mapping[tuple[str, str], int], found: Mapping[tuple[str, str], int | None]) -> list[str]:
-    """Return one line for each table whose row count differs."""
-    lines = []
-    for (schema, name), rows in expected.items():
-        actual = found.get((schema, name))
-        if actual != rows:
-            lines.append(f"{schema}.{name}: {'no table' if actual is None else f'{actual:,} rows'}, expected {rows:,}")
-    return lines
 
 
 async def _revision(place: Place) -> str | None:
