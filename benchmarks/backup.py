@@ -22,7 +22,9 @@ from utils.database.partitions import ensure_partitions
 from utils.database.sql import quote_identifier
 from utils.operations.action import Outcome
 from utils.operations.backup import client_tools, load
+from utils.operations.backup.contents import count_rows
 from utils.operations.backup.create import COMPRESSION, BackupRequest, create
+from utils.operations.backup.manifest import ARCHIVE_SUFFIX
 from utils.operations.backup.restore import restore_archive
 from utils.operations.backup.scratch import connect
 from utils.operations.backup.service import BackupService
@@ -153,6 +155,9 @@ async def measure(pool: Pool, *, rounds: int = 5) -> list[Figure]:
     restored_to_disk: list[float] = []
     plainly_restored: list[float] = []
     plainly_restored_to_disk: list[float] = []
+    #: Reading a whole archive without a database.
+    counted: list[float] = []
+    read: list[float] = []
     while_creating, while_restoring, while_drilling = LoopMonitor(), LoopMonitor(), LoopMonitor()
 
     async def create_backup() -> str:
@@ -181,6 +186,18 @@ async def measure(pool: Pool, *, rounds: int = 5) -> list[Figure]:
     async def restore_whole_database() -> None:
         replaced.append((await _timed(pool, lambda: restore_backup(replace_database)))[0])
 
+    async def count_archive() -> None:
+        file = service.catalog.local.path / f"{id}{ARCHIVE_SUFFIX}"
+        seconds, found = await _timed(pool, lambda: count_rows(file, tools))
+        counted.append(seconds)
+        if sum(found.values()) < USERS + MEMBERS + CHANGES:
+            raise RuntimeError(f"counted {found}")
+
+    async def read_archive() -> None:
+        file = service.catalog.local.path / f"{id}{ARCHIVE_SUFFIX}"
+        arguments = str(tools / "pg_restore"), "--data-only", "--file=/dev/null", str(file)
+        read.append((await _timed(pool, partial(_run, *arguments, environment={})))[0])
+
     async def restore_plainly() -> None:
         async with _empty_database(pool.direct) as empty:
             work = partial(_restore_plainly, empty, tools, directory / "plain.dump")
@@ -195,7 +212,14 @@ async def measure(pool: Pool, *, rounds: int = 5) -> list[Figure]:
                 seconds.append(spent)
                 id = result or id
             size = (directory / "plain.dump").stat().st_size
-        ways = (restore_into_emptied_tables, restore_plainly, restore_without_differences, restore_whole_database)
+        ways = (
+            restore_into_emptied_tables,
+            restore_plainly,
+            restore_without_differences,
+            restore_whole_database,
+            count_archive,
+            read_archive,
+        )
         for turn in range(rounds):
             for way in ways if turn % 2 else ways[::-1]:
                 await way()
@@ -224,6 +248,8 @@ async def measure(pool: Pool, *, rounds: int = 5) -> list[Figure]:
         ratio("restoring as the whole database, counted", replaced, plainly_restored, "≤", 1.3),
         Figure(f"`pg_restore -j {load.jobs()}` for that", plainly_restored, unit=" s"),
         Figure("a drill of it", (drill_seconds,), unit=" s"),
+        ratio("counting the rows of the archive: time against `pg_restore -f /dev/null`", counted, read, "≤", 2),
+        Figure("`pg_restore -f /dev/null` for that", read, unit=" s"),
         Figure("longest loop stall while a backup is made", (while_creating.stall * 1e3,), "≤", 50, " ms"),
         Figure("longest loop stall while one is restored", (while_restoring.stall * 1e3,), "≤", 50, " ms"),
         Figure("longest loop stall during a drill", (while_drilling.stall * 1e3,), "≤", 50, " ms"),

@@ -19,6 +19,7 @@ from utils.operations.backup import scratch, scratch_schemas
 from utils.operations.backup.archive import Archive
 from utils.operations.backup.create import BackupRequest, create
 from utils.operations.backup.manifest import Manifest
+from utils.operations.backup.objects import qualified
 from utils.operations.backup.service import BackupService
 from utils.settings import Settings
 
@@ -76,7 +77,7 @@ async def dump(server: EmbeddedServer, target: ConnectTarget, file: Path) -> Arc
             " WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND n.nspname IN ('public', 'ops')"
         )
         counts = {
-            (schema, name): await connection.fetchval(f'SELECT count(*) FROM "{schema}"."{name}"')  # noqa: S608
+            (schema, name): await connection.fetchval(f"SELECT count(*) FROM {qualified((schema, name))}")  # noqa: S608
             for schema, name in rows
         }
         revision = await connection.fetchval("SELECT version_num FROM guildbook_version")

@@ -19,9 +19,10 @@ from utils.operations.backup.create import BackupRequest
 
 #: Values that look like the end of a table or of a row, and one that is longer than what is read at a time.
 ODD_VALUES = r"""
-CREATE TABLE "Odd table, ""quoted""" (id int, "a b" text, c text);
-INSERT INTO "Odd table, ""quoted""" VALUES
-    (1, E'\\.', E'\n\\.\n'), (2, E'a\tb\r\n', ''), (3, NULL, NULL), (4, '\n', '\\n'), (5, repeat(E'x\n', 500000), 'COPY');
+CREATE TABLE "Odd ""quoted"" table" (id int, "a b" text, c text);
+INSERT INTO "Odd ""quoted"" table" VALUES
+    (1, E'\\.', E'\n\\.\n'), (2, E'a\tb\r\n', ''), (3, NULL, NULL), (4, '\n', '\\n'),
+    (5, repeat(E'x\n', 500000), 'COPY');
 CREATE TABLE one_column (a text);
 INSERT INTO one_column VALUES (''), (E'\\.'), (NULL), (E'\\'), ('COPY public.guilds (id) FROM stdin;'), (E'\n');
 CREATE TABLE no_rows (a text);
@@ -41,7 +42,7 @@ async def test_counts_every_row(tmp_path: Path, server: EmbeddedServer, database
     )
     archive = await dump(server, database.target, tmp_path / "a 'dump'")
     expected = {".".join(name): rows for name, rows in archive.counts.items()}
-    assert expected['public.Odd table, "quoted"'] == 5
+    assert expected['public.Odd "quoted" table'] == 5
     assert expected["public.changes"] == 701, "in two partitions"
     assert await count_rows(archive.file, archive.tools, expected) == expected
     by_partition = await count_rows(archive.file, archive.tools)
@@ -94,7 +95,7 @@ async def test_refuses_a_truncated_archive(tmp_path: Path, database: Pool, size:
     file = service.catalog.local.path / manifest.file
     content = file.read_bytes()
     file.write_bytes(content[: int(size if size >= 1 else size * len(content))])
-    with pytest.raises(BackupError, match="pg_restore could not read the backup: |does not have the rows"):
+    with pytest.raises(BackupError, match=r"pg_restore could not read the backup: |does not have the rows"):
         await check_rows(manifest, file, await find_tools(database))
 
 
