@@ -1,12 +1,16 @@
-"""Ends background tasks."""
+"""Ends background tasks, and runs blocking calls that may hang."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
+import threading
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+ResultT = TypeVar("ResultT")
 
 #: Seconds after which a task that has not ended is cancelled again.
 AGAIN_SECONDS = 0.5
@@ -30,3 +34,30 @@ async def cancel_and_wait(tasks: Iterable[asyncio.Task[Any]], timeout: float | N
         if time.monotonic() >= ends_at:
             break
     return running
+
+
+async def run_in_daemon_thread(function: Callable[[], ResultT]) -> ResultT:
+    """Return what `function` returns, run in a daemon thread: one that hangs on a dead disk must not block the exit."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[ResultT] = loop.create_future()
+
+    def settle(result: ResultT | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result: ResultT | None = None
+        error: BaseException | None = None
+        try:
+            result = function()
+        except Exception as exc:
+            error = exc
+        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="may hang", daemon=True).start()
+    return await future

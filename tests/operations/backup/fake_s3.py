@@ -31,11 +31,15 @@ class FakeS3:
         self.requests: Counter[str] = Counter()
         #: Largest request body in bytes.
         self.largest_body = 0
+        #: Requests that are being answered, and the most there were at once.
+        self.running = self.most_running = 0
         #: Applied to an archive before it is stored.
         self.damage: Callable[[bytes], bytes] | None = None
         #: Verbs answered with an internal error, and verbs never answered.
         self.failing: set[str] = set()
         self.silent: set[str] = set()
+        #: Seconds before each answer.
+        self.pause = 0.0
         #: Number of chunks, 0.2 s apart, in which a body is sent; 0: all at once.
         self.drips = 0
         self._uploads: dict[str, dict[int, bytes]] = {}
@@ -90,8 +94,18 @@ class FakeS3:
         self.requests[verb] += 1
         body = await request.read()
         self.largest_body = max(self.largest_body, len(body))
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            return await self._answer_verb(verb, request, key, body)
+        finally:
+            self.running -= 1
+
+    async def _answer_verb(self, verb: str, request: web.Request, key: str, body: bytes) -> web.StreamResponse:
         if verb in self.silent:
             await self._closing.wait()
+        if self.pause:
+            await asyncio.sleep(self.pause)
         if verb in self.failing:
             return _error(500, "InternalError", "We encountered an internal error. Please try again.")
         response: web.Response = getattr(self, f"_{verb.lower()}")(request, key, body)
@@ -166,6 +180,8 @@ class FakeS3:
     def _list(self, request: web.Request, key: str, body: bytes) -> web.Response:
         prefix, after = request.query.get("prefix", ""), request.query.get("continuation-token", "")
         keys = sorted(key for key in self.objects if key.startswith(prefix) and key > after)
+        if delimiter := request.query.get("delimiter"):  # what is below a directory is left out
+            keys = [key for key in keys if delimiter not in key.removeprefix(prefix)]
         page, more = keys[:PAGE], len(keys) > PAGE
         rows = "".join(
             f"<Contents><Key>{escape(key)}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from utils.database import ConnectTarget
 from utils.exceptions import GuildbookError
 from utils.operations.doctor.context import NEON_SUFFIX, DoctorContext
-from utils.operations.doctor.report import CheckSkipped, Finding, run_in_daemon_thread
+from utils.operations.doctor.report import CheckSkipped, Finding
+from utils.tasks import run_in_daemon_thread
 
 #: Supabase's direct hosts, which have IPv6 addresses only; its poolers are `….pooler.supabase.com`.
 _SUPABASE_DIRECT = re.compile(r"db\.[a-z0-9]+\.supabase\.(co|com|net)", re.IGNORECASE)

@@ -14,8 +14,9 @@ from utils.database.address import open_target
 from utils.database.embedded import EmbeddedServer
 from utils.exceptions import GuildbookError, SettingsError
 from utils.logs import redact
-from utils.operations.doctor.report import CheckSkipped, run_in_daemon_thread
+from utils.operations.doctor.report import CheckSkipped
 from utils.settings import TARGET_VARIABLES, Settings, load_settings
+from utils.tasks import run_in_daemon_thread
 
 #: Seconds for connecting to the database, and for starting the embedded server.
 CONNECT_SECONDS, START_SECONDS = 5.0, 30.0

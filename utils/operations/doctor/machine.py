@@ -12,7 +12,8 @@ from pathlib import Path
 
 from utils.exceptions import DatabaseError
 from utils.operations.doctor.context import DoctorContext
-from utils.operations.doctor.report import CheckSkipped, Finding, run_in_daemon_thread
+from utils.operations.doctor.report import CheckSkipped, Finding
+from utils.tasks import run_in_daemon_thread
 from utils.text import format_bytes
 
 #: Free bytes below which the disk counts as full: PostgreSQL's write-ahead log alone grows in files of 16 MB.

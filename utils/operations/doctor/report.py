@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 from utils.exceptions import GuildbookError
 
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     from utils.operations.doctor.context import DoctorContext
 
 State = Literal["ok", "warn", "fail"]
-ResultT = TypeVar("ResultT")
 
 #: Most characters of an error's message in a finding.
 ERROR_LENGTH = 300
@@ -82,30 +80,3 @@ async def run_check(context: DoctorContext, check: Check) -> Sequence[Finding]:
 def shorten(error: BaseException) -> str:
     """Return an error's message on one line, cut to `ERROR_LENGTH`."""
     return " ".join(str(error).split())[:ERROR_LENGTH]
-
-
-async def run_in_daemon_thread(function: Callable[[], ResultT]) -> ResultT:
-    """Return what `function` returns, run in a daemon thread: one that hangs on a dead disk must not block the exit."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[ResultT] = loop.create_future()
-
-    def settle(result: ResultT | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        result: ResultT | None = None
-        error: BaseException | None = None
-        try:
-            result = function()
-        except Exception as exc:
-            error = exc
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=run, name="doctor", daemon=True).start()
-    return await future
