@@ -15,6 +15,7 @@ from typing import Any
 import typer
 from discord import app_commands
 from discord.ext import commands
+from prometheus_client.metrics import MetricWrapperBase
 from pydantic_core import PydanticUndefined
 from sqlalchemy import Column, Computed, Table
 from sqlalchemy.dialects import postgresql
@@ -24,6 +25,7 @@ import cogs
 from models import Base
 from models.base import Erase, Part, part_of
 from utils.mirror.discord import permissions
+from utils.service import metrics
 from utils.settings import Settings
 
 DIRECTORY = Path(__file__).parent / "reference"
@@ -45,6 +47,7 @@ def pages() -> dict[str, str]:
         "tables": tables_page(),
         "commands": commands_page(),
         "permissions": permissions_page(),
+        "metrics": metrics_page(),
         **{name: module_page(title, modules) for name, (title, modules) in MODULES.items()},
     }
     return {name: re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n" for name, text in written.items()}
@@ -92,6 +95,25 @@ doctor` shows the former without a running bot. To grant what is missing, open t
 guild.
 """
     return "\n".join(["# Permissions", "", NOTE, text, *rows])
+
+
+# Metrics.
+
+
+def metrics_page() -> str:
+    """Return a table of the metrics of GET /metrics."""
+    rows = ["| metric | kind | labels | meaning |", "| --- | --- | --- | --- |"]
+    for value in vars(metrics).values():
+        if isinstance(value, MetricWrapperBase):
+            (found,) = value.describe()
+            name = f"{found.name}_total" if found.type == "counter" else found.name
+            labels = ", ".join(f"`{label}`" for label in value._labelnames)
+            rows.append(f"| `{name}` | {found.type} | {labels} | {_cell(found.documentation)} |")
+    text = """
+`GET /metrics` on the health server's port (`PORT` or `HEALTH_PORT`), in the text format of Prometheus. The standard
+metrics of the process, of Python and of its garbage collector are there too.
+"""
+    return "\n".join(["# Metrics", "", NOTE, text, *rows])
 
 
 # Tables.

@@ -60,6 +60,14 @@ duty_failures = Counter(
     registry=registry,
 )  # fmt: skip
 backup_time = Gauge("guildbook_backup_timestamp_seconds", "When the last backup was finished.", registry=registry)
+backups_paused = Gauge(
+    "guildbook_backups_paused",
+    "1 while backups are not pruned, because a newer one has much less in it than those before; 0 otherwise.",
+    registry=registry,
+)
+backup_upload_pending = Gauge(
+    "guildbook_backup_upload_pending", "Backups that are not in the remote store yet.", registry=registry
+)
 drill_time = Gauge("guildbook_drill_timestamp_seconds", "When the last drill finished.", registry=registry)
 drill_ok = Gauge("guildbook_drill_ok", "Whether the last drill restored its backup completely.", registry=registry)
 loop_stall_max = Gauge(
