@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from utils.cli import backup, db, doctor, exporting, importing
-from utils.cli.common import exit_on_errors
-from utils.exceptions import GuildbookError, SettingsError, ValidationError
+from utils.cli.common import AsJson, CommandGroup, CommandTree, print_outcome
+from utils.exceptions import GuildbookError, SettingsError
+from utils.operations.action import Outcome
 from utils.settings import DEVELOPER_PORTAL, Settings, load_settings
 
 _log = logging.getLogger(__name__)
@@ -20,14 +21,14 @@ NO_TOKEN = (
     " .env, or run make demo, which needs no token"
 )
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-app.add_typer(db.app, name="db")
-app.add_typer(backup.app, name="backup")
-app.add_typer(importing.app, name="import")
-app.add_typer(exporting.app, name="export")
+app = typer.Typer(cls=CommandTree, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.add_typer(db.app, name="db", cls=CommandGroup)
+app.add_typer(backup.app, name="backup", cls=CommandGroup)
+app.add_typer(importing.app, name="import", cls=CommandGroup)
+app.add_typer(exporting.app, name="export", cls=CommandGroup)
 app.command("doctor")(doctor.doctor)
-new = typer.Typer(help="Create files from a template.", no_args_is_help=True)
-app.add_typer(new, name="new")
+new = typer.Typer(help="Create files from a template.")
+app.add_typer(new, name="new", cls=CommandGroup)
 
 
 @app.callback(invoke_without_command=True)
@@ -35,11 +36,10 @@ def run(context: typer.Context) -> None:
     """Run the bot until SIGTERM or Ctrl-C; .env.example lists the settings."""
     if context.invoked_subcommand is not None:
         return
-    with exit_on_errors():
-        settings = load_settings()
-        if settings.discord_token is None:
-            raise SettingsError(NO_TOKEN)
-        _run(settings)
+    settings = load_settings()
+    if settings.discord_token is None:
+        raise SettingsError(NO_TOKEN)
+    _run(settings)
 
 
 def _run(settings: Settings) -> None:
@@ -57,27 +57,29 @@ def _run(settings: Settings) -> None:
 @app.command()
 def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Run until Ctrl-C, with two events per second.")] = False,
+    as_json: AsJson = False,
     data_dir: Annotated[Path, typer.Option(help="Directory of the demo's data; emptied first.")] = Path(".data/demo"),
 ) -> None:
     """Run the real bot against a simulated Discord and verify every row."""
     from utils.demo import runner
 
-    with exit_on_errors():
-        raise typer.Exit(runner.run(data_dir, keep=keep))
+    outcome = runner.run(data_dir, keep=keep, reports_on_stderr=as_json)
+    if not as_json:  # all has been said
+        raise typer.Exit(outcome.exit_code or 0)
+    print_outcome(outcome, as_json=True)
 
 
 @new.command("cog")
-def new_cog(name: Annotated[str, typer.Argument(help="The short name: tally creates cogs/tally.py.")]) -> None:
+def new_cog(
+    name: Annotated[str, typer.Argument(help="The short name: tally creates cogs/tally.py.")], as_json: AsJson = False
+) -> None:
     """Write a working cog with a table and a test."""
     from utils.operations.development import scaffold
 
-    try:
-        paths = scaffold.new_cog(name)
-    except ValidationError as exc:
-        typer.echo(str(exc), err=True)
-        raise typer.Exit(2) from None
-    typer.echo("\n".join(f"wrote {path}" for path in paths))
-    typer.echo(f'next: make migration m="add {name}"')
+    paths = [str(path) for path in scaffold.new_cog(name)]
+    command = f'make migration m="add {name}"'
+    text = "\n".join([*(f"wrote {path}" for path in paths), f"next: {command}"])
+    print_outcome(Outcome(text, {"files": paths, "next": command}), as_json=as_json)
 
 
 if __name__ == "__main__":

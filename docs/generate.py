@@ -24,6 +24,7 @@ import bot
 import cogs
 from models import Base
 from models.base import Erase, Part, part_of
+from utils.cli.common import EXIT_CODES
 from utils.mirror.discord import permissions
 from utils.service import metrics
 from utils.settings import Settings
@@ -269,7 +270,7 @@ def commands_page() -> str:
                 required = "yes" if option.required else ""
                 parts.append(f"| `{option.display_name}` | {required} | {_cell(str(option.description))} |")
             parts.append("")
-    parts += ["## In a shell", ""]
+    parts += ["## In a shell", "", *_exit_codes()]
     root = typer.main.get_command(bot.app)
     for path, shell_command in _shell_commands("python bot.py", root):
         parts += [f"### {path}", "", _first(shell_command.help), ""]
@@ -277,6 +278,17 @@ def commands_page() -> str:
         if shown:
             parts += ["| argument | default | meaning |", "| --- | --- | --- |", *map(_parameter, shown), ""]
     return "\n".join(parts)
+
+
+def _exit_codes() -> list[str]:
+    rows = [f"| {code} | {_cell(meaning)} |" for code, meaning in EXIT_CODES.items()]
+    text = """
+With `--json`, a command prints one JSON object on standard output and nothing else; progress, questions and warnings go
+to standard error. `"ok"` is true if and only if the exit code is 0. An error is `{"ok": false, "error": "…"}`; without
+`--json` it is one line on standard error. If nobody reads the output any more (`| head`), the command goes on and
+prints nothing more. `python bot.py db psql` ends with the exit code of psql.
+"""
+    return ["### Exit codes", "", "| code | meaning |", "| --- | --- |", *rows, *text.splitlines(), ""]
 
 
 def _slash_commands() -> Iterator[app_commands.Command[Any, ..., Any]]:

@@ -47,6 +47,10 @@ class MigrationError(DatabaseError):
     """The schema could not be migrated to the requested revision."""
 
 
+class UnknownRevision(MigrationError, ValidationError):
+    """There is no such revision, or it is in the other direction."""
+
+
 class NotFound(DatabaseError):
     """There is no such row, or it has a tombstone."""
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import traceback
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TextIO, TypeVar
 
 import stamina.instrumentation
 import typer
+from typer.core import TyperGroup
 
 from utils.database import ConnectTarget, Pool
 from utils.database.address import open_target
-from utils.exceptions import DatabaseError, GuildbookError, SettingsError, ValidationError
+from utils.exceptions import DatabaseError, GuildbookError, NotConfirmed, SettingsError, ValidationError
 from utils.logs import redact
 from utils.operations.action import Outcome, Progress, Step, ignore_progress, record_action
 from utils.settings import Settings, load_settings
@@ -24,6 +28,16 @@ from utils.settings import Settings, load_settings
 CONNECTIONS = 4
 #: The exit code after Ctrl-C, as in shells: 128 + SIGINT.
 INTERRUPTED = 130
+#: The exit codes of all commands, for docs/reference/commands.md.
+EXIT_CODES: Mapping[int, str] = {
+    0: "done, or there was nothing to do",
+    1: "failed, or completed and found a problem: a check failed, a backup is damaged, a revision is pending",
+    2: "settings or arguments are wrong, or a question was not confirmed; nothing was done",
+    3: "done, but something was left out: an import could not use every entry",
+    INTERRUPTED: "interrupted with Ctrl-C",
+}
+#: The command as the documentation writes it.
+PROGRAM = "python bot.py"
 
 DataDir = Annotated[
     Path | None, typer.Option(help="Use the embedded server's data in this directory, whatever the settings say.")
@@ -35,18 +49,152 @@ Action = Callable[[Settings, Pool, Progress], Awaitable[Outcome]]
 ResultT = TypeVar("ResultT")
 
 
+class CommandGroup(TyperGroup):
+    """A group of commands, whose help shows what each of them is for in a whole sentence."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the list of commands. click would clip each to one line."""
+        rows = [(name, command.get_short_help_str(sys.maxsize)) for name, command in self.commands.items()]
+        if rows:
+            with formatter.section("Commands"):
+                formatter.write_dl(rows)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Show the help if no command is given but one is needed."""
+        if not args and not self.invoke_without_command:
+            typer.echo(ctx.get_help(), err=True)
+            raise typer.Exit(2)
+        return super().parse_args(ctx, args)
+
+
+class CommandTree(CommandGroup):
+    """All commands: turns every error into one line, or one JSON object with `--json`, and an exit code."""
+
+    def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> NoReturn:
+        """Run the command in `args` (None: the process's), and exit."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):
+                with suppress(OSError):  # which one raises that was redirected after Python began
+                    stream.reconfigure(errors="backslashreplace")  # what it cannot show must not end a command
+        code = 0
+        try:
+            with (
+                exit_on_errors(as_json="--json" in arguments),
+                self.make_context(PROGRAM, arguments) as context,
+            ):
+                self.invoke(context)
+        except typer.Exit as exc:
+            code = exc.exit_code
+        sys.exit(code)
+
+
+class PipeClosed(Exception):
+    """Nobody reads standard output any more, as after `| head`. No OSError, which would look like the database's."""
+
+
+class StandardOutput:
+    """Standard output as a binary file. Raises `PipeClosed` if nobody reads it any more."""
+
+    def write(self, data: bytes) -> int:
+        """Write bytes."""
+        try:
+            return sys.stdout.buffer.write(data)
+        except BrokenPipeError as exc:
+            raise PipeClosed from exc
+
+    def flush(self) -> None:
+        """Flush what was written."""
+        try:
+            sys.stdout.buffer.flush()
+        except BrokenPipeError as exc:
+            raise PipeClosed from exc
+
+
 @contextmanager
 def exit_on_errors(*, as_json: bool = False) -> Iterator[None]:
-    """Print a `GuildbookError` as a line and exit: with code 2 for settings and arguments, 1 for all else."""
+    """Print an error as one line on standard error, or as JSON on standard output, and exit with its code."""
     try:
         yield
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+    except (PipeClosed, BrokenPipeError):
+        _discard(sys.stdout)
+        raise typer.Exit(0) from None
+    except typer.Exit:
+        raise
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", INTERRUPTED, as_json=as_json)
     except GuildbookError as exc:
-        message = redact(str(exc))
-        typer.echo(json.dumps({"ok": False, "error": message}, indent=2) if as_json else message, err=not as_json)
-        raise typer.Exit(2 if isinstance(exc, SettingsError | ValidationError) else 1) from None
+        is_wrong = isinstance(exc, SettingsError | ValidationError | NotConfirmed)
+        _fail(str(exc), 2 if is_wrong else 1, as_json=as_json)
+    except typer.TyperException as exc:
+        context: typer.Context | None = getattr(exc, "ctx", None)
+        message = " ".join(exc.format_message().split()).rstrip(".")
+        path = PROGRAM if context is None else context.command_path
+        _fail(f"{message}; see {path} --help", exc.exit_code, as_json=as_json)
+    except OSError as exc:
+        file = f"{exc.filename}: " if exc.filename is not None else ""
+        _fail(f"{file}{exc.strerror or exc}", 1, as_json=as_json, exc=exc)
+    except Exception as exc:
+        last = traceback.extract_tb(exc.__traceback__)[-1]
+        where = f"{Path(last.filename).name}, line {last.lineno}"
+        _fail(
+            f"unexpected error: {type(exc).__name__}: {exc} ({where}); LOG_LEVEL=DEBUG shows the traceback",
+            1, as_json=as_json, exc=exc,
+        )  # fmt: skip
+
+
+def _fail(message: str, code: int, *, as_json: bool, exc: BaseException | None = None) -> NoReturn:
+    if exc is not None and os.environ.get("LOG_LEVEL", "").upper() == "DEBUG":
+        _print_error("".join(traceback.format_exception(exc)).rstrip())
+    if as_json:
+        print_result(json.dumps({"ok": False, "error": redact(message)}, indent=2))
+    else:
+        _print_error(message)
+    raise typer.Exit(code) from None
+
+
+def _print_error(text: str) -> None:
+    try:
+        typer.echo(redact(text), err=True)
+    except OSError:
+        _discard(sys.stderr)  # nobody reads it
+
+
+def print_result(text: str) -> None:
+    """Print on standard output; nothing if nobody reads it any more. Raises `GuildbookError` if that fails."""
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        _discard(sys.stdout)
+    except OSError as exc:
+        _discard(sys.stdout)
+        raise GuildbookError(f"the output could not be written: {exc.strerror or exc}") from exc
+
+
+def _discard(stream: TextIO) -> None:
+    """Send a stream nowhere, with what is in its buffer: Python would report at its exit that it cannot be written."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return whether somebody is at the other end of a stream; None is one that was closed before the start."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def ask(question: str, *, otherwise: str) -> str:
+    """Ask on standard error and return the answer.
+
+    Raises `ValidationError` with the message `otherwise` if standard input is not a terminal, and if it ends.
+    """
+    if not is_terminal(sys.stdin):
+        raise ValidationError(otherwise)
+    typer.echo(f"{question} ", nl=False, err=True)
+    answer = sys.stdin.readline()
+    if not answer:
+        typer.echo("", err=True)
+        raise ValidationError("not confirmed: nothing was changed")
+    return answer.strip()
 
 
 def run_action(
@@ -59,7 +207,7 @@ def run_action(
 ) -> None:
     """Run an action on the database of the settings, print its outcome, record it in the audit log, and exit.
 
-    With `as_json`, standard output is one JSON object: the outcome's data, or `{"error": …}`.
+    With `as_json`, standard output is one JSON object: the outcome's data, or `{"ok": false, "error": …}`.
 
     Parameters
     ----------
@@ -67,15 +215,19 @@ def run_action(
     data_dir: use the embedded server's data there instead.
     arguments: what the audit log records of the command's arguments; no secrets.
     """
-    with exit_on_errors(as_json=as_json):
-        settings = load_settings().with_data_dir(data_dir)
-        with _open_progress(as_json) as progress:
-            outcome = asyncio.run(_run_recorded(settings, command, action, dict(arguments or {}), progress))
-        if as_json:
-            typer.echo(json.dumps({"ok": outcome.ok, **outcome.data}, indent=2, default=str))
-        else:
-            typer.echo(redact(outcome.text))
-        raise typer.Exit(0 if outcome.ok else 1)
+    settings = load_settings().with_data_dir(data_dir)
+    with _open_progress(as_json) as progress:
+        outcome = asyncio.run(_run_recorded(settings, command, action, dict(arguments or {}), progress))
+    print_outcome(outcome, as_json=as_json)
+
+
+def print_outcome(outcome: Outcome, *, as_json: bool) -> NoReturn:
+    """Print an outcome, and exit with its code."""
+    if as_json:
+        print_result(json.dumps({"ok": outcome.ok, **outcome.data}, indent=2, default=str))
+    else:
+        print_result(redact(outcome.text))
+    raise typer.Exit((0 if outcome.ok else 1) if outcome.exit_code is None else outcome.exit_code)
 
 
 def run_with_pool(settings: Settings, data_dir: Path | None, work: Callable[[Pool], Awaitable[ResultT]]) -> ResultT:
@@ -135,11 +287,11 @@ async def _record(pool: Pool, command: str, arguments: Mapping[str, Any], result
             return  # the database has no schema
         await record_action(pool, command, arguments, result)
     except DatabaseError as exc:
-        typer.echo(f"could not record this in ops.admin_actions: {redact(str(exc))}", err=True)
+        _print_error(f"could not record this in ops.admin_actions: {exc}")
 
 
 def _open_progress(as_json: bool) -> AbstractContextManager[Progress]:
-    return nullcontext(ignore_progress) if as_json or not sys.stderr.isatty() else _draw_bars()
+    return nullcontext(ignore_progress) if as_json or not is_terminal(sys.stderr) else _draw_bars()
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import os
 import shutil
@@ -12,11 +11,11 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from utils.cli.common import AsJson, DataDir, exit_on_errors, run_action, run_with_pool
+from utils.cli.common import AsJson, DataDir, ask, is_terminal, print_outcome, run_action, run_with_pool
 from utils.database import Pool
 from utils.database.address import open_target
 from utils.database.embedded import EmbeddedServer
@@ -24,7 +23,10 @@ from utils.exceptions import DatabaseError, GuildbookError, ValidationError
 from utils.operations.action import Outcome, Progress
 from utils.settings import Settings, load_settings
 
-app = typer.Typer(help="The database: schema, statistics, maintenance, psql, made-up data.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from utils.operations.backup.manifest import Reason
+
+app = typer.Typer(help="The database: schema, statistics, maintenance, psql, made-up data.")
 
 Revision = Annotated[str | None, typer.Argument(help="A revision such as 0002; the newest by default.")]
 
@@ -105,16 +107,15 @@ def downgrade(
     data_dir: DataDir = None,
 ) -> None:
     """Revert revisions, after a backup; AUTO_MIGRATE is then paused until the next upgrade."""
-    with exit_on_errors(as_json=as_json):
-        name = yes_destroy or _ask_for_name(load_settings(), data_dir, revision)
+    name = yes_destroy or _ask_for_name(load_settings(), data_dir, revision)
 
     async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
         from utils.operations.migrations import admin
 
         actual = await pool.fetchval("SELECT current_database()")
         if name != actual:
-            raise GuildbookError(f"the database at {pool.target} is named {actual}, not {name}: nothing was changed")
-        backup = None if no_backup else _backup_before(settings, pool, progress)
+            raise ValidationError(f"the database at {pool.target} is named {actual}, not {name}: nothing was changed")
+        backup = None if no_backup else _backup_before("before downgrade", settings, pool, progress)
         return await admin.downgrade(pool, revision, backup=backup, progress=progress)
 
     arguments = {"revision": revision, "backup": not no_backup}
@@ -124,15 +125,16 @@ def downgrade(
 def _ask_for_name(settings: Settings, data_dir: Path | None, revision: str) -> str:
     """Show what a downgrade destroys and return the name that the operator types.
 
-    Raises `GuildbookError` without a terminal.
+    Raises `ValidationError` without a terminal.
     """
     from utils.operations.migrations.preview import preview
 
-    if not sys.stdin.isatty():
-        raise GuildbookError(
-            "a downgrade destroys data and must be confirmed, but standard input is not a terminal: look at the SQL"
-            f" with python bot.py db preview {revision} --down, then pass the database's name as --yes-destroy NAME"
-        )
+    otherwise = (
+        "a downgrade destroys data and must be confirmed, but standard input is not a terminal: look at the SQL with"
+        f" python bot.py db preview {revision} --down, then pass the database's name as --yes-destroy NAME"
+    )
+    if not is_terminal(sys.stdin):
+        raise ValidationError(otherwise)
 
     async def look(pool: Pool) -> tuple[str, str]:
         outcome = await preview(pool, revision, down=True)
@@ -140,17 +142,15 @@ def _ask_for_name(settings: Settings, data_dir: Path | None, revision: str) -> s
 
     text, name = run_with_pool(settings, data_dir, look)
     typer.echo(text, err=True)
-    typed: str = typer.prompt(f"Type the database's name ({name}) to continue", err=True)
-    return typed.strip()
+    return ask(f"Type the database's name ({name}) to continue:", otherwise=otherwise)
 
 
-def _backup_before(settings: Settings, pool: Pool, progress: Progress) -> Callable[[], Awaitable[str]]:
+def _backup_before(reason: Reason, settings: Settings, pool: Pool, progress: Progress) -> Callable[[], Awaitable[str]]:
     async def make() -> str:
         from utils.operations.backup.catalog import BackupCatalog
         from utils.operations.backup.create import BackupRequest, create
 
-        request = BackupRequest("before downgrade")
-        return (await create(pool, BackupCatalog(settings), request, progress=progress)).id
+        return (await create(pool, BackupCatalog(settings), BackupRequest(reason), progress=progress)).id
 
     return make
 
@@ -200,19 +200,17 @@ def adopt(
 
         return await adopt.adopt(pool, application_id)
 
-    with exit_on_errors(as_json=as_json):
-        if not yes:
-            _confirm_adoption(application_id)
+    if not yes:
+        _confirm_adoption(application_id)
     arguments = {"application_id": application_id}
     run_action("db adopt", action, data_dir=data_dir, as_json=as_json, arguments=arguments)
 
 
 def _confirm_adoption(application_id: int) -> None:
     """Ask. Raises `ValidationError` for any answer but yes, and without a terminal."""
-    if not sys.stdin.isatty():
-        raise ValidationError("guilds that the application is not in will count as left: confirm with --yes")
-    question = f"Guilds that application {application_id} is not in will count as left. Give it the database?"
-    if not typer.confirm(question, err=True):
+    question = f"Guilds that application {application_id} is not in will count as left. Give it the database? [y/N]"
+    otherwise = "guilds that the application is not in will count as left: confirm with --yes"
+    if ask(question, otherwise=otherwise).lower() not in ("y", "yes"):
         raise ValidationError("not confirmed: nothing was changed")
 
 
@@ -228,12 +226,21 @@ def stats(
     """Show table sizes, their growth, and the server's activity."""
 
     async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
+        from utils.operations.backup.catalog import BackupCatalog
         from utils.operations.upkeep.picture import draw
         from utils.operations.upkeep.statistics import collect, outcome
 
-        statistics = await collect(pool)
+        entries, problems = await BackupCatalog(settings).scan()
+        backups = [{"id": entry.id, "line": entry.line} for entry in entries]
+        statistics = await collect(pool, backups=backups, problems=problems)
         if picture is not None:
-            picture.write_bytes(await draw(statistics))
+            chart = await draw(statistics)
+            try:
+                await asyncio.to_thread(picture.write_bytes, chart)
+            except OSError as exc:
+                raise GuildbookError(
+                    f"could not write {picture}: {exc.strerror}; choose another file with --picture"
+                ) from exc
         return outcome(statistics)
 
     run_action("db stats", action, data_dir=data_dir, as_json=as_json)
@@ -264,23 +271,19 @@ def describe(
     """Show tables, columns, keys, indexes and sizes."""
     from utils.operations.upkeep import describe
 
-    with exit_on_errors():
-        tables = run_with_pool(load_settings(), data_dir, lambda pool: describe.describe(pool, table))
-        if as_json:
-            typer.echo(json.dumps(tables, indent=2))
-        elif sys.stdout.isatty():
-            from rich.console import Console
+    tables = run_with_pool(load_settings(), data_dir, lambda pool: describe.describe(pool, table))
+    if not as_json and is_terminal(sys.stdout):
+        from rich.console import Console
 
-            Console().print(describe.pretty(tables))
-        else:
-            typer.echo(describe.plain(tables))
+        Console().print(describe.pretty(tables))
+        return
+    print_outcome(Outcome(describe.plain(tables), {"tables": tables}), as_json=as_json)
 
 
 @app.command("psql", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def psql(context: typer.Context, data_dir: DataDir = None) -> None:
     """Open psql on the database; further arguments go to psql."""
-    with exit_on_errors():
-        raise typer.Exit(_run_psql(load_settings().with_data_dir(data_dir), context.args))
+    raise typer.Exit(_run_psql(load_settings().with_data_dir(data_dir), context.args))
 
 
 def _run_psql(settings: Settings, arguments: Sequence[str]) -> int:
@@ -314,18 +317,20 @@ def seed(
     members: Annotated[int, typer.Option(min=1, help="Members of each guild.")] = 200,
     seed: Annotated[int, typer.Option(help="The same number produces the same data.")] = 0,
     more: Annotated[bool, typer.Option("--more", help="Add to existing guilds.")] = False,
+    as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
     """Fill an empty database with made-up guilds, to develop cogs against."""
-    from utils.operations.development import seed as development
 
-    with exit_on_errors():
-        written = run_with_pool(
-            load_settings(),
-            data_dir,
-            lambda pool: development.seed(pool, guilds=guilds, members=members, seed=seed, more=more),
-        )
-        typer.echo(", ".join(f"{rows:,} {table}" for table, rows in written.items()))
+    async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
+        from utils.operations.development import seed as development
+
+        written = await development.seed(pool, guilds=guilds, members=members, seed=seed, more=more)
+        text = ", ".join(f"{rows:,} {table}" for table, rows in written.items())
+        return Outcome(f"rows written: {text}", {"rows": written})
+
+    arguments = {"guilds": guilds, "members": members, "seed": seed, "more": more}
+    run_action("db seed", action, data_dir=data_dir, as_json=as_json, arguments=arguments)
 
 
 @app.command("reset")
@@ -334,16 +339,15 @@ def reset(
         str | None,
         typer.Option("--yes-destroy", metavar="NAME", help="The database's name, unless ENVIRONMENT=development."),
     ] = None,
+    as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
     """Drop and recreate every table of Guildbook's; refused while a bot runs."""
-    from utils.operations.development import seed as development
 
-    with exit_on_errors():
-        settings = load_settings()
-        name = run_with_pool(
-            settings,
-            data_dir,
-            lambda pool: development.reset(pool, name=yes_destroy, environment=settings.environment),
-        )
-        typer.echo(f"{name} is empty")
+    async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
+        from utils.operations.development import seed as development
+
+        name = await development.reset(pool, name=yes_destroy, environment=settings.environment)
+        return Outcome(f"{name} is empty", {"database": name})
+
+    run_action("db reset", action, data_dir=data_dir, as_json=as_json)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
-import sys
 from dataclasses import asdict
 
-import typer
-
-from utils.cli.common import INTERRUPTED, AsJson, DataDir
+from utils.cli.common import AsJson, DataDir, print_outcome
+from utils.operations.action import Outcome
 
 
 def doctor(as_json: AsJson = False, data_dir: DataDir = None) -> None:
@@ -19,20 +16,12 @@ def doctor(as_json: AsJson = False, data_dir: DataDir = None) -> None:
     from utils.operations.doctor import DoctorContext, run_checks
 
     logging.disable(logging.CRITICAL)  # the findings say it all
-    try:
-        findings = asyncio.run(run_checks(DoctorContext(data_dir=data_dir)))
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+    findings = asyncio.run(run_checks(DoctorContext(data_dir=data_dir)))
+    checks = [{key: value for key, value in asdict(finding).items() if key != "hangs"} for finding in findings]
     is_ok = all(finding.state != "fail" for finding in findings)
-    if as_json:
-        checks = [{key: value for key, value in asdict(finding).items() if key != "hangs"} for finding in findings]
-        typer.echo(json.dumps({"ok": is_ok, "checks": checks}, indent=2))
-    else:
-        for finding in findings:
-            typer.echo(finding.line)
-    code = 0 if is_ok else 1
-    if any(finding.hangs for finding in findings):  # a regular exit would wait for what hangs
-        sys.stdout.flush()
-        os._exit(code)
-    raise typer.Exit(code)
+    outcome = Outcome("\n".join(finding.line for finding in findings), {"checks": checks}, ok=is_ok)
+    try:
+        print_outcome(outcome, as_json=as_json)
+    finally:
+        if any(finding.hangs for finding in findings):  # a regular exit would wait for what hangs
+            os._exit(0 if is_ok else 1)

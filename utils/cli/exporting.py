@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from utils.cli.common import AsJson, DataDir, exit_on_errors, run_action, run_with_pool
+from utils.cli.common import AsJson, DataDir, StandardOutput, run_action, run_with_pool
 from utils.database import Pool
 from utils.exceptions import ValidationError
 from utils.operations.action import Outcome, Progress, record_action
@@ -44,17 +43,16 @@ def export(
     async def to_stdout(pool: Pool) -> Outcome:
         from utils.operations.importing import exporting
 
-        outcome = await exporting.export(pool, what, sys.stdout.buffer, form=_form(form), guild_id=guild)
+        outcome = await exporting.export(pool, what, StandardOutput(), form=_form(form), guild_id=guild)
         await record_action(pool, "export", arguments, outcome.text)
         return outcome
 
     if to is not None:
         run_action("export", work, data_dir=data_dir, as_json=as_json, arguments=arguments)
-    with exit_on_errors(as_json=as_json):  # standard output must contain only the export
-        if as_json:
-            raise ValidationError("--json needs --to FILE: standard output already receives the export")
-        outcome = run_with_pool(load_settings(), data_dir, to_stdout)
-        typer.echo(outcome.text, err=True)
+    if as_json:
+        raise ValidationError("--json needs --to FILE: standard output already receives the export")
+    outcome = run_with_pool(load_settings(), data_dir, to_stdout)
+    typer.echo(outcome.text, err=True)  # standard output must contain only the export
 
 
 def _form(text: str) -> Any:

@@ -20,6 +20,7 @@ from sqlalchemy import Connection, MetaData, text
 
 from models import Base
 from utils.database.placement import OPS, PUBLIC, Placement, placement_of, placement_on
+from utils.exceptions import MigrationError
 
 #: Alembic's table in a database of ours.
 VERSION_TABLE = "guildbook_version"
@@ -115,9 +116,19 @@ _WORD = re.compile(r"\w+")
 def _read_revisions(files: tuple[tuple[Path, int], ...]) -> _Made:
     """Read the revisions' source, oldest first. What has a name only at run time is not found, and so is not ours."""
     made = _Made()
-    for tree in _in_order([ast.parse(path.read_text(encoding="utf-8")) for path, _ in files]):
+    for tree in _in_order([_parse(path) for path, _ in files]):
         _Reader(tree).add_to(made)
     return made
+
+
+def _parse(path: Path) -> ast.Module:
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"), str(path))
+    except SyntaxError as exc:
+        line = "" if exc.lineno is None else f"line {exc.lineno}: "
+        raise MigrationError(f"revision {path} does not parse: {line}{exc.msg}; correct or remove that file") from exc
+    except (OSError, ValueError) as exc:
+        raise MigrationError(f"revision {path} cannot be read: {exc}; correct or remove that file") from exc
 
 
 def _in_order(trees: Sequence[ast.Module]) -> Iterator[ast.Module]:

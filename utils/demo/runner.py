@@ -17,12 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from simulator import Limits, Simulator, World
+from utils.cli.common import is_terminal
 from utils.database import Pool
 from utils.demo import display
 from utils.demo.bot_process import ENTRY, BotProcess, DataDirectory
 from utils.demo.compare import TABLES, Comparison, compare
 from utils.demo.scenario import Scenario
 from utils.exceptions import DatabaseError, GuildbookError
+from utils.operations.action import Outcome
 
 GUILDS = (("Guildbook Plaza", 25_000), ("Tea House", 300), ("Chess Club", 40))
 EVENTS = 240
@@ -38,21 +40,23 @@ POLL_SECONDS = 0.1
 EVENT_INTERVAL_SECONDS = 0.5
 
 
-def run(data_dir: Path, *, keep: bool = False) -> int:
-    """Run the demo and return its exit code: 0 if every row matched and the bot exited cleanly, 1 otherwise.
+def run(data_dir: Path, *, keep: bool = False, reports_on_stderr: bool = False) -> Outcome:
+    """Run the demo, and return the number of rows compared and of differences in each table.
 
-    Raises `GuildbookError` if the demo could not be completed.
+    The exit code is 0 if every row matched and the bot exited cleanly. What happens is printed on the way, to standard
+    error if `reports_on_stderr`. Raises `GuildbookError` if the demo could not be completed.
     """
     logging.basicConfig(level=logging.ERROR)  # the bot has its own log file
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    stream = sys.stderr if reports_on_stderr else sys.stdout
+    console = Console(file=stream, highlight=False, width=None if is_terminal(stream) else 110)
     directory = DataDirectory(data_dir)
     with directory.lock():
-        return asyncio.run(_with_signals(Demo(directory, console).run(keep=keep), keep=keep))
+        return asyncio.run(_with_signals(Demo(directory, console), keep=keep))
 
 
-async def _with_signals(demo: Any, *, keep: bool) -> int:
+async def _with_signals(demo: Demo, *, keep: bool) -> Outcome:
     """Run the demo; cancel it on SIGINT or SIGTERM, which is the normal end with `--keep`."""
-    task: asyncio.Task[int] = asyncio.create_task(demo)
+    task: asyncio.Task[bool] = asyncio.create_task(demo.run(keep=keep))
     signalled: list[int] = []
 
     def end(number: int) -> None:
@@ -63,9 +67,10 @@ async def _with_signals(demo: Any, *, keep: bool) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, end, number)
     try:
-        return await task
+        code = 0 if await task else 1
     except asyncio.CancelledError:
-        return 0 if keep and signalled else 128 + (signalled[0] if signalled else signal.SIGINT)
+        code = 0 if keep and signalled else 128 + (signalled[0] if signalled else signal.SIGINT)
+    return Outcome("", demo.data(), ok=code == 0, exit_code=code)
 
 
 class Demo:
@@ -77,7 +82,15 @@ class Demo:
         self.world: World = World(seed=2)
         self.scenario: Scenario = Scenario(self.world)
         self.bot: BotProcess = BotProcess(directory)
+        #: The last comparison of each table.
+        self.comparisons: list[Comparison] = []
         self._started = time.monotonic()
+
+    def data(self) -> dict[str, Any]:
+        """Return the results as JSON."""
+        tables = {one.table: {"compared": one.compared, "differences": one.differences} for one in self.comparisons}
+        seconds = round(time.monotonic() - self._started, 1)
+        return {"tables": tables, "seconds": seconds, "data_dir": str(self.directory.path)}
 
     def say(self, text: str) -> None:
         """Print a line with the seconds since the start."""
@@ -86,8 +99,8 @@ class Demo:
     def _heading(self, text: str) -> None:
         self.console.print(f"\n[bold]{text}[/bold]")
 
-    async def run(self, *, keep: bool) -> int:
-        """Run the whole demo and return the exit code."""
+    async def run(self, *, keep: bool) -> bool:
+        """Run the whole demo and return whether every row matched."""
         self.console.print("[bold]Guildbook[/bold]: a simulated Discord, an embedded PostgreSQL, and the real bot\n")
         await self.directory.clear()
         for name, members in GUILDS:
@@ -107,7 +120,7 @@ class Demo:
         self._print_data_directory()
         if code:
             raise GuildbookError(f"the bot exited with code {code}:\n{self.bot.log_tail()}")
-        return 0 if matches else 1
+        return matches
 
     async def _demonstrate(self, simulator: Simulator, *, keep: bool) -> bool:
         await self.bot.start(simulator.api_base, simulator.token)
@@ -117,7 +130,7 @@ class Demo:
             try:
                 await self._watch_sync(session, pool)
                 await self._live(session)
-                comparisons = await self._compare_until_equal(pool)
+                self.comparisons = comparisons = await self._compare_until_equal(pool)
                 matches = not any(comparison.differences for comparison in comparisons)
                 self._heading("In the database")
                 self.console.print(await display.contents(pool))

@@ -49,6 +49,8 @@ class Outcome:
     data: Mapping[str, Any] = field(default_factory=dict)
     #: False if the action completed but found a problem; the command line then exits with code 1.
     ok: bool = True
+    #: The exit code of the command line; None means 0 or, if not `ok`, 1.
+    exit_code: int | None = None
     #: Name and content of an attached file. It is shown in Discord, so it never contains personal data.
     file: tuple[str, str] | None = None
 

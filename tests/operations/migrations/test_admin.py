@@ -245,10 +245,10 @@ async def test_stamp_needs_the_right_to_create_a_database(empty_target: ConnectT
 async def test_command_line_asks_for_the_name_and_records_it(tmp_path: Path, database: Pool) -> None:
     url, name = database.target.libpq_url(), database.target.database
     code, output = await run_cli(tmp_path, "db", "downgrade", KNOWN[0], DATABASE_URL=url)
-    assert code == 1
+    assert code == 2
     assert "--yes-destroy" in output
     code, output = await run_cli(tmp_path, "db", "downgrade", KNOWN[0], "--yes-destroy", "other", DATABASE_URL=url)
-    assert code == 1
+    assert code == 2
     assert f"is named {name}, not other" in output
     assert await migrations.current(database) == HEAD
     arguments = ("db", "downgrade", KNOWN[0], "--yes-destroy", str(name), "--no-backup", "--json")

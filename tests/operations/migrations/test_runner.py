@@ -12,13 +12,15 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from tests.operations.migrations.support import with_revision
 from tests.waiting import until
 from utils.database import ConnectTarget, Pool
 from utils.demo.bot_process import environment
 from utils.exceptions import DatabaseUnavailable, MigrationError
 from utils.operations import migrations
-from utils.operations.migrations import MigrationOptions, schema_catalog
+from utils.operations.migrations import MigrationOptions, admin, schema_catalog
 from utils.operations.migrations.environment import LOCK_KEY
+from utils.operations.migrations.preview import preview
 
 pytestmark = pytest.mark.slow
 
@@ -221,3 +223,31 @@ async def test_time_ordered_ids_follow_the_clock(database: Pool) -> None:
     assert count == 1000
     for identifier in (first, last):
         assert abs((identifier >> 22) + 1_420_070_400_000 - time.time() * 1000) < 60_000
+
+
+async def test_a_revision_that_raises_is_named_with_file_and_line(tmp_path: Path, target: ConnectTarget) -> None:
+    options = with_revision(tmp_path, "def upgrade():\n    raise RuntimeError('out of luck')\n")
+    message = r"could not upgrade to head from revision 0006: RuntimeError: out of luck \(.*9000_extra.py, line 9\)"
+    with pytest.raises(MigrationError, match=message):
+        await migrations.upgrade(target, options=options)
+    assert await migrations.current(target) == HEAD
+    with pytest.raises(MigrationError, match=r"the SQL cannot be written: RuntimeError: out of luck \(.*line 9\)"):
+        migrations.offline_sql(options=options)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def upgrade(:\n", r"9000_extra.py does not parse: line 8: .*; correct or remove that file"),
+        ("import nowhere\n", r"ModuleNotFoundError: No module named 'nowhere' \(.*9000_extra.py, line 8\)"),
+        ("\x00", r"9000_extra.py (does not parse|cannot be read): source code string cannot contain null bytes"),
+    ],
+    ids=("does not parse", "import fails", "no text"),
+)
+async def test_a_revision_that_cannot_be_imported_is_named(
+    tmp_path: Path, database: Pool, body: str, message: str
+) -> None:
+    options = with_revision(tmp_path, body)
+    for action in (admin.status, admin.upgrade, preview):
+        with pytest.raises(MigrationError, match=message):
+            await action(database, options=options)  # type: ignore[operator]

@@ -11,7 +11,7 @@ from typing import Any
 from models import DISCORD_EPOCH_MS
 from utils.database import Connection, Pool
 from utils.database.partitions import id_at
-from utils.exceptions import GuildbookError
+from utils.exceptions import GuildbookError, ValidationError
 from utils.operations import migrations
 from utils.operations.action import record_action
 from utils.operations.backup import recovery
@@ -74,7 +74,7 @@ async def seed(pool: Pool, *, guilds: int = 3, members: int = 200, seed: int = 0
     marks the guilds as left. Raises `GuildbookError` if the database contains guilds, unless `more` is set.
     """
     if guilds < 1 or members < 1:
-        raise GuildbookError(f"cannot seed {guilds} guilds of {members} members: both must be at least 1")
+        raise ValidationError(f"cannot seed {guilds} guilds of {members} members: both must be at least 1")
     written: Counter[str] = Counter()
     async with pool.transaction() as connection:
         await connection.execute("LOCK TABLE guilds IN SHARE ROW EXCLUSIVE MODE")  # no concurrent seeding
@@ -204,9 +204,9 @@ async def reset(pool: Pool, *, name: str | None, environment: str) -> str:
     """
     found: str = await pool.fetchval("SELECT current_database()")
     if name is not None and name != found:
-        raise GuildbookError(f"the database at {pool.target} is named {found}, not {name}: nothing was dropped")
+        raise ValidationError(f"the database at {pool.target} is named {found}, not {name}: nothing was dropped")
     if environment != "development" and name is None:
-        raise GuildbookError(
+        raise ValidationError(
             f"ENVIRONMENT is {environment}: to drop everything in {found} at {pool.target}, pass --yes-destroy {found}"
         )
     await refuse_dependents(pool, [revision.id for revision in migrations.known_revisions()])

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal, Protocol, get_args
 
 from sqlalchemy import BigInteger, Table, Text, bindparam, cast, func, select
 from sqlalchemy.dialects.postgresql import JSONB
@@ -49,6 +49,14 @@ WHERE namespace = $1 AND ($2::bigint IS NULL OR guild_id = $2)
 Row = Any
 
 
+class Output(Protocol):
+    """What an export is written to: an open file, or standard output."""
+
+    def write(self, data: bytes, /) -> int: ...
+
+    def flush(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Source:
     """A query and how to write its rows."""
@@ -70,7 +78,7 @@ class _Source:
 async def export(
     pool: Pool,
     what: str,
-    to: Path | BinaryIO,
+    to: Path | Output,
     *,
     form: Format = "json",
     guild_id: int | None = None,
@@ -99,7 +107,7 @@ async def export(
 
 
 async def _export(
-    pool: Pool, what: str, file: BinaryIO, form: Format, guild_id: int | None, progress: Progress
+    pool: Pool, what: str, file: Output, form: Format, guild_id: int | None, progress: Progress
 ) -> tuple[int, str]:
     table, namespace = _resolve(what)
     name = f"documents {namespace}" if table is None else f"table {table.fullname}"
@@ -123,7 +131,7 @@ async def _export(
     return rows, name
 
 
-def _write(file: BinaryIO, source: _Source, batch: Sequence[Row], *, is_first: bool) -> None:
+def _write(file: Output, source: _Source, batch: Sequence[Row], *, is_first: bool) -> None:
     text = source.between.join(map(source.format_row, batch))
     file.write((text if is_first else source.between + text).encode())
 

@@ -15,7 +15,7 @@ import asyncpg
 from utils.database import ConnectTarget, Pool, ownership
 from utils.database.placement import Placement
 from utils.database.sessions import apply_settings
-from utils.exceptions import GuildbookError, MigrationError, translate_errors
+from utils.exceptions import GuildbookError, MigrationError, UnknownRevision, translate_errors
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.migrations import invalid_indexes, runner, schema_catalog
 from utils.operations.migrations.dependents import refuse_dependents
@@ -256,7 +256,7 @@ async def stamp(
         )
     goal = revisions.resolve((), revision)
     if goal == "base":
-        raise MigrationError(
+        raise UnknownRevision(
             f"there is no revision {revision[:40]!r} to record: choose one of {', '.join(revisions.ids)}"
         )
     is_newest = goal == "heads" or revisions.heads == (goal,)

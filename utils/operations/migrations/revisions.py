@@ -6,6 +6,7 @@ There are several heads when two developers, or a fork and its upstream, each wr
 from __future__ import annotations
 
 import io
+import traceback
 from collections.abc import Collection, Iterable, Sequence
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -16,8 +17,8 @@ from alembic.script import ScriptDirectory
 from alembic.script.revision import RevisionError
 from alembic.util import CommandError
 
-from utils.database.ownership import SCRIPTS
-from utils.exceptions import MigrationError
+from utils.database.ownership import SCRIPTS, owned
+from utils.exceptions import MigrationError, UnknownRevision
 
 UPGRADE = "python bot.py db upgrade"
 
@@ -42,12 +43,18 @@ class Revisions:
     """Every revision that this version knows. Raises `MigrationError` for files that do not fit together."""
 
     def __init__(self, scripts: Path = SCRIPTS) -> None:
-        self._directory = ScriptDirectory.from_config(alembic_config(scripts))
         try:
+            self._directory = ScriptDirectory.from_config(alembic_config(scripts))
             found = {step.revision: step for step in self._directory.walk_revisions() if step is not None}
             heads = set(self._directory.get_heads())
         except (CommandError, RevisionError, KeyError) as exc:
             raise MigrationError(f"the revisions in {scripts / 'versions'} do not fit together: {exc}") from exc
+        except Exception as exc:  # a file is imported, and may raise anything
+            owned(scripts)  # names one that does not parse
+            raise MigrationError(
+                f"a revision cannot be imported: {type(exc).__name__}: {exc}{raised_in(exc, scripts)}; correct or"
+                " remove that file"
+            ) from exc
         self._parents = {
             revision: {*_as_tuple(step.down_revision), *_as_tuple(step.dependencies)}
             for revision, step in found.items()
@@ -183,7 +190,7 @@ class Revisions:
             return revision
         found = self.heads if revision in ("head", "heads") else self._find(revision, revision)
         if len(found) > 1:
-            raise MigrationError(f"{revision[:40]} stands for {' and '.join(found)}: choose one of them")
+            raise UnknownRevision(f"{revision[:40]} stands for {' and '.join(found)}: choose one of them")
         return found[0]
 
     def _find(self, symbol: str, given: str) -> tuple[str, ...]:
@@ -199,14 +206,14 @@ class Revisions:
             except (CommandError, RevisionError):
                 found = ()
         if not found:
-            raise MigrationError(
+            raise UnknownRevision(
                 f"there is no revision {given[:40]!r}: choose one of {', '.join(['base', *self.ids, *sorted(labels)])}"
             )
         return found
 
     @staticmethod
-    def _wrong_direction(current: Sequence[str], goal: str, *, down: bool) -> MigrationError:
-        return MigrationError(
+    def _wrong_direction(current: Sequence[str], goal: str, *, down: bool) -> UnknownRevision:
+        return UnknownRevision(
             f"the database is at {', '.join(current) or 'base'}, and {goal} is {'later' if down else 'earlier'}: that"
             f" is {'an upgrade' if down else 'a downgrade'}"
         )
@@ -219,6 +226,14 @@ def unknown_revision(revision: str) -> MigrationError:
         " or the revision's file is missing. Run that version, bring the file back, or restore a backup; if the schema"
         " is at a revision that this version knows, python bot.py db stamp REVISION checks and records it"
     )
+
+
+def raised_in(exc: BaseException, scripts: Path) -> str:
+    """Return the file and the line in a directory of revisions where an error was raised, as " (file, line 1)"."""
+    frames = [
+        frame for frame in traceback.extract_tb(exc.__traceback__) if Path(frame.filename).is_relative_to(scripts)
+    ]
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
 
 
 def _as_tuple(value: str | Iterable[str] | None) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ from utils.operations.migrations.environment import (
 from utils.operations.migrations.environment import find_obstacle as _find_obstacle
 from utils.operations.migrations.history import BOT, Actor, AppliedRevision, Pause
 from utils.operations.migrations.invalid_indexes import DroppedIndexes
-from utils.operations.migrations.revisions import Revision, Revisions, alembic_config, unknown_revision
+from utils.operations.migrations.revisions import Revision, Revisions, alembic_config, raised_in, unknown_revision
 
 _log = logging.getLogger(__name__)
 
@@ -241,10 +241,14 @@ def offline_sql(
     down: bool = False,
     options: MigrationOptions = DEFAULTS,
 ) -> str:
-    """Return the SQL of an upgrade or a downgrade from the current revisions (none: base); no database is needed."""
+    """Return the SQL of an upgrade or a downgrade from the current revisions (none: base); no database is needed.
+
+    Raises `MigrationError` if a revision fails, such as one that reads rows.
+    """
     config = alembic_config(options.scripts)
     config.output_buffer = buffer = io.StringIO()
     config.attributes["options"] = options
+    Revisions(options.scripts)  # raises for files that cannot be read
     scripts = ScriptDirectory.from_config(config)
 
     def steps(revisions: Any, context: Any) -> Any:
@@ -255,7 +259,13 @@ def offline_sql(
         config, scripts, fn=steps, as_sql=True, starting_rev=tuple(current) or None, destination_rev=goal
     )
     with _alembic, environment:
-        scripts.run_env()
+        try:
+            scripts.run_env()
+        except MigrationError:
+            raise
+        except Exception as exc:
+            where = raised_in(exc, options.scripts)
+            raise MigrationError(f"the SQL cannot be written: {type(exc).__name__}: {exc}{where}") from exc
     return buffer.getvalue()
 
 
@@ -321,7 +331,7 @@ async def _run(
         await _interrupt(run, working)
         raise
     except Exception as exc:
-        raise _explain(exc, what, run.before) from exc
+        raise _explain(exc, what, run) from exc
     if run.applied:
         seconds = round(time.monotonic() - started, 2)
         _log.info(
@@ -354,15 +364,17 @@ async def _interrupt(run: MigrationRun, working: asyncio.Future[None]) -> None:
         _log.warning("could not interrupt the migration; the server continues its statement: %r", error)
 
 
-def _explain(exc: Exception, what: str, before: str | None) -> Exception:
+def _explain(exc: Exception, what: str, run: MigrationRun) -> Exception:
     """Return the error to raise for one that ended Alembic."""
+    before = run.before
     error = translate(exc)
     if isinstance(error, MigrationError) or (isinstance(error, DatabaseUnavailable) and error.sqlstate is None):
         return error
     if isinstance(exc, CommandError) and isinstance(exc.__cause__, ResolutionError):
         return unknown_revision(before or "none")
-    if error is None and not isinstance(exc, CommandError):
-        return exc
+    if error is None and not isinstance(exc, CommandError):  # the revision itself may raise anything
+        where = raised_in(exc, run.options.scripts)
+        error = MigrationError(f"{type(exc).__name__}: {exc}{where}")
     cause = driver_error(exc)
     statement = getattr(exc, "statement", None)
     detail = f"; statement: {' '.join(str(statement).split())[:300]}" if statement else ""

@@ -10,7 +10,7 @@ from models import Base
 from utils.database import Pool
 from utils.database.placement import Placement
 from utils.database.pool import Record
-from utils.exceptions import GuildbookError
+from utils.exceptions import ValidationError
 from utils.text import format_bytes
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ WHERE i.indrelid = ANY($1::bigint[]) ORDER BY i.indrelid, NOT i.indisprimary, c.
 async def describe(pool: Pool, table: str | None = None) -> list[Table]:
     """Return every table and view in our schemas, or the one that `table` names, with or without its schema.
 
-    The result is plain JSON. Raises `GuildbookError` when there is no such table.
+    The result is plain JSON. Raises `ValidationError` when there is no such table.
     """
     async with pool.transaction(isolation="repeatable_read", readonly=True) as connection:
         schemas = pool.placement.schemas()
@@ -109,7 +109,7 @@ async def describe(pool: Pool, table: str | None = None) -> list[Table]:
             ours = await connection.fetch(_TABLES, None, schemas)
             names = [pool.placement.shown(row["schema"], row["name"]) for row in ours]
             similar = difflib.get_close_matches(table, names) or names
-            raise GuildbookError(
+            raise ValidationError(
                 f"there is no table {table} in {pool.target}; there is {', '.join(similar) or 'none at all'}"
             )
         oids = [row["oid"] for row in relations]

@@ -103,6 +103,8 @@ class Statistics:
     syncs: list[dict[str, Any]]
     #: The newest backups.
     backups: list[dict[str, Any]]
+    #: Why backups in some stores are not known; one line each.
+    problems: list[str]
     #: `Guildbook.stats()`; None on the command line, where no bot runs.
     bot: Mapping[str, Any] | None
 
@@ -134,9 +136,20 @@ async def read_growth(pool: Pool) -> list[Sample]:
 
 
 async def collect(
-    pool: Pool, *, bot: Mapping[str, Any] | None = None, backups: Sequence[Mapping[str, Any]] = ()
+    pool: Pool,
+    *,
+    bot: Mapping[str, Any] | None = None,
+    backups: Sequence[Mapping[str, Any]] = (),
+    problems: Sequence[str] = (),
 ) -> Statistics:
-    """Return the statistics. `bot`: `Guildbook.stats()`; `backups`: the newest ones. Raises `DatabaseError`."""
+    """Return the statistics. Raises `DatabaseError`.
+
+    Parameters
+    ----------
+    bot: `Guildbook.stats()`; None without a bot.
+    backups: the newest ones.
+    problems: why backups in some stores are not known.
+    """
     server, activity = await pool.fetchrow(_SERVER), await pool.fetchrow(_ACTIVITY)
     return Statistics(
         at=pool.now(),
@@ -146,6 +159,7 @@ async def collect(
         growth=await read_growth(pool),
         syncs=[dict(row) for row in await pool.fetch(_SYNCS, LISTED_EVENTS)],
         backups=[dict(backup) for backup in backups],
+        problems=list(problems),
         bot=bot,
     )
 
@@ -174,6 +188,8 @@ def summarize(statistics: Statistics) -> dict[str, str]:
         "Last syncs": "; ".join(map(_describe_sync, statistics.syncs)) or "none yet",
         "Last backups": "; ".join(map(_describe_backup, statistics.backups[:LISTED_EVENTS])) or "none",
     }
+    if statistics.problems:
+        lines["Backup stores"] = "; ".join(statistics.problems)
     return lines if statistics.bot is None else lines | _summarize_bot(statistics.bot)
 
 
