@@ -250,4 +250,4 @@ async def test_a_revision_that_cannot_be_imported_is_named(
     options = with_revision(tmp_path, body)
     for action in (admin.status, admin.upgrade, preview):
         with pytest.raises(MigrationError, match=message):
-            await action(database, options=options)  # type: ignore[operator]
+            await action(database, options=options)
