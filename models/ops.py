@@ -70,7 +70,11 @@ class DeadLetter(Base):
 
 
 class AdminAction(Base):
-    """Audit log: which operator ran which command, when, and with what result."""
+    """Audit log: which operator ran which command, when, and with what result.
+
+    Rows are kept for 400 days, and at most 100,000 of them, but those that decide something are kept for good. Of the
+    refused commands of others, a few are recorded in each minute.
+    """
 
     __tablename__ = "admin_actions"
     __table_args__ = (Index(None, "at"), {"schema": "ops"})

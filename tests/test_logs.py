@@ -187,6 +187,19 @@ def test_repeat_counter_is_bounded() -> None:
     assert len(counter._counts) == 11
 
 
+def test_rate_limit_admits_a_few_of_each_key_and_counts_the_others() -> None:
+    limit = logs.RateLimit(5, 3_600, per_key=2)
+    assert [limit.admits("a") for _ in range(3)] == [True, True, False]
+    assert sum(limit.admits(number) for number in range(10_000)) == 3
+    assert len(limit._admitted) == 5
+    assert (limit.take_refused(), limit.take_refused()) == (9_998, 0)
+
+
+def test_rate_limit_admits_again_after_its_time() -> None:
+    limit = logs.RateLimit(1, 0.0)
+    assert [limit.admits() for _ in range(3)] == [True, True, True]
+
+
 @given(st.text(), st.text(min_size=8))
 def test_redacts_any_secret_in_any_text(text: str, secret: str) -> None:
     logs.set_secrets([secret])

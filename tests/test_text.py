@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from utils.text import format_bytes, scrub_payload, storable
+from utils.text import format_bytes, format_count, scrub_payload, storable
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,24 @@ def test_scrubs_keys_and_nested_strings() -> None:
 )
 def test_formats_sizes_in_decimal_units(count: float, text: str) -> None:
     assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "text"),
+    [
+        (0, "guild", "0 guilds"),
+        (1, "guild", "1 guild"),
+        (2_500, "guild", "2,500 guilds"),
+        (1, "entry", "1 entry"),
+        (2, "entry", "2 entries"),
+        (2, "day", "2 days"),
+        (2, "index", "2 indexes"),
+        (2, "match", "2 matches"),
+    ],
+)
+def test_counts_in_singular_and_plural(count: int, noun: str, text: str) -> None:
+    assert format_count(count, noun) == text
+
+
+def test_counts_with_an_irregular_plural() -> None:
+    assert [format_count(count, "person", "people") for count in (1, 3)] == ["1 person", "3 people"]

@@ -7,6 +7,8 @@ import logging
 import re
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Iterable, MutableMapping
 from typing import Any, Literal, TextIO
 from urllib.parse import quote
@@ -195,6 +197,37 @@ class RepeatCounter:
         """Reset all counts."""
         with self._lock:
             self._counts.clear()
+
+
+class RateLimit:
+    """Admits at most `limit` occurrences within `seconds`, and `per_key` of one key; counts the others.
+
+    Its memory is bounded by `limit`, whatever the number of keys.
+    """
+
+    def __init__(self, limit: int, seconds: float, *, per_key: int | None = None) -> None:
+        self.limit: int = limit
+        self.seconds: float = seconds
+        self.per_key: int = limit if per_key is None else per_key
+        self._admitted: deque[tuple[float, object]] = deque()
+        self._refused: int = 0
+
+    def admits(self, key: object = None) -> bool:
+        """Return whether one more occurrence is within the limits, and count it."""
+        now = time.monotonic()
+        while self._admitted and now - self._admitted[0][0] >= self.seconds:
+            self._admitted.popleft()
+        same = sum(other == key for _, other in self._admitted)
+        if len(self._admitted) >= self.limit or same >= self.per_key:
+            self._refused += 1
+            return False
+        self._admitted.append((now, key))
+        return True
+
+    def take_refused(self) -> int:
+        """Return how many occurrences were not admitted since the last call."""
+        refused, self._refused = self._refused, 0
+        return refused
 
 
 #: The key of occurrences beyond the limit.

@@ -35,3 +35,17 @@ def format_bytes(count: float) -> str:
         if abs(count) < 999.95:  # 999.95 would be rounded up to 1000.0
             return f"{count:.1f} {unit}"
     return f"{count / 1000:.1f} TB"
+
+
+def format_count(count: int, noun: str, plural: str | None = None) -> str:
+    """Format a number of things: `1 guild`, `2,500 guilds`, `0 entries`, `1 index`.
+
+    `plural`: for nouns whose plural does not follow the rules of English spelling.
+    """
+    return f"{count:,} {noun if count == 1 else plural or _pluralize(noun)}"
+
+
+def _pluralize(noun: str) -> str:
+    if noun.endswith("y") and noun[-2:-1] not in tuple("aeiou"):
+        return f"{noun[:-1]}ies"
+    return f"{noun}es" if noun.endswith(("s", "x", "z", "ch", "sh")) else f"{noun}s"

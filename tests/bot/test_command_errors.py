@@ -20,6 +20,7 @@ from utils.bot import command_errors
 from utils.bot.command_errors import explain
 from utils.database import Pool
 from utils.exceptions import DatabaseError, DatabaseUnavailable, Declined, GuildbookError
+from utils.logs import RateLimit
 
 pytestmark = pytest.mark.guilds(10)
 
@@ -32,6 +33,15 @@ class Odd(app_commands.Transformer):
         if value == "unavailable":
             raise DatabaseUnavailable("no route to 10.0.0.5")
         raise ValueError(value)
+
+class Mood(Enum):
+    good = 1
+    bad = 2
+
+class Plain(commands.Cog):
+    @app_commands.command()
+    async def plain(self, interaction: discord.Interaction[Guildbook]) -> None:
+        raise KeyError("the password is hunter2")
 
 class Failing(BaseCog):
     async def respond(self, interaction: discord.Interaction[Guildbook], how: str) -> None:
@@ -70,6 +80,12 @@ class Failing(BaseCog):
                   value: app_commands.Transform[str, Odd]) -> None: ...
 
     @app_commands.command()
+    async def choose(self, interaction: discord.Interaction[Guildbook], form: Literal["json", "csv"] = "json",
+                     count: app_commands.Range[int, 1, 10] = 1, title: app_commands.Range[str, 2] = "xy",
+                     mood: Mood = Mood.good, flag: bool = False) -> None:
+        await interaction.response.send_message(f"{form} {count} {title} {mood.name} {flag}")
+
+    @app_commands.command()
     async def own(self, interaction: discord.Interaction[Guildbook]) -> None:
         raise RuntimeError
 
@@ -79,6 +95,7 @@ class Failing(BaseCog):
 
 async def setup(bot: Guildbook) -> None:
     await bot.add_cog(Failing(bot))
+    await bot.add_cog(Plain())
 """
 
 
@@ -86,7 +103,8 @@ async def setup(bot: Guildbook) -> None:
 def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TemporaryCogs:
     """A cog whose commands fail."""
     cogs = TemporaryCogs(tmp_path, monkeypatch)
-    cogs.write("failing", "from utils.exceptions import DatabaseUnavailable\n" + FAILING_COG)
+    imports = "from enum import Enum\nfrom typing import Literal\nfrom discord.ext import commands\n"
+    cogs.write("failing", imports + "from utils.exceptions import DatabaseUnavailable\n" + FAILING_COG)
     return cogs
 
 
@@ -146,6 +164,61 @@ async def test_answers_in_one_line_and_logs_the_same_reference(
         assert (unavailable.content or "").startswith(command_errors.DATABASE_UNAVAILABLE.removesuffix("."))
 
 
+async def test_value_outside_its_option_is_a_sentence(
+    database: Pool, simulator: Simulator, caplog: pytest.LogCaptureFixture, failing: TemporaryCogs
+) -> None:
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"form": "xml"}, "form: 'xml' is not valid here. Expected: one of json, csv"),
+        ({"form": 5}, "form: '5' is not valid here. Expected: text"),
+        ({"count": 11}, "count: '11' is not valid here. Expected: 1 to 10"),
+        ({"count": "many"}, "count: 'many' is not valid here. Expected: a whole number"),
+        ({"count": True}, "count: 'True' is not valid here. Expected: a whole number"),
+        ({"title": "x"}, "title: 'x' is not valid here. Expected: at least 2 characters"),
+        ({"mood": 3}, "mood: '3' is not valid here. Expected: one of good, bad"),
+        ({"flag": "maybe"}, "flag: 'maybe' is not valid here. Expected: true or false"),
+    ]
+    async with running_bot(database, simulator, extensions=failing.extensions):
+        for options, text in refused:
+            result = await use(simulator, "choose", **options)
+            reference_in(result.content)
+            assert ((result.content or "").partition(" (ref")[0], result.ephemeral) == (text, True)
+        assert (await use(simulator, "choose")).content == "json 1 xy good False"
+        result = await use(simulator, "choose", form="csv", count=10, mood=2, flag=True)
+        assert result.content == "csv 10 xy bad True"
+    assert not [line for line in caplog.records if line.levelname == "ERROR"]
+
+
+async def test_command_of_a_plain_cog_is_answered_too(
+    database: Pool, simulator: Simulator, failing: TemporaryCogs
+) -> None:
+    async with running_bot(database, simulator, extensions=failing.extensions) as bot:
+        reference_in((await use(simulator, "plain")).content)
+        guild = next(iter(simulator.world.guilds.values()))
+        bot.tree.remove_command("plain")  # Discord still knows it
+        result = await simulator.run_command("plain", user_id=guild.owner_id, guild_id=guild.id)
+        await result.wait_done()
+        assert (result.content or "").startswith("This command has changed.")
+    assert result.ephemeral
+
+
+async def test_repeated_errors_of_users_are_answered_and_not_all_logged(
+    database: Pool,
+    simulator: Simulator,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: TemporaryCogs,
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(command_errors, "_errors_of_users", RateLimit(2, 3_600))
+    async with running_bot(database, simulator, extensions=failing.extensions):
+        answers = [(await use(simulator, "decline")).content or "" for _ in range(5)]
+        assert all(answer.startswith("You have no quotes yet") for answer in answers)
+        reference_in((await use(simulator, "crash")).content)
+    lines = [line for line in caplog.records if hasattr(line, "reference")]
+    assert [line.levelname for line in lines] == ["INFO", "INFO", "ERROR"]
+    assert getattr(lines[-1], "errors_not_logged") == 3  # noqa: B009 - a field
+
+
 @pytest.mark.parametrize("how", ["deferred", "deferred_privately", "followed_up", "answered"])
 async def test_answer_is_private_after_any_earlier_response(
     database: Pool, simulator: Simulator, failing: TemporaryCogs, how: str
@@ -194,6 +267,7 @@ async def test_logs_an_answer_that_discord_refuses(
         (app_commands.CheckFailure("secret"), "You are not allowed to use this command here."),
         (commands.NoPrivateMessage(), "This command works only in a server."),
         (commands.BadArgument("'x' is not a number"), "Invalid input: 'x' is not a number"),
+        (commands.ConversionError(commands.MemberConverter(), ValueError("x")), "One of the values is not valid here."),
         (DatabaseError("duplicate key"), command_errors.INTERNAL_ERROR),
         (GuildbookError("inner workings"), command_errors.INTERNAL_ERROR),
         (Declined("Not today"), "Not today"),

@@ -52,6 +52,20 @@ async def test_invalid_language_is_rejected_in_one_line(database: Pool, simulato
     assert await database.fetchval("SELECT count(*) FROM member_preferences") == 0
 
 
+async def test_value_outside_the_choices_is_rejected_in_one_line(
+    database: Pool, simulator: Simulator, small: int
+) -> None:
+    someone = simulator.world.guild(small).owner_id
+    async with running_bot(database, simulator, extensions=EXTENSIONS):
+        result = await run(simulator, "set", someone, small, notifications="perhaps")
+        assert (result.final_content or "").startswith(
+            "notifications: 'perhaps' is not valid here. Expected: one of on"
+        )
+        result = await run(simulator, "set", someone, small, language="x" * 31)
+        assert "Expected: 1 to 30 characters" in (result.final_content or "")
+    assert await database.fetchval("SELECT count(*) FROM member_preferences") == 0
+
+
 async def test_database_error_is_answered_in_one_line(database: Pool, simulator: Simulator, small: int) -> None:
     someone = simulator.world.guild(small).owner_id
     async with running_bot(database, simulator, extensions=EXTENSIONS):

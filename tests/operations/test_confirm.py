@@ -58,7 +58,7 @@ async def test_runs_once_and_only_after_the_button_was_pressed(bot: Guildbook, s
 async def test_cancel_button_stops_the_command(bot: Guildbook, simulator: Simulator, database: Pool) -> None:
     result, buttons = await ask(simulator)
     await simulator.press(result, buttons["Cancel"], user_id=simulator.world.operator_id)
-    assert await final_answer(result) == "Failed: cancelled, nothing was done"
+    assert await final_answer(result) == "Cancelled: nothing was done."
     assert run_count(bot) == 0
     row: Any = await database.fetchrow("SELECT command, result FROM ops.admin_actions")
     assert tuple(row) == ("danger", result.final_content)
@@ -82,7 +82,7 @@ async def test_expired_question_is_reported_by_its_button(
 ) -> None:
     bot.confirmations.timeout = 0.3
     result, buttons = await ask(simulator)
-    assert await final_answer(result) == "Failed: not confirmed within 0.3 s, nothing was done"
+    assert await final_answer(result) == "Not confirmed within 0.3 s: nothing was done."
     press = await simulator.press(result, buttons["Run"], user_id=simulator.world.operator_id)
     await press.wait_done()
     assert (press.content, press.ephemeral, run_count(bot)) == (EXPIRED, True, 0)

@@ -101,6 +101,56 @@ async def test_refuses_guild_administrators(database: Pool, simulator: Simulator
     assert await audit_log(database) == [(owner, "mirror sync", {"guild": None}, "refused: not an operator")]
 
 
+async def test_refused_commands_are_recorded_a_few_times_a_minute(
+    database: Pool, simulator: Simulator, small: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = simulator.world
+    operator, *strangers = [id for id in world.guild(small).ordered_member_ids() if id != world.bot.id]
+    caplog.set_level("INFO", "utils.operations.slash")
+    settings: dict[str, Any] = {"admin_guild_id": small, "admin_user_ids": frozenset((operator,))}
+    async with running_bot(database, simulator, **settings) as bot:
+        bot.operators.refusals = slash.Refusals(per_user=2, per_minute=5, interval=0.3)
+        for number in range(20):
+            result = await run(simulator, strangers[number % 4], "sync", guild_id=small)
+            assert (result.ephemeral, result.final_content) == (True, slash.REFUSAL), "everybody is answered"
+        rows = await audit_log(database)
+        assert len(rows) == 5
+        assert all(sum(row[0] == stranger for row in rows) <= 2 for stranger in strangers)
+        await until(lambda: sum(getattr(line, "refused", 0) for line in caplog.records) == 15)
+        assert "Up to date" in ((await run(simulator, operator, "status", guild_id=small)).final_content or "")
+    assert len(await audit_log(database)) == 6, "operators are always recorded"
+    assert len([line for line in caplog.records if "not an operator" in line.getMessage()]) == 5
+
+
+async def test_refusals_of_a_day_leave_room_for_operators() -> None:
+    refusals = slash.Refusals(per_day=3, interval=3_600)
+    assert [refusals.admits(user) for user in range(6)] == [True, True, True, False, False, False]
+    assert refusals.left_out == 3
+    await refusals.stop()
+
+
+async def test_unknown_owner_is_asked_for_once_and_recorded_as_a_refusal(
+    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, small: int
+) -> None:
+    async with running_bot(database, simulator, admin_guild_id=small) as bot:
+        asked = 0
+
+        async def application_info() -> Any:
+            nonlocal asked
+            asked += 1
+            await asyncio.sleep(0.2)
+            raise OSError("no route to Discord")
+
+        monkeypatch.setattr(bot, "application_info", application_info)
+        bot.operators.owners_ttl = -1.0
+        bot.operators.refusals = slash.Refusals(per_user=1)
+        someone = simulator.world.guild(small).owner_id
+        results = await asyncio.gather(*(run(simulator, someone, "status", guild_id=small) for _ in range(5)))
+        assert all("cannot ask Discord who owns this application" in (it.final_content or "") for it in results)
+        assert asked < 5
+        assert len(await audit_log(database)) == 1
+
+
 async def test_accepts_users_in_admin_user_ids(database: Pool, simulator: Simulator, small: int) -> None:
     someone = simulator.world.guild(small).owner_id
     async with running_bot(database, simulator, admin_user_ids=frozenset((someone,))):
@@ -197,6 +247,7 @@ async def test_stopping_the_bot_cancels_running_commands(
         )
         await asyncio.wait_for(started.wait(), 30)
     assert ended.is_set()
+    assert [row[3] for row in await audit_log(database)] == ["Interrupted: the bot was stopped before this was done"]
 
 
 async def test_former_team_member_is_refused(

@@ -12,7 +12,9 @@ import discord
 from discord.ext import commands
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from utils.bot.command_errors import report_command_error
 from utils.bot.command_sync import sync_commands
+from utils.bot.command_tree import CommandTree
 from utils.bot.loader import Loader
 from utils.bot.scheduler import Scheduler
 from utils.database import Pool
@@ -71,6 +73,7 @@ class Guildbook(commands.AutoShardedBot):
         )
         super().__init__(
             command_prefix=commands.when_mentioned,
+            tree_cls=CommandTree,
             help_command=None,
             intents=intents,
             chunk_guilds_at_startup=False,
@@ -268,6 +271,14 @@ class Guildbook(commands.AutoShardedBot):
     async def on_error(self, event_method: str, /, *args: Any, **kwargs: Any) -> None:
         """Log an exception raised by a listener."""
         _log.exception("listener failed: %s", event_method)
+
+    async def on_command_error(self, context: commands.Context[Any], error: commands.CommandError, /) -> None:
+        """Answer the error of a text command whose cog does not. A mention that names no command is ignored."""
+        has_handler = (context.command is not None and context.command.has_error_handler()) or (
+            context.cog is not None and context.cog.has_error_handler()
+        )
+        if not has_handler and not isinstance(error, commands.CommandNotFound):
+            await report_command_error(context, error, _log)
 
     async def _configure_gateway(self) -> int:
         """Ask Discord for the gateway's address and shard count, apply both, and return the shard count.

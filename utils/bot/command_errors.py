@@ -13,17 +13,22 @@ from discord import app_commands
 from discord.ext import commands
 
 from utils.exceptions import DatabaseUnavailable, Declined, GuildbookError
+from utils.logs import RateLimit
 from utils.operations.slash import MESSAGE_LENGTH
 
 _log = logging.getLogger(__name__)
 
 #: Seconds to deliver the answer to Discord.
 ANSWER_TIMEOUT = 30.0
+#: Errors of users that are logged within a minute; anybody can cause them.
+LOGGED_PER_MINUTE = 60
 #: Seconds to find out whether the user is an operator. Discord expects the answer within 3 seconds.
 OPERATOR_TIMEOUT = 1.0
 
 DATABASE_UNAVAILABLE = "The database is not available right now. Try again in a minute."
 INTERNAL_ERROR = "Something went wrong. The error was logged."
+
+_errors_of_users = RateLimit(LOGGED_PER_MINUTE, 60.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,13 @@ class Explanation:
     detail: str | None = None
 
 
+class InvalidOption(app_commands.AppCommandError):
+    """An option of a slash command has a value that it does not allow. The message is the answer."""
+
+    def __init__(self, option: str, value: object, expected: str) -> None:
+        super().__init__(f"{option}: {_quote(value)} is not valid here. Expected: {expected}.")
+
+
 def new_reference() -> str:
     """Return a short random id that links an answer to its log line."""
     return secrets.token_hex(4)
@@ -48,20 +60,25 @@ async def report_command_error(
 ) -> None:
     """Log a command's error and answer the user in one line, which only they see if Discord allows it. Never raises."""
     try:
-        reference, explanation, cause = new_reference(), explain(error), unwrap(error)
+        explanation, cause = explain(error), unwrap(error)
+        reference = new_reference() if explanation.is_fault or _errors_of_users.admits() else None
         interaction = where if isinstance(where, discord.Interaction) else where.interaction
         user = where.user if isinstance(where, discord.Interaction) else where.author
-        log.log(
-            logging.ERROR if explanation.is_fault else logging.INFO,
-            "command failed: /%s by user %s (ref %s): %r",
-            where.command.qualified_name if where.command is not None else "?", user.id, reference, cause,
-            exc_info=cause if explanation.is_fault else None,
-            extra={"reference": reference, "guild_id": where.guild.id if where.guild is not None else None},
-        )  # fmt: skip
+        if reference is not None:
+            fields = {"reference": reference, "guild_id": where.guild.id if where.guild is not None else None}
+            if unlogged := _errors_of_users.take_refused():
+                fields["errors_not_logged"] = unlogged
+            log.log(
+                logging.ERROR if explanation.is_fault else logging.INFO,
+                "command failed: /%s by user %s (ref %s): %r",
+                where.command.qualified_name if where.command is not None else "?", user.id, reference, cause,
+                exc_info=cause if explanation.is_fault else None,
+                extra=fields,
+            )  # fmt: skip
         text = explanation.text
         if explanation.detail and interaction is not None and await _is_operator(interaction):
             text = f"{text} Details: {explanation.detail}"
-        text = _with_reference(text, reference)
+        text = _as_line(text) if reference is None else _with_reference(text, reference)
         async with asyncio.timeout(ANSWER_TIMEOUT):
             if interaction is not None:
                 await _answer(interaction, text)
@@ -115,8 +132,12 @@ def _explain_discord_error(error: BaseException) -> str | None:
             return f"You need one of these roles to use this command: {', '.join(map(_role, error.missing_roles))}."
         case app_commands.NoPrivateMessage() | commands.NoPrivateMessage():
             return "This command works only in a server."
+        case InvalidOption():
+            return str(error)
         case app_commands.TransformerError():
             return f"{_quote(error.value)} is not valid here. Expected: {_type_name(error)}."
+        case commands.ConversionError():
+            return f"One of the values is not valid here. Expected: {_converter_name(error.converter)}."
         case app_commands.CommandSignatureMismatch() | app_commands.CommandNotFound():
             return "This command has changed. Restart Discord (Ctrl+R), then try again."
         case commands.UserInputError():
@@ -144,14 +165,26 @@ def _quote(value: Any) -> str:
 
 
 def _type_name(error: app_commands.TransformerError) -> str:
+    choices = error.transformer.choices
+    if choices:
+        return f"one of {', '.join(str(choice.name) for choice in choices)}"
     name = type(error.transformer).__name__.removesuffix("Transformer").removesuffix("Transform")
     return f"{error.type.name}" if not name or name.startswith("_") or name == "Identity" else name.lower()
 
 
+def _converter_name(converter: Any) -> str:
+    name = getattr(converter, "__name__", None) or type(converter).__name__
+    return name.removesuffix("Converter").lower()
+
+
 def _with_reference(text: str, reference: str) -> str:
     """Return a text as one line that fits into a message, with the reference at its end."""
-    line = " ".join(text.split())[: MESSAGE_LENGTH - 30]
+    line = _as_line(text)
     return f"{line[:-1]} (ref {reference})." if line.endswith(".") else f"{line} (ref {reference})"
+
+
+def _as_line(text: str) -> str:
+    return " ".join(text.split())[: MESSAGE_LENGTH - 30]
 
 
 async def _is_operator(interaction: discord.Interaction[Any]) -> bool:

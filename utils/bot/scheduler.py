@@ -13,7 +13,7 @@ from typing import Any
 from utils.database import Pool
 from utils.exceptions import DatabaseError, GuildbookError
 from utils.logs import redact
-from utils.operations.action import Outcome, record_action
+from utils.operations.action import Outcome, prune_actions, record_action
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.service import BackupService
 from utils.operations.upkeep import statistics
@@ -113,6 +113,7 @@ class Scheduler:
 
     async def _sample_sizes(self) -> None:
         await statistics.sample_sizes(self._pool)
+        await prune_actions(self._pool)
 
     async def _seconds_since_backup(self) -> float | None:
         newest = await BackupCatalog(self._settings).newest()

@@ -17,14 +17,14 @@ _log = logging.getLogger(__name__)
 #: Seconds for the refresh of one view.
 REFRESH_SECONDS = 1_800.0
 
-#: Schema, name, both together, both quoted, and whether it can be refreshed concurrently: it was populated before, and
-#: has a unique index over all rows on plain columns (PostgreSQL manual, REFRESH MATERIALIZED VIEW). Views that others
-#: depend on come first.
+#: Schema, name, both together, both quoted, whether it is populated, and whether it can be refreshed concurrently: then
+#: it also has a unique index over all rows on plain columns (PostgreSQL manual, REFRESH MATERIALIZED VIEW). Views that
+#: others depend on come first.
 VIEWS = """
 WITH RECURSIVE found AS (
     SELECT c.oid, n.nspname AS schema, c.relname, n.nspname || '.' || c.relname AS name,
            format('%I.%I', n.nspname, c.relname) AS quoted,
-           c.relispopulated AND EXISTS (
+           c.relispopulated AS is_populated, c.relispopulated AND EXISTS (
                SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid
                AND i.indpred IS NULL AND i.indexprs IS NULL
            ) AS can_refresh_concurrently
@@ -40,9 +40,9 @@ depth AS (
     UNION
     SELECT b.base, d.top, d.steps + 1 FROM depth d JOIN builds_on b USING (view) WHERE d.steps < 50
 )
-SELECT schema, relname, name, quoted, can_refresh_concurrently, max(steps) AS steps
+SELECT schema, relname, name, quoted, is_populated, can_refresh_concurrently, max(steps) AS steps
 FROM found JOIN depth ON depth.top = found.oid
-GROUP BY schema, relname, name, quoted, can_refresh_concurrently ORDER BY steps, name
+GROUP BY schema, relname, name, quoted, is_populated, can_refresh_concurrently ORDER BY steps, name
 """
 
 

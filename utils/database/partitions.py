@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from models import DISCORD_EPOCH_MS, Base
 from utils.database.placement import placement_on
-from utils.database.pool import Connection
+from utils.database.pool import Connection, Pool
 
 _log = logging.getLogger(__name__)
 
@@ -47,14 +48,24 @@ async def ensure_partitions(
     takes the rows.
     """
     created: list[str] = []
+    for table, name, start, end in _expected(now, months_ahead):
+        if not await _exists(conn, table, name) and await _create(conn, table, name, start, end, lock_seconds):
+            created.append(name)
+    return created
+
+
+async def find_missing(where: Connection | Pool, now: datetime, months_ahead: int = 2) -> list[str]:
+    """Return the names of the partitions that `ensure_partitions` would create."""
+    return [name for table, name, _, _ in _expected(now, months_ahead) if not await _exists(where, table, name)]
+
+
+def _expected(now: datetime, months_ahead: int) -> Iterator[tuple[str, str, datetime, datetime]]:
+    """Yield the table, name, start and end of each partition from this month on."""
     utc = now.astimezone(UTC)
     for table in partitioned_tables():
         for month in range(utc.month, utc.month + months_ahead + 1):
             start, end = month_start(utc.year, month), month_start(utc.year, month + 1)
-            name = f"{table}_y{start:%Y}m{start:%m}"
-            if not await _exists(conn, table, name) and await _create(conn, table, name, start, end, lock_seconds):
-                created.append(name)
-    return created
+            yield table, f"{table}_y{start:%Y}m{start:%m}", start, end
 
 
 async def _create(conn: Connection, table: str, name: str, start: datetime, end: datetime, lock_seconds: float) -> bool:
@@ -78,7 +89,7 @@ async def _create(conn: Connection, table: str, name: str, start: datetime, end:
     return True
 
 
-async def _exists(conn: Connection, table: str, name: str) -> bool:
+async def _exists(conn: Connection | Pool, table: str, name: str) -> bool:
     # Not to_regclass, which answers from a cache that is not refreshed by waiting for an advisory lock.
     query = "SELECT FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid"
     query += " WHERE i.inhparent = $1::text::regclass AND c.relname = $2"

@@ -50,13 +50,13 @@ class Confirmations:
                 await interaction.edit_original_response(content=text, view=_buttons(token, label))
                 is_confirmed = await answer
         except TimeoutError:
-            raise NotConfirmed(f"not confirmed within {timeout:g} s, nothing was done") from None
+            raise NotConfirmed(f"Not confirmed within {timeout:g} s: nothing was done") from None
         except (discord.DiscordException, OSError) as exc:
-            raise NotConfirmed(f"the confirmation could not be shown, nothing was done: {exc}") from exc
+            raise NotConfirmed(f"The question could not be shown, so nothing was done: {exc}") from exc
         finally:
             del self._open[token]
         if not is_confirmed:
-            raise NotConfirmed("cancelled, nothing was done")
+            raise NotConfirmed("Cancelled: nothing was done")
 
     async def on_interaction(self, interaction: discord.Interaction[Any]) -> None:
         """Respond to a press of one of these buttons and ignore all other interactions. The bot's listener."""

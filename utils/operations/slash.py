@@ -14,9 +14,12 @@ import discord
 from discord import app_commands
 from discord.ext import commands
 
-from utils.exceptions import GuildbookError
-from utils.logs import redact
+from utils.cache import SingleFlight
+from utils.exceptions import GuildbookError, NotConfirmed
+from utils.logs import RateLimit, log_once, redact
 from utils.operations.action import Outcome, Step, record_action
+from utils.tasks import cancel_and_wait
+from utils.text import format_count
 
 if TYPE_CHECKING:
     from utils.bot.client import Guildbook
@@ -33,8 +36,17 @@ ACTION_TIMEOUT = 12 * 3_600.0
 OWNERS_TTL = 600.0
 #: Seconds for one request to Discord.
 REQUEST_TIMEOUT = 30.0
+#: Seconds for recording a command; retries in an outage take longer.
+RECORD_TIMEOUT = 30.0
 #: The maximum length of a message (Discord API reference, "Create Message").
 MESSAGE_LENGTH = 2_000
+
+#: Refused commands that are logged and recorded within a minute, of one user and of all; anybody can send them.
+REFUSALS_PER_USER, REFUSALS_PER_MINUTE = 3, 10
+#: The same within a day: over its retention, `ops.admin_actions` keeps room for what operators did.
+REFUSALS_PER_DAY = 200
+#: Seconds after which the number of the others is logged.
+REFUSALS_INTERVAL = 60.0
 
 REFUSAL = (
     "Only operators can use this command: the application's owner, its team, and the users in ADMIN_USER_IDS."
@@ -60,10 +72,13 @@ class Operators:
         self.owners_ttl: float = owners_ttl
         self.edit_interval: float = edit_interval
         self.reply_timeout: float = reply_timeout
+        #: Which refused commands are logged and recorded.
+        self.refusals: Refusals = Refusals()
         self._bot = bot
         self._user_ids = user_ids
         self._owners: frozenset[int] = frozenset()
         self._owners_fetched_at: float | None = None
+        self._fetching: SingleFlight[None, frozenset[int]] = SingleFlight()
         self._running: set[asyncio.Task[None]] = set()
 
     async def includes(self, user_id: int) -> bool:
@@ -89,13 +104,18 @@ class Operators:
 
     async def _fetch_owners(self) -> frozenset[int]:
         if self._owners_fetched_at is None or time.monotonic() - self._owners_fetched_at > self.owners_ttl:
-            try:
-                async with asyncio.timeout(REQUEST_TIMEOUT):
-                    application = await self._bot.application_info()
-            except (discord.DiscordException, OSError, TimeoutError) as exc:
-                raise GuildbookError(f"cannot ask Discord who owns this application: {exc!r}") from exc
-            self._owners, self._owners_fetched_at = _owners(application), time.monotonic()
+            await self._fetching.run(None, self._ask_for_owners, self._keep_owners)
         return self._owners
+
+    async def _ask_for_owners(self) -> frozenset[int]:
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT):
+                return _owners(await self._bot.application_info())
+        except (discord.DiscordException, OSError, TimeoutError) as exc:
+            raise GuildbookError(f"cannot ask Discord who owns this application: {exc!r}") from exc
+
+    def _keep_owners(self, owners: frozenset[int]) -> None:
+        self._owners, self._owners_fetched_at = owners, time.monotonic()
 
     def track(self, task: asyncio.Task[None]) -> None:
         """Keep a running command until it ends; `stop` cancels it."""
@@ -109,11 +129,57 @@ class Operators:
 
     async def stop(self, timeout: float) -> None:
         """Cancel the running commands and wait up to `timeout` seconds for them to end."""
+        await self.refusals.stop()
         tasks = {task for task in self._running if task is not asyncio.current_task()}
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=timeout)
+
+
+class Refusals:
+    """Decides which refused commands are logged and recorded: a few of each minute. The others are counted."""
+
+    def __init__(
+        self,
+        *,
+        per_user: int = REFUSALS_PER_USER,
+        per_minute: int = REFUSALS_PER_MINUTE,
+        per_day: int = REFUSALS_PER_DAY,
+        interval: float = REFUSALS_INTERVAL,
+    ) -> None:
+        self.interval: float = interval
+        #: How many refused commands were neither logged nor recorded.
+        self.left_out: int = 0
+        self._minute = RateLimit(per_minute, 60.0, per_key=per_user)
+        self._day = RateLimit(per_day, 86_400.0)
+        self._reporting: asyncio.Task[None] | None = None
+
+    def admits(self, user_id: int) -> bool:
+        """Return whether to log and record one more refusal; otherwise count it, and log the count later."""
+        if self._minute.admits(user_id) and self._day.admits():
+            return True
+        self.left_out += 1
+        if self._reporting is None or self._reporting.done():
+            self._reporting = asyncio.create_task(self._report_later(), name="refused commands")
+        return False
+
+    async def stop(self) -> None:
+        """Log what was counted, and end."""
+        reporting, self._reporting = self._reporting, None
+        if reporting is not None and not reporting.done():
+            await cancel_and_wait((reporting,))
+            self._report()
+
+    async def _report_later(self) -> None:
+        await asyncio.sleep(self.interval)
+        self._report()
+
+    def _report(self) -> None:
+        count = self._minute.take_refused() + self._day.take_refused()
+        if count:
+            commands = format_count(count, "more command")
+            _log.warning("refused %s of users who are not operators", commands, extra={"refused": count})
 
 
 def _owners(application: discord.AppInfo) -> frozenset[int]:
@@ -218,27 +284,56 @@ async def operate(interaction: discord.Interaction[Guildbook], command: str, wor
 
 async def _run(bot: Guildbook, user_id: int, command: str, work: Work, reply: Reply, arguments: dict[str, Any]) -> None:
     answer: Answer | None = None
-    try:
-        if await bot.operators.includes(user_id):
+    refusal = await _find_refusal(bot.operators, user_id)
+    if refusal is not None and not bot.operators.refusals.admits(user_id):
+        await reply.show(refusal)
+        return
+    if refusal is not None:
+        text, result = refusal, "refused: not an operator" if refusal == REFUSAL else refusal
+    else:
+        try:
             async with asyncio.timeout(ACTION_TIMEOUT):
                 answer = _to_answer(await work(reply))
-            text = result = answer.text
-        else:
-            text, result = REFUSAL, "refused: not an operator"
-    except (GuildbookError, discord.DiscordException) as exc:
-        text = result = redact(f"Failed: {exc}")
-    except TimeoutError:
-        text = result = f"Failed: not finished within {ACTION_TIMEOUT / 3600:g} hours"
-    except Exception as exc:
-        _log.exception("command failed: /%s", command)
-        text = result = f"Failed: unexpected {type(exc).__name__}, see the log"
-    _log.info("/%s by user %s: %s", command, user_id, result)
-    try:
-        await record_action(bot.db, command, arguments, result, user_id=user_id)
-    except GuildbookError as exc:
-        _log.error("could not record a command in ops.admin_actions: /%s by user %s: %s", command, user_id, exc)
+            text = answer.text
+        except NotConfirmed as exc:
+            text = redact(f"{exc}.")
+        except (GuildbookError, discord.DiscordException) as exc:
+            text = redact(f"Failed: {exc}")
+        except TimeoutError:
+            text = f"Failed: not finished within {ACTION_TIMEOUT / 3600:g} hours"
+        except asyncio.CancelledError:
+            await _record(bot, command, arguments, "Interrupted: the bot was stopped before this was done", user_id)
+            raise
+        except Exception as exc:
+            _log.exception("command failed: /%s", command)
+            text = f"Failed: unexpected {type(exc).__name__}, see the log"
+        result = text
+    if not await _record(bot, command, arguments, result, user_id):
         text += "\n(Could not record this in the audit log.)"
     await reply.show(text, answer)
+
+
+async def _find_refusal(operators: Operators, user_id: int) -> str | None:
+    """Return why a user may not run commands; None if they may."""
+    try:
+        return None if await operators.includes(user_id) else REFUSAL
+    except GuildbookError as exc:
+        return redact(f"Failed: {exc}")
+    except Exception as exc:
+        log_once(_log, ("owners", type(exc)), "could not find out who owns this application: %r", exc)
+        return f"Failed: unexpected {type(exc).__name__}, see the log"
+
+
+async def _record(bot: Guildbook, command: str, arguments: dict[str, Any], result: str, user_id: int) -> bool:
+    """Log what a command did, record it, and return whether it could be recorded."""
+    _log.info("/%s by user %s: %s", command, user_id, result)
+    try:
+        async with asyncio.timeout(RECORD_TIMEOUT):
+            await record_action(bot.db, command, arguments, result, user_id=user_id)
+    except (GuildbookError, TimeoutError) as exc:
+        _log.error("could not record a command in ops.admin_actions: /%s by user %s: %r", command, user_id, exc)
+        return False
+    return True
 
 
 def _to_answer(result: str | Outcome | Answer) -> Answer:

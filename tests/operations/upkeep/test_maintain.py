@@ -11,6 +11,7 @@ from tests.operations.migrations.support import with_revision
 from utils.database import Pool
 from utils.exceptions import MigrationError
 from utils.operations import migrations
+from utils.operations.action import Step
 from utils.operations.upkeep import maintain
 
 BLOAT = """
@@ -28,6 +29,12 @@ async def bloat_indexes(database: Pool) -> None:
 
 async def due_jobs(database: Pool) -> set[tuple[str, str]]:
     return {(job.kind, job.name) for job in await maintain.plan(database)}
+
+
+async def partitions(database: Pool) -> list[str]:
+    """Return the partitions of the table `changes`."""
+    rows = await database.fetch("SELECT relid::text AS name FROM pg_partition_tree('changes') WHERE isleaf ORDER BY 1")
+    return [row["name"] for row in rows]
 
 
 async def test_rebuilds_a_bloated_index(database: Pool) -> None:
@@ -62,16 +69,32 @@ async def test_refreshes_views_concurrently_if_possible(database: Pool, tmp_path
     await migrations.upgrade(database, options=options)
 
     async def is_concurrent() -> bool:
-        jobs = await maintain.plan(database, scripts=options.scripts)
+        jobs = await maintain.plan(database, scripts=options.scripts, view_seconds=0)
         return next(job.concurrently for job in jobs if job.kind == "refresh")
 
     assert not await is_concurrent()
-    await maintain.maintain(database, scripts=options.scripts)
+    await maintain.maintain(database, scripts=options.scripts, view_seconds=0)
     await database.execute("CREATE UNIQUE INDEX everybody_n ON everybody (n)")
     await database.execute("INSERT INTO users (id, username) VALUES (5, 'one')")
     assert await is_concurrent()
-    assert (await maintain.maintain(database, scripts=options.scripts)).ok
+    assert (await maintain.maintain(database, scripts=options.scripts, view_seconds=0)).ok
     assert await database.fetchval("SELECT n FROM everybody") == 1
+    assert await maintain.plan(database, scripts=options.scripts) == [], "it is due again after a while"
+
+
+async def test_nothing_is_due_after_maintenance(database: Pool) -> None:
+    steps: list[Step] = []
+    await database.execute("INSERT INTO documents (guild_id, namespace, key, value) VALUES (0, 'a', 'b', '{}')")
+    assert {kind for kind, _ in await due_jobs(database)} == {"analyze", "partitions"}
+    assert (await maintain.maintain(database, progress=steps.append)).ok
+    assert steps[-1].done == steps[-1].total
+    assert await maintain.plan(database) == []
+    assert (await maintain.preview(database)).text.startswith("Nothing is due")
+    outcome = await maintain.maintain(database)
+    assert (outcome.ok, outcome.data["done"]) == (True, [])
+    (month, *_) = [name for name in await partitions(database) if "_y2" in name]
+    await database.execute(f"DROP TABLE {month}")
+    assert [job.why for job in await maintain.plan(database)] == ["create 1 partition for the coming months"]
 
 
 async def test_leaves_what_no_revision_made(database: Pool) -> None:
@@ -89,18 +112,20 @@ async def test_a_failed_job_does_not_stop_the_others(database: Pool) -> None:
     await database.execute("INSERT INTO documents (guild_id, namespace, key, value) VALUES (0, 'a', 'b', '{}')")
     await database.execute("INSERT INTO guilds (id, name) VALUES (1, 'one')")
     async with database.transaction() as connection:
+        pid = await connection.fetchval("SELECT pg_backend_pid()")
         await connection.execute("LOCK TABLE documents IN SHARE UPDATE EXCLUSIVE MODE")
         outcome = await maintain.maintain(database, lock_timeout="50ms")
     assert not outcome.ok
     assert "FAILED: analyze documents" in outcome.text
+    assert f"documents is locked by process {pid}" in outcome.text
     assert "done: analyze guilds" in outcome.text
 
 
 async def test_one_process_maintains_at_a_time(database: Pool) -> None:
     async with database.acquire() as connection:
-        await connection.execute("SELECT pg_advisory_lock($1)", maintain.LOCK_KEY)
+        pid = await connection.fetchval("SELECT pg_backend_pid() FROM pg_advisory_lock($1)", maintain.LOCK_KEY)
         try:
-            with pytest.raises(MigrationError, match="another process maintains"):
+            with pytest.raises(MigrationError, match=f"another process maintains this database: process {pid} "):
                 await maintain.maintain(database)
         finally:
             await connection.execute("SELECT pg_advisory_unlock($1)", maintain.LOCK_KEY)

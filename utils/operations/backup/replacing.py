@@ -20,6 +20,7 @@ import stamina
 
 from utils.database import ConnectTarget
 from utils.database.cache.channel import announce
+from utils.database.locks import LOCK_STATES, describe_lock_holders
 from utils.database.ownership import VERSION_TABLE
 from utils.database.placement import Placement
 from utils.database.sql import load_statements, quote_identifier
@@ -51,8 +52,6 @@ LOCK_SECONDS = 5.0
 IDLE_SECONDS = 60
 #: Memory of the server for each join.
 WORK_MEM = "64MB"
-#: lock_not_available and deadlock_detected (PostgreSQL manual, appendix A).
-_LOCKED = ("55P03", "40P01")
 _SQL = load_statements(Path(__file__).with_suffix(".sql"))
 
 
@@ -193,7 +192,7 @@ async def replace_rows(
                     _log.warning("the rows could not be replaced in attempt %d: %s", attempt.num, error)
                     raise
     except DatabaseError as error:
-        holders = await replacement.lock_holders() if error.sqlstate in _LOCKED else ""
+        holders = await replacement.lock_holders() if error.sqlstate in LOCK_STATES else ""
         raise BackupError(f"the rows could not be replaced: {error}{holders}. Nothing was changed") from error
     return result
 
@@ -276,13 +275,7 @@ class _Replacement:
 
     async def lock_holders(self) -> str:
         """Return the end of an error message that names who holds locks on the tables; empty if nobody does."""
-        try:
-            async with connect(self._live) as connection:
-                rows = await connection.fetch(_SQL["lock_holders"], [qualified(name) for name in self._names])
-        except DatabaseError:
-            return ""
-        lines = "; ".join(row["line"] for row in rows)
-        return f"; {lines}: end these sessions" if lines else ""
+        return await describe_lock_holders(self._live, [qualified(name) for name in self._names], "EXCLUSIVE")
 
     async def _lock(self, connection: Connection, tables: Sequence[OwnTable]) -> None:
         """Lock the tables against writing."""

@@ -78,16 +78,6 @@ SELECT name, pg_get_userbyid(c.relowner) AS owner, current_user::text AS role
 FROM unnest($1::text[]) AS name JOIN pg_class AS c ON c.oid = to_regclass(name)
 WHERE NOT pg_has_role(c.relowner, 'USAGE') ORDER BY name LIMIT 1;
 
--- name: lock_holders
--- Sessions with a lock that keeps the rows of these tables from being replaced.
-SELECT DISTINCT format('%s is locked by process %s (%s)', l.relation::regclass, l.pid,
-    coalesce(nullif(a.application_name, ''), a.usename, 'unnamed')) AS line
-FROM pg_locks AS l LEFT JOIN pg_stat_activity AS a USING (pid)
-WHERE l.granted AND l.locktype = 'relation' AND l.mode <> 'AccessShareLock' AND l.pid <> pg_backend_pid()
-    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    AND l.relation = ANY(SELECT to_regclass(name) FROM unnest($1::text[]) AS name)
-ORDER BY line LIMIT 3;
-
 -- name: raise_sequence
 -- Raise a sequence to at least a state. {name} is its name in SQL.
 SELECT setval($1::text::regclass, $2, $3) FROM pg_sequence AS s, {name} AS now

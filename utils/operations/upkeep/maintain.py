@@ -12,12 +12,13 @@ from typing import Literal, TypeAlias
 import asyncpg
 
 from utils.database import Pool, ownership
+from utils.database.locks import ADVISORY_HOLDER, LOCK_STATES, Mode, describe_lock_holders
 from utils.database.materialized_views import REFRESH_SECONDS, VIEWS
 from utils.database.ownership import SCRIPTS
-from utils.database.partitions import ensure_partitions
-from utils.exceptions import GuildbookError, MigrationError, translate_errors
+from utils.database.partitions import ensure_partitions, find_missing, partitioned_tables
+from utils.exceptions import DatabaseError, GuildbookError, MigrationError, translate_errors
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
-from utils.text import format_bytes
+from utils.text import format_bytes, format_count
 
 _log = logging.getLogger(__name__)
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -28,6 +29,8 @@ BLOAT_FACTOR, WASTED_BYTES = 2.0, 1_000_000
 JOB_SECONDS = 3_600.0
 #: How long a statement waits for a lock; other writers queue behind it for as long.
 LOCK_TIMEOUT = "5s"
+#: Seconds after which a view is due again.
+VIEW_SECONDS = 3_600.0
 #: "maintain" as a bigint: the advisory lock that lets one process maintain at a time.
 LOCK_KEY = 0x6D61696E7461696E
 
@@ -40,10 +43,10 @@ FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
 CROSS JOIN LATERAL (
     SELECT coalesce(sum(s.n_mod_since_analyze), 0)::bigint AS changed, sum(pg_relation_size(l.oid)) AS bytes
     FROM pg_class AS l LEFT JOIN pg_stat_user_tables AS s ON s.relid = l.oid
-    WHERE l.relkind IN ('r', 'm')
+    WHERE l.relkind = 'r'
         AND (l.oid = c.oid OR l.oid IN (SELECT relid FROM pg_partition_tree(c.oid) WHERE isleaf))
 ) AS leaves
-WHERE c.relkind IN ('r', 'p', 'm') AND (n.nspname, c.relname) IN (SELECT * FROM unnest($1::text[], $2::text[]))
+WHERE c.relkind IN ('r', 'p') AND (n.nspname, c.relname) IN (SELECT * FROM unnest($1::text[], $2::text[]))
     AND (c.reltuples < 0 AND leaves.bytes > 0 OR leaves.changed > 50 + 0.1 * greatest(c.reltuples, 0))
 ORDER BY 1
 """
@@ -65,6 +68,14 @@ WHERE am.amname = 'btree' AND i.relkind = 'i' AND x.indisvalid AND x.indpred IS 
     AND (n.nspname, root.relname) IN (SELECT * FROM unnest($1::text[], $2::text[]))
 ORDER BY 1
 """
+#: Seconds since each view was analyzed, which a refresh by maintenance ends with; NULL if that is unknown.
+_VIEW_AGES = """
+SELECT schemaname AS schema, relname,
+    extract(epoch FROM clock_timestamp() - greatest(last_analyze, last_autoanalyze))::float8 AS seconds
+FROM pg_stat_all_tables WHERE (schemaname, relname) IN (SELECT * FROM unnest($1::text[], $2::text[]))
+"""
+_TABLE_OF_INDEX = "SELECT indrelid::regclass::text FROM pg_index WHERE indexrelid = to_regclass($1)"
+_NOTHING_DUE = "Nothing is due: the tables are analyzed, their indexes compact, the views fresh, the partitions there."
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,58 +97,75 @@ class Job:
         return f"{self.kind} {self.label}: {self.why}" if self.label else self.why
 
 
-async def plan(pool: Pool, *, scripts: Path = SCRIPTS) -> list[Job]:
+async def plan(pool: Pool, *, scripts: Path = SCRIPTS, view_seconds: float = VIEW_SECONDS) -> list[Job]:
     """Return the jobs that are due, without doing them. Raises `DatabaseError`.
 
     `scripts`: the revisions that say which tables and views are ours; those of other programs are left alone.
+    `view_seconds`: how long after its last refresh a view is due again.
     """
     ours = ownership.owned(scripts).qualified_relations(pool.placement)
     names, shown = ([schema for schema, _ in ours], [name for _, name in ours]), pool.placement.shown
-    jobs = [Job("partitions", "", "create missing partitions for the coming months")]
+    jobs = []
+    if missing := await find_missing(pool, pool.now()):
+        jobs.append(Job("partitions", "", f"create {format_count(len(missing), 'partition')} for the coming months"))
     for row in await pool.fetch(_STALE_TABLES, *names):
-        why = "never analyzed" if row["is_new"] else f"{row['changed']:,} of {row['rows']:,} rows changed since"
+        changed = f"{row['changed']:,} changes since the last analysis of {format_count(row['rows'], 'row')}"
+        why = "never analyzed" if row["is_new"] else changed
         jobs.append(Job("analyze", row["name"], why, shown(row["schema"], row["relname"])))
     for row in await pool.fetch(_INDEXES, *names):
         if row["bytes"] > BLOAT_FACTOR * row["needed"] and row["bytes"] - row["needed"] > WASTED_BYTES:
             why = f"{format_bytes(row['bytes'])}, of which its rows need {format_bytes(row['needed'])}"
             jobs.append(Job("reindex", row["name"], why, shown(row["schema"], row["relname"])))
+    ages = {(row["schema"], row["relname"]): row["seconds"] for row in await pool.fetch(_VIEW_AGES, *names)}
     for row in await pool.fetch(VIEWS):
-        if (row["schema"], row["relname"]) not in ours:
+        view, concurrently = (row["schema"], row["relname"]), row["can_refresh_concurrently"]
+        age = ages.get(view) if row["is_populated"] else None
+        if view not in ours or (age is not None and age < view_seconds):
             continue
-        concurrently = row["can_refresh_concurrently"]
-        why = "concurrently" if concurrently else "blocks readers: it was never filled or has no unique index"
-        jobs.append(Job("refresh", row["quoted"], why, shown(row["schema"], row["relname"]), concurrently))
+        why = "never filled" if not row["is_populated"] else "not refreshed recently"
+        why += "" if concurrently else "; blocks readers"
+        jobs.append(Job("refresh", row["quoted"], why, shown(*view), concurrently))
     return jobs
 
 
 async def preview(pool: Pool) -> Outcome:
     """Report what `maintain` would do."""
     jobs = await plan(pool)
-    return Outcome("\n".join(job.line for job in jobs), data={"jobs": [asdict(job) for job in jobs]})
+    text = "\n".join(job.line for job in jobs) or _NOTHING_DUE
+    return Outcome(text, data={"jobs": [asdict(job) for job in jobs]})
 
 
 async def maintain(
-    pool: Pool, *, progress: Progress = ignore_progress, lock_timeout: str = LOCK_TIMEOUT, scripts: Path = SCRIPTS
+    pool: Pool,
+    *,
+    progress: Progress = ignore_progress,
+    lock_timeout: str = LOCK_TIMEOUT,
+    scripts: Path = SCRIPTS,
+    view_seconds: float = VIEW_SECONDS,
 ) -> Outcome:
-    """Do what is due. A job that fails is reported, and the others are done all the same.
+    """Do what is due (see `plan`). A job that fails is reported, and the others are done all the same.
 
     Raises `MigrationError` when another process maintains the database, and `DatabaseError`.
     """
-    jobs = await plan(pool, scripts=scripts)
+    jobs = await plan(pool, scripts=scripts, view_seconds=view_seconds)
     done: list[str] = []
     failed: list[str] = []
+    if not jobs:
+        return Outcome(_NOTHING_DUE, data={"done": done, "failed": failed})
     async with contextlib.AsyncExitStack() as stack:
         connection, key = await _connect(pool, stack), pool.placement.lock_key(LOCK_KEY)
         with translate_errors():
             if pool.direct.pooled:  # sessions are shared there: a transaction of its own holds the lock
-                holder = await _connect(pool, stack)
-                await holder.execute("BEGIN; SET LOCAL idle_in_transaction_session_timeout = 0")
-                is_locked = await holder.fetchval("SELECT pg_try_advisory_xact_lock($1)", key, timeout=30)
+                keeper = await _connect(pool, stack)
+                await keeper.execute("BEGIN; SET LOCAL idle_in_transaction_session_timeout = 0")
+                is_locked = await keeper.fetchval("SELECT pg_try_advisory_xact_lock($1)", key, timeout=30)
             else:
                 is_locked = await connection.fetchval("SELECT pg_try_advisory_lock($1)", key, timeout=30)
                 await connection.execute("SELECT set_config('lock_timeout', $1, false)", lock_timeout)
         if not is_locked:
-            raise MigrationError("another process maintains this database: wait until it is done")
+            holder = await pool.fetchval(ADVISORY_HOLDER.format(key="$1"), key)
+            by = f": {holder}" if holder else ""
+            raise MigrationError(f"another process maintains this database{by}; wait until it is done")
         for number, job in enumerate(jobs):
             progress(Step("maintaining", number, len(jobs), "jobs"))
             started = time.monotonic()
@@ -145,12 +173,31 @@ async def maintain(
                 with translate_errors():
                     await _run(connection, pool, job, lock_timeout)
             except GuildbookError as error:
-                _log.warning("maintenance job failed: %s: %s", job.line, error)
-                failed.append(f"{job.line}: {error}")
+                reason = f"{error}{await _describe_lock_holders(pool, job, error)}"
+                _log.warning("maintenance job failed: %s: %s", job.line, reason)
+                failed.append(f"{job.line}: {reason}")
             else:
                 done.append(f"{job.line} ({time.monotonic() - started:.1f} s)")
+        progress(Step("maintaining", len(jobs), len(jobs), "jobs"))
     lines = [*(f"done: {line}" for line in done), *(f"FAILED: {line}" for line in failed)]
     return Outcome("\n".join(lines), data={"done": done, "failed": failed}, ok=not failed)
+
+
+async def _describe_lock_holders(pool: Pool, job: Job, error: GuildbookError) -> str:
+    """Return the end of an error message that names who holds the lock that a job waited for."""
+    if not isinstance(error, DatabaseError) or error.sqlstate not in LOCK_STATES:
+        return ""
+    match job.kind:
+        case "partitions":
+            return await describe_lock_holders(pool.direct, partitioned_tables())
+        case "reindex":
+            table = await pool.fetchval(_TABLE_OF_INDEX, job.name)
+            return await describe_lock_holders(pool.direct, [table or job.name], "SHARE UPDATE EXCLUSIVE")
+        case "analyze":
+            return await describe_lock_holders(pool.direct, [job.name], "SHARE UPDATE EXCLUSIVE")
+        case "refresh":
+            mode: Mode = "EXCLUSIVE" if job.concurrently else "ACCESS EXCLUSIVE"
+            return await describe_lock_holders(pool.direct, [job.name], mode)
 
 
 async def _connect(pool: Pool, stack: contextlib.AsyncExitStack) -> Connection:
@@ -180,3 +227,4 @@ async def _work(connection: Connection, pool: Pool, job: Job) -> None:
         case "refresh":
             option = "CONCURRENTLY " if job.concurrently else ""
             await connection.execute("REFRESH MATERIALIZED VIEW " + option + job.name, timeout=REFRESH_SECONDS)
+            await connection.execute("ANALYZE " + job.name, timeout=JOB_SECONDS)
