@@ -21,6 +21,7 @@ from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.create import BackupRequest, create
 from utils.operations.backup.service import BackupService
 from utils.operations.doctor import DoctorContext, run_checks
+from utils.operations.doctor.context import CONNECT_SECONDS
 from utils.operations.importing import exporting, importer
 from utils.operations.migrations import Actor, admin
 from utils.operations.migrations.preview import preview as preview_migration
@@ -68,7 +69,7 @@ class DatabaseCommands(BaseCog):
         """Run the doctor's checks."""
 
         async def work(reply: Reply) -> Outcome:
-            findings = await run_checks(_BotContext(self._database))
+            findings = await run_checks(BotContext(self.bot, self._database))
             return Outcome(
                 "\n".join(finding.line for finding in findings),
                 ok=all(finding.state != "fail" for finding in findings),
@@ -329,14 +330,19 @@ class DatabaseCommands(BaseCog):
         await slash.operate(interaction, command, work, **arguments)
 
 
-class _BotContext(DoctorContext):
-    """Checks the running bot's own pool, and leaves it open."""
+class BotContext(DoctorContext):
+    """Checks the running bot with its settings and its pool, which is left open."""
 
-    def __init__(self, pool: Pool) -> None:
+    is_bot = True
+
+    def __init__(self, bot: Guildbook, pool: Pool) -> None:
         super().__init__()
+        self._settings = bot.settings
         self._bot_pool = pool
 
     async def _connect(self) -> Pool:
+        async with self._bot_pool.acquire(CONNECT_SECONDS) as connection:  # it may have been lost since
+            await connection.fetchval("SELECT 1", timeout=CONNECT_SECONDS)
         return self._bot_pool
 
 

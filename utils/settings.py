@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import os
 import re
 from collections.abc import Mapping
@@ -439,6 +441,12 @@ class Settings(BaseSettings):
         return self.port if self.port is not None else self.health_port
 
     @property
+    def application_id(self) -> int | None:
+        """The application of the token, which its first part tells; None without a token or if it does not."""
+        token = "" if self.discord_token is None else self.discord_token.get_secret_value()
+        return application_of_token(token)
+
+    @property
     def orm_connections(self) -> int:
         """How many of DB_POOL_MAX are for transactions and sessions of cogs; the others are for the raw pool."""
         return max(1, self.db_pool_max * 3 // 10)
@@ -472,6 +480,16 @@ class Settings(BaseSettings):
         return values + [
             target.password for target in self._resolved_targets() if target is not None and target.password
         ]
+
+
+def application_of_token(token: str) -> int | None:
+    """Return the id of the application that a bot's token is of; None if its first part is not one in base64."""
+    first = token.partition(".")[0]
+    try:
+        digits = base64.b64decode(first + "=" * (-len(first) % 4), altchars=b"-_", validate=True).decode("ascii")
+    except (binascii.Error, ValueError):
+        return None
+    return int(digits) if re.fullmatch(r"\d{17,20}", digits) and 0 < int(digits) < 2**63 else None
 
 
 def variables() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -26,6 +27,7 @@ from utils.mirror.spool.journal import is_dead, newest_first_stamp
 from utils.operations import migrations
 from utils.operations.backup import recovery
 from utils.operations.backup.catalog import BackupCatalog
+from utils.operations.doctor.configuration import find_draining_problem
 from utils.service import metrics
 from utils.service.health import HealthServer
 from utils.service.heap import freeze_heap
@@ -148,6 +150,7 @@ class Process:
                 ready=self._readiness,
                 alive=self._liveness,
                 before_metrics=self._update_metrics,
+                application_id=settings.application_id,
             )
             await self.health.start()  # before the slow steps: a process in standby must be healthy
         await pool.connect()
@@ -444,4 +447,6 @@ def explain_error(error: BaseException, settings: Settings) -> BaseException:
 def run(settings: Settings) -> None:
     """Configure logging and run the bot until a signal. Raises like `Process.run`."""
     logs.configure(settings.log_format, settings.log_level, secrets=settings.secrets())
+    if (problem := find_draining_problem(os.environ, settings.shutdown_seconds)) is not None:
+        _log.warning("%s; %s", *problem)
     asyncio.run(Process(settings).run())

@@ -17,6 +17,9 @@ from utils.service import metrics
 
 _log = logging.getLogger(__name__)
 
+#: The header that tells whose bot answers.
+APPLICATION_HEADER = "X-Guildbook-Application"
+
 #: Whether a check passes, and details for the answer.
 Verdict = tuple[bool, dict[str, Any]]
 
@@ -29,6 +32,7 @@ class HealthServer:
     """A small HTTP server. `ready` and `alive` are called at every request and must not block.
 
     `host` None binds every address, IPv4 and IPv6. `port` 0 binds a free port, which `port` holds after `start`.
+    `application_id` tells the doctor whether it is this bot that uses the port.
     """
 
     def __init__(
@@ -39,12 +43,14 @@ class HealthServer:
         ready: Callable[[], Verdict] = _always,
         alive: Callable[[], Verdict] = _always,
         before_metrics: Callable[[], None] | None = None,
+        application_id: int | None = None,
     ) -> None:
         self.host: str | None = host or None
         self.port: int = port
         self._ready = ready
         self._alive = alive
         self._before_metrics = before_metrics
+        self._application_id = application_id
         self._runner: web.AppRunner | None = None
 
     def __repr__(self) -> str:
@@ -54,7 +60,7 @@ class HealthServer:
         """Start answering. Raises `SettingsError` when the address cannot be bound."""
         if self._runner is not None:
             return
-        sockets = await self._bind()
+        sockets = await bind(self.host, self.port)
         app = web.Application()
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
@@ -77,22 +83,10 @@ class HealthServer:
         except TimeoutError:
             _log.warning("health server did not stop within %s s", timeout)
 
-    async def _bind(self) -> list[socket.socket]:
-        try:
-            if self.host is None:
-                return [_bind_everywhere(self.port)]
-            loop = asyncio.get_running_loop()
-            found = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            return _bind_each(found)
-        except OSError as exc:
-            where = self.host or "any address"
-            why = "another process uses it" if exc.errno == errno.EADDRINUSE else exc.strerror or str(exc)
-            raise SettingsError(
-                f"PORT/HEALTH_PORT: port {self.port} on {where} cannot be used: {why}; expected a free port (0: any)"
-            ) from exc
-
     async def _healthz(self, request: web.Request) -> web.Response:
-        return _answer(*self._alive())
+        response = _answer(*self._alive())
+        response.headers[APPLICATION_HEADER] = str(self._application_id or "")
+        return response
 
     async def _readyz(self, request: web.Request) -> web.Response:
         return _answer(*self._ready())
@@ -101,6 +95,22 @@ class HealthServer:
         if self._before_metrics is not None:
             self._before_metrics()
         return web.Response(body=metrics.render(), headers={"Content-Type": metrics.CONTENT_TYPE})
+
+
+async def bind(host: str | None, port: int) -> list[socket.socket]:
+    """Return sockets that listen on a port of the host's addresses. Raises `SettingsError` if that cannot be."""
+    try:
+        if host is None:
+            return [_bind_everywhere(port)]
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        return _bind_each(found)
+    except OSError as exc:
+        where = host or "any address"
+        why = "another process uses it" if exc.errno == errno.EADDRINUSE else exc.strerror or str(exc)
+        raise SettingsError(
+            f"PORT/HEALTH_PORT: port {port} on {where} cannot be used: {why}; expected a free port (0: any)"
+        ) from exc
 
 
 def _answer(good: bool, details: dict[str, Any]) -> web.Response:

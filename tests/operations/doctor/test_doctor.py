@@ -7,6 +7,7 @@ import base64
 import json
 import os
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import asyncpg
@@ -14,19 +15,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cogs.db import BotContext
 from simulator import Limits, Simulator, World
 from simulator.entities import Permission
 from simulator.state import Intent
-from tests.bot.running import run_cli
+from tests.bot.running import BotProcess, run_cli, running_bot
+from tests.operations.backup.helpers import connect
 from tests.operations.migrations.support import HEAD, KNOWN
+from tests.ports import free_port
 from utils.database import ConnectTarget, Pool
 from utils.mirror.discord.permissions import invite_url
 from utils.operations import migrations
 from utils.operations.doctor import CHECKS, Check, CheckSkipped, DoctorContext, Finding, run_checks
-from utils.operations.doctor.configuration import find_token_problem
+from utils.operations.doctor.configuration import DRAINING, find_token_problem
 from utils.operations.doctor.discord import check_discord
 from utils.operations.doctor.machine import check_disk
-from utils.settings import variables
+from utils.service.health import HealthServer
+from utils.settings import application_of_token, variables
 
 WORST = ("fail", "warn", "ok")
 TOKEN = base64.b64encode(b"80351110224678912").decode().rstrip("=") + ".GabcdE.s3cr3t-signature_of_a_token"
@@ -284,6 +289,135 @@ async def test_reports_an_unwritable_disk_and_leftover_journals(
     findings = await worst_findings(monkeypatch, "disk", "spool", DATA_DIR=str(tmp_path / "data"))
     assert (findings["disk"].state, findings["spool"].state) == ("ok", "warn")
     assert sorted(entry.name for entry in (tmp_path / "data").iterdir()) == ["spool"]
+
+
+# --- the port
+
+
+async def test_a_free_port_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no health server" in (await worst_findings(monkeypatch, "port"))["port"].seen
+    port = str(free_port())
+    found = (await worst_findings(monkeypatch, "port", HEALTH_PORT=port))["port"]
+    assert (found.state, found.seen) == ("ok", f"port {port} is free")
+    assert (await worst_findings(monkeypatch, "port", HEALTH_PORT="0"))["port"].state == "ok"
+
+
+@pytest.mark.parametrize("host", [None, "127.0.0.1"])
+async def test_reports_a_port_that_another_process_uses(monkeypatch: pytest.MonkeyPatch, host: str | None) -> None:
+    if host is not None:
+        monkeypatch.setenv("HEALTH_HOST", host)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "0.0.0.0") as server:
+        port = str(server.sockets[0].getsockname()[1])
+        found = (await worst_findings(monkeypatch, "port", PORT=port))["port"]
+    assert found.state == "fail"
+    assert f"port {port} on" in found.seen
+    assert "another process uses it" in found.seen
+    assert found.todo
+
+
+async def test_the_bots_own_port_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    application_id = application_of_token(TOKEN)
+    for of_whom, state in ((application_id, "ok"), (7, "fail"), (None, "fail")):
+        server = HealthServer("127.0.0.1", 0, application_id=of_whom)
+        await server.start()
+        found = await worst_findings(
+            monkeypatch, "port", DISCORD_TOKEN=TOKEN, HEALTH_HOST="127.0.0.1", PORT=str(server.port)
+        )
+        await server.stop()
+        assert found["port"].state == state, of_whom
+
+
+# --- the operators' guild
+
+
+async def test_reports_an_admin_guild_without_the_bot(monkeypatch: pytest.MonkeyPatch, simulator: Simulator) -> None:
+    names = {"DISCORD_TOKEN": simulator.token, "DISCORD_API_BASE": simulator.api_base}
+    found = (await worst_findings(monkeypatch, "admin guild", **names))["admin guild"]
+    assert (found.state, "direct messages" in found.seen) == ("ok", True)
+    guilds = sorted([*simulator.world.guild_ids(), simulator.world.add_guild(members=3)])
+    for guild_id in guilds:
+        found = (await worst_findings(monkeypatch, "admin guild", **names, ADMIN_GUILD_ID=str(guild_id)))["admin guild"]
+        assert found.state == "ok", found
+    for guild_id in (guilds[0] - 1, guilds[0] + 1, guilds[-1] + 1):
+        found = (await worst_findings(monkeypatch, "admin guild", **names, ADMIN_GUILD_ID=str(guild_id)))["admin guild"]
+        assert (found.state, str(guild_id) in found.seen) == ("fail", True), found
+        assert "invite it" in found.todo
+    monkeypatch.setenv("DISCORD_TOKEN", "wrong")
+    (skipped,) = await run_checks(DoctorContext(env_file=None), [c for c in CHECKS if c.name == "admin guild"])
+    assert "not checked" in skipped.seen
+
+
+# --- Railway's time for a shutdown
+
+
+@pytest.mark.parametrize(
+    ("environ", "state", "seen"),
+    [
+        ({}, "ok", "not Railway"),
+        ({"RAILWAY_SERVICE_ID": "x"}, "warn", "is not set"),
+        ({DRAINING: "0"}, "warn", "is 0"),
+        ({DRAINING: "24"}, "warn", "kills the bot 24 s after SIGTERM"),
+        ({DRAINING: "soon"}, "warn", "is soon"),
+        ({DRAINING: "30"}, "ok", "is 30"),
+    ],
+)
+async def test_reports_a_shutdown_that_is_cut_short(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], state: str, seen: str
+) -> None:
+    found = (await worst_findings(monkeypatch, "draining", **environ))["draining"]
+    assert (found.state, seen in found.seen) == (state, True), found
+    assert state == "ok" or "set it to 30" in found.todo
+
+
+async def test_the_start_warns_of_a_shutdown_that_is_cut_short(
+    tmp_path: Path, database_url: str, simulator: Simulator
+) -> None:
+    settings = {"DATABASE_URL": database_url, "DISCORD_TOKEN": simulator.token, "DISCORD_API_BASE": simulator.api_base}
+    async with BotProcess(tmp_path, RAILWAY_SERVICE_ID="x", **settings) as bot:
+        await bot.wait_for_output(f"{DRAINING} is not set")
+        await bot.wait_for_output("set it to 30")
+
+
+# --- an outage
+
+
+async def test_nothing_is_ok_by_what_was_known_before_an_outage(
+    monkeypatch: pytest.MonkeyPatch, database: Pool, database_url: str, simulator: Simulator, tmp_path: Path
+) -> None:
+    of_database = {"database", "pooler", "rights", "schema", "tools"}
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    async with running_bot(database, simulator, data_dir=tmp_path / "data", database_url=database_url) as bot:
+        findings = await run_checks(BotContext(bot, database))
+        found = {finding.name: finding.state for finding in findings}
+        assert {found[name] for name in (*of_database, "clock (database)")} == {"ok"}, findings
+        async with refusing_connections(database):
+            findings = await run_checks(BotContext(bot, database))
+        found = {finding.name: finding.state for finding in findings}
+        assert found["database"] == "fail"
+        unchecked = of_database - {"database"} | {"clock", "connections"}
+        assert {f.name: (f.state, f.seen) for f in findings if f.name in unchecked} == dict.fromkeys(
+            unchecked, ("warn", "not checked: the database cannot be reached")
+        )
+        assert "clock (database)" not in found
+
+
+@asynccontextmanager
+async def refusing_connections(pool: Pool) -> AsyncIterator[None]:
+    """Make the server refuse all connections to a database, and end those there are."""
+    name = str(pool.target.database)
+    async with connect(pool.target.with_database("postgres")) as connection:
+        await connection.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
+        await connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", name)
+        try:
+            yield
+        finally:
+            await connection.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
 
 
 async def test_command_line_creates_no_database(tmp_path: Path) -> None:

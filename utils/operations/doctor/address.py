@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import socket
 from collections.abc import Callable, Sequence
@@ -29,8 +28,11 @@ async def check_address(context: DoctorContext) -> Sequence[Finding]:
     findings = [Finding("ok", "address", note) for note in dict.fromkeys((*target.notes, *direct.notes))]
     findings += describe_host(direct, context.settings.db_connect_timeout)
     findings += await run_in_daemon_thread(lambda: find_unreachable(known))
-    with contextlib.suppress(GuildbookError, CheckSkipped):  # check_database reports them
+    try:
         direct = (await context.connect()).target  # which knows by now whether it is a pooler
+    except (GuildbookError, CheckSkipped):  # check_database reports them
+        if not direct.pooled:
+            return [*findings, Finding("warn", "pooler", "not checked: the database cannot be reached")]
     return [*findings, _describe_pooler(target, direct)]
 
 

@@ -8,12 +8,15 @@ from dataclasses import replace
 
 from utils.exceptions import DatabaseError
 from utils.operations.action import record_action
-from utils.operations.doctor import address, configuration, discord, machine, server
+from utils.operations.backup.store import ANSWER_SECONDS
+from utils.operations.doctor import address, backups, configuration, discord, machine, server
 from utils.operations.doctor.context import CONNECT_SECONDS, START_SECONDS, DoctorContext
 from utils.operations.doctor.report import Check, Finding, run_check
 
 #: Seconds for connecting to the database, which may mean starting the embedded server.
 _CONNECT = CONNECT_SECONDS + START_SECONDS + 5.0
+#: Seconds for one answer of a store of backups.
+_STORE = ANSWER_SECONDS + 2.0
 
 CHECKS: tuple[Check, ...] = (
     Check("settings", configuration.check_settings, 5.0),
@@ -21,6 +24,7 @@ CHECKS: tuple[Check, ...] = (
     Check("token", configuration.check_token, 5.0),
     Check("discord", discord.check_discord, discord.REQUEST_SECONDS + 2.0),
     Check("permissions", discord.check_permissions, discord.REQUEST_SECONDS + 2.0),
+    Check("admin guild", discord.check_admin_guild, discord.REQUEST_SECONDS + 2.0),
     Check("database", server.check_database, _CONNECT),
     Check("address", address.check_address, _CONNECT + 10.0),
     Check("rights", server.check_privileges, _CONNECT + 5.0),
@@ -29,8 +33,12 @@ CHECKS: tuple[Check, ...] = (
     Check("clock", server.check_clock, _CONNECT + 5.0),
     Check("disk", machine.check_disk, 10.0),
     Check("tools", server.check_tools, _CONNECT + 20.0),
-    Check("backups", machine.check_backups, _CONNECT + 20.0),
+    Check("bucket", backups.check_bucket, 3 * _STORE),
+    Check("backups", backups.check_backups, _CONNECT + 3 * _STORE + backups.CHECKSUM_SECONDS),
+    Check("identity", backups.check_identity, 3 * _STORE),
     Check("spool", machine.check_spool, 10.0),
+    Check("port", machine.check_port, 10.0),
+    Check("draining", configuration.check_draining, 5.0),
 )
 
 

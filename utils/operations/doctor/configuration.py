@@ -1,21 +1,24 @@
-"""Checks of the settings, of variable names, and of the token's format."""
+"""Checks of the settings, of variable names, of the token's format, and of what the host does at a stop."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from utils.operations.doctor.context import DoctorContext
 from utils.operations.doctor.report import Finding
-from utils.settings import DEVELOPER_PORTAL, DISCORD_API_BASE, variables
+from utils.settings import DEVELOPER_PORTAL, DISCORD_API_BASE, application_of_token, variables
 
 #: How similar to a setting a variable's name must be to count as misspelt; less in `.env`, which holds only ours.
 SIMILARITY, SIMILARITY_IN_FILE = 0.86, 0.75
 #: Variables that libpq (PostgreSQL manual, 34.15) or the host reads, although they look like ours.
 _FOREIGN = re.compile(r"(RAILWAY_.*|PG(HOSTADDR|PASSFILE|SERVICE\w*|OPTIONS|DATA|APPNAME|SSL\w+|CLIENTENCODING|TZ))$")
+
+#: How long Railway waits between SIGTERM and SIGKILL, in seconds; 0 if it is not set.
+DRAINING = "RAILWAY_DEPLOYMENT_DRAINING_SECONDS"
+#: Seconds by which it should exceed SHUTDOWN_SECONDS.
+DRAINING_MARGIN = 5.0
 
 _TOKEN_PAGE = f"{DEVELOPER_PORTAL} > your application > Bot > Reset Token"
 
@@ -81,10 +84,38 @@ def find_token_problem(token: str) -> str | None:
     if len(parts) != 3 or not all(parts):
         kind = "is it a client secret?" if re.fullmatch(r"[\w-]{32}", token) else f"parts: {len(parts)}"
         return f"a bot token has three parts separated by dots, this one does not ({kind})"
-    try:
-        digits = base64.b64decode(parts[0] + "=" * (-len(parts[0]) % 4), altchars=b"-_", validate=True).decode("ascii")
-    except (binascii.Error, ValueError):
-        return "its first part does not contain the application's id"
-    if not re.fullmatch(r"\d{17,20}", digits) or not 0 < int(digits) < 2**63:
+    if application_of_token(token) is None:
         return "its first part does not contain the application's id"
     return None
+
+
+async def check_draining(context: DoctorContext) -> Sequence[Finding]:
+    """Check that Railway gives the bot the time for a clean shutdown."""
+    context.require("SHUTDOWN_SECONDS")
+    if not is_on_railway(context.environ):
+        return [Finding("ok", "draining", "this is not Railway: the host's own limit is not known here")]
+    problem = find_draining_problem(context.environ, context.settings.shutdown_seconds)
+    if problem is not None:
+        return [Finding("warn", "draining", *problem)]
+    return [Finding("ok", "draining", f"{DRAINING} is {context.environ[DRAINING]}")]
+
+
+def is_on_railway(environ: Mapping[str, str]) -> bool:
+    """Return whether this runs on Railway."""
+    return any(name.startswith("RAILWAY_") for name in environ)
+
+
+def find_draining_problem(environ: Mapping[str, str], shutdown_seconds: float) -> tuple[str, str] | None:
+    """Return why Railway kills the bot before its shutdown is complete, and what to do; None if it does not."""
+    if not is_on_railway(environ):
+        return None
+    value = environ.get(DRAINING, "").strip()
+    try:
+        seconds = float(value or 0)
+    except ValueError:
+        seconds = 0.0
+    if value and seconds >= shutdown_seconds:
+        return None
+    seen = f"{DRAINING} is {value or 'not set'}, so Railway kills the bot {seconds:g} s after SIGTERM"
+    advice = f"set it to {shutdown_seconds + DRAINING_MARGIN:g}, above SHUTDOWN_SECONDS ({shutdown_seconds:g})"
+    return f"{seen}: what waits to be written may be lost at each deployment", advice

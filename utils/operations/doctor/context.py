@@ -7,7 +7,7 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils.database import ConnectTarget, Pool
 from utils.database.address import open_target
@@ -17,6 +17,9 @@ from utils.logs import redact
 from utils.operations.doctor.report import CheckSkipped
 from utils.settings import TARGET_VARIABLES, Settings, load_settings
 from utils.tasks import run_in_daemon_thread
+
+if TYPE_CHECKING:
+    from utils.operations.backup.catalog import BackupCatalog
 
 #: Seconds for connecting to the database, and for starting the embedded server.
 CONNECT_SECONDS, START_SECONDS = 5.0, 30.0
@@ -36,6 +39,9 @@ class DoctorContext:
     environ: the environment whose variable names are checked.
     """
 
+    #: Whether the running bot checks itself.
+    is_bot = False
+
     def __init__(
         self,
         *,
@@ -50,6 +56,7 @@ class DoctorContext:
         self._invalid: Sequence[str] = ()
         self._settings: Settings | None = None
         self._data_dir = data_dir
+        self._catalog: BackupCatalog | None = None
         self._pool: Pool | None = None
         self._resources = contextlib.AsyncExitStack()
         self._connecting: asyncio.Task[Pool] | None = None
@@ -99,6 +106,17 @@ class DoctorContext:
         for secret in sorted(filter(None, secrets), key=len, reverse=True):
             text = text.replace(secret, "***")
         return redact(text)
+
+    # --- backups
+
+    def catalog(self) -> BackupCatalog:
+        """Return the catalog of backups, the same for all checks. Raises `BackupError` or `CheckSkipped`."""
+        from utils.operations.backup.catalog import BackupCatalog
+
+        self.require("BACKUP_URL", "DATA_DIR", "RAILWAY_VOLUME_MOUNT_PATH")
+        if self._catalog is None:
+            self._catalog = BackupCatalog(self.settings.model_copy(update={"data_dir": self.data_dir}))
+        return self._catalog
 
     # --- the database
 

@@ -94,6 +94,39 @@ async def check_permissions(context: DoctorContext, *, timeout: float = REQUEST_
     return _describe_guilds(guilds, application_id, is_whole=is_whole)
 
 
+async def check_admin_guild(context: DoctorContext, *, timeout: float = REQUEST_SECONDS) -> Sequence[Finding]:
+    """Check that the bot is in the guild where the operators' commands are registered."""
+    context.require("ADMIN_GUILD_ID")
+    guild_id = context.settings.admin_guild_id
+    if guild_id is None:
+        seen = "ADMIN_GUILD_ID is not set: operators' commands are in direct messages with the bot"
+        return [Finding("ok", "admin guild", seen)]
+    base, headers = _endpoint(context)
+    query = {"limit": "1", "after": str(guild_id - 1)}
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout), headers=headers) as session,
+            session.get(f"{base}/users/@me/guilds", params=query, allow_redirects=False) as response,
+        ):
+            if response.status != 200:
+                raise CheckSkipped(f"{base}/users/@me/guilds answered with status {response.status}")
+            page = await response.json(content_type=None)
+        guild = next((guild for guild in page if int(guild["id"]) == guild_id), None)
+    except (*_REQUEST_ERRORS, KeyError, TypeError) as exc:
+        raise CheckSkipped(f"{base} cannot be asked: {_reason(context, exc)}") from exc
+    if guild is not None:
+        return [Finding("ok", "admin guild", f"the bot is in {str(guild.get('name', '?'))[:40]!r} ({guild_id})")]
+    application = context.settings.application_id or "APPLICATION_ID"
+    return [
+        Finding(
+            "fail",
+            "admin guild",
+            f"the bot is not in the guild {guild_id} (ADMIN_GUILD_ID): operators' commands cannot be registered there",
+            f"invite it with {invite_url(str(application))}, or correct ADMIN_GUILD_ID",
+        )
+    ]
+
+
 def _describe_guilds(guilds: Sequence[dict[str, Any]], application_id: str, *, is_whole: bool) -> list[Finding]:
     checked = f"{len(guilds):,} guilds" if is_whole else f"the first {len(guilds):,} guilds"
     lacking: list[tuple[str, list[UsedPermission]]] = []

@@ -1,25 +1,24 @@
-"""Checks of this machine's disk: free space, permissions, backups, and leftover journals."""
+"""Checks of this machine: free disk space and permissions, the health server's port, and leftover journals."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from utils.exceptions import DatabaseError
+import aiohttp
+
+from utils.exceptions import SettingsError
 from utils.operations.doctor.context import DoctorContext
-from utils.operations.doctor.report import CheckSkipped, Finding
+from utils.operations.doctor.report import Finding, shorten
+from utils.service.health import APPLICATION_HEADER, bind
 from utils.tasks import run_in_daemon_thread
 from utils.text import format_bytes
 
 #: Free bytes below which the disk counts as full: PostgreSQL's write-ahead log alone grows in files of 16 MB.
 MIN_FREE_BYTES = 200 * 2**20
-#: How old the newest backup may be when none are scheduled.
-MAX_BACKUP_AGE = timedelta(days=7)
 #: The journals' directory under DATA_DIR; importing the bot's own constant would load discord.py.
 SPOOL = "spool"
 
@@ -62,32 +61,37 @@ def _probe(directory: Path, free_bytes: Callable[[Path], int]) -> tuple[int, str
     return free, None
 
 
-async def check_backups(context: DoctorContext) -> Sequence[Finding]:
-    """Check the age of the newest full backup, and whether the database has lost what a backup of it has."""
-    from utils.operations.backup import recovery
-    from utils.operations.backup.catalog import BackupCatalog
-
-    context.require("BACKUP_URL", "BACKUP_AGE_RECIPIENT", "BACKUP_AGE_IDENTITY_FILE", "BACKUP_EVERY", "DATA_DIR")
-    catalog = BackupCatalog(context.settings.model_copy(update={"data_dir": context.data_dir}))
-    with contextlib.suppress(DatabaseError, CheckSkipped):  # other checks report them
-        pool = await context.pool()
-        loss = await recovery.find_loss(pool)
-        hold = None if loss is None else await recovery.find_hold(pool, catalog, loss, _unknown)
-        if hold is not None:
-            return [Finding("fail", "backups", hold.line.removesuffix(f"; {hold.advice}"), hold.advice)]
-    newest = await catalog.newest()
-    every = context.settings.backup_every
-    advice = "run python bot.py backup create" + ("" if every else ", or schedule backups with BACKUP_EVERY=1d")
-    if newest is None:
-        return [Finding("warn", "backups", "there is no full backup", advice)]
-    age = datetime.now(UTC) - newest.made_at
-    seen = f"the newest, {newest.id}, is {age / timedelta(hours=1):,.0f} hours old"
-    max_age = timedelta(seconds=2 * every) if every else MAX_BACKUP_AGE
-    return [Finding("warn", "backups", seen, advice) if age > max_age else Finding("ok", "backups", seen)]
+async def check_port(context: DoctorContext, *, timeout: float = 3.0) -> Sequence[Finding]:
+    """Check that the health server's port is free, or used by this bot."""
+    context.require("PORT", "HEALTH_PORT", "HEALTH_HOST")
+    settings = context.settings
+    port, host = settings.effective_health_port, settings.health_host
+    if port is None:
+        return [Finding("ok", "port", "neither PORT nor HEALTH_PORT is set: there is no health server")]
+    if context.is_bot:
+        return [Finding("ok", "port", f"this bot answers on port {port}")]
+    try:
+        sockets = await bind(host, port)
+    except SettingsError as exc:
+        address = "127.0.0.1" if host in (None, "0.0.0.0", "::") else host
+        if await _answers(f"http://{address}:{port}/healthz", settings.application_id, timeout):
+            return [Finding("ok", "port", f"the running bot answers on port {port}")]
+        return [Finding("fail", "port", shorten(exc), "end the other process, or set another port")]
+    for bound in sockets:
+        bound.close()
+    return [Finding("ok", "port", "any free port" if port == 0 else f"port {port} is free")]
 
 
-async def _unknown() -> None:
-    """Return no application: any may be that of the token."""
+async def _answers(url: str, application_id: int | None, timeout: float) -> bool:
+    """Return whether a bot of this application answers at a URL."""
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout)) as session,
+            session.get(url, allow_redirects=False) as response,
+        ):
+            return response.headers.get(APPLICATION_HEADER) == str(application_id or "")
+    except (aiohttp.ClientError, TimeoutError, ValueError):
+        return False
 
 
 async def check_spool(context: DoctorContext) -> Sequence[Finding]:

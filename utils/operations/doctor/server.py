@@ -52,7 +52,7 @@ async def check_database(context: DoctorContext) -> Sequence[Finding]:
         if not isinstance(exc, DatabaseUnavailable) and exc.sqlstate is None:
             advice = "use another database"  # it was reached; the message says what is wrong with it
         return [Finding("fail", "database", f"{where}: {shorten(exc)}", advice)]
-    number = pool.server_version_num
+    number = await _fetch_version(pool)
     major = number // 10_000
     seen = f"PostgreSQL {major}.{number % 10_000} at {pool.target}"
     if pool.placement != Placement():
@@ -166,13 +166,18 @@ async def check_tools(context: DoctorContext) -> Sequence[Finding]:
     """Check that pg_dump and pg_restore of the server's major version are installed."""
     from utils.operations.backup import client_tools
 
-    major = (await context.pool()).server_version_num // 10_000
+    major = await _fetch_version(await context.pool()) // 10_000
     try:
         directory = await client_tools.find_directory(major)
     except ClientToolsMissing as exc:
         is_needed = context.settings.backup_every is not None
         return [Finding("fail" if is_needed else "warn", "tools", exc.problem, exc.advice)]
     return [Finding("ok", "tools", f"pg_dump and pg_restore {major} in {directory}")]
+
+
+async def _fetch_version(pool: Pool) -> int:
+    """Return the server's version now: the pool's is of its first connection."""
+    return int(await pool.fetchval("SHOW server_version_num", timeout=5.0))
 
 
 async def _fetch_row(pool: Pool, query: str, *arguments: Any) -> Record:

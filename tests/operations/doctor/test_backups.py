@@ -1,0 +1,228 @@
+"""The doctor tries the store of backups, reads the newest backup, and tries the keys."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pyrage
+import pytest
+
+from tests.operations.backup.fake_s3 import SECRET_KEY, FakeS3
+from tests.operations.backup.helpers import fill, make_backup, make_service
+from tests.operations.doctor.test_doctor import worst_findings
+from utils.database import Pool
+from utils.operations.backup.catalog import BackupCatalog
+from utils.operations.backup.create import BackupRequest
+from utils.operations.backup.store import Remote
+from utils.operations.doctor import CHECKS, DoctorContext, Finding, run_checks
+from utils.operations.doctor.backups import PROBE_PREFIX
+from utils.settings import variables
+
+URL = "s3://login:hush-5up3r@bucket/of/mine"
+STORES = ("AWS_", "GOOGLE_", "AZURE_")
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Hide the environment of the test run."""
+    for name in (*variables(), *(name for name in os.environ if name.startswith(STORES))):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+async def s3(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeS3]:
+    """A fake S3 server that the environment points to."""
+    async with FakeS3() as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+class Hasty(DoctorContext):
+    """Gives a store half a second for each answer."""
+
+    def catalog(self) -> BackupCatalog:
+        """Return the catalog."""
+        url = self.settings.backup_url
+        if self._catalog is None and url is not None:
+            self._catalog = BackupCatalog(self.settings, remote=Remote(url, answer_seconds=0.5))
+        return super().catalog()
+
+
+async def check_bucket() -> Finding:
+    (finding,) = await run_checks(Hasty(env_file=None), [check for check in CHECKS if check.name == "bucket"])
+    return finding
+
+
+async def test_writes_reads_and_deletes_an_object(monkeypatch: pytest.MonkeyPatch, s3: FakeS3) -> None:
+    assert (await check_bucket()).seen.startswith("BACKUP_URL is not set")
+    monkeypatch.setenv("BACKUP_URL", URL)
+    s3.objects["of/mine/20260101T000000Z-abcdef.json"] = b"a backup"
+    finding = await check_bucket()
+    assert (finding.state, finding.seen) == ("ok", "s3://bucket/of/mine: an object was written, read and deleted")
+    assert (s3.requests["PUT"], s3.requests["GET"], s3.requests["DELETE"]) == (1, 1, 1)
+    assert list(s3.objects) == ["of/mine/20260101T000000Z-abcdef.json"]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "seen"),
+    [
+        (lambda s3: s3.failing.add("PUT"), "could not write"),
+        (lambda s3: s3.failing.add("GET"), "could not read"),
+        (lambda s3: s3.failing.add("DELETE"), "could not delete"),
+        (lambda s3: s3.silent.add("PUT"), "no answer within"),
+        (lambda s3: setattr(s3, "damage", lambda content: content[:-1]), "could not be read back"),
+        (lambda s3: setattr(s3, "bucket", "another"), "could not write"),
+    ],
+    ids=["write", "read", "delete", "silent", "damaged", "no bucket"],
+)
+async def test_reports_what_a_store_does_not_do(
+    monkeypatch: pytest.MonkeyPatch, s3: FakeS3, break_it: Callable[[FakeS3], Any], seen: str
+) -> None:
+    monkeypatch.setenv("BACKUP_URL", URL)
+    break_it(s3)
+    finding = await check_bucket()
+    assert finding.state == "fail", finding
+    assert seen in finding.seen
+    assert finding.todo
+    assert not any(secret in finding.line for secret in ("hush", "login", SECRET_KEY))
+    left = [key for key in s3.objects if PROBE_PREFIX in key]
+    assert len(left) == ("DELETE" in s3.failing or "GET" in s3.failing), "only what could not be deleted is left"
+
+
+@pytest.mark.parametrize(
+    ("url", "names"),
+    [
+        ("s3://bucket/x", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not set"),
+        ("gs://bucket/x", "GOOGLE_APPLICATION_CREDENTIALS is not set"),
+        ("az://box/x", "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY are not set"),
+    ],
+)
+async def test_names_the_keys_that_are_not_set(monkeypatch: pytest.MonkeyPatch, url: str, names: str) -> None:
+    monkeypatch.setenv("BACKUP_URL", url)
+    finding = await check_bucket()
+    assert finding.state == "fail"
+    assert names in finding.seen
+    assert "169.254" not in finding.line
+    assert "metadata" not in finding.line
+
+
+async def test_reports_a_damaged_newest_backup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database: Pool) -> None:
+    await fill(database)
+    service = make_service(tmp_path / "data")
+    await make_backup(service, database)
+    newest = await make_backup(service, database)
+    await make_backup(service, database, BackupRequest(schema_only=True))
+    settings = {"DATA_DIR": str(tmp_path / "data"), "DATABASE_URL": database.target.libpq_url()}
+    found = (await worst_findings(monkeypatch, "backups", **settings))["backups"]
+    assert (found.state, "its checksum is right" in found.seen) == ("ok", True), found
+    archive = tmp_path / "data" / "backups" / newest.file
+    content = archive.read_bytes()
+    archive.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    found = (await worst_findings(monkeypatch, "backups", **settings))["backups"]
+    assert found.state == "fail"
+    assert f"the newest, {newest.id}, is damaged" in found.seen
+    assert "checksum" in found.seen
+    assert "backup create" in found.todo
+    archive.write_bytes(content[:-1])
+    found = (await worst_findings(monkeypatch, "backups", **settings))["backups"]
+    assert (found.state, "is damaged" in found.seen) == ("fail", True)
+    (tmp_path / "data" / "backups" / f"{newest.id}.json").write_text("{}")
+    found = (await worst_findings(monkeypatch, "backups", **settings))["backups"]
+    assert (found.state, "is damaged" in found.seen) == ("fail", True)
+
+
+async def test_a_store_that_does_not_answer_hides_no_local_backup(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database: Pool, s3: FakeS3
+) -> None:
+    await fill(database)
+    await make_backup(make_service(tmp_path / "data"), database)
+    await s3.stop()
+    monkeypatch.setenv("BACKUP_URL", URL)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("DATABASE_URL", database.target.libpq_url())
+    findings = await run_checks(Hasty(env_file=None), [check for check in CHECKS if check.name == "backups"])
+    assert [finding.state for finding in findings] == ["warn", "ok"], findings
+    assert "could not list backups" in findings[0].seen
+    assert "0 hours old" in findings[1].seen
+
+
+# --- keys
+
+
+@pytest.fixture
+def identity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A file as age-keygen writes it, and settings that name it and its recipient."""
+    path, key = tmp_path / "identity", pyrage.x25519.Identity.generate()
+    path.write_text(f"# created: 2026-01-01\n# public key: {key.to_public()}\n{key}\n")
+    path.chmod(0o600)
+    monkeypatch.setenv("BACKUP_AGE_RECIPIENT", str(key.to_public()))
+    monkeypatch.setenv("BACKUP_AGE_IDENTITY_FILE", str(path))
+    return path
+
+
+async def check_identity(monkeypatch: pytest.MonkeyPatch) -> Finding:
+    return (await worst_findings(monkeypatch, "identity"))["identity"]
+
+
+async def test_a_matching_identity_is_fine(monkeypatch: pytest.MonkeyPatch, identity: Path) -> None:
+    assert (await check_identity(monkeypatch)).state == "ok"
+    monkeypatch.delenv("BACKUP_AGE_IDENTITY_FILE")
+    found = await check_identity(monkeypatch)
+    assert (found.state, "not set here" in found.seen) == ("ok", True)
+    monkeypatch.delenv("BACKUP_AGE_RECIPIENT")
+    found = await check_identity(monkeypatch)
+    assert (found.state, "not encrypted" in found.seen) == ("ok", True)
+
+
+def rewrite(path: Path, content: str | None) -> None:
+    """Replace a file's content; None: delete it."""
+    path.unlink() if content is None else path.write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "seen"),
+    [
+        (None, "No such file"),
+        ("", "contains no age identity"),
+        ("hush-not-a-key\n", "a line that is not an age identity"),
+        ("\N{SNOWMAN}", "cannot be read"),
+        (str(pyrage.x25519.Identity.generate()), "does not decrypt what is encrypted to BACKUP_AGE_RECIPIENT"),
+    ],
+    ids=["missing", "empty", "not a key", "not ASCII", "another key"],
+)
+async def test_reports_an_identity_that_does_not_help(
+    monkeypatch: pytest.MonkeyPatch, identity: Path, content: str | None, seen: str
+) -> None:
+    rewrite(identity, content)
+    found = await check_identity(monkeypatch)
+    assert (found.state, seen in found.seen) == ("fail", True), found
+    assert not any(secret in found.line for secret in ("hush", "AGE-SECRET-KEY-1Q"))
+
+
+async def test_reports_an_unreadable_identity_and_one_that_others_can_read(
+    monkeypatch: pytest.MonkeyPatch, identity: Path, tmp_path: Path
+) -> None:
+    os.chmod(identity, 0o644)
+    found = await check_identity(monkeypatch)
+    assert (found.state, found.todo) == ("warn", f"run chmod 600 {identity}")
+    monkeypatch.setenv("BACKUP_AGE_IDENTITY_FILE", str(tmp_path))  # a directory: root may read any file
+    found = await check_identity(monkeypatch)
+    assert (found.state, "Is a directory" in found.seen) == ("fail", True)
+
+
+async def test_reports_a_newest_backup_for_another_identity(
+    monkeypatch: pytest.MonkeyPatch, identity: Path, tmp_path: Path, database: Pool
+) -> None:
+    other = str(pyrage.x25519.Identity.generate().to_public())
+    await fill(database)
+    await make_backup(make_service(tmp_path / "data", backup_age_recipient=other), database)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("DATABASE_URL", database.target.libpq_url())
+    found = await check_identity(monkeypatch)
+    assert (found.state, other in found.seen) == ("fail", True), found

@@ -1,0 +1,148 @@
+"""Checks of backups: the remote store, the newest backup, and the keys that they are encrypted with."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from utils.exceptions import BackupError, DatabaseError
+from utils.operations.backup import encryption, pipeline, recovery
+from utils.operations.backup.catalog import BackupCatalog, Entry
+from utils.operations.backup.manifest import Manifest
+from utils.operations.doctor.context import DoctorContext
+from utils.operations.doctor.report import CheckSkipped, Finding, shorten
+from utils.tasks import run_in_daemon_thread
+
+#: How old the newest backup may be when none are scheduled.
+MAX_BACKUP_AGE = timedelta(days=7)
+#: Seconds for reading the newest archive; about a gigabyte is read in one.
+CHECKSUM_SECONDS = 20.0
+#: Begins the names of objects that are written to try a store. No backup has such a name.
+PROBE_PREFIX = "guildbook-probe-"
+
+
+async def check_bucket(context: DoctorContext) -> Sequence[Finding]:
+    """Write, read and delete an object in the remote store."""
+    try:
+        remote = context.catalog().remote
+    except BackupError as exc:
+        return [Finding("fail", "bucket", shorten(exc), "correct BACKUP_URL, or the variables of its store")]
+    if remote is None:
+        return [Finding("ok", "bucket", "BACKUP_URL is not set: backups are stored in DATA_DIR/backups only")]
+    name, content = PROBE_PREFIX + secrets.token_hex(8), secrets.token_bytes(16)
+    try:
+        await remote.write(name, content)
+        found = await remote.read(name, 2 * len(content))
+    except BackupError as exc:
+        return [Finding("fail", "bucket", shorten(exc), "until then, backups are stored in DATA_DIR/backups only")]
+    problem = None if found == content else "what was written could not be read back"
+    try:
+        await remote.delete(name)
+    except BackupError as exc:
+        advice = "allow deleting: otherwise old backups are kept for ever. Delete that object by hand"
+        return [Finding("fail", "bucket", shorten(exc), advice)]
+    if problem is not None:
+        return [Finding("fail", "bucket", f"{remote.name}: {problem}", "use another store")]
+    return [Finding("ok", "bucket", f"{remote.name}: an object was written, read and deleted")]
+
+
+async def check_backups(context: DoctorContext) -> Sequence[Finding]:
+    """Check age and checksum of the newest full backup, and whether the database has lost what a backup of it has."""
+    context.require("BACKUP_AGE_RECIPIENT", "BACKUP_AGE_IDENTITY_FILE", "BACKUP_EVERY")
+    catalog = context.catalog()
+    with contextlib.suppress(DatabaseError, CheckSkipped):  # other checks report them
+        pool = await context.pool()
+        loss = await recovery.find_loss(pool)
+        hold = None if loss is None else await recovery.find_hold(pool, catalog, loss, _unknown)
+        if hold is not None:
+            return [Finding("fail", "backups", hold.line.removesuffix(f"; {hold.advice}"), hold.advice)]
+    entries, errors = await catalog.scan()
+    findings = [Finding("warn", "backups", f"only the others are checked: {error}"[:300]) for error in errors]
+    every = context.settings.backup_every
+    advice = "run python bot.py backup create" + ("" if every else ", or schedule backups with BACKUP_EVERY=1d")
+    newest = next((entry for entry in entries if entry.manifest is None or entry.manifest.kind == "full"), None)
+    if newest is None:
+        return [*findings, Finding("warn", "backups", "there is no full backup", advice)]
+    damage = newest.problem
+    checked = "its size is right"
+    if damage is None and newest.manifest is not None:
+        damage, checked = await _check_archive(catalog, newest)
+    if damage is not None or newest.manifest is None:
+        return [*findings, Finding("fail", "backups", f"the newest, {newest.id}, is damaged: {damage}"[:300], advice)]
+    age = datetime.now(UTC) - newest.manifest.made_at
+    seen = f"the newest, {newest.id}, is {age / timedelta(hours=1):,.0f} hours old; {checked}"
+    max_age = timedelta(seconds=2 * every) if every else MAX_BACKUP_AGE
+    return [*findings, Finding("warn", "backups", seen, advice) if age > max_age else Finding("ok", "backups", seen)]
+
+
+async def _unknown() -> None:
+    """Return no application: any may be that of the token."""
+
+
+async def _check_archive(catalog: BackupCatalog, entry: Entry) -> tuple[str | None, str]:
+    """Return what is wrong with the local copy of an archive, and what was checked."""
+    manifest = entry.manifest
+    assert manifest is not None
+    path = catalog.local.path / manifest.file
+    if catalog.local.name not in entry.places:
+        return None, f"it is in {entry.places[0]} only, where its size is right"
+    try:
+        async with asyncio.timeout(CHECKSUM_SECONDS):
+            digest = await run_in_daemon_thread(lambda: pipeline.file_digest(path))
+    except TimeoutError:
+        return None, f"its size is right, its checksum was not compared within {CHECKSUM_SECONDS:g} s"
+    except OSError as exc:
+        return f"{path}: {exc.strerror}", ""
+    if digest.sha256 != manifest.sha256:
+        return f"{path} does not have the checksum in its manifest", ""
+    return None, "its checksum is right"
+
+
+async def check_identity(context: DoctorContext) -> Sequence[Finding]:
+    """Check that backups can be decrypted, if they are encrypted."""
+    context.require("BACKUP_AGE_RECIPIENT", "BACKUP_AGE_IDENTITY_FILE")
+    recipient, path = context.settings.backup_age_recipient, context.settings.backup_age_identity_file
+    if path is None:
+        seen = "BACKUP_AGE_RECIPIENT is not set: backups are not encrypted"
+        if recipient is not None:
+            seen = "backups are encrypted, and BACKUP_AGE_IDENTITY_FILE, which restores need, is not set here"
+        return [Finding("ok", "identity", seen)]
+    advice = "copy the file here that age-keygen wrote, or unset BACKUP_AGE_IDENTITY_FILE"
+    try:
+        identities = await run_in_daemon_thread(lambda: encryption.read_identities(path))
+        matches = recipient is None or encryption.can_decrypt(recipient, identities)
+    except encryption.KeyFileError as exc:
+        return [Finding("fail", "identity", str(exc), advice)]
+    if not matches:
+        seen = f"the identity in {path} does not decrypt what is encrypted to BACKUP_AGE_RECIPIENT"
+        return [Finding("fail", "identity", seen, "set both from the same file of age-keygen's")]
+    findings: list[Finding] = []
+    if recipient is None:
+        seen = f"{path} can be read, but BACKUP_AGE_RECIPIENT is not set: new backups are not encrypted"
+        findings.append(Finding("warn", "identity", seen, "set it to what age-keygen printed"))
+    newest = await _newest_encrypted(context)
+    if newest is not None and newest.recipient not in {str(identity.to_public()) for identity in identities}:
+        seen = f"backup {newest.id} was encrypted to another recipient ({newest.recipient}): {path} does not decrypt it"
+        findings.append(Finding("fail", "identity", seen, "add its identity to the file, or make a new backup"))
+    if await run_in_daemon_thread(lambda: _is_readable_by_others(path)):
+        seen = f"{path} can be read by other users of this machine"
+        findings.append(Finding("warn", "identity", seen, f"run chmod 600 {path}"))
+    return findings or [Finding("ok", "identity", f"{path} decrypts what is encrypted to BACKUP_AGE_RECIPIENT")]
+
+
+async def _newest_encrypted(context: DoctorContext) -> Manifest | None:
+    with contextlib.suppress(BackupError, CheckSkipped):  # check_backups reports them
+        manifest = await context.catalog().newest()
+        return manifest if manifest is not None and manifest.recipient is not None else None
+    return None
+
+
+def _is_readable_by_others(path: Path) -> bool:
+    try:
+        return bool(path.stat().st_mode & 0o077)
+    except OSError:
+        return False
