@@ -86,7 +86,9 @@ async def test_refuses_partial_unknown_and_too_new_backups(tmp_path: Path, datab
     service = make_service(tmp_path)
     partial = await make_backup(service, database, BackupRequest(tables=("guilds",)))
     with pytest.raises(BackupError, match="partial"):
-        await service.restore(database, partial.id)
+        await service.restore(database, partial.id, whole_database=True)
+    with pytest.raises(BackupError, match="partial"):
+        await service.drill(database, partial.id)
     with pytest.raises(BackupError, match="newer"):
         async with service.catalog.open(backup_id, 15):
             pass

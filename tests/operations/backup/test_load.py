@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from utils.database import Pool
-from utils.database.placement import Placement
 from utils.exceptions import DatabaseUnavailable
 from utils.operations.backup import load
 
@@ -15,7 +14,7 @@ async def test_a_timeout_is_one_error_not_a_group(database: Pool) -> None:
         await connection.execute("LOCK TABLE guilds")
         for work in (
             load.count(database.target, [("public", "guilds")], timeout=0.2),
-            load.analyze(database.target, Placement(), timeout=0.2),
+            load.analyze(database.target, [("public", "guilds")], timeout=0.2),
         ):
             with pytest.raises(DatabaseUnavailable, match="did not answer in time"):
                 await work

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.operations.backup.helpers import (
+    connect,
     dropping_scratch_databases,
     execute,
     fetchval,
@@ -19,9 +20,14 @@ from tests.operations.backup.helpers import (
     table_checksums,
 )
 from utils.database import ConnectTarget, Pool
-from utils.exceptions import ForbiddenHere
+from utils.database.placement import Placement
+from utils.exceptions import BackupError, ForbiddenHere
 from utils.operations import migrations
-from utils.operations.backup import scratch
+from utils.operations.backup import load, scratch, swap
+from utils.operations.backup.archive import Archive
+from utils.operations.backup.load import Place
+from utils.operations.backup.places import open_place
+from utils.operations.backup.restore import restore
 from utils.operations.backup.service import BackupService
 
 pytestmark = pytest.mark.slow
@@ -86,6 +92,116 @@ async def test_migrates_an_older_backup(tmp_path: Path, empty_target: ConnectTar
         assert await pool.fetchval("SELECT name FROM guilds") == "old"
         assert await migrations.pending(pool) == []
         assert await migrations.check_drift(pool) == []
+
+
+async def test_one_restore_at_a_time(
+    database: Pool, service: BackupService, empty_target: ConnectTarget, tmp_path: Path
+) -> None:
+    """Neither kind runs beside the other, and the second one is refused before anything is done."""
+    [entry] = await service.catalog.entries()
+    running = "another restore of this database is running: wait until it ends"
+    async with open_place(database, is_restore=True):
+        for whole_database in (False, True):
+            with pytest.raises(BackupError, match=running):
+                await service.restore(database, entry.id, whole_database=whole_database)
+    async with scratch.without_other_restores(database.target):
+        for whole_database in (False, True):
+            with pytest.raises(BackupError, match=running):
+                await service.restore(database, entry.id, whole_database=whole_database)
+        refused = await run_backup_command(tmp_path, database.target, "restore", entry.id, "--yes")
+        assert (refused.code, refused.out, refused.err.count("\n")) == (1, "", 1)
+        assert running in refused.err
+        assert (await service.drill(database)).ok
+    assert [found.id for found in await service.catalog.entries()] == [entry.id], "no safety backup was made"
+    async with dropping_scratch_databases(database.target):
+        for whole_database in (True, False, True, False):
+            assert (await service.restore(database, entry.id, whole_database=whole_database)).ok
+    # Guildbooks in schemas of their own do not wait for each other, but for a restore of their database.
+    targets = [empty_target.with_placement(Placement.of(name)) for name in ("one", "two")]
+    for target in targets:
+        await migrations.upgrade(target)
+    async with open_pool(targets[0]) as one, open_pool(targets[1]) as two, open_place(one, is_restore=True):
+        async with open_place(two, is_restore=True):
+            with pytest.raises(BackupError, match=running):
+                async with scratch.without_other_restores(one.direct):
+                    pass
+        with pytest.raises(BackupError, match=running):
+            async with open_place(one, is_restore=True):
+                pass
+
+
+async def test_a_swap_waits_for_a_restore_in_place(database: Pool) -> None:
+    """For one that began between the loading and the swap."""
+    async with dropping_scratch_databases(database.target), connect(database.target) as other:
+        await scratch.lock_for_restore(other, "public")
+        name = str(database.target.database)
+        async with scratch.scratch_database(database.target, name, scratch.new_suffix()) as made:
+            with pytest.raises(BackupError, match=r"another restore of this database is running.*Nothing was changed"):
+                await swap.swap(database.target, name, made.name, f"{name}_before", comment="", attempts=1)
+        assert await other.fetchval("SELECT count(*) FROM members") == 0
+
+
+# --- materialized views
+
+#: One of our views, as if a revision had made it materialized.
+MATERIALIZED = """
+DROP VIEW role_membership;
+CREATE MATERIALIZED VIEW role_membership AS
+    SELECT user_id, count(*) AS memberships, 10 / min(length(nick)) AS ratio FROM members GROUP BY 1
+"""
+UNIQUE = "CREATE UNIQUE INDEX ON role_membership (user_id)"
+
+
+@pytest.mark.parametrize("whole_database", [False, True])
+@pytest.mark.parametrize("made", [[MATERIALIZED], [MATERIALIZED, UNIQUE], [f"{MATERIALIZED} WITH NO DATA", UNIQUE]])
+async def test_refreshes_materialized_views(
+    database: Pool, service: BackupService, monkeypatch: pytest.MonkeyPatch, made: list[str], *, whole_database: bool
+) -> None:
+    [entry] = await service.catalog.entries()
+    await execute(database.target, *made, "CREATE MATERIALIZED VIEW theirs AS SELECT count(*) AS number FROM members")
+    make_place = load.make_place
+
+    async def make_place_with_view(archive: Archive, target: ConnectTarget, schemas: Placement) -> Place:
+        place = await make_place(archive, target, schemas)
+        await execute(target, *made)
+        return place
+
+    monkeypatch.setattr(load, "make_place", make_place_with_view)
+    async with dropping_scratch_databases(database.target):
+        outcome = await service.restore(database, entry.id, whole_database=whole_database)
+        assert outcome.ok, outcome.text
+        assert await database.fetchval("SELECT count(*) FROM role_membership") == 3_000
+        if not whole_database:
+            assert await database.fetchval("SELECT number FROM theirs") == 100, "another program's"
+            await database.execute("DELETE FROM members WHERE user_id > 7")
+            assert await restore(database, service.catalog, entry.id, tables=["members"])
+            assert await database.fetchval("SELECT count(*) FROM role_membership") == 3_000
+
+
+@pytest.mark.parametrize("whole_database", [False, True])
+async def test_a_view_that_cannot_be_refreshed_is_reported(
+    database: Pool, service: BackupService, monkeypatch: pytest.MonkeyPatch, *, whole_database: bool
+) -> None:
+    await database.execute("UPDATE members SET nick = '' WHERE user_id = 5")
+    manifest = await make_backup(service, database)
+    await database.execute("DELETE FROM members WHERE user_id = 5")
+    await execute(database.target, MATERIALIZED)
+    make_place = load.make_place
+
+    async def make_place_with_view(archive: Archive, target: ConnectTarget, schemas: Placement) -> Place:
+        place = await make_place(archive, target, schemas)
+        await execute(target, MATERIALIZED)
+        return place
+
+    monkeypatch.setattr(load, "make_place", make_place_with_view)
+    async with dropping_scratch_databases(database.target):
+        outcome = await service.restore(database, manifest.id, whole_database=whole_database)
+        assert not outcome.ok
+        assert (
+            "Restored, but refreshing the materialized views failed: refreshing public.role_membership" in outcome.text
+        )
+        assert "division by zero" in outcome.text
+        assert await database.fetchval("SELECT count(*) FROM members") == manifest.rows["public.members"]
 
 
 # --- what would be lost

@@ -47,12 +47,13 @@ RECONNECT_SECONDS = 0.1, 3.0
 
 
 async def announce(connection: Connection, tables: Iterable[str]) -> None:
-    """Tell every process, when this transaction commits, that it wrote these main tables.
+    """Tell every process, when this transaction commits, that it wrote these tables, named as in SQL.
 
     For statements that run outside `Database`, on a connection of their own.
     """
     placement = placement_on(connection)
-    names = {f"{placement.main}.{table}" for table in tables}
+    split = [table.rpartition(".") for table in tables]
+    names = {f"{placement.resolve(schema or None)}.{table}" for schema, _, table in split}
     await connection.execute(_NOTIFY, placement.channel(CHANNEL), _encode("", 0, True, names, set()))
 
 

@@ -47,6 +47,8 @@ class Archive:
     revision: str | None
     #: Exact row counts by schema and table.
     counts: dict[Name, int] = field(default_factory=dict)
+    #: Whether it was made of some tables only.
+    is_partial: bool = False
 
     @property
     def schemas(self) -> Placement:

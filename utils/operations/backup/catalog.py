@@ -256,18 +256,20 @@ class BackupCatalog:
     # --- reading archives
 
     @contextlib.asynccontextmanager
-    async def open(self, id: str, server_major: int, *, progress: Progress = ignore_progress) -> AsyncIterator[Archive]:
+    async def open(
+        self, id: str, server_major: int, *, allow_partial: bool = False, progress: Progress = ignore_progress
+    ) -> AsyncIterator[Archive]:
         """Yield a full backup as a local file: downloaded, its checksum verified, decrypted.
 
-        `id` may be `latest`. `server_major` is the major version of the server that it is to be restored on. Raises
-        `BackupError` if the backup does not exist, belongs to another project, is partial or damaged, is encrypted
-        and there is no identity, or was made on a newer major version.
+        `id` may be `latest`. `server_major` is the major version of the server that it is to be restored on. With
+        `allow_partial` it may be of some tables. Raises `BackupError` if the backup does not exist, belongs to another
+        project, is partial or damaged, is encrypted and there is no identity, or was made on a newer major version.
         """
         store, manifest = await self._find_intact(id)
-        if manifest.kind != "full":
+        if manifest.kind == "schema" or (manifest.kind == "tables" and not allow_partial):
             raise BackupError(
-                f"backup {manifest.id} is partial ({manifest.kind}): only a full one can replace the database. To"
-                " restore single tables, run pg_restore --table on its archive"
+                f"backup {manifest.id} is partial ({manifest.kind}): "
+                + ("it has no rows" if manifest.kind == "schema" else "only a full one can be drilled or replace all")
             )
         if manifest.major > server_major:
             raise BackupError(
@@ -278,7 +280,8 @@ class BackupCatalog:
         async with private_directory(self.settings.data_dir / "opened") as directory:
             file = await self._plaintext_file(store, manifest, directory, progress)
             made_at, major = manifest.made_at, manifest.major
-            yield Archive(manifest.id, file, tools, made_at, major, manifest.revision, manifest.counts)
+            is_partial = manifest.kind != "full"
+            yield Archive(manifest.id, file, tools, made_at, major, manifest.revision, manifest.counts, is_partial)
 
     async def verify(self, store: Store, id: str, *, progress: Progress = ignore_progress) -> Verification:
         """Read a backup's archive in one store and compare it with its manifest. Raises `BackupError` if it differs.

@@ -7,14 +7,14 @@ import contextlib
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
 
 import asyncpg
 
-from utils.database import ConnectTarget
+from utils.database import ConnectTarget, materialized_views, ownership
 from utils.database.ownership import VERSION_TABLE
 from utils.database.partitions import month_start, partitioned_tables
 from utils.database.placement import Placement
@@ -102,12 +102,20 @@ class Loaded:
 
 
 def describe_restored(
-    archive: Archive, loaded: Loaded, database: str, revisions: Sequence[str], safety_id: str | None, why_none: str
+    archive: Archive,
+    loaded: Loaded,
+    database: str,
+    revisions: Sequence[str],
+    safety_id: str | None,
+    why_none: str,
+    *,
+    what: str | None = None,
 ) -> list[str]:
-    """Return what a restore says of the rows that are live now, and of the backup made before."""
+    """Return what a restore says of the rows that are live now (`what`; None: all), and of the backup made before."""
+    what = f"{loaded.rows:,} rows in {len(loaded.tables)} tables" if what is None else what
     lines = [
-        f"Backup {archive.id} of {archive.made_at:%Y-%m-%d %H:%M} UTC is live in database {database}:"
-        f" {loaded.rows:,} rows in {len(loaded.tables)} tables, all counted.",
+        f"Backup {archive.id} of {archive.made_at:%Y-%m-%d %H:%M} UTC is live in database {database}: {what}, all"
+        " counted.",
         f"The database was backed up first: {safety_id}." if safety_id else why_none,
     ]
     if revisions:
@@ -141,15 +149,20 @@ def translated(values: Mapping[Name, ValueT], schemas: Placement, into: Placemen
 
 
 async def load_and_check(
-    archive: Archive, place: Place, *, with_indexes: bool = True, progress: Progress = ignore_progress
+    archive: Archive,
+    place: Place,
+    *,
+    only: Collection[Name] | None = None,
+    with_indexes: bool = True,
+    progress: Progress = ignore_progress,
 ) -> Loaded:
     """Replace the rows of the tables in a place by those of an archive.
 
-    Without `with_indexes` the tables keep only those indexes that refuse rows. Raises `BackupError` unless the counts
-    and the revision match.
+    only: the tables of the archive to load; None: all. Without `with_indexes` the tables keep only those indexes that
+    refuse rows. Raises `BackupError` unless the counts and the revision match.
     """
     ours = set(owned_names(archive.schemas))
-    counts = {name: rows for name, rows in archive.counts.items() if name in ours}
+    counts = {name: rows for name, rows in archive.counts.items() if name in ours and (only is None or name in only)}
     names = translated_names(list(counts), archive.schemas, place.schemas)
     progress(Step("restoring", 0, len(names), "tables"))
     async with connect(place.target) as connection:
@@ -168,15 +181,15 @@ async def load_and_check(
         {".".join(name): rows for name, rows in counts.items()},
         {".".join(name): found[into] for name, into in loadable.items()},
     )
-    revision = await _revision(place)
-    if revision != archive.revision:
+    version = (place.schemas.main, VERSION_TABLE)
+    if version in existing and (revision := await _revision(place)) != archive.revision:
         problems.insert(0, f"the schema is at revision {revision}, expected {archive.revision}")
     if problems:
         raise BackupError(
             f"backup {archive.id} was not restored as it was made: {'; '.join(problems[:5])}"
             f"{f' and {len(problems) - 5} more' if len(problems) > 5 else ''}. Use another backup"
         )
-    left_out = [f"{schema}.{name}" for schema, name in archive.counts if (schema, name) not in ours]
+    left_out = [f"{schema}.{name}" for schema, name in archive.counts if (schema, name) not in ours and only is None]
     return Loaded(loadable, columns, sum(counts.values()), left_out)
 
 
@@ -388,14 +401,41 @@ async def _revision(place: Place) -> str | None:
     return ", ".join(row["version_num"] for row in rows) or None
 
 
-async def analyze(target: ConnectTarget, schemas: Placement, *, timeout: float = TABLE_SECONDS) -> None:
-    """Gather the planner's statistics of our tables, which archives do not contain.
+async def refresh_views(
+    target: ConnectTarget, schemas: Placement, *, timeout: float = materialized_views.REFRESH_SECONDS
+) -> None:
+    """Refresh our materialized views, each within `timeout` seconds; concurrently where an index allows it.
+
+    Raises `BackupError` after the last one if some could not be refreshed.
+    """
+    ours = set(ownership.owned().qualified_relations(schemas))
+    failed: list[str] = []
+    async with connect(target) as connection:
+        with translate_errors("looking for materialized views"):
+            views = await connection.fetch(materialized_views.VIEWS)
+        for view in views:
+            if (view["schema"], view["relname"]) not in ours:
+                continue
+            how = "CONCURRENTLY " if view["can_refresh_concurrently"] else ""
+            try:
+                with translate_errors(f"refreshing {view['quoted']}"):
+                    await connection.execute(f"REFRESH MATERIALIZED VIEW {how}{view['quoted']}", timeout=timeout)
+            except DatabaseUnavailable:
+                raise
+            except DatabaseError as error:
+                failed.append(str(error))
+    if failed:
+        raise BackupError("; ".join(failed))
+
+
+async def analyze(target: ConnectTarget, names: Sequence[Name], *, timeout: float = TABLE_SECONDS) -> None:
+    """Gather the planner's statistics of those of these tables that exist: archives do not contain them.
 
     Works on several connections, largest tables first, each within `timeout` seconds.
     """
     async with connect(target) as connection:
         with translate_errors("gathering statistics"):
-            queue = deque(table.quoted for table in await find_tables(connection, owned_names(schemas)))
+            queue = deque(table.quoted for table in await find_tables(connection, names))
 
     async def work() -> None:
         async with connect(target) as connection:

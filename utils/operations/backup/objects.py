@@ -91,10 +91,20 @@ class ScratchPlacement(Placement):
 
 
 def placement_of_backup(tables: Iterable[Name]) -> Placement:
-    """Return the schemas in which a backup with these tables has ours."""
-    by_name = {name: schema for schema, name in tables if name in (VERSION_TABLE, "guilds", "leases")}
-    main = by_name.get(VERSION_TABLE) or by_name.get("guilds")
-    return Placement(main or PUBLIC, by_name.get("leases") or OPS)
+    """Return the schemas in which a backup with these tables has ours; a partial one may have any of them."""
+    found, owned = list(tables), ownership.owned_tables()
+    by_name = {name: schema for schema, name in found if name in (VERSION_TABLE, "guilds", "leases")}
+    names = {spelled: {name for schema, name in owned if schema == spelled} for spelled in (None, OPS)}
+
+    def only_in(spelled: str | None) -> str | None:
+        others = {name for schema, name in owned if schema != spelled}
+        return next((schema for schema, name in found if name in names[spelled] - others), None)
+
+    main = by_name.get(VERSION_TABLE) or by_name.get("guilds") or only_in(None)
+    ops = by_name.get("leases") or only_in(OPS)
+    if main is None and ops is not None:
+        main = PUBLIC if ops == OPS else ops.removesuffix(f"_{OPS}")
+    return Placement(main or PUBLIC, ops or Placement.of(main or PUBLIC).ops)
 
 
 def owned_names(schemas: Placement) -> list[Name]:

@@ -7,9 +7,10 @@ backup has them, and later migrate the loaded rows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
+from models import Document
 from utils.database import ConnectTarget, Pool, ownership
 from utils.database.placement import Placement
 from utils.exceptions import BackupError, MigrationError, translate_errors
@@ -18,9 +19,10 @@ from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup import load
 from utils.operations.backup.archive import Archive
 from utils.operations.backup.load import Loaded, Place
-from utils.operations.backup.objects import Name, ScratchPlacement, find_tables, owned_names
+from utils.operations.backup.objects import Name, ScratchPlacement, find_tables, owned_names, qualified
 from utils.operations.backup.scratch import Connection, connect
 from utils.operations.backup.scratch_schemas import copy_structure, drop_columns, scratch_schemas
+from utils.operations.backup.selection import Selection
 
 _OTHER_PATH = """
 SELECT string_agg(quote_ident(name), ', ' ORDER BY position)
@@ -87,16 +89,26 @@ class ScratchPlace:
         return Place(self.live, self._scratch)
 
     async def load(
-        self, archive: Archive, *, with_indexes: bool = True, progress: Progress = ignore_progress
+        self,
+        archive: Archive,
+        selection: Selection | None = None,
+        *,
+        with_indexes: bool = True,
+        progress: Progress = ignore_progress,
     ) -> Loaded:
         """Make the tables of an archive's revision, and load and count its rows.
 
-        Without `with_indexes`, copies of live tables keep only those indexes that refuse rows. Raises `BackupError`
-        unless all of it comes back.
+        Of a `selection`, copies of live tables are made and loaded for the selected ones and those of `ops` only;
+        revisions need all tables. Without `with_indexes`, copies keep only those indexes that refuse rows. Raises
+        `BackupError` unless all of it comes back.
         """
         missing_revisions(archive)
-        ours = set(owned_names(archive.schemas))
-        names = load.translated_names([name for name in archive.counts if name in ours], archive.schemas, self.schemas)
+        wanted = set(owned_names(archive.schemas))
+        if selection is not None:
+            wanted = {name for name in wanted if name in selection.tables or name[0] == archive.schemas.ops}
+        names = load.translated_names(
+            [name for name in archive.counts if name in wanted], archive.schemas, self.schemas
+        )
         async with connect(self.live) as connection:
             with translate_errors("making the scratch tables"):
                 tables = await find_tables(connection, list(names.values()))
@@ -105,7 +117,8 @@ class ScratchPlace:
                 else:
                     await self._run_revisions(connection, archive)
         with_indexes = with_indexes or self.is_migrated  # revisions may rely on them
-        loaded = await load.load_and_check(archive, self.place, with_indexes=with_indexes, progress=progress)
+        only = None if selection is None or self.is_migrated else wanted
+        loaded = await load.load_and_check(archive, self.place, only=only, with_indexes=with_indexes, progress=progress)
         if not self.is_migrated:
             async with connect(self.live) as connection:
                 with translate_errors("reading the scratch tables"):
@@ -140,15 +153,41 @@ class ScratchPlace:
             await migrations.upgrade(self._placed, "heads")
         return revisions
 
-    async def tables_to_replace(self, loaded: Loaded) -> list[Name]:
-        """Return the live tables that have a counterpart here: one in the backup, or one that a revision filled."""
+    async def keep_documents_of(self, guild_id: int) -> int:
+        """Delete the loaded documents of other guilds, and return how many are left."""
+        table = qualified((self._scratch.main, Document.__tablename__))
+        async with connect(self.live) as connection:
+            with translate_errors("selecting the documents"):
+                await connection.execute(f"DELETE FROM {table} WHERE guild_id <> $1", guild_id)  # noqa: S608
+                rows: int = await connection.fetchval(f"SELECT count(*) FROM {table}")  # noqa: S608
+        return rows
+
+    async def tables_to_replace(self, loaded: Loaded, selection: Selection | None = None) -> list[Name]:
+        """Return the live tables that have a counterpart here: one in the backup, or one that a revision filled.
+
+        Of a `selection`: only the selected ones, and those of `ops`. Raises `BackupError` if one of them no longer
+        exists.
+        """
         async with connect(self.live) as connection:
             with translate_errors("reading the scratch tables"):
                 tables = await find_tables(connection, owned_names(self._scratch))
+                existing = [(table.schema, table.name) for table in tables]
+                if selection is not None:
+                    return self._selected(loaded, selection, existing)
                 in_backup = set(loaded.tables.values())
                 found: list[Name] = []
-                for table in tables:
-                    name = (table.schema, table.name)
+                for table, name in zip(tables, existing, strict=True):
                     if name in in_backup or await connection.fetchval(f"SELECT EXISTS (SELECT FROM {table.quoted})"):  # noqa: S608
                         found.append(name)
         return list(load.translated_names(found, self._scratch, self.schemas).values())
+
+    def _selected(self, loaded: Loaded, selection: Selection, existing: Sequence[Name]) -> list[Name]:
+        names = [loaded.tables[name] for name in selection.tables if name in loaded.tables]
+        gone = [".".join(name) for name in selection.tables if loaded.tables.get(name) not in existing]
+        if gone:
+            raise BackupError(
+                f"the revisions since the backup have replaced table {', '.join(gone)}: restore the whole backup."
+                " Nothing was changed"
+            )
+        names += [name for name in existing if name[0] == self._scratch.ops]
+        return list(load.translated_names(names, self._scratch, self.schemas).values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 import asyncpg
 import stamina
 
+from models import mirrored_tables
 from utils.database import ConnectTarget
 from utils.database.cache.channel import announce
 from utils.database.locks import LOCK_STATES, describe_lock_holders
@@ -25,6 +26,7 @@ from utils.database.ownership import VERSION_TABLE
 from utils.database.placement import Placement
 from utils.database.sql import load_statements, quote_identifier
 from utils.exceptions import BackupError, DatabaseError, DatabaseUnavailable, translate_errors
+from utils.mirror.records.rows import COUNTER_BITS
 from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup.archive import SequenceState
 from utils.operations.backup.load import LOAD_SECONDS, Place
@@ -56,6 +58,9 @@ _SQL = load_statements(Path(__file__).with_suffix(".sql"))
 
 
 _ENABLE = {"O": "ENABLE", "R": "ENABLE REPLICA", "A": "ENABLE ALWAYS"}
+#: What the server computes for rows of one guild's documents that are written: to a bot that keeps running, a version
+#: must never be one that the document had before.
+_RENEWED = {"version": "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint", "updated_at": "now()"}
 #: What deleting a row does to those that refer to it, by pg_constraint.confdeltype.
 _ON_DELETE = {"c": "would be deleted", "n": "would lose the reference", "d": "would lose the reference"}
 
@@ -90,6 +95,18 @@ class _Pair:
     key: Sequence[str]
     #: Whether rows that differ must be changed in place, instead of being deleted and added again.
     must_update: bool
+    #: Only rows of this guild are replaced; None: all. The scratch table has no others.
+    guild_id: int | None = None
+
+    @property
+    def arguments(self) -> list[int]:
+        """The arguments of the statements that read or delete live rows."""
+        return [] if self.guild_id is None else [self.guild_id]
+
+    @property
+    def scope(self) -> str:
+        """The condition on the live rows that are replaced, after another condition."""
+        return "" if self.guild_id is None else " AND t.guild_id = $1"
 
     @property
     def only(self) -> str:
@@ -98,6 +115,8 @@ class _Pair:
 
     def value(self, column: str, alias: str = "s") -> str:
         """Return a column of the scratch table, as the live one has it."""
+        if self.guild_id is not None and column in _RENEWED:
+            return _RENEWED[column]
         cast = self.columns[column]
         name = f"{alias}.{quote_identifier(column)}"
         return name if cast is None else f"{name}::text::{cast}"
@@ -111,15 +130,17 @@ class _Pair:
     def differs(self) -> str:
         """The condition under which a live row `t` and a scratch row `s` have different contents."""
         # Compares the stored bytes: not every type has an operator for equality.
-        live = ", ".join(f"t.{quote_identifier(column)}" for column in self.columns)
-        return f"ROW({live})::record *<> ROW({', '.join(map(self.value, self.columns))})::record"
+        compared = [column for column in self.columns if self.guild_id is None or column not in _RENEWED]
+        live = ", ".join(f"t.{quote_identifier(column)}" for column in compared)
+        return f"ROW({live})::record *<> ROW({', '.join(map(self.value, compared))})::record"
 
     def delete(self) -> str:
         """Return the statement that deletes what is not in the backup."""
-        if not self.key:
+        if not self.key and self.guild_id is None:
             return f"TRUNCATE {self.only}"  # a publication forbids to delete rows that nothing identifies
         same = self.has_same_key if self.must_update else f"{self.has_same_key} AND NOT ({self.differs})"
-        return f"DELETE FROM {self.only} AS t WHERE NOT EXISTS (SELECT FROM {self.scratch} AS s WHERE {same})"  # noqa: S608
+        is_gone = f"NOT EXISTS (SELECT FROM {self.scratch} AS s WHERE {same})" if self.key else "true"
+        return f"DELETE FROM {self.only} AS t WHERE {is_gone}{self.scope}"  # noqa: S608
 
     def update(self) -> str | None:
         """Return the statement that changes the rows which differ; None: they have been deleted."""
@@ -163,6 +184,8 @@ async def replace_rows(
     tables: Sequence[Name],
     sequences: Mapping[Name, SequenceState],
     *,
+    is_partial: bool = False,
+    guild_id: int | None = None,
     revoke_lease: bool = False,
     attempts: int = ATTEMPTS,
     lock_seconds: float = LOCK_SECONDS,
@@ -171,11 +194,15 @@ async def replace_rows(
     """Replace the rows of live `tables` by those of the tables that stand for them in a place.
 
     Rows of `ops` stay, unless the live database began anew since the backup: then the backup's are added. `sequences`
-    are raised to at least these states. With `revoke_lease`, the holder of the lease loses it, starts over and
-    reconciles everything. `lock_seconds` is how long each attempt waits for transactions that are writing. Raises
-    `BackupError` after the last attempt, or if another program's rows are in the way; then nothing was changed.
+    are raised to at least these states. With `is_partial`, other tables that are missing are not brought back; with
+    `guild_id`, only the rows of that guild are replaced, and the place must have no others. With `revoke_lease`, the
+    holder of the lease loses it, starts over and reconciles everything. `lock_seconds` is how long each attempt waits
+    for transactions that are writing. Raises `BackupError` after the last attempt, or if rows of tables that are not
+    replaced are in the way; then nothing was changed.
     """
-    replacement = _Replacement(live, schemas, place, tables, sequences, revoke_lease, lock_seconds, progress)
+    replacement = _Replacement(
+        live, schemas, place, tables, sequences, is_partial, guild_id, revoke_lease, lock_seconds, progress
+    )
     result = Replaced()
     try:
         async for attempt in stamina.retry_context(
@@ -211,6 +238,8 @@ class _Replacement:
         place: Place,
         names: Sequence[Name],
         sequences: Mapping[Name, SequenceState],
+        is_partial: bool,
+        guild_id: int | None,
         revoke_lease: bool,
         lock_seconds: float,
         progress: Progress,
@@ -221,6 +250,8 @@ class _Replacement:
         self._names = [name for name in names if name[0] != schemas.ops and name[1] != VERSION_TABLE]
         self._ops_names = [name for name in names if name[0] == schemas.ops]
         self._sequences = sequences
+        self._is_partial = is_partial
+        self._guild_id = guild_id
         self._revoke_lease = revoke_lease
         self._lock_seconds = lock_seconds
         self._progress = progress
@@ -247,19 +278,21 @@ class _Replacement:
         tables = await find_tables(connection, self._names)
         await self._lock(connection, tables)
         self._xid = await connection.fetchval("SELECT pg_current_xact_id()::text")
-        added = await add_missing_tables(connection, self._schemas, self._place.schemas)
+        added = [] if self._is_partial else await add_missing_tables(connection, self._schemas, self._place.schemas)
         result.brought_back = [table.quoted for table in added]
         pairs = await self._pairs(connection, tables)
         await self._check_foreign_keys(connection, tables, pairs)
+        await self._check_own_foreign_keys(connection, pairs)
         enabling = await _disable_triggers(connection, tables)
         await self._replace(connection, pairs, result)
         await self._check_counts(connection, pairs)
-        await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")  # a table with pending checks is not altered
+        with _violated_keys():
+            await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")  # a table with pending checks is not altered
         for statement in enabling:
             await connection.execute(statement)
         await self._raise_sequences(connection, [*tables, *added])
-        await self._merge_ops(connection, result)
-        await announce(connection, {f"{table.schema}.{table.name}" for table in tables})
+        await self._merge_ops(connection, pairs, result)
+        await announce(connection, {self._schemas.shown(table.schema, table.name) for table in [*tables, *added]})
 
     async def is_committed(self) -> bool:
         """Return whether the last attempt was committed after all."""
@@ -304,6 +337,7 @@ class _Replacement:
                 dict(zip(row["columns"], row["casts"], strict=True)),
                 row["key"],
                 row["must_update"],
+                self._guild_id,
             )
             for row in await connection.fetch(_SQL["shapes"], live, scratch)
         }
@@ -322,7 +356,7 @@ class _Replacement:
     async def _check_foreign_keys(
         self, connection: Connection, tables: Sequence[OwnTable], pairs: Sequence[_Pair]
     ) -> None:
-        """Raise `BackupError` if another program's rows refer to rows that are not in the backup."""
+        """Raise `BackupError` if rows of tables that are not replaced refer to rows that are not in the backup."""
         parts = [name for table in tables for name in table.relations]
         shown = {row["shown"]: row["pair"] for row in await connection.fetch(
             "SELECT name::regclass::text AS shown, pair FROM unnest($1::text[], $2::text[]) AS t (name, pair)",
@@ -330,11 +364,17 @@ class _Replacement:
             [table.quoted for table in tables for _ in table.relations],
         )}  # fmt: skip
         by_name = {pair.live: pair for pair in pairs}
+        ours = await self._own_relations(connection)
         for key in await connection.fetch(_SQL["foreign_keys"], parts, parts):
             pair = by_name[shown[key["target"]]]
-            await self._check_foreign_key(connection, key, pair)
+            await self._check_foreign_key(connection, key, pair, is_ours=key["source"] in ours)
 
-    async def _check_foreign_key(self, connection: Connection, key: asyncpg.Record, pair: _Pair) -> None:
+    async def _own_relations(self, connection: Connection) -> set[str]:
+        return {name for table in await find_tables(connection, owned_names(self._schemas)) for name in table.relations}
+
+    async def _check_foreign_key(
+        self, connection: Connection, key: asyncpg.Record, pair: _Pair, *, is_ours: bool
+    ) -> None:
         refers = " AND ".join(
             f"t.{quote_identifier(to)} = f.{quote_identifier(column)}"
             for column, to in zip(key["columns"], key["referenced"], strict=True)
@@ -342,19 +382,20 @@ class _Replacement:
         stays = " AND ".join([pair.has_same_key, *(
             f"{pair.value(to)} = t.{quote_identifier(to)}" for to in key["referenced"] if to not in pair.key
         )])  # fmt: skip
-        vanishes = f"NOT EXISTS (SELECT FROM {pair.scratch} AS s WHERE {stays})"
+        vanishes = f"NOT EXISTS (SELECT FROM {pair.scratch} AS s WHERE {stays}){pair.scope}"
         what = f"foreign key {key['name']} of {key['source']}"
         try:
             async with connection.transaction():  # a savepoint
                 rows = await connection.fetchval(
                     f"SELECT count(*) FROM {key['source']} AS f JOIN {pair.live} AS t ON {refers} WHERE {vanishes}",  # noqa: S608
+                    *pair.arguments,
                     timeout=LOAD_SECONDS,
                 )
         except asyncpg.InsufficientPrivilegeError:
             if key["on_delete"] not in _ON_DELETE:
                 return  # the server refuses to delete what is referred to
             query = f"SELECT EXISTS (SELECT FROM {pair.live} AS t WHERE {vanishes})"  # noqa: S608
-            if await connection.fetchval(query, timeout=LOAD_SECONDS):
+            if await connection.fetchval(query, *pair.arguments, timeout=LOAD_SECONDS):
                 raise BackupError(
                     f"rows of {pair.live} are not in the backup, and rows of {key['source']}, which may not be read,"
                     f" may refer to them ({what}): grant SELECT on that table, or drop the key. Nothing was changed"
@@ -362,16 +403,46 @@ class _Replacement:
             return
         if rows:
             effect = _ON_DELETE.get(key["on_delete"], "would refer to nothing")
+            advice = "restore that table too" if is_ours else "delete them first, or point them elsewhere"
             raise BackupError(
-                f"{rows:,} {'row' if rows == 1 else 'rows'} of {key['source']}, which the backup does not contain,"
-                f" refer to rows of {pair.live} that are not in it either, and {effect} ({what}): delete them first, or"
-                " point them elsewhere. Nothing was changed"
+                f"{_count(rows)} of {key['source']}, which this restore does not replace, refer to rows of"
+                f" {pair.live} that are not in the backup, and {effect} ({what}): {advice}. Nothing was changed"
             )
+
+    async def _check_own_foreign_keys(self, connection: Connection, pairs: Sequence[_Pair]) -> None:
+        """Raise `BackupError` if rows of the backup refer to rows of tables that are not replaced, and do not exist."""
+        by_name = {pair.live: pair for pair in pairs}
+        ours = await self._own_relations(connection)
+        for key in await connection.fetch(_SQL["own_foreign_keys"], list(by_name)):
+            pair = by_name[key["source"]]
+            if not set(key["columns"]) <= pair.columns.keys():
+                continue  # the backup does not know the key, and the rows keep theirs
+            values = [pair.value(column) for column in key["columns"]]
+            refers = " AND ".join(
+                f"{value} = f.{quote_identifier(to)}" for value, to in zip(values, key["referenced"], strict=True)
+            )
+            has_reference = " AND ".join(f"{value} IS NOT NULL" for value in values)
+            try:
+                async with connection.transaction():  # a savepoint
+                    rows = await connection.fetchval(
+                        f"SELECT count(*) FROM {pair.scratch} AS s WHERE {has_reference}"  # noqa: S608
+                        f" AND NOT EXISTS (SELECT FROM {key['target']} AS f WHERE {refers})",
+                        timeout=LOAD_SECONDS,
+                    )
+            except asyncpg.InsufficientPrivilegeError:
+                continue  # the server refuses such rows
+            if rows:
+                advice = "restore that table too" if key["target"] in ours else "add them first, or drop the key"
+                raise BackupError(
+                    f"{_count(rows)} of {pair.live} in the backup refer to rows of {key['target']}, which this restore"
+                    f" does not replace, and they are not there (foreign key {key['name']}): {advice}. Nothing was"
+                    " changed"
+                )
 
     async def _replace(self, connection: Connection, pairs: Sequence[_Pair], result: Replaced) -> None:
         for pair in reversed(pairs):
             try:
-                status = await connection.execute(pair.delete(), timeout=LOAD_SECONDS)
+                status = await connection.execute(pair.delete(), *pair.arguments, timeout=LOAD_SECONDS)
             except asyncpg.ForeignKeyViolationError as error:
                 other = f"{error.schema_name}.{error.table_name}"
                 raise BackupError(
@@ -380,16 +451,19 @@ class _Replacement:
                 ) from error
             result.deleted += _affected(status)
         for done, pair in enumerate(pairs, start=1):
-            if (update := pair.update()) is not None:
-                result.changed += _affected(await connection.execute(update, timeout=LOAD_SECONDS))
-            result.added += _affected(await connection.execute(pair.insert(), timeout=LOAD_SECONDS))
+            with _violated_keys():
+                if (update := pair.update()) is not None:
+                    result.changed += _affected(await connection.execute(update, timeout=LOAD_SECONDS))
+                result.added += _affected(await connection.execute(pair.insert(), timeout=LOAD_SECONDS))
             self._progress(Step("replacing rows", done, len(pairs), "tables"))
 
     async def _check_counts(self, connection: Connection, pairs: Sequence[_Pair]) -> None:
         """Raise `BackupError` unless every live table has as many rows as its scratch table."""
         for pair in pairs:
             live, scratch = await connection.fetchrow(  # type: ignore[misc] # one row
-                f"SELECT (SELECT count(*) FROM {pair.only}), (SELECT count(*) FROM {pair.scratch})",  # noqa: S608
+                f"SELECT (SELECT count(*) FROM {pair.only} AS t WHERE true{pair.scope}),"  # noqa: S608
+                f" (SELECT count(*) FROM {pair.scratch})",
+                *pair.arguments,
                 timeout=LOAD_SECONDS,
             )
             if live != scratch:
@@ -408,11 +482,18 @@ class _Replacement:
 
     # --- the rows of ops
 
-    async def _merge_ops(self, connection: Connection, result: Replaced) -> None:
+    async def _merge_ops(self, connection: Connection, pairs: Sequence[_Pair], result: Replaced) -> None:
         """Add the backup's rows of `ops` if the live database began anew, and revoke the lease where necessary."""
         here = self._place.schemas.ops
+        live = await lease.list_epochs(connection)
         epochs = await lease.list_epochs(connection, qualified((here, "leases")))
-        result.has_diverged = lease.has_diverged(await lease.list_epochs(connection), epochs)
+        result.has_diverged = lease.has_diverged(live, epochs)
+        if self._is_partial and not epochs:  # the backup may be of some tables, and not have the leases
+            newest = await self._newest_epoch(connection, pairs)
+            outranked = {shard: newest for shard, (epoch, _) in live.items() if epoch < newest}
+            await lease.raise_epochs(connection, outranked)
+            if outranked and not self._revoke_lease:
+                await lease.depose(connection)
         if result.has_diverged:
             for schema, name in self._ops_names:
                 result.ops_rows[name] = await _add_rows(connection, (here, name), (schema, name))
@@ -421,6 +502,16 @@ class _Replacement:
         if result.has_diverged or self._revoke_lease:
             # Nobody holds the new epoch, so the current holder finds that it has lost the lease.
             await lease.depose(connection)
+
+    async def _newest_epoch(self, connection: Connection, pairs: Sequence[_Pair]) -> int:
+        """Return the newest epoch in the stamps of the rows that are live now; 0 if they have none."""
+        mirrored = {qualified((self._schemas.main, name)) for name in mirrored_tables()}
+        stamps = [
+            await connection.fetchval(f"SELECT max(stamp) FROM {pair.live}", timeout=LOAD_SECONDS)  # noqa: S608
+            for pair in pairs
+            if pair.live in mirrored
+        ]
+        return max((stamp >> COUNTER_BITS for stamp in stamps if stamp is not None), default=0)
 
 
 async def _add_rows(connection: Connection, source: Name, into: Name) -> int:
@@ -453,6 +544,22 @@ async def _disable_triggers(connection: Connection, tables: Sequence[OwnTable]) 
         await connection.execute(f"ALTER TABLE {row['table']} DISABLE TRIGGER {row['name']}")
         enabling.append(f"ALTER TABLE {row['table']} {_ENABLE[row['state']]} TRIGGER {row['name']}")
     return enabling
+
+
+@contextlib.contextmanager
+def _violated_keys() -> Iterator[None]:
+    """Raise `BackupError` for rows of the backup that refer to rows which do not exist."""
+    try:
+        yield
+    except asyncpg.ForeignKeyViolationError as error:
+        raise BackupError(
+            f"rows of {error.schema_name}.{error.table_name} in the backup refer to rows that do not exist (foreign key"
+            f" {error.constraint_name}): restore that table too, or add the rows first. Nothing was changed"
+        ) from error
+
+
+def _count(rows: int) -> str:
+    return f"{rows:,} {'row' if rows == 1 else 'rows'}"
 
 
 def _affected(status: str) -> int:

@@ -63,6 +63,18 @@ WHERE r.contype = 'f' AND r.conparentid = 0 AND r.confrelid = ANY($1::text[]::re
     AND r.conrelid <> ALL($2::text[]::regclass[])
 ORDER BY 2, 1;
 
+-- name: own_foreign_keys
+-- Foreign keys of tables ($1) onto tables that are not among them.
+SELECT r.conname AS name, r.conrelid::regclass::text AS source, r.confrelid::regclass::text AS target,
+    ARRAY(SELECT a.attname::text FROM unnest(r.conkey) WITH ORDINALITY AS k (attnum, position)
+        JOIN pg_attribute AS a ON a.attrelid = r.conrelid AND a.attnum = k.attnum ORDER BY k.position) AS columns,
+    ARRAY(SELECT a.attname::text FROM unnest(r.confkey) WITH ORDINALITY AS k (attnum, position)
+        JOIN pg_attribute AS a ON a.attrelid = r.confrelid AND a.attnum = k.attnum ORDER BY k.position) AS referenced
+FROM pg_constraint AS r
+WHERE r.contype = 'f' AND r.conparentid = 0 AND r.conrelid = ANY($1::text[]::regclass[])
+    AND r.confrelid <> ALL($1::text[]::regclass[])
+ORDER BY 2, 1;
+
 -- name: triggers
 -- Triggers that would fire; those of partitions come with their tables.
 SELECT t.tgrelid::regclass::text AS table, quote_ident(t.tgname) AS name, t.tgenabled::text AS state

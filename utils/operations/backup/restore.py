@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from utils.database import Pool
@@ -15,9 +16,11 @@ from utils.operations.backup import load, recovery
 from utils.operations.backup.archive import Archive
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.create import BackupRequest, create
+from utils.operations.backup.objects import Name, owned_names
 from utils.operations.backup.places import ScratchPlace, missing_revisions, open_place
 from utils.operations.backup.replacing import Replaced, check_owner, replace_rows
-from utils.operations.backup.whole_database import RECONCILE, After, SafetyBackup, follow_up, replace_database
+from utils.operations.backup.selection import Selection, select
+from utils.operations.backup.whole_database import RECONCILE, VIEWS, After, SafetyBackup, follow_up, replace_database
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +30,8 @@ async def restore(
     catalog: BackupCatalog,
     id: str = "latest",
     *,
+    tables: Sequence[str] = (),
+    documents_of: int | None = None,
     whole_database: bool = False,
     drop_old: bool = False,
     progress: Progress = ignore_progress,
@@ -34,17 +39,24 @@ async def restore(
 ) -> Outcome:
     """Replace the rows of the live tables by those of a backup, after backing up what is there.
 
-    With `whole_database` the live database is replaced instead, and everything in it is lost that is not Guildbook's;
-    `drop_old` then drops it at once, unless it could not be backed up.
+    With `tables`, only theirs; of a partial backup, those of all tables that it has. With `documents_of`, only the
+    documents of that guild (0: of none), for which a running bot need not start over. With `whole_database` the live
+    database is replaced instead, and everything in it is lost that is not Guildbook's; `drop_old` then drops it at
+    once, unless it could not be backed up.
 
     `after` is awaited once the restored rows are live, and should reconcile everything in a new session with Discord,
     because only that sends all threads. Without it, the holder of the lease loses it: a bot that is running starts
     over, which reconciles too. Raises `BackupError`, and leaves everything as it was, if the backup is damaged or
-    cannot be loaded, or if another program's rows refer to rows that are not in it.
+    cannot be loaded, or if rows of tables that are not restored refer to rows that are not in it, or the other way
+    round.
     """
+    if whole_database and (tables or documents_of is not None):
+        raise BackupError("the whole database cannot be replaced by a part of a backup: choose one of the two")
     progress(Step("checking the backup"))
-    async with catalog.open(id, pool.server_version_num // 10_000, progress=progress) as archive:
+    major = pool.server_version_num // 10_000
+    async with catalog.open(id, major, allow_partial=not whole_database, progress=progress) as archive:
         missing_revisions(archive)
+        selection = select(archive, tables, documents_of)
         assessment = await recovery.assess(pool)
 
         async def safety_backup() -> tuple[str | None, str]:
@@ -65,12 +77,15 @@ async def restore(
                 progress=progress,
                 after=after,
             )
-        return await restore_archive(pool, archive, safety_backup=safety_backup, progress=progress, after=after)
+        return await restore_archive(
+            pool, archive, selection, safety_backup=safety_backup, progress=progress, after=after
+        )
 
 
 async def restore_archive(
     pool: Pool,
     archive: Archive,
+    selection: Selection | None = None,
     *,
     safety_backup: SafetyBackup,
     progress: Progress = ignore_progress,
@@ -80,38 +95,44 @@ async def restore_archive(
     missing_revisions(archive)
     async with open_place(pool, is_restore=True) as scratch:
         await check_owner(scratch.live, scratch.schemas)
-        assessment = await recovery.assess(pool)
-        if assessment.state == "damaged" and await migrations.pending(pool):
-            # Missing tables are brought back as the newest revision has them, beside those that are left.
-            raise BackupError(
-                f"the live database is damaged ({assessment.reason}), and not at the newest revision: restore with"
-                " --whole-database"
-            )
+        await _check_live_tables(pool, archive, selection)
         safety_id, why_none = await safety_backup()
         started = time.monotonic()
-        loaded = await scratch.load(archive, with_indexes=False, progress=progress)
+        loaded = await scratch.load(archive, selection, with_indexes=False, progress=progress)
+        rows = loaded.rows if selection is None else sum(archive.counts[name] for name in selection.tables)
         revisions = await scratch.migrate(archive, progress=progress)
+        tables = await scratch.tables_to_replace(loaded, selection)
+        guild_id = None if selection is None else selection.guild_id
+        if guild_id is not None:
+            rows = await scratch.keep_documents_of(guild_id)
+            if not rows:
+                raise BackupError(f"backup {archive.id} has no documents of guild {guild_id}: nothing was changed")
         await _prepare_live_tables(pool, scratch, archive)
         progress(Step("replacing rows"))
         replaced = await replace_rows(
             scratch.live,
             scratch.schemas,
             scratch.place,
-            await scratch.tables_to_replace(loaded),
+            tables,
             load.translated(await load.read_sequences(archive), archive.schemas, scratch.schemas),
-            revoke_lease=after is None,
+            is_partial=selection is not None,
+            guild_id=guild_id,
+            revoke_lease=after is None and guild_id is None,
             progress=progress,
         )
         seconds_until_live = round(time.monotonic() - started, 2)
         database = str(scratch.live.database)
+    what = None if selection is None else selection.describe(rows)
     lines = [
-        *load.describe_restored(archive, loaded, database, revisions, safety_id, why_none),
+        *load.describe_restored(archive, loaded, database, revisions, safety_id, why_none, what=what),
         f"{replaced.deleted:,} rows were deleted, {replaced.changed:,} changed and {replaced.added:,} added.",
         _describe_ops(replaced),
     ]
     if replaced.brought_back:
         lines.append(f"Missing tables were brought back: {', '.join(replaced.brought_back)}.")
-    more_lines, is_ok = await _finish(pool, scratch, after)
+    if archive.is_partial and revisions:
+        lines.append("It was migrated without the rows of other tables, which the backup does not have.")
+    more_lines, is_ok = await _finish(pool, scratch, tables, after, selection)
     seconds = round(time.monotonic() - started, 2)
     data: dict[str, Any] = {
         "backup": archive.id,
@@ -121,7 +142,10 @@ async def restore_archive(
         "seconds_until_live": seconds_until_live,
         "safety_backup": safety_id,
         "migrated": revisions,
-        "rows": loaded.rows,
+        "rows": rows,
+        #: The tables whose rows were restored; null: all.
+        "tables": None if selection is None else [".".join(name) for name in selection.tables],
+        "guild_id": guild_id,
         "deleted": replaced.deleted,
         "changed": replaced.changed,
         "added": replaced.added,
@@ -132,6 +156,29 @@ async def restore_archive(
     }
     _log.info("backup restored", extra={"backup": archive.id, "seconds": seconds, "database_name": database})
     return Outcome("\n".join([*lines, *more_lines]), data, ok=is_ok)
+
+
+async def _check_live_tables(pool: Pool, archive: Archive, selection: Selection | None) -> None:
+    """Raise `BackupError` unless the live tables are such that rows can be replaced in them."""
+    assessment = await recovery.assess(pool)
+    if selection is None:
+        if assessment.state == "damaged" and await migrations.pending(pool):
+            # Missing tables are brought back as the newest revision has them, beside those that are left.
+            raise BackupError(
+                f"the live database is damaged ({assessment.reason}), and not at the newest revision: restore with"
+                " --whole-database"
+            )
+        return
+    if assessment.state == "damaged" or not assessment.has_tables:
+        raise BackupError(
+            f"a part of a backup can only be restored into a database that has all tables ({assessment.reason}):"
+            " restore a whole backup first"
+        )
+    if await migrations.current(pool) != archive.revision and (waiting := await migrations.pending(pool)):
+        raise BackupError(
+            f"the live database is not at the revision of the backup, {archive.revision}, and lacks"
+            f" {', '.join(waiting)}: run python bot.py db upgrade first"
+        )
 
 
 async def _prepare_live_tables(pool: Pool, scratch: ScratchPlace, archive: Archive) -> None:
@@ -152,13 +199,20 @@ def _describe_ops(replaced: Replaced) -> str:
     return "Schema ops was kept."
 
 
-async def _finish(pool: Pool, scratch: ScratchPlace, after: After) -> tuple[list[str], bool]:
+async def _finish(
+    pool: Pool, scratch: ScratchPlace, tables: Sequence[Name], after: After, selection: Selection | None
+) -> tuple[list[str], bool]:
     async def resume() -> None:
         if not await migrations.pending(pool):  # there is nothing left that the pause would keep from being applied
             await migrations.resume_auto_migrate(pool)
 
-    return await follow_up(
-        ("resuming AUTO_MIGRATE", resume),
-        (RECONCILE, after),
-        ("gathering statistics", lambda: load.analyze(scratch.live, scratch.schemas)),
-    )
+    changed = owned_names(scratch.schemas) if selection is None else tables
+    steps: list[tuple[str, Callable[[], Awaitable[object]] | None]] = [
+        (VIEWS, lambda: load.refresh_views(scratch.live, scratch.schemas)),
+        ("gathering statistics", lambda: load.analyze(scratch.live, changed)),
+    ]
+    if selection is None or selection.guild_id is None:  # documents are not mirrored
+        steps.insert(0, (RECONCILE, after))
+    if selection is None:
+        steps.insert(0, ("resuming AUTO_MIGRATE", resume))
+    return await follow_up(*steps)

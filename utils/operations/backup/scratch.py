@@ -23,7 +23,7 @@ import asyncpg
 from utils.database import ConnectTarget
 from utils.database.sessions import apply_settings
 from utils.database.sql import quote_identifier
-from utils.exceptions import BackupError, DatabaseError, ForbiddenHere, translate, translate_errors
+from utils.exceptions import DRIVER_ERRORS, BackupError, DatabaseError, ForbiddenHere, translate, translate_errors
 
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
@@ -33,6 +33,8 @@ else:
 _log = logging.getLogger(__name__)
 
 RESTORE, BEFORE = "restore", "before"
+#: The advisory lock in the live database that restores in place share, and that one of the whole database has alone.
+RESTORE_LOCK = "restore"
 #: Databases that every server has. A session in one of them can rename the live database; a session in the live one
 #: cannot (PostgreSQL manual, 23.3).
 _MAINTENANCE_DATABASES = ("postgres", "template1")
@@ -250,9 +252,37 @@ async def try_to_drop(target: ConnectTarget, connection: Connection, name: str, 
         _log.warning("could not drop %s, the next restore will: %s", name, translate(error))
 
 
-async def lock(connection: Connection, name: str) -> bool:
-    """Take the advisory lock of a name until the connection ends; False if another session holds it."""
-    return bool(await connection.fetchval("SELECT pg_try_advisory_lock($1)", _lock_key(name)))
+async def lock(connection: Connection, name: str, *, is_shared: bool = False) -> bool:
+    """Take the advisory lock of a name until the connection ends; False if another session holds it.
+
+    Sessions with `is_shared` keep only those without from taking it.
+    """
+    function = "pg_try_advisory_lock_shared" if is_shared else "pg_try_advisory_lock"
+    return bool(await connection.fetchval(f"SELECT {function}($1)", _lock_key(name)))
+
+
+async def lock_for_restore(connection: Connection, main: str | None = None) -> None:
+    """Keep other restores of the database of a connection out until it ends.
+
+    main: the schema of the main tables, if only their rows are replaced; other Guildbooks in the database may then
+    be restored meanwhile. None: the whole database. Raises `BackupError` while another restore is running.
+    """
+    is_free = await lock(connection, RESTORE_LOCK, is_shared=main is not None)
+    if not is_free or (main is not None and not await lock(connection, f"restore of {main}")):
+        raise BackupError("another restore of this database is running: wait until it ends")
+
+
+@contextlib.asynccontextmanager
+async def without_other_restores(live: ConnectTarget) -> AsyncIterator[None]:
+    """Keep all other restores of a database out during the block. Raises `BackupError` while one is running."""
+    async with connect(live) as connection:
+        await lock_for_restore(connection)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(*DRIVER_ERRORS):  # a firewall may have closed the idle connection
+                await unlock(connection, RESTORE_LOCK)
+            connection.terminate()
 
 
 async def unlock(connection: Connection, name: str) -> None:

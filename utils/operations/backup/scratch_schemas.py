@@ -15,9 +15,17 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from utils.database import ConnectTarget, ownership
 from utils.database.placement import OPS, Placement
 from utils.database.sql import quote_identifier
-from utils.exceptions import BackupError, ForbiddenHere, translate_errors
+from utils.exceptions import ForbiddenHere, translate_errors
 from utils.operations.backup.objects import Name, OwnTable, ScratchPlacement, qualified
-from utils.operations.backup.scratch import Connection, connect, drop_abandoned, lock, new_suffix, try_to_drop
+from utils.operations.backup.scratch import (
+    Connection,
+    connect,
+    drop_abandoned,
+    lock,
+    lock_for_restore,
+    new_suffix,
+    try_to_drop,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -51,8 +59,8 @@ async def scratch_schemas(
     schemas = ScratchPlacement(name, f"{name}_ops", _others(name))
     async with connect(live) as connection:
         with translate_errors("the scratch schemas"):
-            if is_restore and not await lock(connection, f"restore of {live_schemas.main}"):
-                raise BackupError("another restore of this database is running: wait until it ends")
+            if is_restore:
+                await lock_for_restore(connection, live_schemas.main)
             await check_privileges(connection)
             await drop_leftovers(connection)
             await lock(connection, name)

@@ -21,12 +21,14 @@ import stamina
 from utils.database import ConnectTarget
 from utils.database.placement import placement_on
 from utils.database.sql import quote_identifier
-from utils.exceptions import BackupError, DatabaseError, translate, translate_errors
+from utils.exceptions import BackupError, DatabaseError, DatabaseUnavailable, translate, translate_errors
 from utils.operations.backup.objects import find_drawn_columns, qualified
 from utils.operations.backup.scratch import (
+    RESTORE_LOCK,
     Connection,
     connect,
     copy_settings,
+    lock,
     maintenance_target,
     quote_literal,
 )
@@ -99,8 +101,8 @@ async def swap(
 
     All sessions of both are terminated. `comment` is attached to the old one. With `revoke_lease`, the holder of the
     lease loses it, starts over and reconciles everything. `lock_seconds` is how long each attempt waits for
-    transactions that are writing. Raises `BackupError` after the last attempt, naming the sessions in the way; then
-    nothing was changed.
+    transactions that are writing. Raises `BackupError` after the last attempt, naming the sessions in the way or that
+    another restore is running; then nothing was changed.
     """
     maintenance = await maintenance_target(live, database)
     async with connect(maintenance) as connection:
@@ -150,6 +152,8 @@ async def _attempt(
     lock_seconds: float,
 ) -> tuple[dict[str, int], bool]:
     async with connect(maintenance) as killer, connect(maintenance) as renamer, connect(live) as locker:
+        if not await lock(locker, RESTORE_LOCK):  # until it ends, with the last session of the old database
+            raise DatabaseUnavailable("another restore of this database is running")
         with translate_errors("the rows of ops"):
             copied = await _transfer_ops(locker, live.with_database(scratch), revoke_lease, lock_seconds)
         with translate_errors("renaming"):

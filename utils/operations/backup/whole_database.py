@@ -21,7 +21,8 @@ from utils.operations import migrations
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.backup import load, scratch, swap
 from utils.operations.backup.archive import Archive
-from utils.operations.backup.objects import Name, find_views, qualified
+from utils.operations.backup.load import Loaded
+from utils.operations.backup.objects import Name, find_views, owned_names, qualified
 from utils.operations.backup.places import missing_revisions
 from utils.operations.backup.scratch import connect
 
@@ -31,7 +32,7 @@ _log = logging.getLogger(__name__)
 SafetyBackup = Callable[[], Awaitable[tuple[str | None, str]]]
 #: Awaited once the restored rows are live.
 After = Callable[[], Awaitable[None]] | None
-RECONCILE = "the reconcile"
+RECONCILE, VIEWS = "the reconcile", "refreshing the materialized views"
 
 #: What is in the database besides these tables, with the rows that the planner estimates.
 _LOSSES = """
@@ -108,36 +109,24 @@ async def replace_database(
             f"{error}, so the whole database cannot be replaced: restore without --whole-database"
         ) from error
     revisions = missing_revisions(archive)
-    lost = await find_losses(pool, list(archive.counts))
-    safety_id, why_none = await safety_backup()
-    started = time.monotonic()
-    async with scratch.scratch_database(live, name, suffix) as database:
-        dropping = asyncio.create_task(_drop_earlier(live, name), name="dropping the database of an earlier restore")
-        try:
-            target = database.target.with_placement(pool.placement)
-            place = await load.make_place(archive, target, schemas)
-            loaded = await load.load_and_check(archive, place, progress=progress)
-            await load.set_sequences(archive, place)
-            await dropping
-        finally:
-            dropping.cancel()
-            await asyncio.wait({dropping})
-        if revisions:
-            progress(Step("migrating", 0, len(revisions), "revisions"))
-            await migrations.upgrade(target, "heads")
-        async with connect(target) as connection:
-            with translate_errors("creating partitions"):
-                await ensure_partitions(connection, pool.now())
-        progress(Step("swapping"))
-        with _quiet_pool():
-            swapped = await swap.swap(
-                live,
-                name,
-                database.name,
-                before,
-                comment=f"{name} until backup {archive.id} was restored; dropped by the next restore",
-                revoke_lease=after is None,
-            )
+    async with contextlib.AsyncExitStack() as alone:
+        await alone.enter_async_context(scratch.without_other_restores(live))
+        lost = await find_losses(pool, list(archive.counts))
+        safety_id, why_none = await safety_backup()
+        started = time.monotonic()
+        async with scratch.scratch_database(live, name, suffix) as database:
+            loaded = await _load(pool, archive, live, database.target, progress)
+            progress(Step("swapping"))
+            await alone.aclose()  # the swap ends every session, and keeps other restores out by itself
+            with _quiet_pool():
+                swapped = await swap.swap(
+                    live,
+                    name,
+                    database.name,
+                    before,
+                    comment=f"{name} until backup {archive.id} was restored; dropped by the next restore",
+                    revoke_lease=after is None,
+                )
     seconds_until_live = round(time.monotonic() - started, 2)
     lines = load.describe_restored(archive, loaded, name, revisions, safety_id, why_none)
     if swapped.has_diverged:
@@ -169,6 +158,34 @@ async def replace_database(
     return Outcome("\n".join(lines), data, ok=is_ok)
 
 
+async def _load(
+    pool: Pool, archive: Archive, live: ConnectTarget, scratch_target: ConnectTarget, progress: Progress
+) -> Loaded:
+    """Load an archive into an empty database, and migrate it; meanwhile drop what earlier restores kept."""
+    dropping = asyncio.create_task(
+        _drop_earlier(live, str(live.database)), name="dropping the database of an earlier restore"
+    )
+    try:
+        target = scratch_target.with_placement(pool.placement)
+        place = await load.make_place(archive, target, pool.placement)
+        loaded = await load.load_and_check(archive, place, progress=progress)
+        await load.set_sequences(archive, place)
+        await dropping
+    finally:
+        dropping.cancel()
+        await asyncio.wait({dropping})
+    revisions = missing_revisions(archive)
+    if revisions:
+        progress(Step("migrating", 0, len(revisions), "revisions"))
+        await migrations.upgrade(target, "heads")
+    async with connect(target) as connection:
+        with translate_errors("creating partitions"):
+            await ensure_partitions(connection, pool.now())
+    with contextlib.suppress(BackupError):  # reported when they are refreshed again, with the live rows of `ops`
+        await load.refresh_views(target, pool.placement)
+    return loaded
+
+
 async def _finish(
     pool: Pool,
     name: str,
@@ -188,7 +205,8 @@ async def _finish(
         # A pause of the former database is in `ops`, but the restored one is at the newest revision.
         ("resuming AUTO_MIGRATE", lambda: migrations.resume_auto_migrate(pool)),
         (RECONCILE, after),
-        ("gathering statistics", lambda: load.analyze(live, schemas)),
+        (VIEWS, lambda: load.refresh_views(live, schemas)),
+        ("gathering statistics", lambda: load.analyze(live, owned_names(schemas))),
         ("dropping the old database", report_old),
     )
     return [*about_old, *lines], is_ok
