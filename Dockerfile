@@ -1,8 +1,17 @@
 # The bot for hosts that run containers; docs/how-to/railway.md says how on one of them.
 # Without DATABASE_URL the embedded PostgreSQL is used, with its data under /app/.data: mount a volume there.
-FROM python:3.13-slim
+FROM python:3.13-slim-trixie
 
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+
+# Backups need pg_dump and pg_restore of the server's major version. Debian has those of one version; PostgreSQL's own
+# repository, whose key comes with postgresql-client-common, has all of them.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends ca-certificates postgresql-client-common \
+    && /usr/share/postgresql-common/pgdg/apt.postgresql.org.sh -y trixie \
+    && apt-get install --yes --no-install-recommends \
+        postgresql-client-15 postgresql-client-16 postgresql-client-17 postgresql-client-18 \
+    && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /app
 COPY requirements.txt .

@@ -56,6 +56,8 @@ async def run_in_daemon_thread(function: Callable[[], ResultT]) -> ResultT:
             result = function()
         except Exception as exc:
             error = exc
+        except BaseException as exc:  # a panic of code in Rust
+            error = RuntimeError(f"{type(exc).__name__}: {exc}")
         with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
             loop.call_soon_threadsafe(settle, result, error)
 

@@ -14,6 +14,8 @@ PAGES = (
 )
 #: Run from top to bottom by a test of its own: tests/docs/test_first_cog.py.
 TUTORIAL = ROOT / "docs" / "how-to" / "first-cog.md"
+#: Rehearsed by a test of its own, on a database that is dropped: tests/docs/test_database_gone.py.
+REHEARSAL = ROOT / "docs" / "how-to" / "database-gone.md"
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 

@@ -14,11 +14,13 @@ from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 import discord
+import obstore.store
 import pytest
+from obstore.exceptions import BaseError, UnknownConfigurationKeyError
 
 from simulator import Limits, Simulator, World
 from tests.bot.running import embedded_server, run_python, running_bot, wait_until_mirrored
-from tests.docs.blocks import PAGES, ROOT, Block, blocks
+from tests.docs.blocks import PAGES, REHEARSAL, ROOT, Block, blocks
 from utils.database import Pool
 from utils.mirror.discord.permissions import invite_url
 from utils.operations.migrations.batches import in_batches
@@ -26,6 +28,8 @@ from utils.settings import load_settings, variables
 
 #: Railway reads these itself.
 RAILWAYS = ("RAILWAY_DEPLOYMENT_DRAINING_SECONDS", "RAILWAY_DEPLOYMENT_OVERLAP_SECONDS", "RAILWAY_RUN_UID")
+#: Stores of backups read these from the environment: obstore's configuration keys.
+STORES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_ENDPOINT_URL")
 
 
 def test_every_block_has_a_tested_language() -> None:
@@ -54,6 +58,8 @@ def test_every_command_can_be_typed(block: Block, tmp_path: Path) -> None:
             load_settings(tmp_path / target)
         elif program == "docker":
             _check_docker(block, arguments)
+        elif program == "railway":
+            assert arguments == ["ssh"], f"{block}: {line}"
         else:
             pytest.fail(f"{block}: nobody tries {line!r}")
 
@@ -61,7 +67,7 @@ def test_every_command_can_be_typed(block: Block, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
-    sorted({block.page for block in blocks("sh") if "python bot.py" in block.text}),
+    sorted({block.page for block in blocks("sh") if "python bot.py" in block.text} - {REHEARSAL}),
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 async def test_commands_of_a_page_succeed_in_order(page: Path, tmp_path: Path) -> None:
@@ -117,7 +123,24 @@ def _check_docker(block: Block, arguments: list[str]) -> None:
 @pytest.mark.parametrize("block", blocks("dotenv"), ids=str)
 def test_every_variable_that_is_named_is_read(block: Block) -> None:
     for line in block.text.splitlines():
-        assert line.partition("=")[0] in (*variables(), *RAILWAYS), f"{block}: {line}"
+        assert line.partition("=")[0] in (*variables(), *RAILWAYS, *STORES), f"{block}: {line}"
+
+
+RAILWAY_PAGE = ROOT / "docs" / "how-to" / "railway.md"
+STORE_VARIABLES = sorted(
+    set(re.findall(r"\b(?:AWS|GOOGLE|AZURE)_[A-Z_]+", RAILWAY_PAGE.read_text(encoding="utf-8"))) - {"AWS_ALLOW_HTTP"}
+)
+
+
+@pytest.mark.parametrize("variable", STORE_VARIABLES)
+def test_every_variable_of_a_store_is_read_by_it(variable: str) -> None:
+    url = {"AWS": "s3://bucket/x", "GOOGLE": "gs://bucket/x", "AZURE": "az://box/x"}[variable.partition("_")[0]]
+    try:
+        obstore.store.from_url(url, config={variable.lower(): "true"})  # type: ignore[call-overload]
+    except UnknownConfigurationKeyError:
+        pytest.fail(f"{RAILWAY_PAGE.name}: {variable}")
+    except BaseError:
+        return  # it wants another value, or others besides
 
 
 @pytest.mark.slow

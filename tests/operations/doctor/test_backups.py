@@ -115,7 +115,6 @@ async def test_names_the_keys_that_are_not_set(monkeypatch: pytest.MonkeyPatch, 
 async def test_reports_a_damaged_newest_backup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database: Pool) -> None:
     await fill(database)
     service = make_service(tmp_path / "data")
-    await make_backup(service, database)
     newest = await make_backup(service, database)
     await make_backup(service, database, BackupRequest(schema_only=True))
     settings = {"DATA_DIR": str(tmp_path / "data"), "DATABASE_URL": database.target.libpq_url()}

@@ -13,7 +13,7 @@ from utils.database.binaries import binaries
 from utils.exceptions import ClientToolsMissing, DatabaseError
 
 #: Where packages install the programs of each major: Debian (postgresql-common), Red Hat, Homebrew.
-_DIRECTORIES = (
+DIRECTORIES = (
     "/usr/lib/postgresql/{major}/bin",
     "/usr/pgsql-{major}/bin",
     "/usr/local/opt/postgresql@{major}/bin",
@@ -43,7 +43,7 @@ def _candidates(major: int) -> list[Path]:
     directories = []
     with contextlib.suppress(DatabaseError):  # the wheel has 16 and 18 only
         directories.append(binaries(major))
-    directories += [Path(pattern.format(major=major)) for pattern in _DIRECTORIES]
+    directories += [Path(pattern.format(major=major)) for pattern in DIRECTORIES]
     on_path = shutil.which("pg_dump")
     if on_path is not None:
         directories.append(Path(on_path).parent)

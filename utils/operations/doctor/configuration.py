@@ -116,6 +116,7 @@ def find_draining_problem(environ: Mapping[str, str], shutdown_seconds: float) -
         seconds = 0.0
     if value and seconds >= shutdown_seconds:
         return None
-    seen = f"{DRAINING} is {value or 'not set'}, so Railway kills the bot {seconds:g} s after SIGTERM"
+    unless = "" if value else " unless the service's settings say otherwise"
+    seen = f"{DRAINING} is {value or 'not set'}, so Railway kills the bot {seconds:g} s after SIGTERM{unless}"
     advice = f"set it to {shutdown_seconds + DRAINING_MARGIN:g}, above SHUTDOWN_SECONDS ({shutdown_seconds:g})"
     return f"{seen}: what waits to be written may be lost at each deployment", advice
