@@ -25,10 +25,13 @@ def import_(
     ] = None,
     namespace: Annotated[str | None, typer.Option(help="Namespace for the originals; default: legacy.NAME.")] = None,
     guild: Annotated[int | None, typer.Option(help="Guild of entries that do not say theirs.")] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Encoding of the files, such as windows-1252; default: UTF-8, UTF-16 or UTF-32.")
+    ] = None,
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Copy, validate, repair and import JSON files, each in one transaction."""
+    """Copy, validate, repair and import JSON files, each in one transaction; exit code 3 if something was left out."""
     from utils.operations.importing import importer
     from utils.operations.importing.originals import printable
 
@@ -36,11 +39,12 @@ def import_(
         if data_dir is not None:  # the originals are copied to the database's data directory
             settings = settings.model_copy(update={"data_dir": data_dir})
         return await importer.import_files(
-            pool, settings, paths, dry_run, kind=kind, namespace=namespace, guild_id=guild, progress=progress
-        )
+            pool, settings, paths, dry_run, kind=kind, namespace=namespace, guild_id=guild, encoding=encoding,
+            progress=progress,
+        )  # fmt: skip
 
     arguments = {
         "paths": [printable(path) for path in paths], "dry_run": dry_run, "as": kind, "namespace": namespace,
-        "guild": guild,
+        "guild": guild, "encoding": encoding,
     }  # fmt: skip
     run_action("import", work, data_dir=data_dir, as_json=as_json, arguments=arguments)

@@ -72,6 +72,11 @@ async def test_import_command_accepts_names_that_are_not_utf8(
         (("import", "wrong.json"), 1, "line 2, column 8: remove the comma before the closing }"),
         (("import", "lost.json"), 1, "none of its entries could be used"),
         (("import", "lost.json", "--json"), 1, '"ok": false'),
+        (("import", "partly.json"), 3, "left out: 1 (NaN and Infinity are not valid JSON)"),
+        (("import", "partly.json", "--json"), 3, '"NaN and Infinity are not valid JSON": 1'),
+        (("import", "latin.json"), 1, "--encoding"),
+        (("import", "latin.json", "--encoding", "latin-1"), 0, "read as latin-1"),
+        (("import", "latin.json", "--encoding", "latin-0"), 2, "'latin-0' is not an encoding"),
         (("import", "wrong.json", "--as", "guilds"), 2, "'guilds' is not a kind of file"),
         (("export", "legacy.nothing"), 2, "no documents in namespace legacy.nothing"),
         (("export", "member_stat"), 2, "member_stats"),
@@ -84,6 +89,8 @@ async def test_errors_are_one_line_without_traceback(
 ) -> None:
     (tmp_path / "wrong.json").write_text('{"a": {},\n "b":{},\n}')
     (tmp_path / "lost.json").write_text('[{"name": "x"}]')
+    (tmp_path / "partly.json").write_text('{"a": {}, "b": NaN}')
+    (tmp_path / "latin.json").write_bytes(b'{"caf\xe9": {}}')
     code, output, errors = await run(tmp_path, *arguments, DATABASE_URL=database_url)
     assert code == exit_code
     assert message in output + errors

@@ -314,3 +314,104 @@ async def test_import_invalidates_caches_of_other_processes(
         assert await cached(process, query) == 0
         await import_content(database, tmp_path, "shop.json", {"a": {}})
         await becomes(process, 1, query)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+async def test_left_out_entries_are_counted_by_reason(database: Pool, tmp_path: Path, dry_run: bool) -> None:
+    (tmp_path / "a.json").write_text('{"a": {}, "b": {"n": NaN}, "c": {"n": NaN}, "": {}}')
+    (tmp_path / "members.json").write_text(
+        json.dumps({f"{GUILD}_{USER}": member(statistics={"message_count": 10**13}), "nobody": member()})
+    )
+    files = [tmp_path / "a.json", tmp_path / "members.json"]
+    outcome = await import_files(database, settings(tmp_path), files, dry_run)
+    assert (outcome.ok, outcome.exit_code, outcome.data["failed"]) == (False, 3, [])
+    assert outcome.data["left_out"] == {
+        "NaN and Infinity are not valid JSON": 2,
+        "the key must have 1 to 255 characters": 1,
+        "message_count: the count is above 10^12": 1,
+        "the key is not guild_user": 1,
+    }
+    assert [file["lost_entries"] for file in outcome.data["files"]] == [3, 0]
+    assert "left out: 2 (NaN and Infinity are not valid JSON), 1 (" in outcome.text
+    assert "3 entries not stored at all" in outcome.text
+    (tmp_path / "b.json").write_text("{")
+    failed = await import_files(database, settings(tmp_path), [*files, tmp_path / "b.json"], dry_run)
+    assert (failed.ok, failed.exit_code) == (False, None)
+    whole = await import_content(database, tmp_path, "tags.json", {"a": {}}, dry_run=dry_run)
+    assert (whole.ok, whole.exit_code, whole.data["left_out"]) == (True, None, {})
+
+
+async def test_files_of_one_name_do_not_merge(database: Pool, tmp_path: Path) -> None:
+    places = ("new/bot", "old/bot", "other")
+    for number, place in enumerate(places):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "shop.json").write_text(json.dumps({"sword": {"price": number}}))
+    (tmp_path / "other" / "shop.jsonl").write_text('{"key": "sword", "price": 9}')
+    paths = [tmp_path / place for place in places]
+    outcome = await import_files(database, settings(tmp_path), [*paths, tmp_path / "new" / ".." / "other"])
+    assert [file["namespace"] for file in outcome.data["files"]] == [
+        "legacy.new.bot.shop", "legacy.old.bot.shop", "legacy.other.shop", "legacy.other.shop-2",
+    ]  # fmt: skip
+    rows = (await stored_rows(database))[0]
+    assert {(row[1], row[3]["price"]) for row in rows} == {
+        ("legacy.new.bot.shop", 0), ("legacy.old.bot.shop", 1), ("legacy.other.shop", 2), ("legacy.other.shop-2", 9),
+    }  # fmt: skip
+    names = [path.name for path in files_in(Path(outcome.data["directory"]))]
+    assert names == ["report.json", "shop-2.json", "shop-3.json", "shop.json", "shop.jsonl"]
+
+
+TEXT = '{"caf\u00e9": {"note": "\u00dcber \u2013 \u00df"}, "b": {"note": "x"}}'
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("has_mark", [False, True])
+async def test_unicode_encodings_are_recognized(database: Pool, tmp_path: Path, encoding: str, has_mark: bool) -> None:
+    content = ("\ufeff" * has_mark + TEXT).encode(encoding)
+    outcome = await import_content(database, tmp_path, "shop.json", content)
+    assert (outcome.ok, outcome.data["files"][0]["encoding"]) == (True, encoding)
+    assert {row[2]: row[3] for row in (await stored_rows(database))[0]} == json.loads(TEXT)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "letters"),
+    [
+        ("windows-1252", "caf\u00e9"),
+        ("iso-8859-15", "\u20ac"),
+        ("cp437", "\u00fcber"),
+        ("koi8-r", "\u041f\u0440\u0438"),
+        ("shift_jis", "\u65e5\u672c\u8a9e"),
+        ("gb18030", "\u4e2d\u6587"),
+    ],
+)
+async def test_8_bit_encodings_are_refused_until_they_are_named(
+    database: Pool, tmp_path: Path, encoding: str, letters: str
+) -> None:
+    content = json.dumps({letters: {"note": letters}, "b": {}}, ensure_ascii=False).encode(encoding)
+    refused = await import_content(database, tmp_path, "shop.json", content)
+    assert (refused.ok, (await stored_rows(database))[0]) == (False, [])
+    assert "it is not UTF-8 but has an 8-bit encoding, such as windows-1252" in refused.data["failed"][0]["error"]
+    outcome = await import_content(database, tmp_path, "shop.json", content, encoding=encoding)
+    assert (outcome.ok, outcome.data["files"][0]["encoding"]) == (True, encoding)
+    assert {row[2]: row[3] for row in (await stored_rows(database))[0]} == {letters: {"note": letters}, "b": {}}
+
+
+async def test_damaged_bytes_cost_one_entry(database: Pool, tmp_path: Path) -> None:
+    whole = json.dumps({f"n{n}": "\u00e4" for n in range(5)}, ensure_ascii=False)
+    for content, encoding in (
+        (whole.encode().replace(b"\xc3\xa4", b"\xff", 1), None),
+        (whole.encode("utf-16-le").replace("\u00e4".encode("utf-16-le"), b"\x00\xd8", 1), None),
+        (whole.encode("utf-32-le").replace("\u00e4".encode("utf-32-le"), b"\xff\xff\xff\xff", 1), None),
+        (whole.encode("cp1252").replace(b"\xe4", b"\x81", 1), "cp1252"),
+        (b'{"n0": "\xff", "n1": "x"}', "utf-8"),
+    ):
+        await database.execute("DELETE FROM documents")
+        outcome = await import_content(database, tmp_path, "shop.json", content, encoding=encoding)
+        reason = "it contains bytes that are invalid in the file's encoding"
+        assert (outcome.exit_code, outcome.data["left_out"]) == (3, {reason: 1})
+        assert "n0" not in {row[2] for row in (await stored_rows(database))[0]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-9", "rot13", "base64", "", "\x00", "undefined"])
+async def test_unknown_encodings_are_refused(database: Pool, tmp_path: Path, encoding: str) -> None:
+    with pytest.raises(ValidationError, match="is not an encoding"):
+        await import_content(database, tmp_path, "shop.json", {"a": {}}, encoding=encoding)

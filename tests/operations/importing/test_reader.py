@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.exceptions import ValidationError
-from utils.operations.importing.reader import NOT_JSON, NOT_UTF8, TOO_DEEP, TOO_LONG, Entry, Reader
+from utils.operations.importing.reader import INVALID_BYTES, NOT_JSON, TOO_DEEP, TOO_LONG, Entry, Reader
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 values = st.recursive(
@@ -94,7 +94,7 @@ def test_skips_byte_order_mark(encoding: str) -> None:
 
 def test_nan_and_invalid_utf8_affect_only_their_entry() -> None:
     entries = read(b'{"a": NaN, "b": "\xff", "c\xff": 1, "d": 1}')
-    assert [entry.problem for entry in entries] == [NOT_JSON, NOT_UTF8, NOT_UTF8, None]
+    assert [entry.problem for entry in entries] == [NOT_JSON, INVALID_BYTES, INVALID_BYTES, None]
 
 
 def test_invalid_line_affects_only_itself() -> None:

@@ -161,6 +161,90 @@ async def test_entries_have_the_keys_that_identify_them(database: Pool, tmp_path
     assert "nothing to change" in again.text
 
 
+def nested(users: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Return files in which two guilds have these users: by name, the file and its content."""
+    records = [{"user_id": user, **value} for user, value in users.items()]
+    return {
+        "guild, then user": ("levels.json", {str(G): users, str(H): users}),
+        "with a version first": ("levels.json", {str(g): {"version": 1, **users} for g in (G, H)}),
+        "in a container": ("levels.json", {"guilds": {str(G): users, str(H): users}}),
+        "in a container with a version": ("levels.json", {"guilds": {"version": 1, str(G): users, str(H): users}}),
+        "in containers of any name": ("levels.json", {"a": {"b": {str(G): users, str(H): users}}}),
+        "settings beside users": ("data.json", {str(g): {"prefix": "!", "users": users} for g in (G, H)}),
+        "settings and guilds": ("data.json", {"version": 2, "guilds": {str(g): {"users": users} for g in (G, H)}}),
+        "users in a container": ("data.json", {str(g): {"leveling": {"on": True, "users": users}} for g in (G, H)}),
+        "lists of records": ("levels.json", {str(G): records, str(H): records}),
+        "lists in a container": ("levels.json", {str(g): {"warnings": {"members": records}} for g in (G, H)}),
+        "objects in an array": ("levels.json", [{str(G): users}, {str(H): users}]),
+        "guilds in an array": ("levels.json", [{"guild_id": str(g), "members": users} for g in (G, H)]),
+        "quick.db": ("json.json", [{"ID": str(G), "data": users}, {"ID": str(H), "data": users}]),
+        "Red": ("settings.json", {RED: {"GLOBAL": {}, "MEMBER": {str(G): users, str(H): users}}}),
+        "members.json": ("members.json", {str(G): users, str(H): users}),
+        "players": ("mee6.json", {"players": [{"guild_id": g, **row} for g in (G, H) for row in records]}),
+    }
+
+
+@pytest.mark.parametrize("size", [2, 12_000], ids=["small", "large"])
+@pytest.mark.parametrize("shape", nested({}))
+def test_nested_members_are_members_at_any_size(shape: str, size: int) -> None:
+    file, content = nested({str(U + n): {"messages": n, "note": "x" * 80} for n in range(size)})[shape]
+    outline = Outline("members" if file == "members.json" else "documents", Path(file).stem)
+    found: set[tuple[int, int | None]] = set()
+    for entry in Reader(io.BytesIO(json.dumps(content).encode()), outline=outline):
+        assert entry.problem is None
+        place = outline.place(entry)
+        if place.is_member:
+            found.add((place.guild_id, place.user_id))
+    assert found == {(g, U + n) for g in (G, H) for n in range(size)}
+
+
+@given(
+    st.sampled_from(sorted(nested({}))),
+    st.integers(2, 6),
+    st.integers(200, 2_000),
+    st.integers(1, 300),
+    st.booleans(),
+)
+def test_the_longest_entry_makes_no_difference_to_members(
+    shape: str, size: int, longest: int, window: int, is_spaced: bool
+) -> None:
+    file, content = nested({str(U + n): {"messages": n, "note": "xx"} for n in range(size)})[shape]
+    text = json.dumps(content, indent=2 if is_spaced else None)
+    outline = Outline("members" if file == "members.json" else "documents", Path(file).stem)
+    found = set()
+    for entry in Reader(io.BytesIO(text.encode()), outline=outline, longest=longest, window=window):
+        assert entry.problem is None
+        place = outline.place(entry)
+        found |= {(place.guild_id, place.user_id)} if place.is_member else set()
+    assert found == {(g, U + n) for g in (G, H) for n in range(size)}
+
+
+def test_what_is_too_long_for_one_document_becomes_several() -> None:
+    names = {f"name {n}": {"note": "x" * 100} for n in range(12_000)}
+    for content, guild_id in (({str(G): names}, G), ({"shop": names}, 0), ({str(G): {"users": {}, **names}}, G)):
+        outline = Outline("documents", "data")
+        places = []
+        for entry in Reader(io.BytesIO(json.dumps(content).encode()), outline=outline):
+            assert entry.problem is None
+            places.append(outline.place(entry))
+        assert {place.guild_id for place in places} == {guild_id}
+        assert len({place.key for place in places}) == len(places) >= len(names)
+
+
+async def test_the_guild_option_does_not_replace_a_stated_guild(database: Pool, tmp_path: Path) -> None:
+    content = {str(G): {str(U): {"messages": 4}}}
+    for guild_id in (G, H):
+        await import_content(database, tmp_path, "levels.json", content, guild_id=guild_id)
+        assert [tuple(row)[:3] for row in await database.fetch(STATS)] == [(G, U, 4)]
+
+
+def test_entries_of_users_are_not_split() -> None:
+    content = {str(U): {"xp": 1, "friends": {"best": {str(V): {"since": 1}}}}, str(V): {"xp": 2}}
+    outline = Outline("documents", "profiles")
+    entries = list(Reader(io.BytesIO(json.dumps(content).encode()), outline=outline))
+    assert [outline.place(entry).key for entry in entries] == [str(U), str(V)]
+
+
 @pytest.mark.parametrize("size", [1, 12_000], ids=["small", "large"])
 async def test_nested_members_fill_the_statistics(database: Pool, tmp_path: Path, size: int) -> None:
     users = {str(U + n): {"messages": n, "xp": 2 * n, "note": "x" * 80} for n in range(size)}

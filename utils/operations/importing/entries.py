@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ KINDS = ("members", "users", "emojis", "shop")
 OTHER_KINDS = ("settings", "documents")
 #: Prefix of the namespaces in which the originals are stored.
 PREFIX = "legacy."
+_UNUSUAL = re.compile(r"[^A-Za-z0-9_.:-]")
 #: Maximum number of rows and of characters in a batch.
 BATCH_ROWS = 2_000
 BATCH_CHARACTERS = 2**20
@@ -56,8 +57,31 @@ def kind_of(path: Path) -> str:
 
 def namespace_of(path: Path, kind: str) -> str:
     """Return the namespace in which the originals of a file are stored."""
-    name = kind if kind in KINDS else re.sub(r"[^A-Za-z0-9_.:-]", "_", path.stem)
+    name = kind if kind in KINDS else _UNUSUAL.sub("_", path.stem)
     return f"{PREFIX}{name}"[:100]
+
+
+def namespaces_of(paths: Sequence[Path], kinds: Sequence[str]) -> list[str]:
+    """Return the namespaces of several files, none of them twice.
+
+    Files of one name are told apart by the directories that they are in, and those of one directory by a number.
+    """
+    names = [namespace_of(path, kind) for path, kind in zip(paths, kinds, strict=True)]
+    directories = [path.resolve().parts[:-1] for path in paths]
+    found: list[str] = []
+    for name, directory in zip(names, directories, strict=True):
+        others = {other for also, other in zip(names, directories, strict=True) if also == name} - {directory}
+        depth = next((n for n in range(1, len(directory)) if all(one[-n:] != directory[-n:] for one in others)), 0)
+        apart = name
+        if others and depth:
+            place = ".".join(_UNUSUAL.sub("_", part) for part in directory[-depth:])
+            apart = PREFIX + f"{place}.{name.removeprefix(PREFIX)}"[-93:]
+        number, free = 1, apart
+        while free in found:
+            number += 1
+            free = f"{apart[:95]}-{number}"
+        found.append(free)
+    return found
 
 
 def check_namespace(namespace: str) -> None:
@@ -142,15 +166,19 @@ class Rows:
         stem: str,
         is_forced: bool = False,
         guild_id: int | None = None,
+        encoding: str | None = None,
         window: int = WINDOW,
     ) -> None:
         """
         stem: the name of the file without its suffix.
         is_forced: the operator chose the kind, instead of the file's name.
         guild_id: the guild of entries that do not say theirs; None if unknown.
+        encoding: of the file; None: recognized by its first bytes.
         """
         self.outline: Outline = Outline(kind, stem, guild_id=guild_id, is_forced=is_forced)
-        self.reader: Reader = Reader(file, lines=original.is_lines, window=window, outline=self.outline)
+        self.reader: Reader = Reader(
+            file, lines=original.is_lines, window=window, outline=self.outline, encoding=encoding
+        )
         self.kind: str = kind
         self.rejects: Rejects = rejects
         self.repaired: Tally = Tally()

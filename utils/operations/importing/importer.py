@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from utils.database import Pool
 from utils.exceptions import DatabaseError, DatabaseUnavailable, GuildbookError, ValidationError
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.importing import originals
+from utils.operations.importing.encoding import check_name, refuse_8_bit
 from utils.operations.importing.entries import (
     KINDS,
     OTHER_KINDS,
@@ -26,12 +28,13 @@ from utils.operations.importing.entries import (
     Tally,
     check_namespace,
     kind_of,
-    namespace_of,
+    namespaces_of,
     shorten_key,
 )
 from utils.operations.importing.merging import Counts, Merge, already_imported
 from utils.operations.importing.originals import Original, printable
 from utils.settings import Settings
+from utils.text import format_count
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +43,8 @@ _MAX_FILES = 8
 #: Maximum number of kinds of repairs, and of rejections, listed for a file.
 _MAX_KINDS = 3
 REPORT = "report.json"
+#: The exit code of an import that left something out.
+LEFT_OUT = 3
 #: Why a file of which no entry could be stored is a failure.
 NOTHING_USED = "none of its entries could be used"
 
@@ -49,9 +54,12 @@ class FileResult:
     """The result of importing one file."""
 
     name: str
+    #: Where the file was found.
+    path: str
     kind: str
     namespace: str
     sha256: str
+    encoding: str
     #: Number of entries in the file.
     entries: int
     counts: Counts
@@ -67,16 +75,32 @@ class FileResult:
         """Whether the file has entries, and all of them were left out."""
         return 0 < self.entries == self.rejects.lost
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many entries, or values in them, were not used, by reason."""
+        return {reason: kind["count"] for reason, kind in self.rejected.kinds.items()}
+
     def data(self) -> dict[str, Any]:
         """Return the result as JSON for the report."""
         rejects = self.rejects.path if self.rejects.entries else None
         return {
-            "file": self.name, "kind": self.kind, "namespace": self.namespace, "sha256": self.sha256,
-            "entries": self.entries, **asdict(self.counts), "suppressed": self.suppressed,
-            "repaired": self.repaired.kinds, "rejected": self.rejected.kinds,
-            "rejected_entries": self.rejects.entries, "lost_entries": self.rejects.lost,
-            "rejects": str(rejects) if rejects else None, "seconds": round(self.seconds, 1),
-        }  # fmt: skip
+            "file": self.name,
+            "path": self.path,
+            "kind": self.kind,
+            "namespace": self.namespace,
+            "sha256": self.sha256,
+            "encoding": self.encoding,
+            "entries": self.entries,
+            **asdict(self.counts),
+            "suppressed": self.suppressed,
+            "repaired": self.repaired.kinds,
+            "rejected": self.rejected.kinds,
+            "left_out": self.left_out,
+            "rejected_entries": self.rejects.entries,
+            "lost_entries": self.rejects.lost,
+            "rejects": str(rejects) if rejects else None,
+            "seconds": round(self.seconds, 1),
+        }
 
     def line(self, *, dry_run: bool) -> str:
         """Return the result as one line of text without personal data."""
@@ -90,9 +114,11 @@ class FileResult:
                 parts.append(f"{name} {new:,} new, {changed:,} changed")
         if not parts:
             parts.append("nothing to change")
+        if self.encoding != "utf-8":
+            parts.append(f"read as {self.encoding}")
         if self.suppressed:
             parts.append(f"{self.suppressed:,} left out on the users' request")
-        for verb, tally in (("repaired", self.repaired), ("not usable", self.rejected)):
+        for verb, tally in (("repaired", self.repaired), ("left out", self.rejected)):
             if tally.total:
                 counted = sorted(((entry["count"], kind) for kind, entry in tally.kinds.items()), reverse=True)
                 more = f" and {len(counted) - _MAX_KINDS} more kinds" if len(counted) > _MAX_KINDS else ""
@@ -100,9 +126,10 @@ class FileResult:
         if self.is_all_lost:
             parts.append(NOTHING_USED)
         elif self.rejects.lost:
-            parts.append(f"{self.rejects.lost:,} entries left out")
+            parts.append(f"{format_count(self.rejects.lost, 'entry')} not stored at all")
         verb = "would be written" if dry_run else "written"
-        return f"{self.name[:60]} → {self.namespace}: {self.entries:,} entries, {verb}: {'; '.join(parts)}"
+        entries = format_count(self.entries, "entry")
+        return f"{self.name[:60]} → {self.namespace}: {entries}, {verb}: {'; '.join(parts)}"
 
 
 async def import_files(
@@ -114,15 +141,17 @@ async def import_files(
     kind: str | None = None,
     namespace: str | None = None,
     guild_id: int | None = None,
+    encoding: str | None = None,
     progress: Progress = ignore_progress,
 ) -> Outcome:
     """Import files and the files in directories, each in one transaction; see docs/how-to/importing.md.
 
     `dry_run` writes nothing, neither to the database nor to disk. `kind` is members, users, emojis, shop, settings or
     documents, and `namespace` is where the originals are stored; None derives them from each file's name. `guild_id` is
-    the guild of entries that do not say theirs. If a file cannot be imported, or none of its entries can be used, the
-    others are imported nevertheless and the outcome is not `ok`. Raises `ValidationError` for invalid paths and names,
-    `GuildbookError` if the originals cannot be copied, and `DatabaseError`.
+    the guild of entries that do not say theirs. `encoding` is that of the files; None recognizes UTF-8, UTF-16 and
+    UTF-32. If a file cannot be imported, or none of its entries can be used, the others are imported nevertheless and
+    the outcome is not `ok`; neither is it if anything was left out, but then with exit code 3. Raises `ValidationError`
+    for invalid paths and names, `GuildbookError` if the originals cannot be copied, and `DatabaseError`.
     """
     if kind not in (None, *KINDS, *OTHER_KINDS):
         raise ValidationError(f"{kind!r} is not a kind of file: choose {', '.join(KINDS)}, settings or documents")
@@ -130,10 +159,12 @@ async def import_files(
         raise ValidationError(f"{guild_id} is not the id of a guild")
     if namespace is not None:
         check_namespace(namespace)
+    if encoding is not None:
+        check_name(encoding)
     files = await asyncio.to_thread(originals.find_files, paths)
     if namespace is not None and len(files) > 1:
         raise ValidationError(f"{len(files)} files cannot share the namespace {namespace}: import them one at a time")
-    return await _import(pool, files, settings.data_dir, dry_run, kind, namespace, guild_id, progress)
+    return await _import(pool, files, settings.data_dir, dry_run, kind, namespace, guild_id, encoding, progress)
 
 
 async def import_new_files(
@@ -152,7 +183,7 @@ async def import_new_files(
             digests[path] = source.sha256
     known = await already_imported(pool, list(digests.values()))
     files = [path for path in files if digests.get(path) not in known]
-    return await _import(pool, files, data_dir, False, None, None, None, progress) if files else None
+    return await _import(pool, files, data_dir, False, None, None, None, None, progress) if files else None
 
 
 async def _import(
@@ -163,6 +194,7 @@ async def _import(
     kind: str | None,
     namespace: str | None,
     guild_id: int | None,
+    encoding: str | None,
     progress: Progress,
 ) -> Outcome:
     await _check_encoding(pool)
@@ -174,15 +206,15 @@ async def _import(
         directory, sources = await _copy(files, data_dir, progress)
     done: list[FileResult] = []
     failed: list[tuple[str, str]] = []
-    for path, source in zip(files, sources, strict=True):
-        as_kind = kind or kind_of(path)
-        where = namespace or namespace_of(path, as_kind)
+    kinds = [kind or kind_of(path) for path in files]
+    namespaces = [namespace] if namespace is not None else namespaces_of(files, kinds)
+    for path, source, as_kind, where in zip(files, sources, kinds, namespaces, strict=True):
         try:
             if not isinstance(source, Original):
                 raise source
             result = await _import_file(
                 pool, source, as_kind, where, directory, progress,
-                stem=printable(path.stem), is_forced=kind is not None, guild_id=guild_id,
+                path=path, is_forced=kind is not None, guild_id=guild_id, encoding=encoding,
             )  # fmt: skip
         except DatabaseUnavailable:
             raise
@@ -194,10 +226,15 @@ async def _import(
         done.append(result)
         if result.is_all_lost:
             _log.warning("%s: %s: %s", result.name, NOTHING_USED, ", ".join(result.rejected.kinds))
+        elif result.left_out:
+            _log.warning("%s: left out: %s", result.name, describe_left_out(result.left_out))
+    left_out: Counter[str] = Counter()
+    for result in done:
+        left_out.update(result.left_out)
     data = {
         "dry_run": dry_run, "directory": str(directory) if directory else None,
         "at": datetime.now(UTC).isoformat(timespec="seconds"), "files": [item.data() for item in done],
-        "failed": [{"file": name, "error": error} for name, error in failed],
+        "failed": [{"file": name, "error": error} for name, error in failed], "left_out": dict(left_out.most_common()),
     }  # fmt: skip
     lines = [item.line(dry_run=dry_run) for item in done[:_MAX_FILES]]
     lines += [
@@ -205,13 +242,27 @@ async def _import(
     ]
     unlisted = max(0, len(done) - _MAX_FILES) + max(0, len(failed) - _MAX_FILES)
     if unlisted:
-        lines.append(f"and {unlisted} more files")
+        lines.append(f"and {format_count(unlisted, 'more file')}")
+    if left_out:
+        lines.append(f"left out: {describe_left_out(left_out)}")
     if directory is not None:
         await asyncio.to_thread(_write_report, directory, data)
         lines.append(f"The originals, the report and the rejected entries are in {directory}")
     text = "\n".join(lines)
-    is_ok = not failed and not any(item.is_all_lost for item in done)
-    return Outcome(text if len(text) <= 1_900 else f"{text[:1_890]} …", data, ok=is_ok)
+    has_failed = bool(failed) or any(item.is_all_lost for item in done)
+    return Outcome(
+        text if len(text) <= 1_900 else f"{text[:1_890]} …",
+        data,
+        ok=not has_failed and not left_out,
+        exit_code=LEFT_OUT if left_out and not has_failed else None,
+    )
+
+
+def describe_left_out(left_out: Mapping[str, int]) -> str:
+    """Return how often each reason occurred, the most frequent first, as text."""
+    counted = sorted(left_out.items(), key=lambda item: -item[1])
+    more = f" and {format_count(len(counted) - _MAX_KINDS, 'more reason')}" if len(counted) > _MAX_KINDS else ""
+    return ", ".join(f"{count:,} ({reason})" for reason, count in counted[:_MAX_KINDS]) + more
 
 
 async def _check_encoding(pool: Pool) -> None:
@@ -254,16 +305,23 @@ async def _import_file(
     directory: Path | None,
     progress: Progress,
     *,
-    stem: str,
+    path: Path,
     is_forced: bool,
     guild_id: int | None,
+    encoding: str | None,
 ) -> FileResult:
     """Import one file in one transaction; if `directory` is None (a dry run), roll back before writing."""
     started = time.monotonic()
     name = printable(source.path.name)
-    path = None if directory is None else directory / f"{name}.rejected.jsonl"
-    with source.path.open("rb") as file, Rejects(path) as rejects:
-        rows = Rows(source, file, kind, rejects, stem=stem, is_forced=is_forced, guild_id=guild_id)
+    rejected = None if directory is None else directory / f"{name}.rejected.jsonl"
+    with source.path.open("rb") as file, Rejects(rejected) as rejects:
+        if encoding is None:
+            await asyncio.to_thread(refuse_8_bit, file)
+            file.seek(0)
+        stem = printable(path.stem)
+        rows = Rows(
+            source, file, kind, rejects, stem=stem, is_forced=is_forced, guild_id=guild_id, encoding=encoding
+        )  # fmt: skip
         async with pool.acquire(temp=True) as connection:
             transaction = connection.transaction()
             await transaction.start()
@@ -299,8 +357,8 @@ async def _import_file(
             "examples": [{"line": row["line"], "key": shorten_key(row["key"]), "value": None} for row in duplicates],
         }
     return FileResult(
-        name, kind, namespace, source.sha256, rows.entries, counts, suppressed, rows.repaired, rows.rejected, rejects,
-        time.monotonic() - started,
+        name, printable(path), kind, namespace, source.sha256, rows.reader.encoding or "utf-8", rows.entries, counts,
+        suppressed, rows.repaired, rows.rejected, rejects, time.monotonic() - started,
     )  # fmt: skip
 
 

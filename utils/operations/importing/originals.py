@@ -68,7 +68,7 @@ def find_files(paths: Sequence[Path], *, allow_none: bool = False) -> list[Path]
     if not files and not allow_none:
         names = ", ".join(map(printable, paths)) or "an empty list of paths"
         raise ValidationError(f"no *.json, *.jsonl or *.ndjson file in {names}")
-    return list(dict.fromkeys(files))
+    return list({file.resolve(): file for file in reversed(files)}.values())[::-1]
 
 
 def _reason_to_skip(path: Path) -> str | None:

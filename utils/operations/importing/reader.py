@@ -5,11 +5,12 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NoReturn, Protocol
 
 from utils.exceptions import ValidationError
+from utils.operations.importing.encoding import INVALID, MARK_INVALID, recognize
 
 #: Number of bytes to read at once.
 WINDOW = 2**18
@@ -22,16 +23,19 @@ _EXCERPT = 1_000
 #: `-Infinity` and a pair of \uXXXX escapes, the longest tokens except strings and numbers.
 _TAIL = 16
 _SPACE = re.compile(r"[ \t\n\r]*")
-#: What `surrogateescape` turns invalid UTF-8 into; JSON's own escapes are still ASCII in the file's text.
-_INVALID_BYTES = re.compile("[\ud800-\udfff]")
 _IN_STRING = re.compile(r'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 _BETWEEN = re.compile(r'[^"{}\[\],]*')
 _FIRST_KEY = re.compile(r'[ \t\n\r]*([{\[])(?:[ \t\n\r]*("(?:[^"\\]|\\.){0,300}")[ \t\n\r]*:)?', re.DOTALL)
+#: How far into a long value its outline is read.
+_OUTLINE_DEPTH = 8
+_OPENING = re.compile(r"[ \t\n\r]*\{")
+_MEMBER = re.compile(r'[ \t\n\r]*("(?:[^"\\]|\\.){0,300}")[ \t\n\r]*:[ \t\n\r]*([{\[])?', re.DOTALL)
+_COMMA = re.compile(r"[ \t\n\r]*,")
+_SCALARS = json.JSONDecoder(parse_int=str)
 NOT_JSON = "NaN and Infinity are not valid JSON"
-NOT_UTF8 = "it contains bytes that are not UTF-8"
+INVALID_BYTES = "it contains bytes that are invalid in the file's encoding"
 TOO_LONG = f"it is longer than {ENTRY_CHARACTERS:,} characters: split it"
 TOO_DEEP = "it is nested too deeply"
-_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,15 @@ class Unread:
     brackets: str
     #: The first key of each object.
     keys: tuple[str, ...]
+    #: The members of an object before the first that is itself an object or an array.
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    #: The name and the beginning of that one; None if it was not found.
+    inner: tuple[str, Unread] | None = None
+
+    @property
+    def has_entries(self) -> bool:
+        """Whether it is an object, or an array of objects: what can be split into entries."""
+        return self.brackets.startswith(("{", "[{"))
 
 
 class Outline(Protocol):
@@ -85,17 +98,27 @@ class Reader:
     """
 
     def __init__(
-        self, file: BinaryIO, *, lines: bool = False, window: int = WINDOW, outline: Outline | None = None
+        self,
+        file: BinaryIO,
+        *,
+        lines: bool = False,
+        window: int = WINDOW,
+        outline: Outline | None = None,
+        encoding: str | None = None,
+        longest: int = ENTRY_CHARACTERS,
     ) -> None:
         """
         lines: the file contains JSON lines.
         window: number of bytes to read at once.
         outline: decides which values are read entry by entry; None: only the file itself.
+        encoding: of the file; None: recognized by its first bytes.
+        longest: maximum length of an entry in characters.
         """
         self._file = file
         self._outline = outline
         self._lines = lines
         self._size = window
+        self._longest = longest
         self._text = ""
         self._pos = 0
         self._ended = False
@@ -104,6 +127,8 @@ class Reader:
         self._line, self._counted, self._column = 1, 0, 0
         #: Whether the file begins with a byte order mark.
         self.has_bom: bool = False
+        #: Of the file; None before anything was read, unless it was given.
+        self.encoding: str | None = encoding
         #: Number of bytes read so far.
         self.read: int = 0
         self._bytes: codecs.IncrementalDecoder | None = None
@@ -145,8 +170,9 @@ class Reader:
                 return value
         return self._unread()
 
-    def _unread(self) -> Unread:
-        pos, brackets, keys = self._pos, "", list[str]()
+    def _unread(self, start: int | None = None, depth: int = 0) -> Unread:
+        start = self._pos if start is None else start
+        pos, brackets, keys = start, "", list[str]()
         while len(brackets) < 8 and (match := _FIRST_KEY.match(self._text, pos)):
             brackets += match[1]
             if match[1] == "{":
@@ -157,7 +183,22 @@ class Reader:
                 except ValueError:
                     break
             pos = match.end()
-        return Unread(brackets, tuple(keys))
+        fields: dict[str, Any] = {}
+        inner: tuple[str, Unread] | None = None
+        opening = _OPENING.match(self._text, start)
+        pos = -1 if opening is None or depth == _OUTLINE_DEPTH else opening.end()
+        while pos >= 0 and inner is None and (member := _MEMBER.match(self._text, pos)):
+            try:
+                name = json.loads(member[1], strict=False)
+                if member[2]:
+                    inner = name, self._unread(member.start(2), depth + 1)
+                    break
+                fields[name], pos = _SCALARS.raw_decode(self._text, member.end())
+            except (ValueError, RecursionError):
+                break
+            comma = _COMMA.match(self._text, pos)
+            pos = -1 if comma is None else comma.end()
+        return Unread(brackets, tuple(keys), fields, inner)
 
     def _container(self, scope: Any) -> Iterator[Entry]:
         closing = "}" if self._text[self._pos] == "{" else "]"
@@ -225,7 +266,7 @@ class Reader:
                 problem = TOO_DEEP
             if problem is None and self._constants > before:
                 problem = NOT_JSON
-            yield Entry(None, value, text, line, column, NOT_UTF8 if _INVALID_BYTES.search(text) else problem)
+            yield Entry(None, value, text, line, column, INVALID_BYTES if INVALID.search(text) else problem)
 
     def _check_single_value(self, text: str) -> bool:
         """Raise `JSONDecodeError` if a text has more than one value; return False."""
@@ -278,10 +319,10 @@ class Reader:
             text = self._text[self._pos : end]
             problem = NOT_JSON if self._constants > before else None
             self._pos = end
-            return value, text, NOT_UTF8 if _INVALID_BYTES.search(text) else problem
+            return value, text, INVALID_BYTES if INVALID.search(text) else problem
 
     def _is_long(self) -> bool:
-        return len(self._text) - self._pos > ENTRY_CHARACTERS
+        return len(self._text) - self._pos > self._longest
 
     def _excerpt(self) -> str:
         return self._text[self._pos : self._pos + _EXCERPT] + "…"
@@ -336,18 +377,19 @@ class Reader:
             return False
         left = len(self._text) - self._pos
         # Double the rest each time, so that a long entry is not decoded too often, up to the maximum entry length.
-        data = self._file.read(max(self._size, min(left, ENTRY_CHARACTERS + 1 - left)))
+        data = self._file.read(max(self._size, min(left, self._longest + 1 - left)))
         self.read += len(data)
         self._ended = not data
         if self._bytes is None:
-            while len(data) < 3 and (more := self._file.read(3 - len(data))):
+            while len(data) < 4 and (more := self._file.read(4 - len(data))):
                 data += more
                 self.read += len(more)
-            mark, encoding = next((pair for pair in _MARKS if data.startswith(pair[0])), (b"", "utf-8"))
-            self.has_bom = bool(mark)
-            data = data[len(mark) :]
-            errors = "surrogateescape" if encoding == "utf-8" else "replace"
-            self._bytes = codecs.getincrementaldecoder(encoding)(errors)
+            recognized, mark = recognize(data)
+            self.encoding = self.encoding or recognized
+            if codecs.lookup(self.encoding).name == recognized:
+                data = data[mark:]
+                self.has_bom = mark > 0
+            self._bytes = codecs.getincrementaldecoder(self.encoding)(MARK_INVALID)
         text = self._bytes.decode(data, final=self._ended)
         if self._ended and not text:
             return False

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from utils.documents.codec import MAX_BYTES
 from utils.operations.importing import repair
-from utils.operations.importing.reader import ENTRY_CHARACTERS, TOO_LONG, Entry, Unread
+from utils.operations.importing.reader import Entry, Unread
 from utils.operations.importing.repair import UnusableValue
 
 #: What the ids that are keys of a container, or the `id` of its elements, belong to. "red" are the scopes of Red.
@@ -47,6 +48,8 @@ _SETTINGS = re.compile(r"(?:config|configuration|conf|settings?|options|prefs)\Z
 _ID_INSIDE = re.compile(r"(?<![0-9])[0-9]{15,20}(?![0-9])")
 _OBJECT_ID = re.compile(r"[0-9a-f]{24}")
 _NUMBER = re.compile(r"\s*(?:<@!?)?([0-9]{1,20})>?\s*")
+#: How many containers deep users are looked for in one that can be a document.
+NESTED_DEPTH = 4
 #: Fields of the value in a record of a key and a value.
 _VALUE_FIELDS = ("data", "value", "json")
 NO_KEY = "the entry has no key, id, _id or user_id"
@@ -64,12 +67,22 @@ class Scope:
     user_id: int | None = None
     #: Whether `guild_id` is only certain for entries about users.
     is_guild_of_users: bool = False
+    #: Whether `guild_id` is that of entries which do not say theirs.
+    is_default_guild: bool = False
     #: Whether its values are entries even if they contain ids.
     is_leaf: bool = False
     #: Entries without a recognized key become one document with this key; None: a document each.
     rest_key: str | None = None
     #: The scope of the value in a record of a key and a value, such as quick.db's; None for other containers.
     record: Scope | None = None
+
+
+@dataclass(slots=True)
+class _Rest:
+    """What a container holds besides members: the entries so far, and their size in bytes."""
+
+    entries: list[Entry] = field(default_factory=list)
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +123,14 @@ class Outline:
         self._pair = re.compile(rf"\s*{one}\s*[-_:;/.,| ]\s*{one}\s*")
         #: The first container of users and of guilds, whose name is not part of the keys.
         self._first: dict[Holds, tuple[str, ...]] = {}
-        self._rest: dict[Scope, list[Entry]] = {}
+        self._rest: dict[Scope, _Rest] = {}
         self._is_single = False
 
     # What is split into entries
 
     def root(self, value: Any) -> Scope | None:
         """Return the scope of the file; None if it is one document."""
-        scope = Scope(guild_id=self._guild_id)
+        scope = Scope(guild_id=self._guild_id, is_default_guild=self._guild_id is not None)
         if self._kind == "settings":
             self._is_single = isinstance(value, dict)
             return None if self._is_single else scope
@@ -125,13 +138,21 @@ class Outline:
             return scope
         word = _plain(self._stem)
         holds: Holds = "others" if word in _OTHERS else "guilds" if word in _GUILDS else "unknown"
-        is_mixed = isinstance(value, dict) and any(self._holds(key, inner) for key, inner in value.items())
+        if isinstance(value, Unread):
+            fields = _fields(value.fields)
+            is_mixed = bool(fields) and value.inner is not None and self._holds(*value.inner) is not None
+        else:
+            fields = _fields(value) if isinstance(value, dict) else {}
+            is_mixed = isinstance(value, dict) and any(self._holds(key, inner) for key, inner in value.items())
         own = self._id.fullmatch(self._stem)
         if own and self._guild_id is None and (is_mixed or self._has_ids(value)):
             scope = replace(scope, guild_id=_number(own[1]), is_guild_of_users=True)
         if is_mixed:
-            stated = self._number(_fields(value), _GUILD_FIELDS)
-            return replace(scope, guild_id=stated or scope.guild_id, rest_key=self._stem)
+            stated = self._number(fields, _GUILD_FIELDS)
+            is_default = scope.is_default_guild and stated is None
+            return replace(
+                scope, guild_id=stated or scope.guild_id, is_default_guild=is_default, rest_key=self._stem
+            )  # fmt: skip
         self._is_single = self._kind == "documents" and self._is_settings(value)
         return None if self._is_single else replace(scope, holds=holds)
 
@@ -157,8 +178,8 @@ class Outline:
         if self._pair.fullmatch(key):
             return None
         holds = self._holds(key, value)
-        if holds is None and isinstance(value, Unread) and scope.holds == "others":
-            holds = "others"
+        if holds is None and isinstance(value, Unread) and value.has_entries:  # too long for one document
+            holds = "others" if scope.holds == "others" or _plain(key) in _OTHERS else "unknown"
         return None if holds is None else replace(scope, holds=holds, words=words, rest_key=None)
 
     def _descend_id(self, scope: Scope, own: re.Match[str], value: Any) -> Scope | None:
@@ -166,33 +187,51 @@ class Outline:
         number = _number(own[1])
         if scope.holds == "others":
             return replace(scope, words=(*scope.words, own[1])) if isinstance(value, Unread) else None
-        if number is None or (scope.guild_id is not None and not scope.is_guild_of_users):
-            return None
         has_ids = self._has_ids(value, len(own[1]))
+        if number is None or (scope.guild_id is not None and not scope.is_guild_of_users):
+            # The guild that an operator names is that of entries which do not say theirs.
+            is_guild = scope.is_default_guild and has_ids and (number == scope.guild_id or _has_objects(value))
+            if number is None or not is_guild:
+                return None
         if has_ids and scope.holds == "users":
             return replace(scope, holds="guilds", user_id=number, is_leaf=True, rest_key=None)
-        guild = replace(scope, guild_id=number, is_guild_of_users=False, rest_key=None)
+        guild = replace(scope, guild_id=number, is_guild_of_users=False, is_default_guild=False, rest_key=None)
         if has_ids or (isinstance(value, list) and self._is_list_of_users(value)):
             return replace(guild, holds="users")
+        if isinstance(value, Unread) and value.brackets.startswith("[{") and scope.holds != "users":
+            return guild
         is_large = isinstance(value, Unread) and value.brackets.startswith("{") and scope.holds != "users"
-        if is_large or (isinstance(value, dict) and any(self._holds(name, item) for name, item in value.items())):
+        depth = 0 if _is_person(value) else NESTED_DEPTH
+        if is_large or (
+            isinstance(value, dict) and any(self._holds(name, item, depth) for name, item in value.items())
+        ):
             return replace(guild, holds="unknown", rest_key=own[1])
         return None
 
     def _descend_element(self, scope: Scope, value: Any) -> Scope | None:
-        """Return the scope of an array's element: a guild with its users, or a key and a value that is split."""
-        if not isinstance(value, dict) or not any(isinstance(item, (dict, list)) for item in value.values()):
+        """Return the scope of an array's element: a guild with its users, or a key and a value that is split.
+
+        Also of an element that is itself an object of guilds or users.
+        """
+        if self._has_ids(value):
+            return scope
+        if isinstance(value, Unread):
+            members = dict(value.fields) | dict([value.inner] if value.inner is not None else [])
+        elif isinstance(value, dict):
+            members = value
+        else:
             return None
-        fields = _fields(value)
-        own = _scalar(value.get("key")) or _scalar(fields.get("id"))
+        if not any(isinstance(item, dict | list | Unread) for item in members.values()):
+            return None
+        fields = _fields(members)
+        own = _scalar(members.get("key")) or _scalar(fields.get("id"))
         inner = next((fields[name] for name in _VALUE_FIELDS if name in fields), None)
-        if own is not None and len(value) == 2 and inner is not None:
+        if own is not None and len(members) == 2 and inner is not None:
             record = self.descend(scope, own, inner)
             return None if record is None else Scope(record=record)
         number = self._number(fields, _GUILD_FIELDS) or self._snowflake(own)
-        if number is not None and any(self._holds(key, item) for key, item in value.items()):
-            return Scope("unknown", scope.words, number, rest_key=str(number))
-        return None
+        is_split = isinstance(value, Unread) or any(self._holds(key, item) for key, item in members.items())
+        return Scope("unknown", scope.words, number, rest_key=str(number)) if number is not None and is_split else None
 
     def absorbs(self, entry: Entry) -> bool:
         """Return whether an entry becomes part of the document of what its container holds besides members."""
@@ -201,32 +240,44 @@ class Outline:
             return True  # the key of a record is part of the scope
         if scope.rest_key is None or entry.problem or entry.key is None or self._is_id(entry.key):
             return False
-        self._rest.setdefault(scope, []).append(entry)
+        rest = self._rest.setdefault(scope, _Rest())
+        if rest.size > MAX_BYTES:
+            return False
+        rest.size += len(entry.text.encode("utf-8", "surrogatepass")) + len(json.dumps(entry.key)) + len(": , ")
+        rest.entries.append(entry)
         return True
 
     def close(self, scope: Scope) -> Iterator[Entry]:
-        """Return the document of what a container held besides members."""
-        entries = self._rest.pop(scope, [])
-        if not entries or scope.rest_key is None:
+        """Return the document of what a container held besides members; several if it would be too long."""
+        rest = self._rest.pop(scope, None)
+        if rest is None or scope.rest_key is None:
+            return
+        entries = rest.entries
+        if rest.size > MAX_BYTES:
+            yield from entries
             return
         text = "{" + ", ".join(f"{json.dumps(entry.key)}: {entry.text}" for entry in entries) + "}"
-        problem = TOO_LONG if len(text) > ENTRY_CHARACTERS else None
         value = {entry.key: entry.value for entry in entries}
         outer = replace(scope, holds="guilds" if scope.guild_id else "others", rest_key=None)
-        yield Entry(scope.rest_key, value, text, entries[0].line, entries[0].column, problem, outer)
+        yield Entry(scope.rest_key, value, text, entries[0].line, entries[0].column, None, outer)
 
-    def _holds(self, name: str, value: Any) -> Holds | None:
-        """Return what a container with a name, such as `users`, holds; None if it is not split."""
+    def _holds(self, name: str, value: Any, depth: int = NESTED_DEPTH) -> Holds | None:
+        """Return what a container with a name, such as `users`, holds; None if it is not split.
+
+        It is split if it holds users or guilds, or a container in it does, up to a depth.
+        """
         word = _plain(name)
-        if word in _USERS or word in _GUILDS:
-            if self._has_ids(value) or self._is_list_of_records(value):
-                return "users" if word in _USERS else "guilds"
+        if (word in _USERS or word in _GUILDS) and (self._has_any_id(value) or self._is_list_of_records(value)):
+            return "users" if word in _USERS else "guilds"
+        if word in _OTHERS:
             return None
-        if word in _OTHERS or not self._has_ids(value):
-            return None
-        if word in _PERSONAL or isinstance(value, Unread):
-            return "unknown"
-        return "unknown" if all(_is_personal(item) or self._has_ids(item) for item in value.values()) else None
+        if self._has_ids(value):
+            if word in _PERSONAL or isinstance(value, Unread):
+                return "unknown"
+            return "unknown" if all(_is_personal(item) or self._has_ids(item) for item in value.values()) else None
+        if isinstance(value, dict) and depth > 0 and not _is_person(value):
+            return "unknown" if any(self._holds(key, item, depth - 1) for key, item in value.items()) else None
+        return None
 
     def _is_list_of_records(self, value: Any) -> bool:
         if isinstance(value, Unread):
@@ -234,9 +285,19 @@ class Outline:
         return isinstance(value, list) and bool(value) and all(self._by_fields(Scope(), item) for item in value)
 
     def _is_list_of_users(self, value: list[Any]) -> bool:
-        return bool(value) and all(
-            isinstance(item, dict) and self._number(_fields(item), _USER_FIELDS) for item in value
-        )  # fmt: skip
+        return bool(value) and all(isinstance(item, dict) and self._is_user(item) for item in value)
+
+    def _is_user(self, value: dict[str, Any]) -> bool:
+        fields = _fields(value)
+        return bool(
+            self._number(fields, _USER_FIELDS) or (_is_personal(value) and self._snowflake(_scalar(fields.get("id"))))
+        )
+
+    def _has_any_id(self, value: Any) -> bool:
+        """Return whether a key of an object is an id; of a long one, whether it may be."""
+        if isinstance(value, Unread):
+            return value.brackets.startswith("{")
+        return isinstance(value, dict) and any(map(self._is_id, value))
 
     def _has_ids(self, value: Any, digits: int = 1) -> bool:
         """Return whether most keys of an object are ids, with at least so many digits if these are fewer than 15."""
@@ -429,6 +490,18 @@ def _scalars(value: Any) -> list[str]:
 
 def _is_personal(value: Any) -> bool:
     return isinstance(value, dict) and not _PERSONAL.isdisjoint(map(_plain, value))
+
+
+def _is_person(value: Any) -> bool:
+    """Return whether an object has a field of a person's that is not itself a container, as those of guilds are."""
+    return isinstance(value, dict) and any(
+        _plain(name) in _PERSONAL and not isinstance(item, dict | list) for name, item in value.items()
+    )
+
+
+def _has_objects(value: Any) -> bool:
+    """Return whether the values of an object are objects; those of a long one are taken to be."""
+    return isinstance(value, Unread) or all(isinstance(item, dict) for item in value.values())
 
 
 def _is_red(value: Any) -> bool:
