@@ -20,7 +20,7 @@ from utils.operations.backup import recovery
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.create import BackupRequest, create
 from utils.operations.backup.service import BackupService
-from utils.operations.doctor import DoctorContext, run_checks
+from utils.operations.doctor import DoctorContext, run_checks, summarize_findings
 from utils.operations.doctor.context import CONNECT_SECONDS
 from utils.operations.importing import exporting, importer
 from utils.operations.migrations import Actor, admin
@@ -70,10 +70,7 @@ class DatabaseCommands(BaseCog):
 
         async def work(reply: Reply) -> Outcome:
             findings = await run_checks(BotContext(self.bot, self._database))
-            return Outcome(
-                "\n".join(finding.line for finding in findings),
-                ok=all(finding.state != "fail" for finding in findings),
-            )
+            return summarize_findings(findings)
 
         await self._run(interaction, "db health", work)
 

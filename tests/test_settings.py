@@ -189,6 +189,19 @@ def test_no_text_form_contains_a_secret() -> None:
     assert {TOKEN, "hush-5up3r", "hush-2", "hush-3"} <= set(settings.secrets())
 
 
+@pytest.mark.parametrize(
+    ("url", "secrets"),
+    [
+        ("s3://bucket/path", []),
+        ("s3://me:hush@bucket/path", ["s3://me:hush@bucket/path", "hush"]),
+        ("az://box/path?sig=hush", ["az://box/path?sig=hush", "sig=hush"]),
+        ("s3://[hush", ["s3://[hush"]),
+    ],
+)
+def test_the_name_of_a_store_is_not_secret(url: str, secrets: list[str]) -> None:
+    assert load(BACKUP_URL=url).secrets() == secrets
+
+
 def test_railway_without_a_volume_needs_a_database_url() -> None:
     message = refused(RAILWAY_ENVIRONMENT_NAME="production")
     assert message.startswith("DATABASE_URL: not set, and this Railway service has no volume")

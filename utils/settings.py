@@ -475,11 +475,28 @@ class Settings(BaseSettings):
         return copied
 
     def secrets(self) -> list[str]:
-        """Return every secret value, including the passwords inside database URLs, to be redacted from the logs."""
-        values = [value.get_secret_value() for _, value in self if isinstance(value, SecretStr)]
+        """Return every secret value, including the passwords inside URLs, to be redacted from the logs.
+
+        The name of a store of backups is not secret, only a login and a query in its URL.
+        """
+        values = [
+            value.get_secret_value() for name, value in self if isinstance(value, SecretStr) and name != "backup_url"
+        ]
+        if self.backup_url is not None:
+            values += _secret_parts(self.backup_url.get_secret_value())
         return values + [
             target.password for target in self._resolved_targets() if target is not None and target.password
         ]
+
+
+def _secret_parts(url: str) -> list[str]:
+    """Return what is secret in the URL of a store: a password, a query, and the URL with them."""
+    try:
+        parts = urlsplit(url)
+        found = [part for part in (parts.password, parts.query) if part]
+    except ValueError:
+        return [url]
+    return [url, *found] if found or parts.username else []
 
 
 def application_of_token(token: str) -> int | None:

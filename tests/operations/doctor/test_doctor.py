@@ -9,6 +9,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -26,7 +27,7 @@ from tests.ports import free_port
 from utils.database import ConnectTarget, Pool
 from utils.mirror.discord.permissions import invite_url
 from utils.operations import migrations
-from utils.operations.doctor import CHECKS, Check, CheckSkipped, DoctorContext, Finding, run_checks
+from utils.operations.doctor import CHECKS, Check, CheckSkipped, DoctorContext, Finding, run_checks, summarize_findings
 from utils.operations.doctor.configuration import DRAINING, find_token_problem
 from utils.operations.doctor.discord import check_discord
 from utils.operations.doctor.machine import check_disk
@@ -113,6 +114,20 @@ async def test_crashing_and_hanging_checks_affect_no_others() -> None:
     ]
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         task.cancel()
+
+
+def test_a_summary_begins_with_what_is_wrong() -> None:
+    findings = [
+        Finding("ok", "a", "fine"),
+        Finding("warn", "b", "so so", "look"),
+        Finding("ok", "c", "fine"),
+        Finding("fail", "a", "broken", "mend it"),
+    ]
+    outcome = summarize_findings(findings)
+    assert outcome.text.splitlines() == ["fail  a: broken; mend it", "warn  b: so so; look", "ok    c"]
+    assert not outcome.ok
+    assert outcome.file == ("health.txt", "\n".join(finding.line for finding in findings))
+    assert summarize_findings(findings[:1]).ok
 
 
 async def test_invalid_settings_skip_only_their_own_checks(monkeypatch: pytest.MonkeyPatch, database_url: str) -> None:
@@ -392,12 +407,17 @@ async def test_nothing_is_ok_by_what_was_known_before_an_outage(
 ) -> None:
     of_database = {"database", "pooler", "rights", "schema", "tools"}
     monkeypatch.setenv("DATABASE_URL", database_url)
-    async with running_bot(database, simulator, data_dir=tmp_path / "data", database_url=database_url) as bot:
+    bot_settings: dict[str, Any] = {"data_dir": tmp_path / "data", "database_url": database_url}
+    async with running_bot(database, simulator, extensions=["cogs.db"], **bot_settings) as bot:
         findings = await run_checks(BotContext(bot, database))
         found = {finding.name: finding.state for finding in findings}
         assert {found[name] for name in (*of_database, "clock (database)")} == {"ok"}, findings
         async with refusing_connections(database):
             findings = await run_checks(BotContext(bot, database))
+            health = await simulator.run_command("db", subcommand="health", user_id=simulator.world.operator_id)
+            await health.wait_done(60, until=lambda seen: "database" in (seen.final_content or ""))
+        assert "fail  database: " in (health.final_content or "")
+        assert "not checked: the database cannot be reached" in (health.final_content or "")
         found = {finding.name: finding.state for finding in findings}
         assert found["database"] == "fail"
         unchecked = of_database - {"database"} | {"clock", "connections"}

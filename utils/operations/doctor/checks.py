@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from utils.exceptions import DatabaseError
-from utils.operations.action import record_action
+from utils.operations.action import Outcome, record_action
 from utils.operations.backup.store import ANSWER_SECONDS
 from utils.operations.doctor import address, backups, configuration, discord, machine, server
 from utils.operations.doctor.context import CONNECT_SECONDS, START_SECONDS, DoctorContext
@@ -57,6 +57,22 @@ async def run_checks(context: DoctorContext, checks: Sequence[Check] = CHECKS) -
         return findings
     finally:
         await context.close()
+
+
+def summarize_findings(findings: Sequence[Finding]) -> Outcome:
+    """Return the problems, worst first, the names of what is ok, and all findings as a file.
+
+    All of them together are longer than a message of Discord's.
+    """
+    problems = [finding for state in ("fail", "warn") for finding in findings if finding.state == state]
+    troubled = {finding.name for finding in problems}
+    fine = dict.fromkeys(finding.name for finding in findings if finding.name not in troubled)
+    lines = [finding.line for finding in problems] + ([f"ok    {', '.join(fine)}"] if fine else [])
+    return Outcome(
+        "\n".join(lines),
+        ok=all(finding.state != "fail" for finding in findings),
+        file=("health.txt", "\n".join(finding.line for finding in findings)),
+    )
 
 
 async def _record(context: DoctorContext, findings: Sequence[Finding]) -> None:
