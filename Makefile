@@ -72,9 +72,9 @@ format: setup ## Format the code
 psql: setup ## Open psql on the database (DATA_DIR=.data/demo for the demo's, ARGS='-c "SELECT 1"' for psql)
 	@$(RUN) bot.py db psql $(if $(filter command,$(firstword $(origin DATA_DIR))),--data-dir $(DATA_DIR)) $(ARGS)
 
-migration: setup ## Write a new revision from the models: make migration m="add a table"
+migration: setup ## Write a revision from the models: make migration m="add a table" (ARGS=--empty for changes of rows)
 	@test -n "$(m)" || { echo 'make migration m="what it does"' >&2; exit 2; }
-	@$(RUN) -m utils.operations.migrations revision "$(m)"
+	@$(RUN) -m utils.operations.migrations revision "$(m)" $(ARGS)
 
 docs: setup ## Write docs/reference/ from the code
 	@$(RUN) -m docs.generate

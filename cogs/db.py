@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +25,12 @@ from utils.operations.backup.service import BackupService
 from utils.operations.doctor import DoctorContext, run_checks, summarize_findings
 from utils.operations.doctor.context import CONNECT_SECONDS
 from utils.operations.importing import exporting, importer
-from utils.operations.migrations import Actor, admin
+from utils.operations.migrations import Actor, admin, current
 from utils.operations.migrations.preview import preview as preview_migration
 from utils.operations.slash import Answer, Reply
 from utils.operations.upkeep import maintain, picture
 from utils.operations.upkeep.statistics import Statistics, collect, summarize
-from utils.text import format_bytes
+from utils.text import format_bytes, format_count
 
 #: Most characters of an embed field (API reference, "Embed Limits").
 FIELD_LENGTH = 1_024
@@ -53,14 +55,15 @@ class DatabaseCommands(BaseCog):
         """Show the statistics with a chart."""
 
         async def work(reply: Reply) -> Answer:
-            backups = [{"id": entry.id, "line": entry.line} for entry in (await self._backups().catalog.entries())[:3]]
-            statistics = await collect(self._database, bot=self.bot.stats(), backups=backups)
+            entries, problems = await self._backups().catalog.scan()
+            backups = [{"id": entry.id, "line": entry.line} for entry in entries]
+            statistics = await collect(self._database, bot=self.bot.stats(), backups=backups, problems=problems)
             try:
                 chart: bytes | None = await picture.draw(statistics)
             except GuildbookError as exc:  # the numbers matter more
                 self.log.warning("could not draw the chart of the statistics: %s", exc)
                 chart = None
-            return _to_embed(statistics, chart)
+            return self._to_embed(statistics, chart)
 
         await slash.operate(interaction, "db stats", work)
 
@@ -82,7 +85,9 @@ class DatabaseCommands(BaseCog):
 
         async def work(reply: Reply) -> Outcome:
             jobs = await maintain.preview(self._database)
-            await reply.confirm(f"These jobs are due:\n{jobs.text}", "Do it")
+            if not jobs.data["jobs"]:
+                return jobs
+            await reply.confirm(f"Due {'is' if len(jobs.data['jobs']) == 1 else 'are'}:\n{jobs.text}", "Do it")
             return await maintain.maintain(self._database, progress=reply.step)
 
         await self._run(interaction, "db maintain", work)
@@ -99,9 +104,11 @@ class DatabaseCommands(BaseCog):
 
         async def work(reply: Reply) -> Outcome:
             settings, path = self.bot.settings, self._path(IMPORTS, name)
-            if not dry_run:
-                await reply.confirm(f"Import {path.name} into the database?", "Import")
-            return await importer.import_files(self._database, settings, [path], dry_run, progress=reply.step)
+            found = await importer.import_files(self._database, settings, [path], dry_run=True, progress=reply.step)
+            if dry_run or not importer.has_changes(found):
+                return found
+            await reply.confirm(f"{found.text}\nImport this into the database?", "Import")
+            return await importer.import_files(self._database, settings, [path], progress=reply.step)
 
         await self._run(interaction, "db import", work, name=name, dry_run=dry_run)
 
@@ -125,6 +132,7 @@ class DatabaseCommands(BaseCog):
         """Ask, and end the hold on an empty database without restoring a backup."""
 
         async def work(reply: Reply) -> Outcome:
+            await recovery.require_empty(self._database)
             await reply.confirm(
                 "Begin anew? Members, roles and channels are filled from Discord; the history is only in the backups.",
                 "Begin anew",
@@ -178,7 +186,9 @@ class DatabaseCommands(BaseCog):
         """Show the migration, ask, and run it."""
 
         async def work(reply: Reply) -> Outcome:
-            migration = await preview_migration(self._database)
+            migration = await admin.plan_upgrade(self._database, progress=reply.step)
+            if migration is None:
+                return Outcome(f"the schema is at {await current(self._database)}, the newest revision: nothing to do")
             await reply.confirm(migration.text, "Upgrade")
             by = Actor("discord", interaction.user.id)
             outcome = await admin.upgrade(self._database, by=by, progress=reply.step)
@@ -196,6 +206,8 @@ class DatabaseCommands(BaseCog):
 
         async def work(reply: Reply) -> Outcome:
             migration = await preview_migration(self._database, revision, down=True)
+            if not migration.data["statements"]:
+                return migration
             warning = "A backup is made first. Then this bot shuts down: it cannot work on an older schema."
             await reply.confirm(f"{migration.text}\n{warning}", "Downgrade")
 
@@ -211,12 +223,13 @@ class DatabaseCommands(BaseCog):
                 by=Actor("discord", interaction.user.id),
                 progress=reply.step,
             )
-            self.bot.shut_down(
-                MigrationError(
-                    f"an operator downgraded the schema to {revision}: start a version that fits, or upgrade again"
-                    " (python bot.py db upgrade)"
+            if outcome.data["taken_back"]:
+                self.bot.shut_down(
+                    MigrationError(
+                        f"an operator downgraded the schema to {revision}: start a version that fits, or upgrade again"
+                        " (python bot.py db upgrade)"
+                    )
                 )
-            )
             return outcome
 
         await self._run(interaction, "db migrate downgrade", work, revision=revision)
@@ -224,11 +237,14 @@ class DatabaseCommands(BaseCog):
     @migrate.command(name="stamp", description="Record a revision without running it, if the schema is what it makes")
     @app_commands.describe(revision="The number of a revision, or head")
     async def stamp(self, interaction: discord.Interaction[Guildbook], revision: str = "head") -> None:
-        """Ask, compare, and record the revision."""
+        """Compare, ask, and record the revision."""
 
         async def work(reply: Reply) -> Outcome:
-            await reply.confirm(f"Record that the schema is at {revision}, without running anything?", "Stamp")
-            return await admin.stamp(self._database, revision, by=Actor("discord", interaction.user.id))
+            checked = await admin.check_stamp(self._database, revision, progress=reply.step)
+            if not checked.is_recorded:
+                question = f"Record that the schema is at {checked.goal}, without running anything?"
+                await reply.confirm(f"{checked.line}. {question}", "Stamp")
+            return await admin.record_stamp(self._database, checked, by=Actor("discord", interaction.user.id))
 
         await self._run(interaction, "db migrate stamp", work, revision=revision)
 
@@ -309,10 +325,29 @@ class DatabaseCommands(BaseCog):
 
         async def work(reply: Reply) -> Outcome:
             would = await self._backups().prune(dry_run=True)
+            if not would.data["deleted"] and not would.data["files"]:
+                return replace(would, text=f"Nothing to delete: {would.text}")
             await reply.confirm(would.text, "Delete")
             return await self._backups().prune()
 
         await self._run(interaction, "db backup prune", work)
+
+    def _to_embed(self, statistics: Statistics, chart: bytes | None) -> Answer:
+        size = format_bytes(statistics.server["bytes"])
+        embed = discord.Embed(title=f"PostgreSQL {statistics.server['version']}, {size}", timestamp=statistics.at)
+        lines = summarize(statistics, name_guild=self._name_guild, format_time=_format_time)
+        for name, value in lines.items():
+            embed.add_field(
+                name=name, value=discord.utils.escape_markdown(value)[:FIELD_LENGTH], inline=len(value) < 60
+            )
+        if chart is not None:
+            embed.set_image(url="attachment://statistics.png")
+        text = f"{format_count(len(statistics.tables), 'table')}, {size}"
+        return Answer(text, embed, None if chart is None else ("statistics.png", chart))
+
+    def _name_guild(self, guild_id: int) -> str:
+        guild = self.bot.get_guild(guild_id)
+        return guild.name if guild is not None and guild.name else f"guild {guild_id}"
 
     @property
     def _database(self) -> Pool:
@@ -343,22 +378,14 @@ class BotContext(DoctorContext):
         return self._bot_pool
 
 
+def _format_time(at: datetime) -> str:
+    """Return a time as Discord shows it to each reader: `5 minutes ago`."""
+    return discord.utils.format_dt(at, "R")
+
+
 def _allow_own_lease(pool: Pool) -> contextlib.AbstractAsyncContextManager[None]:
     """Let a downgrade run although a bot acts: this one does, and it was asked to."""
     return contextlib.nullcontext()
-
-
-def _to_embed(statistics: Statistics, chart: bytes | None) -> Answer:
-    embed = discord.Embed(
-        title=f"PostgreSQL {statistics.server['version']}, {format_bytes(statistics.server['bytes'])}",
-        timestamp=statistics.at,
-    )
-    for name, value in summarize(statistics).items():
-        embed.add_field(name=name, value=discord.utils.escape_markdown(value)[:FIELD_LENGTH], inline=len(value) < 60)
-    if chart is not None:
-        embed.set_image(url="attachment://statistics.png")
-    text = f"{len(statistics.tables)} tables, {format_bytes(statistics.server['bytes'])}"
-    return Answer(text, embed, None if chart is None else ("statistics.png", chart))
 
 
 async def setup(bot: Guildbook) -> None:

@@ -15,6 +15,7 @@ from utils.mirror.discord.permissions import invite_url, missing_in
 from utils.mirror.records.rows import Run, tombstone_column
 from utils.operations import slash
 from utils.operations.slash import Reply
+from utils.text import format_count
 
 #: Guilds that `/mirror sync` reconciles at the same time. The reconciler has limits of its own.
 CONCURRENCY = 8
@@ -55,10 +56,12 @@ class MirrorCommands(commands.Cog):
 
     async def _status(self, reply: Reply) -> str:
         ready, progress = self.bot.mirror.is_ready()
+        outage = f", {progress['unavailable']:,} in an outage" if progress["unavailable"] else ""
+        guilds = f"{format_count(progress['available'], 'guild')} available{outage}"
         lines = [
-            f"**{'Up to date' if ready else 'Catching up'}**: {progress['available']:,} guilds available,"
+            f"**{'Up to date' if ready else 'Catching up'}**: {guilds},"
             f" {progress['reconciled']:,} reconciled, {progress['waiting']:,} waiting, {progress['running']:,} running;"
-            f" {len(self.bot.mirror.writer.buffer):,} rows waiting to be written"
+            f" {format_count(len(self.bot.mirror.writer.buffer), 'row')} waiting to be written"
         ]
         lines += await self._missing_permissions()
         counts = [f"{name} {await self._count(name):,}" for name in mirrored_tables()]
@@ -82,14 +85,16 @@ class MirrorCommands(commands.Cog):
             found = [f"no {used.name} (not mirrored: {used.missed})" for used in missing_in(guild)]
             state = self.bot.mirror.reconciler.guilds.get(guild.id)
             if not found and state is not None and (channels := {id for id, _ in state.skipped_archives}):
-                found = [f"{len(channels):,} channels deny Read Message History or Manage Threads"]
+                verb = "denies" if len(channels) == 1 else "deny"
+                found = [f"{format_count(len(channels), 'channel')} {verb} Read Message History or Manage Threads"]
             if found:
                 lacking.append(f"{self._name(guild.id)}: {', '.join(found)}")
             if not number % GUILDS_AT_ONCE:
                 await asyncio.sleep(0)
         if not lacking:
             return []
-        more = [f"and {len(lacking) - SHOWN_GUILDS:,} more guilds"] if len(lacking) > SHOWN_GUILDS else []
+        unshown = len(lacking) - SHOWN_GUILDS
+        more = [f"and {format_count(unshown, 'more guild')}"] if unshown > 0 else []
         assert self.bot.application_id is not None, "logged in"
         return [
             "**Missing permissions**",
@@ -113,8 +118,10 @@ class MirrorCommands(commands.Cog):
         ids = [state.id for state in states if state.available]
         if not ids:
             raise SyncError("no guild is available: Discord has an outage, or the bot is not in any guild")
+        left_out = len(states) - len(ids)
         runs = await self._sync(reply, ids)
-        return f"Synced {len(ids):,} guilds: {self._figures(runs)}"
+        outage = f" ({format_count(left_out, 'guild')} in an outage left out)" if left_out else ""
+        return f"Synced {format_count(len(ids), 'guild')}{outage}: {self._figures(runs)}"
 
     async def _sync(self, reply: Reply, ids: list[int]) -> list[Run]:
         """Reconcile guilds, show the progress, and return the runs. Raises the first error."""
@@ -148,17 +155,21 @@ class MirrorCommands(commands.Cog):
         listings = [state.listing for id in ids if (state := guilds.get(id)) is not None and state.listing is not None]
         pages, members = sum(listing.pages for listing in listings), sum(listing.seen for listing in listings)
         if len(ids) > 1:
-            return f"Syncing: {finished:,} of {len(ids):,} guilds done, {members:,} members of other guilds so far"
+            others = f"{format_count(members, 'member')} of other guilds so far"
+            return f"Syncing: {finished:,} of {len(ids):,} guilds done, {others}"
         if not listings:
             return f"Syncing {self._name(ids[0])}: waiting in the queue (Discord sends a full list at most every 30 s)"
-        return f"Syncing {self._name(ids[0])}: {members:,} members in {pages:,} pages so far"
+        seen = f"{format_count(members, 'member')} in {format_count(pages, 'page')}"
+        return f"Syncing {self._name(ids[0])}: {seen} so far"
 
     def _figures(self, runs: list[Run]) -> str:
         started_at = min(run.started_at for run in runs)
         seconds = (self.bot.db.now() - started_at).total_seconds()
         sources = " and ".join(sorted({run.source for run in runs}))
+        members = format_count(sum(run.rows_seen for run in runs), "member")
+        pages = format_count(sum(run.pages for run in runs), "page")
         return (
-            f"{sum(run.rows_seen for run in runs):,} members in {sum(run.pages for run in runs):,} pages ({sources}),"
+            f"{members} in {pages} ({sources}),"
             f" {sum(run.rows_inserted for run in runs):,} new, {sum(run.rows_updated for run in runs):,} changed,"
             f" {sum(run.rows_left for run in runs):,} left, {seconds:.1f} s"
         )

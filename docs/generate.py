@@ -1,4 +1,7 @@
-"""Writes docs/reference/ from the code: `make docs`. A test fails when a page differs from what this would write."""
+"""Writes docs/reference/ and docs/images/ from the code: `make docs`.
+
+A test fails when a page or a picture differs from what this would write.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from sqlalchemy.dialects import postgresql
 
 import bot
 import cogs
+from docs import pictures
 from models import Base
 from models.base import Erase, Part, part_of
 from utils.cli.common import EXIT_CODES
@@ -270,7 +274,7 @@ def commands_page() -> str:
                 required = "yes" if option.required else ""
                 parts.append(f"| `{option.display_name}` | {required} | {_cell(str(option.description))} |")
             parts.append("")
-    parts += ["## In a shell", "", *_exit_codes()]
+    parts += [*_pictures(), "## In a shell", "", *_exit_codes()]
     root = typer.main.get_command(bot.app)
     for path, shell_command in _shell_commands("python bot.py", root):
         parts += [f"### {path}", "", _first(shell_command.help), ""]
@@ -289,6 +293,18 @@ to standard error. `"ok"` is true if and only if the exit code is 0. An error is
 prints nothing more. `python bot.py db psql` ends with the exit code of psql.
 """
     return ["### Exit codes", "", "| code | meaning |", "| --- | --- |", *rows, *text.splitlines(), ""]
+
+
+def _pictures() -> list[str]:
+    """Return a section with the pictures of /db stats."""
+    text = """
+The sizes of the largest tables and, from the second sample on, the growth of all tables together. A sample is taken
+every six hours, and after a month the first of each day is kept. Times are in UTC.
+"""
+    parts = ["### The picture of /db stats", text]
+    for name, caption, _ in pictures.PICTURES:
+        parts += [f"{caption}:", "", f"![{caption}](../images/{name})", ""]
+    return parts
 
 
 def _slash_commands() -> Iterator[app_commands.Command[Any, ..., Any]]:
@@ -322,7 +338,7 @@ def _cell(text: str) -> str:
 
 
 def main() -> None:
-    """Write the pages, and remove those that are no longer written."""
+    """Write the pages and the pictures, and remove those that are no longer written."""
     DIRECTORY.mkdir(exist_ok=True)
     texts = pages()
     for name, text in texts.items():
@@ -330,6 +346,7 @@ def main() -> None:
     for path in DIRECTORY.glob("*.md"):
         if path.stem not in texts:
             path.unlink()
+    pictures.write()
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class DatabaseUnavailable(DatabaseError):
 
 
 class LeaseLost(DatabaseError):
-    """Another process holds the lease. This one must not write any more."""
+    """This process does not hold the lease any more and must not write: the message says who took or revoked it."""
 
 
 class MigrationError(DatabaseError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +15,12 @@ import pytest
 from simulator import InteractionResult, Simulator
 from tests.bot.running import running_bot, wait_until_mirrored
 from tests.operations.backup.helpers import dropping_scratch_databases
+from tests.operations.migrations.support import HEAD
 from tests.waiting import until
 from utils.bot.client import Guildbook
 from utils.database import Pool
 from utils.exceptions import DatabaseUnavailable, MigrationError
+from utils.operations import migrations
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.slash import REFUSAL
 
@@ -44,18 +47,20 @@ COMMANDS = [
     Command("migrate status", {}, None, "pending: none"),
     Command("migrate history", {}, None, "0001"),
     Command("migrate preview", {"down": True}, None, "downgrade from"),
-    Command("migrate upgrade", {}, "Upgrade", "the schema is up to date"),
-    Command("migrate stamp", {}, "Stamp", "is recorded as"),
+    Command("import", {"name": "members.json", "dry_run": False}, None, "nothing to change"),
+    Command("migrate upgrade", {}, None, "the newest revision: nothing to do"),
+    Command("migrate downgrade", {"revision": HEAD}, None, f"the schema is at {HEAD} already: nothing to do"),
+    Command("migrate stamp", {}, None, f"{HEAD} is recorded already: nothing to do"),
     Command("backup create", {}, None, "backup 2"),
     Command("backup create", {"tables": "members, users"}, None, "some tables only"),
     Command("backup list", {}, None, "manual"),
     Command("backup verify", {}, None, "is intact"),
     Command("backup drill", {}, None, "was restored completely"),
-    Command("backup prune", {}, "Delete", "0 of 2 backups deleted"),
+    Command("backup prune", {}, None, "Nothing to delete: 0 of 2 backups"),
     Command("backup restore", {}, "Restore", "is live in database"),
     Command("backup restore", {"whole_database": True}, "Restore", "kept as"),
 ]
-PATHS = {command.path for command in COMMANDS} | {"migrate downgrade", "begin-anew"}
+PATHS = {command.path for command in COMMANDS} | {"begin-anew"}
 
 
 @pytest.fixture
@@ -110,7 +115,11 @@ async def test_operators_can_run_every_command(bot: Guildbook, database: Pool, s
         assert not result.buttons
         if command.path == "stats":
             assert result.files["statistics.png"].startswith(b"\x89PNG")
-            assert {field["name"] for field in result.edits[-1].embeds[0]["fields"]} >= {"Pool", "Growth", "Last syncs"}
+            fields = {field["name"]: field["value"] for field in result.edits[-1].embeds[0]["fields"]}
+            assert fields.keys() >= {"Pool", "Growth", "Last syncs"}
+            names = [guild.name for guild in simulator.world.guilds.values()]
+            assert any(name in fields["Last syncs"] for name in names), "guilds have names, and no ids"
+            assert re.search(r"<t:\d+:R>", fields["Last syncs"]), "times are the reader's"
         if command.path == "migrate preview":
             assert [name for name in result.files if name.endswith(".sql")]
     rows = await database.fetch("SELECT user_id, command FROM ops.admin_actions ORDER BY id")
@@ -179,6 +188,48 @@ async def test_downgrade_backs_up_and_shuts_the_bot_down(bot: Guildbook, databas
     await until(bot.is_closed)
     assert isinstance(bot.shutdown_error, MigrationError)
     assert await database.fetchval("SELECT version_num FROM guildbook_version") == "0002"
+
+
+async def test_downgrade_to_where_it_is_does_not_stop_the_bot(
+    bot: Guildbook, database: Pool, simulator: Simulator
+) -> None:
+    result = await run_command(simulator, simulator.world.operator_id, "migrate downgrade", {"revision": HEAD})
+    assert await final_answer(database, result) == f"the schema is at {HEAD} already: nothing to do"
+    assert not result.buttons
+    assert bot.shutdown_error is None
+    assert await BackupCatalog(bot.settings).entries() == []
+    result = await run_command(simulator, simulator.world.operator_id, "migrate status", {})
+    assert "pending: none" in await final_answer(database, result)
+
+
+async def test_begin_anew_does_not_ask_about_a_database_that_is_not_empty(
+    bot: Guildbook, database: Pool, simulator: Simulator
+) -> None:
+    await wait_until_mirrored(database, simulator)
+    result = await run_command(simulator, simulator.world.operator_id, "begin-anew", {})
+    assert "the database is not empty, it has guilds in it: nothing was changed" in await final_answer(database, result)
+    assert all("Begin anew?" not in edit.content for edit in result.edits)
+
+
+async def test_upgrade_and_stamp_say_what_they_would_do_and_ask(
+    bot: Guildbook, database: Pool, simulator: Simulator
+) -> None:
+    operator = simulator.world.operator_id
+    await migrations.pause_auto_migrate(database, HEAD)
+    await database.execute("DELETE FROM guildbook_version")
+    result = await run_command(simulator, operator, "migrate stamp", {"revision": "0001"})
+    assert "the schema is not what revision 0001 makes" in await final_answer(database, result)
+    result = await run_command(simulator, operator, "migrate stamp", {})
+    await result.wait_done(60, until=lambda seen: bool(seen.buttons))
+    assert f"the schema is what revision {HEAD} makes" in (result.final_content or "")
+    await simulator.press(result, result.buttons["Stamp"], user_id=operator)
+    assert f"is recorded as {HEAD}" in await final_answer(database, result)
+    result = await run_command(simulator, operator, "migrate upgrade", {})
+    await result.wait_done(60, until=lambda seen: bool(seen.buttons))
+    assert "AUTO_MIGRATE is resumed, which is paused: " in (result.final_content or "")
+    await simulator.press(result, result.buttons["Cancel"], user_id=operator)
+    assert await final_answer(database, result) == "Cancelled: nothing was done."
+    assert await migrations.find_pause(database) is not None
 
 
 async def test_import_and_export_stay_in_their_directories(

@@ -36,6 +36,7 @@ async def test_statistics_cover_only_guilds_the_bot_is_in(sessions: SessionFacto
         (4, 9_000, 99, True, 3, days_ago(1), NOW),
     ]
     await guilds.upsert_many(dict(zip(names, row, strict=True)) for row in rows)
+    await guilds.upsert_many([{"id": 5, "member_count": 70, "unavailable": True}])  # in an outage
     totals = await guilds.statistics()
     assert (totals.guilds, totals.members, totals.average_members, totals.boosts) == (3, 401, 200.5, 17)
     assert (totals.large, totals.premium, totals.last_joined_at) == (1, 2, days_ago(10))

@@ -335,6 +335,36 @@ async def test_a_missing_table_ends_the_wait(empty_target: ConnectTarget) -> Non
         await asyncio.wait_for(Lease(empty_target, holder()).wait(), PATIENCE)
 
 
+# --- what a lost lease says
+
+ACTS = "UPDATE ops.leases SET holder = '{}', epoch = epoch + 1, expires_at = clock_timestamp() + interval '1 min'"
+RELEASED = "UPDATE ops.leases SET holder = 'other', epoch = epoch + 1, expires_at = NULL"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("DELETE FROM ops.leases", "the database was emptied or restored: it has no lease"),
+        ("UPDATE ops.leases SET epoch = epoch - 1", "the database went back to an earlier state"),
+        (ACTS.format("other"), "another process acts now (other)"),
+        (RELEASED, "another process took it and has released it (other)"),
+        (ACTS.format(module.OPERATOR), "an operator's command has taken it (db downgrade)"),
+        (None, "a restore has revoked it"),
+    ],
+)
+async def test_lost_lease_says_what_happened(database: Pool, change: str | None, reason: str) -> None:
+    fence = await seize(database, "ours")
+    async with database.acquire() as connection:
+        await fence.check(connection)
+        if change is None:
+            await module.depose(connection)
+        else:
+            await connection.execute(change)
+        with pytest.raises(LeaseLost) as caught:
+            await fence.check(connection)
+    assert str(caught.value).startswith(reason)
+
+
 # --- databases that went back
 
 

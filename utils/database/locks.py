@@ -58,7 +58,7 @@ SELECT format('process %s (%s)', l.pid, coalesce(nullif(a.application_name, ''),
 FROM pg_locks AS l LEFT JOIN pg_stat_activity AS a USING (pid)
 WHERE l.granted AND l.locktype = 'advisory' AND l.objsubid = 1
     AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    AND (l.classid::bigint << 32 | l.objid::bigint) = {key} LIMIT 1
+    AND (CAST(l.classid AS bigint) << 32 | CAST(l.objid AS bigint)) = {key} LIMIT 1
 """
 
 
@@ -76,7 +76,8 @@ async def find_lock_holders(
                 **target.connect_kwargs(), timeout=ATTEMPT_SECONDS, command_timeout=ATTEMPT_SECONDS
             )
             try:
-                await apply_settings(connection)
+                if not target.pooled:
+                    await apply_settings(connection)
                 rows = await connection.fetch(_HOLDERS, list(relations), list(_CONFLICTS[mode]), SHOWN)
             finally:
                 await connection.close(timeout=1.0)

@@ -243,7 +243,12 @@ class Reply:
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT):
                 await self._interaction.edit_original_response(content=text[:MESSAGE_LENGTH], view=None, **attachments)
-        except (discord.DiscordException, OSError, TimeoutError) as exc:
+        except (
+            discord.DiscordException,
+            OSError,
+            TimeoutError,
+            RuntimeError,
+        ) as exc:  # the session is closed at a stop
             _log.warning("could not edit the reply to a command: %r", exc)
 
     async def show_steps(self) -> None:

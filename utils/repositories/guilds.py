@@ -18,7 +18,10 @@ from utils.repositories.base import Load, Page, Repository
 
 @dataclass(frozen=True, slots=True)
 class GuildTotals:
-    """Totals over all guilds the bot is in, based on `guilds.member_count`, which drifts slightly between events."""
+    """Totals over the guilds that the bot is in, without those that are unavailable in an outage.
+
+    They are based on `guilds.member_count`, which drifts slightly between events.
+    """
 
     guilds: int
     members: int
@@ -105,7 +108,7 @@ class GuildRepository(Repository[Guild, int]):
         return await self.update(guild_id, member_count=count)
 
     async def statistics(self) -> GuildTotals:
-        """Return totals over all guilds that the bot is in."""
+        """Return totals over the guilds that the bot is in, without those that are unavailable in an outage."""
         age = func.extract("epoch", func.now() - Guild.joined_at) / 86_400
         query = select(
             func.count(),
@@ -116,7 +119,7 @@ class GuildRepository(Repository[Guild, int]):
             func.count().filter(Guild.premium_tier > 0),
             func.max(Guild.joined_at),
             func.avg(age),
-        ).where(Guild.left_at.is_(None))
+        ).where(Guild.left_at.is_(None), Guild.unavailable.is_(False))
         async with self.session() as session:
             guilds, members, average, boosts, large, premium, last, days = (await session.execute(query)).one()
         return GuildTotals(

@@ -44,6 +44,8 @@ SHARD = 0
 OPERATOR_TTL_SECONDS, OPERATOR_RENEW_SECONDS = 60.0, 15.0
 #: The holder while an operator changes the schema.
 OPERATOR = "db downgrade"
+#: The holder after a restore has revoked the lease.
+RESTORE = "restore"
 #: The largest epoch that the clock gives. A stamp has 23 bits for it (8,388,607 minutes end in December 2040); the rest
 #: is left for counting on, also with a clock that is decades ahead.
 MAX_CLOCK_EPOCH = 2**23 - 2**17
@@ -55,7 +57,10 @@ NEXT_EPOCH = (
 )
 
 _EXISTS = "SELECT to_regclass('ops.leases') IS NOT NULL"
-_CHECK = "SELECT holder, epoch FROM ops.leases WHERE shard = $1 FOR KEY SHARE"
+_CHECK = (
+    "SELECT holder, epoch, coalesce(expires_at < clock_timestamp(), true) AS is_free"
+    " FROM ops.leases WHERE shard = $1 FOR KEY SHARE"
+)
 _STATE = "SELECT holder, coalesce(expires_at < clock_timestamp(), true) AS is_free FROM ops.leases WHERE shard = $1"
 _INSERT = "INSERT INTO ops.leases (shard, holder, epoch) VALUES ($1, '', 0) ON CONFLICT (shard) DO NOTHING"
 #: Waits for every transaction that has checked the former epoch, so none of them can commit afterwards. The UPDATE
@@ -74,7 +79,7 @@ _RENEW = """
 UPDATE ops.leases SET expires_at = clock_timestamp() + make_interval(secs => $4)
 WHERE shard = $1 AND holder = $2 AND epoch = $3 AND coalesce(expires_at >= $5, true) RETURNING expires_at
 """
-_CURRENT = "SELECT holder, epoch FROM ops.leases WHERE shard = $1"
+_CURRENT = _CHECK.removesuffix(" FOR KEY SHARE")
 _BACKEND_PID = "SELECT pg_backend_pid()"
 _COMMIT = "COMMIT"
 #: The statements by which `pg_stat_activity` shows a process that takes the lease. It may lag, hence the neighbours.
@@ -107,7 +112,7 @@ _EPOCHS = "SELECT shard, epoch, taken_at FROM ops.leases WHERE epoch > 0"
 _LIVE = "SELECT shard FROM ops.leases WHERE expires_at > clock_timestamp()"
 _BLOCK = "SELECT FROM ops.leases FOR UPDATE"
 _RAISE = "UPDATE ops.leases SET epoch = greatest(epoch, $2) WHERE shard = $1"
-_DEPOSE = "UPDATE ops.leases SET epoch = epoch + 1, expires_at = NULL"
+_DEPOSE = "UPDATE ops.leases SET holder = $1, epoch = epoch + 1, expires_at = NULL"
 _REVIVE = """
 UPDATE ops.leases SET expires_at = clock_timestamp() + make_interval(secs => $2)
 WHERE shard = ANY($1::int[]) AND expires_at IS NOT NULL
@@ -161,22 +166,26 @@ class Fence:
     epoch: int
 
     async def check(self, connection: Connection) -> None:
-        """Raise `LeaseLost` when another process acts. Nobody can take over before the end of the transaction."""
+        """Raise `LeaseLost` when the lease is no longer ours. Nobody can take it before the end of the transaction."""
         row = await connection.fetchrow(_CHECK, SHARD)
         # The epoch alone does not do: after a failover that lost the last takeover it is assigned a second time.
         if row is None or (row["holder"], row["epoch"]) != (self.holder, self.epoch):
             raise LeaseLost(self.explain_loss(row))
 
     def explain_loss(self, row: asyncpg.Record | None) -> str:
-        """Return why the lease is lost, from the row of `ops.leases`; None if there is none."""
+        """Return what happened to the lease, from the row of `ops.leases`; None if there is none."""
         if row is None:
             return f"the database was emptied or restored: it has no lease, ours has epoch {self.epoch}"
-        if row["epoch"] < self.epoch or (row["holder"], row["epoch"]) == (self.holder, self.epoch):
-            return (
-                f"the database went back to an earlier state: the epoch of its lease is {row['epoch']}, ours is"
-                f" {self.epoch}"
-            )
-        return f"another process acts now: the epoch of the lease is {row['epoch']}, ours is {self.epoch}"
+        holder, epochs = row["holder"], f"the epoch of the lease is {row['epoch']}, ours is {self.epoch}"
+        if row["epoch"] < self.epoch or (holder, row["epoch"]) == (self.holder, self.epoch):
+            return f"the database went back to an earlier state: {epochs}"
+        if holder == RESTORE:
+            return f"a restore has revoked it: {epochs}"
+        if holder == OPERATOR:
+            return f"an operator's command has taken it ({OPERATOR}): {epochs}"
+        if row["is_free"]:
+            return f"another process took it and has released it ({holder}): {epochs}"
+        return f"another process acts now ({holder}): {epochs}"
 
 
 class Lease:
@@ -200,7 +209,8 @@ class Lease:
         self.timings: LeaseTimings = timings
         #: None before the lease was acquired and after it was released.
         self.fence: Fence | None = None
-        #: Set when another process has taken it, or when the database went back to a state before it was taken.
+        #: Set when another process has taken it, when a restore has revoked it, or when the database went back to a
+        #: state before it was taken.
         self.lost: asyncio.Event = asyncio.Event()
         #: Set while renewals find no table of leases: the database was recreated. Whoever waits for it decides when to
         #: call `give_up`; until then nothing can be written.
@@ -453,6 +463,8 @@ async def hold_as_operator(pool: Pool) -> AsyncIterator[None]:
         return
     acting = await pool.fetchval(_ACTING)
     taken = acting is None and await pool.fetchval(_TAKE_FREE, SHARD, OPERATOR, OPERATOR_TTL_SECONDS)
+    if acting == OPERATOR:
+        raise GuildbookError(f"another operator's command ({OPERATOR}) uses this database: wait until it is done")
     if not taken:
         raise GuildbookError(
             f"{acting or 'a bot'} acts on this database (it holds the lease): stop the bot, then try again"
@@ -518,8 +530,8 @@ async def list_live(connection: Connection) -> set[int]:
 
 
 async def depose(connection: Connection) -> None:
-    """Increment every epoch, so that whoever acts finds that its lease is lost."""
-    await connection.execute(_DEPOSE)
+    """Revoke every lease, so that whoever acts finds that its own is lost."""
+    await connection.execute(_DEPOSE, RESTORE)
 
 
 async def revive(connection: Connection, shards: set[int]) -> None:

@@ -195,6 +195,29 @@ async def test_rejects_revisions_in_the_other_direction(database: Pool) -> None:
         await admin.upgrade(database, "'; DROP TABLE users")
 
 
+async def test_downgrade_to_where_it_is_does_nothing(database: Pool) -> None:
+    async def never() -> str:
+        raise AssertionError("nothing is saved, because nothing is done")
+
+    for revision in (HEAD, "head"):
+        outcome = await admin.downgrade(database, revision, backup=never)
+        assert outcome.text == f"the schema is at {HEAD} already: nothing to do"
+        assert outcome.data["taken_back"] == []
+    assert await migrations.find_pause(database) is None
+
+
+async def test_plan_of_an_upgrade_names_what_it_would_do(database: Pool, empty: Pool) -> None:
+    assert await admin.plan_upgrade(database) is None
+    plan = await admin.plan_upgrade(empty)
+    assert plan is not None
+    assert plan.text.startswith(f"upgrade from base to {HEAD}: ")
+    await admin.downgrade(database, KNOWN[-2], backup=None)
+    await migrations.upgrade(database.target, respect_pause=True)
+    plan = await admin.plan_upgrade(database)
+    assert plan is not None
+    assert "AUTO_MIGRATE is resumed" in plan.text
+
+
 # --- stamp
 
 
@@ -263,3 +286,19 @@ async def test_command_line_asks_for_the_name_and_records_it(tmp_path: Path, dat
     assert (code, output.splitlines()[-1]) == (0, "drift from the models: none")
     commands = await database.fetch("SELECT command FROM ops.admin_actions ORDER BY id")
     assert [row["command"] for row in commands][-4:] == ["db downgrade", "db upgrade", "db history", "db status"]
+
+
+async def test_stamp_is_checked_before_it_is_recorded(database: Pool) -> None:
+    checked = await admin.check_stamp(database, "head")
+    assert (checked.goal, checked.before, checked.is_recorded) == (HEAD, HEAD, True)
+    outcome = await admin.record_stamp(database, checked)
+    assert outcome.text.startswith(f"{HEAD} is recorded already: nothing to do")
+    assert await database.fetchval("SELECT count(*) FROM ops.migrations WHERE action = 'stamp'") == 0
+    await database.execute("DELETE FROM guildbook_version")
+    checked = await admin.check_stamp(database, "head")
+    assert (checked.before, checked.is_recorded) == (None, False)
+    await database.execute("INSERT INTO guildbook_version VALUES ('0001')")
+    with pytest.raises(MigrationError, match="revision 0001 was recorded meanwhile"):
+        await admin.record_stamp(database, checked)
+    await database.execute("DELETE FROM guildbook_version")
+    assert (await admin.record_stamp(database, checked)).data == {"before": None, "after": HEAD}

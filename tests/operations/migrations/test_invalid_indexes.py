@@ -39,10 +39,12 @@ async def test_upgrade_leaves_an_index_that_is_being_built(database: Pool) -> No
     await leave_invalid_index(database)
     builder = await asyncpg.connect(**database.target.connect_kwargs())
     async with builder.transaction():
+        pid = await builder.fetchval("SELECT pg_backend_pid()")
         await builder.execute("LOCK TABLE roles IN SHARE UPDATE EXCLUSIVE MODE")  # as CREATE INDEX CONCURRENTLY does
         outcome = await admin.upgrade(database, options=MigrationOptions(index_lock_timeout="50ms"))
     await builder.close()
     assert not outcome.ok
+    assert f"roles is locked by process {pid} " in outcome.text
     assert outcome.data["invalid_indexes_left"] == ['"half Built"']
     assert await invalid_indexes.find(database) == ['"half Built"']
 

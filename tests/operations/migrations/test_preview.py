@@ -54,6 +54,18 @@ async def test_psql_runs_the_file_like_the_migration(
     assert list(await migrations.applied(empty_target)) == KNOWN
 
 
+async def test_lists_statements_that_fail_on_a_filled_table(database: Pool, tmp_path: Path) -> None:
+    options = with_revision(tmp_path, f'def upgrade():\n    op.execute("{ON_OLD}ADD COLUMN extra text NOT NULL")')
+    outcome = await preview(database, options=options)
+    assert outcome.text.splitlines()[1:] == [
+        "These statements fail unless the table is empty:",
+        f"- {ON_OLD}ADD COLUMN extra text NOT NULL",
+    ]
+    assert outcome.data["failing"] == [f"{ON_OLD}ADD COLUMN extra text NOT NULL"]
+    assert outcome.file is not None
+    assert "-- fails: if the table has rows" in outcome.file[1]
+
+
 async def test_lists_destructive_statements(database: Pool) -> None:
     outcome = await preview(database, KNOWN[0], down=True)
     assert "- DROP TABLE documents" in outcome.text

@@ -91,8 +91,8 @@ async def test_waiting_for_the_lock_is_bounded_and_logged(
 ) -> None:
     caplog.set_level(logging.INFO)
     holder = await asyncpg.connect(**empty_target.connect_kwargs())
-    await holder.execute("SELECT pg_advisory_lock($1)", LOCK_KEY)
-    with pytest.raises(MigrationError, match="another process has been migrating"):
+    pid = await holder.fetchval("SELECT pg_backend_pid() FROM pg_advisory_lock($1)", LOCK_KEY)
+    with pytest.raises(MigrationError, match=f"another process has been migrating .* until process {pid} "):
         await migrations.upgrade(empty_target, timeout=0.4)
     assert "waiting for another process" in caplog.text
     await holder.close()
@@ -163,8 +163,9 @@ async def test_failure_names_the_statement_and_changes_nothing(empty_target: Con
 async def test_lock_timeout_ends_a_migration(target: ConnectTarget) -> None:
     holder = await asyncpg.connect(**target.connect_kwargs())
     async with holder.transaction():
+        pid = await holder.fetchval("SELECT pg_backend_pid()")
         await holder.execute("LOCK TABLE guilds IN ACCESS SHARE MODE")
-        with pytest.raises(MigrationError, match="lock timeout"):
+        with pytest.raises(MigrationError, match=rf"lock timeout.*; guilds is locked by process {pid} \("):
             await migrations.downgrade(target, "base", options=MigrationOptions(lock_timeout="100ms"))
     await holder.close()
     assert await migrations.current(target) == "0001"  # each revision has its own transaction

@@ -24,6 +24,15 @@ ON_OLD = "ALTER TABLE members "
         (ON_OLD + "ADD x uuid DEFAULT gen_random_uuid()", ["rewrites"]),
         (ON_OLD + "ADD x timestamptz DEFAULT clock_timestamp()", ["rewrites"]),
         (ON_OLD + "ADD x bigserial", ["rewrites"]),
+        (ON_OLD + "ADD COLUMN x text NOT NULL", ["fails"]),
+        (ON_OLD + "ADD COLUMN IF NOT EXISTS x varchar(20) NOT NULL CHECK (x <> '')", ["fails"]),
+        (ON_OLD + "ADD x int NOT NULL DEFAULT NULL", ["fails"]),
+        (ON_OLD + "ADD x int PRIMARY KEY", ["fails"]),
+        (ON_OLD + "ADD x int DEFAULT 0 NOT NULL UNIQUE", ["fails"]),
+        (ON_OLD + "ADD x bigserial NOT NULL", ["rewrites"]),
+        (ON_OLD + "ADD x uuid DEFAULT gen_random_uuid() NOT NULL", ["rewrites"]),
+        (ON_OLD + "ADD x int GENERATED ALWAYS AS IDENTITY NOT NULL", ["rewrites"]),
+        (ON_OLD + "ADD a int, ADD b int NOT NULL", ["locks", "fails"]),
         (ON_OLD + "ADD x int GENERATED ALWAYS AS (flags + 1) STORED", ["rewrites"]),
         (ON_OLD + "ADD x int CHECK (x > 0)", ["scans"]),
         (ON_OLD + "ALTER COLUMN flags TYPE bigint", ["rewrites"]),
@@ -61,6 +70,14 @@ ON_OLD = "ALTER TABLE members "
 def test_classifies_statements(sql: str, kinds: list[str]) -> None:
     found = [statement for statement in statements.parse(sql + ";\n") if statement.sql]
     assert [[effect.kind for effect in statement.effects] for statement in found] == [kinds]
+
+
+def test_says_which_statements_fail_on_a_table_with_rows() -> None:
+    (statement,) = statements.parse(ON_OLD + "ADD COLUMN x text NOT NULL")
+    assert statement.is_failing
+    assert statement.annotated().startswith("-- fails: if the table has rows, which would have no value")
+    (on_new, *_) = statements.parse("CREATE TABLE a (id int); ALTER TABLE a ADD x int NOT NULL;")[1:]
+    assert not on_new.is_failing
 
 
 def test_statements_on_a_new_table_are_safe() -> None:

@@ -207,16 +207,21 @@ async def _has_begun(pool: Pool) -> bool:
     return not await application.has_table(pool) or bool(await pool.fetchval(_HAS_BEGUN, DECISION))
 
 
+async def require_empty(pool: Pool) -> None:
+    """Raise `BackupError` if the database is not empty, so that it cannot begin anew."""
+    assessment = await assess(pool)
+    if assessment.state != "empty":
+        what = "has guilds in it" if assessment.is_fine else f"is damaged: {assessment.reason}"
+        raise BackupError(f"the database is not empty, it {what}: nothing was changed. To replace it, restore a backup")
+
+
 async def begin_anew(pool: Pool, *, by: Actor = COMMAND_LINE, progress: Progress = ignore_progress) -> Outcome:
     """Create the schema in an empty database, and record the decision not to restore a backup into it.
 
     A bot that holds the database continues. Raises `BackupError` if the database is not empty, `MigrationError` if the
     schema cannot be created.
     """
-    assessment = await assess(pool)
-    if assessment.state != "empty":
-        what = "has guilds in it" if assessment.is_fine else f"is damaged: {assessment.reason}"
-        raise BackupError(f"the database is not empty, it {what}: nothing was changed. To replace it, restore a backup")
+    await require_empty(pool)
     applied = await admin.upgrade(pool, by=by, progress=progress)
     text = f"The database begins anew: {applied.text}. A running bot fills it within seconds, others at their start."
     await record_action(pool, DECISION, {}, text, user_id=by.user_id)

@@ -167,6 +167,12 @@ async def import_files(
     return await _import(pool, files, settings.data_dir, dry_run, kind, namespace, guild_id, encoding, progress)
 
 
+def has_changes(outcome: Outcome) -> bool:
+    """Return whether a dry run found anything that an import would write."""
+    fields = [f"{kind}_{what}" for kind in ("documents", "stats", "preferences") for what in ("new", "changed")]
+    return any(file[field] for file in outcome.data["files"] for field in fields)
+
+
 async def import_new_files(
     pool: Pool, directory: Path, progress: Progress = ignore_progress, *, data_dir: Path
 ) -> Outcome | None:

@@ -3,7 +3,8 @@
 check: start a temporary server (`--pg 16`, 18 or all); upgrade, downgrade, upgrade again, and compare with the models.
 lint:  run squawk on the SQL of all revisions.
 sql:   print that SQL.
-revision: upgrade the development database, compare it with the models, and write a revision that makes it match them.
+revision: upgrade the development database, compare it with the models, and write a revision that makes it match them;
+       nothing if it does already. `--empty`: write one without statements, for changes of rows.
 
 Only `revision` uses the database of the settings.
 """
@@ -14,15 +15,18 @@ import argparse
 import asyncio
 import contextlib
 import io
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 from alembic import command
 from alembic.config import Config
+from alembic.operations.ops import MigrationScript
 from alembic.util import CommandError
 
 from models.people import ROLE_MEMBERSHIP
@@ -34,7 +38,8 @@ from utils.operations import migrations
 from utils.operations.migrations import schema_catalog
 from utils.operations.migrations.environment import DEFAULTS, MigrationOptions, MigrationRun, import_models
 from utils.operations.migrations.history import ALEMBIC
-from utils.operations.migrations.revisions import UPGRADE
+from utils.operations.migrations.revisions import UPGRADE, Revisions
+from utils.operations.migrations.statements import parse
 from utils.settings import load_settings
 
 
@@ -69,11 +74,17 @@ async def check(version: int, *, role_membership: str = ROLE_MEMBERSHIP) -> list
 
 
 async def write_revision(
-    target: ConnectTarget, message: str, *, auto_migrate: bool = True, options: MigrationOptions = DEFAULTS
-) -> Path:
+    target: ConnectTarget,
+    message: str,
+    *,
+    is_empty: bool = False,
+    auto_migrate: bool = True,
+    options: MigrationOptions = DEFAULTS,
+) -> Path | None:
     """Upgrade the development database and write a revision for what the models have beyond it; return the file.
 
-    Raises `MigrationError` where revisions need a merge first, or may not be applied.
+    Returns None, and writes nothing, if the models have nothing beyond it. `is_empty`: compare nothing, and write a
+    revision without statements. Raises `MigrationError` where revisions need a merge first, or may not be applied.
     """
     import_models()
     revisions = migrations.Revisions(options.scripts)
@@ -94,18 +105,52 @@ async def write_revision(
     try:
         # Alembic prints what it does.
         with contextlib.redirect_stdout(io.StringIO()):
-            script = await asyncio.to_thread(command.revision, config, message, autogenerate=True)
+            written = await asyncio.to_thread(
+                command.revision,
+                config,
+                message,
+                autogenerate=not is_empty,
+                rev_id=revisions.next_id(),
+                process_revision_directives=None if is_empty else _discard_empty,
+            )
     except CommandError as exc:
         raise MigrationError(f"could not write the revision: {exc}") from exc
-    assert not isinstance(script, list), "one directory with one branch"
-    assert script is not None, "without a hook that discards it"
-    return Path(script.path)
+    scripts = written if isinstance(written, list) else [written]
+    return next((Path(script.path) for script in scripts if script is not None), None)
 
 
-async def _write_revision_of_settings(message: str) -> Path:
+def _discard_empty(context: Any, revision: Any, directives: list[MigrationScript]) -> None:
+    """Keep Alembic from writing a revision that does nothing."""
+    if all(script.upgrade_ops is None or script.upgrade_ops.is_empty() for script in directives):
+        directives.clear()
+
+
+def find_failing(path: Path, options: MigrationOptions = DEFAULTS) -> list[str]:
+    """Return the statements of a revision that fail on a table with rows."""
+    revisions = Revisions(options.scripts)
+    (revision,) = [id for id in revisions.ids if revisions.files([id]) == [path]]
+    parents = revisions.parents(revision)
+    sql = migrations.offline_sql(revision, current=parents, options=options)
+    return [statement.title for statement in parse(sql) if statement.is_failing]
+
+
+async def _write_revision_of_settings(message: str, *, is_empty: bool) -> Path | None:
     settings = load_settings()
     async with open_target(settings.direct_target, settings.data_dir, schema=settings.db_schema) as target:
-        return await write_revision(target, message, auto_migrate=settings.auto_migrate)
+        return await write_revision(target, message, is_empty=is_empty, auto_migrate=settings.auto_migrate)
+
+
+def _write_and_report(message: str, *, is_empty: bool) -> None:
+    path = asyncio.run(_write_revision_of_settings(message, is_empty=is_empty))
+    if path is None:
+        print(
+            "the database is as the models say: no revision was written (for one that changes rows: make migration"
+            f" m={shlex.quote(message)} ARGS=--empty)"
+        )
+        return
+    print(f"wrote {path}: read it, then run {UPGRADE}")
+    for statement in find_failing(path):
+        print(f"it fails on a table that has rows, for want of a default: {statement}", file=sys.stderr)
 
 
 def lint(sql: str) -> int:
@@ -126,6 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=("check", "lint", "sql", "revision"))
     parser.add_argument("message", nargs="?", help="What the revision does, for revision")
+    parser.add_argument("--empty", action="store_true", help="Write a revision without statements, for revision")
     parser.add_argument("--pg", choices=("16", "18", "all"), default="18", help="PostgreSQL's major version, for check")
     given = parser.parse_args(arguments)
     try:
@@ -135,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.command == "revision":
             if not given.message:
                 parser.error('revision needs a message: make migration m="what it does"')
-            print(f"wrote {asyncio.run(_write_revision_of_settings(given.message))}: read it, then run {UPGRADE}")
+            _write_and_report(given.message, is_empty=given.empty)
             return 0
         if given.command == "lint":
             return lint(migrations.offline_sql())

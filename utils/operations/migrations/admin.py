@@ -7,12 +7,14 @@ import contextlib
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
 from datetime import UTC
 from typing import Any
 
 import asyncpg
 
 from utils.database import ConnectTarget, Pool, ownership
+from utils.database.locks import describe_lock_holders
 from utils.database.placement import Placement
 from utils.database.sessions import apply_settings
 from utils.exceptions import GuildbookError, MigrationError, UnknownRevision, translate_errors
@@ -22,6 +24,7 @@ from utils.operations.migrations.dependents import refuse_dependents
 from utils.operations.migrations.drift import check_drift
 from utils.operations.migrations.environment import DEFAULTS, MigrationOptions
 from utils.operations.migrations.history import COMMAND_LINE, Actor, AppliedRevision
+from utils.operations.migrations.preview import preview
 from utils.operations.migrations.revisions import Revisions
 from utils.service.lease import hold_as_operator
 
@@ -129,6 +132,31 @@ def _when(record: AppliedRevision | None) -> str:
     return f" ({record.at.astimezone(UTC):%Y-%m-%d %H:%M} UTC, by {by})"
 
 
+async def plan_upgrade(
+    pool: Pool, *, progress: Progress = ignore_progress, options: MigrationOptions = DEFAULTS
+) -> Outcome | None:
+    """Return what an upgrade to the newest revision would do, with the SQL as its file; None: it has nothing to do.
+
+    Raises `MigrationError` where a merge is needed, and for a database that must not be migrated.
+    """
+    migration = await preview(pool, progress=progress, options=options)
+    invalid, paused = await invalid_indexes.find(pool), await runner.find_pause(pool)
+    lines = [migration.text] if migration.data["statements"] else []
+    if invalid:
+        lines.append(f"invalid indexes to drop: {', '.join(invalid)[:300]}")
+    if paused is not None:
+        lines.append(f"AUTO_MIGRATE is resumed, which is paused: {paused}")
+    return replace(migration, text=_join(lines)) if lines else None
+
+
+async def _describe_index_lock(pool: Pool, name: str) -> str:
+    """Return who keeps the table of an index locked, as the end of a message."""
+    table = await pool.fetchval(
+        "SELECT indrelid::regclass::text FROM pg_index WHERE indexrelid = to_regclass($1)", name
+    )
+    return await describe_lock_holders(pool.direct, [name] if table is None else [name, table])
+
+
 async def upgrade(
     pool: Pool,
     revision: str | None = None,
@@ -151,10 +179,13 @@ async def upgrade(
     if result.revisions:
         lines = [f"applied: {', '.join(result.revisions)}"]
     else:
-        lines = ["the schema is up to date" if revision is None else f"the schema is at {goal} already"]
+        lines = ["the schema is up to date" if revision is None else f"the schema is at {goal} already: nothing to do"]
     if result.indexes.dropped:
         lines.append(f"invalid indexes dropped: {', '.join(result.indexes.dropped)}")
-    lines += [f"invalid index {name} could not be dropped: {error}" for name, error in result.indexes.remaining]
+    lines += [
+        f"invalid index {name} could not be dropped: {error}{await _describe_index_lock(pool, name)}"
+        for name, error in result.indexes.remaining
+    ]
     paused = await runner.find_pause(pool)
     if was_paused:
         lines.append("AUTO_MIGRATE is resumed" if paused is None else f"AUTO_MIGRATE stays paused: {paused}")
@@ -202,7 +233,9 @@ async def downgrade(
     current, goal = ", ".join(heads) or None, revisions.resolve(heads, revision, down=True)
     reverted = revisions.to_revert(heads, goal)
     if not reverted:
-        return Outcome(f"the schema is at {goal} already", data={"before": current, "after": goal, "taken_back": []})
+        return Outcome(
+            f"the schema is at {goal} already: nothing to do", data={"before": current, "after": goal, "taken_back": []}
+        )
     await refuse_dependents(pool, reverted, options)
     steps = _StepCounter(progress, "downgrading", len(reverted))
     saved = None
@@ -235,18 +268,31 @@ async def _is_still_at(pool: Pool, revision: str | None) -> bool:
     return False
 
 
-async def stamp(
-    pool: Pool,
-    revision: str,
-    *,
-    by: Actor = COMMAND_LINE,
-    progress: Progress = ignore_progress,
-    options: MigrationOptions = DEFAULTS,
-) -> Outcome:
-    """Record that the schema is at a revision, after comparing it with what the revision makes in an empty database.
+@dataclass(frozen=True, slots=True)
+class CheckedStamp:
+    """A revision that the schema was found to be at, and that can be recorded."""
+
+    goal: str
+    #: What is recorded now; None if nothing is.
+    before: str | None
+    #: What was compared.
+    note: str
+    #: Whether it is recorded already.
+    is_recorded: bool
+
+    @property
+    def line(self) -> str:
+        """The result of the comparison, for people."""
+        return f"the schema is what revision {self.goal} makes ({self.note}); recorded is {self.before or 'none'}"
+
+
+async def check_stamp(
+    pool: Pool, revision: str, *, progress: Progress = ignore_progress, options: MigrationOptions = DEFAULTS
+) -> CheckedStamp:
+    """Compare the schema with what a revision makes in an empty database. Changes nothing.
 
     Without the right to create one, the newest revision is compared with the models instead. Raises `MigrationError`
-    for differences, and for an older revision without that right; nothing is recorded then.
+    for differences, and for an older revision without that right.
     """
     revisions = Revisions(options.scripts)
     if revision == "head" and len(revisions.heads) > 1:
@@ -285,12 +331,44 @@ async def stamp(
         raise MigrationError(
             _join([f"the schema is not what revision {goal} makes; nothing was recorded:", *differences])
         )
-    before = await _recorded_revision(pool)
-    await runner.stamp(pool, goal, by=by, options=options)
+    recorded = await ownership.fetch_version(pool)
+    expected_now = revisions.heads if goal == "heads" else (goal,)
+    is_recorded = not recorded.is_former and set(recorded.revisions) == set(expected_now)
+    return CheckedStamp(goal, ", ".join(recorded.revisions) or None, note, is_recorded)
+
+
+async def record_stamp(
+    pool: Pool, checked: CheckedStamp, *, by: Actor = COMMAND_LINE, options: MigrationOptions = DEFAULTS
+) -> Outcome:
+    """Record a revision that was checked, unless it is recorded already.
+
+    Raises `MigrationError` if another one was recorded since the check.
+    """
+    data = {"before": checked.before, "after": checked.goal}
+    if checked.is_recorded:
+        return Outcome(f"{checked.goal} is recorded already: nothing to do; {checked.note}", data=data)
+    now = await _recorded_revision(pool)
+    if now != checked.before:
+        raise MigrationError(
+            f"revision {now or 'none'} was recorded meanwhile (before: {checked.before or 'none'}); try again"
+        )
+    await runner.stamp(pool, checked.goal, by=by, options=options)
     return Outcome(
-        f"the schema is recorded as {goal} (before: {before or 'none'}); {note}",
-        data={"before": before, "after": goal},
+        f"the schema is recorded as {checked.goal} (before: {checked.before or 'none'}); {checked.note}", data=data
     )
+
+
+async def stamp(
+    pool: Pool,
+    revision: str,
+    *,
+    by: Actor = COMMAND_LINE,
+    progress: Progress = ignore_progress,
+    options: MigrationOptions = DEFAULTS,
+) -> Outcome:
+    """Record that the schema is at a revision, after comparing it; see `check_stamp`, which raises."""
+    checked = await check_stamp(pool, revision, progress=progress, options=options)
+    return await record_stamp(pool, checked, by=by, options=options)
 
 
 async def _recorded_revision(pool: Pool) -> str | None:

@@ -26,6 +26,7 @@ import models
 from models import Base
 from utils.database import ownership
 from utils.database.address import open_target
+from utils.database.locks import ADVISORY_HOLDER
 from utils.database.orm import apply_local_settings, apply_settings_of_driver
 from utils.database.ownership import SCRIPTS, VERSION_TABLE, RecordedVersion
 from utils.database.placement import OPS, Placement, placement_of, with_placement
@@ -245,9 +246,10 @@ def _acquire_lock(
         if is_cancelled():
             raise MigrationError("the migration was cancelled before it began")
         if now - started > timeout:
+            holder = connection.scalar(text(ADVISORY_HOLDER.format(key=":key")), {"key": key})
             raise MigrationError(
-                f"another process has been migrating this database for {timeout:.0f} s: wait until it is done, or end"
-                f" it (pg_locks, locktype advisory, key {key}), then try again"
+                f"another process has been migrating this database for {timeout:.0f} s: wait until {holder or 'it'} is"
+                " done, or end it, then try again"
             )
         if logged_at == started or now - logged_at > 10:
             _log.info("waiting for another process to finish migrating", extra={"seconds": round(now - started, 1)})

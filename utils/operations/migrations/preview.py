@@ -24,8 +24,9 @@ from utils.operations.migrations import history, runner
 from utils.operations.migrations.environment import DEFAULTS, MigrationOptions
 from utils.operations.migrations.revisions import Revisions
 from utils.operations.migrations.statements import Statement, parse
+from utils.text import format_count
 
-#: Destructive statements that the outcome's text lists; the file has all.
+#: Statements of one kind that the outcome's text lists; the file has all.
 LISTED_STATEMENTS = 20
 _HEADER = """\
 -- Guildbook: {title}.
@@ -33,7 +34,8 @@ _HEADER = """\
 --   drops          its contents are lost            rewrites       the table is rewritten, nobody reads or writes
 --   scans          every row is read under a lock   blocks writes  writers wait until it is done, readers do not
 --   locks          nobody reads or writes, briefly  changes rows   writers of the same rows wait
---   safe           nobody waits                     unknown        look up what it locks
+--   fails          if the table has rows            safe           nobody waits
+--   unknown        look up what it locks
 -- Run it while no bot uses the database: psql --set ON_ERROR_STOP=1 --file this
 """
 
@@ -61,15 +63,14 @@ async def preview(
     direction = "downgrade" if down else "upgrade"
     title = f"{direction} from {start} to {goal}"
     if revisions.is_at(heads, goal):
-        return Outcome(f"the database is at {goal} already: there is nothing to run", data=_as_json(current, goal, []))
+        return Outcome(f"the schema is at {goal} already: nothing to do", data=_as_json(current, goal, []))
     sql = await asyncio.to_thread(_write_sql, version, heads, goal, down, options)
     if placement != Placement():
         sql = _place(sql, placement, is_new=is_new)
     parts = await asyncio.to_thread(parse, sql)
     statements = [part for part in parts if part.effects]
-    destructive = [statement.title for statement in statements if statement.is_destructive]
     return Outcome(
-        _summarize(title, statements, destructive),
+        _summarize(title, statements),
         data=_as_json(current, goal, statements),
         file=(
             f"{direction}-{start}-{goal.replace('@', '+')}.sql",
@@ -107,16 +108,21 @@ def _write_sql(version: RecordedVersion, heads: Sequence[str], goal: str, down: 
     return sql
 
 
-def _summarize(title: str, statements: Sequence[Statement], destructive: Sequence[str]) -> str:
+def _summarize(title: str, statements: Sequence[Statement]) -> str:
     kinds = Counter(effect.kind for statement in statements for effect in statement.effects)
     counts = ", ".join(f"{kind}: {count}" for kind, count in kinds.most_common() if kind != "safe")
-    lines = [f"{title}: {len(statements)} statements" + (f" ({counts})" if counts else "")]
-    if destructive:
-        lines.append("These statements destroy data or indexes:")
-        lines += [f"- {statement}" for statement in destructive[:LISTED_STATEMENTS]]
-        if len(destructive) > LISTED_STATEMENTS:
-            lines.append(f"- and {len(destructive) - LISTED_STATEMENTS} more")
+    lines = [f"{title}: {format_count(len(statements), 'statement')}" + (f" ({counts})" if counts else "")]
+    lines += _list("destroy data or indexes", [it.title for it in statements if it.is_destructive])
+    lines += _list("fail unless the table is empty", [it.title for it in statements if it.is_failing])
     return "\n".join(lines)
+
+
+def _list(what: str, titles: Sequence[str]) -> list[str]:
+    """Return a heading and a line for each statement; nothing if there are none."""
+    if not titles:
+        return []
+    more = [f"- and {len(titles) - LISTED_STATEMENTS} more"] if len(titles) > LISTED_STATEMENTS else []
+    return [f"These statements {what}:", *(f"- {title}" for title in titles[:LISTED_STATEMENTS]), *more]
 
 
 def _as_json(current: str | None, goal: str, statements: Sequence[Statement]) -> dict[str, Any]:
@@ -128,4 +134,5 @@ def _as_json(current: str | None, goal: str, statements: Sequence[Statement]) ->
             for statement in statements
         ],
         "destructive": [statement.title for statement in statements if statement.is_destructive],
+        "failing": [statement.title for statement in statements if statement.is_failing],
     }

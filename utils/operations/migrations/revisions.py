@@ -6,6 +6,8 @@ There are several heads when two developers, or a fork and its upstream, each wr
 from __future__ import annotations
 
 import io
+import re
+import secrets
 import traceback
 from collections.abc import Collection, Iterable, Sequence
 from graphlib import TopologicalSorter
@@ -21,6 +23,8 @@ from utils.database.ownership import SCRIPTS, owned
 from utils.exceptions import MigrationError, UnknownRevision
 
 UPGRADE = "python bot.py db upgrade"
+#: Ids with a number: ours, and those that `next_id` returns.
+_NUMBERED = re.compile(r"(\d{4})(_[0-9a-f]{4})?")
 
 
 class Revision(NamedTuple):
@@ -65,6 +69,14 @@ class Revisions:
         #: The newest revision of each branch; one unless branches are to be merged.
         self.heads = tuple(sorted(heads))
 
+    def next_id(self) -> str:
+        """Return the id for a new revision: the number that follows the highest one, and four random digits.
+
+        A fork's `0007_3f2a` comes after our `0006` and is never the `0007` of a later version.
+        """
+        numbers = [int(match[1]) for id in self.ids if (match := _NUMBERED.fullmatch(id)) is not None]
+        return f"{max(numbers, default=0) + 1:04}_{secrets.token_hex(2)}"
+
     def require_known(self, revisions: Iterable[str]) -> None:
         """Raise `MigrationError` if a database is at a revision that this version does not know."""
         unknown = [revision for revision in revisions if revision not in self._parents]
@@ -75,6 +87,10 @@ class Revisions:
         """Return the files of known revisions."""
         scripts = (self._directory.get_revision(revision) for revision in revisions)
         return [Path(script.path) for script in scripts if script is not None]
+
+    def parents(self, revision: str) -> tuple[str, ...]:
+        """Return what a known revision builds on directly."""
+        return tuple(sorted(self._parents[revision]))
 
     def including_ancestors(self, revisions: Iterable[str]) -> set[str]:
         """Return known revisions and everything that they build on."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,18 @@ from alembic.util import CommandError
 from sqlalchemy import Connection
 
 from utils.database import ConnectTarget, Pool, ownership
-from utils.exceptions import DRIVER_ERRORS, DatabaseUnavailable, MigrationError, driver_error, translate
+from utils.database.locks import LOCK_STATES, describe_lock_holders
+from utils.database.placement import Placement
+from utils.database.sql import quote_identifier
+from utils.database.target import located
+from utils.exceptions import (
+    DRIVER_ERRORS,
+    DatabaseUnavailable,
+    GuildbookError,
+    MigrationError,
+    driver_error,
+    translate,
+)
 from utils.operations.migrations import history
 from utils.operations.migrations.environment import (
     DEFAULTS,
@@ -331,7 +343,7 @@ async def _run(
         await _interrupt(run, working)
         raise
     except Exception as exc:
-        raise _explain(exc, what, run) from exc
+        raise _explain(exc, what, run, await _describe_lock_holders(exc, run)) from exc
     if run.applied:
         seconds = round(time.monotonic() - started, 2)
         _log.info(
@@ -364,8 +376,22 @@ async def _interrupt(run: MigrationRun, working: asyncio.Future[None]) -> None:
         _log.warning("could not interrupt the migration; the server continues its statement: %r", error)
 
 
-def _explain(exc: Exception, what: str, run: MigrationRun) -> Exception:
-    """Return the error to raise for one that ended Alembic."""
+async def _describe_lock_holders(exc: Exception, run: MigrationRun) -> str:
+    """Return which sessions hold the lock that a statement waited for, as the end of a message; empty otherwise."""
+    if getattr(driver_error(exc), "sqlstate", None) not in LOCK_STATES:
+        return ""
+    statement = str(getattr(exc, "statement", None) or "")
+    try:
+        placement = (await located(run.target)).placement or Placement()
+    except GuildbookError:
+        return ""
+    ours = ownership.owned(run.options.scripts).qualified_relations(placement)
+    named = [name for name in ours if re.search(rf"\b{re.escape(name[1])}\b", statement)] or ours
+    return await describe_lock_holders(run.target, [".".join(map(quote_identifier, name)) for name in named])
+
+
+def _explain(exc: Exception, what: str, run: MigrationRun, locks: str = "") -> Exception:
+    """Return the error to raise for one that ended Alembic. `locks`: which sessions it waited for."""
     before = run.before
     error = translate(exc)
     if isinstance(error, MigrationError) or (isinstance(error, DatabaseUnavailable) and error.sqlstate is None):
@@ -384,7 +410,7 @@ def _explain(exc: Exception, what: str, run: MigrationRun) -> Exception:
             "python bot.py doctor says which rights are missing; or set DB_SCHEMA to a schema that the user may use"
         )
     return MigrationError(
-        f"could not {what} from revision {before or 'none'}: {error or exc}{detail}. The database is at the last"
+        f"could not {what} from revision {before or 'none'}: {error or exc}{detail}{locks}. The database is at the last"
         f" revision that was completed: {advice}",
         sqlstate=getattr(cause, "sqlstate", None),
     )

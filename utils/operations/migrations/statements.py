@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 if TYPE_CHECKING:
     from sqlglot.tokenizer_core import Token
 
-Kind = Literal["drops", "rewrites", "scans", "blocks writes", "locks", "changes rows", "safe", "unknown"]
+Kind = Literal["drops", "fails", "rewrites", "scans", "blocks writes", "locks", "changes rows", "safe", "unknown"]
 
 #: Most characters of a statement's title.
 TITLE_LENGTH = 120
 _BRIEFLY = "ACCESS EXCLUSIVE, briefly: readers and writers wait until the transaction ends"
-_SCANNED = "every row is checked under ACCESS EXCLUSIVE: nobody reads or writes meanwhile"
+_SCANNED = "every row is checked under ACCESS EXCLUSIVE: nobody reads or writes meanwhile; fails if one violates it"
+_REFERENCED = "every row is checked under SHARE ROW EXCLUSIVE of both tables; fails if one violates it"
+_INDEXED = "an index is built under ACCESS EXCLUSIVE; fails on duplicates"
+_NO_VALUE = "if the table has rows, which would have no value: add it with a default, or nullable, and fill it first"
+_ONE_VALUE = "if the table has more than one row: all of them would have the same value"
 
 #: Patterns of normalized statements (see `_normalize`) and their effects; the first match decides.
 _STATEMENTS: tuple[tuple[str, Kind, str], ...] = (
@@ -31,7 +35,8 @@ _STATEMENTS: tuple[tuple[str, Kind, str], ...] = (
     (r"CREATE( \w+)* TABLE [^(]* AS\b", "safe", "reads the source tables"),
     (r"CREATE( GLOBAL| LOCAL| TEMP| TEMPORARY| UNLOGGED)* TABLE\b", "safe", "a new table"),
     (r"CREATE( UNIQUE)? INDEX CONCURRENTLY\b", "safe", "SHARE UPDATE EXCLUSIVE; waits for older transactions"),
-    (r"CREATE( UNIQUE)? INDEX\b", "blocks writes", "SHARE, while the index is built"),
+    (r"CREATE UNIQUE INDEX\b", "blocks writes", "SHARE, while the index is built; fails on duplicates"),
+    (r"CREATE INDEX\b", "blocks writes", "SHARE, while the index is built"),
     (r"CREATE OR REPLACE VIEW\b", "locks", f"the view: {_BRIEFLY}"),
     (r"CREATE (MATERIALIZED )?VIEW\b", "safe", "a new view"),
     (r"CREATE( OR REPLACE)?( CONSTRAINT)? TRIGGER\b", "locks", "SHARE ROW EXCLUSIVE, briefly: writers wait"),
@@ -60,14 +65,21 @@ _CONSTRAINT = r"ADD( CONSTRAINT \S+)? "
 #: The default of an ADD COLUMN that is the same for every row (ALTER TABLE, Notes): no row is rewritten.
 _CONSTANT = r"DEFAULT ('' ?|[-+]? ?[\d.]+ ?|TRUE ?|FALSE ?|NULL ?|NOW \( \) ?|CURRENT_\w+ ?)(:: ?[\w \[\]]+)?"
 
+#: ADD of a column, not of a constraint.
+_COLUMN = r"ADD (?!CONSTRAINT\b|CHECK\b|UNIQUE\b|PRIMARY\b|FOREIGN\b|EXCLUDE\b)"
+#: What gives existing rows a value for a new column.
+_VALUE = r"\b(DEFAULT (?!NULL\b)|GENERATED\b|IDENTITY\b|SMALLSERIAL\b|SERIAL\b|BIGSERIAL\b)"
+
 #: The same for each subcommand of ALTER TABLE.
 _ALTERATIONS: tuple[tuple[str, Kind, str], ...] = (
     (rf"{_CONSTRAINT}.*\bNOT VALID\b", "locks", f"{_BRIEFLY}; existing rows are not checked"),
     (rf"{_CONSTRAINT}.*\bUSING INDEX\b", "locks", _BRIEFLY),
     (rf"{_CONSTRAINT}CHECK\b", "scans", _SCANNED),
-    (rf"{_CONSTRAINT}FOREIGN KEY\b", "scans", "every row is checked under SHARE ROW EXCLUSIVE of both tables"),
-    (rf"{_CONSTRAINT}(UNIQUE|PRIMARY KEY|EXCLUDE)\b", "scans", "an index is built under ACCESS EXCLUSIVE"),
+    (rf"{_CONSTRAINT}FOREIGN KEY\b", "scans", _REFERENCED),
+    (rf"{_CONSTRAINT}(UNIQUE|PRIMARY KEY|EXCLUDE)\b", "scans", _INDEXED),
     (r"ADD CONSTRAINT\b", "scans", _SCANNED),
+    (rf"{_COLUMN}(?!.*{_VALUE}).*\b(NOT NULL|PRIMARY KEY)\b", "fails", _NO_VALUE),
+    (rf"{_COLUMN}.*\b{_CONSTANT}.*\b(UNIQUE|PRIMARY KEY)\b", "fails", _ONE_VALUE),
     (r"ADD .*\b(GENERATED|IDENTITY|SMALLSERIAL|SERIAL|BIGSERIAL)\b", "rewrites", "every row gets its own value"),
     (r"ADD .*\b(UNIQUE|PRIMARY KEY|REFERENCES|CHECK)\b", "scans", _SCANNED),
     (rf"ADD .*{_CONSTANT}( NOT NULL| NULL)*$", "locks", f"{_BRIEFLY}; no row is rewritten"),
@@ -124,6 +136,11 @@ class Statement:
     def is_destructive(self) -> bool:
         """Whether it drops or deletes anything."""
         return any(effect.kind == "drops" for effect in self.effects)
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether it fails on a table that has rows."""
+        return any(effect.kind == "fails" for effect in self.effects)
 
     def annotated(self) -> str:
         """Return the original SQL with the effects as comments above it."""

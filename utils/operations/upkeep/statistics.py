@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from utils.database import Pool
 from utils.operations.action import Outcome
-from utils.text import format_bytes
+from utils.text import format_bytes, format_count
 
 #: Seconds between two samples of the table sizes.
 SAMPLE_SECONDS = 6 * 3_600.0
@@ -175,17 +175,33 @@ def outcome(statistics: Statistics) -> Outcome:
     return Outcome("\n".join(lines), data=asdict(statistics))
 
 
-def summarize(statistics: Statistics) -> dict[str, str]:
-    """Return the name and value of each line of the summary."""
+def _name_guild(guild_id: int) -> str:
+    return f"guild {guild_id}"
+
+
+def _format_time(at: datetime) -> str:
+    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def summarize(
+    statistics: Statistics,
+    *,
+    name_guild: Callable[[int], str] = _name_guild,
+    format_time: Callable[[datetime], str] = _format_time,
+) -> dict[str, str]:
+    """Return the name and value of each line of the summary.
+
+    `name_guild` and `format_time` return how guilds and times are shown; by default as in a shell.
+    """
     activity, server, tables = statistics.activity, statistics.server, statistics.tables
     lines = {
-        "Rows": f"about {sum(table.rows for table in tables):,} in {len(tables)} tables,"
+        "Rows": f"about {sum(table.rows for table in tables):,} in {format_count(len(tables), 'table')},"
         f" {sum(table.dead for table in tables):,} dead",
         "Sessions": f"{activity['sessions']}, {activity['active']} active,"
         f" {activity['transactions']} in a transaction (longest {activity['longest']:.1f} s)",
-        "Buffers": f"{server['buffer_hits']:g} % hits, {server['deadlocks']} deadlocks",
+        "Buffers": f"{server['buffer_hits']:g} % hits, {format_count(server['deadlocks'], 'deadlock')}",
         "Growth": _describe_growth(statistics.growth),
-        "Last syncs": "; ".join(map(_describe_sync, statistics.syncs)) or "none yet",
+        "Last syncs": "; ".join(_describe_sync(run, name_guild, format_time) for run in statistics.syncs) or "none yet",
         "Last backups": "; ".join(map(_describe_backup, statistics.backups[:LISTED_EVENTS])) or "none",
     }
     if statistics.problems:
@@ -198,11 +214,12 @@ def _summarize_bot(bot: Mapping[str, Any]) -> dict[str, str]:
     cache, slow = database.get("cache"), database["slow"]
     lines = {"Pool": ", ".join(f"{name} {number}" for name, number in bot["pool"].items())}
     if cache:
-        lines["Cache"] = f"{cache['hit_rate'] * 100:.1f} % hits, {cache['size']:,} results"
+        lines["Cache"] = f"{cache['hit_rate'] * 100:.1f} % hits, {format_count(cache['size'], 'result')}"
     if bot.get("buffer"):
         queue, spool = bot["queue"], bot["spool"]
         on_disk = "no spool" if spool is None else f"spool {format_bytes(spool['bytes'])}"
-        lines["Waiting"] = f"{bot['buffer']['rows']:,} rows, {queue['events']:,} events, {on_disk}"
+        rows, events = format_count(bot["buffer"]["rows"], "row"), format_count(queue["events"], "event")
+        lines["Waiting"] = f"{rows}, {events}, {on_disk}"
     latest = "; ".join(
         f"{one['ms']:.0f} ms {one['sql'][:STATEMENT_LENGTH]} ({one['caller']})" for one in slow[-LISTED_EVENTS:]
     )
@@ -215,16 +232,19 @@ def _describe_growth(samples: Sequence[Sample]) -> str:
     if len(samples) < 2:
         return "not known yet: a sample is taken every six hours"
     first, last = samples[0], samples[-1]
-    days = max((last.at - first.at).total_seconds() / 86_400, 1 / 24)
+    hours = max(1, round((last.at - first.at).total_seconds() / 3_600))
+    span = format_count(hours, "hour") if hours < 48 else format_count(round(hours / 24), "day")
     change = last.bytes - first.bytes
-    return f"{'+' if change >= 0 else '-'}{format_bytes(abs(change))} in {days:.1f} days"
+    return f"{'+' if change >= 0 else '-'}{format_bytes(abs(change))} in {span}"
 
 
-def _describe_sync(run: Mapping[str, Any]) -> str:
+def _describe_sync(
+    run: Mapping[str, Any], name_guild: Callable[[int], str], format_time: Callable[[datetime], str]
+) -> str:
     result = (
         f"failed: {run['error']}" if run["error"] else f"{run['rows_seen']:,} seen, {run['rows_updated']:,} changed"
     )
-    return f"{run['finished_at']:%Y-%m-%d %H:%M} guild {run['guild_id']} ({result})"
+    return f"{name_guild(run['guild_id'])} {format_time(run['finished_at'])} ({result})"
 
 
 def _describe_backup(backup: Mapping[str, Any]) -> str:
