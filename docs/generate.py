@@ -30,6 +30,7 @@ from models import Base
 from models.base import Erase, Part, part_of
 from utils.cli.common import EXIT_CODES
 from utils.mirror.discord import permissions
+from utils.operations.doctor import CHECKS
 from utils.service import metrics
 from utils.settings import Settings
 
@@ -281,7 +282,15 @@ def commands_page() -> str:
         shown = [parameter for parameter in shell_command.params if parameter.name != "help"]
         if shown:
             parts += ["| argument | default | meaning |", "| --- | --- | --- |", *map(_parameter, shown), ""]
+        if shell_command.name == "doctor":
+            parts += _checks()
     return "\n".join(parts)
+
+
+def _checks() -> list[str]:
+    text = "`/db health` does the same in the running bot. Each check is bounded, and affects no other:"
+    rows = [f"| {check.name} | {_cell(_first(check.function.__doc__))} |" for check in CHECKS]
+    return [text, "", "| check | what it does |", "| --- | --- |", *rows, ""]
 
 
 def _exit_codes() -> list[str]:
