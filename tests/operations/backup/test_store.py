@@ -25,6 +25,7 @@ from tests.operations.backup.helpers import (
 )
 from utils.database import Pool
 from utils.exceptions import BackupError
+from utils.operations.action import Step
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.create import BackupRequest
 from utils.operations.backup.manifest import MANIFEST_SUFFIX
@@ -339,11 +340,22 @@ async def test_a_slow_upload_goes_on_while_it_makes_progress(s3: FakeS3, tmp_pat
     assert s3.objects["of/mine/large"] == (tmp_path / "file").read_bytes()
 
 
+async def test_an_upload_shows_its_progress(service: BackupService, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(os.urandom(2 * PART_BYTES + 1))
+    steps: list[Step] = []
+    await remote_of(service).upload(tmp_path / "file", "large", steps.append)
+    done = [step.done for step in steps]
+    assert done == sorted(done)
+    assert len(done) > 2
+    assert (done[-1], {step.total for step in steps}) == (2 * PART_BYTES + 1, {2 * PART_BYTES + 1})
+
+
 async def test_a_process_ends_cleanly_after_a_store_did_not_answer(silent_url: str, tmp_path: Path) -> None:
     program = """
 import asyncio, sys
 from pydantic import SecretStr
 from utils.exceptions import BackupError
+from utils.operations.action import Step
 from utils.operations.backup.store import Remote
 
 async def main():

@@ -69,6 +69,14 @@ async def test_writes_reads_and_deletes_an_object(monkeypatch: pytest.MonkeyPatc
     assert list(s3.objects) == ["of/mine/20260101T000000Z-abcdef.json"]
 
 
+async def test_reports_backups_that_a_deployment_deletes(monkeypatch: pytest.MonkeyPatch) -> None:
+    railway = {"RAILWAY_SERVICE_ID": "x", "DATABASE_URL": "postgresql://u@127.0.0.1:9/d"}
+    found = (await worst_findings(monkeypatch, "bucket", **railway))["bucket"]
+    assert (found.state, "has no volume" in found.seen) == ("warn", True)
+    volume = {"RAILWAY_VOLUME_MOUNT_PATH": "/data"}
+    assert (await worst_findings(monkeypatch, "bucket", **railway, **volume))["bucket"].state == "ok"
+
+
 @pytest.mark.parametrize(
     ("break_it", "seen"),
     [

@@ -278,9 +278,10 @@ class Remote:
 
     # --- large objects
 
-    async def upload(self, path: Path, name: str) -> None:
+    async def upload(self, path: Path, name: str, progress: Progress = ignore_progress) -> None:
         """Upload a large file, in parts."""
-        transfer = _Transfer()
+        loop, size = asyncio.get_running_loop(), (await _in_thread(path.stat)).st_size
+        transfer = _Transfer(lambda sent: loop.call_soon_threadsafe(progress, Step("uploading", sent, size, "bytes")))
 
         def greet() -> None:
             with contextlib.suppress(FileNotFoundError):
@@ -408,6 +409,8 @@ class _NoAnswer(Exception):
 class _Transfer:
     """The state of an upload."""
 
+    #: Called, in any thread, with the number of bytes that the store has taken.
+    report: Callable[[int], object]
     #: When the store last took a part, on the monotonic clock.
     moved_at: float = field(default_factory=time.monotonic)
     #: Whether it shall end at the next part.
@@ -419,12 +422,15 @@ class _Transfer:
 
     def parts(self, path: Path, size: int) -> Iterator[bytes]:
         """Yield a file's content in parts; the next one is asked for when the store has taken one."""
+        sent = 0
         with path.open("rb") as file:
             while part := file.read(size):
                 yield part
                 if self.is_abandoned:
                     raise _NoAnswer("the transfer was abandoned")
                 self.moved_at = time.monotonic()
+                sent += len(part)
+                self.report(sent)
 
 
 class _Store(Protocol):

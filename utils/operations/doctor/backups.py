@@ -13,6 +13,7 @@ from utils.exceptions import BackupError, DatabaseError
 from utils.operations.backup import encryption, pipeline, recovery
 from utils.operations.backup.catalog import BackupCatalog, Entry
 from utils.operations.backup.manifest import Manifest
+from utils.operations.doctor.configuration import is_on_railway
 from utils.operations.doctor.context import DoctorContext
 from utils.operations.doctor.report import CheckSkipped, Finding, shorten
 from utils.tasks import run_in_daemon_thread
@@ -32,7 +33,11 @@ async def check_bucket(context: DoctorContext) -> Sequence[Finding]:
     except BackupError as exc:
         return [Finding("fail", "bucket", shorten(exc), "correct BACKUP_URL, or the variables of its store")]
     if remote is None:
-        return [Finding("ok", "bucket", "BACKUP_URL is not set: backups are stored in DATA_DIR/backups only")]
+        seen = "BACKUP_URL is not set: backups are stored in DATA_DIR/backups only"
+        if is_on_railway(context.environ) and context.settings.railway_volume_mount_path is None:
+            seen += ", which the next deployment deletes, because this Railway service has no volume"
+            return [Finding("warn", "bucket", seen, "set BACKUP_URL to a bucket")]
+        return [Finding("ok", "bucket", seen)]
     name, content = PROBE_PREFIX + secrets.token_hex(8), secrets.token_bytes(16)
     try:
         await remote.write(name, content)
