@@ -20,7 +20,7 @@ from utils.service import metrics
 from utils.settings import Settings
 
 
-def scheduler_in(directory: Path, pool: Pool, backup_every: str, **options: Any) -> Scheduler:
+def scheduler_in(directory: Path, pool: Pool, backup_every: str | None, **options: Any) -> Scheduler:
     settings = Settings(_env_file=None, data_dir=directory, backup_every=backup_every)  # type: ignore[call-arg, arg-type]
     return Scheduler(settings, pool, start_delay=0.0, **options)
 
@@ -55,6 +55,20 @@ async def test_runs_backups_drills_imports_and_size_samples(
     assert await database.fetchval("SELECT count(DISTINCT table_name) FROM ops.table_sizes") > 10
     assert "guildbook_drill_ok 1.0" in metrics.render().decode()
     assert "scheduled" in (await make_service(tmp_path / "data").catalog.find("latest")).line
+
+
+async def test_deletes_old_rows_of_the_audit_log(tmp_path: Path, database: Pool) -> None:
+    await database.execute(
+        "INSERT INTO ops.admin_actions (at, command, result) VALUES (now() - interval '401 days', 'old', ''),"
+        " (now() - interval '401 days', 'begin anew', ''), (now(), 'new', '')"
+    )
+    scheduler = scheduler_in(tmp_path, database, None)
+    scheduler.start()
+    try:
+        rows = "SELECT array_agg(command ORDER BY command) FROM ops.admin_actions"
+        await until(lambda: database.fetchval(f"SELECT ({rows}) = ARRAY['begin anew', 'new']"))
+    finally:
+        await scheduler.stop(5)
 
 
 async def test_makes_no_backup_while_the_newest_is_recent(tmp_path: Path, database: Pool) -> None:

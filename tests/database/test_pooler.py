@@ -159,6 +159,7 @@ async def test_maintenance_through_a_pooler_is_exclusive(target: ConnectTarget) 
         pool = Pool(behind, connect_timeout=10)
         await pool.connect()
         assert (await maintain.maintain(pool)).ok
+        await pool.execute("INSERT INTO guilds (id, name) VALUES (1, 'one')")  # to be analyzed
         watch = await asyncpg.connect(**target.connect_kwargs())
         await watch.fetchval("SELECT pg_advisory_lock($1)", maintain.LOCK_KEY)
         with pytest.raises(MigrationError, match="another process maintains"):

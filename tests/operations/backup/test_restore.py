@@ -24,6 +24,7 @@ from tests.operations.backup.helpers import (
     scratch_schema_names,
     table_checksums,
 )
+from tests.operations.migrations.support import KNOWN
 from tests.waiting import until
 from utils.cli import backup as cli
 from utils.database import ConnectTarget, Pool
@@ -38,6 +39,7 @@ from utils.operations.backup.places import open_place
 from utils.operations.backup.restore import restore_archive
 from utils.operations.backup.service import BackupService
 from utils.operations.development import seed
+from utils.operations.migrations import admin
 from utils.settings import Settings
 
 pytestmark = pytest.mark.slow
@@ -344,3 +346,15 @@ async def test_tables_in_schemas_of_their_own(tmp_path: Path, empty_target: Conn
             assert outcome.ok, outcome.text
             assert await pool.fetchval("SELECT count(*) FROM members") == 3_000
             assert await scratch_schema_names(empty_target) == []
+
+
+async def test_restores_an_older_backup_after_more_migrations_than_revisions(tmp_path: Path, database: Pool) -> None:
+    service = make_service(tmp_path)
+    await fill(database)
+    await admin.downgrade(database, KNOWN[-2], backup=None)  # `ops.migrations` has a row for each of these
+    await make_backup(service, database)
+    await admin.upgrade(database)
+    assert (await service.drill(database)).ok
+    assert (await service.restore(database, "latest")).ok
+    assert await database.fetchval("SELECT count(*) FROM members") == 3_000
+    assert await migrations.pending(database) == []

@@ -150,7 +150,9 @@ class ScratchPlace:
         if revisions:
             assert self._placed is not None, "the revisions made the tables"
             progress(Step("migrating", 0, len(revisions), "revisions"))
+            await load.set_sequences(archive, self.place)  # a migration adds rows to `ops.migrations`
             await migrations.upgrade(self._placed, "heads")
+            progress(Step("migrating", len(revisions), len(revisions), "revisions"))
         return revisions
 
     async def keep_documents_of(self, guild_id: int) -> int:

@@ -178,6 +178,7 @@ async def _load(
     if revisions:
         progress(Step("migrating", 0, len(revisions), "revisions"))
         await migrations.upgrade(target, "heads")
+        progress(Step("migrating", len(revisions), len(revisions), "revisions"))
     async with connect(target) as connection:
         with translate_errors("creating partitions"):
             await ensure_partitions(connection, pool.now())

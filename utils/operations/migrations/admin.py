@@ -27,6 +27,7 @@ from utils.operations.migrations.history import COMMAND_LINE, Actor, AppliedRevi
 from utils.operations.migrations.preview import preview
 from utils.operations.migrations.revisions import Revisions
 from utils.service.lease import hold_as_operator
+from utils.text import format_count
 
 #: Lines of one kind that are shown; `--json` has all.
 SHOWN = 12
@@ -119,7 +120,7 @@ async def history(pool: Pool, *, progress: Progress = ignore_progress, options: 
             }
         )
     if len(lines) > 2 * SHOWN:
-        lines = [f"({len(lines) - 2 * SHOWN} older revisions)", *lines[-2 * SHOWN :]]
+        lines = [f"({format_count(len(lines) - 2 * SHOWN, 'older revision')})", *lines[-2 * SHOWN :]]
     if revisions.needs_merge(heads):
         lines.append(f"merge needed: {revisions.merge_advice()}")
     return Outcome(_join(lines), data={"revisions": rows})
