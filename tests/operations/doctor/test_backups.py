@@ -18,11 +18,10 @@ from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.create import BackupRequest
 from utils.operations.backup.store import Remote
 from utils.operations.doctor import CHECKS, DoctorContext, Finding, run_checks
-from utils.operations.doctor.backups import PROBE_PREFIX
+from utils.operations.doctor.backups import PROBE_PREFIX, STORES
 from utils.settings import variables
 
 URL = "s3://login:hush-5up3r@bucket/of/mine"
-STORES = ("AWS_", "GOOGLE_", "AZURE_")
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +117,13 @@ async def test_names_the_keys_that_are_not_set(monkeypatch: pytest.MonkeyPatch, 
     assert names in finding.seen
     assert "169.254" not in finding.line
     assert "metadata" not in finding.line
+
+
+async def test_tells_that_stores_do_not_read_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("AWS_ACCESS_KEY_ID=hush\nBACKUP_URL=s3://bucket/x\n")
+    found = (await worst_findings(monkeypatch, "bucket"))["bucket"]
+    assert (found.state, "AWS_ACCESS_KEY_ID" in found.seen) == ("fail", True)
+    assert found.todo == "set AWS_ACCESS_KEY_ID in the environment of the process: stores do not read .env"
 
 
 async def test_reports_a_damaged_newest_backup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database: Pool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -13,7 +14,7 @@ from utils.exceptions import BackupError, DatabaseError
 from utils.operations.backup import encryption, pipeline, recovery
 from utils.operations.backup.catalog import BackupCatalog, Entry
 from utils.operations.backup.manifest import Manifest
-from utils.operations.doctor.configuration import is_on_railway
+from utils.operations.doctor.configuration import is_on_railway, names_in_file
 from utils.operations.doctor.context import DoctorContext
 from utils.operations.doctor.report import CheckSkipped, Finding, shorten
 from utils.tasks import run_in_daemon_thread
@@ -22,16 +23,20 @@ from utils.tasks import run_in_daemon_thread
 MAX_BACKUP_AGE = timedelta(days=7)
 #: Seconds for reading the newest archive; about a gigabyte is read in one.
 CHECKSUM_SECONDS = 20.0
+#: Begin the names of the variables of stores.
+STORES = ("AWS_", "GOOGLE_", "AZURE_")
 #: Begins the names of objects that are written to try a store. No backup has such a name.
 PROBE_PREFIX = "guildbook-probe-"
 
 
 async def check_bucket(context: DoctorContext) -> Sequence[Finding]:
     """Write, read and delete an object in the remote store."""
+    unread = [name for name in names_in_file(context) if name.startswith(STORES) and name not in os.environ]
+    advice = f"set {', '.join(unread)} in the environment of the process: stores do not read .env" if unread else ""
     try:
         remote = context.catalog().remote
     except BackupError as exc:
-        return [Finding("fail", "bucket", shorten(exc), "correct BACKUP_URL, or the variables of its store")]
+        return [Finding("fail", "bucket", shorten(exc), advice or "correct BACKUP_URL, or the variables of its store")]
     if remote is None:
         seen = "BACKUP_URL is not set: backups are stored in DATA_DIR/backups only"
         if is_on_railway(context.environ) and context.settings.railway_volume_mount_path is None:
@@ -43,7 +48,8 @@ async def check_bucket(context: DoctorContext) -> Sequence[Finding]:
         await remote.write(name, content)
         found = await remote.read(name, 2 * len(content))
     except BackupError as exc:
-        return [Finding("fail", "bucket", shorten(exc), "until then, backups are stored in DATA_DIR/backups only")]
+        advice = advice or "until then, backups are stored in DATA_DIR/backups only"
+        return [Finding("fail", "bucket", shorten(exc), advice)]
     problem = None if found == content else "what was written could not be read back"
     try:
         await remote.delete(name)

@@ -34,7 +34,7 @@ async def check_variables(context: DoctorContext) -> Sequence[Finding]:
     """Report variables that look like a misspelt setting."""
     known = set(variables())
     misspelt: dict[str, str] = {}
-    for names, similarity in ((list(context.environ), SIMILARITY), (_names_in_file(context), SIMILARITY_IN_FILE)):
+    for names, similarity in ((list(context.environ), SIMILARITY), (names_in_file(context), SIMILARITY_IN_FILE)):
         for name in names:
             intended = _intended_name(name.upper(), known, similarity)
             if intended is not None:
@@ -45,7 +45,8 @@ async def check_variables(context: DoctorContext) -> Sequence[Finding]:
     ] or [Finding("ok", "variables", "none looks misspelt")]
 
 
-def _names_in_file(context: DoctorContext) -> list[str]:
+def names_in_file(context: DoctorContext) -> list[str]:
+    """Return the variables that `.env` sets."""
     from dotenv import dotenv_values
 
     if context.env_file is None:
