@@ -35,8 +35,9 @@ class FakeS3:
         self.running = self.most_running = 0
         #: Applied to an archive before it is stored.
         self.damage: Callable[[bytes], bytes] | None = None
-        #: Verbs answered with an internal error, and verbs never answered.
+        #: Verbs answered with an internal error, verbs refused, and verbs never answered.
         self.failing: set[str] = set()
+        self.refusing: set[str] = set()
         self.silent: set[str] = set()
         #: Seconds before each answer.
         self.pause = 0.0
@@ -106,6 +107,8 @@ class FakeS3:
             await self._closing.wait()
         if self.pause:
             await asyncio.sleep(self.pause)
+        if verb in self.refusing:
+            return _error(403, "AccessDenied", "this is not allowed")
         if verb in self.failing:
             return _error(500, "InternalError", "We encountered an internal error. Please try again.")
         response: web.Response = getattr(self, f"_{verb.lower()}")(request, key, body)

@@ -340,6 +340,16 @@ async def test_a_slow_upload_goes_on_while_it_makes_progress(s3: FakeS3, tmp_pat
     assert s3.objects["of/mine/large"] == (tmp_path / "file").read_bytes()
 
 
+async def test_a_refusal_at_the_end_of_a_long_upload_is_shown(s3: FakeS3, tmp_path: Path) -> None:
+    remote = Remote(SecretStr(URL), stall_seconds=2.0, part_bytes=5 << 20)
+    (tmp_path / "file").write_bytes(bytes(26 << 20))
+    s3.pause = 0.6
+    s3.refusing.add("COMPLETE")
+    with pytest.raises(BackupError, match="403 Forbidden"):
+        await remote.upload(tmp_path / "file", "large")
+    assert await remote.names() == {}, "it did answer"
+
+
 async def test_an_upload_shows_its_progress(service: BackupService, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(os.urandom(2 * PART_BYTES + 1))
     steps: list[Step] = []

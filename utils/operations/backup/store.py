@@ -293,7 +293,7 @@ class Remote:
             work = partial(self._store.upload, path, name, transfer)
             await self._run(work, lambda: transfer.moved_at + self._stall_seconds, abandon=transfer.abandon)
 
-        await self._ask("write", name, self._stall_seconds, watch)
+        await self._ask("write", name, None, watch)
 
     async def download(self, name: str, to: Path, progress: Progress = ignore_progress) -> Digest:
         """Download a large file to a new path, in parts, and return its digest."""
@@ -367,8 +367,13 @@ class Remote:
             raise _NoAnswer
         return running.result()
 
-    async def _ask(self, verb: str, what: str, seconds: float, work: Callable[[], Awaitable[ResultT]]) -> ResultT:
-        """Await a call of the store that may take `seconds`; `FileNotFoundError` is passed on where it is expected."""
+    async def _ask(
+        self, verb: str, what: str, seconds: float | None, work: Callable[[], Awaitable[ResultT]]
+    ) -> ResultT:
+        """Await a call of the store that may take `seconds`; None: it consists of several requests.
+
+        `FileNotFoundError` is passed on where it is expected.
+        """
         cannot = f"{self._name}: could not {verb} {what}"
         if self._is_useless:
             raise BackupError(f"{cannot}: {self._missing}")
@@ -387,12 +392,18 @@ class Remote:
         except BackupError:
             raise
         except Exception as exc:  # obstore raises its own classes and Python's
-            taken, reason = time.monotonic() - started, self._missing or _first_line(exc)
+            taken, reason = time.monotonic() - started, _first_line(exc)
             # A refusal comes at once. What was retried, or not answered, is not worth asking again.
-            if isinstance(exc, _NoAnswer) or (not isinstance(exc, OSError) and taken >= seconds * _RETRY_SHARE):
+            is_silent = isinstance(exc, _NoAnswer) or (seconds is not None and taken >= seconds * _REQUEST_SHARE)
+            is_retried = seconds is not None and taken >= seconds * _RETRY_SHARE and not isinstance(exc, OSError)
+            if is_silent or is_retried:
                 self._away_since = time.monotonic()
-                is_silent = isinstance(exc, _NoAnswer) or taken >= seconds * _REQUEST_SHARE
-                reason = self._missing or (f"no answer within {taken:.0f} s" if is_silent else reason)
+            if is_silent:
+                what = (
+                    f"answer within {taken:.0f}" if seconds is not None else f"progress within {self._stall_seconds:g}"
+                )
+                reason = f"no {what} s"
+            reason = self._missing or reason
             raise BackupError(f"{cannot}: {reason}") from None
         self._away_since = None
         return result
