@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import re
 import tempfile
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
@@ -119,6 +120,7 @@ async def open_script(file: Path, tools: Path, items: Sequence[str] | None = Non
             start_new_session=True,  # so that Ctrl-C reaches only us; we stop it
         )  # fmt: skip
         assert process.stdout is not None
+        _enlarge_pipe(process)
 
         def explain() -> BackupError:
             errors.seek(0)
@@ -139,6 +141,14 @@ async def open_script(file: Path, tools: Path, items: Sequence[str] | None = Non
                 raise explain()
         finally:
             await client_tools.kill(process)
+
+
+def _enlarge_pipe(process: asyncio.subprocess.Process) -> None:
+    """Let pg_restore write more at a time than the 64 KB that Linux buffers."""
+    if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux
+        with contextlib.suppress(OSError):  # beyond what the user may have
+            transport = process._transport.get_pipe_transport(1)  # type: ignore[attr-defined]
+            fcntl.fcntl(transport.get_extra_info("pipe"), fcntl.F_SETPIPE_SZ, 4 * CHUNK)
 
 
 async def _wait(process: asyncio.subprocess.Process) -> None:

@@ -8,7 +8,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -48,6 +48,8 @@ MIN_JOBS, MAX_JOBS = 2, 4
 TABLE_SECONDS = 3_600.0
 #: Seconds to load one table with its indexes, and to check its foreign keys.
 LOAD_SECONDS = 6 * 3_600.0
+#: Rows from which a table is loaded frozen.
+FREEZE_ROWS = 10_000
 #: SQLSTATE class of a server without disk space or memory: that is not the backup's fault.
 _NO_RESOURCES = "53"
 #: Foreign keys of tables; those of partitions come with their tables.
@@ -57,19 +59,26 @@ FROM pg_constraint AS r WHERE r.contype = 'f' AND r.conparentid = 0
     AND r.conrelid = ANY(SELECT to_regclass(name)::oid FROM unnest($1::text[]) AS name) ORDER BY 1, 2
 """
 #: Keys, exclusion constraints and other indexes of tables, with the statements that drop and make them; those of
-#: partitions come with their tables. `is_only_for_speed`: nothing is refused without it.
+#: partitions come with their tables. While an index (`index`) is made, others of its table can be made too, so that a
+#: constraint (`constraint`) is added afterwards. `is_only_for_speed`: nothing is refused without it.
 _INDEXES = """
-SELECT name AS table, format('ALTER TABLE %s DROP CONSTRAINT %I', name, r.conname) AS drop,
-    format('ALTER TABLE %s ADD CONSTRAINT %I %s', name, r.conname, pg_get_constraintdef(r.oid)) AS make,
+SELECT number, name AS table, format('ALTER TABLE %s DROP CONSTRAINT %I', name, r.conname) AS drop,
+    CASE WHEN uses_index THEN pg_get_indexdef(r.conindid) END AS index,
+    format('ALTER TABLE %s ADD CONSTRAINT %I %s', name, r.conname, CASE WHEN uses_index THEN
+        format('%s USING INDEX %I%s%s', CASE r.contype WHEN 'p' THEN 'PRIMARY KEY' ELSE 'UNIQUE' END, x.relname,
+            CASE WHEN r.condeferrable THEN ' DEFERRABLE' END, CASE WHEN r.condeferred THEN ' INITIALLY DEFERRED' END)
+        ELSE pg_get_constraintdef(r.oid) END) AS constraint,
     false AS is_only_for_speed
-FROM unnest($1::text[]) AS name
+FROM unnest($1::text[]) WITH ORDINALITY AS t (name, number)
     JOIN pg_constraint AS r ON r.conrelid = to_regclass(name) AND r.contype IN ('p', 'u', 'x')
+    JOIN pg_class AS c ON c.oid = r.conrelid JOIN pg_class AS x ON x.oid = r.conindid JOIN pg_am AS m ON m.oid = x.relam
+    CROSS JOIN LATERAL (SELECT r.contype <> 'x' AND c.relkind = 'r' AND m.amname = 'btree' AS uses_index) AS how
 UNION ALL
-SELECT name, format('DROP INDEX %s', i.indexrelid::regclass),
-    regexp_replace(pg_get_indexdef(i.indexrelid), ' ON ONLY ', ' ON '), NOT i.indisunique
-FROM unnest($1::text[]) AS name JOIN pg_index AS i ON i.indrelid = to_regclass(name)
+SELECT number, name, format('DROP INDEX %s', i.indexrelid::regclass),
+    regexp_replace(pg_get_indexdef(i.indexrelid), ' ON ONLY ', ' ON '), NULL, NOT i.indisunique
+FROM unnest($1::text[]) WITH ORDINALITY AS t (name, number) JOIN pg_index AS i ON i.indrelid = to_regclass(name)
 WHERE NOT EXISTS (SELECT FROM pg_constraint AS r WHERE r.conindid = i.indexrelid AND r.contype IN ('p', 'u', 'x'))
-ORDER BY 1, 4
+ORDER BY number, is_only_for_speed
 """
 _WITH_TRIGGERS = """
 SELECT name FROM unnest($1::text[]) AS name
@@ -130,10 +139,15 @@ def jobs() -> int:
     return max(MIN_JOBS, min(MAX_JOBS, os.cpu_count() or MIN_JOBS))
 
 
-async def make_place(archive: Archive, target: ConnectTarget, schemas: Placement) -> Place:
+async def make_place(
+    archive: Archive,
+    target: ConnectTarget,
+    schemas: Placement,
+    options: migrations.MigrationOptions = migrations.DEFAULTS,
+) -> Place:
     """Make our tables as the revision of an archive has them, where there are none. Raises `MigrationError`."""
     for revision in (archive.revision or "").split(", "):
-        await migrations.upgrade(target, revision)
+        await migrations.upgrade(target, revision, options=options)
     return Place(target, schemas)
 
 
@@ -170,6 +184,8 @@ async def load_and_check(
             tables = await find_tables(connection, owned_names(place.schemas))
             has_version = any(name == VERSION_TABLE for _, name in counts)
             emptied = [one for one in tables if has_version or one.name != VERSION_TABLE]
+            rows = {into: counts[name] for name, into in names.items()}
+            emptied.sort(key=lambda one: -rows.get((one.schema, one.name), 0))  # the longest work first
             preparation = await _prepare(connection, emptied, with_indexes=with_indexes)
     existing = {(table.schema, table.name) for table in tables}
     loadable = {name: into for name, into in names.items() if into in existing}
@@ -195,52 +211,60 @@ async def load_and_check(
 
 @dataclass(frozen=True, slots=True)
 class _Preparation:
-    """What was dropped before rows are loaded: the statements that bring it back."""
+    """What was dropped before rows are loaded: the statements that bring it back, each with its table."""
 
-    #: Of each table: its keys and indexes.
-    indexes: list[list[str]]
-    #: Foreign keys and triggers, once all indexes are there.
-    others: list[str]
+    indexes: list[tuple[str, str]] = field(default_factory=list)
+    #: Once the indexes of all tables are there.
+    constraints: list[tuple[str, str]] = field(default_factory=list)
+    #: Foreign keys and triggers, once all constraints are there.
+    others: list[tuple[str, str]] = field(default_factory=list)
 
 
 async def _prepare(connection: Connection, tables: Sequence[OwnTable], *, with_indexes: bool) -> _Preparation:
-    """Empty tables, and drop what would slow down the loading or keep rows from being loaded in any order."""
+    """Empty tables, and drop what would slow down the loading or keep rows from being loaded in any order.
+
+    What belongs to the first tables is brought back first.
+    """
     names = [table.quoted for table in tables]
-    others: list[str] = []
+    found = _Preparation()
     for key in await connection.fetch(FOREIGN_KEYS, names):
         await connection.execute(f"ALTER TABLE {key['table']} DROP CONSTRAINT {key['name']}")
-        others.append(f"ALTER TABLE {key['table']} ADD CONSTRAINT {key['name']} {key['definition']}")
+        statement = f"ALTER TABLE {key['table']} ADD CONSTRAINT {key['name']} {key['definition']}"
+        found.others.append((key["table"], statement))
     for row in await connection.fetch(_WITH_TRIGGERS, names):
         await connection.execute(f"ALTER TABLE {row['name']} DISABLE TRIGGER USER")
-        others.append(f"ALTER TABLE {row['name']} ENABLE TRIGGER USER")
-    indexes: dict[str, list[str]] = {name: [] for name in names}
+        found.others.append((row["name"], f"ALTER TABLE {row['name']} ENABLE TRIGGER USER"))
     for row in await connection.fetch(_INDEXES, names):
         try:
             await connection.execute(row["drop"])
         except asyncpg.DependentObjectsStillExistError:  # a view groups by the key
             continue
-        if with_indexes or not row["is_only_for_speed"]:
-            indexes[row["table"]].append(row["make"])
+        if row["index"] is not None and (with_indexes or not row["is_only_for_speed"]):
+            found.indexes.append((row["table"], row["index"]))
+        if row["constraint"] is not None:
+            found.constraints.append((row["table"], row["constraint"]))
     await connection.execute(f"TRUNCATE {', '.join(names)}")
-    return _Preparation([statements for statements in indexes.values() if statements], others)
+    return found
 
 
 async def _finish(target: ConnectTarget, preparation: _Preparation) -> None:
     """Bring back what `_prepare` dropped, the indexes on several connections."""
-    queue = deque(preparation.indexes)
+    queue: deque[tuple[str, str]] = deque()
 
     async def work() -> None:
         async with connect(target) as connection:
             while queue:
-                for statement in queue.popleft():
-                    with _refused("the rows of the backup"):
-                        await connection.execute(statement, timeout=LOAD_SECONDS)
+                table, statement = queue.popleft()
+                with _refused(f"the rows of {table} in the backup"):
+                    await connection.execute(statement, timeout=LOAD_SECONDS)
 
-    await _run_concurrently(work, min(jobs(), len(queue)))
-    async with connect(target) as connection:
-        for statement in preparation.others:
-            with _refused("the rows of the backup"):
-                await connection.execute(statement, timeout=LOAD_SECONDS)
+    for statements, number in (
+        (preparation.indexes, jobs()),
+        (preparation.constraints, jobs()),
+        (preparation.others, 1),
+    ):
+        queue.extend(statements)
+        await _run_concurrently(work, min(number, len(queue)))
 
 
 @contextlib.contextmanager
@@ -279,7 +303,8 @@ async def copy_rows(
                     async for _ in script.rows():
                         pass
                     continue
-                await _copy_table(connection, names[name], header.columns, script)
+                is_frozen = header.table == name and archive.counts[name] >= FREEZE_ROWS
+                await _copy_table(connection, names[name], header.columns, script, is_frozen=is_frozen)
                 columns[names[name]] = header.columns
                 progress(Step("restoring", len(columns), len(names), "tables"))
 
@@ -287,12 +312,21 @@ async def copy_rows(
     return columns
 
 
-async def _copy_table(connection: Connection, into: Name, columns: Sequence[str], script: Script) -> None:
+async def _copy_table(
+    connection: Connection, into: Name, columns: Sequence[str], script: Script, *, is_frozen: bool
+) -> None:
+    """Copy rows into a table, with `is_frozen` into an empty one that is not partitioned.
+
+    Then the rows need not be marked as visible by their first reader, which would write all of the table again.
+    """
     schema, name = into
     with _refused(f"loading {qualified(into)}"):
-        await connection.copy_to_table(
-            name, schema_name=schema, columns=columns, source=script.rows(), timeout=LOAD_SECONDS
-        )
+        async with connection.transaction():
+            if is_frozen:
+                await connection.execute(f"TRUNCATE {qualified(into)}")  # the server wants it in the same transaction
+            await connection.copy_to_table(
+                name, schema_name=schema, columns=columns, source=script.rows(), freeze=is_frozen, timeout=LOAD_SECONDS
+            )
 
 
 def _share(items: Sequence[str], counts: Mapping[Name, int], names: Mapping[Name, Name]) -> list[list[str]]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from models import Document
 from utils.database import ConnectTarget, Pool, ownership
-from utils.database.placement import Placement
+from utils.database.placement import OPS, Placement
 from utils.exceptions import BackupError, MigrationError, translate_errors
 from utils.operations import migrations
 from utils.operations.action import Progress, Step, ignore_progress
@@ -30,12 +30,12 @@ FROM unnest(current_schemas(false)::text[]) WITH ORDINALITY AS path (name, posit
 """
 
 
-def missing_revisions(archive: Archive) -> list[str]:
+def missing_revisions(archive: Archive, options: migrations.MigrationOptions = migrations.DEFAULTS) -> list[str]:
     """Return the revisions that a backup lacks, oldest first. Raises `BackupError` if its own is unknown."""
     if archive.revision is None:
         raise BackupError(f"backup {archive.id} contains no tables of Guildbook's: there is nothing to restore")
     try:
-        return migrations.Revisions().pending(archive.revision.split(", "))
+        return migrations.Revisions(options.scripts).pending(archive.revision.split(", "))
     except MigrationError:
         raise BackupError(
             f"backup {archive.id} is at revision {archive.revision}, which this version does not know: it was made by a"
@@ -44,8 +44,10 @@ def missing_revisions(archive: Archive) -> list[str]:
 
 
 @contextlib.asynccontextmanager
-async def open_place(pool: Pool, *, is_restore: bool) -> AsyncIterator[ScratchPlace]:
-    """Yield scratch schemas in the live database, which are dropped after the block.
+async def open_place(
+    pool: Pool, *, is_restore: bool, options: migrations.MigrationOptions = migrations.DEFAULTS
+) -> AsyncIterator[ScratchPlace]:
+    """Yield scratch schemas in the live database, which are dropped after the block. `options`: where revisions are.
 
     Raises `BackupError` behind a pooler and while another restore is running, and `ForbiddenHere` if the user may not
     create schemas.
@@ -60,14 +62,19 @@ async def open_place(pool: Pool, *, is_restore: bool) -> AsyncIterator[ScratchPl
     version = await ownership.fetch_version(pool)
     schemas = pool.placement
     async with scratch_schemas(live, schemas, is_restore=is_restore) as scratch:
-        yield ScratchPlace(live, schemas, scratch, ", ".join(version.revisions) or None)
+        yield ScratchPlace(live, schemas, scratch, ", ".join(version.revisions) or None, options)
 
 
 class ScratchPlace:
     """Scratch schemas in the live database, and what was loaded there."""
 
     def __init__(
-        self, live: ConnectTarget, schemas: Placement, scratch: ScratchPlacement, revision: str | None
+        self,
+        live: ConnectTarget,
+        schemas: Placement,
+        scratch: ScratchPlacement,
+        revision: str | None,
+        options: migrations.MigrationOptions = migrations.DEFAULTS,
     ) -> None:
         self.live: ConnectTarget = live
         #: Where the live tables are.
@@ -75,6 +82,7 @@ class ScratchPlace:
         #: The revision of the live tables; None: there are none.
         self.revision: str | None = revision
         self._scratch = scratch
+        self._migrations = options
         #: Leads revisions to the scratch tables; None: these are copies of the live ones.
         self._placed: ConnectTarget | None = None
 
@@ -102,7 +110,7 @@ class ScratchPlace:
         revisions need all tables. Without `with_indexes`, copies keep only those indexes that refuse rows. Raises
         `BackupError` unless all of it comes back.
         """
-        missing_revisions(archive)
+        missing_revisions(archive, self._migrations)
         wanted = set(owned_names(archive.schemas))
         if selection is not None:
             wanted = {name for name in wanted if name in selection.tables or name[0] == archive.schemas.ops}
@@ -125,6 +133,13 @@ class ScratchPlace:
                     await drop_columns(connection, loaded.columns)
         return loaded
 
+    @property
+    def _options(self) -> migrations.MigrationOptions:
+        """Options with which revisions do not reach the live tables."""
+        tables = {name for _, name in ownership.owned_tables()}  # in SQL, `guilds.id` is a column
+        live = [name for name in self.schemas.schemas() if name != OPS and name not in tables]
+        return replace(self._migrations, off_limits=tuple(live))
+
     async def _run_revisions(self, connection: Connection, archive: Archive) -> None:
         """Make the tables as the revision of an archive has them. Raises `MigrationError` if a revision fails."""
         if self._scratch.others:
@@ -139,19 +154,19 @@ class ScratchPlace:
         self._placed = (
             replace(placed, server_settings={**placed.server_settings, "search_path": path}) if path else placed
         )
-        await load.make_place(archive, self._placed, self._scratch)
+        await load.make_place(archive, self._placed, self._scratch, self._options)
 
     async def migrate(self, archive: Archive, *, progress: Progress = ignore_progress) -> list[str]:
         """Migrate what was loaded to the newest revision; return the applied revisions.
 
         Copies of live tables stay at the revision of those.
         """
-        revisions = missing_revisions(archive) if self.is_migrated else []
+        revisions = missing_revisions(archive, self._migrations) if self.is_migrated else []
         if revisions:
             assert self._placed is not None, "the revisions made the tables"
             progress(Step("migrating", 0, len(revisions), "revisions"))
             await load.set_sequences(archive, self.place)  # a migration adds rows to `ops.migrations`
-            await migrations.upgrade(self._placed, "heads")
+            await migrations.upgrade(self._placed, "heads", options=self._options)
             progress(Step("migrating", len(revisions), len(revisions), "revisions"))
         return revisions
 

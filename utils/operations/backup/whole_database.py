@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from datetime import datetime
 from typing import Any
 
 from utils.database import ConnectTarget, Pool
@@ -162,29 +163,41 @@ async def _load(
     pool: Pool, archive: Archive, live: ConnectTarget, scratch_target: ConnectTarget, progress: Progress
 ) -> Loaded:
     """Load an archive into an empty database, and migrate it; meanwhile drop what earlier restores kept."""
+    target = scratch_target.with_placement(pool.placement)
+    revisions = missing_revisions(archive)
     dropping = asyncio.create_task(
         _drop_earlier(live, str(live.database)), name="dropping the database of an earlier restore"
     )
     try:
-        target = scratch_target.with_placement(pool.placement)
         place = await load.make_place(archive, target, pool.placement)
+        if not revisions:  # older revisions may not have all partitioned tables
+            await _make_partitions(target, [*await load.list_months(archive), pool.now()])
         loaded = await load.load_and_check(archive, place, progress=progress)
         await load.set_sequences(archive, place)
         await dropping
     finally:
         dropping.cancel()
         await asyncio.wait({dropping})
-    revisions = missing_revisions(archive)
     if revisions:
         progress(Step("migrating", 0, len(revisions), "revisions"))
         await migrations.upgrade(target, "heads")
         progress(Step("migrating", len(revisions), len(revisions), "revisions"))
-    async with connect(target) as connection:
-        with translate_errors("creating partitions"):
-            await ensure_partitions(connection, pool.now())
+        await _make_partitions(target, [pool.now()])
     with contextlib.suppress(BackupError):  # reported when they are refreshed again, with the live rows of `ops`
         await load.refresh_views(target, pool.placement)
     return loaded
+
+
+async def _make_partitions(target: ConnectTarget, months: Sequence[datetime]) -> None:
+    """Create partitions for these months and, after the last one, for those to come.
+
+    Before rows are loaded: otherwise they would be moved from the default partition.
+    """
+    async with connect(target) as connection:
+        with translate_errors("creating partitions"):
+            for month in months[:-1]:
+                await ensure_partitions(connection, month, 0)
+            await ensure_partitions(connection, months[-1])
 
 
 async def _finish(

@@ -2,7 +2,7 @@
 
 from utils.database.ownership import SCRIPTS
 from utils.operations.migrations.drift import check_drift
-from utils.operations.migrations.environment import MigrationOptions
+from utils.operations.migrations.environment import DEFAULTS, MigrationOptions
 from utils.operations.migrations.history import Actor, AppliedRevision, Pause
 from utils.operations.migrations.revisions import Revision, Revisions
 from utils.operations.migrations.runner import (
@@ -24,6 +24,7 @@ from utils.operations.migrations.runner import (
 )
 
 __all__ = [
+    "DEFAULTS",
     "SCRIPTS",
     "Actor",
     "AppliedRevision",

@@ -37,6 +37,7 @@ from utils.exceptions import MigrationError
 from utils.operations.migrations import batches, history, invalid_indexes
 from utils.operations.migrations.history import ALEMBIC, BOT, SQL_FILE, Actor, MigrationRecorder, Pause
 from utils.operations.migrations.invalid_indexes import DroppedIndexes
+from utils.operations.migrations.off_limits import refuse_statements
 from utils.operations.migrations.revisions import Revisions
 from utils.settings import load_settings
 
@@ -59,7 +60,7 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationOptions:
-    """How migrations run. Nothing but tests changes the defaults."""
+    """How migrations run. Only tests, and restores into scratch schemas, change the defaults."""
 
     #: The directory with `env.py` and `versions/`.
     scripts: Path = SCRIPTS
@@ -67,6 +68,8 @@ class MigrationOptions:
     lock_timeout: str = "15s"
     #: The same for dropping an invalid index.
     index_lock_timeout: str = invalid_indexes.LOCK_TIMEOUT
+    #: Schemas that no statement may name: those of the live tables, while revisions run in scratch schemas.
+    off_limits: tuple[str, ...] = ()
 
 
 DEFAULTS = MigrationOptions()
@@ -345,6 +348,7 @@ def _migrate(connection: Connection, run: MigrationRun) -> None:
             connection.commit()
         if run.is_upgrade:
             _drop_invalid_indexes(connection, run)
+        refuse_statements(connection, run.options.off_limits)
         context.configure(
             connection=connection,
             transaction_per_migration=True,
