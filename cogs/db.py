@@ -87,7 +87,9 @@ class DatabaseCommands(BaseCog):
             jobs = await maintain.preview(self._database)
             if not jobs.data["jobs"]:
                 return jobs
-            await reply.confirm(f"Due {'is' if len(jobs.data['jobs']) == 1 else 'are'}:\n{jobs.text}", "Do it")
+            number = len(jobs.data["jobs"])
+            due = f"{format_count(number, 'job')} {'is' if number == 1 else 'are'} due:"
+            await reply.confirm(f"{due}\n{jobs.text}", "Do it")
             return await maintain.maintain(self._database, progress=reply.step)
 
         await self._run(interaction, "db maintain", work)
@@ -105,8 +107,10 @@ class DatabaseCommands(BaseCog):
         async def work(reply: Reply) -> Outcome:
             settings, path = self.bot.settings, self._path(IMPORTS, name)
             found = await importer.import_files(self._database, settings, [path], dry_run=True, progress=reply.step)
-            if dry_run or not importer.has_changes(found):
+            if dry_run:
                 return found
+            if not importer.has_changes(found):
+                return replace(found, text=f"Nothing to import: {found.text}")
             await reply.confirm(f"{found.text}\nImport this into the database?", "Import")
             return await importer.import_files(self._database, settings, [path], progress=reply.step)
 
@@ -164,7 +168,11 @@ class DatabaseCommands(BaseCog):
     async def history(self, interaction: discord.Interaction[Guildbook]) -> None:
         """Show all revisions."""
         await self._run(
-            interaction, "db migrate history", lambda reply: admin.history(self._database, progress=reply.step)
+            interaction,
+            "db migrate history",
+            lambda reply: admin.history(
+                self._database, progress=reply.step, format_time=_format_time, name_user="<@{}>".format
+            ),
         )
 
     @migrate.command(name="preview", description="The SQL that a migration would run, as a file")
@@ -326,7 +334,7 @@ class DatabaseCommands(BaseCog):
         async def work(reply: Reply) -> Outcome:
             would = await self._backups().prune(dry_run=True)
             if not would.data["deleted"] and not would.data["files"]:
-                return replace(would, text=f"Nothing to delete: {would.text}")
+                return replace(would, text="Nothing to delete: every backup is kept.") if would.ok else would
             await reply.confirm(would.text, "Delete")
             return await self._backups().prune()
 

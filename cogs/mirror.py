@@ -110,6 +110,8 @@ class MirrorCommands(commands.Cog):
         return count
 
     async def _sync_one(self, reply: Reply, guild_id: int) -> str:
+        if not self.bot.mirror.reconciler.guilds[guild_id].available:
+            raise SyncError(f"{self._name(guild_id)} is in an outage: try again when Discord sends it again")
         runs = await self._sync(reply, [guild_id])
         return f"Synced {self._name(guild_id)}: {self._figures(runs)}"
 

@@ -188,9 +188,21 @@ async def test_sync_rejects_unknown_guild_in_one_line(
     assert [row[3] for row in await audit_log(database)] == [result.final_content]
 
 
+async def test_guild_in_an_outage_is_named_and_left_out(database: Pool, simulator: Simulator, small: int) -> None:
+    async with running_bot(database, simulator) as bot:
+        simulator.world.guild_outage(small)
+        await until(lambda: not bot.mirror.reconciler.guilds[small].available)
+        result = await run(simulator, simulator.world.operator_id, "sync", options={"guild": str(small)})
+        assert (result.final_content or "").startswith(f"Failed: Small ({small}) is in an outage: ")
+        result = await run(simulator, simulator.world.operator_id, "sync")
+        assert (result.final_content or "").startswith("Synced 1 guild (1 guild in an outage left out): 3,500 members")
+        result = await run(simulator, simulator.world.operator_id, "status")
+        assert ": 1 guild available, 1 in an outage, 1 reconciled" in (result.final_content or "")
+
+
 async def test_failed_sync_is_explained_in_one_line(database: Pool, simulator: Simulator, small: int) -> None:
     async with running_bot(database, simulator):
-        simulator.world.guild_outage(small)
+        simulator.faults.rest_fail(f"GET /guilds/{small}", 403)
         result = await run(simulator, simulator.world.operator_id, "sync", options={"guild": str(small)})
     assert (result.final_content or "").startswith("Failed: ")
     assert "\n" not in (result.final_content or "")

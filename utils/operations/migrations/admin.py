@@ -8,7 +8,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
-from datetime import UTC
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
@@ -93,10 +93,21 @@ async def status(pool: Pool, *, progress: Progress = ignore_progress, options: M
     return Outcome(_join(lines), data=data, ok=not (pending or drift or invalid or obstacle))
 
 
-async def history(pool: Pool, *, progress: Progress = ignore_progress, options: MigrationOptions = DEFAULTS) -> Outcome:
+def _format_time(at: datetime) -> str:
+    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+async def history(
+    pool: Pool,
+    *,
+    progress: Progress = ignore_progress,
+    format_time: Callable[[datetime], str] = _format_time,
+    name_user: Callable[[int], str] = "user {}".format,
+    options: MigrationOptions = DEFAULTS,
+) -> Outcome:
     """List the revisions, oldest first: whether each is applied, and when and by whom as far as `ops.migrations` knows.
 
-    Raises like `status`.
+    `format_time` and `name_user` return how times and users are shown. Raises like `status`.
     """
     progress(Step("reading ops.migrations", unit="revisions"))
     revisions = Revisions(options.scripts)
@@ -107,7 +118,8 @@ async def history(pool: Pool, *, progress: Progress = ignore_progress, options: 
     for revision, description in revisions.known:
         is_applied = revision not in pending
         record = applied.get(revision) if is_applied else None
-        lines.append(f"{'applied' if is_applied else 'pending'}  {revision}  {description}{_when(record)}")
+        state, when = "applied" if is_applied else "pending", _when(record, format_time, name_user)
+        lines.append(f"{state}  {revision}  {description}{when}")
         rows.append(
             {
                 "revision": revision,
@@ -126,11 +138,13 @@ async def history(pool: Pool, *, progress: Progress = ignore_progress, options: 
     return Outcome(_join(lines), data={"revisions": rows})
 
 
-def _when(record: AppliedRevision | None) -> str:
+def _when(
+    record: AppliedRevision | None, format_time: Callable[[datetime], str], name_user: Callable[[int], str]
+) -> str:
     if record is None:
         return ""
-    by = record.by.kind if record.by.user_id is None else f"user {record.by.user_id}"
-    return f" ({record.at.astimezone(UTC):%Y-%m-%d %H:%M} UTC, by {by})"
+    by = record.by.kind if record.by.user_id is None else name_user(record.by.user_id)
+    return f" ({format_time(record.at)}, by {by})"
 
 
 async def plan_upgrade(
