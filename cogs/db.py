@@ -213,9 +213,9 @@ class DatabaseCommands(BaseCog):
         """Show what would be lost, ask, back up, downgrade the schema, and shut down."""
 
         async def work(reply: Reply) -> Outcome:
-            migration = await preview_migration(self._database, revision, down=True)
-            if not migration.data["statements"]:
-                return migration
+            migration = await admin.plan_downgrade(self._database, revision, progress=reply.step)
+            if migration is None:
+                return Outcome(f"the schema is at {await current(self._database)} already: nothing to do")
             warning = "A backup is made first. Then this bot shuts down: it cannot work on an older schema."
             await reply.confirm(f"{migration.text}\n{warning}", "Downgrade")
 

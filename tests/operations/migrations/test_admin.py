@@ -206,6 +206,19 @@ async def test_downgrade_to_where_it_is_does_nothing(database: Pool) -> None:
     assert await migrations.find_pause(database) is None
 
 
+async def test_plans_refuse_what_would_be_refused(database: Pool, empty: Pool) -> None:
+    assert await admin.plan_downgrade(database, HEAD) is None
+    plan = await admin.plan_downgrade(database, KNOWN[1])
+    assert plan is not None
+    assert plan.text.startswith(f"downgrade from {HEAD} to {KNOWN[1]}: ")
+    await database.execute("CREATE VIEW theirs AS SELECT * FROM documents")
+    with pytest.raises(MigrationError, match=r"objects of another program depend on tables .*theirs"):
+        await admin.plan_downgrade(database, KNOWN[1])
+    await empty.execute("CREATE TABLE users (id int)")
+    with pytest.raises(MigrationError, match="another program has tables where Guildbook would create its own: "):
+        await admin.plan_upgrade(empty)
+
+
 async def test_plan_of_an_upgrade_names_what_it_would_do(database: Pool, empty: Pool) -> None:
     assert await admin.plan_upgrade(database) is None
     plan = await admin.plan_upgrade(empty)

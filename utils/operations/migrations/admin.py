@@ -154,6 +154,8 @@ async def plan_upgrade(
 
     Raises `MigrationError` where a merge is needed, and for a database that must not be migrated.
     """
+    if obstacle := await runner.find_obstacle(pool, options=options):
+        raise MigrationError(obstacle)
     migration = await preview(pool, progress=progress, options=options)
     invalid, paused = await invalid_indexes.find(pool), await runner.find_pause(pool)
     lines = [migration.text] if migration.data["statements"] else []
@@ -215,6 +217,22 @@ async def upgrade(
         "auto_migrate_off": None if paused is None else str(paused),
     }
     return Outcome(_join(lines), data=data, ok=not result.indexes.remaining)
+
+
+async def plan_downgrade(
+    pool: Pool, revision: str, *, progress: Progress = ignore_progress, options: MigrationOptions = DEFAULTS
+) -> Outcome | None:
+    """Return what a downgrade would do, with the SQL as its file; None: the schema is there already.
+
+    Raises `MigrationError` for an unknown or later revision, and if objects of other programs depend on what goes.
+    """
+    revisions = Revisions(options.scripts)
+    heads = await runner.current_heads(pool)
+    reverted = revisions.to_revert(heads, revisions.resolve(heads, revision, down=True))
+    if not reverted:
+        return None
+    await refuse_dependents(pool, reverted, options)
+    return await preview(pool, revision, down=True, progress=progress, options=options)
 
 
 async def downgrade(
