@@ -156,7 +156,7 @@ async def test_rows_that_others_refer_to(database: Pool, service: BackupService,
     before = await table_checksums(database.target)
     with pytest.raises(
         BackupError,
-        match=r"1 row of public\.tags, which this restore does not replace, refer to rows of public\.tag_owners that"
+        match=r"1 row of public\.tags, which this restore does not replace, refers to rows of public\.tag_owners that"
         r" are not in the backup.*\(foreign key tags_owner_id_fkey of public\.tags\): restore that table too",
     ):
         await restore_part(service, database, "tag_owners", id=manifest.id)
@@ -176,7 +176,7 @@ async def test_rows_that_refer_to_others(database: Pool, service: BackupService,
     for chosen, missing, key in ((["tags"], "guilds", "guild_id"), (["tags", "guilds"], "tag_owners", "owner_id")):
         with pytest.raises(
             BackupError,
-            match=rf"1 row of public\.tags in the backup refer to rows of public\.{missing}, which this restore does"
+            match=rf"1 row of public\.tags in the backup refers to rows of public\.{missing}, which this restore does"
             rf" not replace, and they are not there \(foreign key tags_{key}_fkey\): restore that table too",
         ):
             await restore_part(service, database, *chosen, id=manifest.id)

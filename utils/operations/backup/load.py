@@ -41,6 +41,7 @@ from utils.operations.backup.objects import (
     qualified,
 )
 from utils.operations.backup.scratch import Connection, connect
+from utils.text import format_count
 
 #: Fewest and most connections for loading and counting.
 MIN_JOBS, MAX_JOBS = 2, 4
@@ -121,7 +122,8 @@ def describe_restored(
     what: str | None = None,
 ) -> list[str]:
     """Return what a restore says of the rows that are live now (`what`; None: all), and of the backup made before."""
-    what = f"{loaded.rows:,} rows in {len(loaded.tables)} tables" if what is None else what
+    if what is None:
+        what = f"{format_count(loaded.rows, 'row')} in {format_count(len(loaded.tables), 'table')}"
     lines = [
         f"Backup {archive.id} of {archive.made_at:%Y-%m-%d %H:%M} UTC is live in database {database}: {what}, all"
         " counted.",

@@ -42,6 +42,7 @@ from utils.operations.backup.objects import (
 )
 from utils.operations.backup.scratch import Connection, connect
 from utils.service import lease
+from utils.text import format_count
 
 _log = logging.getLogger(__name__)
 
@@ -405,7 +406,8 @@ class _Replacement:
             effect = _ON_DELETE.get(key["on_delete"], "would refer to nothing")
             advice = "restore that table too" if is_ours else "delete them first, or point them elsewhere"
             raise BackupError(
-                f"{_count(rows)} of {key['source']}, which this restore does not replace, refer to rows of"
+                f"{format_count(rows, 'row')} of {key['source']}, which this restore does not replace,"
+                f" {'refers' if rows == 1 else 'refer'} to rows of"
                 f" {pair.live} that are not in the backup, and {effect} ({what}): {advice}. Nothing was changed"
             )
 
@@ -434,9 +436,9 @@ class _Replacement:
             if rows:
                 advice = "restore that table too" if key["target"] in ours else "add them first, or drop the key"
                 raise BackupError(
-                    f"{_count(rows)} of {pair.live} in the backup refer to rows of {key['target']}, which this restore"
-                    f" does not replace, and they are not there (foreign key {key['name']}): {advice}. Nothing was"
-                    " changed"
+                    f"{format_count(rows, 'row')} of {pair.live} in the backup {'refers' if rows == 1 else 'refer'} to"
+                    f" rows of {key['target']}, which this restore does not replace, and they are not there (foreign"
+                    f" key {key['name']}): {advice}. Nothing was changed"
                 )
 
     async def _replace(self, connection: Connection, pairs: Sequence[_Pair], result: Replaced) -> None:
@@ -556,10 +558,6 @@ def _violated_keys() -> Iterator[None]:
             f"rows of {error.schema_name}.{error.table_name} in the backup refer to rows that do not exist (foreign key"
             f" {error.constraint_name}): restore that table too, or add the rows first. Nothing was changed"
         ) from error
-
-
-def _count(rows: int) -> str:
-    return f"{rows:,} {'row' if rows == 1 else 'rows'}"
 
 
 def _affected(status: str) -> int:

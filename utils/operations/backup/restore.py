@@ -21,6 +21,7 @@ from utils.operations.backup.places import ScratchPlace, missing_revisions, open
 from utils.operations.backup.replacing import Replaced, check_owner, replace_rows
 from utils.operations.backup.selection import Selection, select
 from utils.operations.backup.whole_database import RECONCILE, VIEWS, After, SafetyBackup, follow_up, replace_database
+from utils.text import format_count
 
 _log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ async def restore_archive(
     what = None if selection is None else selection.describe(rows)
     lines = [
         *load.describe_restored(archive, loaded, database, revisions, safety_id, why_none, what=what),
-        f"{replaced.deleted:,} rows were deleted, {replaced.changed:,} changed and {replaced.added:,} added.",
+        f"Deleted {format_count(replaced.deleted, 'row')}, changed {replaced.changed:,} and added {replaced.added:,}.",
         _describe_ops(replaced),
     ]
     if replaced.brought_back:

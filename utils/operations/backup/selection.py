@@ -11,6 +11,7 @@ from utils.database.placement import Placement
 from utils.exceptions import BackupError
 from utils.operations.backup.archive import Archive
 from utils.operations.backup.objects import Name, owned_names
+from utils.text import format_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +29,8 @@ class Selection:
         """Return what is restored, for people. `rows`: their number."""
         if self.guild_id is not None:
             whose = f"guild {self.guild_id}" if self.guild_id else "no guild"
-            return f"{rows:,} {'document' if rows == 1 else 'documents'} of {whose}"
-        return (
-            f"{rows:,} {'row' if rows == 1 else 'rows'} in {len(self.tables)} of {self.total}"
-            f" {'table' if self.total == 1 else 'tables'}"
-        )
+            return f"{format_count(rows, 'document')} of {whose}"
+        return f"{format_count(rows, 'row')} in {len(self.tables)} of {format_count(self.total, 'table')}"
 
 
 def select(archive: Archive, tables: Sequence[str] = (), documents_of: int | None = None) -> Selection | None:
