@@ -19,8 +19,7 @@ from utils.exceptions import GuildbookError, MigrationError, ValidationError
 from utils.operations import slash
 from utils.operations.action import Outcome
 from utils.operations.backup import recovery
-from utils.operations.backup.catalog import BackupCatalog
-from utils.operations.backup.create import BackupRequest, create
+from utils.operations.backup.safety import backup_before
 from utils.operations.backup.service import BackupService
 from utils.operations.doctor import DoctorContext, run_checks, summarize_findings
 from utils.operations.doctor.context import CONNECT_SECONDS
@@ -199,7 +198,8 @@ class DatabaseCommands(BaseCog):
                 return Outcome(f"the schema is at {await current(self._database)}, the newest revision: nothing to do")
             await reply.confirm(migration.text, "Upgrade")
             by = Actor("discord", interaction.user.id)
-            outcome = await admin.upgrade(self._database, by=by, progress=reply.step)
+            backup = backup_before("before upgrade", self.bot.settings, self._database, reply.step)
+            outcome = await admin.upgrade(self._database, backup=backup, by=by, progress=reply.step)
             await self.db.renew()
             return outcome
 
@@ -218,15 +218,10 @@ class DatabaseCommands(BaseCog):
                 return Outcome(f"the schema is at {await current(self._database)} already: nothing to do")
             warning = "A backup is made first. Then this bot shuts down: it cannot work on an older schema."
             await reply.confirm(f"{migration.text}\n{warning}", "Downgrade")
-
-            async def save() -> str:
-                request, catalog = BackupRequest("before downgrade"), BackupCatalog(self.bot.settings)
-                return (await create(self._database, catalog, request, progress=reply.step)).id
-
             outcome = await admin.downgrade(
                 self._database,
                 revision,
-                backup=save,
+                backup=backup_before("before downgrade", self.bot.settings, self._database, reply.step),
                 exclusive=_allow_own_lease,
                 by=Actor("discord", interaction.user.id),
                 progress=reply.step,

@@ -101,7 +101,7 @@ async def test_everything_follows(pool: Pool, target: ConnectTarget, tmp_path: P
     await pool.execute("DROP MATERIALIZED VIEW everybody")
 
     assert await pool.fetchval("SELECT count(*) FROM members") == MEMBERS
-    await reset(pool, name=None, environment="development")
+    await reset(pool, name=None, environment="development", backup=None)
     assert await pool.fetchval("SELECT count(*) FROM members") == 0
     assert await migrations.current(pool) == HEAD
     assert set(await list_relations(target)) == {"public", "ops", main, ops}
@@ -111,7 +111,7 @@ async def test_everything_follows(pool: Pool, target: ConnectTarget, tmp_path: P
 async def test_a_reset_leaves_the_other_guildbook_alone(pool: Pool, target: ConnectTarget) -> None:
     other = await connected(replace(target, schema="public"))
     try:
-        await reset(other, name=None, environment="development")
+        await reset(other, name=None, environment="development", backup=None)
         assert await pool.fetchval("SELECT count(*) FROM members") == MEMBERS
         assert (await admin.status(pool)).ok
     finally:

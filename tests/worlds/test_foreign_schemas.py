@@ -80,7 +80,7 @@ async def test_autogenerate(shared: Shared, tmp_path: Path) -> None:
 
 async def test_reset_is_refused(shared: Shared) -> None:
     with pytest.raises(GuildbookError, match=r"economy\.|moderation\.|legacy_") as caught:
-        await seed.reset(shared.pool, name=None, environment="development")
+        await seed.reset(shared.pool, name=None, environment="development", backup=None)
     assert "\n" not in str(caught.value)
     assert await shared.difference() == []
     assert await shared.pool.fetchval("SELECT count(*) FROM members") == 200
@@ -92,7 +92,7 @@ async def test_reset_without_references(server: EmbeddedServer, template: str) -
         before = await foreign.describe(server, target)
         pool = Pool(target, pool_max=4, connect_timeout=10)
         await pool.connect()
-        await seed.reset(pool, name=None, environment="development")
+        await seed.reset(pool, name=None, environment="development", backup=None)
         assert await migrations.current(pool) == HEAD
         assert await pool.fetchval("SELECT count(*) FROM members") == 0
         await pool.close()

@@ -27,6 +27,7 @@ from utils.mirror.spool.journal import is_dead, newest_first_stamp
 from utils.operations import migrations
 from utils.operations.backup import recovery
 from utils.operations.backup.catalog import BackupCatalog
+from utils.operations.backup.safety import backup_before
 from utils.operations.doctor.configuration import find_draining_problem
 from utils.service import metrics
 from utils.service.health import HealthServer
@@ -175,8 +176,13 @@ class Process:
         if self._last_epoch == 0:
             await self._suggest_restore(pool)
         if not await has_table(pool):
-            await migrations.prepare_schema(pool, auto_migrate=self.settings.auto_migrate)  # the lease needs its table
+            await self._prepare_schema(pool)  # the lease needs its table
             await pool.renew()
+
+    async def _prepare_schema(self, pool: Pool) -> None:
+        settings = self.settings
+        backup = backup_before("before upgrade", settings, pool)
+        await migrations.prepare_schema(pool, auto_migrate=settings.auto_migrate, backup=backup)
 
     async def _run_bot(self, pool: Pool, hold: DatabaseHold) -> None:
         """Wait for the lease, then run the bot until the lease is lost or a database outage interrupts its start.
@@ -198,7 +204,7 @@ class Process:
         missing = asyncio.create_task(lease.table_missing.wait(), name="lease table missing")
         running: asyncio.Task[None] | None = None
         try:
-            await migrations.prepare_schema(pool, auto_migrate=settings.auto_migrate)
+            await self._prepare_schema(pool)
             await self._create_partitions(pool)
             self.bot = Guildbook(settings, pool, lease)
             self._before_login()

@@ -8,10 +8,10 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -23,12 +23,11 @@ from utils.exceptions import DatabaseError, GuildbookError, ValidationError
 from utils.operations.action import Outcome, Progress
 from utils.settings import Settings, load_settings
 
-if TYPE_CHECKING:
-    from utils.operations.backup.manifest import Reason
-
 app = typer.Typer(help="The database: schema, statistics, maintenance, psql, made-up data.")
 
 Revision = Annotated[str | None, typer.Argument(help="A revision such as 0002; the newest by default.")]
+
+NoBackup = Annotated[bool, typer.Option("--no-backup", help="Make no backup first.")]
 
 # --- the schema
 
@@ -85,15 +84,20 @@ def preview(
 
 
 @app.command("upgrade")
-def upgrade(revision: Revision = None, as_json: AsJson = False, data_dir: DataDir = None) -> None:
-    """Apply the pending revisions, or those up to a revision."""
+def upgrade(
+    revision: Revision = None, no_backup: NoBackup = False, as_json: AsJson = False, data_dir: DataDir = None
+) -> None:
+    """Apply the pending revisions, or those up to a revision; after a backup if one of them destroys rows."""
 
     async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
+        from utils.operations.backup.safety import backup_before
         from utils.operations.migrations import admin
 
-        return await admin.upgrade(pool, revision, progress=progress)
+        backup = None if no_backup else backup_before("before upgrade", settings, pool, progress)
+        return await admin.upgrade(pool, revision, backup=backup, progress=progress)
 
-    run_action("db upgrade", action, data_dir=data_dir, as_json=as_json, arguments={"revision": revision})
+    arguments = {"revision": revision, "backup": not no_backup}
+    run_action("db upgrade", action, data_dir=data_dir, as_json=as_json, arguments=arguments)
 
 
 @app.command("downgrade")
@@ -102,7 +106,7 @@ def downgrade(
     yes_destroy: Annotated[
         str | None, typer.Option("--yes-destroy", metavar="NAME", help="The database's name, instead of being asked.")
     ] = None,
-    no_backup: Annotated[bool, typer.Option("--no-backup", help="Make no backup first.")] = False,
+    no_backup: NoBackup = False,
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
@@ -110,12 +114,13 @@ def downgrade(
     name = yes_destroy or _ask_for_name(load_settings(), data_dir, revision)
 
     async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
+        from utils.operations.backup.safety import backup_before
         from utils.operations.migrations import admin
 
         actual = await pool.fetchval("SELECT current_database()")
         if name != actual:
             raise ValidationError(f"the database at {pool.target} is named {actual}, not {name}: nothing was changed")
-        backup = None if no_backup else _backup_before("before downgrade", settings, pool, progress)
+        backup = None if no_backup else backup_before("before downgrade", settings, pool, progress)
         return await admin.downgrade(pool, revision, backup=backup, progress=progress)
 
     arguments = {"revision": revision, "backup": not no_backup}
@@ -143,16 +148,6 @@ def _ask_for_name(settings: Settings, data_dir: Path | None, revision: str) -> s
     text, name = run_with_pool(settings, data_dir, look)
     typer.echo(text, err=True)
     return ask(f"Type the database's name ({name}) to continue:", otherwise=otherwise)
-
-
-def _backup_before(reason: Reason, settings: Settings, pool: Pool, progress: Progress) -> Callable[[], Awaitable[str]]:
-    async def make() -> str:
-        from utils.operations.backup.catalog import BackupCatalog
-        from utils.operations.backup.create import BackupRequest, create
-
-        return (await create(pool, BackupCatalog(settings), BackupRequest(reason), progress=progress)).id
-
-    return make
 
 
 @app.command("stamp")
@@ -339,15 +334,22 @@ def reset(
         str | None,
         typer.Option("--yes-destroy", metavar="NAME", help="The database's name, unless ENVIRONMENT=development."),
     ] = None,
+    no_backup: NoBackup = False,
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Drop and recreate every table of Guildbook's; refused while a bot runs."""
+    """Drop and recreate every table of Guildbook's, after a backup; refused while a bot runs.
+
+    No backup is made of a database that is empty, or has only what db seed wrote.
+    """
 
     async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
+        from utils.operations.backup.safety import backup_before
         from utils.operations.development import seed as development
 
-        name = await development.reset(pool, name=yes_destroy, environment=settings.environment)
-        return Outcome(f"{name} is empty", {"database": name})
+        backup = None if no_backup else backup_before("before reset", settings, pool, progress)
+        done = await development.reset(pool, name=yes_destroy, environment=settings.environment, backup=backup)
+        return Outcome(done.line, {"database": done.database, "backup": done.backup})
 
-    run_action("db reset", action, data_dir=data_dir, as_json=as_json)
+    arguments = {"backup": not no_backup}
+    run_action("db reset", action, data_dir=data_dir, as_json=as_json, arguments=arguments)

@@ -84,6 +84,21 @@ def owned_tables(scripts: Path = SCRIPTS, metadata: MetaData = Base.metadata) ->
     return owned(scripts, metadata).tables
 
 
+def tables_at(revisions: Iterable[str], scripts: Path = SCRIPTS) -> frozenset[Name]:
+    """Return the tables of a database at some revisions, also those that later revisions drop."""
+    paths = sorted((scripts / "versions").glob("*.py"))
+    headers = {path: _header(_parse(path)) for path in paths}
+    files = {header.get("revision"): path for path, header in headers.items()}
+    found: set[Path] = set()
+    remaining: list[Any] = list(revisions)
+    while remaining:
+        path = files.get(remaining.pop())
+        if path is not None and path not in found:
+            found.add(path)
+            remaining += [*_as_tuple(headers[path].get("down_revision")), *_as_tuple(headers[path].get("depends_on"))]
+    return frozenset(_read_revisions(tuple((path, path.stat().st_mtime_ns) for path in sorted(found))).tables)
+
+
 def created_by(revisions: Iterable[Path]) -> frozenset[Name]:
     """Return the tables that the files of some revisions create."""
     return frozenset(_read_revisions(tuple((path, path.stat().st_mtime_ns) for path in revisions)).created)

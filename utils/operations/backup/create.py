@@ -221,7 +221,7 @@ async def _snapshot(target: ConnectTarget, placement: Placement) -> AsyncIterato
 async def _select_tables(snapshot: _Snapshot, request: BackupRequest) -> list[OwnTable]:
     """Return the tables to dump. Raises `BackupError` for names that are not ours."""
     schemas = snapshot.schemas
-    tables = await find_tables(snapshot.connection, owned_names(schemas))
+    tables = await find_tables(snapshot.connection, owned_names(schemas, snapshot.revision))
     if not tables:
         raise BackupError(
             f"database {snapshot.facts['database']} has no tables of Guildbook's in schema {schemas.main}: there is"

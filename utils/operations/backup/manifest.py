@@ -30,9 +30,9 @@ MAX_MANIFEST_BYTES, MAX_DRILL_BYTES = 4_000_000, 1_000_000
 
 Kind = Literal["full", "tables", "schema"]
 #: Why a backup was made.
-Reason = Literal["manual", "scheduled", "before restore", "before downgrade"]
+Reason = Literal["manual", "scheduled", "before restore", "before downgrade", "before upgrade", "before reset"]
 #: The reasons of safety copies, which are made automatically before a dangerous operation.
-SAFETY_REASONS: frozenset[Reason] = frozenset({"before restore", "before downgrade"})
+SAFETY_REASONS: frozenset[Reason] = frozenset({"before restore", "before downgrade", "before upgrade", "before reset"})
 
 
 @dataclass(frozen=True, slots=True)

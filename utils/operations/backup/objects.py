@@ -107,9 +107,13 @@ def placement_of_backup(tables: Iterable[Name]) -> Placement:
     return Placement(main or PUBLIC, ops or Placement.of(main or PUBLIC).ops)
 
 
-def owned_names(schemas: Placement) -> list[Name]:
-    """Return the names of all tables that are ours, whether or not they exist."""
-    return sorted((schemas.resolve(schema), name) for schema, name in ownership.owned_tables())
+def owned_names(schemas: Placement, revision: str | None = None) -> list[Name]:
+    """Return the names of all tables that are ours, whether or not they exist.
+
+    revision: of the database (several: separated by commas), of which also tables count that later revisions drop.
+    """
+    former = ownership.tables_at(revision.split(", ")) if revision is not None else frozenset[ownership.Name]()
+    return sorted((schemas.resolve(schema), name) for schema, name in ownership.owned_tables() | former)
 
 
 def qualified(name: Name) -> str:

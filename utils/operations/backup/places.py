@@ -111,7 +111,7 @@ class ScratchPlace:
         `BackupError` unless all of it comes back.
         """
         missing_revisions(archive, self._migrations)
-        wanted = set(owned_names(archive.schemas))
+        wanted = set(owned_names(archive.schemas, archive.revision))
         if selection is not None:
             wanted = {name for name in wanted if name in selection.tables or name[0] == archive.schemas.ops}
         names = load.translated_names(

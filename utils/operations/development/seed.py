@@ -5,17 +5,22 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from models import DISCORD_EPOCH_MS
 from utils.database import Connection, Pool
+from utils.database.ownership import FORMER_VERSION_TABLE, VERSION_TABLE
 from utils.database.partitions import id_at
-from utils.exceptions import GuildbookError, ValidationError
+from utils.exceptions import BackupError, GuildbookError, ValidationError, translate_errors
 from utils.operations import migrations
 from utils.operations.action import record_action
 from utils.operations.backup import recovery
+from utils.operations.backup.objects import find_tables, owned_names
+from utils.operations.backup.scratch import connect
 from utils.operations.migrations.dependents import refuse_dependents
+from utils.operations.migrations.runner import Backup
 from utils.service.lease import hold_as_operator
 
 #: The low bits of every seeded id: worker 31, process 31, increment 0. They distinguish seeded ids from Discord's.
@@ -194,13 +199,31 @@ def _created_at(snowflake: int) -> datetime:
     return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=(snowflake >> 22) + DISCORD_EPOCH_MS)
 
 
-async def reset(pool: Pool, *, name: str | None, environment: str) -> str:
-    """Drop and recreate all of Guildbook's tables, with all data, and return the database's name.
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """What a reset did."""
+
+    database: str
+    #: Id of the backup made before; None: there was nothing to back up, or none was asked for.
+    backup: str | None
+
+    @property
+    def line(self) -> str:
+        """One line for people."""
+        made = "" if self.backup is None else f"; backup made before: {self.backup}"
+        return f"{self.database} is empty{made}"
+
+
+async def reset(pool: Pool, *, name: str | None, environment: str, backup: Backup | None) -> Reset:
+    """Drop and recreate all of Guildbook's tables, with all data.
 
     Unless `environment` is 'development', `name` must be the database's name. Tables of cogs and of other programs are
-    kept; a view of one of them on our tables, or a foreign key to them, refuses the reset. Raises `GuildbookError` if
-    the reset is not allowed, always while a bot is running on the database, and `MigrationError` if it fails: run
-    `db upgrade` to create what is missing.
+    kept; a view of one of them on our tables, or a foreign key to them, refuses the reset.
+
+    `backup` makes a backup first, unless the database is empty or has only what `seed` wrote; None for no backup.
+
+    Raises `GuildbookError` if the reset is not allowed, always while a bot is running on the database, and if the
+    backup fails; and `MigrationError` if it fails itself: run `db upgrade` to create what is missing.
     """
     found: str = await pool.fetchval("SELECT current_database()")
     if name is not None and name != found:
@@ -211,7 +234,33 @@ async def reset(pool: Pool, *, name: str | None, environment: str) -> str:
         )
     await refuse_dependents(pool, [revision.id for revision in migrations.known_revisions()])
     async with hold_as_operator(pool):
+        saved = None
+        if backup is not None and await has_rows_of_its_own(pool):
+            try:
+                saved = await backup()
+            except BackupError as exc:
+                raise BackupError(f"{exc}. Nothing was dropped: correct the cause, or pass --no-backup") from exc
         await migrations.downgrade(pool, "base")
         await migrations.upgrade(pool)
         await record_action(pool, recovery.DECISION, {}, "db reset")
-    return found
+    return Reset(found, saved)
+
+
+async def has_rows_of_its_own(pool: Pool) -> bool:
+    """Return whether our tables have rows that `seed` did not write; what only says what Guildbook did, does not count.
+
+    Raises `DatabaseError`.
+    """
+    placement = pool.placement
+    revision = await migrations.current(pool)
+    async with connect(pool.direct) as connection:
+        with translate_errors("looking for rows"):
+            for table in await find_tables(connection, owned_names(placement, revision)):
+                if table.schema == placement.ops or table.name in (VERSION_TABLE, FORMER_VERSION_TABLE):
+                    continue
+                columns = _COLUMNS.get(table.name) if table.schema == placement.main else None
+                where = "" if columns is None else f"WHERE {columns[0]} & 4194303 <> {SEEDED_BITS}"
+                query = f"SELECT EXISTS (SELECT FROM {table.quoted} {where})"  # noqa: S608 - quoted by the server
+                if await connection.fetchval(query, timeout=STATEMENT_SECONDS):
+                    return True
+    return False

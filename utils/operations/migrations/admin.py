@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -26,6 +26,7 @@ from utils.operations.migrations.environment import DEFAULTS, MigrationOptions
 from utils.operations.migrations.history import COMMAND_LINE, Actor, AppliedRevision
 from utils.operations.migrations.preview import preview
 from utils.operations.migrations.revisions import Revisions
+from utils.operations.migrations.runner import Backup
 from utils.service.lease import hold_as_operator
 from utils.text import format_count
 
@@ -36,8 +37,6 @@ TEXT_LENGTH = 1_900
 #: Seconds for creating or dropping a database.
 CREATE_DATABASE_SECONDS = 60.0
 
-#: Makes a backup and returns a line that names it. Raises `GuildbookError`.
-Backup = Callable[[], Awaitable[str]]
 #: Keeps bots from acting while it is open. Raises `GuildbookError` when one acts.
 Exclusive = Callable[[Pool], AbstractAsyncContextManager[None]]
 
@@ -178,18 +177,22 @@ async def upgrade(
     pool: Pool,
     revision: str | None = None,
     *,
+    backup: Backup | None = None,
     by: Actor = COMMAND_LINE,
     progress: Progress = ignore_progress,
     options: MigrationOptions = DEFAULTS,
 ) -> Outcome:
     """Upgrade the schema to a revision. The newest (`revision` None) ends a pause of AUTO_MIGRATE.
 
-    `revision`: also `heads` (all branches, unmerged), a branch label, or `label@head`. Raises `MigrationError`.
+    `revision`: also `heads` (all branches, unmerged), a branch label, or `label@head`. `backup` makes the backup that
+    comes before revisions which destroy rows; None for no backup. Raises `MigrationError`, also if that fails.
     """
     revisions = Revisions(options.scripts)
     current = await runner.current_heads(pool)
     goal = revisions.resolve(current, revision)
     total = len(revisions.pending(current)) if goal == "heads" or revision is None else None
+    losses = await runner.find_losses(pool, goal, options=options)
+    saved = None if backup is None else await runner.back_up_losses(pool, losses, backup)
     steps = _StepCounter(progress, "upgrading", total)
     was_paused = await runner.find_pause(pool) is not None
     result = await runner.upgrade(pool, goal, by=by, on_applied=steps.count, options=options)
@@ -197,6 +200,8 @@ async def upgrade(
         lines = [f"applied: {', '.join(result.revisions)}"]
     else:
         lines = ["the schema is up to date" if revision is None else f"the schema is at {goal} already: nothing to do"]
+    if losses and result.revisions:
+        lines.append(f"backup made before: {saved}" if saved else "no backup was made before")
     if result.indexes.dropped:
         lines.append(f"invalid indexes dropped: {', '.join(result.indexes.dropped)}")
     lines += [
@@ -212,6 +217,7 @@ async def upgrade(
         "before": result.before,
         "after": goal,
         "applied": list(result.revisions),
+        "backup": saved,
         "invalid_indexes_dropped": list(result.indexes.dropped),
         "invalid_indexes_left": [name for name, _ in result.indexes.remaining],
         "auto_migrate_off": None if paused is None else str(paused),

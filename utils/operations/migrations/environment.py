@@ -445,7 +445,7 @@ def find_obstacle(connection: Connection, version: RecordedVersion, scripts: Pat
                 f"{where} has Guildbook's tables, but no revision is recorded: python bot.py db stamp head compares"
                 " them with the newest revision and records it"
             )
-        return None
+        return _find_later_tables(connection, version, scripts)
     collisions = ownership.find_collisions(connection, version, ownership.owned(scripts).created)
     if not collisions:
         return None
@@ -453,6 +453,23 @@ def find_obstacle(connection: Connection, version: RecordedVersion, scripts: Pat
     return (
         f"another program has tables where Guildbook would create its own: {names}. Nothing was changed. Set"
         " DB_SCHEMA=guildbook, and Guildbook creates its tables in a schema of that name beside them"
+    )
+
+
+def _find_later_tables(connection: Connection, version: RecordedVersion, scripts: Path) -> str | None:
+    """Return why the next upgrade would fail, if tables exist that it would create; None: it can go on."""
+    revisions = Revisions(scripts)
+    if not set(version.revisions) <= set(revisions.ids) or not (missing := revisions.pending(version.revisions)):
+        return None
+    collisions = ownership.find_collisions(connection, version, ownership.created_by(revisions.files(missing)))
+    if not collisions:
+        return None
+    names = ", ".join(collisions)
+    return (
+        f"the database is at revision {', '.join(version.revisions)}, but has tables that later revisions create:"
+        f" {names}. That happens if a backup of an older revision is restored with pg_restore over a newer schema"
+        " instead of with python bot.py backup restore. Nothing was changed: drop these tables, whose rows are newer"
+        f" than that backup (DROP TABLE {names}), and try again"
     )
 
 

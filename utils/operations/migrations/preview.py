@@ -38,6 +38,9 @@ _HEADER = """\
 --   unknown        look up what it locks
 -- Run it while no bot uses the database: psql --set ON_ERROR_STOP=1 --file this
 """
+_LOSES_ROWS = """\
+-- It destroys data. Nothing backs the database up when it is run by hand: run python bot.py backup create first.
+"""
 
 
 async def preview(
@@ -74,7 +77,9 @@ async def preview(
         data=_as_json(current, goal, statements),
         file=(
             f"{direction}-{start}-{goal.replace('@', '+')}.sql",
-            _HEADER.format(title=title) + "".join(part.annotated() for part in parts),
+            _HEADER.format(title=title)
+            + (_LOSES_ROWS if any(part.loses_rows for part in parts) else "")
+            + "".join(part.annotated() for part in parts),
         ),
     )
 

@@ -11,7 +11,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -49,7 +49,15 @@ from utils.operations.migrations.environment import (
 from utils.operations.migrations.environment import find_obstacle as _find_obstacle
 from utils.operations.migrations.history import BOT, Actor, AppliedRevision, Pause
 from utils.operations.migrations.invalid_indexes import DroppedIndexes
-from utils.operations.migrations.revisions import Revision, Revisions, alembic_config, raised_in, unknown_revision
+from utils.operations.migrations.revisions import (
+    UPGRADE,
+    Revision,
+    Revisions,
+    alembic_config,
+    raised_in,
+    unknown_revision,
+)
+from utils.operations.migrations.statements import parse
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +71,8 @@ INTERRUPT_SECONDS = 5.0
 #: Seconds for reading the schema, comparing it with the models included.
 READ_SECONDS = 60.0
 
+#: Makes a backup and returns a line that names it. Raises `GuildbookError`.
+Backup = Callable[[], Awaitable[str]]
 ResultT = TypeVar("ResultT")
 
 
@@ -157,13 +167,18 @@ async def stamp(
     await _run(database, f"stamp {revision}", partial(command.stamp, revision=revision, purge=True), run)
 
 
-async def prepare_schema(pool: Pool, *, auto_migrate: bool, options: MigrationOptions = DEFAULTS) -> None:
+async def prepare_schema(
+    pool: Pool, *, auto_migrate: bool, backup: Backup | None = None, options: MigrationOptions = DEFAULTS
+) -> None:
     """Bring the schema up to date at a start, if the settings (`auto_migrate`) and the database allow it.
 
-    Raises `MigrationError` when revisions are missing that may not be applied, or when one fails.
+    `backup` makes the backup that comes before revisions which destroy rows; None for no backup. Raises
+    `MigrationError` when revisions are missing that may not be applied, when one fails, or when that backup fails.
     """
     paused: Pause | None = None
     if auto_migrate:
+        if backup is not None and await find_pause(pool) is None:
+            await back_up_losses(pool, await find_losses(pool, options=options), backup)
         paused = (await upgrade(pool, respect_pause=True, options=options)).paused
         if paused is None:
             return
@@ -173,6 +188,48 @@ async def prepare_schema(pool: Pool, *, auto_migrate: bool, options: MigrationOp
     if missing := await pending(pool, options=options):
         why = "AUTO_MIGRATE is off" if paused is None else f"AUTO_MIGRATE is paused: {paused}"
         raise MigrationError(f"the schema lacks revision {', '.join(missing)}, and {why}; run python bot.py db upgrade")
+
+
+async def find_losses(
+    database: Pool | ConnectTarget, goal: str = "heads", *, options: MigrationOptions = DEFAULTS
+) -> list[str]:
+    """Return the statements of an upgrade that destroy rows or values, shortened; none for a database without a schema.
+
+    `goal`: as `Revisions.resolve` returns it. If the SQL of a revision cannot be written, the reason stands for what it
+    may destroy. Raises `MigrationError` when the database is at a revision that this version does not know.
+    """
+    revisions = Revisions(options.scripts)
+    heads = revisions.newest(await current_heads(database))
+    if not heads or not revisions.pending(heads) or revisions.is_at(heads, goal):
+        return []
+
+    def read() -> list[str]:
+        sql = offline_sql(goal, current=heads, options=options)
+        return [statement.title for statement in parse(sql) if statement.loses_rows]
+
+    try:
+        return await asyncio.to_thread(read)
+    except MigrationError as exc:
+        return [f"unknown, because {exc}"]
+
+
+async def back_up_losses(database: Pool, losses: Sequence[str], backup: Backup) -> str | None:
+    """Make a backup before an upgrade with these losses, if there are any, and return its id.
+
+    Raises `MigrationError` if it cannot be made.
+    """
+    if not losses:
+        return None
+    shown = "; ".join(losses[:3]) + (f"; and {len(losses) - 3} more" if len(losses) > 3 else "")
+    try:
+        saved = await backup()
+    except GuildbookError as exc:
+        raise MigrationError(
+            f"the upgrade destroys data ({shown}), and the backup before it failed: {exc}. Nothing was changed: correct"
+            f" the cause, or run {UPGRADE} --no-backup"
+        ) from exc
+    _log.warning("made backup %s before an upgrade that destroys data: %s", saved, shown)
+    return saved
 
 
 async def current(database: Pool | ConnectTarget) -> str | None:

@@ -103,6 +103,10 @@ _ALTERATIONS: tuple[tuple[str, Kind, str], ...] = (
     (r"(SET SCHEMA|OWNER TO|ENABLE|DISABLE|INHERIT|NO INHERIT|CLUSTER|REPLICA|FORCE|NO FORCE)\b", "locks", _BRIEFLY),
 )  # fmt: skip
 
+#: What is dropped without a row: our own bookkeeping of batches included.
+_KEEPS_ROWS = re.compile(
+    r"DROP (INDEX|(MATERIALIZED )?VIEW|FUNCTION|PROCEDURE|TRIGGER|CONSTRAINT|TABLE (IF EXISTS )?GUILDBOOK_BATCHES)\b"
+)
 _ALTER_TABLE = re.compile(r"ALTER TABLE( IF EXISTS)?( ONLY)? (?P<name>\S+( \. \S+)?)( \*)? ")
 _CREATE_TABLE = re.compile(r"CREATE( \w+)* TABLE( IF NOT EXISTS)? (?P<name>\S+( \. \S+)?)")
 _CREATE_INDEX = re.compile(r"CREATE( UNIQUE)? INDEX .*? ON( ONLY)? (?P<name>\S+( \. \S+)?)")
@@ -115,6 +119,8 @@ class Effect:
     kind: Kind
     #: Empty where the kind says it all.
     text: str
+    #: Whether rows, or values in them, are lost that nothing can bring back.
+    loses_rows: bool = False
 
     def __str__(self) -> str:
         return f"-- {self.kind}" + (f": {self.text}" if self.text else "")
@@ -141,6 +147,11 @@ class Statement:
     def is_failing(self) -> bool:
         """Whether it fails on a table that has rows."""
         return any(effect.kind == "fails" for effect in self.effects)
+
+    @property
+    def loses_rows(self) -> bool:
+        """Whether rows, or values in them, are lost that nothing can bring back."""
+        return any(effect.loses_rows for effect in self.effects)
 
     def annotated(self) -> str:
         """Return the original SQL with the effects as comments above it."""
@@ -230,7 +241,7 @@ def _on_new_table(effect: Effect) -> Effect:
 def _first_match(sql: str, rules: Sequence[tuple[str, Kind, str]]) -> Effect:
     for pattern, kind, text in rules:
         if re.match(pattern, sql):
-            return Effect(kind, text)
+            return Effect(kind, text, loses_rows=kind == "drops" and not _KEEPS_ROWS.match(sql))
     return Effect("unknown", "no rule matches: look up what it locks")
 
 
