@@ -259,8 +259,9 @@ async def has_rows_of_its_own(pool: Pool) -> bool:
                 if table.schema == placement.ops or table.name in (VERSION_TABLE, FORMER_VERSION_TABLE):
                     continue
                 columns = _COLUMNS.get(table.name) if table.schema == placement.main else None
-                where = "" if columns is None else f"WHERE {columns[0]} & 4194303 <> {SEEDED_BITS}"
-                query = f"SELECT EXISTS (SELECT FROM {table.quoted} {where})"  # noqa: S608 - quoted by the server
-                if await connection.fetchval(query, timeout=STATEMENT_SECONDS):
+                id = "NULL::bigint" if columns is None else columns[0]
+                others = ("WHERE", id, "& 4194303 IS DISTINCT FROM $1)")
+                query = " ".join(("SELECT EXISTS (SELECT FROM", table.quoted, *others))
+                if await connection.fetchval(query, SEEDED_BITS, timeout=STATEMENT_SECONDS):
                     return True
     return False

@@ -465,11 +465,12 @@ def _find_later_tables(connection: Connection, version: RecordedVersion, scripts
     if not collisions:
         return None
     names = ", ".join(collisions)
+    statement = " ".join(("DROP TABLE", names))
     return (
         f"the database is at revision {', '.join(version.revisions)}, but has tables that later revisions create:"
         f" {names}. That happens if a backup of an older revision is restored with pg_restore over a newer schema"
         " instead of with python bot.py backup restore. Nothing was changed: drop these tables, whose rows are newer"
-        f" than that backup (DROP TABLE {names}), and try again"
+        f" than that backup ({statement}), and try again"
     )
 
 
