@@ -15,10 +15,11 @@ from discord import app_commands
 from utils.base_cog import BaseCog
 from utils.bot.client import Guildbook
 from utils.database import Pool
-from utils.exceptions import GuildbookError, MigrationError, ValidationError
+from utils.exceptions import DatabaseError, GuildbookError, MigrationError, ValidationError
 from utils.operations import slash
 from utils.operations.action import Outcome
 from utils.operations.backup import recovery
+from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.safety import backup_before
 from utils.operations.backup.service import BackupService
 from utils.operations.doctor import DoctorContext, run_checks, summarize_findings
@@ -54,8 +55,10 @@ class DatabaseCommands(BaseCog):
         """Show the statistics with a chart."""
 
         async def work(reply: Reply) -> Answer:
-            entries, problems = await self._backups().catalog.scan()
+            catalog = (await self._backups()).catalog
+            entries, problems = await catalog.scan()
             backups = [{"id": entry.id, "line": entry.line} for entry in entries]
+            problems += [alert.text for alert in catalog.alerts(entries, problems)]
             statistics = await collect(self._database, bot=self.bot.stats(), backups=backups, problems=problems)
             try:
                 chart: bytes | None = await picture.draw(statistics)
@@ -262,7 +265,7 @@ class DatabaseCommands(BaseCog):
 
         async def work(reply: Reply) -> Outcome:
             names = [name.strip() for name in (tables or "").split(",") if name.strip()]
-            return await self._backups().create(
+            return await (await self._backups()).create(
                 self._database, tables=names, schema_only=schema_only, progress=reply.step
             )
 
@@ -271,43 +274,54 @@ class DatabaseCommands(BaseCog):
     @backup.command(name="list", description="The backups that there are, and how their last drill went")
     async def list_(self, interaction: discord.Interaction[Guildbook]) -> None:
         """Show all backups."""
-        await self._run(interaction, "db backup list", lambda reply: self._backups().list())
+
+        async def work(reply: Reply) -> Outcome:
+            return await (await self._backups()).list()
+
+        await self._run(interaction, "db backup list", work)
 
     @backup.command(name="verify", description="Check that a backup is whole")
     @app_commands.describe(id="Its id, or latest")
     async def verify(self, interaction: discord.Interaction[Guildbook], id: str = "latest") -> None:
         """Check a backup."""
-        await self._run(
-            interaction, "db backup verify", lambda reply: self._backups().verify(id, progress=reply.step), id=id
-        )
+
+        async def work(reply: Reply) -> Outcome:
+            return await (await self._backups()).verify(id, progress=reply.step)
+
+        await self._run(interaction, "db backup verify", work, id=id)
 
     @backup.command(name="drill", description="Restore a backup into scratch tables and compare, changing nothing")
     @app_commands.describe(id="Its id, or latest")
     async def drill(self, interaction: discord.Interaction[Guildbook], id: str = "latest") -> None:
         """Prove that a backup comes back."""
-        await self._run(
-            interaction,
-            "db backup drill",
-            lambda reply: self._backups().drill(self._database, id, progress=reply.step),
-            id=id,
-        )
+
+        async def work(reply: Reply) -> Outcome:
+            return await (await self._backups()).drill(self._database, id, progress=reply.step)
+
+        await self._run(interaction, "db backup drill", work, id=id)
 
     @backup.command(name="restore", description="Replace Guildbook's rows by a backup's; a backup is made before")
     @app_commands.describe(
-        id="Its id, or latest", whole_database="Replace the database with everything in it, after naming what is lost"
+        id="Its id, or latest",
+        whole_database="Replace the database with everything in it, after naming what is lost",
+        from_other="Also a backup of another database or application",
     )
     async def restore(
-        self, interaction: discord.Interaction[Guildbook], id: str = "latest", whole_database: bool = False
+        self,
+        interaction: discord.Interaction[Guildbook],
+        id: str = "latest",
+        whole_database: bool = False,
+        from_other: bool = False,
     ) -> None:
         """Ask, and restore; the bot stays connected, and reconciles afterwards."""
 
         async def work(reply: Reply) -> Outcome:
-            service = self._backups()
-            entry = await service.catalog.find(id)
-            question = f"Replace the rows of Guildbook's tables by this backup? {entry.line}"
+            service = await self._backups()
+            entry, text = await service.describe_restore(self._database, id)
+            question = f"Replace the rows of Guildbook's tables by this backup? {text}"
             if whole_database:
                 losses = await service.find_losses(self._database, entry.id)
-                question = f"Replace the whole database by this backup? {entry.line}"
+                question = f"Replace the whole database by this backup? {text}"
                 question += f". This would be lost: {', '.join(losses) or 'nothing that is not in it'}"
             await reply.confirm(question, "Restore")
             # A bot that holds the database starts over, and reconciles then.
@@ -316,22 +330,48 @@ class DatabaseCommands(BaseCog):
                 self._database,
                 entry.id,
                 whole_database=whole_database,
+                from_other=from_other,
                 progress=reply.step,
                 after=after,
             )
 
-        await self._run(interaction, "db backup restore", work, id=id, whole_database=whole_database)
+        arguments = {"id": id, "whole_database": whole_database, "from_other": from_other}
+        await self._run(interaction, "db backup restore", work, **arguments)
+
+    @backup.command(name="push", description="Upload backups that the remote store lacks")
+    @app_commands.describe(id="One backup; by default all that are missing there")
+    async def push(self, interaction: discord.Interaction[Guildbook], id: str | None = None) -> None:
+        """Upload backups."""
+
+        async def work(reply: Reply) -> Outcome:
+            return await (await self._backups()).push(id, progress=reply.step)
+
+        await self._run(interaction, "db backup push", work, id=id)
+
+    @backup.command(name="accept", description="Say that a backup may have much less than the ones before it")
+    @app_commands.describe(id="Its id, or latest")
+    async def accept(self, interaction: discord.Interaction[Guildbook], id: str = "latest") -> None:
+        """Ask, and let retention go on."""
+
+        async def work(reply: Reply) -> Outcome:
+            service = await self._backups()
+            entry = await service.catalog.find(id)
+            await reply.confirm(f"May this backup have less than the ones before it? {entry.line}", "Accept")
+            return await service.accept(entry.id)
+
+        await self._run(interaction, "db backup accept", work, id=id)
 
     @backup.command(name="prune", description="Delete the backups that BACKUP_KEEP does not keep")
     async def prune(self, interaction: discord.Interaction[Guildbook]) -> None:
         """Show what would go, ask, and delete it."""
 
         async def work(reply: Reply) -> Outcome:
-            would = await self._backups().prune(dry_run=True)
+            service = await self._backups()
+            would = await service.prune(dry_run=True)
             if not would.data["deleted"] and not would.data["files"]:
                 return replace(would, text="Nothing to delete: every backup is kept.") if would.ok else would
             await reply.confirm(would.text, "Delete")
-            return await self._backups().prune()
+            return await service.prune()
 
         await self._run(interaction, "db backup prune", work)
 
@@ -356,8 +396,12 @@ class DatabaseCommands(BaseCog):
     def _database(self) -> Pool:
         return self.db.pool
 
-    def _backups(self) -> BackupService:
-        return BackupService(self.bot.settings)
+    async def _backups(self) -> BackupService:
+        """Return the service for the backups of this database; as the settings name it while it does not answer."""
+        catalog = BackupCatalog(self.bot.settings)
+        with contextlib.suppress(DatabaseError):
+            catalog = await catalog.serving(self._database)
+        return BackupService(self.bot.settings, catalog=catalog)
 
     async def _run(
         self, interaction: discord.Interaction[Guildbook], command: str, work: Action, **arguments: Any

@@ -259,7 +259,8 @@ async def cloned(server: EmbeddedServer, template: str) -> AsyncIterator[Connect
     name = f"test_{os.getpid()}_{next(_numbers)}"
     await admin_execute(server, f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
     try:
-        yield server.target(name)
+        # As an address names it, so that bots and commands that get DATABASE_URL agree on which server it is.
+        yield replace(server.target(name), source="")
     finally:
         await admin_execute(server, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 

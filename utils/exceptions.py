@@ -84,6 +84,19 @@ class BackupError(GuildbookError):
     """A backup could not be made, verified or restored."""
 
 
+class UploadFailed(BackupError):
+    """A backup is complete locally, and the remote store does not have it yet."""
+
+    def __init__(self, message: str, *, backup: str) -> None:
+        super().__init__(message)
+        #: Its id.
+        self.backup: str = backup
+
+
+class NothingToBackUp(BackupError):
+    """The database has no rows, and a scheduled backup of it could only replace better ones."""
+
+
 class ClientToolsMissing(BackupError):
     """There is no pg_dump and pg_restore of the server's major version on this machine."""
 

@@ -32,7 +32,8 @@ _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _SECRETS = frozenset(
     (
         "DISCORD_TOKEN", "DATABASE_URL", "DATABASE_UNPOOLED_URL", "DATABASE_PUBLIC_URL", "PGPASSWORD", "DB_PASSWORD",
-        "BACKUP_URL", "BACKUP_AGE_RECIPIENT",  # the secret identity is easily mistaken for the recipient
+        "BACKUP_URL", "BACKUP_SIGNING_KEY",
+        "BACKUP_AGE_RECIPIENT",  # the secret identity is easily mistaken for the recipient
     )
 )  # fmt: skip
 
@@ -340,6 +341,20 @@ class Settings(BaseSettings):
         default=None,
         description="File with the matching age identity. Only restores and drills need it: store it elsewhere.",
     )
+    backup_signing_key: SecretStr | None = Field(
+        default=None,
+        description=(
+            "A secret to sign the manifests of backups with (HMAC-SHA256). With it, a backup is refused that was made"
+            " or changed by somebody who can write to the store, but does not have the key."
+        ),
+    )
+    recover: Literal["off", "auto"] = Field(
+        default="off",
+        description=(
+            "What a bot does on an empty database of which there is a good backup of the same application, host and"
+            " database: off: it waits until an operator says restore or begin anew; auto: it restores the newest one."
+        ),
+    )
     import_json: Path | None = Field(
         default=None,
         description="Directory of JSON files (members.json, users.json, ...) that the first start imports, once.",
@@ -405,7 +420,7 @@ class Settings(BaseSettings):
             raise ValueError("an age recipient as age-keygen prints it: age1 and 58 more letters and digits")
         return value
 
-    @field_validator("member_cache", "log_format", "spool", "environment", mode="before")
+    @field_validator("member_cache", "log_format", "spool", "environment", "recover", mode="before")
     @classmethod
     def _lower(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value

@@ -1,8 +1,9 @@
-"""Text helpers: strings that PostgreSQL can store, and sizes for people."""
+"""Text helpers: strings that PostgreSQL can store, and sizes and durations for people."""
 
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from typing import Any
 
 #: What a PostgreSQL `text` value cannot hold: NUL, and surrogates, which UTF-8 cannot encode.
@@ -24,6 +25,17 @@ def scrub_payload(value: Any) -> Any:
     if isinstance(value, dict):
         return {storable(key): scrub_payload(item) for key, item in value.items()}
     return value
+
+
+def format_duration(duration: timedelta) -> str:
+    """Format a duration in its largest unit: `40 s`, `1 minute`, `5 hours`, `12 days`."""
+    seconds = int(duration.total_seconds())
+    for name, size, limit in (("minute", 60, 3_600), ("hour", 3_600, 2 * 86_400), ("day", 86_400, None)):
+        if seconds < 60:
+            break
+        if limit is None or seconds < limit:
+            return format_count(seconds // size, name)
+    return f"{seconds} s"
 
 
 def format_bytes(count: float) -> str:

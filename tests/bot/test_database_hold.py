@@ -13,10 +13,11 @@ import pytest
 from simulator import Simulator, World
 from tests.bot.running import BotProcess, mirror_differences, run_cli, wait_until_mirrored
 from tests.mirror.restoring import Droppable, droppable
-from tests.operations.backup.helpers import dropping_scratch_databases, make_settings
+from tests.operations.backup.helpers import dropping_scratch_databases, make_service
 from tests.waiting import until
 from utils.database import Pool
 from utils.database.embedded import EmbeddedServer
+from utils.exceptions import DatabaseError
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.manifest import Manifest
 
@@ -64,7 +65,7 @@ class Held:
 
     @property
     def catalog(self) -> BackupCatalog:
-        return BackupCatalog(make_settings(self.directory / "data"))
+        return make_service(self.directory / "data").catalog
 
     async def cli(self, *arguments: str) -> tuple[int, str]:
         """Run a command on the bot's database."""
@@ -229,6 +230,38 @@ async def test_a_backup_of_something_else_holds_nothing(
             await bot.wait_until_ready()
             await wait_until_mirrored(held.pool, simulator)
         await held.stop()
+
+
+@pytest.mark.parametrize("is_running", [True, False], ids=["while it runs", "at its start"])
+async def test_recover_auto_restores_without_an_operator(
+    tmp_path: Path, simulator: Simulator, dropped: Droppable, is_running: bool
+) -> None:
+    held = Held(tmp_path, simulator, dropped, RECOVER="auto")
+    async with held.bot as bot:
+        await bot.wait_until_ready()
+        await held.pool.execute("INSERT INTO documents (guild_id, namespace, key, value) VALUES (0, 'a', 'b', '1')")
+        await held.back_up()
+        if is_running:
+            await dropped.recreate(template=BARE)
+        else:
+            await held.stop()
+            await dropped.recreate(template=BARE)
+            held.bot = BotProcess(tmp_path, **held.settings)
+            await held.bot.__aenter__()
+        await held.bot.wait_for_output("RECOVER=auto: Backup")
+        await until(lambda: has_document(held.pool))
+        await held.bot.wait_until_ready()
+        await wait_until_mirrored(held.pool, simulator)
+        [action] = await held.pool.fetch("SELECT arguments FROM ops.admin_actions WHERE command = 'backup restore'")
+        assert action["arguments"]["by"] == "RECOVER=auto"
+        await held.stop()
+
+
+async def has_document(pool: Pool) -> bool:
+    try:
+        return bool(await pool.fetchval("SELECT count(*) FROM documents"))
+    except DatabaseError:
+        return False
 
 
 @pytest.mark.parametrize("copied", [BARE, None], ids=["no tables", "empty tables"])

@@ -100,7 +100,7 @@ class Guildbook(commands.AutoShardedBot):
         self.add_listener(self.confirmations.on_interaction)
         self.lease: Lease = lease
         self.loader: Loader = Loader(self, extensions)
-        self.scheduler: Scheduler = Scheduler(settings, pool)
+        self.scheduler: Scheduler = Scheduler(settings, pool, notify=self.operators.notify)
         #: Why an operator command shut the bot down; None if none did.
         self.shutdown_error: GuildbookError | None = None
         #: Whether nothing may be written to the database before an operator has decided; set by the process.

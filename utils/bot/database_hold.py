@@ -12,12 +12,15 @@ import discord
 
 from utils.bot.client import Guildbook
 from utils.database import Pool
-from utils.exceptions import BackupError, DatabaseError, DatabaseUnavailable
+from utils.exceptions import BackupError, DatabaseError, DatabaseUnavailable, GuildbookError
 from utils.mirror.discord import tap
+from utils.operations import migrations
+from utils.operations.action import record_action
 from utils.operations.backup import recovery
+from utils.operations.backup.automatic_restore import restore_lost
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.recovery import Assessment, Hold
-from utils.service.lease import Lease
+from utils.service.lease import Lease, holder
 from utils.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -58,6 +61,8 @@ class DatabaseHold:
         self._since = self._searched_at = self._logged_at = float("-inf")
         #: The application of the token; None before Discord was asked.
         self._application_id: int | None = None
+        #: The backup that was restored without an operator, or could not be.
+        self._recovered_id: str | None = None
 
     def __repr__(self) -> str:
         return f"<DatabaseHold current={self.current}>"
@@ -75,9 +80,11 @@ class DatabaseHold:
         """
         while True:
             try:
-                if await self._look() is None:
+                hold = await self._look()
+                if hold is None:
                     return
                 self._report()
+                await self._recover(hold)
             except DatabaseUnavailable as error:
                 self._log("waiting for the database: %s", error)
             await asyncio.sleep(self.interval)
@@ -107,6 +114,7 @@ class DatabaseHold:
                 if not was_held:
                     bot.is_held = was_held = True
                     notifying = asyncio.create_task(bot.operators.notify(f"{hold.line}."), name="notify operators")
+                await self._recover(hold)
             await asyncio.wait({running}, timeout=self.interval)
         self.current = None
         bot.is_held = False
@@ -124,6 +132,8 @@ class DatabaseHold:
         """Find out whether the database must be held. `was_in_use`: this process has used its tables."""
         loss = await recovery.find_loss(self._pool)
         now = time.monotonic()
+        if loss is None and self.current is not None and await self._lacks_revisions():
+            return self.current  # an operator's command makes the schema just now
         if loss is None:
             self.current = None
         elif self.current is None or (self.current.backup is None and now - self._searched_at > self.search_interval):
@@ -134,6 +144,33 @@ class DatabaseHold:
             if self.current is None and was_in_use and not (loss.has_tables or self._settings.auto_migrate):
                 self.current = Hold(loss.state, loss.reason, None, problem="AUTO_MIGRATE is off")
         return self.current
+
+    async def _lacks_revisions(self) -> bool:
+        """Whether the schema is incomplete, and this process may not complete it."""
+        return not self._settings.auto_migrate and bool(await migrations.pending(self._pool))
+
+    async def _recover(self, hold: Hold) -> None:
+        """With RECOVER=auto, restore the backup of an empty database, once."""
+        backup = hold.backup
+        if self._settings.recover != "auto" or backup is None or backup.id == self._recovered_id:
+            return
+        if not (hold.is_of_application and hold.state == "empty"):
+            self._log("RECOVER=auto does nothing: %s", "the application of the token is not known to be the backup's")
+            return
+        self._recovered_id = backup.id
+        _log.warning("RECOVER=auto: restoring backup %s", backup.id)
+        try:
+            outcome = await restore_lost(
+                self._pool, BackupCatalog(self._settings), hold, Lease(self._pool.target, holder())
+            )
+            if outcome is not None:
+                _log.warning("RECOVER=auto: %s", outcome.text)
+                await record_action(self._pool, "backup restore", {"by": "RECOVER=auto", "id": backup.id}, outcome.text)
+        except DatabaseUnavailable:
+            self._recovered_id = None
+            raise
+        except GuildbookError as error:
+            _log.error("RECOVER=auto could not restore backup %s, an operator must: %s", backup.id, error)
 
     async def _search(self, loss: Assessment) -> Hold | None:
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.database import Pool
-from utils.exceptions import DatabaseError, GuildbookError
+from utils.exceptions import DatabaseError, GuildbookError, NothingToBackUp, UploadFailed
 from utils.logs import redact
 from utils.operations.action import Outcome, prune_actions, record_action
 from utils.operations.backup.catalog import BackupCatalog
@@ -28,13 +28,25 @@ RETRY_DELAY = 300.0
 #: Seconds after the start before the first work: the mirror's start goes first.
 START_DELAY = 5.0
 
+#: In the arguments of `ops.admin_actions`, what runs by the schedule.
+BY_SCHEDULE = {"by": "the bot itself"}
+#: The last backup that the schedule made; by id, because the clock may have been set back since.
+_SECONDS_SINCE_BACKUP = """
+SELECT extract(epoch FROM clock_timestamp() - at)::float8 FROM ops.admin_actions
+WHERE command = 'backup create' AND arguments @> $1 AND arguments ? 'backup' ORDER BY id DESC LIMIT 1
+"""
 _SECONDS_SINCE_SAMPLE = "SELECT extract(epoch FROM clock_timestamp() - max(at))::float8 FROM ops.table_sizes"
+
+
+async def _notify_nobody(text: str) -> None:
+    """Tell nobody."""
 
 
 class Scheduler:
     """Runs scheduled work between `start` and `stop`.
 
-    Delays are in seconds and may be changed before `start`. `clock` returns the current time.
+    Delays are in seconds and may be changed before `start`. `notify` tells operators what they must know; `clock`
+    returns the current time.
     """
 
     def __init__(
@@ -44,12 +56,16 @@ class Scheduler:
         *,
         start_delay: float = START_DELAY,
         retry_delay: float = RETRY_DELAY,
+        notify: Callable[[str], Awaitable[None]] = _notify_nobody,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self.start_delay: float = start_delay
         self.retry_delay: float = retry_delay
         self._settings = settings
         self._pool = pool
+        self._notify = notify
+        #: Keys of the alerts that operators were told of.
+        self._told: set[str] = set()
         self._clock = clock
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -63,6 +79,7 @@ class Scheduler:
             self._start_task(
                 "backups", self._repeat("backup", settings.backup_every, self._seconds_since_backup, self._back_up)
             )
+            self._start_task("care of backups", self._care_for_backups())
         if settings.drill_every is not None:
             self._start_task(
                 "drills", self._repeat("drill", settings.drill_every, self._seconds_since_drill, self._drill)
@@ -94,10 +111,10 @@ class Scheduler:
             wait = min(interval, self.retry_delay)
             try:
                 since_last = await seconds_since_last()
-                if since_last is None or since_last >= interval:
+                if since_last is None or not 0 <= since_last < interval:  # a clock was set back, or it is due
                     await work()
                     since_last = await seconds_since_last()
-                if since_last is not None:
+                if since_last is not None and since_last >= 0:
                     wait = interval - since_last
             except GuildbookError as exc:
                 _log.error("%s failed: %s", name, redact(str(exc)))
@@ -116,26 +133,86 @@ class Scheduler:
         await prune_actions(self._pool)
 
     async def _seconds_since_backup(self) -> float | None:
-        newest = await BackupCatalog(self._settings).newest()
-        return None if newest is None else self._seconds_since(newest.made_at)
+        """Return the seconds since the schedule made a backup of this database, by what it recorded there."""
+        seconds: float | None = await self._pool.fetchval(_SECONDS_SINCE_BACKUP, BY_SCHEDULE)
+        return seconds
 
     async def _back_up(self) -> None:
         backups = BackupService(self._settings)
-        await self._run_action("backup create", lambda: backups.create(self._pool, reason="scheduled"))
+        try:
+            outcome = await backups.create(self._pool, reason="scheduled")
+        except NothingToBackUp as exc:
+            # Held while there is a backup of it, or of a bot that is in no guild yet.
+            _log.info("no scheduled backup: %s", exc)
+            return
+        except UploadFailed as exc:
+            _log.error("backup create: %s", redact(str(exc)))
+            metrics.duty_failures.labels("backup").inc()
+            await self._record("backup create", redact(str(exc)), backup=exc.backup)
+        except GuildbookError as exc:
+            _log.error("backup create failed: %s", redact(str(exc)))
+            await self._record("backup create", f"Failed: {redact(str(exc))}")
+            raise
+        else:
+            _log.info("backup create: %s", redact(outcome.text))
+            await self._record("backup create", redact(outcome.text), backup=outcome.data["id"])
         metrics.backup_time.set_to_current_time()
-        pruned = await backups.prune()
+
+    async def _care_for_backups(self) -> None:
+        """Upload what could not be uploaded, delete what retention does not keep, and tell operators what is wrong.
+
+        At a fixed interval and without stamina, as `_repeat`: a store may be away for days.
+        """
+        await asyncio.sleep(self.start_delay)
+        while True:
+            for name, work in (("backup push", self._push), ("backup prune", self._prune)):
+                try:
+                    await work()
+                except GuildbookError as exc:
+                    _log.error("%s failed: %s", name, redact(str(exc)))
+                    metrics.duty_failures.labels(name).inc()
+                except Exception:
+                    _log.exception("%s failed", name)
+                    metrics.duty_failures.labels(name).inc()
+            await asyncio.sleep(self.retry_delay)
+
+    async def _push(self) -> None:
+        catalog = await BackupCatalog(self._settings).serving(self._pool)
+        if catalog.remote is None:
+            return
+        pushed = await BackupService(self._settings, catalog=catalog).push()
+        if pushed.data["uploaded"]:
+            _log.info("backup push: %s", pushed.text)
+            await self._record("backup push", pushed.text)
+
+    async def _prune(self) -> None:
+        catalog = await BackupCatalog(self._settings).serving(self._pool)
+        pruned = await BackupService(self._settings, catalog=catalog).prune()
         if pruned.data["deleted"]:
+            _log.info("backup prune: %s", pruned.text)
             await self._record("backup prune", pruned.text)
+        entries, errors = await catalog.scan()
+        metrics.backups_paused.set(catalog.pause(entries) is not None)
+        metrics.backup_upload_pending.set(len(catalog.lacking_remotely(entries)))
+        alerts = catalog.alerts(entries, errors)
+        for alert in alerts:
+            if alert.key not in self._told:
+                _log.error("backups: %s", alert.text)
+                await self._notify(f"Backups: {alert.text}.")
+        self._told = {alert.key for alert in alerts}
 
     async def _seconds_since_drill(self) -> float | None:
-        """Return the seconds since the last drill of any of the newest `BACKUP_KEEP` backups."""
-        entries = await BackupCatalog(self._settings).entries()
-        drills = [entry.drill for entry in entries[: self._settings.backup_keep] if entry.drill is not None]
+        """Return the seconds since the last drill of any backup of this database."""
+        entries = await (await BackupCatalog(self._settings).serving(self._pool)).entries()
+        drills = [entry.drill for entry in entries if entry.is_own and entry.drill is not None]
         return min((self._seconds_since(drill.made_at) for drill in drills), default=None)
 
     async def _drill(self) -> None:
-        backups = BackupService(self._settings)
-        if await backups.catalog.newest() is None:
+        catalog = await BackupCatalog(self._settings).serving(self._pool)
+        backups = BackupService(self._settings, catalog=catalog)
+        if await catalog.newest() is None:
+            if self._settings.backup_every is not None:
+                return  # until the first scheduled one is made
             raise GuildbookError(
                 "there is no full backup to restore: set BACKUP_EVERY, or run python bot.py backup create"
             )
@@ -176,7 +253,7 @@ class Scheduler:
 
     async def _record(self, command: str, result: str, **arguments: Any) -> None:
         try:
-            await record_action(self._pool, command, {"by": "the bot itself", **arguments}, result)
+            await record_action(self._pool, command, BY_SCHEDULE | arguments, result)
         except DatabaseError as exc:
             _log.warning("could not record %s in ops.admin_actions: %s", command, exc)
 

@@ -1,14 +1,24 @@
-"""`python bot.py backup …`: create, list, verify, restore, drill and prune backups."""
+"""`python bot.py backup …`: create, list, verify, restore, drill, push, accept and prune backups."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from utils.cli.common import AsJson, DataDir, exit_on_errors, run_action, run_with_pool
+from utils.cli.common import (
+    AsJson,
+    CommandGroup,
+    DataDir,
+    ask,
+    open_progress,
+    print_outcome,
+    run_action,
+    run_with_pool,
+)
 from utils.database import Pool
 from utils.exceptions import ValidationError
 from utils.operations.action import Outcome, Progress
@@ -17,15 +27,41 @@ from utils.settings import Settings, load_settings
 if TYPE_CHECKING:
     from utils.operations.backup.service import BackupService
 
-app = typer.Typer(help="Backups: create, list, verify, restore, drill, prune.", no_args_is_help=True)
+app = typer.Typer(
+    cls=CommandGroup,
+    help="Backups: create, list, verify, restore, drill, push, accept, prune.",
+    no_args_is_help=True,
+)
 
-Id = Annotated[str, typer.Argument(metavar="[ID]", help="The id of a backup; the newest full one if left out.")]
+Id = Annotated[str, typer.Argument(metavar="[ID]", help="The id of a backup; the newest good one if left out.")]
+From = Annotated[
+    Path | None,
+    typer.Option("--from", metavar="DIR", help="Use the backups in this directory, and write nothing there."),
+]
 
 
-def _service(settings: Settings) -> BackupService:
+def _service(settings: Settings, directory: Path | None = None) -> BackupService:
     from utils.operations.backup.service import BackupService
 
-    return BackupService(settings)
+    return BackupService(settings, directory=directory)
+
+
+def _run_without_database(
+    work: Callable[[BackupService, Progress], Awaitable[Outcome]],
+    *,
+    directory: Path | None = None,
+    data_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Do what needs no database, which may be what was lost, and exit."""
+    service = _service(load_settings().with_data_dir(data_dir), directory)
+
+    async def run(progress: Progress) -> Outcome:
+        return await work(service, progress)
+
+    with open_progress(as_json) as progress:
+        outcome = asyncio.run(run(progress))
+    print_outcome(outcome, as_json=as_json)
 
 
 @app.command("create")
@@ -45,29 +81,35 @@ def create(
 
 
 @app.command("list")
-def list_(as_json: AsJson = False, data_dir: DataDir = None) -> None:
-    """List the backups and the results of their last drills."""
-
-    async def work(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
-        return await _service(settings).list()
-
-    run_action("backup list", work, data_dir=data_dir, as_json=as_json)
+def list_(directory: From = None, as_json: AsJson = False, data_dir: DataDir = None) -> None:
+    """List the backups: where they are, whose, how old and whether complete. Needs no database."""
+    _run_without_database(lambda service, _: service.list(), directory=directory, data_dir=data_dir, as_json=as_json)
 
 
 @app.command("verify")
-def verify(id: Id = "latest", as_json: AsJson = False, data_dir: DataDir = None) -> None:
-    """Check that a backup is undamaged."""
-
-    async def work(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
-        return await _service(settings).verify(id, progress=progress)
-
-    run_action("backup verify", work, data_dir=data_dir, as_json=as_json, arguments={"id": id})
+def verify(
+    id: Id = "latest",
+    deep: Annotated[bool, typer.Option("--deep", help="Also decompress it and count all rows.")] = False,
+    directory: From = None,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Check that a backup is undamaged, in every store that has it. Needs no database."""
+    _run_without_database(
+        lambda service, progress: service.verify(id, is_deep=deep, progress=progress),
+        directory=directory,
+        data_dir=data_dir,
+        as_json=as_json,
+    )
 
 
 @app.command("restore")
 def restore(
     id: Annotated[str, typer.Argument(metavar="ID", help="The id of a backup, or latest.")],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
+    from_other: Annotated[
+        bool, typer.Option("--from-other", help="Also a backup of another database or application.")
+    ] = False,
     whole_database: Annotated[
         bool,
         typer.Option("--whole-database", help="Replace the database with everything in it, after naming what is lost."),
@@ -75,56 +117,96 @@ def restore(
     drop_old: Annotated[
         bool, typer.Option("--drop-old", help="With --whole-database: drop the old database at once.")
     ] = False,
+    tables: Annotated[
+        list[str] | None, typer.Option("--table", metavar="NAME", help="Only this table; may be given several times.")
+    ] = None,
+    guild: Annotated[
+        int | None, typer.Option("--guild", metavar="ID", help="Only the documents of this guild.")
+    ] = None,
+    directory: From = None,
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
     """Replace the rows of Guildbook's tables by a backup, after backing them up; a bot may keep running."""
 
     async def work(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
-        return await _service(settings).restore(
-            pool, id, whole_database=whole_database, drop_old=drop_old, progress=progress
+        return await _service(settings, directory).restore(
+            pool,
+            id,
+            whole_database=whole_database,
+            drop_old=drop_old,
+            from_other=from_other,
+            tables=tables or (),
+            documents_of=guild,
+            progress=progress,
         )
 
-    with exit_on_errors(as_json=as_json):
-        if drop_old and not whole_database:
-            raise ValidationError("--drop-old needs --whole-database: a restore in place leaves no old database")
-        if not yes:
-            settings = load_settings().with_data_dir(data_dir)
-            losses = None
-            if whole_database:
-                losses = run_with_pool(settings, data_dir, lambda pool: _service(settings).find_losses(pool, id))
-            _confirm(settings, losses)
-    arguments = {"id": id, "whole_database": whole_database, "drop_old": drop_old}
+    if drop_old and not whole_database:
+        raise ValidationError("--drop-old needs --whole-database: a restore in place leaves no old database")
+    if not yes:
+        settings = load_settings().with_data_dir(data_dir)
+        what = "the whole database" if whole_database else "the rows of Guildbook's tables"
+        if tables or guild is not None:
+            what = f"the rows of {', '.join(tables)}" if tables else f"the documents of guild {guild}"
+        _confirm(settings, data_dir, _service(settings, directory), id, what, whole_database=whole_database)
+    arguments = {
+        "id": id,
+        "whole_database": whole_database,
+        "drop_old": drop_old,
+        "from_other": from_other,
+        "tables": tables or [],
+        "guild": guild,
+    }
     run_action("backup restore", work, data_dir=data_dir, as_json=as_json, arguments=arguments)
 
 
-def _confirm(settings: Settings, losses: Sequence[str] | None = None) -> None:
-    """Ask for the name of the database. Raises `ValidationError` for any other answer, and without a terminal.
+def _confirm(
+    settings: Settings, data_dir: Path | None, service: BackupService, id: str, what: str, *, whole_database: bool
+) -> None:
+    """Ask for the name of the database. Raises `ValidationError` for any other answer, and without a terminal."""
 
-    losses: what replacing the whole database would lose; None: only rows are replaced.
-    """
-    target = settings.direct_target
-    name = "guildbook" if target is None else target.database or target.user or ""
-    where = "of the embedded server" if target is None else f"at {target}"
-    what = f"the rows of Guildbook's tables in database {name}" if losses is None else f"database {name}"
-    if losses:
-        what += f", which loses {', '.join(losses)},"
-    if not sys.stdin.isatty():
-        raise ValidationError(f"a restore replaces {what} {where}: confirm with --yes")
-    typer.echo(f"This replaces {what} {where}.", err=True)
-    answer = typer.prompt("Type its name to go on", default="", show_default=False, err=True)
+    async def describe(pool: Pool) -> tuple[str, str]:
+        name: str = await pool.fetchval("SELECT current_database()")
+        entry, text = await service.describe_restore(pool, id)
+        losses = await service.find_losses(pool, entry.id) if whole_database else ()
+        lost = f", which loses {', '.join(losses)}," if losses else ""
+        return name, f"{what} in database {name} at {pool.direct}{lost} by backup {text}"
+
+    name, question = run_with_pool(settings, data_dir, describe)
+    answer = ask(
+        f"This replaces {question}.\nType the name of the database to go on:",
+        otherwise=f"a restore replaces {question}: confirm with --yes",
+    )
     if answer != name:
         raise ValidationError(f"{answer!r} is not the name of the database, {name}: nothing was done")
 
 
 @app.command("drill")
-def drill(id: Id = "latest", as_json: AsJson = False, data_dir: DataDir = None) -> None:
+def drill(id: Id = "latest", directory: From = None, as_json: AsJson = False, data_dir: DataDir = None) -> None:
     """Restore a backup into scratch tables, compare, and drop them; exit code 1 if it is not complete."""
 
     async def work(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
-        return await _service(settings).drill(pool, id, progress=progress)
+        return await _service(settings, directory).drill(pool, id, progress=progress)
 
     run_action("backup drill", work, data_dir=data_dir, as_json=as_json, arguments={"id": id})
+
+
+@app.command("push")
+def push(
+    id: Annotated[str | None, typer.Argument(metavar="[ID]", help="One backup; all that are missing there.")] = None,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Upload backups that the remote store lacks; the schedule does so too. Needs no database."""
+    _run_without_database(
+        lambda service, progress: service.push(id, progress=progress), data_dir=data_dir, as_json=as_json
+    )
+
+
+@app.command("accept")
+def accept(id: Id = "latest", as_json: AsJson = False, data_dir: DataDir = None) -> None:
+    """Say that a backup may have much less than the ones before it, so that these may be deleted in time."""
+    _run_without_database(lambda service, _: service.accept(id), data_dir=data_dir, as_json=as_json)
 
 
 @app.command("prune")
@@ -133,9 +215,5 @@ def prune(
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Delete the backups that BACKUP_KEEP and the settings like it do not keep."""
-
-    async def work(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
-        return await _service(settings).prune(dry_run=dry_run)
-
-    run_action("backup prune", work, data_dir=data_dir, as_json=as_json, arguments={"dry_run": dry_run})
+    """Delete the backups that BACKUP_KEEP and the settings like it do not keep. Needs no database."""
+    _run_without_database(lambda service, _: service.prune(dry_run=dry_run), data_dir=data_dir, as_json=as_json)

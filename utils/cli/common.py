@@ -216,7 +216,7 @@ def run_action(
     arguments: what the audit log records of the command's arguments; no secrets.
     """
     settings = load_settings().with_data_dir(data_dir)
-    with _open_progress(as_json) as progress:
+    with open_progress(as_json) as progress:
         outcome = asyncio.run(_run_recorded(settings, command, action, dict(arguments or {}), progress))
     print_outcome(outcome, as_json=as_json)
 
@@ -290,7 +290,7 @@ async def _record(pool: Pool, command: str, arguments: Mapping[str, Any], result
         _print_error(f"could not record this in ops.admin_actions: {exc}")
 
 
-def _open_progress(as_json: bool) -> AbstractContextManager[Progress]:
+def open_progress(as_json: bool) -> AbstractContextManager[Progress]:
     return nullcontext(ignore_progress) if as_json or not is_terminal(sys.stderr) else _draw_bars()
 
 

@@ -17,13 +17,16 @@ from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
 from utils.operations.backup import scratch, scratch_schemas
 from utils.operations.backup.archive import Archive
+from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.create import BackupRequest, create
+from utils.operations.backup.identity import Identity
 from utils.operations.backup.manifest import Manifest
 from utils.operations.backup.objects import qualified
 from utils.operations.backup.service import BackupService
 from utils.settings import Settings
 
 ROOT = Path(__file__).parents[3]
+GUILD = "INSERT INTO guilds (id, name) VALUES (1, 'one') ON CONFLICT DO NOTHING"
 ROWS = """
 INSERT INTO guilds (id, name) SELECT n, 'guild ' || n FROM generate_series(1, 20) AS n;
 INSERT INTO users (id, username) SELECT n, 'user ' || n FROM generate_series(1, 3000) AS n;
@@ -49,9 +52,20 @@ def make_settings(directory: Path, **values: Any) -> Settings:
     return Settings(_env_file=None, **{"data_dir": directory, **values})  # type: ignore[call-arg]
 
 
-def make_service(directory: Path, **values: Any) -> BackupService:
-    """Return a backup service with DATA_DIR in a directory."""
-    return BackupService(make_settings(directory, **values))
+class Everyone(Identity):
+    """Owns every backup: for tests that are not about whose it is."""
+
+    def owns(self, backup: Manifest, *, is_local: bool) -> bool:
+        return True
+
+
+EVERYONE = Everyone(None, "anywhere", "any")
+
+
+def make_service(directory: Path, identity: Identity = EVERYONE, **values: Any) -> BackupService:
+    """Return a backup service with DATA_DIR in a directory; what takes a pool serves the database of that."""
+    settings = make_settings(directory, **values)
+    return BackupService(settings, catalog=BackupCatalog(settings, identity=identity))
 
 
 async def make_backup(service: BackupService, pool: Pool, request: BackupRequest | None = None) -> Manifest:

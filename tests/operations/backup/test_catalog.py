@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.operations.backup.helpers import (
+    GUILD,
     dropping_scratch_databases,
     fill,
     make_backup,
@@ -18,9 +19,9 @@ from tests.operations.backup.helpers import (
 from utils.database import Pool
 from utils.exceptions import BackupError
 from utils.operations.action import Step
-from utils.operations.backup.catalog import check_contents
 from utils.operations.backup.client_tools import find_directory
 from utils.operations.backup.create import BackupRequest
+from utils.operations.backup.reading import check_contents
 from utils.operations.backup.service import BackupService
 from utils.operations.development import seed
 
@@ -63,7 +64,8 @@ async def test_restores_and_drills_a_backup(tmp_path: Path, database: Pool, back
         restored = await service.restore(database, backup_id)
         assert restored.ok, restored.text
         assert await table_checksums(database.target) == expected
-        assert await service.catalog.newest() != newest, "a safety copy was made"
+        assert await service.catalog.newest() == newest, "a safety copy is not the latest"
+        assert len(await service.catalog.entries()) == 2
     assert list((tmp_path / "opened").iterdir()) == []
 
 
@@ -119,8 +121,10 @@ async def test_verifies_the_copy_in_each_store(database: Pool, service: BackupSe
     backup = await make_backup(service, database)
     steps: list[Step] = []
     outcome = await service.verify("latest", progress=steps.append)
-    checks = f"{backup.size:,} bytes, SHA-256 correct, contents match the manifest"
-    assert outcome.data["checks"] == [f"{service.catalog.local.name}: {checks}", f"{remote.as_uri()}: {checks}"]
+    checks = f"{backup.size:,} bytes, SHA-256 correct, table of contents matches the manifest"
+    assert len(outcome.data["checks"]) == 2
+    for store, check in zip((service.catalog.local.name, remote.as_uri()), outcome.data["checks"], strict=True):
+        assert check.startswith(f"{store}: {checks}")
     assert outcome.text.splitlines()[0] == f"backup {backup.id} is intact"
     assert {step.text for step in steps} >= {"verifying", "downloading", "reading the contents"}
 
@@ -153,12 +157,13 @@ async def test_verify_says_what_it_could_not_decrypt(tmp_path: Path, database: P
     identity = pyrage.x25519.Identity.generate()
     (tmp_path / "key").write_text(f"{identity}\n")
     without_identity = make_service(tmp_path, backup_age_recipient=str(identity.to_public()))
+    await database.execute(GUILD)
     await make_backup(without_identity, database)
     assert (
         "not decrypted, because BACKUP_AGE_IDENTITY_FILE is not set" in (await without_identity.verify("latest")).text
     )
     with_identity = make_service(tmp_path, backup_age_identity_file=tmp_path / "key")
-    assert "decrypted, contents match the manifest" in (await with_identity.verify("latest")).text
+    assert "decrypted, table of contents matches the manifest" in (await with_identity.verify("latest")).text
     assert list((tmp_path / "opened").iterdir()) == []
 
 
@@ -171,7 +176,7 @@ async def test_verifies_partial_backups(tmp_path: Path, database: Pool, request_
     await fill(database)
     service = make_service(tmp_path)
     backup = await make_backup(service, database, request_)
-    assert "contents match the manifest" in (await service.verify(backup.id)).text
+    assert "table of contents matches the manifest" in (await service.verify(backup.id)).text
 
 
 async def test_notices_a_table_missing_from_the_archive(tmp_path: Path, database: Pool) -> None:

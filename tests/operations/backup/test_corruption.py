@@ -199,6 +199,6 @@ async def test_refuses_a_truncated_archive_with_a_fitting_manifest(tmp_path: Pat
 def test_a_manifest_round_trips() -> None:
     made = Manifest(
         "20260101T000000Z-abcdef", "2026-01-01T00:00:00.000+00:00", "full", "manual", "20260101T000000Z-abcdef.dump",
-        5, "a" * 64, 5, "a" * 64, None, "guildbook", "18.4", "18.4", None, {"public.users": 1}, 0.5,
+        5, "a" * 64, 5, "a" * 64, None, "guildbook", "18.4", "18.4", None, {"public.guilds": 1}, 0.5,
     )  # fmt: skip
     assert parse_manifest(made.serialize(), f"{made.id}.json") == made

@@ -288,6 +288,5 @@ async def test_command_line_creates_lists_and_verifies(tmp_path: Path, database:
     os.truncate(tmp_path / "data" / "backups" / backup["file"], 1_000)
     code, output = await run_cli(tmp_path, "backup", "verify", **variables)
     assert (code, "has 1,000 bytes, expected" in output) == (1, True)
-    actions = await database.fetch("SELECT command, result FROM ops.admin_actions ORDER BY id")
-    assert [row["command"] for row in actions] == ["backup create", "backup list", "backup verify", "backup verify"]
-    assert actions[-1]["result"].startswith("Failed: ")
+    actions = await database.fetch("SELECT command FROM ops.admin_actions ORDER BY id")
+    assert [row["command"] for row in actions] == ["backup create"], "the others need no database"

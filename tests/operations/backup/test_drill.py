@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.operations.backup.helpers import (
+    GUILD,
     dump,
     execute,
     make_backup,
@@ -73,6 +74,7 @@ async def test_reports_an_incomplete_backup(database: Pool, archive: Archive) ->
 
 async def test_stores_the_result_with_the_backup(tmp_path: Path, database: Pool) -> None:
     service = make_service(tmp_path)
+    await database.execute(GUILD)
     backup = await make_backup(service, database)
     assert await service.catalog.last_drill(backup.id) is None
     outcome = await service.drill(database)

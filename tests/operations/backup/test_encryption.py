@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.bot.running import run_cli
-from tests.operations.backup.helpers import fill, make_service
+from tests.operations.backup.helpers import GUILD, fill, make_service
 from utils.database import Pool
 from utils.exceptions import BackupError
 from utils.operations.backup import encryption, pipeline
@@ -73,6 +73,7 @@ async def test_the_archive_is_never_unencrypted_on_disk(tmp_path: Path, database
 
 async def test_keeps_one_unencrypted_copy_for_drills(tmp_path: Path, database: Pool, key: Path) -> None:
     service = make_service(tmp_path, backup_age_recipient=recipient(key), drill_every="1d")
+    await database.execute(GUILD)
     for _ in range(2):
         await service.create(database)
     plaintext = [name for name, start in first_bytes(service).items() if start.startswith(CUSTOM)]
@@ -100,6 +101,7 @@ async def test_decrypts_with_the_right_identity_only(tmp_path: Path, database: P
 
 
 async def test_invalid_identity_files_are_not_quoted(tmp_path: Path, database: Pool, key: Path) -> None:
+    await database.execute(GUILD)
     await make_service(tmp_path, backup_age_recipient=recipient(key)).create(database)
     file = tmp_path / "typo"
     for content, message in (
@@ -189,6 +191,7 @@ async def test_rejects_an_invalid_recipient(tmp_path: Path, database: Pool, data
 async def test_verify_deletes_decrypted_files_in_a_thread(
     tmp_path: Path, database: Pool, key: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    await database.execute(GUILD)
     await make_service(tmp_path, backup_age_recipient=recipient(key)).create(database)
     threads: list[threading.Thread] = []
     rmtree = shutil.rmtree

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.operations.backup.helpers import make_service
+from tests.operations.backup.helpers import EVERYONE, make_service
 from utils.exceptions import BackupError
 from utils.operations.backup.manifest import Manifest
 from utils.operations.backup.service import BackupService
@@ -17,7 +17,21 @@ from utils.operations.backup.store import Store
 
 ARCHIVE = b"PGDMP, or whatever"
 FULL = Manifest(
-    "", "", "full", "manual", "", len(ARCHIVE), "a" * 64, 1, "a" * 64, None, "guildbook", "18.4", "18.4", "0003", {}
+    "",
+    "",
+    "full",
+    "manual",
+    "",
+    len(ARCHIVE),
+    "a" * 64,
+    1,
+    "a" * 64,
+    None,
+    "guildbook",
+    "18.4",
+    "18.4",
+    "0003",
+    {"public.guilds": 2},
 )
 NEWEST_TWO = {"backup_keep": 2, "backup_keep_daily": 0, "backup_keep_weekly": 0, "backup_keep_monthly": 0}
 
@@ -33,7 +47,7 @@ def hours_ago(hours: float, **changes: Any) -> Manifest:
 
 
 def service_with_two_stores(tmp_path: Path, **values: int) -> BackupService:
-    return make_service(tmp_path / "local", backup_url=(tmp_path / "remote").as_uri(), **values)
+    return make_service(tmp_path / "local", EVERYONE, backup_url=(tmp_path / "remote").as_uri(), **values)
 
 
 async def write_backup(store: Store, backup: Manifest, content: bytes = ARCHIVE) -> None:

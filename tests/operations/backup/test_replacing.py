@@ -14,6 +14,7 @@ from sqlalchemy import Column, Integer, Table
 
 from models import Base
 from tests.operations.backup.helpers import (
+    GUILD,
     connect,
     execute,
     fetchval,
@@ -171,7 +172,7 @@ async def test_old_months_get_partitions(tmp_path: Path, database: Pool, empty_t
     service = make_service(tmp_path)
     manifest = await make_backup(service, database)
     async with open_pool(empty_target) as empty:
-        assert (await service.restore(empty, manifest.id)).ok
+        assert (await service.restore(empty, manifest.id, from_other=True)).ok
         assert await empty.fetchval("SELECT count(*) FROM changes_y2024m05") == 1
 
 
@@ -222,6 +223,7 @@ async def test_readers_go_on_and_no_committed_write_to_ops_is_lost(database: Poo
 
 
 async def test_names_who_holds_a_lock(database: Pool, service: BackupService) -> None:
+    await execute(database.target, "INSERT INTO users (id, username) VALUES (1, 'one')")
     await make_backup(service, database)
     await execute(database.target, "INSERT INTO guilds (id, name) VALUES (1, 'since')")
     async with connect(database.target) as other:
@@ -255,7 +257,7 @@ async def test_a_server_without_disk_space_is_named(database: Pool, service: Bac
 
 
 async def test_rows_of_ops_stay(database: Pool, service: BackupService) -> None:
-    await execute(database.target, LEASE.format("bot", 8, "2026-01-01", "2026-01-01"), DEAD_LETTERS.format(3))
+    await execute(database.target, LEASE.format("bot", 8, "2026-01-01", "2026-01-01"), DEAD_LETTERS.format(3), GUILD)
     await make_backup(service, database)
     await execute(database.target, "UPDATE ops.leases SET holder = 'next', epoch = 9", "DELETE FROM ops.dead_letters")
     await execute(database.target, "INSERT INTO ops.suppressions (user_id) VALUES (8)")
@@ -267,7 +269,7 @@ async def test_rows_of_ops_stay(database: Pool, service: BackupService) -> None:
 
 
 async def test_revoking_the_lease_raises_its_epoch(database: Pool, service: BackupService) -> None:
-    await execute(database.target, LEASE.format("bot", 9, "2026-01-02", "infinity"))
+    await execute(database.target, LEASE.format("bot", 9, "2026-01-02", "infinity"), GUILD)
     await make_backup(service, database)
     assert not (await replace(database, service, revoke_lease=True)).has_diverged
     assert await fetchval(database.target, EPOCH) == 10
@@ -279,7 +281,7 @@ async def test_merges_ops_of_a_database_that_began_anew(
 ) -> None:
     """Otherwise every restored row would have a later stamp than what the bot writes, and the mirror would stall."""
     target = database.target
-    await execute(target, LEASE.format("former", 9, "2026-01-01", "2026-01-01"), DEAD_LETTERS.format(3))
+    await execute(target, LEASE.format("former", 9, "2026-01-01", "2026-01-01"), DEAD_LETTERS.format(3), GUILD)
     await execute(target, "INSERT INTO ops.suppressions (user_id, since) VALUES (7, '2020-01-01'), (8, '2020-01-01')")
     await make_backup(service, database)
     await execute(target, "TRUNCATE ops.leases, ops.dead_letters RESTART IDENTITY; TRUNCATE ops.suppressions")

@@ -227,7 +227,7 @@ async def test_backs_up_first_unless_empty(service: BackupService, database: Poo
     assert safety_copy.manifest.reason == "before restore"
     assert safety_copy.id in outcome.text
     async with open_pool(empty_target) as empty:
-        outcome = await service.restore(empty, first.id)
+        outcome = await service.restore(empty, first.id, from_other=True)
         assert outcome.data["safety_backup"] is None
         assert "had no tables" in outcome.text
         assert await table_checksums(empty_target) == await table_checksums(database.target)
@@ -301,16 +301,17 @@ async def test_command_line_restores_after_confirmation(tmp_path: Path, service:
 
 
 @pytest.mark.parametrize(("answer", "is_right"), [("{}\n", True), ("nope\n", False), ("\n", False)])
-def test_a_terminal_is_asked_for_the_database_name(
-    database_url: str, monkeypatch: pytest.MonkeyPatch, answer: str, is_right: bool
+async def test_a_terminal_is_asked_for_the_database_name(
+    service: BackupService, database: Pool, monkeypatch: pytest.MonkeyPatch, answer: str, is_right: bool
 ) -> None:
-    settings = Settings(_env_file=None, database_url=database_url)  # type: ignore[call-arg,arg-type]
-    name = database_url.partition("?")[0].rpartition("/")[2]
+    url = database.target.libpq_url()
+    settings = Settings(_env_file=None, database_url=url)  # type: ignore[call-arg,arg-type]
+    name = database.target.database
     stdin = io.StringIO(answer.format(name))
     monkeypatch.setattr(stdin, "isatty", lambda: True)
     monkeypatch.setattr("sys.stdin", stdin)
     with contextlib.nullcontext() if is_right else pytest.raises(ValidationError, match="nothing was done"):
-        cli._confirm(settings)
+        await asyncio.to_thread(cli._confirm, settings, None, service, "latest", "the rows", whole_database=False)
 
 
 # --- where the tables are
@@ -334,7 +335,7 @@ async def test_tables_in_schemas_of_their_own(tmp_path: Path, empty_target: Conn
         outcome = await service.restore(pool, manifest.id)
         assert outcome.ok, outcome.text
         assert await pool.fetchval("SELECT count(*) FROM members WHERE nick = 'since'") == 0
-        outcome = await service.restore(database, manifest.id)
+        outcome = await service.restore(database, manifest.id, from_other=True)
         assert outcome.ok, outcome.text
         assert outcome.data["left_out"] == []
         expected, found = await table_checksums(placed), await table_checksums(database.target)

@@ -436,10 +436,10 @@ async def test_refuses_a_database_without_all_tables(
     database: Pool, service: BackupService, empty_target: ConnectTarget
 ) -> None:
     await fill(database)
-    await make_backup(service, database)
+    id = (await make_backup(service, database)).id
     async with open_pool(empty_target) as empty:
         with pytest.raises(BackupError, match=r"has all tables \(it has no tables yet\): restore a whole backup first"):
-            await restore_part(service, empty, "members")
+            await restore_part(service, empty, "members", id=id, from_other=True)
     await execute(database.target, "DROP TABLE users")
     with pytest.raises(BackupError, match=r"tables are missing: users\): restore a whole backup first"):
         await restore_part(service, database, "members")

@@ -16,6 +16,8 @@ from pydantic import SecretStr
 
 from tests.operations.backup.fake_s3 import SECRET_KEY, FakeS3
 from tests.operations.backup.helpers import (
+    EVERYONE,
+    GUILD,
     dropping_scratch_databases,
     fill,
     make_backup,
@@ -24,7 +26,7 @@ from tests.operations.backup.helpers import (
     table_checksums,
 )
 from utils.database import Pool
-from utils.exceptions import BackupError
+from utils.exceptions import BackupError, UploadFailed
 from utils.operations.action import Step
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.create import BackupRequest
@@ -108,7 +110,11 @@ async def test_lists_which_store_has_what(database: Pool, service: BackupService
         damaged: (local, remote),
     }
     assert "is damaged" in entries[damaged].line
-    assert len((await service.list()).text.splitlines()) == 4
+    lines = (await service.list()).text.splitlines()
+    assert [line.split(":")[0] for line in lines[4:]] == [
+        f"backup {damaged} is damaged",
+        f"backup {local_only} is not in the remote store yet",
+    ]
 
 
 @pytest.mark.slow
@@ -158,13 +164,12 @@ async def test_store_faults_are_bounded_and_reveal_no_secret(
     remote = Remote(url, answer_seconds=1.0, stall_seconds=1.0)
     settings = make_settings(tmp_path)
     service = BackupService(settings, catalog=BackupCatalog(settings, remote=remote))
-    messages = []
-    for work in (make_backup(service, database, SCHEMA_ONLY), service.prune()):
-        with pytest.raises(BackupError) as error:
-            await work
-        messages.append(str(error.value))
+    with pytest.raises(UploadFailed) as error:
+        await make_backup(service, database, SCHEMA_ONLY)
+    pruned = await service.prune()
+    assert not pruned.ok
     listing = await service.list()
-    messages.append(listing.text)
+    messages = [str(error.value), pruned.text, listing.text]
     for message in messages:
         assert remote.name in message
         for secret in ("hush", "login", SECRET_KEY, "another-key", "fake-access"):
@@ -175,6 +180,7 @@ async def test_store_faults_are_bounded_and_reveal_no_secret(
 
 async def test_local_backups_work_while_the_store_is_down(tmp_path: Path, database: Pool, s3: FakeS3) -> None:
     service = make_service(tmp_path, backup_url=URL)
+    await database.execute(GUILD)
     backup = await make_backup(service, database)
     await s3.stop()
     assert (await service.drill(database)).ok
@@ -185,6 +191,7 @@ async def test_local_backups_work_while_the_store_is_down(tmp_path: Path, databa
 
 
 async def test_uses_the_remote_copy_if_the_local_one_is_damaged(database: Pool, service: BackupService) -> None:
+    await database.execute(GUILD)
     older = await make_backup(service, database)
     backup = await make_backup(service, database)
     for damaged in ("archive", "manifest"):
@@ -237,9 +244,11 @@ def test_rejects_invalid_urls_without_their_secrets(tmp_path: Path, url: str, me
 
 
 async def test_prune_deletes_in_both_stores(database: Pool, service: BackupService) -> None:
+    await database.execute(GUILD)
     ids = [(await make_backup(service, database)).id for _ in range(3)]
     rules = {"backup_keep": 1, "backup_keep_daily": 0, "backup_keep_weekly": 0, "backup_keep_monthly": 0}
-    strict = BackupService(service.catalog.settings.model_copy(update=rules))
+    settings = service.catalog.settings.model_copy(update=rules)
+    strict = BackupService(settings, catalog=BackupCatalog(settings, identity=EVERYONE))
     assert (await strict.prune(dry_run=True)).data["files"] == 8
     assert len(await service.catalog.entries()) == 3
     assert set((await strict.prune()).data["deleted"]) == {*ids[:-1]}

@@ -162,7 +162,7 @@ async def test_a_store_that_does_not_answer_hides_no_local_backup(
     findings = await run_checks(Hasty(env_file=None), [check for check in CHECKS if check.name == "backups"])
     assert [finding.state for finding in findings] == ["warn", "ok"], findings
     assert "could not list backups" in findings[0].seen
-    assert "0 hours old" in findings[1].seen
+    assert " s old" in findings[1].seen
 
 
 # --- keys

@@ -1,25 +1,29 @@
-"""The catalog of backups: which ones exist in which store, whether they are intact, and how to get at their content."""
+"""The catalog of backups: which exist in which store, whose they are, whether they are intact, and their archives."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
-import os
-import re
-import shutil
-import tempfile
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
-from utils.exceptions import BackupError
+import orjson
+
+from utils.database import Pool
+from utils.exceptions import BackupError, MigrationError, UploadFailed
 from utils.operations.action import Progress, Step, ignore_progress
-from utils.operations.backup import client_tools, encryption, pipeline
-from utils.operations.backup.archive import CONTENTS_SECONDS, Archive, list_contents
+from utils.operations.backup import client_tools, pipeline
+from utils.operations.backup.archive import Archive
+from utils.operations.backup.contents import check_rows
+from utils.operations.backup.entries import Copy, Entry, describe_some, newest_last
+from utils.operations.backup.identity import Identity, describe, identity_in_settings, identity_of
 from utils.operations.backup.manifest import (
+    ACCEPTED_SUFFIX,
     ARCHIVE_SUFFIX,
     DRILL_SUFFIX,
     ENCRYPTED_SUFFIX,
@@ -34,8 +38,10 @@ from utils.operations.backup.manifest import (
     parse_drill_result,
     parse_manifest,
 )
-from utils.operations.backup.retention import RetentionRules, ids_to_keep
-from utils.operations.backup.store import Directory, Remote, Store
+from utils.operations.backup.reading import Verification, check_contents, decrypt, private_directory, verified_file
+from utils.operations.backup.retention import AHEAD, Drop, RetentionRules, find_drops, first_drops, ids_to_keep
+from utils.operations.backup.store import Content, Directory, Remote, Store
+from utils.operations.migrations import Revisions
 from utils.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -44,52 +50,32 @@ _log = logging.getLogger(__name__)
 PLAINTEXT_PREFIX = ".plain-"
 #: Hours after which a file without a manifest in a store counts as left by an interrupted upload.
 ORPHAN_HOURS = 24.0
-#: Lines of `pg_restore --list` that stand for the rows of a table: schema and name.
-_TABLE_DATA = re.compile(r"^\d+; \d+ \d+ TABLE DATA (\S+) (.+) \S+$", re.MULTILINE)
+#: Stands for the newest good backup of this database.
+LATEST = "latest"
 
 #: File names of a store with their sizes in bytes.
 Names = Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One backup in a listing."""
+class Listing:
+    """What one store has."""
 
-    id: str
-    #: Names of the stores that have it.
-    places: tuple[str, ...]
-    #: None if it cannot be read; `problem` says why.
-    manifest: Manifest | None
-    #: What names, sizes and manifests show to be damaged, in any store; None if nothing.
-    problem: str | None = None
-    #: Result of its last drill; None if there was none.
-    drill: DrillResult | None = None
-
-    @property
-    def line(self) -> str:
-        """A one-line summary for people."""
-        summary = f"{self.id}: {self.problem}" if self.manifest is None else self.manifest.line
-        if self.manifest is not None and self.problem:
-            summary += f"; DAMAGED: {self.problem}"
-        return summary + (f"; {self.drill.line}" if self.drill else "")
+    #: Ids and backups.
+    copies: list[tuple[str, Copy]]
+    #: Results of drills by the id of their backup.
+    drills: dict[str, DrillResult]
+    #: Ids of backups that operators have accepted.
+    accepted: set[str]
 
 
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """What the verification of one copy of a backup checked."""
+class Alert(NamedTuple):
+    """Something that operators should know of the backups."""
 
-    store: str
-    #: Bytes whose SHA-256 was compared.
-    size: int
-    is_encrypted: bool
-    #: False if it is encrypted and no identity was available: then only its checksum was compared.
-    has_read_contents: bool
-
-    def __str__(self) -> str:
-        checksum = f"{self.store}: {self.size:,} bytes, SHA-256 correct"
-        if not self.has_read_contents:
-            return f"{checksum}; not decrypted, because BACKUP_AGE_IDENTITY_FILE is not set"
-        return f"{checksum}{', decrypted' if self.is_encrypted else ''}, contents match the manifest"
+    #: The same for as long as it is the same trouble, although `text` may change.
+    key: str
+    #: What it is, and what to do, for people.
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,28 +85,61 @@ class Pruned:
     ids: list[str]
     #: Number of files, those of interrupted uploads included.
     files: int
-    #: Number of backups before.
+    #: Number of own backups before.
     total: int
+    #: Why nothing was deleted: the newest backup has much less than the ones before; None if it has not.
+    pause: Drop | None = None
+    #: Stores that did not answer.
+    errors: tuple[str, ...] = ()
 
 
 class BackupCatalog:
-    """The backups in `DATA_DIR/backups` and at `BACKUP_URL`.
+    """The backups in `DATA_DIR/backups` and at `BACKUP_URL`, as seen by one database.
 
-    `remote` replaces the store at `BACKUP_URL`. Raises `BackupError` if `BACKUP_URL` cannot be used.
+    Raises `BackupError` if `BACKUP_URL` cannot be used.
+
+    Parameters
+    ----------
+    remote: replaces the store at `BACKUP_URL`.
+    directory: replaces both stores, and is not written to.
+    identity: the database that it serves; by default the one in the settings, which is not asked.
+    clock: returns the current time.
     """
 
-    def __init__(self, settings: Settings, *, remote: Remote | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        remote: Remote | None = None,
+        directory: Path | None = None,
+        identity: Identity | None = None,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
         self.settings: Settings = settings
-        self.local: Directory = Directory(settings.data_dir / "backups")
-        if remote is None and settings.backup_url is not None:
-            remote = Remote(settings.backup_url)
-        self.remote: Remote | None = remote
-        self.stores: list[Store] = [self.local] if remote is None else [self.local, remote]
+        self.identity: Identity = identity or identity_in_settings(settings)
+        self.clock: Callable[[], datetime] = clock
+        self._is_elsewhere = directory is not None
+        if directory is not None:
+            self.local: Directory = Directory(directory, is_read_only=True)
+            self.remote: Remote | None = None
+        else:
+            self.local = Directory(settings.data_dir / "backups")
+            self.remote = Remote(settings.backup_url) if remote is None and settings.backup_url is not None else remote
+        self.stores: list[Store] = [self.local] if self.remote is None else [self.local, self.remote]
+
+    def __repr__(self) -> str:
+        return f"<BackupCatalog stores={[store.name for store in self.stores]} of {self.identity}>"
+
+    async def serving(self, pool: Pool) -> BackupCatalog:
+        """Return the same catalog as seen by the database of a pool. Raises `DatabaseError`."""
+        other = copy(self)
+        other.identity = await identity_of(pool, self.settings)
+        return other
 
     # --- listing
 
     async def entries(self) -> list[Entry]:
-        """Return all backups, newest first, damaged ones included.
+        """Return all backups, the newest first, damaged ones before the others.
 
         A remote store that does not answer is logged and left out. Raises `BackupError` if the local store cannot be
         read.
@@ -128,144 +147,218 @@ class BackupCatalog:
         return (await self.scan())[0]
 
     async def scan(self) -> tuple[list[Entry], list[str]]:
-        """Return all backups, newest first, and the errors of stores that did not answer."""
-        copies, errors = await self._copies()
-        entries = [await self._entry(id, found) for id, found in copies.items()]
-        return sorted(entries, key=_age_key, reverse=True), errors
+        """Return all backups, the newest first, and the errors of stores that did not answer."""
+        listings = await asyncio.gather(*(self._list(store) for store in self.stores))
+        errors = [listing for listing in listings if isinstance(listing, str)]
+        copies: dict[str, list[Copy]] = {}
+        drills: dict[str, DrillResult] = {}
+        accepted: set[str] = set()
+        for listing in listings:
+            if not isinstance(listing, str):
+                for id, copy in listing.copies:
+                    copies.setdefault(id, []).append(copy)
+                drills = listing.drills | drills
+                accepted |= listing.accepted
+        readable = [copy.manifest for found in copies.values() for copy in found if copy.manifest is not None]
+        identity, now = self.identity.resolve(readable), self.clock()
+        entries = []
+        for id, found in copies.items():
+            manifest = next((copy.manifest for copy in found if copy.manifest is not None), None)
+            is_here = not self._is_elsewhere and any(copy.store is self.local for copy in found)
+            entries.append(
+                Entry(
+                    id,
+                    tuple(found),
+                    is_own=manifest is None or identity.owns(manifest, is_local=is_here),
+                    age=now - (created_at(id) if manifest is None else manifest.made_at),
+                    is_accepted=id in accepted,
+                    drill=drills.get(id),
+                )
+            )
+        return sorted(entries, key=newest_last, reverse=True), errors
 
     async def find(self, id: str) -> Entry:
-        """Return a backup by its id, or the newest full one for `latest`.
+        """Return a backup by its id, or the newest good one of this database for `latest`.
 
         Raises `BackupError` if there is none, or no store has a readable manifest of it.
         """
-        entries = await self.entries()
+        entries, errors = await self.scan()
+        if id == LATEST:
+            found = next((entry for entry in entries if entry.is_good), None)
+            if found is not None:
+                self._warn_about_newer(found, entries)
+                return found
+            raise BackupError(
+                f"there is no full backup of {self.identity}: {describe_some(entries, errors)}. List backups with"
+                " python bot.py backup list"
+            )
         for entry in entries:
-            if entry.id == id or (id == "latest" and entry.manifest is not None and entry.manifest.kind == "full"):
+            if entry.id == id:
                 if entry.manifest is None:
                     raise BackupError(entry.problem or f"backup {id} is damaged")
                 return entry
-        known = f"the newest are {', '.join(entry.id for entry in entries[:3])}" if entries else "there are no backups"
-        raise BackupError(f"there is no {'full backup' if id == 'latest' else f'backup {id[:60]}'}: {known}")
+        raise BackupError(f"there is no backup {id[:60]}: {describe_some(entries, errors)}")
 
     async def newest(self, accepts: Callable[[Manifest], bool] = lambda _: True) -> Manifest | None:
-        """Return the newest full backup that is intact in some store and accepted; None if there is none."""
-        try:
-            _, manifest = await self._find_intact("latest", accepts)
-        except BackupError as exc:
-            _log.debug("no usable backup: %s", exc)
-            return None
-        return manifest
+        """Return the newest good backup of this database that is accepted; None if there is none."""
+        for entry in await self.entries():
+            if entry.is_good and entry.manifest is not None and accepts(entry.manifest):
+                return entry.manifest
+        return None
 
     async def read_manifest(self, store: Store, id: str) -> Manifest:
         """Return a manifest as one store has it. Raises `BackupError` if it does not exist or is damaged."""
-        name = f"{id}{MANIFEST_SUFFIX}"
-        content = await store.read(name, MAX_MANIFEST_BYTES + 1)
+        content = await store.read(f"{id}{MANIFEST_SUFFIX}", MAX_MANIFEST_BYTES + 1)
         if content is None:
-            raise BackupError(f"{store.name} has no backup {id}: its manifest {name} does not exist")
+            raise BackupError(f"{store.name} has no backup {id}: its manifest {id}{MANIFEST_SUFFIX} does not exist")
+        return self._parse(id, content)
+
+    def _parse(self, id: str, content: Content) -> Manifest:
+        name = f"{id}{MANIFEST_SUFFIX}"
+        if isinstance(content, BackupError):
+            raise content
+        if content is None:
+            raise BackupError(f"the manifest {name} does not exist")
         if len(content) > MAX_MANIFEST_BYTES:
             raise BackupError(f"{name} is damaged: larger than {MAX_MANIFEST_BYTES:,} bytes")
-        return parse_manifest(content, name)
+        return parse_manifest(content, name, self.settings.backup_signing_key)
 
-    async def _copies(self) -> tuple[dict[str, list[tuple[Store, Names]]], list[str]]:
-        """Return the stores that have a manifest of each backup, and the errors of stores that did not answer.
-
-        Raises `BackupError` if the local store cannot be read.
-        """
-        copies: dict[str, list[tuple[Store, Names]]] = {}
-        errors: list[str] = []
-        for store in self.stores:
+    async def _list(self, store: Store) -> Listing | str:
+        """Return what a store has, or the error of a remote one. Raises `BackupError` for the local one."""
+        try:
+            names = await store.names()
+            manifests = await store.read_many(filter(_is_manifest, names), MAX_MANIFEST_BYTES + 1)
+            results = await store.read_many([name for name in names if name.endswith(DRILL_SUFFIX)], MAX_DRILL_BYTES)
+        except BackupError as exc:
+            if store is self.local:
+                raise
+            _log.warning("only the backups in %s are listed: %s", self.local.name, exc)
+            return str(exc)
+        copies: list[tuple[str, Copy]] = []
+        for name, content in manifests.items():
+            id, manifest, problem = name.removesuffix(MANIFEST_SUFFIX), None, None
             try:
-                names = await store.names()
-            except BackupError as exc:
-                if store is self.local:
-                    raise
-                _log.warning("only the backups in %s are listed: %s", self.local.name, exc)
-                errors.append(str(exc))
-                continue
-            for name in filter(_is_manifest, names):
-                copies.setdefault(name.removesuffix(MANIFEST_SUFFIX), []).append((store, names))
-        return copies, errors
-
-    async def _entry(self, id: str, copies: Sequence[tuple[Store, Names]]) -> Entry:
-        manifests, problems = [], []
-        for store, names in copies:
-            try:
-                manifest = await self.read_manifest(store, id)
-                manifests.append(manifest)
+                manifest = self._parse(id, content)
                 _check_presence(store, manifest, names)
             except BackupError as exc:
-                problems.append(str(exc))
-        return Entry(
-            id,
-            tuple(store.name for store, _ in copies),
-            manifests[0] if manifests else None,
-            "; ".join(problems) or None,
-            await self.last_drill(id),
-        )
+                problem = str(exc)
+            copies.append((id, Copy(store, manifest, problem)))
+        drills = {
+            name.removesuffix(DRILL_SUFFIX): drill
+            for name, content in results.items()
+            if isinstance(content, bytes) and (drill := _parse_drill(name, content)) is not None
+        }
+        accepted = {name.removesuffix(ACCEPTED_SUFFIX) for name in names if name.endswith(ACCEPTED_SUFFIX)}
+        return Listing(copies, drills, accepted)
 
-    async def _find_intact(
-        self, id: str, accepts: Callable[[Manifest], bool] = lambda _: True
-    ) -> tuple[Store, Manifest]:
-        """Return the first store that has a backup intact, by names and sizes; `latest` is the newest such full one.
-
-        Raises `BackupError` if there is none.
-        """
-        copies, unreachable = await self._copies()
-        if id != "latest":
-            found, problem = await self._intact_copy(id, copies.get(id, []))
-            if found is None:
-                raise BackupError(problem) if problem else self._not_found(f"backup {id}", unreachable)
-            return found
-        best: tuple[Store, Manifest] | None = None
-        damaged: list[str] = []
-        for candidate in sorted(copies, reverse=True):
-            if best is not None and candidate[:TIMESTAMP_LENGTH] != best[1].id[:TIMESTAMP_LENGTH]:
-                break
-            found, problem = await self._intact_copy(candidate, copies[candidate])
-            if found is None:
-                damaged.append(problem)
-            # Within one second the ids do not tell which is newer.
-            elif found[1].kind == "full" and accepts(found[1]) and (best is None or found[1].made_at > best[1].made_at):
-                best = found
-        if best is None:
-            raise self._not_found("full backup", [*damaged[:1], *unreachable])
+    def _warn_about_newer(self, latest: Entry, entries: Sequence[Entry]) -> None:
+        damaged = [
+            f"{entry.id} ({entry.problem})"
+            for entry in entries
+            if entry.is_own and entry.intact is None and entry.id[:TIMESTAMP_LENGTH] > latest.id[:TIMESTAMP_LENGTH]
+        ]
         if damaged:
-            _log.warning("damaged backups newer than %s are skipped: %s", best[1].id, "; ".join(damaged))
-        return best
+            _log.warning("damaged backups newer than %s are skipped: %s", latest.id, "; ".join(damaged))
 
-    async def _intact_copy(
-        self, id: str, copies: Sequence[tuple[Store, Names]]
-    ) -> tuple[tuple[Store, Manifest] | None, str]:
-        """Return the first store whose manifest is readable and whose archive has the right size, or the problems."""
-        problems: list[str] = []
-        for store, names in copies:
-            try:
-                manifest = await self.read_manifest(store, id)
-                _check_presence(store, manifest, names)
-            except BackupError as exc:
-                problems.append(str(exc))
-            else:
-                return (store, manifest), ""
-        return None, "; ".join(problems)
+    # --- adding
 
-    def _not_found(self, what: str, reasons: Sequence[str] = ()) -> BackupError:
-        places = " or ".join(store.name for store in self.stores)
-        details = f" ({'; '.join(reasons)})" if reasons else ""
-        return BackupError(f"there is no {what} in {places}{details}: list backups with python bot.py backup list")
+    async def order_after(self, moment: datetime) -> datetime:
+        """Return `moment`, or a later time if a backup of this database is already dated so late."""
+        newest = max(
+            (entry.manifest.order[0] for entry in await self.entries() if entry.is_own and entry.manifest is not None),
+            default=moment,
+        )
+        return max(moment, newest + timedelta(milliseconds=1)) if newest >= moment else moment
+
+    async def add(self, unfinished: Path, manifest: Manifest, *, progress: Progress = ignore_progress) -> None:
+        """Add a finished archive to every store: locally first, and its manifest last.
+
+        Raises `UploadFailed` if only the remote store lacks it then, `BackupError` for the local one.
+        """
+        await asyncio.to_thread(self.local.finish, unfinished, manifest.file)
+        await self.local.write(f"{manifest.id}{MANIFEST_SUFFIX}", self._serialize(manifest))
+        await self.delete_plaintext(keep=manifest.id)
+        try:
+            await self._upload(manifest, progress)
+        except BackupError as exc:
+            raise UploadFailed(
+                f"backup {manifest.id} is complete in {self.local.name}, but was not stored remotely: {exc}",
+                backup=manifest.id,
+            ) from exc
+
+    def lacking_remotely(self, entries: Sequence[Entry]) -> list[str]:
+        """Return the ids of those of the backups that the remote store lacks and would keep, oldest first."""
+        remote = self.remote
+        if remote is None:
+            return []
+        there = _intact_in(remote, entries)
+        here = _intact_in(self.local, entries)
+        # A damaged copy there is a reason to upload again; a foreign backup here is not.
+        lacking = {id: manifest for id, manifest in here.items() if id not in there}
+        keep = ids_to_keep([*there.values(), *lacking.values()], RetentionRules.of(self.settings), self.clock())
+        return [one.id for one in sorted(lacking.values(), key=lambda one: one.order) if one.id in keep]
+
+    async def push(self, id: str, *, progress: Progress = ignore_progress) -> None:
+        """Upload a backup that is complete locally. Raises `BackupError`."""
+        if self.remote is None:
+            raise BackupError("there is no remote store: set BACKUP_URL")
+        manifest = await self.read_manifest(self.local, id)
+        _check_presence(self.local, manifest, await self.local.names())
+        await self._upload(manifest, progress)
+
+    async def _upload(self, manifest: Manifest, progress: Progress) -> None:
+        """Upload an archive, read it back, and only then upload its manifest."""
+        remote = self.remote
+        if remote is None:
+            return
+        await remote.upload(self.local.path / manifest.file, manifest.file, progress)
+        stored = await remote.digest(manifest.file, progress)
+        if (stored.size, stored.sha256) != (manifest.size, manifest.sha256):
+            await remote.delete(manifest.file)
+            raise BackupError(
+                f"{remote.name} stored something other than was sent as {manifest.file} ({stored.size:,} bytes, not"
+                f" {manifest.size:,}): it was deleted there; try again"
+            )
+        await remote.write(f"{manifest.id}{MANIFEST_SUFFIX}", self._serialize(manifest))
+
+    def _serialize(self, manifest: Manifest) -> bytes:
+        return manifest.serialize(self.settings.backup_signing_key)
 
     # --- reading archives
 
     @contextlib.asynccontextmanager
     async def open(
-        self, id: str, server_major: int, *, allow_partial: bool = False, progress: Progress = ignore_progress
+        self,
+        id: str,
+        server_major: int,
+        *,
+        from_other: bool = False,
+        allow_partial: bool = False,
+        progress: Progress = ignore_progress,
     ) -> AsyncIterator[Archive]:
-        """Yield a full backup as a local file: downloaded, its checksum verified, decrypted.
+        """Yield a backup as a local file: downloaded, its checksum verified, decrypted.
 
-        `id` may be `latest`. `server_major` is the major version of the server that it is to be restored on. With
-        `allow_partial` it may be of some tables. Raises `BackupError` if the backup does not exist, belongs to another
-        project, is partial or damaged, is encrypted and there is no identity, or was made on a newer major version.
+        Raises `BackupError` if the backup does not exist, belongs to another project, is partial or damaged, is
+        encrypted and there is no identity, or was made on a newer major version.
+
+        Parameters
+        ----------
+        id: may be `latest`.
+        server_major: the major version of the server that it is to be restored on.
+        from_other: whether it may be of another database or application.
+        allow_partial: whether it may have some tables only.
         """
-        store, manifest = await self._find_intact(id)
+        entry = await self.find(id)
+        copy = entry.intact
+        if copy is None or copy.manifest is None:
+            raise BackupError(entry.problem or f"backup {entry.id} is damaged")
+        manifest = copy.manifest
+        if not (entry.is_own or from_other):
+            owner = describe(manifest.application_id, manifest.host, manifest.database)
+            raise BackupError(
+                f"backup {manifest.id} is of {owner}, not of {self.identity}: nothing was changed. To restore it here"
+                " all the same, add --from-other"
+            )
         if manifest.kind == "schema" or (manifest.kind == "tables" and not allow_partial):
             raise BackupError(
                 f"backup {manifest.id} is partial ({manifest.kind}): "
@@ -278,29 +371,36 @@ class BackupCatalog:
             )
         tools = await client_tools.find_directory(server_major)
         async with private_directory(self.settings.data_dir / "opened") as directory:
-            file = await self._plaintext_file(store, manifest, directory, progress)
+            file = await self._plaintext_file(copy.store, manifest, directory, progress)
             made_at, major = manifest.made_at, manifest.major
-            is_partial = manifest.kind != "full"
+            is_partial = manifest.kind == "tables"
             yield Archive(manifest.id, file, tools, made_at, major, manifest.revision, manifest.counts, is_partial)
 
-    async def verify(self, store: Store, id: str, *, progress: Progress = ignore_progress) -> Verification:
+    async def verify(
+        self, store: Store, id: str, *, is_deep: bool = False, progress: Progress = ignore_progress
+    ) -> Verification:
         """Read a backup's archive in one store and compare it with its manifest. Raises `BackupError` if it differs.
 
-        An encrypted one is decrypted too if there is an identity.
+        An encrypted one is decrypted too if there is an identity. With `is_deep` it is decompressed, and all rows are
+        counted.
         """
         manifest = await self.read_manifest(store, id)
         _check_presence(store, manifest, await store.names())
         is_encrypted = manifest.recipient is not None
         identity = self.settings.backup_age_identity_file
         async with private_directory(self.settings.data_dir / "opened") as directory:
-            file = await self._verified_file(store, manifest, directory, progress)
+            file = await verified_file(store, manifest, directory, progress)
             if is_encrypted:
                 if identity is None:
                     return Verification(store.name, manifest.size, is_encrypted, has_read_contents=False)
-                file = await _decrypt(manifest, file, identity, directory, progress)
+                file = await decrypt(manifest, file, identity, directory, progress)
             progress(Step("reading the contents"))
-            await check_contents(manifest, file, await client_tools.find_directory(manifest.major))
-        return Verification(store.name, manifest.size, is_encrypted, has_read_contents=True)
+            tools = await client_tools.find_directory(manifest.major)
+            await check_contents(manifest, file, tools)
+            if is_deep:
+                await check_rows(manifest, file, tools, progress=progress)
+        rows = manifest.total_rows if is_deep else None
+        return Verification(store.name, manifest.size, is_encrypted, has_read_contents=True, rows=rows)
 
     @property
     def keeps_plaintext(self) -> bool:
@@ -328,11 +428,11 @@ class BackupCatalog:
     async def _plaintext_file(self, store: Store, manifest: Manifest, directory: Path, progress: Progress) -> Path:
         """Return the archive as a verified local file that is not encrypted."""
         if manifest.recipient is None:
-            return await self._verified_file(store, manifest, directory, progress)
+            return await verified_file(store, manifest, directory, progress)
         identity = self.settings.backup_age_identity_file
         if identity is not None:
-            file = await self._verified_file(store, manifest, directory, progress)
-            return await _decrypt(manifest, file, identity, directory, progress)
+            file = await verified_file(store, manifest, directory, progress)
+            return await decrypt(manifest, file, identity, directory, progress)
         file = self.plaintext_path(manifest.id)
         try:
             digest = await asyncio.to_thread(pipeline.file_digest, file)
@@ -345,145 +445,141 @@ class BackupCatalog:
             raise BackupError(f"the unencrypted copy of backup {manifest.id} is damaged: use another backup")
         return file
 
-    async def _verified_file(self, store: Store, manifest: Manifest, directory: Path, progress: Progress) -> Path:
-        """Return the archive as it is stored as a local file, after comparing its size and checksum."""
-        progress(Step("verifying", 0, manifest.size, "bytes"))
-        if isinstance(store, Remote):
-            file = directory / "downloaded"
-            digest = await store.download(manifest.file, file, progress)
-        else:
-            file = store.path / manifest.file
-            try:
-                digest = await asyncio.to_thread(pipeline.file_digest, file)
-            except OSError as exc:
-                raise BackupError(f"{file} cannot be read: {exc.strerror}: use another backup") from exc
-        if (digest.size, digest.sha256) != (manifest.size, manifest.sha256):
-            raise BackupError(
-                f"{manifest.file} in {store.name} is damaged: it has {digest.size:,} bytes and SHA-256"
-                f" {digest.sha256[:12]}…, expected {manifest.size:,} and {manifest.sha256[:12]}…: use another backup"
-            )
-        return file
-
     # --- drills
 
     async def last_drill(self, id: str) -> DrillResult | None:
         """Return the result of a backup's last drill; None if there was none, or its file is damaged."""
-        for store in self.stores:
-            try:
-                content = await store.read(f"{id}{DRILL_SUFFIX}", MAX_DRILL_BYTES)
-            except BackupError as exc:
-                if store is self.local:
-                    raise
-                _log.debug("could not read the drill result of backup %s: %s", id, exc)
-                continue
-            if content is not None:
-                try:
-                    return parse_drill_result(content)
-                except ValueError as exc:
-                    _log.warning("the drill result of backup %s is damaged: %s", id, exc)
-                    return None
-        return None
+        return next((entry.drill for entry in await self.entries() if entry.id == id), None)
 
     async def write_drill(self, result: DrillResult) -> None:
-        """Store the result of a drill in every store."""
+        """Store the result of a drill in every store that can be written to."""
+        await self._write_beside(f"{result.backup}{DRILL_SUFFIX}", result.serialize())
+
+    async def _write_beside(self, name: str, content: bytes) -> None:
         for store in self.stores:
             try:
-                await store.write(f"{result.backup}{DRILL_SUFFIX}", result.serialize())
+                await store.write(name, content)
             except BackupError as exc:
-                if store is self.local:
+                if store is self.local and not self._is_elsewhere:
                     raise
-                _log.warning("the drill result of backup %s is stored locally only: %s", result.backup, exc)
+                _log.warning("%s is not stored in %s: %s", name, store.name, exc)
 
     # --- deleting
 
-    async def prune(self, rules: RetentionRules, *, dry_run: bool = False) -> Pruned:
-        """Delete the backups that the rules do not keep, and what interrupted uploads left.
+    async def accept(self, id: str) -> Entry:
+        """Record that a backup may have less than the ones before it, so that retention goes on. Raises `BackupError`.
 
-        Damaged backups are neither counted nor deleted, because somebody should look at them. With `dry_run` nothing is
-        deleted. Raises `BackupError`, and deletes nothing, if a store does not answer.
+        `id` may be `latest`.
         """
-        now = datetime.now(UTC)
+        entry = await self.find(id)
+        if not entry.is_own:
+            raise BackupError(f"backup {entry.id} is not of {self.identity}: nothing was changed")
+        content = orjson.dumps({"backup": entry.id, "at": self.clock().isoformat(timespec="seconds")})
+        await self._write_beside(f"{entry.id}{ACCEPTED_SUFFIX}", content)
+        return entry
+
+    def drops(self, entries: Sequence[Entry]) -> list[Drop]:
+        """Return the backups that have much less than earlier ones, oldest first, without what operators accepted."""
+        intact = [entry.intact.manifest for entry in entries if entry.is_own and entry.intact is not None]
+        accepted = {entry.id for entry in entries if entry.is_accepted}
+        return find_drops([one for one in intact if one is not None], accepted, _is_older)
+
+    def pause(self, entries: Sequence[Entry]) -> Drop | None:
+        """Return why nothing may be deleted now: the newest backup is a drop; None if it is not."""
+        newest = next((entry.id for entry in entries if entry.is_good), None)
+        return next((drop for drop in self.drops(entries) if drop.after.id == newest), None)
+
+    def alerts(self, entries: Sequence[Entry], errors: Sequence[str] = ()) -> list[Alert]:
+        """Return what is wrong with the backups of this database.
+
+        entries, errors: what `scan` returned.
+        """
+        pause = self.pause(entries)
+        alerts = [] if pause is None else [Alert(f"drop after {pause.before.id}", pause.line)]
+        own = [entry for entry in entries if entry.is_own]
+        newest = next((entry for entry in own if entry.is_good), None)
+        for entry in own:
+            if entry.problem is not None and (newest is None or entry.id >= newest.id):
+                alerts.append(Alert(f"damage of {entry.id}", f"backup {entry.id} is damaged: {entry.problem}"))
+            if entry.age < -AHEAD:
+                what = "the clock of the database or of this machine was wrong, or is"
+                alerts.append(Alert(f"date of {entry.id}", f"backup {entry.id} is {entry.age_text}: {what}"))
+        if not errors and (pending := self.lacking_remotely(entries)):
+            what = f"backup {pending[0]} is" if len(pending) == 1 else f"{len(pending)} backups are"
+            alerts.append(
+                Alert("uploads", f"{what} not in the remote store yet: run python bot.py backup push, or wait")
+            )
+        return alerts
+
+    async def prune(self, rules: RetentionRules, *, dry_run: bool = False) -> Pruned:
+        """Delete the backups that the rules do not keep, and what interrupted uploads left, in each store by itself.
+
+        Only backups of this database are deleted. Damaged ones are neither counted nor deleted, because somebody should
+        look at them. Nothing is deleted while the newest backup has much less than the ones before it, and the last one
+        before such a drop is kept. With `dry_run` nothing is deleted. A store that does not answer stays as it is.
+        """
+        now = self.clock()
         entries, errors = await self.scan()
-        if errors:
-            raise BackupError(f"nothing was deleted: {'; '.join(errors)}")
-        intact = {entry.id: entry.manifest for entry in entries if entry.manifest is not None and entry.problem is None}
-        keep = ids_to_keep(intact.values(), rules, now)
-        ids = [entry.id for entry in entries if entry.id in intact and entry.id not in keep]
+        total = sum(entry.is_own for entry in entries)
+        if (pause := self.pause(entries)) is not None:
+            return Pruned([], 0, total, pause, tuple(errors))
+        # The smaller one too: without it nobody could tell that there was a drop.
+        protected = {id for drop in first_drops(self.drops(entries)) for id in (drop.before.id, drop.after.id)}
+        deleted: dict[str, None] = {}
         files = 0
         for store in self.stores:
-            names = await store.names()
+            try:
+                names = await store.names()
+            except BackupError as exc:
+                if store is self.local:
+                    raise
+                errors = errors or [str(exc)]
+                continue
+            copies = _intact_in(store, entries)
+            keep = ids_to_keep(copies.values(), rules, now) | protected
+            ids = [id for id in copies if id not in keep]
             expired = [name for name in names if _belongs_to(name, ids)]
             expired += [name for name in names if _is_orphan(name, names, now)]
             files += len(expired)
+            deleted.update(dict.fromkeys(ids))
             if not dry_run:
                 # The manifest first: without it the backup no longer exists, whatever happens next.
                 for name in sorted(expired, key=lambda name: not name.endswith(MANIFEST_SUFFIX)):
                     await store.delete(name)
-        if not dry_run:
-            for id in ids:
-                await asyncio.to_thread(self.plaintext_path(id).unlink, missing_ok=True)
-        return Pruned(ids, files, len(entries))
+                if store is self.local:
+                    for id in ids:
+                        await asyncio.to_thread(self.plaintext_path(id).unlink, missing_ok=True)
+        return Pruned(list(deleted), files, total, None, tuple(errors))
 
 
-async def check_contents(manifest: Manifest, file: Path, tools: Path, *, timeout: float = CONTENTS_SECONDS) -> None:
-    """List an unencrypted archive with pg_restore, and check that it has the rows that the manifest counts.
-
-    `tools` is the directory of pg_restore. Raises `BackupError`.
-    """
-    contents = await list_contents(file, tools, name=manifest.file, timeout=timeout)
-    tables = {f"{schema}.{name}" for schema, name in _TABLE_DATA.findall(contents)}
-    # Partitions appear under their own names, which start with their table's.
-    missing = [
-        name
-        for name, rows in manifest.rows.items()
-        if rows and not any(table == name or table.startswith(f"{name}_") for table in tables)
-    ]
-    if missing:
-        raise BackupError(f"{manifest.file} has no rows of {', '.join(missing[:5])}, which the manifest counts")
-
-
-@contextlib.asynccontextmanager
-async def private_directory(parent: Path) -> AsyncIterator[Path]:
-    """Yield a new directory in `parent` that only its owner can read, after deleting those of killed processes.
-
-    In threads, because deleting a gigabyte can take a good part of a second. Raises `BackupError`.
-    """
-    directory = _private_directory(parent)
-    path = await asyncio.to_thread(directory.__enter__)
+def _parse_drill(name: str, content: bytes) -> DrillResult | None:
     try:
-        yield path
-    finally:
-        await asyncio.to_thread(directory.__exit__, None, None, None)
+        return parse_drill_result(content)
+    except ValueError as exc:
+        _log.warning("%s is damaged: %s", name, exc)
+        return None
 
 
-@contextlib.contextmanager
-def _private_directory(parent: Path) -> Iterator[Path]:
-    # Decrypted personal data is written there: it must not be left behind.
+def _intact_in(store: Store, entries: Sequence[Entry]) -> dict[str, Manifest]:
+    """Return the backups of this database of which a store has an intact copy."""
+    return {
+        entry.id: copy.manifest
+        for entry in entries
+        if entry.is_own
+        for copy in entry.copies
+        if copy.store is store and copy.problem is None and copy.manifest is not None
+    }
+
+
+def _is_older(first: str | None, second: str | None) -> bool:
+    """Whether a revision is older than another one; False if one of them is not known."""
+    if first == second or first is None or second is None:
+        return False
     try:
-        parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for leftover in parent.iterdir():
-            with contextlib.suppress(OSError), (leftover / "lock").open("wb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its owner is alive
-                shutil.rmtree(leftover, ignore_errors=True)
-        path = Path(tempfile.mkdtemp(dir=parent))
-    except OSError as exc:
-        raise BackupError(f"{parent} cannot be used: {exc.strerror}: choose another DATA_DIR") from exc
-    try:
-        with (path / "lock").open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-async def _decrypt(manifest: Manifest, file: Path, identity: Path, directory: Path, progress: Progress) -> Path:
-    """Decrypt an archive into a directory and return the new file. Raises `BackupError` if it is damaged."""
-    out = directory / "decrypted"
-    command = pipeline.Command(encryption.decrypt_command(identity), dict(os.environ))
-    [digest] = await pipeline.run([command], out, source=file, progress=progress, what="decrypting")
-    if digest.sha256 != manifest.plain_sha256:
-        raise BackupError(f"{manifest.file} is damaged: it does not decrypt to what was encrypted")
-    return out
+        known = Revisions()
+        return bool(set(second.split(", ")) & set(known.pending(first.split(", "))))
+    except MigrationError:
+        return False
 
 
 def _check_presence(store: Store, manifest: Manifest, names: Names) -> None:
@@ -495,11 +591,6 @@ def _check_presence(store: Store, manifest: Manifest, names: Names) -> None:
         raise BackupError(
             f"{manifest.file} in {store.name} is damaged: it has {size:,} bytes, expected {manifest.size:,}"
         )
-
-
-def _age_key(entry: Entry) -> tuple[str, str, str]:
-    """Sort key by age. Ids tell the second only, and an unreadable manifest tells nothing."""
-    return entry.id[:TIMESTAMP_LENGTH], entry.manifest.created_at if entry.manifest else "", entry.id
 
 
 def _is_manifest(name: str) -> bool:
@@ -515,6 +606,6 @@ def _is_orphan(name: str, names: Names, now: datetime) -> bool:
     id, _, suffix = name.partition(".")
     if not ID.fullmatch(id) or f"{id}{MANIFEST_SUFFIX}" in names:
         return False
-    if f".{suffix}" not in (ARCHIVE_SUFFIX, ENCRYPTED_SUFFIX, DRILL_SUFFIX):
+    if f".{suffix}" not in (ARCHIVE_SUFFIX, ENCRYPTED_SUFFIX, DRILL_SUFFIX, ACCEPTED_SUFFIX):
         return False
     return now - created_at(id) > timedelta(hours=ORPHAN_HOURS)

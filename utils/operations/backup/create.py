@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ import asyncpg
 from utils.database import ConnectTarget, Pool, ownership
 from utils.database.placement import Placement
 from utils.database.sessions import ATTEMPT_SECONDS
-from utils.exceptions import BackupError, GuildbookError, translate_errors
-from utils.operations.action import Progress, Step, ignore_progress
+from utils.exceptions import BackupError, GuildbookError, NothingToBackUp, UploadFailed, translate_errors
+from utils.operations.action import Progress, ignore_progress
 from utils.operations.backup import client_tools, encryption
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.manifest import (
     ARCHIVE_SUFFIX,
     ENCRYPTED_SUFFIX,
-    MANIFEST_SUFFIX,
+    VERSION_TABLES,
     Kind,
     Manifest,
     Reason,
@@ -41,7 +41,6 @@ from utils.operations.backup.objects import (
 )
 from utils.operations.backup.pipeline import Command, Digest, run
 from utils.operations.backup.scratch import Connection, connect
-from utils.operations.backup.store import Remote
 from utils.service import application
 
 _log = logging.getLogger(__name__)
@@ -95,19 +94,20 @@ async def create(
     """Back up the database into every store of the catalog, and return the manifest.
 
     `lock_seconds` is how long pg_dump waits for a locked table. Raises `BackupError`. A failed or cancelled backup
-    leaves nothing behind, unless only the upload failed: then the local copy stays.
+    leaves nothing behind, unless only the upload failed (`UploadFailed`): then the local copy stays.
     """
     direct = pool.direct
     if direct.pooled:
         raise BackupError(f"{direct} is a pooler, and pg_dump needs a direct connection: set DATABASE_UNPOOLED_URL")
     started = time.monotonic()
+    catalog = await catalog.serving(pool)
     local, recipient = catalog.local, catalog.settings.backup_age_recipient
     tools = await client_tools.find_directory(pool.server_version_num // 10_000)
     try:
         await asyncio.to_thread(local.prepare)
     except OSError as exc:
         raise BackupError(f"{local.name} cannot be written to: {exc.strerror}") from exc
-    id = new_id()
+    id = new_id(catalog.clock())
     name = id + (ENCRYPTED_SUFFIX if recipient else ARCHIVE_SUFFIX)
     plaintext = catalog.plaintext_path(id)
     with contextlib.ExitStack() as stack:
@@ -136,10 +136,12 @@ async def create(
                 if isinstance(exc, BackupError) and (holders := await _lock_holders(direct, tables)):
                     raise BackupError(f"{exc}. {'; '.join(holders)}: end that session, or try again later") from exc
                 raise
+        kind = request.kind
+        made_at = snapshot.facts["at"].astimezone(UTC)
         manifest = Manifest(
             id=id,
-            created_at=snapshot.facts["at"].astimezone(UTC).isoformat(timespec="milliseconds"),
-            kind=request.kind,
+            created_at=made_at.isoformat(timespec="milliseconds"),
+            kind=kind,
             reason=request.reason,
             file=name,
             size=digests[-1].size,
@@ -155,19 +157,23 @@ async def create(
             seconds=round(time.monotonic() - started, 2),
             application_id=snapshot.application_id,
             host=direct.location,
+            ordered_at=(await catalog.order_after(made_at)).isoformat(timespec="milliseconds"),
         )
-        await asyncio.to_thread(local.finish, unfinished, name)
-        await local.write(f"{id}{MANIFEST_SUFFIX}", manifest.serialize())
-    await catalog.delete_plaintext(keep=id)
-    if catalog.remote is not None:
+        if kind == "full" and not manifest.data_rows:
+            if request.reason == "scheduled":
+                await asyncio.to_thread(plaintext.unlink, missing_ok=True)
+                raise NothingToBackUp(
+                    f"the database {manifest.database} has no rows: it was not backed up, because no empty backup may"
+                    " replace the others"
+                )
+            manifest = replace(manifest, kind="empty")
         try:
-            await _upload(catalog.remote, local.path / name, manifest, progress)
-        except BackupError as exc:
-            message = f"backup {id} is complete in {local.name}, but was not stored remotely: {exc}"
+            await catalog.add(unfinished, manifest, progress=progress)
+        except UploadFailed as exc:
             # A safety copy serves to undo what follows, for which the local copy is enough.
             if not manifest.is_safety_copy:
-                raise BackupError(message) from exc
-            _log.warning("%s", message)
+                raise
+            _log.warning("%s", exc)
     return manifest
 
 
@@ -248,14 +254,27 @@ async def _list_relations(snapshot: _Snapshot, tables: Sequence[OwnTable], reque
 
 
 async def _count_rows(connection: Connection, tables: Sequence[OwnTable]) -> dict[str, int]:
-    rows = {}
+    rows: dict[str, int] = {}
     for table in tables:
         query = "SELECT count(*) FROM " + table.quoted  # noqa: S608 - quoted by the server
         rows[f"{table.schema}.{table.name}"] = await connection.fetchval(query, timeout=COUNT_SECONDS)
     return dict(sorted(rows.items()))
 
 
-# --- dumping and uploading
+async def count_live_rows(pool: Pool) -> int:
+    """Return the number of rows that a backup made now would have, as in `Manifest.data_rows`.
+
+    Raises `DatabaseError`.
+    """
+    schemas = pool.placement
+    async with connect(pool.direct) as connection:
+        with translate_errors("counting rows"):
+            tables = await find_tables(connection, owned_names(schemas))
+            data = [one for one in tables if one.schema != schemas.ops and one.name not in VERSION_TABLES]
+            return sum((await _count_rows(connection, data)).values())
+
+
+# --- dumping
 
 
 def _dump_command(
@@ -315,17 +334,3 @@ async def _lock_holders(target: ConnectTarget, tables: Sequence[OwnTable]) -> li
     except GuildbookError as exc:
         _log.debug("could not look for locks: %s", exc)
         return []
-
-
-async def _upload(remote: Remote, path: Path, manifest: Manifest, progress: Progress) -> None:
-    """Upload the archive, read it back, and only then upload its manifest."""
-    progress(Step(f"uploading to {remote.name}"))
-    await remote.upload(path, manifest.file)
-    stored = await remote.digest(manifest.file, progress)
-    if (stored.size, stored.sha256) != (manifest.size, manifest.sha256):
-        await remote.delete(manifest.file)
-        raise BackupError(
-            f"{remote.name} stored something other than was sent as {manifest.file} ({stored.size:,} bytes, expected"
-            f" {manifest.size:,}): it was deleted there; try again"
-        )
-    await remote.write(f"{manifest.id}{MANIFEST_SUFFIX}", manifest.serialize())

@@ -53,7 +53,8 @@ async def drill(
     Raises `BackupError` if the backup cannot be opened, or there is no place to restore it.
     """
     progress(Step("checking the backup"))
-    async with catalog.open(id, pool.server_version_num // 10_000, progress=progress) as archive:
+    catalog = await catalog.serving(pool)
+    async with catalog.open(id, pool.server_version_num // 10_000, from_other=True, progress=progress) as archive:
         result = await rehearse(pool, archive, progress=progress)
     await catalog.write_drill(result)
     return Outcome("\n".join(result.lines()), asdict(result), ok=result.ok)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import re
 import secrets
@@ -11,9 +12,11 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 import orjson
-from pydantic import TypeAdapter, ValidationError
+from pydantic import SecretStr, TypeAdapter, ValidationError
 
+from utils.database.ownership import FORMER_VERSION_TABLE, VERSION_TABLE
 from utils.exceptions import BackupError
+from utils.operations.backup.objects import placement_of_backup
 from utils.text import format_bytes
 
 #: The project that a backup belongs to; any other is refused.
@@ -25,10 +28,13 @@ ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}")
 #: Length of the part of an id that is the second of creation.
 TIMESTAMP_LENGTH = len("20260102T030405Z")
 ARCHIVE_SUFFIX, ENCRYPTED_SUFFIX, MANIFEST_SUFFIX, DRILL_SUFFIX = ".dump", ".dump.age", ".json", ".drill.json"
+#: Beside a backup that an operator has accepted although it has much less than the ones before it.
+ACCEPTED_SUFFIX = ".accepted.json"
 #: Largest manifest and largest drill result in bytes. A larger file is something else and is not read.
 MAX_MANIFEST_BYTES, MAX_DRILL_BYTES = 4_000_000, 1_000_000
 
-Kind = Literal["full", "tables", "schema"]
+#: `empty` is a full one of a database without rows, which replaces no other.
+Kind = Literal["full", "tables", "schema", "empty"]
 #: Why a backup was made.
 Reason = Literal["manual", "scheduled", "before restore", "before downgrade", "before upgrade", "before reset"]
 #: The reasons of safety copies, which are made automatically before a dangerous operation.
@@ -42,7 +48,6 @@ class Manifest:
     id: str
     #: When the snapshot was taken: ISO 8601, UTC.
     created_at: str
-    #: Only a full backup can replace the database.
     kind: Kind
     reason: Reason
     #: Name of the archive, in the same store as the manifest.
@@ -68,6 +73,9 @@ class Manifest:
     #: no database matches.
     application_id: int | None = None
     host: str | None = None
+    #: `created_at`, or later than every backup of the database that was known, so that a clock that was set back does
+    #: not make a new backup the older one; None: made by 0.1.0, which went by `created_at`.
+    ordered_at: str | None = None
     project: str = PROJECT
     format: int = FORMAT
 
@@ -75,6 +83,11 @@ class Manifest:
     def made_at(self) -> datetime:
         """When the snapshot was taken."""
         return datetime.fromisoformat(self.created_at)
+
+    @property
+    def order(self) -> tuple[datetime, datetime, str]:
+        """Sort key: which of two backups is the newer one."""
+        return datetime.fromisoformat(self.ordered_at or self.created_at), self.made_at, self.id
 
     @property
     def major(self) -> int:
@@ -85,6 +98,17 @@ class Manifest:
     def total_rows(self) -> int:
         """Number of rows in all tables."""
         return sum(self.rows.values())
+
+    @property
+    def guilds(self) -> int:
+        """Number of rows in the table of guilds."""
+        return self.counts.get((placement_of_backup(self.counts).main, "guilds"), 0)
+
+    @property
+    def data_rows(self) -> int:
+        """Number of rows in all tables but those that say what Guildbook itself did."""
+        ops = placement_of_backup(self.counts).ops
+        return sum(rows for (schema, name), rows in self.counts.items() if schema != ops and name not in VERSION_TABLES)
 
     @property
     def counts(self) -> dict[tuple[str, str], int]:
@@ -100,27 +124,33 @@ class Manifest:
     @property
     def line(self) -> str:
         """A one-line summary for people."""
-        scope = {"full": "", "tables": ", some tables only", "schema": ", without rows"}[self.kind]
+        some = f", some tables only: {', '.join(sorted(name for _, name in self.counts))}"
+        scope = {"full": "", "tables": some, "schema": ", without rows", "empty": ", EMPTY"}[self.kind]
         encrypted = ", encrypted" if self.recipient else ""
         return (
             f"{self.id}: {format_bytes(self.size)}, {self.total_rows:,} rows in {len(self.rows)} tables, PostgreSQL"
             f" {self.server.split()[0]}, schema {self.revision or 'none'}, {self.reason}{scope}{encrypted}"
         )
 
-    def serialize(self) -> bytes:
-        """Return the content of the manifest file: JSON with a checksum ("seal") over all fields."""
+    def serialize(self, signing_key: SecretStr | None = None) -> bytes:
+        """Return the content of the manifest file: JSON with a checksum ("seal") over all fields, signed with a key."""
         content = asdict(self)
-        return orjson.dumps(content | {"seal": checksum_of(content)}, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
+        sealed = content | {"seal": checksum_of(content)}
+        if signing_key is not None:
+            sealed["signature"] = signature_of(content, signing_key)
+        return orjson.dumps(sealed, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
 
 
 _FIELD_TYPES = TypeAdapter(Manifest)
 #: Fields that a manifest must have. Backups of 0.1.0 do not say what they are of.
-_REQUIRED = {one.name for one in fields(Manifest)} - {"application_id", "host"}
+_REQUIRED = {one.name for one in fields(Manifest)} - {"application_id", "host", "ordered_at"}
+#: The tables of the revision, the former one included.
+VERSION_TABLES = (VERSION_TABLE, FORMER_VERSION_TABLE)
 
 
-def new_id() -> str:
+def new_id(now: datetime) -> str:
     """Return the id of a backup that starts now."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+    return f"{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
 
 
 def created_at(id: str) -> datetime:
@@ -128,11 +158,14 @@ def created_at(id: str) -> datetime:
     return datetime.strptime(id[:TIMESTAMP_LENGTH], "%Y%m%dT%H%M%S%z")
 
 
-def parse_manifest(content: bytes, name: str) -> Manifest:
-    """Return the manifest in a file called `name`. Raises `BackupError` if it is damaged or not one of ours."""
+def parse_manifest(content: bytes, name: str, signing_key: SecretStr | None = None) -> Manifest:
+    """Return the manifest in a file called `name`.
+
+    Raises `BackupError` if it is damaged or not one of ours, or, with a `signing_key`, not signed with that.
+    """
     try:
         values = orjson.loads(content)
-        stored_checksum = values.pop("seal")
+        stored_checksum, signature = values.pop("seal"), values.pop("signature", None)
         project, version = values["project"], values["format"]
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
         raise BackupError(f"{name} is damaged: not the manifest of a backup ({type(exc).__name__})") from None
@@ -146,10 +179,12 @@ def parse_manifest(content: bytes, name: str) -> Manifest:
         )
     if stored_checksum != checksum_of(values):
         raise BackupError(f"{name} is damaged: its content does not match its checksum")
+    if signing_key is not None:
+        _check_signature(values, signature, signing_key, name)
     try:
         manifest = Manifest(**values)
         _FIELD_TYPES.validate_json(orjson.dumps(values), strict=True)
-        made_at, _ = manifest.made_at, manifest.major
+        made_at, (ordered_at, *_), _ = manifest.made_at, manifest.order, manifest.major
     except ValidationError as exc:
         first = exc.errors()[0]
         raise BackupError(f"{name} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -158,8 +193,11 @@ def parse_manifest(content: bytes, name: str) -> Manifest:
     # Defaults must not fill gaps: without `rows`, a restore would count nothing.
     if missing := _REQUIRED - values.keys():
         raise BackupError(f"{name} is damaged: it lacks {', '.join(sorted(missing))}")
-    if made_at.tzinfo is None:
-        raise BackupError(f"{name} is damaged: created_at has no time zone: {manifest.created_at}")
+    if made_at.tzinfo is None or ordered_at.tzinfo is None:
+        raise BackupError(f"{name} is damaged: a time has no time zone: {manifest.created_at}, {manifest.ordered_at}")
+    tables = {table for _, table in manifest.counts}
+    if (manifest.kind in ("full", "empty") and "guilds" not in tables) or (manifest.kind == "tables" and not tables):
+        raise BackupError(f"{name} counts no rows of Guildbook's tables, so that nothing could be checked: not usable")
     if f"{manifest.id}{MANIFEST_SUFFIX}" != name:
         raise BackupError(f"{name} holds the manifest of backup {manifest.id}: the files were swapped")
     if manifest.file not in (manifest.id + ARCHIVE_SUFFIX, manifest.id + ENCRYPTED_SUFFIX):
@@ -169,7 +207,29 @@ def parse_manifest(content: bytes, name: str) -> Manifest:
 
 def checksum_of(content: dict[str, Any]) -> str:
     """Return the SHA-256 of a manifest's fields; it reveals damage, not forgery."""
-    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    return hashlib.sha256(_canonical(content)).hexdigest()
+
+
+def signature_of(content: dict[str, Any], key: SecretStr) -> str:
+    """Return the HMAC-SHA256 of a manifest's fields, which nobody can make without the key."""
+    return hmac.new(key.get_secret_value().encode(), _canonical(content), hashlib.sha256).hexdigest()
+
+
+def _check_signature(content: dict[str, Any], signature: object, key: SecretStr, name: str) -> None:
+    if signature is None:
+        raise BackupError(
+            f"{name} is not signed, and BACKUP_SIGNING_KEY is set: if you know who made it, unset the key to use it"
+        )
+    expected = signature_of(content, key)
+    if not isinstance(signature, str) or not hmac.compare_digest(signature.encode(), expected.encode()):
+        raise BackupError(
+            f"{name} is not signed with BACKUP_SIGNING_KEY: somebody without the key has written it, or the key has"
+            " changed"
+        )
+
+
+def _canonical(content: dict[str, Any]) -> bytes:
+    return orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
 
 
 @dataclass(frozen=True, slots=True)

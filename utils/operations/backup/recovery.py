@@ -68,6 +68,8 @@ class Hold:
     backup: Manifest | None
     #: Why no backup is known, if there may be one.
     problem: str = ""
+    #: Whether the backup is known to be of the application of the token.
+    is_of_application: bool = False
 
     @property
     def advice(self) -> str:
@@ -151,8 +153,8 @@ async def suggest_restore(pool: Pool, catalog: BackupCatalog) -> str | None:
     assessment = await assess(pool)
     if assessment.is_fine:
         return None
-    newest = await catalog.newest()
-    if newest is None or not newest.total_rows:
+    newest = await (await catalog.serving(pool)).newest()
+    if newest is None:
         return None
     return (
         f"the database is {assessment.state} ({assessment.reason}), and there is backup {newest.id} of"
@@ -186,19 +188,24 @@ async def find_hold(
     """
     name: str = await pool.fetchval("SELECT current_database()")
     host = pool.direct.location
-
-    guilds = f"{pool.placement.main}.guilds"
-
-    def is_of_this_database(backup: Manifest) -> bool:
-        return (backup.host, backup.database) == (host, name) and backup.rows.get(guilds, 0) > 0
-
-    found = await catalog.newest(is_of_this_database)
-    if found is not None and (application_id := await fetch_application()) is not None:
-        found = await catalog.newest(lambda it: is_of_this_database(it) and it.application_id == application_id)
-    if found is not None or loss.state == "damaged":
-        return Hold(loss.state, loss.reason, found)
-    if problems := (await catalog.scan())[1]:
-        return Hold(loss.state, loss.reason, None, problem=f"backups cannot be listed: {problems[0]}")
+    entries, errors = await catalog.scan()
+    # Whatever the lost database said about its application: the token decides.
+    candidates = [
+        entry.manifest
+        for entry in entries
+        if entry.is_restorable
+        and entry.manifest is not None
+        and (entry.manifest.host, entry.manifest.database) == (host, name)
+        and entry.manifest.guilds
+    ]
+    application_id = await fetch_application() if candidates else None
+    if application_id is not None:
+        candidates = [one for one in candidates if one.application_id == application_id]
+    if candidates or loss.state == "damaged":
+        backup = candidates[0] if candidates else None
+        return Hold(loss.state, loss.reason, backup, is_of_application=bool(backup and application_id))
+    if errors:
+        return Hold(loss.state, loss.reason, None, problem=f"backups cannot be listed: {errors[0]}")
     return None
 
 

@@ -35,6 +35,7 @@ async def restore(
     documents_of: int | None = None,
     whole_database: bool = False,
     drop_old: bool = False,
+    from_other: bool = False,
     progress: Progress = ignore_progress,
     after: After = None,
 ) -> Outcome:
@@ -43,7 +44,7 @@ async def restore(
     With `tables`, only theirs; of a partial backup, those of all tables that it has. With `documents_of`, only the
     documents of that guild (0: of none), for which a running bot need not start over. With `whole_database` the live
     database is replaced instead, and everything in it is lost that is not Guildbook's; `drop_old` then drops it at
-    once, unless it could not be backed up.
+    once, unless it could not be backed up. A backup of another database or application is refused unless `from_other`.
 
     `after` is awaited once the restored rows are live, and should reconcile everything in a new session with Discord,
     because only that sends all threads. Without it, the holder of the lease loses it: a bot that is running starts
@@ -55,7 +56,10 @@ async def restore(
         raise BackupError("the whole database cannot be replaced by a part of a backup: choose one of the two")
     progress(Step("checking the backup"))
     major = pool.server_version_num // 10_000
-    async with catalog.open(id, major, allow_partial=not whole_database, progress=progress) as archive:
+    catalog = await catalog.serving(pool)
+    async with catalog.open(
+        id, major, from_other=from_other, allow_partial=not whole_database, progress=progress
+    ) as archive:
         missing_revisions(archive)
         selection = select(archive, tables, documents_of)
         assessment = await recovery.assess(pool)

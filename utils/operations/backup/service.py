@@ -1,32 +1,41 @@
-"""What operators do with backups: create, list, verify, restore, drill, prune. Each returns an `Outcome`."""
+"""What operators do with backups: create, list, verify, restore, drill, push, accept and prune them."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from utils.database import Pool
+from utils.exceptions import BackupError, DatabaseError
 from utils.operations.action import Outcome, Progress, ignore_progress
-from utils.operations.backup.catalog import BackupCatalog, Entry
-from utils.operations.backup.create import BackupRequest, create
+from utils.operations.backup.catalog import BackupCatalog, Pruned
+from utils.operations.backup.create import BackupRequest, count_live_rows, create
 from utils.operations.backup.drill import drill
+from utils.operations.backup.entries import Entry
 from utils.operations.backup.manifest import Reason
 from utils.operations.backup.restore import restore
 from utils.operations.backup.retention import RetentionRules
 from utils.operations.backup.whole_database import find_losses
 from utils.settings import Settings
+from utils.text import format_count
 
 #: Backups listed for people; `--json` has all.
 MAX_LINES = 15
 
 
 class BackupService:
-    """The operators' actions on the backups of one bot. All of them raise `BackupError`."""
+    """The operators' actions on the backups of one bot. All of them raise `BackupError`.
 
-    def __init__(self, settings: Settings, *, catalog: BackupCatalog | None = None) -> None:
+    `directory` replaces the stores of the settings, and is only read.
+    """
+
+    def __init__(
+        self, settings: Settings, *, catalog: BackupCatalog | None = None, directory: Path | None = None
+    ) -> None:
         self._settings = settings
-        self.catalog: BackupCatalog = BackupCatalog(settings) if catalog is None else catalog
+        self.catalog: BackupCatalog = BackupCatalog(settings, directory=directory) if catalog is None else catalog
 
     async def create(
         self,
@@ -45,21 +54,21 @@ class BackupService:
         )
 
     async def list(self) -> Outcome:
-        """List the backups, newest first; not ok if a store did not answer."""
+        """List the backups, newest first, and what is wrong with them; not ok if a store did not answer."""
         entries, errors = await self.catalog.scan()
         lines = [entry.line for entry in entries[:MAX_LINES]] or ["there are no backups yet"]
         if len(entries) > MAX_LINES:
-            lines.append(f"and {len(entries) - MAX_LINES} older ones")
-        data = {"backups": [_entry_data(entry) for entry in entries], "problems": errors}
-        return Outcome("\n".join([*lines, *errors]), data, ok=not errors)
+            lines.append(f"and {format_count(len(entries) - MAX_LINES, 'older one')}")
+        alerts = [alert.text for alert in self.catalog.alerts(entries, errors)]
+        data = {"backups": [_entry_data(entry) for entry in entries], "problems": errors, "alerts": alerts}
+        return Outcome("\n".join([*lines, *alerts, *errors]), data, ok=not errors)
 
-    async def verify(self, id: str, *, progress: Progress = ignore_progress) -> Outcome:
-        """Verify a backup in every store that has it."""
+    async def verify(self, id: str, *, is_deep: bool = False, progress: Progress = ignore_progress) -> Outcome:
+        """Verify a backup in every store that has it; with `is_deep`, decompress it and count its rows."""
         entry = await self.catalog.find(id)
         checks = [
-            str(await self.catalog.verify(store, entry.id, progress=progress))
-            for store in self.catalog.stores
-            if store.name in entry.places
+            str(await self.catalog.verify(copy.store, entry.id, is_deep=is_deep, progress=progress))
+            for copy in entry.copies
         ]
         return Outcome("\n".join([f"backup {entry.id} is intact", *checks]), {"id": entry.id, "checks": checks})
 
@@ -70,35 +79,113 @@ class BackupService:
         *,
         whole_database: bool = False,
         drop_old: bool = False,
+        from_other: bool = False,
+        tables: Sequence[str] = (),
+        documents_of: int | None = None,
         progress: Progress = ignore_progress,
         after: Callable[[], Awaitable[None]] | None = None,
     ) -> Outcome:
         """Replace the rows of our tables by those of a backup; see `utils.operations.backup.restore`."""
         return await restore(
-            pool, self.catalog, id, whole_database=whole_database, drop_old=drop_old, progress=progress, after=after
+            pool,
+            self.catalog,
+            id,
+            whole_database=whole_database,
+            drop_old=drop_old,
+            from_other=from_other,
+            tables=tables,
+            documents_of=documents_of,
+            progress=progress,
+            after=after,
         )
+
+    async def describe_restore(self, pool: Pool, id: str) -> tuple[Entry, str]:
+        """Return the backup with an id, and what restoring it would mean: which one, how old, and the rows to now."""
+        catalog = await self.catalog.serving(pool)
+        entry = await catalog.find(id)
+        assert entry.manifest is not None, "found ones have one"
+        try:
+            now = await count_live_rows(pool)
+        except DatabaseError as exc:
+            difference = f"the rows of the database cannot be counted: {exc}"
+        else:
+            difference = _describe_difference(entry.manifest.data_rows, now)
+        return entry, f"{entry.line}; {difference}"
 
     async def find_losses(self, pool: Pool, id: str) -> Sequence[str]:
         """Return what a restore of the whole database would lose, one line each."""
-        entry = await self.catalog.find(id)
+        entry = await (await self.catalog.serving(pool)).find(id)
         return await find_losses(pool, [] if entry.manifest is None else list(entry.manifest.counts))
 
     async def drill(self, pool: Pool, id: str = "latest", *, progress: Progress = ignore_progress) -> Outcome:
         """Restore a backup next to the live database and compare; see `utils.operations.backup.drill`."""
         return await drill(pool, self.catalog, id, progress=progress)
 
+    async def push(self, id: str | None = None, *, progress: Progress = ignore_progress) -> Outcome:
+        """Upload a backup, or all that the remote store lacks and would keep."""
+        if self.catalog.remote is None:
+            raise BackupError("there is no remote store to upload to: set BACKUP_URL")
+        if id is None:
+            entries, errors = await self.catalog.scan()
+            if errors:
+                raise BackupError(errors[0])
+            ids = self.catalog.lacking_remotely(entries)
+        else:
+            ids = [(await self.catalog.find(id)).id]
+        for one in ids:
+            await self.catalog.push(one, progress=progress)
+        text = f"uploaded to {self.catalog.remote.name}: {', '.join(ids)}" if ids else "nothing to upload"
+        return Outcome(text, {"uploaded": ids})
+
+    async def accept(self, id: str = "latest") -> Outcome:
+        """Let retention go on after a backup that has much less than the ones before it."""
+        entry = await self.catalog.accept(id)
+        return Outcome(f"backup {entry.id} is accepted: retention goes on", {"accepted": entry.id})
+
     async def prune(self, *, dry_run: bool = False) -> Outcome:
-        """Delete the backups that the settings do not keep, and the remains of interrupted uploads."""
+        """Delete the backups that the settings do not keep, and the remains of interrupted uploads.
+
+        Not ok if nothing may be deleted now, or a store did not answer.
+        """
         pruned = await self.catalog.prune(RetentionRules.of(self._settings), dry_run=dry_run)
-        verb = "would be deleted" if dry_run else "deleted"
-        lines = [f"{len(pruned.ids)} of {pruned.total} backups {verb}, {pruned.files} files", *pruned.ids[:MAX_LINES]]
-        return Outcome("\n".join(lines), {"deleted": pruned.ids, "files": pruned.files, "dry_run": dry_run})
+        data = {
+            "deleted": pruned.ids,
+            "files": pruned.files,
+            "dry_run": dry_run,
+            "paused": None if pruned.pause is None else pruned.pause.line,
+            "problems": list(pruned.errors),
+        }
+        return Outcome("\n".join(_describe_pruned(pruned, dry_run)), data, ok=not (pruned.errors or pruned.pause))
+
+
+def _describe_pruned(pruned: Pruned, dry_run: bool) -> list[str]:
+    if pruned.pause is not None:
+        return [f"retention is paused: {pruned.pause.line}", *pruned.errors]
+    verb = "would be deleted" if dry_run else "deleted"
+    lines = [
+        f"{len(pruned.ids)} of {format_count(pruned.total, 'backup')} {verb}, {format_count(pruned.files, 'file')}",
+        *pruned.ids[:MAX_LINES],
+    ]
+    if len(pruned.ids) > MAX_LINES:
+        lines.append(f"and {len(pruned.ids) - MAX_LINES} more")
+    return [*lines, *pruned.errors]
+
+
+def _describe_difference(rows: int, now: int) -> str:
+    """Return how the rows of a backup compare with those that are live, for people."""
+    if rows == now:
+        return f"the database has {now:,} rows, as many as the backup"
+    return f"the database has {now:,} rows, {abs(now - rows):,} {'more' if now > rows else 'fewer'} than the backup"
 
 
 def _entry_data(entry: Entry) -> dict[str, Any]:
     data = {
         "id": entry.id,
         "places": entry.places,
+        "age_seconds": round(entry.age.total_seconds()),
+        "is_own": entry.is_own,
+        "is_complete": entry.problem is None,
+        "is_accepted": entry.is_accepted,
         "problem": entry.problem,
         "drill": entry.drill.line if entry.drill else None,
     }

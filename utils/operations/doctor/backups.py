@@ -7,12 +7,13 @@ import contextlib
 import os
 import secrets
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 from utils.exceptions import BackupError, DatabaseError
 from utils.operations.backup import encryption, pipeline, recovery
-from utils.operations.backup.catalog import BackupCatalog, Entry
+from utils.operations.backup.catalog import BackupCatalog
+from utils.operations.backup.entries import Entry
 from utils.operations.backup.manifest import Manifest
 from utils.operations.doctor.configuration import is_on_railway, names_in_file
 from utils.operations.doctor.context import DoctorContext
@@ -67,15 +68,18 @@ async def check_backups(context: DoctorContext) -> Sequence[Finding]:
     catalog = context.catalog()
     with contextlib.suppress(DatabaseError, CheckSkipped):  # other checks report them
         pool = await context.pool()
+        catalog = await catalog.serving(pool)
         loss = await recovery.find_loss(pool)
         hold = None if loss is None else await recovery.find_hold(pool, catalog, loss, _unknown)
         if hold is not None:
             return [Finding("fail", "backups", hold.line.removesuffix(f"; {hold.advice}"), hold.advice)]
     entries, errors = await catalog.scan()
     findings = [Finding("warn", "backups", f"only the others are checked: {error}"[:300]) for error in errors]
+    findings += [Finding("fail", "backups", alert.text[:300]) for alert in catalog.alerts(entries, errors)]
     every = context.settings.backup_every
     advice = "run python bot.py backup create" + ("" if every else ", or schedule backups with BACKUP_EVERY=1d")
-    newest = next((entry for entry in entries if entry.manifest is None or entry.manifest.kind == "full"), None)
+    own = [entry for entry in entries if entry.is_own]
+    newest = next((entry for entry in own if entry.manifest is None or entry.manifest.kind == "full"), None)
     if newest is None:
         return [*findings, Finding("warn", "backups", "there is no full backup", advice)]
     damage = newest.problem
@@ -84,8 +88,8 @@ async def check_backups(context: DoctorContext) -> Sequence[Finding]:
         damage, checked = await _check_archive(catalog, newest)
     if damage is not None or newest.manifest is None:
         return [*findings, Finding("fail", "backups", f"the newest, {newest.id}, is damaged: {damage}"[:300], advice)]
-    age = datetime.now(UTC) - newest.manifest.made_at
-    seen = f"the newest, {newest.id}, is {age / timedelta(hours=1):,.0f} hours old; {checked}"
+    age = newest.age
+    seen = f"the newest, {newest.id}, is {newest.age_text}; {checked}"
     max_age = timedelta(seconds=2 * every) if every else MAX_BACKUP_AGE
     return [*findings, Finding("warn", "backups", seen, advice) if age > max_age else Finding("ok", "backups", seen)]
 
