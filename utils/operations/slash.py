@@ -18,6 +18,7 @@ from utils.cache import SingleFlight
 from utils.exceptions import GuildbookError, NotConfirmed
 from utils.logs import RateLimit, log_once, redact
 from utils.operations.action import Outcome, Step, record_action
+from utils.service import metrics
 from utils.tasks import cancel_and_wait
 from utils.text import format_count
 
@@ -156,7 +157,8 @@ class Refusals:
         self._reporting: asyncio.Task[None] | None = None
 
     def admits(self, user_id: int) -> bool:
-        """Return whether to log and record one more refusal; otherwise count it, and log the count later."""
+        """Count one more refusal, and return whether to log and record it; otherwise the number is logged later."""
+        metrics.refused_commands.inc()
         if self._minute.admits(user_id) and self._day.admits():
             return True
         self.left_out += 1

@@ -70,6 +70,9 @@ backup_upload_pending = Gauge(
 )
 drill_time = Gauge("guildbook_drill_timestamp_seconds", "When the last drill finished.", registry=registry)
 drill_ok = Gauge("guildbook_drill_ok", "Whether the last drill restored its backup completely.", registry=registry)
+refused_commands = Counter(
+    "guildbook_refused_commands", "Operators' commands of users who are not operators.", registry=registry
+)
 loop_stall_max = Gauge(
     "guildbook_loop_stall_max_seconds", "Longest stall of the event loop since the start.", registry=registry
 )
