@@ -199,7 +199,8 @@ class DatabaseCommands(BaseCog):
             migration = await admin.plan_upgrade(self._database, progress=reply.step)
             if migration is None:
                 return Outcome(f"the schema is at {await current(self._database)}, the newest revision: nothing to do")
-            await reply.confirm(migration.text, "Upgrade")
+            warning = "\nA backup is made first." if migration.data["destructive"] else ""
+            await reply.confirm(f"{migration.text}{warning}", "Upgrade")
             by = Actor("discord", interaction.user.id)
             backup = backup_before("before upgrade", self.bot.settings, self._database, reply.step)
             outcome = await admin.upgrade(self._database, backup=backup, by=by, progress=reply.step)

@@ -41,6 +41,13 @@ async def test_status_and_upgrade(tmp_path: Path, empty_target: ConnectTarget) -
     assert (code, "drift from the models:\n- unexpected column: roles.surprise" in output) == (1, True), output
 
 
+async def test_downgrade_to_where_it_is_does_not_ask(tmp_path: Path, database_url: str) -> None:
+    head = migrations.known_revisions()[-1].id
+    code, output = await db(tmp_path, "downgrade", head, DATABASE_URL=database_url)
+    assert (code, output) == (0, f"the schema is at {head} already: nothing to do\n")
+    assert not (tmp_path / ".data" / "backups").exists()
+
+
 async def test_psql_uses_the_settings(tmp_path: Path, database_url: str) -> None:
     code, output = await db(tmp_path, "psql", "-Atc", "SELECT count(*) FROM guilds", DATABASE_URL=database_url)
     assert (code, output) == (0, "0\n")

@@ -114,9 +114,12 @@ def downgrade(
     name = yes_destroy or _ask_for_name(load_settings(), data_dir, revision)
 
     async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
+        from utils.operations import migrations
         from utils.operations.backup.safety import backup_before
         from utils.operations.migrations import admin
 
+        if name is None:
+            return Outcome(f"the schema is at {await migrations.current(pool)} already: nothing to do")
         actual = await pool.fetchval("SELECT current_database()")
         if name != actual:
             raise ValidationError(f"the database at {pool.target} is named {actual}, not {name}: nothing was changed")
@@ -127,26 +130,27 @@ def downgrade(
     run_action("db downgrade", action, data_dir=data_dir, as_json=as_json, arguments=arguments)
 
 
-def _ask_for_name(settings: Settings, data_dir: Path | None, revision: str) -> str:
-    """Show what a downgrade destroys and return the name that the operator types.
+def _ask_for_name(settings: Settings, data_dir: Path | None, revision: str) -> str | None:
+    """Show what a downgrade destroys and return the name that the operator types; None if there is nothing to do.
 
     Raises `ValidationError` without a terminal.
     """
-    from utils.operations.migrations.preview import preview
+    from utils.operations.migrations import admin
 
     otherwise = (
         "a downgrade destroys data and must be confirmed, but standard input is not a terminal: look at the SQL with"
         f" python bot.py db preview {revision} --down, then pass the database's name as --yes-destroy NAME"
     )
+
+    async def look(pool: Pool) -> tuple[Outcome | None, str]:
+        return await admin.plan_downgrade(pool, revision), await pool.fetchval("SELECT current_database()")
+
+    plan, name = run_with_pool(settings, data_dir, look)
+    if plan is None:
+        return None
     if not is_terminal(sys.stdin):
         raise ValidationError(otherwise)
-
-    async def look(pool: Pool) -> tuple[str, str]:
-        outcome = await preview(pool, revision, down=True)
-        return outcome.text, await pool.fetchval("SELECT current_database()")
-
-    text, name = run_with_pool(settings, data_dir, look)
-    typer.echo(text, err=True)
+    typer.echo(plan.text, err=True)
     return ask(f"Type the database's name ({name}) to continue:", otherwise=otherwise)
 
 
