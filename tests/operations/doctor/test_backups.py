@@ -165,6 +165,44 @@ async def test_a_store_that_does_not_answer_hides_no_local_backup(
     assert " s old" in findings[1].seen
 
 
+async def test_reports_a_newest_backup_that_has_much_less(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database: Pool
+) -> None:
+    await fill(database)
+    service = make_service(tmp_path / "data", database_url=database.target.libpq_url())
+    before = await make_backup(service, database)
+    await database.execute("DELETE FROM members")
+    await database.execute("DELETE FROM guilds WHERE id > 1")
+    after = await make_backup(service, database)
+    settings = {"DATA_DIR": str(tmp_path / "data"), "DATABASE_URL": database.target.libpq_url()}
+    found = (await worst_findings(monkeypatch, "backups", **settings))["backups"]
+    assert found.state == "fail", found
+    assert before.id in found.seen
+    assert after.id in found.seen
+
+
+async def test_reports_backups_that_are_not_uploaded_yet(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database: Pool, s3: FakeS3
+) -> None:
+    await fill(database)
+    backup = await make_backup(make_service(tmp_path / "data"), database)
+    settings = {"DATA_DIR": str(tmp_path / "data"), "DATABASE_URL": database.target.libpq_url(), "BACKUP_URL": URL}
+    found = (await worst_findings(monkeypatch, "backups", **settings))["backups"]
+    assert (found.state, backup.id in found.seen, "backup push" in found.seen) == ("warn", True, True), found
+
+
+async def test_a_backup_of_another_database_is_none_of_this_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database: Pool
+) -> None:
+    await fill(database)
+    await database.execute("INSERT INTO ops.application (id) VALUES (7)")
+    await make_backup(make_service(tmp_path / "data"), database)
+    await database.execute("UPDATE ops.application SET id = 8")
+    settings = {"DATA_DIR": str(tmp_path / "data"), "DATABASE_URL": database.target.libpq_url()}
+    found = (await worst_findings(monkeypatch, "backups", **settings))["backups"]
+    assert (found.state, found.seen) == ("warn", "there is no good full backup of this database")
+
+
 # --- keys
 
 

@@ -63,35 +63,34 @@ async def check_bucket(context: DoctorContext) -> Sequence[Finding]:
 
 
 async def check_backups(context: DoctorContext) -> Sequence[Finding]:
-    """Check age and checksum of the newest full backup, and whether the database has lost what a backup of it has."""
-    context.require("BACKUP_AGE_RECIPIENT", "BACKUP_AGE_IDENTITY_FILE", "BACKUP_EVERY")
+    """Check age and checksum of the newest backup, retention and uploads, and that the database has what it has."""
+    context.require("BACKUP_AGE_RECIPIENT", "BACKUP_AGE_IDENTITY_FILE", "BACKUP_EVERY", "BACKUP_SIGNING_KEY")
     catalog = context.catalog()
     with contextlib.suppress(DatabaseError, CheckSkipped):  # other checks report them
         pool = await context.pool()
-        catalog = await catalog.serving(pool)
         loss = await recovery.find_loss(pool)
         hold = None if loss is None else await recovery.find_hold(pool, catalog, loss, _unknown)
         if hold is not None:
             return [Finding("fail", "backups", hold.line.removesuffix(f"; {hold.advice}"), hold.advice)]
+        catalog = await catalog.serving(pool)
     entries, errors = await catalog.scan()
     findings = [Finding("warn", "backups", f"only the others are checked: {error}"[:300]) for error in errors]
-    findings += [Finding("fail", "backups", alert.text[:300]) for alert in catalog.alerts(entries, errors)]
+    findings += [
+        Finding("warn" if alert.key == "uploads" else "fail", "backups", alert.text)
+        for alert in catalog.alerts(entries, errors)
+    ]
     every = context.settings.backup_every
     advice = "run python bot.py backup create" + ("" if every else ", or schedule backups with BACKUP_EVERY=1d")
-    own = [entry for entry in entries if entry.is_own]
-    newest = next((entry for entry in own if entry.manifest is None or entry.manifest.kind == "full"), None)
-    if newest is None:
-        return [*findings, Finding("warn", "backups", "there is no full backup", advice)]
-    damage = newest.problem
-    checked = "its size is right"
-    if damage is None and newest.manifest is not None:
-        damage, checked = await _check_archive(catalog, newest)
-    if damage is not None or newest.manifest is None:
+    newest = next((entry for entry in entries if entry.is_good), None)
+    if newest is None or newest.manifest is None:
+        return [*findings, Finding("warn", "backups", "there is no good full backup of this database", advice)]
+    damage, checked = await _check_archive(catalog, newest)
+    if damage is not None:
         return [*findings, Finding("fail", "backups", f"the newest, {newest.id}, is damaged: {damage}"[:300], advice)]
-    age = newest.age
     seen = f"the newest, {newest.id}, is {newest.age_text}; {checked}"
     max_age = timedelta(seconds=2 * every) if every else MAX_BACKUP_AGE
-    return [*findings, Finding("warn", "backups", seen, advice) if age > max_age else Finding("ok", "backups", seen)]
+    is_old = newest.age > max_age
+    return [*findings, Finding("warn", "backups", seen, advice) if is_old else Finding("ok", "backups", seen)]
 
 
 async def _unknown() -> None:
@@ -103,8 +102,8 @@ async def _check_archive(catalog: BackupCatalog, entry: Entry) -> tuple[str | No
     manifest = entry.manifest
     assert manifest is not None
     path = catalog.local.path / manifest.file
-    if catalog.local.name not in entry.places:
-        return None, f"it is in {entry.places[0]} only, where its size is right"
+    if entry.intact is None or entry.intact.store is not catalog.local:
+        return None, f"it is intact in {entry.places[0]} only, where its size is right"
     try:
         async with asyncio.timeout(CHECKSUM_SECONDS):
             digest = await run_in_daemon_thread(lambda: pipeline.file_digest(path))
