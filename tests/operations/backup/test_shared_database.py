@@ -22,6 +22,7 @@ from utils.database.embedded import EmbeddedServer
 from utils.database.partitions import ensure_partitions
 from utils.exceptions import BackupError, ForbiddenHere
 from utils.operations.backup.archive import list_contents
+from utils.operations.backup.restore import restore
 
 pytestmark = pytest.mark.slow
 
@@ -96,6 +97,32 @@ async def test_a_restore_leaves_everything_else_as_it_was(tmp_path: Path, shared
     assert await fetchval(shared.superuser, "SELECT count(*) FROM shop.customers") > 0
     assert await fetchval(shared.other, "SELECT count(*) FROM shop.newer") == 1, "newer tables of others live on"
     assert await scratch_schema_names(shared.superuser) == []
+
+
+async def test_a_restore_of_a_part_leaves_everything_else_as_it_was(tmp_path: Path, shared: SharedDatabase) -> None:
+    """Also where other programs have triggers, policies and keys on the chosen tables."""
+    service = make_service(tmp_path)
+    async with open_pool(shared.ours) as pool:
+        id = (await make_backup(service, pool)).id
+        at_backup = await table_checksums(shared.ours)
+        await execute(
+            shared.ours,
+            "ALTER TABLE members DISABLE TRIGGER note",
+            "DELETE FROM members WHERE user_id > 2000",
+            "UPDATE members SET nick = 'since' WHERE user_id > 1000",
+            "UPDATE users SET username = 'since'",
+            "INSERT INTO documents (guild_id, namespace, key, value) VALUES (1, 'a', 'b', '1'), (0, 'a', 'c', '1')",
+            "ALTER TABLE members ENABLE ALWAYS TRIGGER note",
+        )
+        others, since = await shared.dump_others(), await table_checksums(shared.ours)
+        assert (await restore(pool, service.catalog, id, tables=["members"])).ok
+        assert (await restore(pool, service.catalog, id, documents_of=0)).ok
+        documents = await pool.fetchval("SELECT array_agg(guild_id || key ORDER BY 1) FROM documents")
+    assert documents == ["0b", "1b"]
+    assert await shared.dump_others() == others
+    expected = {**since, "public.members": at_backup["public.members"]}
+    found = await table_checksums(shared.ours)
+    assert {name for name in found if found[name] != expected[name]} == {"public.documents"}
 
 
 @pytest.mark.parametrize("action", ["CASCADE", "SET NULL", "NO ACTION"])
