@@ -16,9 +16,10 @@ from typing import Any
 import asyncpg
 
 from utils.database import ConnectTarget, Pool, ownership
+from utils.database.locks import describe_lock_holders
 from utils.database.placement import Placement
 from utils.database.sessions import ATTEMPT_SECONDS
-from utils.exceptions import BackupError, GuildbookError, NothingToBackUp, UploadFailed, translate_errors
+from utils.exceptions import BackupError, NothingToBackUp, UploadFailed, translate_errors
 from utils.operations.action import Progress, ignore_progress
 from utils.operations.backup import client_tools, encryption
 from utils.operations.backup.catalog import BackupCatalog
@@ -55,17 +56,6 @@ STATEMENT_SECONDS, CLOSE_SECONDS = 60.0, 10.0
 _TIMEOUTS = ["statement_timeout", "idle_in_transaction_session_timeout", "transaction_timeout"]
 #: First server version with `client_connection_check_interval`.
 _HAS_CLIENT_CHECK = 140_000
-
-#: The sessions that hold a lock which keeps pg_dump waiting.
-_LOCK_HOLDERS = """
-SELECT DISTINCT format('%s is locked by process %s (%s)', l.relation::regclass, l.pid,
-    coalesce(nullif(a.application_name, ''), a.usename, 'unnamed')) AS line
-FROM pg_locks AS l LEFT JOIN pg_stat_activity AS a USING (pid)
-WHERE l.granted AND l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock'
-    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    AND l.relation = ANY(SELECT to_regclass(name) FROM unnest($1::text[]) AS name)
-ORDER BY line LIMIT 3
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +123,11 @@ async def create(
                 )
             except BaseException as exc:
                 await asyncio.to_thread(plaintext.unlink, missing_ok=True)
-                if isinstance(exc, BackupError) and (holders := await _lock_holders(direct, tables)):
-                    raise BackupError(f"{exc}. {'; '.join(holders)}: end that session, or try again later") from exc
+                relations = [name for table in tables for name in table.relations]
+                if isinstance(exc, BackupError) and (
+                    holders := await describe_lock_holders(direct, relations, "ACCESS SHARE")
+                ):
+                    raise BackupError(f"{exc}{holders}") from exc
                 raise
         kind = request.kind
         made_at = snapshot.facts["at"].astimezone(UTC)
@@ -322,15 +315,3 @@ async def _dump_and_count(
         for task in (dump, count):
             if not task.cancelled():
                 task.exception()  # marks it as retrieved: the first failure is the one that is raised
-
-
-async def _lock_holders(target: ConnectTarget, tables: Sequence[OwnTable]) -> list[str]:
-    """Return one line for each session that keeps these tables locked, which pg_dump gives up waiting for."""
-    names = [name for table in tables for name in table.relations]
-    try:
-        async with connect(target) as connection:
-            with translate_errors("looking for locks"):
-                return [row["line"] for row in await connection.fetch(_LOCK_HOLDERS, names)]
-    except GuildbookError as exc:
-        _log.debug("could not look for locks: %s", exc)
-        return []

@@ -64,6 +64,7 @@ async def verified_file(store: Store, manifest: Manifest, directory: Path, progr
             f"{manifest.file} in {store.name} is damaged: it has {digest.size:,} bytes and SHA-256"
             f" {digest.sha256[:12]}…, expected {manifest.size:,} and {manifest.sha256[:12]}…: use another backup"
         )
+    progress(Step("verifying", manifest.size, manifest.size, "bytes"))
     return file
 
 

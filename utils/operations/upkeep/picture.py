@@ -17,7 +17,7 @@ from typing import Any
 
 from utils.exceptions import GuildbookError
 from utils.operations.upkeep.statistics import Statistics
-from utils.text import format_bytes, format_count
+from utils.text import format_bytes, format_count, format_duration
 
 #: Seconds for drawing; the first start of matplotlib builds its font cache.
 DRAW_SECONDS = 60.0
@@ -144,7 +144,7 @@ def _draw_growth(part: Any, growth: list[tuple[float, int]]) -> None:
     sign = "+" if change >= 0 else "-"
     ticks = time_ticks(times[0], times[-1])
     note = "all tables, UTC" if any(":" in label for _, label in ticks) else "all tables"
-    title = f"{sign}{format_bytes(abs(change))} in {_format_span(times[-1] - times[0])}"
+    title = f"{sign}{format_bytes(abs(change))} in {format_duration(times[-1] - times[0])}"
     axes = _add_axes(part, _GROWTH, title, note)
     axes.plot(times, sizes, color=_SECOND, linewidth=2.5, marker="o" if len(sizes) <= 12 else None, markersize=7)
     axes.fill_between(times, sizes, color=_SECOND, alpha=0.15, linewidth=0)
@@ -178,14 +178,6 @@ def _format_rows(rows: int) -> str:
             number = rows / limit
             return f"{number:.1f}{suffix} rows" if number < 9.95 else f"{number:,.0f}{suffix} rows"
     return format_count(rows, "row")
-
-
-def _format_span(span: timedelta) -> str:
-    minutes = max(1, round(span.total_seconds() / 60))
-    for size, noun, limit in ((1, "minute", 120), (60, "hour", 48 * 60), (1_440, "day", 100 * 1_440)):
-        if minutes < limit:
-            return format_count(round(minutes / size), noun)
-    return format_count(round(minutes / 1_440 / 30.44), "month")
 
 
 # --- the time axis

@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.database import Pool
 from utils.operations.action import Outcome
-from utils.text import format_bytes, format_count
+from utils.text import format_bytes, format_count, format_duration
 
 #: Seconds between two samples of the table sizes.
 SAMPLE_SECONDS = 6 * 3_600.0
@@ -232,10 +232,8 @@ def _describe_growth(samples: Sequence[Sample]) -> str:
     if len(samples) < 2:
         return "not known yet: a sample is taken every six hours"
     first, last = samples[0], samples[-1]
-    hours = max(1, round((last.at - first.at).total_seconds() / 3_600))
-    span = format_count(hours, "hour") if hours < 48 else format_count(round(hours / 24), "day")
     change = last.bytes - first.bytes
-    return f"{'+' if change >= 0 else '-'}{format_bytes(abs(change))} in {span}"
+    return f"{'+' if change >= 0 else '-'}{format_bytes(abs(change))} in {format_duration(last.at - first.at)}"
 
 
 def _describe_sync(
