@@ -356,7 +356,9 @@ class DatabaseCommands(BaseCog):
 
         async def work(reply: Reply) -> Outcome:
             service = await self._backups()
-            entry = await service.catalog.find(id)
+            entry, (entries, _) = await service.catalog.find(id), await service.catalog.scan()
+            if entry.id not in {drop.after.id for drop in service.catalog.drops(entries)}:
+                return Outcome(f"Nothing to accept: backup {entry.id} does not have much less than the ones before it.")
             await reply.confirm(f"May this backup have less than the ones before it? {entry.line}", "Accept")
             return await service.accept(entry.id)
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from discord import app_commands
 
+from cogs.db import DatabaseCommands
 from simulator import InteractionResult, Simulator
 from tests.bot.running import running_bot, wait_until_mirrored
 from tests.operations.backup.helpers import dropping_scratch_databases
@@ -57,10 +59,11 @@ COMMANDS = [
     Command("backup verify", {}, None, "is intact"),
     Command("backup drill", {}, None, "was restored completely"),
     Command("backup prune", {}, None, "Nothing to delete"),
+    Command("backup accept", {}, None, "Nothing to accept"),
     Command("backup restore", {}, "Restore", "is live in database"),
     Command("backup restore", {"whole_database": True}, "Restore", "kept as"),
 ]
-PATHS = {command.path for command in COMMANDS} | {"begin-anew"}
+PATHS = {command.path for command in COMMANDS} | {"begin-anew", "backup push"}
 
 
 @pytest.fixture
@@ -130,6 +133,15 @@ async def test_operators_can_run_every_command(bot: Guildbook, database: Pool, s
         (data / "import" / "members.json").read_text()
     )
     await wait_until_mirrored(database, simulator)
+
+
+def test_every_command_is_tried() -> None:
+    found = {
+        command.qualified_name.removeprefix("db ")
+        for command in DatabaseCommands.db_group.walk_commands()
+        if isinstance(command, app_commands.Command)
+    }
+    assert found == PATHS
 
 
 async def test_nobody_else_can_run_any_command(
