@@ -49,7 +49,7 @@ async def check_bucket(context: DoctorContext) -> Sequence[Finding]:
         await remote.write(name, content)
         found = await remote.read(name, 2 * len(content))
     except BackupError as exc:
-        advice = advice or "until then, backups are stored in DATA_DIR/backups only"
+        advice = advice or "until it works, backups are stored in DATA_DIR/backups only"
         return [Finding("fail", "bucket", shorten(exc), advice)]
     problem = None if found == content else "what was written could not be read back"
     try:
