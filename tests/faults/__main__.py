@@ -1,6 +1,7 @@
 """`make soak`: inject every fault for a long time and kill the bot 200 times, under 500 events per second.
 
-With `--restores`: random histories of snapshots, restores, drops and restarts instead.
+With `--restores`: random histories of snapshots, restores, drops and restarts instead. With `--backups`: those of two
+bots that share a store of backups.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from tests.faults.backups import soak_backups
 from tests.faults.faults import FAULTS
 from tests.faults.restores import soak_restores
 from tests.faults.rig import RATE, Rig, running_rig
@@ -151,15 +153,20 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--max-life", type=float, default=MAX_LIFE_SECONDS, help="maximum seconds from start to kill")
     parser.add_argument("--restores", action="store_true", help="run histories of restores instead of faults")
-    parser.add_argument("--histories", type=int, default=500, help="with --restores: how many")
-    parser.add_argument("--only", type=int, default=None, help="with --restores and --seed: the number of one history")
+    parser.add_argument("--backups", action="store_true", help="run histories of backups instead of faults")
+    parser.add_argument(
+        "--histories", type=int, default=None, help="how many, default: 500 with --restores, 1,000 with --backups"
+    )
+    parser.add_argument("--only", type=int, default=None, help="with --seed: the number of one history")
     parser.add_argument("--pg", type=int, choices=(16, 18), default=18, help="with --restores: PostgreSQL's version")
     arguments = parser.parse_args()
     logging.getLogger("asyncpg").setLevel(logging.CRITICAL)  # stopping the server makes it log errors
     seed = random.SystemRandom().randrange(1, 100_000) if arguments.seed is None else arguments.seed
-    if arguments.restores:
+    if arguments.backups:
+        work = soak_backups(arguments.histories or 1_000, seed, only=arguments.only)
+    elif arguments.restores:
         work = soak_restores(
-            arguments.histories, seed, only=arguments.only, minutes=arguments.minutes, version=arguments.pg
+            arguments.histories or 500, seed, only=arguments.only, minutes=arguments.minutes, version=arguments.pg
         )
     else:
         minutes = DEFAULT_MINUTES if arguments.minutes is None else arguments.minutes

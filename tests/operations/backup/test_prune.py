@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from utils.operations.backup.service import BackupService
 from utils.operations.backup.store import Store
 
 ARCHIVE = b"PGDMP, or whatever"
+SHA256 = hashlib.sha256(ARCHIVE).hexdigest()
 FULL = Manifest(
     "",
     "",
@@ -23,9 +25,9 @@ FULL = Manifest(
     "manual",
     "",
     len(ARCHIVE),
-    "a" * 64,
+    SHA256,
     1,
-    "a" * 64,
+    SHA256,
     None,
     "guildbook",
     "18.4",

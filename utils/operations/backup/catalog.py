@@ -136,6 +136,10 @@ class BackupCatalog:
         other.identity = await identity_of(pool, self.settings)
         return other
 
+    def writable(self) -> BackupCatalog:
+        """Return the catalog of the stores in the settings, if this one is of another directory."""
+        return BackupCatalog(self.settings, identity=self.identity) if self._is_elsewhere else self
+
     # --- listing
 
     async def entries(self) -> list[Entry]:

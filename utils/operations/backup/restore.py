@@ -70,7 +70,7 @@ async def restore(
                 return None, "The database had no tables of Guildbook's, so it was not backed up."
             if assessment.state == "damaged":
                 return None, f"The database was damaged, so it was not backed up: {assessment.reason}."
-            manifest = await create(pool, catalog, BackupRequest("before restore"), progress=progress)
+            manifest = await create(pool, catalog.writable(), BackupRequest("before restore"), progress=progress)
             return manifest.id, ""
 
         if whole_database:
