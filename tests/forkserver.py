@@ -70,11 +70,17 @@ class BotCommand:
 
 
 async def start_bot(
-    directory: Path, *arguments: str, settings: Mapping[str, str], module: str = "bot", is_merged: bool = True
+    directory: Path,
+    *arguments: str,
+    settings: Mapping[str, str],
+    module: str = "bot",
+    is_merged: bool = True,
+    has_reader: bool = True,
 ) -> BotCommand:
     """Start `python bot.py`, or another module, with arguments in a directory and in a session of its own.
 
-    It gets only the given settings from its environment. `is_merged` sends its stderr to its stdout.
+    It gets only the given settings from its environment. `is_merged` sends its stderr to its stdout, whose other end is
+    closed from the start if not `has_reader`.
     """
     stdout, stdout_end = os.pipe()
     stderr, stderr_end = os.pipe()
@@ -90,6 +96,10 @@ async def start_bot(
     finally:
         for end in (stdout_end, stderr_end, status_end):
             os.close(end)
+        if not has_reader:
+            os.close(stdout)
+            stdout, unused = os.pipe()
+            os.close(unused)
     readers = [await _reader(end) for end in (status, stdout, stderr)]
     bot = BotCommand(int(await readers[0].readline()), readers[1], readers[2])
     bot._exited = asyncio.create_task(bot._watch(readers[0]))

@@ -77,6 +77,8 @@ class CommandTree(CommandGroup):
             if isinstance(stream, TextIOWrapper):
                 with suppress(OSError):  # which one raises that was redirected after Python began
                     stream.reconfigure(errors="backslashreplace")  # what it cannot show must not end a command
+        # They would print on standard output; the error says it all, and the bot's own log has its own.
+        stamina.instrumentation.set_on_retry_hooks(())
         code = 0
         try:
             with (
@@ -247,8 +249,7 @@ def run_with_pool(settings: Settings, data_dir: Path | None, work: Callable[[Poo
 
 
 def make_pool(settings: Settings, target: ConnectTarget, *, connections: int) -> Pool:
-    """Return a pool for a command, with the times of the settings. Its retries are not shown: the error says it all."""
-    stamina.instrumentation.set_on_retry_hooks(())
+    """Return a pool for a command, with the times of the settings."""
     return Pool(
         target,
         pool_max=connections,

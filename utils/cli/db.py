@@ -325,7 +325,7 @@ def seed(
         from utils.operations.development import seed as development
 
         written = await development.seed(pool, guilds=guilds, members=members, seed=seed, more=more)
-        text = ", ".join(f"{rows:,} {table}" for table, rows in written.items())
+        text = ", ".join(f"{table} {rows:,}" for table, rows in written.items())
         return Outcome(f"rows written: {text}", {"rows": written})
 
     arguments = {"guilds": guilds, "members": members, "seed": seed, "more": more}

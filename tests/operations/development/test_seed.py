@@ -59,7 +59,7 @@ async def test_same_seed_gives_the_same_users(database: Pool) -> None:
 
 async def test_adds_to_existing_guilds_only_with_more(database: Pool) -> None:
     await write(database, entry_of("guilds", (GUILD,), 1, name="a real one"))
-    with pytest.raises(GuildbookError, match=r"already contains 1 guilds.*--more"):
+    with pytest.raises(GuildbookError, match=r"already contains 1 guild:.*--more"):
         await seed(database)
     await seed(database, guilds=1, members=5, more=True)
     await seed(database, guilds=2, members=5, more=True)

@@ -22,6 +22,7 @@ from utils.operations.backup.scratch import connect
 from utils.operations.migrations.dependents import refuse_dependents
 from utils.operations.migrations.runner import Backup
 from utils.service.lease import hold_as_operator
+from utils.text import format_count
 
 #: The low bits of every seeded id: worker 31, process 31, increment 0. They distinguish seeded ids from Discord's.
 SEEDED_BITS = 0x3FF000
@@ -79,15 +80,15 @@ async def seed(pool: Pool, *, guilds: int = 3, members: int = 200, seed: int = 0
     marks the guilds as left. Raises `GuildbookError` if the database contains guilds, unless `more` is set.
     """
     if guilds < 1 or members < 1:
-        raise ValidationError(f"cannot seed {guilds} guilds of {members} members: both must be at least 1")
+        raise ValidationError(f"cannot seed with {guilds} as guilds and {members} as members: both must be at least 1")
     written: Counter[str] = Counter()
     async with pool.transaction() as connection:
         await connection.execute("LOCK TABLE guilds IN SHARE ROW EXCLUSIVE MODE")  # no concurrent seeding
         existing = await connection.fetchval("SELECT count(*) FROM guilds")
         if existing and not more:
             raise GuildbookError(
-                f"the database already contains {existing} guilds: empty it with python bot.py db reset,"
-                " or add more with --more"
+                f"the database already contains {format_count(existing, 'guild')}: empty it with python bot.py db"
+                " reset, or add more with --more"
             )
         generator = _Generator(random.Random(seed), await _last_seeded(connection), pool.now())
         for _ in range(guilds):

@@ -11,7 +11,7 @@ from utils.database import Pool
 from utils.database.placement import Placement
 from utils.database.pool import Record
 from utils.exceptions import ValidationError
-from utils.text import format_bytes
+from utils.text import format_bytes, format_count
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -192,7 +192,11 @@ def pretty(tables: Sequence[Table]) -> Group:
 
 
 def _headline(table: Table) -> str:
-    rows = "rows not estimated yet" if table["estimated_rows"] is None else f"about {table['estimated_rows']:,} rows"
+    rows = (
+        "rows not estimated yet"
+        if table["estimated_rows"] is None
+        else f"about {format_count(table['estimated_rows'], 'row')}"
+    )
     parts = [f"{table['label']} ({table['kind']}"]
     if table["kind"] != "view":
         parts += [rows, format_bytes(table["bytes"])]
