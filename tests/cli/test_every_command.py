@@ -276,8 +276,7 @@ async def test_a_store_that_hangs(tmp_path: Path, target: ConnectTarget) -> None
 @pytest.mark.timeout(600)
 async def test_every_option_with_a_value(tmp_path: Path, database: Pool, database_url: str) -> None:
     await seed(database, guilds=1, members=5)
-    settings = {"DATABASE_URL": database_url, "ENVIRONMENT": "production"}
-    await run_all(tmp_path, [["backup", "create"], ["import", "members.json"]], **settings)
+    await run_all(tmp_path, [["backup", "create"], ["import", "members.json"]], DATABASE_URL=database_url)
     cases = [
         [*command.arguments, *valid(option)]
         for command, option in OPTIONS
@@ -285,4 +284,4 @@ async def test_every_option_with_a_value(tmp_path: Path, database: Pool, databas
     ]
     cases += [[*case, "--json"] for case in cases if case[-1] != "--json" and case[:2] != ["db", "psql"]]
     for case in cases:  # one after the other: some change the database
-        await run_all(tmp_path, [case], **settings)
+        await run_all(tmp_path, [case], DATABASE_URL=database_url)
