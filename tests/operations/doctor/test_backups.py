@@ -82,11 +82,24 @@ async def test_reports_backups_that_a_deployment_deletes(monkeypatch: pytest.Mon
         (lambda s3: s3.failing.add("PUT"), "could not write"),
         (lambda s3: s3.failing.add("GET"), "could not read"),
         (lambda s3: s3.failing.add("DELETE"), "could not delete"),
+        (lambda s3: s3.refusing.add("PUT"), "could not write"),
+        (lambda s3: s3.refusing.add("GET"), "could not read"),
+        (lambda s3: s3.refusing.add("DELETE"), "could not delete"),
         (lambda s3: s3.silent.add("PUT"), "no answer within"),
         (lambda s3: setattr(s3, "damage", lambda content: content[:-1]), "could not be read back"),
         (lambda s3: setattr(s3, "bucket", "another"), "could not write"),
     ],
-    ids=["write", "read", "delete", "silent", "damaged", "no bucket"],
+    ids=[
+        "write",
+        "read",
+        "delete",
+        "may not write",
+        "may not read",
+        "may not delete",
+        "silent",
+        "damaged",
+        "no bucket",
+    ],
 )
 async def test_reports_what_a_store_does_not_do(
     monkeypatch: pytest.MonkeyPatch, s3: FakeS3, break_it: Callable[[FakeS3], Any], seen: str
@@ -99,7 +112,7 @@ async def test_reports_what_a_store_does_not_do(
     assert finding.todo
     assert not any(secret in finding.line for secret in ("hush", "login", SECRET_KEY))
     left = [key for key in s3.objects if PROBE_PREFIX in key]
-    assert len(left) == ("DELETE" in s3.failing or "GET" in s3.failing), "only what could not be deleted is left"
+    assert len(left) == ("DELETE" in s3.failing | s3.refusing or "GET" in s3.failing), "what could not be deleted"
 
 
 @pytest.mark.parametrize(

@@ -45,11 +45,16 @@ async def check_bucket(context: DoctorContext) -> Sequence[Finding]:
             return [Finding("warn", "bucket", seen, "set BACKUP_URL to a bucket")]
         return [Finding("ok", "bucket", seen)]
     name, content = PROBE_PREFIX + secrets.token_hex(8), secrets.token_bytes(16)
+    advice = advice or "until it works, backups are stored in DATA_DIR/backups only"
     try:
         await remote.write(name, content)
+    except BackupError as exc:
+        return [Finding("fail", "bucket", shorten(exc), advice)]
+    try:
         found = await remote.read(name, 2 * len(content))
     except BackupError as exc:
-        advice = advice or "until it works, backups are stored in DATA_DIR/backups only"
+        with contextlib.suppress(BackupError):
+            await remote.delete(name)
         return [Finding("fail", "bucket", shorten(exc), advice)]
     problem = None if found == content else "what was written could not be read back"
     try:
@@ -63,7 +68,7 @@ async def check_bucket(context: DoctorContext) -> Sequence[Finding]:
 
 
 async def check_backups(context: DoctorContext) -> Sequence[Finding]:
-    """Check age and checksum of the newest backup, retention and uploads, and that the database has what it has."""
+    """Check the newest backup's age and checksum, retention and uploads, and whether the database has been lost."""
     context.require("BACKUP_AGE_RECIPIENT", "BACKUP_AGE_IDENTITY_FILE", "BACKUP_EVERY", "BACKUP_SIGNING_KEY")
     catalog = context.catalog()
     with contextlib.suppress(DatabaseError, CheckSkipped):  # other checks report them
