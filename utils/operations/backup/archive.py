@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import os
 import re
 import tempfile
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
@@ -115,14 +116,19 @@ async def open_script(file: Path, tools: Path, items: Sequence[str] | None = Non
     with tempfile.TemporaryFile() as listing, tempfile.TemporaryFile() as errors:
         listing.write("\n".join([*(items or ()), ""]).encode())
         listing.seek(0)
-        process = await asyncio.create_subprocess_exec(
-            str(tools / "pg_restore"), "--data-only", *use_list, "--file=-", str(file),
-            stdin=listing, stdout=asyncio.subprocess.PIPE, stderr=errors, limit=CHUNK,
-            env={**client_tools.environment(), "LC_ALL": "C"},
-            start_new_session=True,  # so that Ctrl-C reaches only us; we stop it
-        )  # fmt: skip
-        assert process.stdout is not None
-        _enlarge_pipe(process)
+        output, stream, transport = await _open_pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                str(tools / "pg_restore"), "--data-only", *use_list, "--file=-", str(file),
+                stdin=listing, stdout=output, stderr=errors,
+                env={**client_tools.environment(), "LC_ALL": "C"},
+                start_new_session=True,  # so that Ctrl-C reaches only us; we stop it
+            )  # fmt: skip
+        except BaseException:
+            transport.close()
+            raise
+        finally:
+            os.close(output)  # only pg_restore has it now, so that its end is the end of the stream
 
         def explain() -> BackupError:
             errors.seek(0)
@@ -131,7 +137,7 @@ async def open_script(file: Path, tools: Path, items: Sequence[str] | None = Non
             return BackupError(f"pg_restore could not read the backup: {reason or f'exit code {process.returncode}'}")
 
         try:
-            script = Script(process.stdout)
+            script = Script(stream)
             try:
                 yield script
             except IncompleteScript:
@@ -142,15 +148,21 @@ async def open_script(file: Path, tools: Path, items: Sequence[str] | None = Non
             if process.returncode:
                 raise explain()
         finally:
+            transport.close()
             await client_tools.kill(process)
 
 
-def _enlarge_pipe(process: asyncio.subprocess.Process) -> None:
-    """Let pg_restore write more at a time than the 64 KB that Linux buffers."""
-    if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux
+async def _open_pipe() -> tuple[int, asyncio.StreamReader, asyncio.ReadTransport]:
+    """Return a descriptor to write to, a stream that reads what was written, and its transport, to be closed."""
+    reading, writing = os.pipe()
+    if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux buffers 64 KB, of which pg_restore writes in small parts
         with contextlib.suppress(OSError):  # beyond what the user may have
-            transport = process._transport.get_pipe_transport(1)  # type: ignore[attr-defined]
-            fcntl.fcntl(transport.get_extra_info("pipe"), fcntl.F_SETPIPE_SZ, 4 * CHUNK)
+            fcntl.fcntl(reading, fcntl.F_SETPIPE_SZ, 4 * CHUNK)
+    stream = asyncio.StreamReader(limit=CHUNK)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(reading, "rb", buffering=0)
+    )
+    return writing, stream, transport
 
 
 async def _wait(process: asyncio.subprocess.Process) -> None:
