@@ -82,6 +82,11 @@ async def test_leaves_the_old_or_the_new_rows_at_many_points(tmp_path: Path, dat
 
 
 @pytest.mark.exhaustive
+async def test_leaves_the_old_or_the_new_rows_of_a_table(tmp_path: Path, database: Pool) -> None:
+    await run_killed_restores(tmp_path, database, "--table", "guilds", calls=6, times=10)
+
+
+@pytest.mark.exhaustive
 async def test_leaves_the_old_or_the_new_database(tmp_path: Path, database: Pool) -> None:
     async with dropping_scratch_databases(database.target):
         await run_killed_restores(tmp_path, database, "--whole-database", calls=6, times=10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from tests.operations.backup.helpers import (
+    Exit,
     connect,
     dump,
     execute,
@@ -18,6 +20,7 @@ from tests.operations.backup.helpers import (
     make_backup,
     make_service,
     open_pool,
+    run_backup_command,
     scratch_schema_names,
     table_checksums,
 )
@@ -30,7 +33,7 @@ from utils.database.embedded import EmbeddedServer
 from utils.database.partitions import ensure_partitions
 from utils.database.placement import Placement
 from utils.documents import Documents
-from utils.exceptions import BackupError, DocumentConflict
+from utils.exceptions import BackupError, DocumentConflict, ValidationError
 from utils.operations import migrations
 from utils.operations.action import Outcome
 from utils.operations.backup.create import BackupRequest
@@ -120,7 +123,7 @@ async def test_refuses_contradictions(database: Pool, service: BackupService) ->
         ({"documents_of": 5, "whole_database": True}, "whole database cannot be replaced by a part"),
         ({"tables": ["members"], "whole_database": True}, "whole database cannot be replaced by a part"),
     ):
-        with pytest.raises(BackupError, match=message):
+        with pytest.raises(ValidationError, match=message):
             await restore(database, service.catalog, **options)
 
 
@@ -318,6 +321,41 @@ async def test_caches_of_a_running_bot_are_dropped(database: Pool, service: Back
     assert await cached.fetchval(count) == 3_000
     await restore_part(service, database, "members", id=id)
     assert await cached.fetchval(count) == 0
+
+
+# --- the command line
+
+
+async def test_command_line(tmp_path: Path, database: Pool, service: BackupService) -> None:
+    await fill_documents(database)
+    id = (await make_backup(service, database)).id
+    await change_documents(database)
+    await execute(database.target, SINCE)
+
+    async def run(*arguments: str) -> Exit:
+        return await run_backup_command(tmp_path, database.target, "restore", id, *arguments)
+
+    unconfirmed = await run("--table", "members", "--table", "users")
+    assert (unconfirmed.code, "the rows of members, users in database" in unconfirmed.err) == (2, True)
+    for arguments in (("--table", "members", "--guild", "5"), ("--guild", "5", "--whole-database")):
+        refused = await run(*arguments, "--yes", "--json")
+        assert (refused.code, json.loads(refused.out)["ok"]) == (2, False)
+    assert (await run("--guild", "five", "--yes")).code == 2
+    unknown = await run("--table", "nothing", "--yes", "--json")
+    assert (unknown.code, "choose from" in json.loads(unknown.out)["error"]) == (1, True)
+    assert await database.fetchval("SELECT count(*) FROM users") == 2_900
+    restored = await run("--table", "members", "--table", "users", "--yes")
+    assert (restored.code, restored.err) == (0, "")
+    assert "6,000 rows in 2 of" in restored.out
+    assert await database.fetchval("SELECT count(*) FROM members WHERE nick = 'since'") == 0
+    assert await database.fetchval("SELECT count(*) FROM guilds WHERE name = 'since'") == 20
+    restored = await run("--guild", "5", "--yes", "--json")
+    data = json.loads(restored.out)
+    assert (restored.code, data["ok"], data["guild_id"], data["rows"]) == (0, True, 5, 3)
+    assert "shop/new" in await documents_of(database, 6)
+    action = await database.fetchrow("SELECT arguments, result FROM ops.admin_actions ORDER BY id DESC LIMIT 1")
+    assert action is not None
+    assert (action["arguments"]["guild"], "3 documents of guild 5" in action["result"]) == (5, True)
 
 
 # --- partial backups, other schemas and other revisions

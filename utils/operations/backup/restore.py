@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.database import Pool
 from utils.database.partitions import ensure_partitions
-from utils.exceptions import BackupError
+from utils.exceptions import BackupError, ValidationError
 from utils.operations import migrations
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.backup import load, recovery
@@ -50,10 +50,10 @@ async def restore(
     because only that sends all threads. Without it, the holder of the lease loses it: a bot that is running starts
     over, which reconciles too. Raises `BackupError`, and leaves everything as it was, if the backup is damaged or
     cannot be loaded, or if rows of tables that are not restored refer to rows that are not in it, or the other way
-    round.
+    round, and `ValidationError` for options that exclude each other.
     """
     if whole_database and (tables or documents_of is not None):
-        raise BackupError("the whole database cannot be replaced by a part of a backup: choose one of the two")
+        raise ValidationError("the whole database cannot be replaced by a part of a backup: choose one of the two")
     progress(Step("checking the backup"))
     major = pool.server_version_num // 10_000
     catalog = await catalog.serving(pool)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from models import Document
 from utils.database.ownership import VERSION_TABLE
 from utils.database.placement import Placement
-from utils.exceptions import BackupError
+from utils.exceptions import BackupError, ValidationError
 from utils.operations.backup.archive import Archive
 from utils.operations.backup.objects import Name, owned_names
 from utils.text import format_count
@@ -38,10 +38,10 @@ def select(archive: Archive, tables: Sequence[str] = (), documents_of: int | Non
 
     tables: names as in SQL, `members` or `schema.name`; none: all that the backup has, which of a partial one are not
     all. documents_of: the id of a guild; 0: those that belong to none. Raises `BackupError` for what the backup does
-    not have or a restore does not replace.
+    not have or a restore does not replace, and `ValidationError` if both are given.
     """
     if tables and documents_of is not None:
-        raise BackupError("choose either tables or the documents of a guild, not both")
+        raise ValidationError("choose either tables or the documents of a guild, not both")
     schemas, ours = archive.schemas, set(owned_names(archive.schemas))
     found = {name for name in archive.counts if name in ours and _is_replaceable(name, schemas)}
     if documents_of is not None:
