@@ -35,6 +35,8 @@ _SECONDS_SINCE_BACKUP = """
 SELECT extract(epoch FROM clock_timestamp() - at)::float8 FROM ops.admin_actions
 WHERE command = 'backup create' AND arguments @> $1 AND arguments ? 'backup' ORDER BY id DESC LIMIT 1
 """
+#: Seconds between two looks at the backups if nothing is to be tried again.
+CARE_INTERVAL = 3_600.0
 _SECONDS_SINCE_SAMPLE = "SELECT extract(epoch FROM clock_timestamp() - max(at))::float8 FROM ops.table_sizes"
 
 
@@ -67,6 +69,10 @@ class Scheduler:
         #: Keys of the alerts that operators were told of.
         self._told: set[str] = set()
         self._clock = clock
+        #: Set when the schedule has made a backup.
+        self._backed_up = asyncio.Event()
+        #: So that no backup is uploaded twice at the same time.
+        self._storing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -140,7 +146,8 @@ class Scheduler:
     async def _back_up(self) -> None:
         backups = BackupService(self._settings)
         try:
-            outcome = await backups.create(self._pool, reason="scheduled")
+            async with self._storing:
+                outcome = await backups.create(self._pool, reason="scheduled")
         except NothingToBackUp as exc:
             # Held while there is a backup of it, or of a bot that is in no guild yet.
             _log.info("no scheduled backup: %s", exc)
@@ -157,30 +164,38 @@ class Scheduler:
             _log.info("backup create: %s", redact(outcome.text))
             await self._record("backup create", redact(outcome.text), backup=outcome.data["id"])
         metrics.backup_time.set_to_current_time()
+        self._backed_up.set()
 
     async def _care_for_backups(self) -> None:
         """Upload what could not be uploaded, delete what retention does not keep, and tell operators what is wrong.
 
-        At a fixed interval and without stamina, as `_repeat`: a store may be away for days.
+        After each scheduled backup, and at fixed intervals without stamina, as `_repeat`: a store may be away for days.
         """
         await asyncio.sleep(self.start_delay)
         while True:
+            self._backed_up.clear()
+            has_failed = False
             for name, work in (("backup push", self._push), ("backup prune", self._prune)):
                 try:
                     await work()
                 except GuildbookError as exc:
+                    has_failed = True
                     _log.error("%s failed: %s", name, redact(str(exc)))
                     metrics.duty_failures.labels(name).inc()
                 except Exception:
+                    has_failed = True
                     _log.exception("%s failed", name)
                     metrics.duty_failures.labels(name).inc()
-            await asyncio.sleep(self.retry_delay)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.retry_delay if has_failed else max(self.retry_delay, CARE_INTERVAL)):
+                    await self._backed_up.wait()
 
     async def _push(self) -> None:
         catalog = await BackupCatalog(self._settings).serving(self._pool)
         if catalog.remote is None:
             return
-        pushed = await BackupService(self._settings, catalog=catalog).push()
+        async with self._storing:
+            pushed = await BackupService(self._settings, catalog=catalog).push()
         if pushed.data["uploaded"]:
             _log.info("backup push: %s", pushed.text)
             await self._record("backup push", pushed.text)
@@ -193,7 +208,8 @@ class Scheduler:
             await self._record("backup prune", pruned.text)
         entries, errors = await catalog.scan()
         metrics.backups_paused.set(catalog.pause(entries) is not None)
-        metrics.backup_upload_pending.set(len(catalog.lacking_remotely(entries)))
+        if not errors:
+            metrics.backup_upload_pending.set(len(catalog.lacking_remotely(entries)))
         alerts = catalog.alerts(entries, errors)
         for alert in alerts:
             if alert.key not in self._told:
@@ -205,7 +221,8 @@ class Scheduler:
         """Return the seconds since the last drill of any backup of this database."""
         entries = await (await BackupCatalog(self._settings).serving(self._pool)).entries()
         drills = [entry.drill for entry in entries if entry.is_own and entry.drill is not None]
-        return min((self._seconds_since(drill.made_at) for drill in drills), default=None)
+        ages = [self._seconds_since(drill.made_at) for drill in drills]
+        return min((age for age in ages if age >= 0), default=None)  # others were made by a wrong clock
 
     async def _drill(self) -> None:
         catalog = await BackupCatalog(self._settings).serving(self._pool)

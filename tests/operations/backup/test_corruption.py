@@ -114,7 +114,8 @@ INVALID: list[Damage] = [
     rewrite(sha256="0" * 64), rewrite(sha256=None), rewrite(size="large"), rewrite(rows=[1, 2]),
     rewrite(rows={"public.users": "many"}), rewrite(created_at="2026-01-01T00:00:00"), rewrite(created_at=7),
     rewrite(created_at="yesterday"), rewrite(server=""), rewrite(server=18), rewrite(id="latest"),
-    rewrite(kind="half"), rewrite(reason=None), rewrite(unknown=True), rewrite(rows=...),
+    rewrite(kind="half"), rewrite(reason=None), rewrite(unknown=True), rewrite(rows=...), rewrite(rows={}),
+    rewrite(rows={"public.theirs": 5}), rewrite(ordered_at="2026-01-01T00:00:00"), rewrite(ordered_at=5),
 ]  # fmt: skip
 
 
