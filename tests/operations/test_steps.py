@@ -36,7 +36,8 @@ class Steps:
 
 
 async def test_what_has_a_total_ends_at_it(tmp_path: Path, database: Pool) -> None:
-    steps, service = Steps(), make_service(tmp_path)
+    (tmp_path / "store").mkdir()
+    steps, service = Steps(), make_service(tmp_path, backup_url=f"file://{tmp_path}/store")
     await fill(database)
     async with dropping_scratch_databases(database.target):
         await admin.downgrade(database, KNOWN[-2], backup=None, progress=steps)
@@ -47,9 +48,15 @@ async def test_what_has_a_total_ends_at_it(tmp_path: Path, database: Pool) -> No
         assert steps.take_unfinished() == []
         assert (await service.verify("latest", progress=steps)).ok
         assert steps.take_unfinished() == []
+        assert (await service.verify("latest", is_deep=True, progress=steps)).ok
+        assert steps.take_unfinished() == []
         assert (await service.drill(database, progress=steps)).ok
         assert steps.take_unfinished() == []
         await service.restore(database, "latest", progress=steps)
+        assert steps.take_unfinished() == []
+        await service.restore(database, "latest", tables=("members",), progress=steps)
+        assert steps.take_unfinished() == []
+        await service.restore(database, "latest", documents_of=0, progress=steps)
         assert steps.take_unfinished() == []
         await service.restore(database, "latest", whole_database=True, progress=steps)
         assert steps.take_unfinished() == []

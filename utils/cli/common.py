@@ -309,7 +309,6 @@ def _draw_bars() -> Iterator[Progress]:
         def show(step: Step) -> None:
             if step.text not in tasks:
                 tasks[step.text] = bars.add_task(step.text, total=step.total, figures="")
-            figures = f"{step.done:,} {step.unit}" if step.done else ""
-            bars.update(tasks[step.text], completed=step.done, total=step.total, figures=figures)
+            bars.update(tasks[step.text], completed=step.done, total=step.total, figures=step.figures)
 
         yield show
