@@ -1,4 +1,4 @@
-"""The retry policy for calls that may succeed later, used by cogs and by the bot itself."""
+"""`retrying`: a decorator for coroutines of cogs that may succeed later. The bot itself uses stamina at each place."""
 
 from __future__ import annotations
 

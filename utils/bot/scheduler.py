@@ -149,7 +149,7 @@ class Scheduler:
             async with self._storing:
                 outcome = await backups.create(self._pool, reason="scheduled")
         except NothingToBackUp as exc:
-            # Held while there is a backup of it, or of a bot that is in no guild yet.
+            # Of a bot that is in no guild yet. A database that was lost is held if there is a backup of it.
             _log.info("no scheduled backup: %s", exc)
             return
         except UploadFailed as exc:

@@ -148,7 +148,7 @@ def restore(
         what = "the whole database" if whole_database else "the rows of Guildbook's tables"
         if tables or guild is not None:
             what = f"the rows of {', '.join(tables)}" if tables else f"the documents of guild {guild}"
-        _confirm(settings, data_dir, _service(settings, directory), id, what, whole_database=whole_database)
+        id = _confirm(settings, data_dir, _service(settings, directory), id, what, whole_database=whole_database)
     arguments = {
         "id": id,
         "whole_database": whole_database,
@@ -162,23 +162,27 @@ def restore(
 
 def _confirm(
     settings: Settings, data_dir: Path | None, service: BackupService, id: str, what: str, *, whole_database: bool
-) -> None:
-    """Ask for the name of the database. Raises `ValidationError` for any other answer, and without a terminal."""
+) -> str:
+    """Ask for the name of the database, and return the id of the backup that was shown.
 
-    async def describe(pool: Pool) -> tuple[str, str]:
+    Raises `ValidationError` for any other answer, and without a terminal.
+    """
+
+    async def describe(pool: Pool) -> tuple[str, str, str]:
         name: str = await pool.fetchval("SELECT current_database()")
         entry, text = await service.describe_restore(pool, id)
         losses = await service.find_losses(pool, entry.id) if whole_database else ()
         lost = f", which loses {', '.join(losses)}," if losses else ""
-        return name, f"{what} in database {name} at {pool.direct}{lost} by backup {text}"
+        return name, entry.id, f"{what} in database {name} at {pool.direct}{lost} by backup {text}"
 
-    name, question = run_with_pool(settings, data_dir, describe)
+    name, shown, question = run_with_pool(settings, data_dir, describe)
     answer = ask(
         f"This replaces {question}.\nType the name of the database to go on:",
         otherwise=f"a restore replaces {question}: confirm with --yes",
     )
     if answer != name:
         raise ValidationError(f"{answer!r} is not the name of the database, {name}: nothing was done")
+    return shown
 
 
 @app.command("drill")

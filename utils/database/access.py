@@ -338,7 +338,7 @@ class Database:
         reads: Sequence[str] | None,
         frame: FrameType | None,
     ) -> Any:
-        """Run a query that is not cached: through the cache, unless that is bypassed or a transaction is open."""
+        """Run a query and cache its result, unless the cache is bypassed or a transaction is open."""
         cache = self.cache
         if cache is None or not use_cache or joined() is not None:
             return await self._run(verb, sql, args, timeout, None, frame)
@@ -378,7 +378,7 @@ class Database:
             else:
                 tables = frozenset(writes)
             try:
-                # A statement that cannot be analysed may create temporary tables; one whose writes are known does not.
+                # What could not be analysed, or was not, because its tags are given, may create temporary tables.
                 has_temp = writes is not None or tables is None
                 result = await self.pool.run(verb, sql, args, timeout, temp=has_temp, timing=timing)
             except BaseException as exc:

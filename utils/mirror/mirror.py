@@ -186,7 +186,7 @@ class Mirror:
             elif name == "GUILD_CREATE":
                 self._on_guild_create(data, stamp)
             elif name in ROW_PARSERS or name in MEMBERSHIP_PARSERS:
-                self._on_other_dispatch(name, data, stamp)
+                self._on_row_dispatch(name, data, stamp)
         except MALFORMED as error:
             self.report_malformed(name, error)
             return None
@@ -283,7 +283,7 @@ class Mirror:
 
     def _on_guild_create(self, data: Payload, stamp: int) -> None:
         if data.get("unavailable"):
-            self._on_other_dispatch("GUILD_DELETE", data, stamp)
+            self._on_row_dispatch("GUILD_DELETE", data, stamp)
             return
         guild_id = int(data["id"])
         self._last_arrival = time.monotonic()
@@ -326,8 +326,8 @@ class Mirror:
             self.writer.add_event(message)
         self._messages += 1
 
-    def _on_other_dispatch(self, name: str, data: Payload, stamp: int) -> None:
-        """Write the rows and queue the membership of any other dispatch that the mirror keeps."""
+    def _on_row_dispatch(self, name: str, data: Payload, stamp: int) -> None:
+        """Write the rows and queue the membership of a dispatch."""
         now = self.pool.now()
         membership = MEMBERSHIP_PARSERS[name](data, stamp, now) if name in MEMBERSHIP_PARSERS else None
         rows = [validate_row(row) for row in ROW_PARSERS[name](data, now)] if name in ROW_PARSERS else []

@@ -180,8 +180,8 @@ def member(guild_id: int, payload: Payload, *, is_join: bool = False) -> list[Ro
     values = _read(payload, _MEMBER)
     if is_join:
         values = _NEW_MEMBER | values
+    is_complete = all(column in values for _, column, _ in _MEMBER)
     values["left_at"] = None
-    is_complete = len(values) > len(_MEMBER)
     return [user(payload["user"]), Row("members", (guild_id, int(payload["user"]["id"])), values, is_complete)]
 
 

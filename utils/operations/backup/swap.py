@@ -70,7 +70,6 @@ WHERE c.relnamespace = to_regnamespace('ops') AND c.relkind IN ('r', 'p') AND NO
     AND a.attgenerated = '' ORDER BY c.relname, a.attnum
 """
 _OPS_SEQUENCES = "SELECT relname FROM pg_class WHERE relnamespace = to_regnamespace('ops') AND relkind = 'S'"
-#: Columns of a table whose default draws from a sequence.
 
 
 @dataclass(slots=True)
