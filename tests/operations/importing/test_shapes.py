@@ -231,6 +231,28 @@ def test_what_is_too_long_for_one_document_becomes_several() -> None:
         assert len({place.key for place in places}) == len(places) >= len(names)
 
 
+@pytest.mark.parametrize("size", [2, 12_000], ids=["small", "large"])
+def test_nested_members_in_lines_are_members(size: int) -> None:
+    users = {str(U + n): {"messages": n, "note": "x" * 80} for n in range(size)}
+    for lines in (
+        [{str(g): users} for g in (G, H)],
+        [{"_id": str(g), "prefix": "!", "users": users} for g in (G, H)],
+        [{"guild_id": {"$numberLong": str(g)}, "members": users} for g in (G, H)] if size < 10 else [],
+        [{"guild_id": g, "user_id": user} for g in (G, H) for user in users],
+    ):
+        text = "\n".join(map(json.dumps, lines))
+        outline = Outline("documents", "guilds")
+        found, numbers = set(), set()
+        for entry in Reader(io.BytesIO(text.encode()), lines=True, outline=outline):
+            assert entry.problem is None
+            place = outline.place(entry)
+            numbers.add(entry.line)
+            if place.is_member:
+                found.add((place.guild_id, place.user_id))
+        assert found == ({(g, U + n) for g in (G, H) for n in range(size)} if lines else set())
+        assert numbers == set(range(1, len(lines) + 1))
+
+
 async def test_the_guild_option_does_not_replace_a_stated_guild(database: Pool, tmp_path: Path) -> None:
     content = {str(G): {str(U): {"messages": 4}}}
     for guild_id in (G, H):

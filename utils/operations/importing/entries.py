@@ -19,7 +19,7 @@ from utils.operations.importing.escaping import UnstorableValue, storable_json, 
 from utils.operations.importing.originals import Original, create_private_text
 from utils.operations.importing.reader import WINDOW, Entry, Reader
 from utils.operations.importing.repair import UnusableValue
-from utils.operations.importing.shapes import Outline, Place
+from utils.operations.importing.shapes import EXPORT_FIELDS, Outline, Place
 
 #: Kinds of files, recognized by file name; any other file is `documents`.
 KINDS = ("members", "users", "emojis", "shop")
@@ -42,8 +42,6 @@ _NO_VALUES = (None,) * 5
 _COUNT_FIELDS = ("message_count", "messageCount", "messages", "msg_count", "total_messages")
 _ACTIVE_FIELDS = ("last_active", "lastActive", "last_active_at", "last_seen", "lastSeen")
 _XP_FIELDS = ("xp", "XP", "exp")
-#: The fields of a line in our own export.
-_EXPORT_FIELDS = frozenset(("guild_id", "key", "value"))
 _BEFORE_VALUE = re.compile(r'\{\s*"guild_id"\s*:\s*"?\d+"?\s*,\s*"key"\s*:\s*"(?:[^"\\]|\\.)*"\s*,\s*"value"\s*:\s*')
 _SPECIAL = re.compile(r"[\\\n\r\t]")
 _COPY_ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
@@ -236,7 +234,7 @@ class Rows:
         if (
             entry.key is None
             and isinstance(value, dict)
-            and value.keys() == _EXPORT_FIELDS
+            and value.keys() == EXPORT_FIELDS
             and isinstance(value["key"], str)
         ):
             before = _BEFORE_VALUE.match(text)

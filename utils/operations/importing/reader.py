@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, NoReturn, Protocol
 
 from utils.exceptions import ValidationError
@@ -241,12 +242,19 @@ class Reader:
                 self._fail(f"remove the comma before the closing {closing}", comma)
 
     def _json_lines(self) -> Iterator[Entry]:
+        outline, scope = self._outline, None
+        if outline is not None:
+            scope = outline.root([])  # a line is what an element of an array is
         while self._peek():
             while (end := self._text.find("\n", self._pos)) < 0 and not self._is_long() and self._fill():
                 pass
             line, column = self._position(self._pos)
             if end < 0 and self._is_long():
-                yield Entry(None, None, self._excerpt(), line, column, TOO_LONG)
+                inner = None if outline is None else outline.descend(scope, None, self._unread())
+                if inner is not None:
+                    yield from self._container(inner)
+                    continue
+                yield Entry(None, None, self._excerpt(), line, column, TOO_LONG, scope)
                 while (end := self._text.find("\n", self._pos)) < 0:
                     self._pos = len(self._text)
                     if not self._fill():
@@ -266,7 +274,21 @@ class Reader:
                 problem = TOO_DEEP
             if problem is None and self._constants > before:
                 problem = NOT_JSON
-            yield Entry(None, value, text, line, column, INVALID_BYTES if INVALID.search(text) else problem)
+            problem = INVALID_BYTES if INVALID.search(text) else problem
+            inner = None if outline is None or problem else outline.descend(scope, None, value)
+            if inner is None:
+                yield Entry(None, value, text, line, column, problem, scope)
+                continue
+            for entry in self._in_text(text, inner):
+                yield replace(entry, line=line, column=entry.column + column - 1)
+
+    def _in_text(self, text: str, scope: Any) -> Iterator[Entry]:
+        """Yield the entries of a container that is a whole text."""
+        reader = Reader(
+            io.BytesIO(text.encode()), encoding="utf-8", outline=self._outline, longest=self._longest, window=self._size
+        )
+        reader._peek()
+        yield from reader._container(scope)
 
     def _check_single_value(self, text: str) -> bool:
         """Raise `JSONDecodeError` if a text has more than one value; return False."""

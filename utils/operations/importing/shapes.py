@@ -52,6 +52,8 @@ _NUMBER = re.compile(r"\s*(?:<@!?)?([0-9]{1,20})>?\s*")
 NESTED_DEPTH = 4
 #: Fields of the value in a record of a key and a value.
 _VALUE_FIELDS = ("data", "value", "json")
+#: The fields of a line in our own export.
+EXPORT_FIELDS = frozenset(("guild_id", "key", "value"))
 NO_KEY = "the entry has no key, id, _id or user_id"
 
 
@@ -221,7 +223,9 @@ class Outline:
             members = value
         else:
             return None
-        if not any(isinstance(item, dict | list | Unread) for item in members.values()):
+        if members.keys() == EXPORT_FIELDS or not any(
+            isinstance(item, dict | list | Unread) for item in members.values()
+        ):
             return None
         fields = _fields(members)
         own = _scalar(members.get("key")) or _scalar(fields.get("id"))
