@@ -97,6 +97,10 @@ class NothingToBackUp(BackupError):
     """The database has no rows, and a scheduled backup of it could only replace better ones."""
 
 
+class UnknownBackup(BackupError, ValidationError):
+    """There is no backup with this id, or no table with this name to back up."""
+
+
 class ClientToolsMissing(BackupError):
     """There is no pg_dump and pg_restore of the server's major version on this machine."""
 

@@ -239,8 +239,10 @@ async def test_nobody_reads_the_output(tmp_path: Path, database: Pool, database_
         assert "Broken pipe" not in errors, arguments
 
 
+@pytest.mark.direct("pg_dump needs a direct connection")
 async def test_a_question_without_a_terminal(tmp_path: Path, database: Pool, database_url: str) -> None:
     await database.execute("INSERT INTO guilds (id, name) VALUES (41771983423143937, 'a')")
+    await run_all(tmp_path, [["backup", "create"]], DATABASE_URL=database_url)
     asking = [one for one in COMMANDS if any(option.name in ("yes", "yes_destroy") for option in one.params)]
     needed = {one.path: [*one.path, *ARGUMENTS.get(one.path, ())[:1]] for one in asking}
     cases = [[*arguments, *words] for arguments in needed.values() for words in ([], ["--json"])]
@@ -273,6 +275,7 @@ async def test_a_store_that_hangs(tmp_path: Path, target: ConnectTarget) -> None
 
 
 @pytest.mark.exhaustive
+@pytest.mark.direct("pg_dump needs a direct connection")
 @pytest.mark.timeout(600)
 async def test_every_option_with_a_value(tmp_path: Path, database: Pool, database_url: str) -> None:
     await seed(database, guilds=1, members=5)

@@ -82,7 +82,7 @@ class CommandTree(CommandGroup):
         code = 0
         try:
             with (
-                exit_on_errors(as_json="--json" in arguments),
+                _exit_on_errors(as_json="--json" in arguments),
                 self.make_context(PROGRAM, arguments) as context,
             ):
                 self.invoke(context)
@@ -114,7 +114,7 @@ class StandardOutput:
 
 
 @contextmanager
-def exit_on_errors(*, as_json: bool = False) -> Iterator[None]:
+def _exit_on_errors(*, as_json: bool = False) -> Iterator[None]:
     """Print an error as one line on standard error, or as JSON on standard output, and exit with its code."""
     try:
         yield

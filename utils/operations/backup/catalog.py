@@ -15,7 +15,7 @@ from typing import NamedTuple
 import orjson
 
 from utils.database import Pool
-from utils.exceptions import BackupError, MigrationError, UploadFailed
+from utils.exceptions import BackupError, MigrationError, UnknownBackup, UploadFailed
 from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup import client_tools, pipeline
 from utils.operations.backup.archive import Archive
@@ -201,7 +201,9 @@ class BackupCatalog:
                 if entry.manifest is None:
                     raise BackupError(entry.problem or f"backup {id} is damaged")
                 return entry
-        raise BackupError(f"there is no backup {id[:60]}: {describe_some(entries, errors)}")
+        if errors:  # a store that does not answer may have it
+            raise BackupError(f"there is no backup {id[:60]}: {describe_some(entries, errors)}")
+        raise UnknownBackup(f"there is no backup {id[:60]}: {describe_some(entries, errors)}")
 
     async def newest(self, accepts: Callable[[Manifest], bool] = lambda _: True) -> Manifest | None:
         """Return the newest good backup of this database that is accepted; None if there is none."""

@@ -19,7 +19,7 @@ from utils.database import ConnectTarget, Pool, ownership
 from utils.database.locks import describe_lock_holders
 from utils.database.placement import Placement
 from utils.database.sessions import ATTEMPT_SECONDS
-from utils.exceptions import BackupError, NothingToBackUp, UploadFailed, translate_errors
+from utils.exceptions import BackupError, NothingToBackUp, UnknownBackup, UploadFailed, translate_errors
 from utils.operations.action import Progress, ignore_progress
 from utils.operations.backup import client_tools, encryption
 from utils.operations.backup.catalog import BackupCatalog
@@ -233,7 +233,7 @@ async def _select_tables(snapshot: _Snapshot, request: BackupRequest) -> list[Ow
     unknown = [name for name in names if name not in by_name]
     if unknown:
         known = ", ".join(sorted(name.removeprefix(f"{schemas.main}.") for name in by_name))
-        raise BackupError(f"there is no table {', '.join(unknown)}: choose from {known}")
+        raise UnknownBackup(f"there is no table {', '.join(unknown)}: choose from {known}")
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
