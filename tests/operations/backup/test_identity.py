@@ -196,7 +196,7 @@ async def test_verify_counts_rows_if_told_to(tmp_path: Path, database: Pool) -> 
     wrong = replace(backup, rows=backup.rows | {"public.guilds": 2})
     await service.catalog.local.write(f"{backup.id}.json", wrong.serialize())
     assert (await service.verify("latest")).ok
-    with pytest.raises(BackupError, match=r"public\.guilds: 1 rows, expected 2"):
+    with pytest.raises(BackupError, match=r"public\.guilds: 1 row, expected 2"):
         await service.verify("latest", is_deep=True)
 
 

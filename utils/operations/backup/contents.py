@@ -11,6 +11,7 @@ from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup.archive import open_script, table_of
 from utils.operations.backup.manifest import Manifest
 from utils.operations.backup.objects import Name
+from utils.text import format_count
 
 #: Seconds between two progress reports.
 PROGRESS_SECONDS = 0.25
@@ -75,5 +76,5 @@ def differences(expected: Mapping[str, int], found: Mapping[str, int | None]) ->
     for name, rows in expected.items():
         actual = found.get(name)
         if actual != rows:
-            lines.append(f"{name}: {'no table' if actual is None else f'{actual:,} rows'}, expected {rows:,}")
+            lines.append(f"{name}: {'no table' if actual is None else format_count(actual, 'row')}, expected {rows:,}")
     return lines

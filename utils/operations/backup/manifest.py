@@ -17,7 +17,7 @@ from pydantic import SecretStr, TypeAdapter, ValidationError
 from utils.database.ownership import FORMER_VERSION_TABLE, VERSION_TABLE
 from utils.exceptions import BackupError
 from utils.operations.backup.objects import placement_of_backup
-from utils.text import format_bytes
+from utils.text import format_bytes, format_count
 
 #: The project that a backup belongs to; any other is refused.
 PROJECT = "guildbook"
@@ -128,8 +128,9 @@ class Manifest:
         scope = {"full": "", "tables": some, "schema": ", without rows", "empty": ", EMPTY"}[self.kind]
         encrypted = ", encrypted" if self.recipient else ""
         return (
-            f"{self.id}: {format_bytes(self.size)}, {self.total_rows:,} rows in {len(self.rows)} tables, PostgreSQL"
-            f" {self.server.split()[0]}, schema {self.revision or 'none'}, {self.reason}{scope}{encrypted}"
+            f"{self.id}: {format_bytes(self.size)}, {format_count(self.total_rows, 'row')} in"
+            f" {format_count(len(self.rows), 'table')}, PostgreSQL {self.server.split()[0]},"
+            f" schema {self.revision or 'none'}, {self.reason}{scope}{encrypted}"
         )
 
     def serialize(self, signing_key: SecretStr | None = None) -> bytes:
@@ -267,7 +268,8 @@ class DrillResult:
         verdict = "was restored completely" if self.ok else "COULD NOT BE RESTORED COMPLETELY"
         lines = [f"Backup {self.backup} {verdict} {self.where}, in {self.seconds:.1f} s."]
         if self.ok:
-            lines.append(f"Counted {self.rows:,} rows in {self.tables} tables and read {self.rows_read:,} of them.")
+            counted = f"{format_count(self.rows, 'row')} in {format_count(self.tables, 'table')}"
+            lines.append(f"Counted {counted} and read {self.rows_read:,} of them.")
         if self.rows_compared:
             lines.append(
                 f"Of these, {self.rows_compared:,} are the same in the live database and {self.rows_changed:,} have"

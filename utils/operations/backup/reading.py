@@ -19,6 +19,7 @@ from utils.operations.backup import encryption, pipeline
 from utils.operations.backup.archive import CONTENTS_SECONDS, list_contents
 from utils.operations.backup.manifest import Manifest
 from utils.operations.backup.store import Remote, Store
+from utils.text import format_count
 
 #: Lines of `pg_restore --list` that stand for the rows of a table: schema and name.
 _TABLE_DATA = re.compile(r"^\d+; \d+ \d+ TABLE DATA (\S+) (.+) \S+$", re.MULTILINE)
@@ -44,7 +45,7 @@ class Verification:
         checksum += ", decrypted" if self.is_encrypted else ""
         if self.rows is None:
             return f"{checksum}, table of contents matches the manifest; rows not counted (--deep does)"
-        return f"{checksum}, {self.rows:,} rows counted as in the manifest"
+        return f"{checksum}, {format_count(self.rows, 'row')} counted as in the manifest"
 
 
 async def verified_file(store: Store, manifest: Manifest, directory: Path, progress: Progress) -> Path:

@@ -19,6 +19,7 @@ from utils.operations.backup.objects import qualified
 from utils.operations.migrations import Actor, admin
 from utils.operations.migrations.history import COMMAND_LINE
 from utils.service import application, lease
+from utils.text import format_count
 
 #: Tables that every revision has (migration 0001).
 _ESSENTIAL_TABLES = frozenset((VERSION_TABLE, "guilds", "users", "members", "roles", "channels", "ops.leases"))
@@ -87,7 +88,7 @@ class Hold:
         if self.backup is not None:
             found = (
                 f"backup {self.backup.id} of {self.backup.made_at:%Y-%m-%d %H:%M} UTC with"
-                f" {self.backup.total_rows:,} rows is of the same application, host and database"
+                f" {format_count(self.backup.total_rows, 'row')} is of the same application, host and database"
             )
         known = f", and {found}" if found else ""
         return f"the database is {self.state} ({self.reason}){known}: nothing is written to it; {self.advice}"
@@ -158,8 +159,8 @@ async def suggest_restore(pool: Pool, catalog: BackupCatalog) -> str | None:
         return None
     return (
         f"the database is {assessment.state} ({assessment.reason}), and there is backup {newest.id} of"
-        f" {newest.made_at:%Y-%m-%d %H:%M} UTC with {newest.total_rows:,} rows: to restore it, run python bot.py backup"
-        f" restore {newest.id}"
+        f" {newest.made_at:%Y-%m-%d %H:%M} UTC with {format_count(newest.total_rows, 'row')}: to restore it, run"
+        f" python bot.py backup restore {newest.id}"
     )
 
 

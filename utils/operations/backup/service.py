@@ -174,8 +174,9 @@ def _describe_pruned(pruned: Pruned, dry_run: bool) -> list[str]:
 def _describe_difference(rows: int, now: int) -> str:
     """Return how the rows of a backup compare with those that are live, for people."""
     if rows == now:
-        return f"the database has {now:,} rows, as many as the backup"
-    return f"the database has {now:,} rows, {abs(now - rows):,} {'more' if now > rows else 'fewer'} than the backup"
+        return f"the database has {format_count(now, 'row')}, as many as the backup"
+    difference = f"{abs(now - rows):,} {'more' if now > rows else 'fewer'}"
+    return f"the database has {format_count(now, 'row')}, {difference} than the backup"
 
 
 def _entry_data(entry: Entry) -> dict[str, Any]:

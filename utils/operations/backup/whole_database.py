@@ -26,6 +26,7 @@ from utils.operations.backup.load import Loaded
 from utils.operations.backup.objects import Name, find_views, owned_names, qualified
 from utils.operations.backup.places import missing_revisions
 from utils.operations.backup.scratch import connect
+from utils.text import format_count
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ async def find_losses(pool: Pool, tables: Sequence[Name]) -> list[str]:
             others = await connection.fetch(_OTHERS, *names)
     lines = [
         f"{row['kind']} {qualified((row['schema'], row['name']))}"
-        + (f" (about {row['rows']:,} rows)" if row["kind"] != "view" else "")
+        + (f" (about {format_count(row['rows'], 'row')})" if row["kind"] != "view" else "")
         for row in relations
     ]
     return [*lines, *(row["line"] for row in others)]
@@ -133,7 +134,7 @@ async def replace_database(
     if swapped.has_diverged:
         lines.append("The live database had begun anew since that backup: schema ops has the rows of both.")
     else:
-        lines.append(f"Schema ops was kept: {sum(swapped.ops_rows.values()):,} rows.")
+        lines.append(f"Schema ops was kept: {format_count(sum(swapped.ops_rows.values()), 'row')}.")
     if lost:
         lines.append(f"Not in the new database: {', '.join(lost)}.")
     lines += [f"Not copied from the old database: {line}" for line in swapped.not_copied]

@@ -16,6 +16,7 @@ from utils.mirror.discord.permissions import UsedPermission, find_missing, invit
 from utils.operations.doctor.context import DoctorContext
 from utils.operations.doctor.report import CheckSkipped, Finding
 from utils.settings import DEVELOPER_PORTAL
+from utils.text import format_count
 
 REQUEST_SECONDS = 5.0
 _REQUEST_ERRORS = (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError, ValueError)
@@ -128,7 +129,7 @@ async def check_admin_guild(context: DoctorContext, *, timeout: float = REQUEST_
 
 
 def _describe_guilds(guilds: Sequence[dict[str, Any]], application_id: str, *, is_whole: bool) -> list[Finding]:
-    checked = f"{len(guilds):,} guilds" if is_whole else f"the first {len(guilds):,} guilds"
+    checked = format_count(len(guilds), "guild") if is_whole else f"the first {format_count(len(guilds), 'guild')}"
     lacking: list[tuple[str, list[UsedPermission]]] = []
     for guild in guilds:
         missing = find_missing(discord.Permissions(int(guild["permissions"]))) if guild.get("permissions") else []
