@@ -76,7 +76,7 @@ migration: setup ## Write a revision from the models: make migration m="add a ta
 	@test -n "$(m)" || { echo 'make migration m="what it does"' >&2; exit 2; }
 	@$(RUN) -m utils.operations.migrations revision "$(m)" $(ARGS)
 
-docs: setup ## Write docs/reference/ from the code
+docs: setup ## Write docs/reference/ and docs/images/ from the code
 	@$(RUN) -m docs.generate
 
 lock: setup ## Resolve the dependencies of pyproject.toml anew
