@@ -24,7 +24,7 @@ from tests.operations.backup.helpers import (
     scratch_schema_names,
     table_checksums,
 )
-from tests.operations.backup.test_replacing import COG_TABLES, LEASE, cog_tables
+from tests.operations.backup.test_replacing import COG_TABLES, LEASE, cog_tables, rows_of
 from utils.database import ConnectTarget, Pool
 from utils.database.access import Database
 from utils.database.cache.channel import Channel
@@ -142,6 +142,23 @@ async def test_restores_partitioned_tables(database: Pool, service: BackupServic
     await restore_part(service, database, "changes")
     assert (await table_checksums(database.target))["public.changes"] == expected
     assert await database.fetchval("SELECT count(*) FROM guilds") == 0
+
+
+async def test_tables_of_cogs(database: Pool, service: BackupService, cog_tables: list[str]) -> None:
+    """Also in other schemas, with names that need quotes, without a key, and with a trigger and an identity."""
+    await execute(database.target, COG_TABLES)
+    id = (await make_backup(service, database)).id
+    expected = await rows_of(database.target, cog_tables)
+    await execute(
+        database.target,
+        "UPDATE pets.animals SET name = 'since'",
+        "DELETE FROM \"Tag notes\"; UPDATE tags SET mood = NULL; UPDATE tag_owners SET name = 'since ' || id",
+    )
+    since = await rows_of(database.target, ["tag_owners"])
+    await restore_part(service, database, "pets.animals", "Tag notes", "public.tags", id=id)
+    assert await rows_of(database.target, cog_tables) == {**expected, **since}
+    await execute(database.target, "INSERT INTO tags (owner_id) VALUES (1)")
+    assert await database.fetchval("SELECT max(id) FROM tags") == 3
 
 
 # --- foreign keys
