@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -53,6 +54,8 @@ HURRY_SECONDS = 1.0
 STAND_DOWN_SECONDS = 20.0
 #: Seconds to wait before another attempt, after a database outage interrupted the bot's start.
 RESTART_DELAY = 1.0
+#: How old a backup before an upgrade may be, so that a start which fails again makes no other one.
+REUSE_BACKUP = timedelta(days=1)
 #: Discord's close codes for a wrong token and wrong intents (API reference, "Gateway Close Event Codes").
 _INVALID_TOKEN, _DISALLOWED_INTENTS = 4004, 4014
 
@@ -181,7 +184,7 @@ class Process:
 
     async def _prepare_schema(self, pool: Pool) -> None:
         settings = self.settings
-        backup = backup_before("before upgrade", settings, pool)
+        backup = backup_before("before upgrade", settings, pool, reuse=REUSE_BACKUP)
         await migrations.prepare_schema(pool, auto_migrate=settings.auto_migrate, backup=backup)
 
     async def _run_bot(self, pool: Pool, hold: DatabaseHold) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,24 @@ async def test_the_backup_can_be_found_by_its_reason(tmp_path: Path, database: P
     assert entry.manifest is not None
     assert (entry.id, entry.manifest.reason) == (outcome.data["backup"], "before upgrade")
     assert (entry.manifest.is_safety_copy, entry.manifest.rows["public.members"]) == (True, 3_000)
+
+
+@pytest.mark.slow
+@pytest.mark.direct("pg_dump needs a direct connection")
+async def test_starts_that_fail_again_make_one_backup(tmp_path: Path, database: Pool) -> None:
+    await fill(database)
+    settings = make_settings(tmp_path / "data")
+    backup = backup_before("before upgrade", settings, database, reuse=timedelta(days=1))
+    options = with_revision(tmp_path, "def upgrade():\n    raise ValueError('boom')\n")
+    for _ in range(3):
+        with pytest.raises(MigrationError, match="boom"):
+            await migrations.prepare_schema(database, auto_migrate=True, backup=backup, options=options)
+    first = await BackupCatalog(settings).entries()
+    assert len(first) == 1
+    await database.execute("INSERT INTO documents (guild_id, namespace, key, value) VALUES (0, 'x', 'y', '1')")
+    assert await backup() not in {entry.id for entry in first}  # what is new is in no backup yet
+    again = backup_before("before upgrade", settings, database)
+    assert len({await backup(), await backup(), await again()}) == 2
 
 
 def test_a_table_that_a_later_revision_drops_belongs_to_older_databases(tmp_path: Path) -> None:

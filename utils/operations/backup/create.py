@@ -262,7 +262,8 @@ async def count_live_rows(pool: Pool) -> int:
     schemas = pool.placement
     async with connect(pool.direct) as connection:
         with translate_errors("counting rows"):
-            tables = await find_tables(connection, owned_names(schemas))
+            revision = ", ".join((await ownership.fetch_version(connection, schemas)).revisions) or None
+            tables = await find_tables(connection, owned_names(schemas, revision))
             data = [one for one in tables if one.schema != schemas.ops and one.name not in VERSION_TABLES]
             return sum((await _count_rows(connection, data)).values())
 

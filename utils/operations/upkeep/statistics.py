@@ -169,7 +169,7 @@ def outcome(statistics: Statistics) -> Outcome:
     lines = [f"PostgreSQL {statistics.server['version']}, {format_bytes(statistics.server['bytes'])}"]
     lines += [*(f"{name}: {value}" for name, value in summarize(statistics).items()), ""]
     lines += [
-        f"{table.name:<28} {table.rows:>14,} rows {format_bytes(table.bytes):>10}"
+        f"{table.name:<28} {table.rows:>14,} {'row' if table.rows == 1 else 'rows':<4} {format_bytes(table.bytes):>10}"
         for table in statistics.tables[:LISTED_TABLES]
     ]
     return Outcome("\n".join(lines), data=asdict(statistics))
