@@ -18,7 +18,7 @@ from tests.operations.importing.files import GUILD, STATS, USER, import_content
 from utils.database import Pool
 from utils.operations.importing.reader import Reader
 from utils.operations.importing.repair import UnusableValue
-from utils.operations.importing.shapes import Outline
+from utils.operations.importing.shapes import LATE_GUILD, Outline
 
 G, H, U, V = GUILD, GUILD + 1, USER, USER + 1
 RED = "384734293238749"
@@ -251,6 +251,21 @@ def test_nested_members_in_lines_are_members(size: int) -> None:
                 found.add((place.guild_id, place.user_id))
         assert found == ({(g, U + n) for g in (G, H) for n in range(size)} if lines else set())
         assert numbers == set(range(1, len(lines) + 1))
+
+
+@pytest.mark.parametrize("size", [1, 12_000], ids=["small", "large"])
+async def test_a_guild_stated_after_its_users_is_not_lost_in_silence(database: Pool, tmp_path: Path, size: int) -> None:
+    users = {str(U + n): {"messages": 1, "note": "x" * 90} for n in range(size)}
+    for stated in ({"guild_id": str(G)}, {"guild": {"id": str(G), "name": "x"}}):
+        await database.execute("DELETE FROM member_stats")
+        outcome = await import_content(database, tmp_path, "data.json", {"users": users, **stated})
+        members = await database.fetchval("SELECT count(*) FROM member_stats")
+        if size == 1:
+            assert (outcome.ok, members) == (True, 1)
+        else:
+            assert (outcome.exit_code, outcome.data["left_out"], members) == (3, {LATE_GUILD: 1}, 0)
+        outcome = await import_content(database, tmp_path, "data.json", {"users": users, **stated}, guild_id=G)
+        assert (outcome.ok, await database.fetchval("SELECT count(*) FROM member_stats")) == (True, size)
 
 
 async def test_the_guild_option_does_not_replace_a_stated_guild(database: Pool, tmp_path: Path) -> None:

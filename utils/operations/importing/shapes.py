@@ -54,6 +54,7 @@ NESTED_DEPTH = 4
 _VALUE_FIELDS = ("data", "value", "json")
 #: The fields of a line in our own export.
 EXPORT_FIELDS = frozenset(("guild_id", "key", "value"))
+LATE_GUILD = "the guild is stated after its users, which have none: import the file with --guild"
 NO_KEY = "the entry has no key, id, _id or user_id"
 
 
@@ -127,6 +128,8 @@ class Outline:
         self._first: dict[Holds, tuple[str, ...]] = {}
         self._rest: dict[Scope, _Rest] = {}
         self._is_single = False
+        #: Whether users were placed without a guild, although their file may state it further on.
+        self._has_guildless_users = False
 
     # What is split into entries
 
@@ -331,14 +334,23 @@ class Outline:
     def place(self, entry: Entry) -> Place:
         """Return where an entry is stored. Raises `UnusableValue` if nothing in it can be the key."""
         scope = entry.scope if entry.scope is not None else Scope(guild_id=self._guild_id)
-        if entry.key is not None:
-            return self._by_key(scope, entry.key, entry.value)
-        if self._is_single:
+        if entry.key is None and self._is_single:
             return Place(0, self._stem)
-        place = self._by_fields(scope, entry.value)
-        if place is None:
-            raise UnusableValue(NO_KEY)
-        return replace(place, key=self._named(scope, place.key))
+        if entry.key is not None:
+            place = self._by_key(scope, entry.key, entry.value)
+        else:
+            found = self._by_fields(scope, entry.value)
+            if found is None:
+                raise UnusableValue(NO_KEY)
+            place = replace(found, key=self._named(scope, found.key))
+        if place.user_id is not None and place.guild_id == 0:
+            self._has_guildless_users = True
+        elif self._has_guildless_users and scope.guild_id is None and not scope.words and entry.key is not None:
+            stated = _plain(entry.key) in _GUILD_FIELDS and self._number(
+                {_plain(entry.key): entry.value}, _GUILD_FIELDS
+            )
+            return replace(place, problem=LATE_GUILD) if stated else place
+        return place
 
     def _by_key(self, scope: Scope, key: str, value: Any) -> Place:
         if not self._is_about_people:
