@@ -283,7 +283,7 @@ async def test_command_line_restores_after_confirmation(tmp_path: Path, service:
     assert "--yes" in unconfirmed.err
     assert await database.fetchval("SELECT count(*) FROM guilds") == 3
     missing = await run_backup_command(tmp_path, database.target, "restore", "nothing", "--yes", "--json")
-    assert (missing.code, json.loads(missing.out)["ok"]) == (1, False)
+    assert (missing.code, json.loads(missing.out)["ok"]) == (2, False)
     old = await run_backup_command(tmp_path, database.target, "restore", entry.id, "--yes", "--drop-old")
     assert (old.code, "--drop-old needs --whole-database" in old.err) == (2, True)
     restored = await run_backup_command(tmp_path, database.target, "restore", entry.id, "--yes")
