@@ -346,10 +346,9 @@ class Outline:
         if place.user_id is not None and place.guild_id == 0:
             self._has_guildless_users = True
         elif self._has_guildless_users and scope.guild_id is None and not scope.words and entry.key is not None:
-            stated = _plain(entry.key) in _GUILD_FIELDS and self._number(
-                {_plain(entry.key): entry.value}, _GUILD_FIELDS
-            )
-            return replace(place, problem=LATE_GUILD) if stated else place
+            word = _plain(entry.key)
+            if word in _GUILD_FIELDS and self._number({word: entry.value}, _GUILD_FIELDS):
+                return replace(place, problem=LATE_GUILD)
         return place
 
     def _by_key(self, scope: Scope, key: str, value: Any) -> Place:
