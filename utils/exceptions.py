@@ -98,7 +98,7 @@ class NothingToBackUp(BackupError):
 
 
 class UnknownBackup(BackupError, ValidationError):
-    """There is no backup with this id, or no table with this name to back up."""
+    """There is no such backup, directory of backups, or table to back up."""
 
 
 class ClientToolsMissing(BackupError):

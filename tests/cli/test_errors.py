@@ -80,6 +80,8 @@ async def test_results_of_development_commands_are_json(tmp_path: Path, database
     assert (code, result["tables"][0]["name"]) == (0, "members")
     code, result, _ = await run_json(tmp_path, "db", "describe", "membres", DATABASE_URL=database_url)
     assert (code, "there is no table membres" in result["error"]) == (2, True)
+    code, result, _ = await run_json(tmp_path, "db", "describe", "a.b.c.d", DATABASE_URL=database_url)
+    assert (code, "'a.b.c.d' is not the name of a table: improper relation name" in result["error"]) == (2, True)
     arguments = ("db", "reset", "--yes-destroy", "elsewhere")
     code, result, _ = await run_json(tmp_path, *arguments, DATABASE_URL=database_url)
     assert (code, "not elsewhere: nothing was dropped" in result["error"]) == (2, True)

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import SecretStr
 
-from utils.exceptions import BackupError
+from utils.exceptions import BackupError, UnknownBackup
 from utils.files import create_private, sync_directory
 from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup import credentials
@@ -138,7 +138,7 @@ class Directory:
                             names[entry.name] = entry.stat().st_size
         except FileNotFoundError:
             if self.is_read_only:
-                raise BackupError(f"{self.path} does not exist: expected a directory with backups") from None
+                raise UnknownBackup(f"{self.path} does not exist: expected a directory with backups") from None
         return names
 
     def blocking_read(self, name: str, limit: int) -> bytes | None:

@@ -100,7 +100,8 @@ async def export(
         else:
             rows, name = await _export(pool, what, to, form, guild_id, progress)
     except OSError as exc:
-        raise GuildbookError(f"{to if isinstance(to, Path) else 'the output'}: cannot be written: {exc}") from exc
+        where = to if isinstance(to, Path) else "the output"
+        raise GuildbookError(f"{where}: cannot be written: {exc.strerror or exc}") from exc
     where = f" to {to}" if isinstance(to, Path) else ""
     data = {"what": name, "format": form, "rows": rows, "file": str(to) if isinstance(to, Path) else None}
     return Outcome(f"Exported {rows:,} of {name}{where}", data)

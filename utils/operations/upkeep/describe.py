@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import asyncpg
+
 from models import Base
 from utils.database import Pool
 from utils.database.placement import Placement
@@ -58,6 +60,8 @@ class Table(TypedDict):
     indexes: list[Index]
 
 
+#: SQLSTATEs of `to_regclass` for what cannot be the name of a table: syntax error, invalid name, other database.
+NO_NAMES = ("42601", "42602", "0A000")
 _TABLES = """
 SELECT c.oid::bigint, n.nspname AS schema, c.relname AS name, c.relispartition,
     CASE c.relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view'
@@ -104,7 +108,12 @@ async def describe(pool: Pool, table: str | None = None) -> list[Table]:
     """
     async with pool.transaction(isolation="repeatable_read", readonly=True) as connection:
         schemas = pool.placement.schemas()
-        relations = await connection.fetch(_TABLES, None if table is None else pool.placement.adapt(table), schemas)
+        try:
+            relations = await connection.fetch(_TABLES, None if table is None else pool.placement.adapt(table), schemas)
+        except asyncpg.PostgresError as exc:
+            if exc.sqlstate not in NO_NAMES:
+                raise
+            raise ValidationError(f"{table!r:.60} is not the name of a table: {exc.args[0]}") from exc
         if table is not None and not relations:
             ours = await connection.fetch(_TABLES, None, schemas)
             names = [pool.placement.shown(row["schema"], row["name"]) for row in ours]
