@@ -14,18 +14,23 @@ from utils.cli.common import (
     CommandGroup,
     DataDir,
     ask,
+    make_pool,
     open_progress,
     print_outcome,
     run_action,
     run_with_pool,
 )
 from utils.database import Pool
-from utils.exceptions import ValidationError
+from utils.exceptions import DatabaseError, ValidationError
 from utils.operations.action import Outcome, Progress
 from utils.settings import Settings, load_settings
 
 if TYPE_CHECKING:
+    from utils.operations.backup.catalog import BackupCatalog
     from utils.operations.backup.service import BackupService
+
+#: Seconds to ask the database whose it is, by commands that need none.
+ASK_SECONDS = 3.0
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -54,14 +59,31 @@ def _run_without_database(
     as_json: bool,
 ) -> None:
     """Do what needs no database, which may be what was lost, and exit."""
-    service = _service(load_settings().with_data_dir(data_dir), directory)
+    settings = load_settings().with_data_dir(data_dir)
+    service = _service(settings, directory)
 
     async def run(progress: Progress) -> Outcome:
+        service.catalog = await _ask_database(settings, service.catalog)
         return await work(service, progress)
 
     with open_progress(as_json) as progress:
         outcome = asyncio.run(run(progress))
     print_outcome(outcome, as_json=as_json)
+
+
+async def _ask_database(settings: Settings, catalog: BackupCatalog) -> BackupCatalog:
+    """Return the catalog as seen by the database, if that answers at once; otherwise the token says whose it is."""
+    if settings.direct_target is None:
+        return catalog  # an embedded server would have to be started
+    hasty = settings.model_copy(update={"db_connect_timeout": ASK_SECONDS})
+    pool = make_pool(hasty, settings.direct_target, connections=1)
+    try:
+        await pool.connect()
+        return await catalog.serving(pool)
+    except DatabaseError:
+        return catalog
+    finally:
+        await pool.close()
 
 
 @app.command("create")
@@ -121,7 +143,8 @@ def restore(
         list[str] | None, typer.Option("--table", metavar="NAME", help="Only this table; may be given several times.")
     ] = None,
     guild: Annotated[
-        int | None, typer.Option("--guild", metavar="ID", help="Only the documents of this guild.")
+        int | None,
+        typer.Option("--guild", metavar="ID", min=0, max=2**63 - 1, help="Only the documents of this guild."),
     ] = None,
     directory: From = None,
     as_json: AsJson = False,

@@ -90,9 +90,12 @@ def upgrade(
     """Apply the pending revisions, or those up to a revision; after a backup if one of them destroys rows."""
 
     async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
+        from utils.operations.backup import recovery
+        from utils.operations.backup.catalog import BackupCatalog
         from utils.operations.backup.safety import backup_before
         from utils.operations.migrations import admin
 
+        await recovery.require_no_hold(pool, BackupCatalog(settings))
         backup = None if no_backup else backup_before("before upgrade", settings, pool, progress)
         return await admin.upgrade(pool, revision, backup=backup, progress=progress)
 
@@ -322,8 +325,11 @@ def seed(
     """Fill an empty database with made-up guilds, to develop cogs against."""
 
     async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
+        from utils.operations.backup import recovery
+        from utils.operations.backup.catalog import BackupCatalog
         from utils.operations.development import seed as development
 
+        await recovery.require_no_hold(pool, BackupCatalog(settings))
         written = await development.seed(pool, guilds=guilds, members=members, seed=seed, more=more)
         text = ", ".join(f"{table} {rows:,}" for table, rows in written.items())
         return Outcome(f"rows written: {text}", {"rows": written})

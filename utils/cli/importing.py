@@ -24,7 +24,9 @@ def import_(
         typer.Option("--as", help="members, users, emojis, shop, settings or documents; default: by name and shape."),
     ] = None,
     namespace: Annotated[str | None, typer.Option(help="Namespace for the originals; default: legacy.NAME.")] = None,
-    guild: Annotated[int | None, typer.Option(help="Guild of entries that do not say theirs.")] = None,
+    guild: Annotated[
+        int | None, typer.Option(min=1, max=2**63 - 1, help="Guild of entries that do not say theirs.")
+    ] = None,
     encoding: Annotated[
         str | None, typer.Option(help="Encoding of the files, such as windows-1252; default: UTF-8, UTF-16 or UTF-32.")
     ] = None,
@@ -32,12 +34,16 @@ def import_(
     data_dir: DataDir = None,
 ) -> None:
     """Copy, validate, repair and import JSON files, each in one transaction; exit code 3 if something was left out."""
+    from utils.operations.backup import recovery
+    from utils.operations.backup.catalog import BackupCatalog
     from utils.operations.importing import importer
     from utils.operations.importing.originals import printable
 
     async def work(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
         if data_dir is not None:  # the originals are copied to the database's data directory
             settings = settings.model_copy(update={"data_dir": data_dir})
+        if not dry_run:
+            await recovery.require_no_hold(pool, BackupCatalog(settings))
         return await importer.import_files(
             pool, settings, paths, dry_run, kind=kind, namespace=namespace, guild_id=guild, encoding=encoding,
             progress=progress,

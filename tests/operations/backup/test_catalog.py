@@ -162,6 +162,8 @@ async def test_verify_says_what_it_could_not_decrypt(tmp_path: Path, database: P
     assert (
         "not decrypted, because BACKUP_AGE_IDENTITY_FILE is not set" in (await without_identity.verify("latest")).text
     )
+    deep = await without_identity.verify("latest", is_deep=True)
+    assert (deep.ok, "could not be counted" in deep.text) == (False, True)
     with_identity = make_service(tmp_path, backup_age_identity_file=tmp_path / "key")
     assert "decrypted, table of contents matches the manifest" in (await with_identity.verify("latest")).text
     assert list((tmp_path / "opened").iterdir()) == []

@@ -39,10 +39,14 @@ def made_by(application_id: int | None, hours: float = 1, host: str | None = "db
         (Identity(OURS, "db:5432", "guildbook"), made_by(None, host=None), True, True),
         (Identity(OURS, "db:5432", "guildbook"), made_by(None, host=None), False, False),
         (Identity(OURS, "db:5432", "other"), made_by(None, host=None), True, False),
+        (Identity(OURS, "embedded", "guildbook"), made_by(OURS, host="embedded"), True, True),
+        (Identity(OURS, "embedded", "guildbook"), made_by(OURS, host="embedded"), False, False),
+        (Identity(None, "embedded", "guildbook"), made_by(None, host="embedded"), False, False),
     ],
     ids=[
         "the same", "another application", "another server", "another database", "of a lost database",
         "made before the first login", "of 0.1.0, in DATA_DIR", "of 0.1.0, in a bucket", "of 0.1.0, another database",
+        "of the embedded server", "of some embedded server", "of an embedded server before the first login",
     ],
 )  # fmt: skip
 def test_a_backup_is_own_if_application_server_and_database_are(
@@ -179,6 +183,7 @@ async def test_a_signing_key_reveals_forged_manifests(tmp_path: Path, database: 
         assert "hush" not in str(error.value)
     [entry] = await signed.catalog.entries()
     assert not entry.is_good
+    assert entry.manifest is not None, "what it says of itself is shown all the same"
 
 
 def make_signed(backup: Manifest, key: str) -> bytes:
@@ -244,6 +249,32 @@ async def test_a_local_and_a_remote_backup_are_not_each_others_replacement(tmp_p
     assert (await service.push()).text == "nothing to upload"
     await service.catalog.prune(RetentionRules(1))
     assert [entry.id for entry in await service.catalog.entries()] == [new.id]
+
+
+async def test_a_rotten_local_copy_is_neither_restored_nor_uploaded(tmp_path: Path, database: Pool) -> None:
+    await database.execute(GUILD)
+    service = make_service(tmp_path / "local", backup_url=(tmp_path / "remote").as_uri())
+    backup = await make_backup(service, database)
+    remote = tmp_path / "remote" / backup.file
+    good = remote.read_bytes()
+    path = service.catalog.local.path / backup.file
+    path.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
+    assert (await service.push(backup.id)).text == "nothing to upload", "it is there"
+    (tmp_path / "remote" / f"{backup.id}.json").unlink()
+    with pytest.raises(BackupError, match=f"{backup.file} in {service.catalog.local.name} is damaged"):
+        await service.push(backup.id)
+    assert remote.read_bytes() == good
+    await write_manifest(tmp_path / "remote", backup)
+    with pytest.raises(BackupError, match=r"is damaged.*; intact in file:") as error:
+        await service.verify(backup.id)
+    assert service.catalog.local.name in str(error.value)
+    await database.execute("DELETE FROM guilds")
+    assert (await service.restore(database, "latest")).ok
+    assert await database.fetchval("SELECT count(*) FROM guilds") == 1
+
+
+async def write_manifest(directory: Path, backup: Manifest) -> None:
+    (directory / f"{backup.id}.json").write_bytes(backup.serialize())
 
 
 async def test_the_local_disk_is_pruned_while_the_store_is_away(tmp_path: Path) -> None:

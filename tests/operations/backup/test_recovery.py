@@ -20,6 +20,7 @@ from utils.operations.backup.recovery import (
     begin_anew,
     find_hold,
     find_loss,
+    require_no_hold,
     suggest_restore,
 )
 from utils.service import application
@@ -133,7 +134,46 @@ async def test_holds_an_empty_database_for_a_good_backup_of_it_alone(
     async with open_pool(empty_target) as elsewhere:
         assert await find_hold(elsewhere, catalog, loss, ours) is None, "another database"
     (catalog.local.path / backup.file).write_bytes(b"")
-    assert await find_hold(database, catalog, loss, ours) is None, "no good backup"
+    hold = await find_hold(database, catalog, loss, ours)
+    assert hold is not None
+    assert hold.backup is None, "no good backup"
+
+
+async def test_holds_an_empty_database_of_which_no_backup_is_usable(tmp_path: Path, database: Pool) -> None:
+    """They prove that there was data, damaged or not signed with the key that is set now."""
+    await application.claim(database, 7)
+    await database.execute(GUILD)
+    service = make_service(tmp_path)
+    backup = await make_backup(service, database)
+    loss = Assessment("empty", "it has no tables yet", has_tables=False)
+    signing = make_service(tmp_path, backup_signing_key="new").catalog
+    hold = await find_hold(database, signing, loss, ours)
+    assert hold is not None
+    assert "no backup is usable" in hold.line
+    assert "is not signed" in hold.line
+    (service.catalog.local.path / backup.file).write_bytes(b"cut")
+    hold = await find_hold(database, service.catalog, loss, ours)
+    assert hold is not None
+    assert "no backup is usable" in hold.line
+
+    async def another() -> int:
+        return 8
+
+    assert await find_hold(database, service.catalog, loss, another) is None
+
+
+async def test_what_would_fill_a_held_database_is_refused(tmp_path: Path, database: Pool) -> None:
+    service = make_service(tmp_path)
+    await require_no_hold(database, service.catalog)
+    await application.claim(database, 7)
+    await database.execute(GUILD)
+    backup = await make_backup(service, database)
+    await require_no_hold(database, service.catalog)
+    await database.execute("DELETE FROM guilds; DELETE FROM ops.application")
+    with pytest.raises(BackupError, match=f"backup restore {backup.id}.*begin-anew"):
+        await require_no_hold(database, service.catalog)
+    await begin_anew(database)
+    await require_no_hold(database, service.catalog)
 
 
 async def test_begins_anew_only_in_an_empty_database(database: Pool, empty_target: ConnectTarget) -> None:

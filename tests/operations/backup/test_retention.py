@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import get_args
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.operations.backup.helpers import make_settings
 from utils.operations.backup.manifest import Kind, Manifest, Reason
-from utils.operations.backup.retention import SAFETY_DAYS, RetentionRules, ids_to_keep
+from utils.operations.backup.retention import SAFETY_DAYS, RetentionRules, find_drops, ids_to_keep
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 RULES = st.builds(RetentionRules, *[st.integers(0, 15)] * 4)
@@ -123,6 +124,53 @@ def test_pruning_after_each_backup_keeps_the_same() -> None:
         kept = [one for one in (*kept, backup) if one.id in keep]
         assert len(kept) <= 3 + 4 + 3 + 4
     assert {backup.id for backup in kept} == ids_to_keep(history, rules, NOW)
+
+
+def with_rows(made_at: datetime, **rows: int) -> Manifest:
+    counted = {"public.guildbook_version": 1, "ops.leases": 1} | {
+        f"public.{name}": count for name, count in rows.items()
+    }
+    return replace(manifest(made_at), rows=counted)
+
+
+FULL = {"guilds": 10, "members": 1_000, "documents": 200}
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        (FULL, None),
+        (FULL | {"members": 700}, None),
+        (FULL | {"members": 300}, "has 510 rows instead of 1,210"),
+        (FULL | {"guilds": 4}, "has 4 guilds instead of 10"),
+        (FULL | {"guilds": 0}, "has 0 guilds instead of 10"),
+        (FULL | {"documents": 0}, "has no rows in documents, instead of 200"),
+        ({"guilds": 10, "members": 1_200}, "has no rows in documents, instead of 200"),
+    ],
+)
+def test_a_backup_with_much_less_is_a_drop(rows: dict[str, int], reason: str | None) -> None:
+    before, after = with_rows(NOW, **FULL), with_rows(NOW + timedelta(hours=1), **rows)
+    drops = find_drops([after, before], [], lambda first, second: False)
+    assert [(drop.before.id, drop.after.id, drop.reason) for drop in drops] == (
+        [] if reason is None else [(before.id, after.id, reason)]
+    )
+    assert find_drops([after, before], [after.id], lambda first, second: False) == [], "somebody has accepted it"
+
+
+def test_a_decline_in_steps_is_a_drop_too() -> None:
+    history = [with_rows(NOW + timedelta(hours=number), guilds=2, members=1_000 - 170 * number) for number in range(5)]
+    drops = find_drops(history, [], lambda first, second: False)
+    assert [drop.after.id for drop in drops] == [history[3].id, history[4].id]
+    assert {drop.before.id for drop in drops} == {history[2].id}
+
+
+def test_an_older_schema_is_a_drop() -> None:
+    before, after = with_rows(NOW, **FULL), with_rows(NOW + timedelta(hours=1), **FULL)
+    [drop] = find_drops(
+        [before, replace(after, revision="0000")], [], lambda first, second: (first, second) == ("0000", "0001")
+    )
+    assert "0000 instead of 0001" in drop.reason
+    assert find_drops([before, replace(after, reason="before reset")], [], lambda first, second: True) == []
 
 
 def test_the_later_of_two_in_one_second_is_the_newest() -> None:

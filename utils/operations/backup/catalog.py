@@ -34,6 +34,7 @@ from utils.operations.backup.manifest import (
     TIMESTAMP_LENGTH,
     DrillResult,
     Manifest,
+    check_signature,
     created_at,
     parse_drill_result,
     parse_manifest,
@@ -217,7 +218,9 @@ class BackupCatalog:
         content = await store.read(f"{id}{MANIFEST_SUFFIX}", MAX_MANIFEST_BYTES + 1)
         if content is None:
             raise BackupError(f"{store.name} has no backup {id}: its manifest {id}{MANIFEST_SUFFIX} does not exist")
-        return self._parse(id, content)
+        manifest = self._parse(id, content)
+        check_signature(content, f"{id}{MANIFEST_SUFFIX}", self.settings.backup_signing_key)
+        return manifest
 
     def _parse(self, id: str, content: Content) -> Manifest:
         name = f"{id}{MANIFEST_SUFFIX}"
@@ -227,7 +230,7 @@ class BackupCatalog:
             raise BackupError(f"the manifest {name} does not exist")
         if len(content) > MAX_MANIFEST_BYTES:
             raise BackupError(f"{name} is damaged: larger than {MAX_MANIFEST_BYTES:,} bytes")
-        return parse_manifest(content, name, self.settings.backup_signing_key)
+        return parse_manifest(content, name)
 
     async def _list(self, store: Store) -> Listing | str:
         """Return what a store has, or the error of a remote one. Raises `BackupError` for the local one."""
@@ -245,6 +248,8 @@ class BackupCatalog:
             id, manifest, problem = name.removesuffix(MANIFEST_SUFFIX), None, None
             try:
                 manifest = self._parse(id, content)
+                assert isinstance(content, bytes), "it was parsed"
+                check_signature(content, name, self.settings.backup_signing_key)
                 _check_presence(store, manifest, names)
             except BackupError as exc:
                 problem = str(exc)
@@ -310,6 +315,8 @@ class BackupCatalog:
             raise BackupError("there is no remote store: set BACKUP_URL")
         manifest = await self.read_manifest(self.local, id)
         _check_presence(self.local, manifest, await self.local.names())
+        async with private_directory(self.settings.data_dir / "opened") as directory:
+            await verified_file(self.local, manifest, directory, progress)  # it must not replace a good one there
         await self._upload(manifest, progress)
 
     async def _upload(self, manifest: Manifest, progress: Progress) -> None:
@@ -355,10 +362,9 @@ class BackupCatalog:
         allow_partial: whether it may have some tables only.
         """
         entry = await self.find(id)
-        copy = entry.intact
-        if copy is None or copy.manifest is None:
+        if entry.intact is None or entry.intact.manifest is None:
             raise BackupError(entry.problem or f"backup {entry.id} is damaged")
-        manifest = copy.manifest
+        manifest = entry.intact.manifest
         if not (entry.is_own or from_other):
             owner = describe(manifest.application_id, manifest.host, manifest.database)
             raise BackupError(
@@ -377,10 +383,22 @@ class BackupCatalog:
             )
         tools = await client_tools.find_directory(server_major)
         async with private_directory(self.settings.data_dir / "opened") as directory:
-            file = await self._plaintext_file(copy.store, manifest, directory, progress)
+            file, manifest = await self._first_intact_file(entry, directory, progress)
             made_at, major = manifest.made_at, manifest.major
             is_partial = manifest.kind == "tables"
             yield Archive(manifest.id, file, tools, made_at, major, manifest.revision, manifest.counts, is_partial)
+
+    async def _first_intact_file(self, entry: Entry, directory: Path, progress: Progress) -> tuple[Path, Manifest]:
+        """Return the archive of the first copy whose checksum is right. Raises `BackupError` if none has one."""
+        problems: list[str] = []
+        for found in entry.copies:
+            if found.problem is None and found.manifest is not None:
+                try:
+                    return await self._plaintext_file(found.store, found.manifest, directory, progress), found.manifest
+                except BackupError as exc:
+                    problems.append(str(exc))
+                    _log.warning("%s", exc)
+        raise BackupError("; ".join(problems))
 
     async def verify(
         self, store: Store, id: str, *, is_deep: bool = False, progress: Progress = ignore_progress
@@ -461,14 +479,18 @@ class BackupCatalog:
         """Store the result of a drill in every store that can be written to."""
         await self._write_beside(f"{result.backup}{DRILL_SUFFIX}", result.serialize())
 
-    async def _write_beside(self, name: str, content: bytes) -> None:
+    async def _write_beside(self, name: str, content: bytes) -> list[str]:
+        """Write a small file into every store, and return the names of those where that failed."""
+        failed = []
         for store in self.stores:
             try:
                 await store.write(name, content)
             except BackupError as exc:
                 if store is self.local and not self._is_elsewhere:
                     raise
+                failed.append(store.name)
                 _log.warning("%s is not stored in %s: %s", name, store.name, exc)
+        return failed
 
     # --- deleting
 
@@ -481,7 +503,11 @@ class BackupCatalog:
         if not entry.is_own:
             raise BackupError(f"backup {entry.id} is not of {self.identity}: nothing was changed")
         content = orjson.dumps({"backup": entry.id, "at": self.clock().isoformat(timespec="seconds")})
-        await self._write_beside(f"{entry.id}{ACCEPTED_SUFFIX}", content)
+        if failed := await self._write_beside(f"{entry.id}{ACCEPTED_SUFFIX}", content):
+            raise BackupError(
+                f"backup {entry.id} is accepted, but that could not be stored in {' and '.join(failed)}: try again, for"
+                " processes that see only that store"
+            )
         return entry
 
     def drops(self, entries: Sequence[Entry]) -> list[Drop]:

@@ -55,12 +55,14 @@ class Identity:
         """Return whether a backup is of this database, as far as is known.
 
         `is_local`: a copy is in this bot's DATA_DIR, which decides where manifests say too little: those of 0.1.0 name
-        neither application nor server.
+        neither application nor server, and every embedded server has the same name.
         """
         if backup.host is None:
             return is_local and backup.database == self.database
         if (backup.host, backup.database) != (self.host, self.database):
             return False
+        if self.host == EMBEDDED and not is_local:
+            return False  # every embedded server has the same name
         if backup.application_id is None or self.application_id is None:
             return is_local or self.application_id != _UNCERTAIN
         return self.application_id == backup.application_id

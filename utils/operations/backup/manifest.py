@@ -107,8 +107,15 @@ class Manifest:
     @property
     def data_rows(self) -> int:
         """Number of rows in all tables but those that say what Guildbook itself did."""
+        return sum(self.data_counts.values())
+
+    @property
+    def data_counts(self) -> dict[str, int]:
+        """Number of rows of each of these tables, by name without schema."""
         ops = placement_of_backup(self.counts).ops
-        return sum(rows for (schema, name), rows in self.counts.items() if schema != ops and name not in VERSION_TABLES)
+        return {
+            name: rows for (schema, name), rows in self.counts.items() if schema != ops and name not in VERSION_TABLES
+        }
 
     @property
     def counts(self) -> dict[tuple[str, str], int]:
@@ -159,14 +166,14 @@ def created_at(id: str) -> datetime:
     return datetime.strptime(id[:TIMESTAMP_LENGTH], "%Y%m%dT%H%M%S%z")
 
 
-def parse_manifest(content: bytes, name: str, signing_key: SecretStr | None = None) -> Manifest:
-    """Return the manifest in a file called `name`.
+def parse_manifest(content: bytes, name: str) -> Manifest:
+    """Return the manifest in a file called `name`. Raises `BackupError` if it is damaged or not one of ours.
 
-    Raises `BackupError` if it is damaged or not one of ours, or, with a `signing_key`, not signed with that.
+    Its signature is not checked: `check_signature` does.
     """
     try:
         values = orjson.loads(content)
-        stored_checksum, signature = values.pop("seal"), values.pop("signature", None)
+        stored_checksum, _ = values.pop("seal"), values.pop("signature", None)
         project, version = values["project"], values["format"]
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
         raise BackupError(f"{name} is damaged: not the manifest of a backup ({type(exc).__name__})") from None
@@ -180,8 +187,6 @@ def parse_manifest(content: bytes, name: str, signing_key: SecretStr | None = No
         )
     if stored_checksum != checksum_of(values):
         raise BackupError(f"{name} is damaged: its content does not match its checksum")
-    if signing_key is not None:
-        _check_signature(values, signature, signing_key, name)
     try:
         manifest = Manifest(**values)
         _FIELD_TYPES.validate_json(orjson.dumps(values), strict=True)
@@ -216,12 +221,18 @@ def signature_of(content: dict[str, Any], key: SecretStr) -> str:
     return hmac.new(key.get_secret_value().encode(), _canonical(content), hashlib.sha256).hexdigest()
 
 
-def _check_signature(content: dict[str, Any], signature: object, key: SecretStr, name: str) -> None:
+def check_signature(content: bytes, name: str, key: SecretStr | None) -> None:
+    """Raise `BackupError` unless a readable manifest is signed with the key; None: nothing is checked."""
+    if key is None:
+        return
+    values = orjson.loads(content)
+    signature = values.pop("signature", None)
+    del values["seal"]
     if signature is None:
         raise BackupError(
             f"{name} is not signed, and BACKUP_SIGNING_KEY is set: if you know who made it, unset the key to use it"
         )
-    expected = signature_of(content, key)
+    expected = signature_of(values, key)
     if not isinstance(signature, str) or not hmac.compare_digest(signature.encode(), expected.encode()):
         raise BackupError(
             f"{name} is not signed with BACKUP_SIGNING_KEY: somebody without the key has written it, or the key has"

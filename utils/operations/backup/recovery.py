@@ -10,10 +10,12 @@ from models import Base
 from utils.database import Pool
 from utils.database.ownership import VERSION_TABLE, fetch_version
 from utils.database.placement import Placement
+from utils.database.target import EMBEDDED
 from utils.exceptions import MISSING_TABLE, BackupError, DatabaseError, DatabaseUnavailable
 from utils.operations import migrations
 from utils.operations.action import Outcome, Progress, ignore_progress, record_action
 from utils.operations.backup.catalog import BackupCatalog
+from utils.operations.backup.entries import Entry
 from utils.operations.backup.manifest import Manifest
 from utils.operations.backup.objects import qualified
 from utils.operations.migrations import Actor, admin
@@ -195,19 +197,47 @@ async def find_hold(
         entry.manifest
         for entry in entries
         if entry.is_restorable
+        and (host != EMBEDDED or catalog.local.name in entry.places)  # every embedded server has the same name
         and entry.manifest is not None
         and (entry.manifest.host, entry.manifest.database) == (host, name)
         and entry.manifest.guilds
     ]
-    application_id = await fetch_application() if candidates else None
+    unusable = [entry for entry in entries if entry.intact is None and _may_be_of(entry, catalog, host, name)]
+    application_id = await fetch_application() if candidates or unusable else None
     if application_id is not None:
         candidates = [one for one in candidates if one.application_id == application_id]
+        unusable = [it for it in unusable if it.manifest is None or it.manifest.application_id == application_id]
     if candidates or loss.state == "damaged":
         backup = candidates[0] if candidates else None
         return Hold(loss.state, loss.reason, backup, is_of_application=bool(backup and application_id))
     if errors:
         return Hold(loss.state, loss.reason, None, problem=f"backups cannot be listed: {errors[0]}")
+    if unusable:
+        return Hold(loss.state, loss.reason, None, problem=f"no backup is usable: {unusable[0].problem}")
     return None
+
+
+def _may_be_of(entry: Entry, catalog: BackupCatalog, host: str, name: str) -> bool:
+    """Return whether a damaged backup may be a full one of this database."""
+    manifest = entry.manifest
+    if manifest is None:
+        return catalog.local.name in entry.places
+    if manifest.kind != "full" or manifest.is_safety_copy or not manifest.guilds:
+        return False
+    return (manifest.host, manifest.database) == (host, name)
+
+
+async def require_no_hold(pool: Pool, catalog: BackupCatalog) -> None:
+    """Raise `BackupError` if the database is empty and must be held: what fills it would hide the loss."""
+    loss = await find_loss(pool)
+    if loss is not None and loss.state == "empty":
+        hold = await find_hold(pool, catalog, loss, _unknown_application)
+        if hold is not None:
+            raise BackupError(hold.line)
+
+
+async def _unknown_application() -> None:
+    """Return no application: any may be that of the token."""
 
 
 async def _has_begun(pool: Pool) -> bool:

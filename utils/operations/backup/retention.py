@@ -16,6 +16,8 @@ SAFETY_DAYS = 7
 DROP_SHARE = 0.5
 #: Fewer rows and guilds than these may go without a drop: a bot in its first hours.
 SMALL_ROWS, SMALL_GUILDS = 100, 1
+#: Rows of a table which is empty in a later backup, from which on that is a drop.
+FILLED_ROWS = 20
 #: How far ahead of this clock a backup may be dated before it counts as made by a wrong clock.
 AHEAD = timedelta(hours=1)
 
@@ -122,6 +124,9 @@ def _what_dropped(before: Sequence[Manifest], after: Manifest, is_older: IsOlder
     guilds, rows = max(one.guilds for one in before), max(one.data_rows for one in before)
     if guilds and (not after.guilds or (after.guilds < guilds * DROP_SHARE and guilds - after.guilds > SMALL_GUILDS)):
         return f"has {format_count(after.guilds, 'guild')} instead of {guilds:,}"
+    for name, count in before[-1].data_counts.items():
+        if count >= FILLED_ROWS and not after.data_counts.get(name):
+            return f"has no rows in {name}, instead of {count:,}"
     if after.data_rows < rows * DROP_SHARE and rows - after.data_rows > SMALL_ROWS:
         return f"has {format_count(after.data_rows, 'row')} instead of {rows:,}"
     return None

@@ -15,6 +15,7 @@ from utils.operations.backup.create import BackupRequest, count_live_rows, creat
 from utils.operations.backup.drill import drill
 from utils.operations.backup.entries import Entry
 from utils.operations.backup.manifest import Reason
+from utils.operations.backup.reading import Verification
 from utils.operations.backup.restore import restore
 from utils.operations.backup.retention import RetentionRules
 from utils.operations.backup.whole_database import find_losses
@@ -66,11 +67,19 @@ class BackupService:
     async def verify(self, id: str, *, is_deep: bool = False, progress: Progress = ignore_progress) -> Outcome:
         """Verify a backup in every store that has it; with `is_deep`, decompress it and count its rows."""
         entry = await self.catalog.find(id)
-        checks = [
-            str(await self.catalog.verify(copy.store, entry.id, is_deep=is_deep, progress=progress))
-            for copy in entry.copies
-        ]
-        return Outcome("\n".join([f"backup {entry.id} is intact", *checks]), {"id": entry.id, "checks": checks})
+        checks: list[Verification] = []
+        problems: list[str] = []
+        for copy in entry.copies:
+            try:
+                checks.append(await self.catalog.verify(copy.store, entry.id, is_deep=is_deep, progress=progress))
+            except BackupError as exc:
+                problems.append(str(exc))
+        lines = [str(check) for check in checks]
+        if problems:
+            raise BackupError("; ".join([*problems, *(f"intact in {line}" for line in lines)]))
+        is_read = not is_deep or all(check.rows is not None for check in checks)
+        verdict = f"backup {entry.id} is intact" if is_read else f"the rows of backup {entry.id} could not be counted"
+        return Outcome("\n".join([verdict, *lines]), {"id": entry.id, "checks": lines}, ok=is_read)
 
     async def restore(
         self,
@@ -131,7 +140,9 @@ class BackupService:
                 raise BackupError(errors[0])
             ids = self.catalog.lacking_remotely(entries)
         else:
-            ids = [(await self.catalog.find(id)).id]
+            entry = await self.catalog.find(id)
+            is_there = any(copy.store is self.catalog.remote and copy.problem is None for copy in entry.copies)
+            ids = [] if is_there else [entry.id]
         for one in ids:
             await self.catalog.push(one, progress=progress)
         text = f"uploaded to {self.catalog.remote.name}: {', '.join(ids)}" if ids else "nothing to upload"
