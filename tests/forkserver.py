@@ -1,8 +1,8 @@
 """Runs `python bot.py` by forking a process that has imported Guildbook already.
 
 The imports take more than a second of processor time, and a run of the tests starts some 300 bots and commands. What is
-forked is in the state of a Python that has just imported bot.py. The tests of the documentation's commands and of the
-demo start Python themselves: an import that fails, or an order of imports that does, shows there.
+forked is in the state of a Python that has just imported bot.py. The tests of the README, of the tutorial and
+of the demo start Python themselves: an import that fails, or an order of imports that does, shows there.
 
 `python -m tests.forkserver` is that process: one for each worker, started at the first use, which ends with the worker.
 """
