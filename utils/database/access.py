@@ -369,18 +369,18 @@ class Database:
                 log = WriteLog({sql}) if writes is None else WriteLog(tables={(table, None) for table in writes})
                 return await root.run(verb, sql, *args, log=log, timing=timing, timeout=timeout)
             if cache is None:
-                return await self.pool.run(verb, sql, args, timeout, temp=True, timing=timing)
+                return await self.pool.run(verb, sql, args, timeout, temp=True, timing=timing, frame=frame)
             if writes is None:
                 statement = cache.statement(sql)
                 if statement.is_cacheable:
-                    return await self.pool.run(verb, sql, args, timeout, is_pure=True, timing=timing)
+                    return await self.pool.run(verb, sql, args, timeout, is_pure=True, timing=timing, frame=frame)
                 tables = statement.writes
             else:
                 tables = frozenset(writes)
             try:
                 # What could not be analysed, or was not, because its tags are given, may create temporary tables.
                 has_temp = writes is not None or tables is None
-                result = await self.pool.run(verb, sql, args, timeout, temp=has_temp, timing=timing)
+                result = await self.pool.run(verb, sql, args, timeout, temp=has_temp, timing=timing, frame=frame)
             except BaseException as exc:
                 self._failed(tables, exc)
                 raise

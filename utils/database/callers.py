@@ -17,6 +17,13 @@ _EVENT_LOOP = str(Path(asyncio.__file__).parent)
 _LIBRARIES = ("/sqlalchemy/", "/asyncpg/", "/contextlib.py", "/greenlet/")
 
 
+#: Where code is: in the data layer or its libraries, in the event loop, or outside.
+_INSIDE, _LOOP, _OUTSIDE = 1, 2, 3
+#: Found once for each piece of code, because every statement asks for some of them.
+_places: dict[CodeType, int] = {}
+PLACES_KEPT = 2_000
+
+
 class Caller(NamedTuple):
     """A line of code outside the data layer."""
 
@@ -32,13 +39,23 @@ class Caller(NamedTuple):
 def find_caller(frame: FrameType | None) -> Caller | None:
     """Return the innermost caller outside the data layer and its libraries; None when a task began inside them."""
     while frame is not None:
-        file = frame.f_code.co_filename
-        if file.startswith(_EVENT_LOOP):
+        code = frame.f_code
+        place = _places.get(code) or _place_of(code)
+        if place == _OUTSIDE:
+            return Caller(code, frame.f_lineno)
+        if place == _LOOP:
             return None
-        if not (file.startswith(_DATA_LAYER) or any(part in file for part in _LIBRARIES)):
-            return Caller(frame.f_code, frame.f_lineno)
         frame = frame.f_back
     return None
+
+
+def _place_of(code: CodeType) -> int:
+    file = code.co_filename
+    is_inside = file.startswith(_DATA_LAYER) or any(part in file for part in _LIBRARIES)
+    place = _LOOP if file.startswith(_EVENT_LOOP) else _INSIDE if is_inside else _OUTSIDE
+    if len(_places) < PLACES_KEPT:
+        _places[code] = place
+    return place
 
 
 class Holder(NamedTuple):
@@ -61,9 +78,12 @@ class Holders:
 
     def add(self, who: Caller | str | None) -> int:
         """Record a holder and return its key for `remove`. None: the current task."""
-        task = asyncio.current_task()
+        name = ""
+        if who is None:
+            task = asyncio.current_task()
+            name = "?" if task is None else task.get_name()
         key = next(self._keys)
-        self._held[key] = Holder(who, "?" if task is None else task.get_name(), time.monotonic())
+        self._held[key] = Holder(who, name, time.monotonic())
         return key
 
     def remove(self, key: int | None) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import asyncpg
@@ -230,16 +231,18 @@ class Pool:
         temp: bool = False,
         is_pure: bool = False,
         timing: Timing | None = None,
+        frame: FrameType | None = None,
     ) -> Any:
         """Run one statement with a method of `asyncpg.Connection`, such as "fetchrow".
 
         is_pure: it is a query without side effects, so the connection need not be reset.
         timing: is told how long the statement waited for a connection.
+        frame: of the code that asks, if it is known; None: found.
         """
         pool = self._connected()
         asked = time.perf_counter()
         try:
-            conn = await self._borrow(pool, self.acquire_timeout)
+            conn = await self._borrow(pool, self.acquire_timeout, frame)
         finally:
             if timing is not None:
                 timing.waited = time.perf_counter() - asked
@@ -259,12 +262,14 @@ class Pool:
             raise DatabaseUnavailable("the pool is not connected: it was closed, or never opened")
         return self._pool
 
-    async def _borrow(self, pool: AsyncpgPool[Record], wait: float) -> PoolConnectionProxy[Record]:
-        """Return a connection within `wait` seconds."""
+    async def _borrow(
+        self, pool: AsyncpgPool[Record], wait: float, frame: FrameType | None = None
+    ) -> PoolConnectionProxy[Record]:
+        """Return a connection within `wait` seconds, for the code of a frame; None: the caller."""
         is_free = self._borrowed < self.pool_max  # then acquire() does not wait, and connecting has its own timeout
         self._borrowed += 1
         self._waiting += 1
-        caller = find_caller(sys._getframe(1))
+        caller = find_caller(frame or sys._getframe(1))
         try:
             if is_free:
                 conn = await pool.acquire()
