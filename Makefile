@@ -11,7 +11,7 @@ UV := $(VENV)/bin/uv
 READY := $(VENV)/.installed
 SOURCES := bot.py benchmarks cogs migrations models simulator tests utils
 # More workers than cores: tests wait for servers and processes most of the time.
-WORKERS ?= 8
+WORKERS ?= 6
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist load --maxschedchunk 1
 # What depends on the version of the database, and on a pooler before it.
 DATABASE_TESTS := tests/database tests/repositories tests/documents tests/worlds
