@@ -40,7 +40,7 @@ demo: setup ## See the real bot at work, without token or database (ARGS=--keep:
 run: setup ## Run the bot with the settings of .env
 	@$(RUN) bot.py $(ARGS)
 
-test: setup ## Run the tests in parallel (ARGS="-m quick" for two minutes, ARGS="tests/bot -k sync" for some)
+test: setup ## Run the tests in parallel (ARGS="-m quick" for the quick ones, ARGS="tests/bot -k sync" for some)
 	@$(PYTEST) $(ARGS)
 
 test-all: setup ## Run the tests, long histories, soaks and fuzzing included
@@ -53,7 +53,7 @@ test-databases: setup ## Run the tests of the database on other versions of Post
 bench: setup ## Measure, and write benchmarks/results/
 	@$(RUN) -m benchmarks $(ARGS)
 
-soak: setup ## Break everything for ten minutes (ARGS="--minutes 2 --kills 20", ARGS=--restores for the database)
+soak: setup ## Break everything for ten minutes (ARGS="--minutes 2 --kills 20", ARGS=--restores for the database, ARGS=--backups for backups)
 	@$(RUN) -m tests.faults $(ARGS)
 
 lint: setup ## ruff, mypy --strict, the migrations against the models, squawk; list very long and very short files

@@ -20,6 +20,7 @@ from utils.operations import slash
 from utils.operations.action import Outcome
 from utils.operations.backup import recovery
 from utils.operations.backup.catalog import BackupCatalog
+from utils.operations.backup.keeping import drops_among, list_with_problems
 from utils.operations.backup.safety import backup_before
 from utils.operations.backup.service import BackupService
 from utils.operations.doctor import DoctorContext, run_checks, summarize_findings
@@ -55,10 +56,7 @@ class DatabaseCommands(BaseCog):
         """Show the statistics with a chart."""
 
         async def work(reply: Reply) -> Answer:
-            catalog = (await self._backups()).catalog
-            entries, problems = await catalog.scan()
-            backups = [{"id": entry.id, "line": entry.line} for entry in entries]
-            problems += [alert.text for alert in catalog.alerts(entries, problems)]
+            backups, problems = await list_with_problems((await self._backups()).catalog)
             statistics = await collect(self._database, bot=self.bot.stats(), backups=backups, problems=problems)
             try:
                 chart: bytes | None = await picture.draw(statistics)
@@ -108,6 +106,7 @@ class DatabaseCommands(BaseCog):
 
         async def work(reply: Reply) -> Outcome:
             settings, path = self.bot.settings, self._path(IMPORTS, name)
+            await self._require_no_hold()
             found = await importer.import_files(self._database, settings, [path], dry_run=True, progress=reply.step)
             if dry_run:
                 return found
@@ -196,10 +195,11 @@ class DatabaseCommands(BaseCog):
         """Show the migration, ask, and run it."""
 
         async def work(reply: Reply) -> Outcome:
+            await self._require_no_hold()
             migration = await admin.plan_upgrade(self._database, progress=reply.step)
             if migration is None:
                 return Outcome(f"the schema is at {await current(self._database)}, the newest revision: nothing to do")
-            warning = "\nA backup is made first." if migration.data["destructive"] else ""
+            warning = "\nA backup is made first." if migration.data["loses_rows"] else ""
             await reply.confirm(f"{migration.text}{warning}", "Upgrade")
             by = Actor("discord", interaction.user.id)
             backup = backup_before("before upgrade", self.bot.settings, self._database, reply.step)
@@ -357,7 +357,7 @@ class DatabaseCommands(BaseCog):
         async def work(reply: Reply) -> Outcome:
             service = await self._backups()
             entry, (entries, _) = await service.catalog.find(id), await service.catalog.scan()
-            if entry.id not in {drop.after.id for drop in service.catalog.drops(entries)}:
+            if entry.id not in {drop.after.id for drop in drops_among(entries)}:
                 return Outcome(f"Nothing to accept: backup {entry.id} does not have much less than the ones before it.")
             await reply.confirm(f"May this backup have less than the ones before it? {entry.line}", "Accept")
             return await service.accept(entry.id)
@@ -398,6 +398,10 @@ class DatabaseCommands(BaseCog):
     @property
     def _database(self) -> Pool:
         return self.db.pool
+
+    async def _require_no_hold(self) -> None:
+        """Raise `BackupError` if the database is held: what fills it would hide what was lost."""
+        await recovery.require_no_hold(self._database, BackupCatalog(self.bot.settings))
 
     async def _backups(self) -> BackupService:
         """Return the service for the backups of this database; as the settings name it while it does not answer."""

@@ -1,6 +1,6 @@
 """Writes docs/reference/ and docs/images/ from the code: `make docs`.
 
-A test fails when a page or a picture differs from what this would write.
+A test fails when a page differs from what this would write, or a picture was drawn from other figures or code.
 """
 
 from __future__ import annotations

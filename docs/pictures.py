@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from utils import text
 from utils.operations.upkeep import picture
 from utils.operations.upkeep.statistics import Sample, Statistics, TableSize
 
@@ -64,7 +65,7 @@ PICTURES: list[tuple[str, str, Statistics]] = [
 def digest(statistics: Statistics) -> str:
     """Return a digest of what a picture is drawn from: the figures and the code. It is stored in the picture."""
     figures = json.dumps(picture.figures_of(statistics))
-    return hashlib.sha256((inspect.getsource(picture) + figures).encode()).hexdigest()
+    return hashlib.sha256((inspect.getsource(picture) + inspect.getsource(text) + figures).encode()).hexdigest()
 
 
 def read_digest(png: bytes) -> str | None:

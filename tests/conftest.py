@@ -27,7 +27,7 @@ from collections.abc import AsyncIterator, Coroutine, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
 import psutil
@@ -40,6 +40,9 @@ from tests.servers import DEFAULT, make_server
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
 from utils.operations import migrations
+
+if TYPE_CHECKING:
+    from tests.mirror.restoring import Droppable
 
 settings.register_profile(
     "guildbook", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -186,6 +189,16 @@ async def empty_target(server: EmbeddedServer) -> AsyncIterator[ConnectTarget]:
     """Connection parameters of a fresh database without tables, which is dropped after the test."""
     async with cloned(server, "template1") as fresh, reached(fresh) as address:
         yield address
+
+
+@pytest.fixture
+async def dropped(server: EmbeddedServer, template: str) -> AsyncIterator[Droppable]:
+    """A migrated database that can be dropped and recreated, with what restores leave beside it."""
+    from tests.mirror.restoring import droppable  # which imports this module
+    from tests.operations.backup.helpers import dropping_scratch_databases
+
+    async with droppable(server, template) as database, dropping_scratch_databases(database.pool.target):
+        yield database
 
 
 @pytest.fixture

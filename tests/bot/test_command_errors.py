@@ -205,12 +205,11 @@ async def test_repeated_errors_of_users_are_answered_and_not_all_logged(
     database: Pool,
     simulator: Simulator,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
     failing: TemporaryCogs,
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(command_errors, "_errors_of_users", RateLimit(2, 3_600))
-    async with running_bot(database, simulator, extensions=failing.extensions):
+    async with running_bot(database, simulator, extensions=failing.extensions) as bot:
+        bot.logged_user_errors = RateLimit(2, 3_600)
         answers = [(await use(simulator, "decline")).content or "" for _ in range(5)]
         assert all(answer.startswith("You have no quotes yet") for answer in answers)
         reference_in((await use(simulator, "crash")).content)

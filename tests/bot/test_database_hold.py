@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +9,14 @@ from typing import Any
 import pytest
 
 from simulator import Simulator, World
-from tests.bot.running import BotProcess, mirror_differences, run_cli, wait_until_mirrored
-from tests.mirror.restoring import Droppable, droppable
-from tests.operations.backup.helpers import dropping_scratch_databases, make_service
+from tests.bot.held import BARE, Held
+from tests.bot.running import BotProcess, mirror_differences, wait_until_mirrored
+from tests.mirror.restoring import Droppable
 from tests.waiting import until
 from utils.database import Pool
-from utils.database.embedded import EmbeddedServer
 from utils.exceptions import DatabaseError
-from utils.operations.backup.catalog import BackupCatalog
-from utils.operations.backup.manifest import Manifest
 
 pytestmark = pytest.mark.slow
-
-BARE = "template1"
 
 
 @pytest.fixture
@@ -33,64 +26,6 @@ def world() -> World:
     world.add_guild(members=60, name="Large")
     world.add_guild(members=40, name="Small")
     return world
-
-
-@pytest.fixture
-async def dropped(server: EmbeddedServer, template: str) -> AsyncIterator[Droppable]:
-    """A migrated database that can be dropped and recreated."""
-    async with droppable(server, template) as database, dropping_scratch_databases(database.pool.target):
-        yield database
-
-
-class Held:
-    """A bot process on a database that can be dropped, and its commands."""
-
-    def __init__(self, directory: Path, simulator: Simulator, database: Droppable, **settings: str) -> None:
-        self.directory = directory
-        self.simulator = simulator
-        self.database = database
-        self.settings = {
-            "DISCORD_TOKEN": simulator.token,
-            "DISCORD_API_BASE": simulator.api_base,
-            "DATABASE_URL": database.pool.target.libpq_url(),
-            "DATA_DIR": str(directory / "data"),
-            "FLUSH_SECONDS": "0.1",
-            **settings,
-        }
-        self.bot = BotProcess(directory, **self.settings)
-
-    @property
-    def pool(self) -> Pool:
-        return self.database.pool
-
-    @property
-    def catalog(self) -> BackupCatalog:
-        return make_service(self.directory / "data").catalog
-
-    async def cli(self, *arguments: str) -> tuple[int, str]:
-        """Run a command on the bot's database."""
-        return await run_cli(self.directory, *arguments, **self.settings)
-
-    async def back_up(self) -> Manifest:
-        """Make a backup with the command line."""
-        code, output = await self.cli("backup", "create")
-        assert code == 0, output
-        manifest = await self.catalog.newest()
-        assert manifest is not None
-        return manifest
-
-    async def readiness(self) -> tuple[int, dict[str, Any]]:
-        """Return the status and the body of GET /readyz."""
-        status, body = await self.bot.get("/readyz")
-        return status, body or {}
-
-    async def is_held(self) -> bool:
-        status, body = await self.readiness()
-        return status == 503 and body["state"] == "held"
-
-    async def stop(self) -> None:
-        self.bot.send_signal(signal.SIGTERM)
-        assert await self.bot.wait_for_exit() == 0, self.bot.output
 
 
 def send_messages(simulator: Simulator, guild_id: int, count: int) -> tuple[int, int]:

@@ -6,19 +6,16 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from simulator import Simulator, World
+from tests.bot.held import BARE, Held
 from tests.bot.running import wait_until_mirrored
-from tests.bot.test_database_hold import BARE, Held
 from tests.docs.blocks import REHEARSAL, blocks_of
-from tests.mirror.restoring import Droppable, droppable
-from tests.operations.backup.helpers import dropping_scratch_databases
+from tests.mirror.restoring import Droppable
 from tests.waiting import until
-from utils.database.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.slow
 
@@ -32,13 +29,6 @@ def world() -> World:
     world.add_guild(members=MEMBERS, name="Large")
     world.add_guild(members=40, name="Small")
     return world
-
-
-@pytest.fixture
-async def dropped(server: EmbeddedServer, template: str) -> AsyncIterator[Droppable]:
-    """A migrated database that can be dropped and recreated."""
-    async with droppable(server, template) as database, dropping_scratch_databases(database.pool.target):
-        yield database
 
 
 def commands(heading: str) -> list[list[str]]:

@@ -10,7 +10,6 @@ import pytest
 from utils.database import Pool
 from utils.operations import action
 from utils.operations.action import Step, prune_actions, record_action
-from utils.operations.backup import recovery
 
 INSERT = "INSERT INTO ops.admin_actions (at, command, result) SELECT now() - $1::text::interval, $2, ''"
 
@@ -60,21 +59,17 @@ async def test_what_cannot_be_stored_is_replaced(database: Pool) -> None:
 async def test_old_rows_are_deleted_in_batches(database: Pool) -> None:
     for days in range(395, 406):
         await database.execute(INSERT, f"{days} days 1 hour", f"day {days}")
-    await database.execute(INSERT, "500 days", recovery.DECISION)
+    await database.execute(INSERT, "500 days", action.BEGIN_ANEW)
     assert await prune_actions(database, batch=2) == 6
     rows = await database.fetch("SELECT command FROM ops.admin_actions ORDER BY at DESC")
-    assert [row["command"] for row in rows] == [*(f"day {days}" for days in range(395, 400)), recovery.DECISION]
+    assert [row["command"] for row in rows] == [*(f"day {days}" for days in range(395, 400)), action.BEGIN_ANEW]
     assert await prune_actions(database) == 0
 
 
 async def test_rows_beyond_the_bound_are_deleted_by_their_time(database: Pool) -> None:
     for age in (3, 1, 2, 5, 4):  # a restore adds older rows with newer ids
         await database.execute(INSERT, f"{age} hours", f"age {age}")
-    await database.execute(INSERT, "9 hours", recovery.DECISION)
+    await database.execute(INSERT, "9 hours", action.BEGIN_ANEW)
     assert await prune_actions(database, keep_rows=3, batch=1) == 2
     rows = await database.fetch("SELECT command FROM ops.admin_actions ORDER BY at DESC")
-    assert [row["command"] for row in rows] == ["age 1", "age 2", "age 3", recovery.DECISION]
-
-
-def test_rows_that_decide_something_are_kept() -> None:
-    assert recovery.DECISION in action.DECISIONS
+    assert [row["command"] for row in rows] == ["age 1", "age 2", "age 3", action.BEGIN_ANEW]

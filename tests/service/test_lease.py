@@ -348,7 +348,7 @@ RELEASED = "UPDATE ops.leases SET holder = 'other', epoch = epoch + 1, expires_a
         ("UPDATE ops.leases SET epoch = epoch - 1", "the database went back to an earlier state"),
         (ACTS.format("other"), "another process acts now (other)"),
         (RELEASED, "another process took it and has released it (other)"),
-        (ACTS.format(module.OPERATOR), "an operator's command has taken it (db downgrade)"),
+        (ACTS.format(module.OPERATOR), "an operator's command has taken it"),
         (None, "a restore has revoked it"),
     ],
 )

@@ -21,6 +21,7 @@ from utils.database import Pool
 from utils.database.access import Database
 from utils.database.cache import Channel, QueryCache
 from utils.exceptions import GuildbookError, SettingsError, SpoolError
+from utils.logs import RateLimit
 from utils.mirror import Mirror
 from utils.mirror.change_feed import ChangeFeed, MirrorChange
 from utils.mirror.discord import tap
@@ -49,6 +50,8 @@ JOURNAL_TIMEOUT = 3.0
 STOP_TIMEOUT = 3.0
 #: Seconds to wait for running operator commands to answer before a command shuts the bot down.
 ANSWER_TIMEOUT = 30.0
+#: Errors of users that are logged within a minute, of all and of one.
+USER_ERRORS_PER_MINUTE, ERRORS_PER_USER = 60, 10
 #: The event that `on_mirror_change` listeners receive.
 CHANGE_EVENT = "mirror_change"
 
@@ -95,6 +98,8 @@ class Guildbook(commands.AutoShardedBot):
         )
         #: Who may run operator commands, and the ones that are running.
         self.operators: Operators = Operators(self, settings.admin_user_ids)
+        #: Which errors that users cause are logged: anybody can cause them.
+        self.logged_user_errors: RateLimit = RateLimit(USER_ERRORS_PER_MINUTE, 60.0, per_key=ERRORS_PER_USER)
         #: Confirmations that wait for a button to be pressed.
         self.confirmations: Confirmations = Confirmations()
         self.add_listener(self.confirmations.on_interaction)

@@ -20,15 +20,11 @@ _log = logging.getLogger(__name__)
 
 #: Seconds to deliver the answer to Discord.
 ANSWER_TIMEOUT = 30.0
-#: Errors of users that are logged within a minute; anybody can cause them.
-LOGGED_PER_MINUTE = 60
 #: Seconds to find out whether the user is an operator. Discord expects the answer within 3 seconds.
 OPERATOR_TIMEOUT = 1.0
 
 DATABASE_UNAVAILABLE = "The database is not available right now. Try again in a minute."
 INTERNAL_ERROR = "Something went wrong. The error was logged."
-
-_errors_of_users = RateLimit(LOGGED_PER_MINUTE, 60.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +57,13 @@ async def report_command_error(
     """Log a command's error and answer the user in one line, which only they see if Discord allows it. Never raises."""
     try:
         explanation, cause = explain(error), unwrap(error)
-        reference = new_reference() if explanation.is_fault or _errors_of_users.admits() else None
         interaction = where if isinstance(where, discord.Interaction) else where.interaction
         user = where.user if isinstance(where, discord.Interaction) else where.author
+        limit: RateLimit = (where.client if isinstance(where, discord.Interaction) else where.bot).logged_user_errors
+        reference = new_reference() if explanation.is_fault or limit.admits(user.id) else None
         if reference is not None:
             fields = {"reference": reference, "guild_id": where.guild.id if where.guild is not None else None}
-            if unlogged := _errors_of_users.take_refused():
+            if unlogged := limit.take_refused():
                 fields["errors_not_logged"] = unlogged
             log.log(
                 logging.ERROR if explanation.is_fault else logging.INFO,

@@ -101,5 +101,5 @@ def _handles_errors(owner: Any) -> bool:
         case app_commands.Group():
             return getattr(owner.on_error, "__func__", owner.on_error) is not app_commands.Group.on_error
         case commands.Cog():
-            return type(owner).cog_app_command_error is not commands.Cog.cog_app_command_error
+            return owner.has_app_command_error_handler()
     return False

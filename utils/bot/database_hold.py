@@ -37,7 +37,8 @@ class DatabaseHold:
     Parameters
     ----------
     interval: seconds between two looks at the database.
-    search_interval: seconds between two searches for backups, while none is known because a store does not answer.
+    search_interval: seconds between two searches for backups, while a store does not answer, or Discord does not say
+        which application the token is of.
     repeat: seconds between two equal log lines.
     """
 
@@ -136,7 +137,9 @@ class DatabaseHold:
             return self.current  # an operator's command makes the schema just now
         if loss is None:
             self.current = None
-        elif self.current is None or (self.current.backup is None and now - self._searched_at > self.search_interval):
+        elif self.current is None or (
+            not self.current.is_of_application and now - self._searched_at > self.search_interval
+        ):
             if self.current is None:
                 self._since = now
             self._searched_at = now
@@ -155,8 +158,7 @@ class DatabaseHold:
         if self._settings.recover != "auto" or backup is None or backup.id == self._recovered_id:
             return
         if not (hold.is_of_application and hold.state == "empty"):
-            self._log("RECOVER=auto does nothing: %s", "the application of the token is not known to be the backup's")
-            return
+            return  # an operator must decide, or Discord say which application the token is of
         self._recovered_id = backup.id
         _log.warning("RECOVER=auto: restoring backup %s", backup.id)
         try:

@@ -15,6 +15,7 @@ from utils.exceptions import DatabaseError, GuildbookError, NothingToBackUp, Upl
 from utils.logs import redact
 from utils.operations.action import Outcome, prune_actions, record_action
 from utils.operations.backup.catalog import BackupCatalog
+from utils.operations.backup.keeping import find_alerts, find_pause, lacking_remotely
 from utils.operations.backup.service import BackupService
 from utils.operations.upkeep import statistics
 from utils.service import metrics
@@ -28,20 +29,28 @@ RETRY_DELAY = 300.0
 #: Seconds after the start before the first work: the mirror's start goes first.
 START_DELAY = 5.0
 
-#: In the arguments of `ops.admin_actions`, what runs by the schedule.
-BY_SCHEDULE = {"by": "the bot itself"}
-#: The last backup that the schedule made; by id, because the clock may have been set back since.
+#: The last backup that the schedule made, whose id only the schedule records; the last row, because the clock may have
+#: been set back since.
 _SECONDS_SINCE_BACKUP = """
 SELECT extract(epoch FROM clock_timestamp() - at)::float8 FROM ops.admin_actions
-WHERE command = 'backup create' AND arguments @> $1 AND arguments ? 'backup' ORDER BY id DESC LIMIT 1
+WHERE command = 'backup create' AND arguments ? 'backup' ORDER BY id DESC LIMIT 1
 """
 #: Seconds between two looks at the backups if nothing is to be tried again.
-CARE_INTERVAL = 3_600.0
+MAINTENANCE_INTERVAL = 3_600.0
 _SECONDS_SINCE_SAMPLE = "SELECT extract(epoch FROM clock_timestamp() - max(at))::float8 FROM ops.table_sizes"
 
 
 async def _notify_nobody(text: str) -> None:
     """Tell nobody."""
+
+
+def _report_failure(name: str, exc: Exception) -> None:
+    """Log and count work that failed; an error that nobody expected with its traceback."""
+    if isinstance(exc, GuildbookError):
+        _log.error("%s failed: %s", name, redact(str(exc)))
+    else:
+        _log.error("%s failed", name, exc_info=exc)
+    metrics.duty_failures.labels(name).inc()
 
 
 class Scheduler:
@@ -85,7 +94,7 @@ class Scheduler:
             self._start_task(
                 "backups", self._repeat("backup", settings.backup_every, self._seconds_since_backup, self._back_up)
             )
-            self._start_task("care of backups", self._care_for_backups())
+            self._start_task("backup maintenance", self._maintain_backups())
         if settings.drill_every is not None:
             self._start_task(
                 "drills", self._repeat("drill", settings.drill_every, self._seconds_since_drill, self._drill)
@@ -122,12 +131,8 @@ class Scheduler:
                     since_last = await seconds_since_last()
                 if since_last is not None and since_last >= 0:
                     wait = interval - since_last
-            except GuildbookError as exc:
-                _log.error("%s failed: %s", name, redact(str(exc)))
-                metrics.duty_failures.labels(name).inc()
-            except Exception:
-                _log.exception("%s failed", name)
-                metrics.duty_failures.labels(name).inc()
+            except Exception as exc:
+                _report_failure(name, exc)
             await asyncio.sleep(max(1.0, wait))
 
     async def _seconds_since_sample(self) -> float | None:
@@ -140,7 +145,7 @@ class Scheduler:
 
     async def _seconds_since_backup(self) -> float | None:
         """Return the seconds since the schedule made a backup of this database, by what it recorded there."""
-        seconds: float | None = await self._pool.fetchval(_SECONDS_SINCE_BACKUP, BY_SCHEDULE)
+        seconds: float | None = await self._pool.fetchval(_SECONDS_SINCE_BACKUP)
         return seconds
 
     async def _back_up(self) -> None:
@@ -166,7 +171,7 @@ class Scheduler:
         metrics.backup_time.set_to_current_time()
         self._backed_up.set()
 
-    async def _care_for_backups(self) -> None:
+    async def _maintain_backups(self) -> None:
         """Upload what could not be uploaded, delete what retention does not keep, and tell operators what is wrong.
 
         After each scheduled backup, and at fixed intervals without stamina, as `_repeat`: a store may be away for days.
@@ -178,16 +183,13 @@ class Scheduler:
             for name, work in (("backup push", self._push), ("backup prune", self._prune)):
                 try:
                     await work()
-                except GuildbookError as exc:
+                except Exception as exc:
                     has_failed = True
-                    _log.error("%s failed: %s", name, redact(str(exc)))
-                    metrics.duty_failures.labels(name).inc()
-                except Exception:
-                    has_failed = True
-                    _log.exception("%s failed", name)
-                    metrics.duty_failures.labels(name).inc()
+                    _report_failure(name, exc)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self.retry_delay if has_failed else max(self.retry_delay, CARE_INTERVAL)):
+                async with asyncio.timeout(
+                    self.retry_delay if has_failed else max(self.retry_delay, MAINTENANCE_INTERVAL)
+                ):
                     await self._backed_up.wait()
 
     async def _push(self) -> None:
@@ -207,10 +209,10 @@ class Scheduler:
             _log.info("backup prune: %s", pruned.text)
             await self._record("backup prune", pruned.text)
         entries, errors = await catalog.scan()
-        metrics.backups_paused.set(catalog.pause(entries) is not None)
+        metrics.backups_paused.set(find_pause(entries) is not None)
         if not errors:
-            metrics.backup_upload_pending.set(len(catalog.lacking_remotely(entries)))
-        alerts = catalog.alerts(entries, errors)
+            metrics.backup_upload_pending.set(len(lacking_remotely(catalog, entries)))
+        alerts = find_alerts(catalog, entries, errors)
         for alert in alerts:
             if alert.key not in self._told:
                 _log.error("backups: %s", alert.text)
@@ -270,7 +272,7 @@ class Scheduler:
 
     async def _record(self, command: str, result: str, **arguments: Any) -> None:
         try:
-            await record_action(self._pool, command, BY_SCHEDULE | arguments, result)
+            await record_action(self._pool, command, {"by": "the bot itself", **arguments}, result)
         except DatabaseError as exc:
             _log.warning("could not record %s in ops.admin_actions: %s", command, exc)
 

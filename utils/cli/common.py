@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -95,6 +96,10 @@ class PipeClosed(Exception):
     """Nobody reads standard output any more, as after `| head`. No OSError, which would look like the database's."""
 
 
+class OutputFailed(GuildbookError):
+    """Standard output could not be written, so that it cannot take the error either."""
+
+
 class StandardOutput:
     """Standard output as a binary file. Raises `PipeClosed` if nobody reads it any more."""
 
@@ -102,15 +107,15 @@ class StandardOutput:
         """Write bytes."""
         try:
             return sys.stdout.buffer.write(data)
-        except BrokenPipeError as exc:
-            raise PipeClosed from exc
+        except BrokenPipeError:
+            raise PipeClosed from None  # a cause would be taken for an error of the database's
 
     def flush(self) -> None:
         """Flush what was written."""
         try:
             sys.stdout.buffer.flush()
-        except BrokenPipeError as exc:
-            raise PipeClosed from exc
+        except BrokenPipeError:
+            raise PipeClosed from None  # a cause would be taken for an error of the database's
 
 
 @contextmanager
@@ -118,7 +123,7 @@ def _exit_on_errors(*, as_json: bool = False) -> Iterator[None]:
     """Print an error as one line on standard error, or as JSON on standard output, and exit with its code."""
     try:
         yield
-    except (PipeClosed, BrokenPipeError):
+    except PipeClosed:
         _discard(sys.stdout)
         raise typer.Exit(0) from None
     except typer.Exit:
@@ -127,13 +132,16 @@ def _exit_on_errors(*, as_json: bool = False) -> Iterator[None]:
         _fail("interrupted", INTERRUPTED, as_json=as_json)
     except GuildbookError as exc:
         is_wrong = isinstance(exc, SettingsError | ValidationError | NotConfirmed)
-        _fail(str(exc), 2 if is_wrong else 1, as_json=as_json)
+        _fail(str(exc), 2 if is_wrong else 1, as_json=as_json and not isinstance(exc, OutputFailed))
     except typer.TyperException as exc:
         context: typer.Context | None = getattr(exc, "ctx", None)
         message = " ".join(exc.format_message().split()).rstrip(".")
         path = PROGRAM if context is None else context.command_path
         _fail(f"{message}; see {path} --help", exc.exit_code, as_json=as_json)
     except OSError as exc:
+        if isinstance(exc, BrokenPipeError) and not _has_reader(sys.stdout):  # click's --help
+            _discard(sys.stdout)
+            raise typer.Exit(0) from None
         file = f"{exc.filename}: " if exc.filename is not None else ""
         _fail(f"{file}{exc.strerror or exc}", 1, as_json=as_json, exc=exc)
     except Exception as exc:
@@ -149,7 +157,10 @@ def _fail(message: str, code: int, *, as_json: bool, exc: BaseException | None =
     if exc is not None and os.environ.get("LOG_LEVEL", "").upper() == "DEBUG":
         _print_error("".join(traceback.format_exception(exc)).rstrip())
     if as_json:
-        print_result(json.dumps({"ok": False, "error": redact(message)}, indent=2))
+        try:
+            print_result(json.dumps({"ok": False, "error": redact(message)}, indent=2))
+        except OutputFailed:
+            _print_error(message)
     else:
         _print_error(message)
     raise typer.Exit(code) from None
@@ -163,20 +174,27 @@ def _print_error(text: str) -> None:
 
 
 def print_result(text: str) -> None:
-    """Print on standard output; nothing if nobody reads it any more. Raises `GuildbookError` if that fails."""
+    """Print on standard output; nothing if nobody reads it any more. Raises `OutputFailed` if that fails."""
     try:
         typer.echo(text)
     except BrokenPipeError:
         _discard(sys.stdout)
     except OSError as exc:
         _discard(sys.stdout)
-        raise GuildbookError(f"the output could not be written: {exc.strerror or exc}") from exc
+        raise OutputFailed(f"the output could not be written: {exc.strerror or exc}") from exc
 
 
 def _discard(stream: TextIO) -> None:
     """Send a stream nowhere, with what is in its buffer: Python would report at its exit that it cannot be written."""
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def _has_reader(stream: TextIO) -> bool:
+    """Return whether somebody may still read what a stream writes: a pipe without a reader is in an error state."""
+    poll = select.poll()
+    poll.register(stream.fileno(), select.POLLOUT)
+    return not any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -187,7 +205,8 @@ def is_terminal(stream: TextIO | None) -> bool:
 def ask(question: str, *, otherwise: str) -> str:
     """Ask on standard error and return the answer.
 
-    Raises `ValidationError` with the message `otherwise` if standard input is not a terminal, and if it ends.
+    Raises `ValidationError` with the message `otherwise` if standard input is not a terminal, and `NotConfirmed` if it
+    ends.
     """
     if not is_terminal(sys.stdin):
         raise ValidationError(otherwise)
@@ -195,7 +214,7 @@ def ask(question: str, *, otherwise: str) -> str:
     answer = sys.stdin.readline()
     if not answer:
         typer.echo("", err=True)
-        raise ValidationError("not confirmed: nothing was changed")
+        raise NotConfirmed("not confirmed: nothing was changed")
     return answer.strip()
 
 
@@ -206,6 +225,7 @@ def run_action(
     data_dir: Path | None = None,
     as_json: bool = False,
     arguments: Mapping[str, Any] | None = None,
+    writes_output: bool = False,
 ) -> None:
     """Run an action on the database of the settings, print its outcome, record it in the audit log, and exit.
 
@@ -216,16 +236,19 @@ def run_action(
     command: the name for `ops.admin_actions`, such as "backup create".
     data_dir: use the embedded server's data there instead.
     arguments: what the audit log records of the command's arguments; no secrets.
+    writes_output: the action writes standard output itself, so that its outcome is printed on standard error.
     """
     settings = load_settings().with_data_dir(data_dir)
     with open_progress(as_json) as progress:
         outcome = asyncio.run(_run_recorded(settings, command, action, dict(arguments or {}), progress))
-    print_outcome(outcome, as_json=as_json)
+    print_outcome(outcome, as_json=as_json, to_stderr=writes_output)
 
 
-def print_outcome(outcome: Outcome, *, as_json: bool) -> NoReturn:
+def print_outcome(outcome: Outcome, *, as_json: bool, to_stderr: bool = False) -> NoReturn:
     """Print an outcome, and exit with its code."""
-    if as_json:
+    if to_stderr:
+        _print_error(outcome.text)
+    elif as_json:
         print_result(json.dumps({"ok": outcome.ok, **outcome.data}, indent=2, default=str))
     else:
         print_result(redact(outcome.text))
@@ -272,6 +295,9 @@ async def _run_recorded(
             outcome = await action(settings, pool, progress)
         except GuildbookError as exc:
             await _record(pool, command, arguments, f"Failed: {redact(str(exc))}")
+            raise
+        except PipeClosed:
+            await _record(pool, command, arguments, "Stopped: nobody reads the output any more")
             raise
         else:
             await _record(pool, command, arguments, redact(outcome.text))

@@ -19,7 +19,7 @@ from utils.cli.common import AsJson, DataDir, ask, is_terminal, print_outcome, r
 from utils.database import Pool
 from utils.database.address import open_target
 from utils.database.embedded import EmbeddedServer
-from utils.exceptions import DatabaseError, GuildbookError, ValidationError
+from utils.exceptions import DatabaseError, GuildbookError, NotConfirmed, ValidationError
 from utils.operations.action import Outcome, Progress
 from utils.settings import Settings, load_settings
 
@@ -209,11 +209,11 @@ def adopt(
 
 
 def _confirm_adoption(application_id: int) -> None:
-    """Ask. Raises `ValidationError` for any answer but yes, and without a terminal."""
+    """Ask. Raises `NotConfirmed` for any answer but yes, `ValidationError` without a terminal."""
     question = f"Guilds that application {application_id} is not in will count as left. Give it the database? [y/N]"
     otherwise = "guilds that the application is not in will count as left: confirm with --yes"
     if ask(question, otherwise=otherwise).lower() not in ("y", "yes"):
-        raise ValidationError("not confirmed: nothing was changed")
+        raise NotConfirmed("not confirmed: nothing was changed")
 
 
 # --- the data
@@ -229,11 +229,11 @@ def stats(
 
     async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
         from utils.operations.backup.catalog import BackupCatalog
+        from utils.operations.backup.keeping import list_with_problems
         from utils.operations.upkeep.picture import draw
         from utils.operations.upkeep.statistics import collect, outcome
 
-        entries, problems = await BackupCatalog(settings).scan()
-        backups = [{"id": entry.id, "line": entry.line} for entry in entries]
+        backups, problems = await list_with_problems(await BackupCatalog(settings).serving(pool))
         statistics = await collect(pool, backups=backups, problems=problems)
         if picture is not None:
             chart = await draw(statistics)
@@ -317,7 +317,7 @@ def _run_psql(settings: Settings, arguments: Sequence[str]) -> int:
 def seed(
     guilds: Annotated[int, typer.Option(min=1)] = 3,
     members: Annotated[int, typer.Option(min=1, help="Members of each guild.")] = 200,
-    seed: Annotated[int, typer.Option(help="The same number produces the same data.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same number produces the same data.")] = 0,
     more: Annotated[bool, typer.Option("--more", help="Add to existing guilds.")] = False,
     as_json: AsJson = False,
     data_dir: DataDir = None,

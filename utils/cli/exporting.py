@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from utils.cli.common import AsJson, DataDir, StandardOutput, run_action, run_with_pool
+from utils.cli.common import AsJson, DataDir, StandardOutput, run_action
 from utils.database import Pool
 from utils.exceptions import ValidationError
-from utils.operations.action import Outcome, Progress, record_action
-from utils.settings import Settings, load_settings
+from utils.operations.action import Outcome, Progress
+from utils.settings import Settings
 
 app = typer.Typer(help="Write documents or a table to a file.", subcommand_metavar="")
 
@@ -27,7 +27,9 @@ def export(
     ],
     to: Annotated[Path | None, typer.Option(help="File to replace; default: standard output.")] = None,
     form: Annotated[str, typer.Option("--format", help="json, jsonl or csv.")] = "json",
-    guild: Annotated[int | None, typer.Option(help="Export only this guild; 0: without a guild.")] = None,
+    guild: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Export only this guild; 0: without a guild.")
+    ] = None,
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
@@ -37,22 +39,12 @@ def export(
     async def work(_: Settings, pool: Pool, progress: Progress) -> Outcome:
         from utils.operations.importing import exporting
 
-        assert to is not None, "without a file, to_stdout is used"
-        return await exporting.export(pool, what, to, form=_form(form), guild_id=guild, progress=progress)
+        where = StandardOutput() if to is None else to
+        return await exporting.export(pool, what, where, form=_form(form), guild_id=guild, progress=progress)
 
-    async def to_stdout(pool: Pool) -> Outcome:
-        from utils.operations.importing import exporting
-
-        outcome = await exporting.export(pool, what, StandardOutput(), form=_form(form), guild_id=guild)
-        await record_action(pool, "export", arguments, outcome.text)
-        return outcome
-
-    if to is not None:
-        run_action("export", work, data_dir=data_dir, as_json=as_json, arguments=arguments)
-    if as_json:
+    if as_json and to is None:
         raise ValidationError("--json needs --to FILE: standard output already receives the export")
-    outcome = run_with_pool(load_settings(), data_dir, to_stdout)
-    typer.echo(outcome.text, err=True)  # standard output must contain only the export
+    run_action("export", work, data_dir=data_dir, as_json=as_json, arguments=arguments, writes_output=to is None)
 
 
 def _form(text: str) -> Any:

@@ -36,7 +36,10 @@ _HOLDERS = """
 WITH RECURSIVE asked AS (
     SELECT DISTINCT to_regclass(name)::oid AS oid FROM unnest($1::text[]) AS name WHERE to_regclass(name) IS NOT NULL
     UNION
-    SELECT i.inhrelid FROM asked JOIN pg_inherits AS i ON i.inhparent = asked.oid
+    SELECT related.oid FROM asked, LATERAL (
+        SELECT inhrelid FROM pg_inherits WHERE inhparent = asked.oid
+        UNION ALL SELECT indrelid FROM pg_index WHERE indexrelid = asked.oid
+    ) AS related (oid)
 )
 SELECT format('%s is locked by %s', (array_agg(l.relation::regclass::text ORDER BY l.relation))[1],
     CASE WHEN l.pid IS NULL THEN 'a prepared transaction (see pg_prepared_xacts)'
@@ -67,8 +70,8 @@ async def find_lock_holders(
 ) -> list[str]:
     """Return one line for each session with a lock that conflicts with a mode, the oldest transaction first.
 
-    `relations`: names of tables, indexes and views, quoted as in SQL; partitions count with their table. Returns
-    nothing if the database does not answer: this is for messages about something else.
+    `relations`: names of tables, indexes and views, quoted as in SQL; partitions count with their table, and the table
+    of an index with that. Returns nothing if the database does not answer: this is for messages about something else.
     """
     try:
         with translate_errors("looking for locks"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING
+
+from asyncpg import Record
 
 from utils.exceptions import DatabaseError
 
@@ -46,6 +48,25 @@ GROUP BY schema, relname, name, quoted, is_populated, can_refresh_concurrently O
 """
 
 
+async def refresh_each(
+    views: Iterable[Record], execute: Callable[[str], Awaitable[object]]
+) -> tuple[dict[str, float], dict[str, DatabaseError]]:
+    """Refresh views, rows of `VIEWS`, concurrently where possible; return the seconds or the error of each by name."""
+    seconds: dict[str, float] = {}
+    failed: dict[str, DatabaseError] = {}
+    for view in views:
+        started = time.perf_counter()
+        how = "CONCURRENTLY " if view["can_refresh_concurrently"] else ""
+        try:
+            await execute(f"REFRESH MATERIALIZED VIEW {how}{view['quoted']}")
+        except DatabaseError as error:
+            _log.warning("materialized view %s was not refreshed: %s", view["name"], error)
+            failed[view["name"]] = error
+        else:
+            seconds[view["name"]] = time.perf_counter() - started
+    return seconds, failed
+
+
 async def refresh(db: Database, names: Iterable[str] | None) -> dict[str, float]:
     """Refresh views as `Database.refresh_materialized_views` documents it."""
     placement = db.pool.placement
@@ -59,19 +80,7 @@ async def refresh(db: Database, names: Iterable[str] | None) -> dict[str, float]
         if unknown:
             raise DatabaseError(f"there is no materialized view {', '.join(sorted(unknown))}")
         views = [view for view in views if view["name"] in asked]
-    seconds: dict[str, float] = {}
-    failed: dict[str, DatabaseError] = {}
-    for view in views:
-        started = time.perf_counter()
-        how = "CONCURRENTLY " if view["can_refresh_concurrently"] else ""
-        sql = f"REFRESH MATERIALIZED VIEW {how}{view['quoted']}"
-        try:
-            await db.execute(sql, timeout=REFRESH_SECONDS)
-        except DatabaseError as error:
-            _log.warning("materialized view %s was not refreshed: %s", view["name"], error)
-            failed[view["name"]] = error
-        else:
-            seconds[view["name"]] = time.perf_counter() - started
+    seconds, failed = await refresh_each(views, lambda sql: db.execute(sql, timeout=REFRESH_SECONDS))
     if failed:
         reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
         raise DatabaseError(f"{len(failed)} of {len(views)} materialized views were not refreshed: {reasons}")

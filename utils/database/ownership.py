@@ -86,8 +86,7 @@ def owned_tables(scripts: Path = SCRIPTS, metadata: MetaData = Base.metadata) ->
 
 def tables_at(revisions: Iterable[str], scripts: Path = SCRIPTS) -> frozenset[Name]:
     """Return the tables of a database at some revisions, also those that later revisions drop."""
-    paths = sorted((scripts / "versions").glob("*.py"))
-    headers = {path: _header(_parse(path)) for path in paths}
+    headers = _headers(tuple((path, path.stat().st_mtime_ns) for path in sorted((scripts / "versions").glob("*.py"))))
     files = {header.get("revision"): path for path, header in headers.items()}
     found: set[Path] = set()
     remaining: list[Any] = list(revisions)
@@ -125,6 +124,12 @@ _CREATE_VIEW_SQL = re.compile(
     rf"\bCREATE\s+(?:OR\s+REPLACE\s+)?(?:MATERIALIZED\s+|RECURSIVE\s+)?VIEW\s+{_NAME}", re.IGNORECASE
 )
 _WORD = re.compile(r"\w+")
+
+
+@lru_cache(maxsize=4)
+def _headers(files: tuple[tuple[Path, int], ...]) -> Mapping[Path, dict[str, Any]]:
+    """Return what revisions say of themselves. `files`: with the time of their last change."""
+    return {path: _header(_parse(path)) for path, _ in files}
 
 
 @lru_cache(maxsize=16)

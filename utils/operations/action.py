@@ -19,8 +19,10 @@ from utils.text import format_bytes, scrub_payload, storable
 RETENTION_DAYS, RETAINED_ROWS = 400, 100_000
 #: Rows deleted in one statement.
 DELETED_ROWS = 1_000
-#: Commands whose rows are kept whatever their age, because they decide something: that an empty database begins anew.
-DECISIONS = ("begin anew",)
+#: The command that records the decision not to restore a backup into an empty database.
+BEGIN_ANEW = "begin anew"
+#: Commands whose rows are kept whatever their age, because they decide something.
+DECISIONS = (BEGIN_ANEW,)
 #: Most characters of a recorded result, of one recorded argument, and of all arguments of a command as JSON.
 RESULT_LENGTH, ARGUMENT_LENGTH, ARGUMENTS_LENGTH = 4_000, 500, 4_000
 #: Most elements of a recorded argument that is a list.

@@ -150,18 +150,14 @@ class Refusals:
         interval: float = REFUSALS_INTERVAL,
     ) -> None:
         self.interval: float = interval
-        #: How many refused commands were neither logged nor recorded.
-        self.left_out: int = 0
         self._minute = RateLimit(per_minute, 60.0, per_key=per_user)
         self._day = RateLimit(per_day, 86_400.0)
         self._reporting: asyncio.Task[None] | None = None
 
     def admits(self, user_id: int) -> bool:
-        """Count one more refusal, and return whether to log and record it; otherwise the number is logged later."""
-        metrics.refused_commands.inc()
+        """Return whether to log and record one more refusal; otherwise their number is logged later."""
         if self._minute.admits(user_id) and self._day.admits():
             return True
-        self.left_out += 1
         if self._reporting is None or self._reporting.done():
             self._reporting = asyncio.create_task(self._report_later(), name="refused commands")
         return False
@@ -181,7 +177,7 @@ class Refusals:
         count = self._minute.take_refused() + self._day.take_refused()
         if count:
             commands = format_count(count, "more command")
-            _log.warning("refused %s of users who are not operators", commands, extra={"refused": count})
+            _log.warning("refused or could not check %s", commands, extra={"refused": count})
 
 
 def _owners(application: discord.AppInfo) -> frozenset[int]:
@@ -323,12 +319,16 @@ async def _run(bot: Guildbook, user_id: int, command: str, work: Work, reply: Re
 async def _find_refusal(operators: Operators, user_id: int) -> str | None:
     """Return why a user may not run commands; None if they may."""
     try:
-        return None if await operators.includes(user_id) else REFUSAL
+        is_operator = await operators.includes(user_id)
     except GuildbookError as exc:
         return redact(f"Failed: {exc}")
     except Exception as exc:
         log_once(_log, ("owners", type(exc)), "could not find out who owns this application: %r", exc)
         return f"Failed: unexpected {type(exc).__name__}, see the log"
+    if is_operator:
+        return None
+    metrics.refused_commands.inc()
+    return REFUSAL
 
 
 async def _record(bot: Guildbook, command: str, arguments: dict[str, Any], result: str, user_id: int) -> bool:

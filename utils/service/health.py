@@ -100,7 +100,7 @@ class HealthServer:
 async def bind(host: str | None, port: int) -> list[socket.socket]:
     """Return sockets that listen on a port of the host's addresses. Raises `SettingsError` if that cannot be."""
     try:
-        if host is None:
+        if not host:
             return [_bind_everywhere(port)]
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

@@ -42,7 +42,7 @@ TABLE = "ops.leases"
 SHARD = 0
 #: Seconds that an operator's lease lasts without renewal, and between two renewals.
 OPERATOR_TTL_SECONDS, OPERATOR_RENEW_SECONDS = 60.0, 15.0
-#: The holder while an operator changes the schema.
+#: The holder while an operator's command changes what no bot may meanwhile; older versions know this name.
 OPERATOR = "db downgrade"
 #: The holder after a restore has revoked the lease.
 RESTORE = "restore"
@@ -182,7 +182,7 @@ class Fence:
         if holder == RESTORE:
             return f"a restore has revoked it: {epochs}"
         if holder == OPERATOR:
-            return f"an operator's command has taken it ({OPERATOR}): {epochs}"
+            return f"an operator's command has taken it: {epochs}"
         if row["is_free"]:
             return f"another process took it and has released it ({holder}): {epochs}"
         return f"another process acts now ({holder}): {epochs}"
@@ -464,7 +464,7 @@ async def hold_as_operator(pool: Pool) -> AsyncIterator[None]:
     acting = await pool.fetchval(_ACTING)
     taken = acting is None and await pool.fetchval(_TAKE_FREE, SHARD, OPERATOR, OPERATOR_TTL_SECONDS)
     if acting == OPERATOR:
-        raise GuildbookError(f"another operator's command ({OPERATOR}) uses this database: wait until it is done")
+        raise GuildbookError("another operator's command uses this database: wait until it is done")
     if not taken:
         raise GuildbookError(
             f"{acting or 'a bot'} acts on this database (it holds the lease): stop the bot, then try again"

@@ -20,6 +20,7 @@ from utils.exceptions import BackupError, UploadFailed
 from utils.operations.action import Progress, ignore_progress
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.identity import Identity
+from utils.operations.backup.keeping import find_pause, lacking_remotely, prune
 from utils.operations.backup.manifest import Manifest, new_id
 from utils.operations.backup.retention import DROP_SHARE, RetentionRules
 from utils.operations.backup.store import Remote
@@ -188,12 +189,12 @@ class World:
 
     async def prune(self, bot: Bot) -> None:
         with contextlib.suppress(MadeToFail):
-            await bot.catalog(self.now).prune(RULES)
+            await prune(bot.catalog(self.now), RULES)
 
     async def push(self, bot: Bot) -> None:
         catalog = bot.catalog(self.now)
         with contextlib.suppress(MadeToFail):
-            for id in catalog.lacking_remotely(await catalog.entries()):
+            for id in lacking_remotely(catalog, await catalog.entries()):
                 await catalog.push(id)
 
     async def grow(self, bot: Bot) -> None:
@@ -204,7 +205,7 @@ class World:
 
     async def accept(self, bot: Bot) -> None:
         catalog = bot.catalog(self.now)
-        pause = catalog.pause(await catalog.entries())
+        pause = find_pause(await catalog.entries())
         if pause is None or bot.remote.is_away or bot.remote.refuses_writes:
             return
         await catalog.accept(pause.after.id)

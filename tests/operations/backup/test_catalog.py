@@ -60,7 +60,7 @@ async def test_restores_and_drills_a_backup(tmp_path: Path, database: Pool, back
     async with dropping_scratch_databases(database.target):
         drilled = await service.drill(database)
         assert drilled.ok, drilled.text
-        assert await service.catalog.last_drill(backup_id) is not None
+        assert (await service.catalog.find(backup_id)).drill is not None
         restored = await service.restore(database, backup_id)
         assert restored.ok, restored.text
         assert await table_checksums(database.target) == expected

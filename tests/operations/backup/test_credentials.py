@@ -44,3 +44,5 @@ def test_only_machines_of_the_vendor_give_credentials(tmp_path: Path) -> None:
     vendor.write_text("Amazon EC2\n")
     assert are_given_by_machine("s3://b", vendor_file=vendor) is True
     assert are_given_by_machine("gs://b", vendor_file=vendor) is False
+    vendor.write_text("Xen\n")
+    assert are_given_by_machine("s3://b", vendor_file=vendor) is None, "Amazon's older machines say so"

@@ -76,11 +76,11 @@ async def test_stores_the_result_with_the_backup(tmp_path: Path, database: Pool)
     service = make_service(tmp_path)
     await database.execute(GUILD)
     backup = await make_backup(service, database)
-    assert await service.catalog.last_drill(backup.id) is None
+    assert (await service.catalog.find(backup.id)).drill is None
     outcome = await service.drill(database)
     assert outcome.ok
-    result = await service.catalog.last_drill(backup.id)
+    result = (await service.catalog.find(backup.id)).drill
     assert result is not None
     assert result.lines() == outcome.text.splitlines()
     (service.catalog.local.path / f"{backup.id}.drill.json").write_bytes(b"{}")
-    assert await service.catalog.last_drill(backup.id) is None
+    assert (await service.catalog.find(backup.id)).drill is None

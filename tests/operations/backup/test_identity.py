@@ -15,6 +15,7 @@ from utils.exceptions import BackupError
 from utils.operations import migrations
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.identity import Identity, identity_in_settings, identity_of
+from utils.operations.backup.keeping import find_alerts, prune
 from utils.operations.backup.manifest import Manifest
 from utils.operations.backup.retention import RetentionRules
 from utils.operations.backup.service import BackupService
@@ -104,8 +105,8 @@ async def test_two_bots_in_one_store(tmp_path: Path) -> None:
     listed = (await ours.list()).text.splitlines()
     assert [line.endswith("; FOREIGN") for line in listed] == [True, False, False]
     assert f"of application {THEIRS}" in listed[0]
-    assert (await ours.catalog.prune(RetentionRules(1))).ids == [old.id]
-    assert (await theirs.catalog.prune(RetentionRules(1))).ids == []
+    assert (await prune(ours.catalog, RetentionRules(1))).ids == [old.id]
+    assert (await prune(theirs.catalog, RetentionRules(1))).ids == []
     with pytest.raises(BackupError, match=f"is of database guildbook at db:5432 of application {THEIRS}, not of"):
         async with ours.catalog.open(foreign.id, 18):
             pass
@@ -148,7 +149,7 @@ async def test_latest_is_the_newest_good_one(tmp_path: Path) -> None:
     damaged = made_by(OURS, 1)
     await write_backup(catalog.local, damaged, b"cut")
     assert (await catalog.find("latest")).id == good.id
-    alerts = " ".join(alert.text for alert in catalog.alerts(await catalog.entries()))
+    alerts = " ".join(alert.text for alert in find_alerts(catalog, await catalog.entries()))
     assert f"backup {future.id} is dated 36" in alerts
     assert f"backup {damaged.id} is damaged" in alerts
 
@@ -241,13 +242,13 @@ async def test_a_local_and_a_remote_backup_are_not_each_others_replacement(tmp_p
     await write_backup(remote, old)
     for backup in (old, new):
         await write_backup(service.catalog.local, backup)
-    pruned = await service.catalog.prune(RetentionRules(1))
+    pruned = await prune(service.catalog, RetentionRules(1))
     assert pruned.ids == [old.id]
     entries = {entry.id: entry.places for entry in await service.catalog.entries()}
     assert entries == {new.id: (service.catalog.local.name,), old.id: (remote.name,)}
     assert (await service.push()).data["uploaded"] == [new.id]
     assert (await service.push()).text == "nothing to upload"
-    await service.catalog.prune(RetentionRules(1))
+    await prune(service.catalog, RetentionRules(1))
     assert [entry.id for entry in await service.catalog.entries()] == [new.id]
 
 
@@ -284,6 +285,6 @@ async def test_the_local_disk_is_pruned_while_the_store_is_away(tmp_path: Path) 
     old, new = hours_ago(5), hours_ago(1)
     for backup in (old, new):
         await write_backup(catalog.local, backup)
-    pruned = await catalog.prune(RetentionRules(1))
+    pruned = await prune(catalog, RetentionRules(1))
     assert pruned.ids == [old.id]
     assert len(pruned.errors) == 1

@@ -13,8 +13,8 @@ from tests.operations.backup.helpers import execute, make_backup, make_service, 
 from utils.database import ConnectTarget, Pool
 from utils.exceptions import BackupError, DatabaseError, DatabaseUnavailable
 from utils.operations import migrations
+from utils.operations.action import BEGIN_ANEW
 from utils.operations.backup.recovery import (
-    DECISION,
     Assessment,
     assess,
     begin_anew,
@@ -180,7 +180,7 @@ async def test_begins_anew_only_in_an_empty_database(database: Pool, empty_targe
     async with open_pool(empty_target) as bare:
         outcome = await begin_anew(bare)
         assert outcome.text.startswith("The database begins anew: applied: 0001")
-        assert await bare.fetchval("SELECT count(*) FROM ops.admin_actions WHERE command = $1", DECISION) == 1
+        assert await bare.fetchval("SELECT count(*) FROM ops.admin_actions WHERE command = $1", BEGIN_ANEW) == 1
     await database.execute(GUILD)
     with pytest.raises(BackupError, match="it has guilds in it: nothing was changed"):
         await begin_anew(database)

@@ -157,6 +157,17 @@ def test_a_backup_with_much_less_is_a_drop(rows: dict[str, int], reason: str | N
     assert find_drops([after, before], [after.id], lambda first, second: False) == [], "somebody has accepted it"
 
 
+def test_tables_of_one_name_in_two_schemas_are_counted_apart() -> None:
+    rows = {"public.guilds": 10, "public.members": 50, "pets.members": 100}
+    backup = replace(with_rows(NOW), rows=rows)
+    assert backup.data_rows == 160
+    emptied = replace(with_rows(NOW + timedelta(hours=1)), rows=rows | {"pets.members": 0})
+    [drop] = find_drops([backup, emptied], [], lambda first, second: False)
+    assert drop.reason == "has no rows in pets.members, instead of 100"
+    moved = replace(emptied, rows={"bot.guilds": 10, "bot.members": 50, "pets.members": 100})
+    assert find_drops([backup, moved], [], lambda first, second: False) == [], "DB_SCHEMA was set"
+
+
 def test_a_decline_in_steps_is_a_drop_too() -> None:
     history = [with_rows(NOW + timedelta(hours=number), guilds=2, members=1_000 - 170 * number) for number in range(5)]
     drops = find_drops(history, [], lambda first, second: False)

@@ -277,6 +277,20 @@ async def test_restores_the_documents_of_one_guild(database: Pool, service: Back
     assert [again.data[name] for name in ("deleted", "changed", "added")] == [0, 0, 0]
 
 
+async def test_documents_of_a_database_that_began_anew(database: Pool, service: BackupService) -> None:
+    """They have no stamps: the lease and the other rows of `ops` do not concern them."""
+    await fill_documents(database)
+    await execute(database.target, LEASE.format("former", 9, "2026-01-01", "2026-01-01"))
+    await execute(database.target, "INSERT INTO ops.suppressions (user_id) VALUES (7)")
+    await make_backup(service, database)
+    await execute(database.target, "TRUNCATE ops.leases; TRUNCATE ops.suppressions; DELETE FROM documents")
+    await execute(database.target, LEASE.format("bot", 8, "2026-01-02", "infinity"))
+    await restore_part(service, database, documents_of=5)
+    assert await documents_of(database, 5)
+    assert await database.fetchval("SELECT epoch FROM ops.leases WHERE expires_at > now()") == 8, "the bot goes on"
+    assert await database.fetchval("SELECT count(*) FROM ops.suppressions") == 0
+
+
 async def test_restores_the_documents_of_no_guild(database: Pool, service: BackupService) -> None:
     await fill_documents(database)
     await make_backup(service, database)

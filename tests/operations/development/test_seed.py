@@ -190,7 +190,7 @@ async def test_reset_is_refused_if_the_backup_fails(database: Pool) -> None:
     async def backup() -> str:
         raise BackupError("no space left")
 
-    with pytest.raises(BackupError, match=r"no space left. Nothing was dropped: .* --no-backup"):
+    with pytest.raises(BackupError, match=r"no space left. Nothing was changed: .* --no-backup"):
         await reset(database, name=None, environment="development", backup=backup)
     assert (await counts(database))["guilds"] == 1
 

@@ -415,3 +415,19 @@ async def test_damaged_bytes_cost_one_entry(database: Pool, tmp_path: Path) -> N
 async def test_unknown_encodings_are_refused(database: Pool, tmp_path: Path, encoding: str) -> None:
     with pytest.raises(ValidationError, match="is not an encoding"):
         await import_content(database, tmp_path, "shop.json", {"a": {}}, encoding=encoding)
+
+
+async def test_a_file_keeps_its_namespace_when_others_of_its_name_were_imported_before(
+    tmp_path: Path, database: Pool
+) -> None:
+    directory = tmp_path / "old"
+    directory.mkdir()
+    (directory / "shop.json").write_text('{"hat": {"price": 1}}')
+    for price in (2, 3):
+        assert await import_new_files(database, directory, data_dir=tmp_path) is not None
+        (directory / "shop.jsonl").write_text(f'{{"id": "hat", "price": {price}}}\n')
+    await import_new_files(database, directory, data_dir=tmp_path)
+    rows = await database.fetch(
+        "SELECT namespace, value->>'price' AS price FROM documents WHERE key = 'hat' ORDER BY 1"
+    )
+    assert [tuple(row) for row in rows] == [("legacy.shop", "1"), ("legacy.shop-2", "3")]

@@ -20,19 +20,20 @@ LEASE_SECONDS, RELEASE_SECONDS = 120.0, 5.0
 async def restore_lost(pool: Pool, catalog: BackupCatalog, hold: Hold, lease: Lease) -> Outcome | None:
     """Restore the backup of a held empty database, under the lease; None: another process does, or has done so.
 
-    Raises `BackupError` unless the backup is of the application, the
-    server and the database, `GuildbookError` if it cannot be restored.
+    Raises `BackupError` unless the backup is of the application, the server and the database, `GuildbookError` if it
+    cannot be restored.
     """
     if hold.state != "empty" or hold.backup is None or not hold.is_of_application:
         raise BackupError(f"nothing is restored without an operator: {hold.line}")
     await admin.upgrade(pool)
     try:
-        async with asyncio.timeout(LEASE_SECONDS):
-            await lease.wait()
+        try:
+            async with asyncio.timeout(LEASE_SECONDS):
+                await lease.wait()
+        except TimeoutError:
+            return None
         if (await assess(pool)).state != "empty":
             return None
-        return await restore(pool, catalog, hold.backup.id, from_other=True)
-    except TimeoutError:
-        return None
+        return await restore(pool, catalog, hold.backup.id, from_other=True)  # the hold has compared whose it is
     finally:
         await lease.release(RELEASE_SECONDS)

@@ -5,33 +5,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import orjson
 
 from utils.database import Pool
-from utils.exceptions import BackupError, MigrationError, UnknownBackup, UploadFailed
+from utils.exceptions import BackupError, UnknownBackup, UploadFailed
 from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup import client_tools, pipeline
 from utils.operations.backup.archive import Archive
 from utils.operations.backup.contents import check_rows
-from utils.operations.backup.entries import Copy, Entry, describe_some, newest_last
+from utils.operations.backup.entries import (
+    Copy,
+    Entry,
+    damaged_since,
+    describe_some,
+    manifest_of,
+    newest_good,
+    newest_last,
+)
 from utils.operations.backup.identity import Identity, describe, identity_in_settings, identity_of
 from utils.operations.backup.manifest import (
     ACCEPTED_SUFFIX,
-    ARCHIVE_SUFFIX,
     DRILL_SUFFIX,
-    ENCRYPTED_SUFFIX,
     ID,
     MANIFEST_SUFFIX,
     MAX_DRILL_BYTES,
     MAX_MANIFEST_BYTES,
-    TIMESTAMP_LENGTH,
     DrillResult,
     Manifest,
     check_signature,
@@ -40,17 +44,13 @@ from utils.operations.backup.manifest import (
     parse_manifest,
 )
 from utils.operations.backup.reading import Verification, check_contents, decrypt, private_directory, verified_file
-from utils.operations.backup.retention import AHEAD, Drop, RetentionRules, find_drops, first_drops, ids_to_keep
 from utils.operations.backup.store import Content, Directory, Remote, Store
-from utils.operations.migrations import Revisions
 from utils.settings import Settings
 
 _log = logging.getLogger(__name__)
 
 #: Prefix of an archive kept from before its encryption, for drills without an identity. The dot hides it from listings.
 PLAINTEXT_PREFIX = ".plain-"
-#: Hours after which a file without a manifest in a store counts as left by an interrupted upload.
-ORPHAN_HOURS = 24.0
 #: Stands for the newest good backup of this database.
 LATEST = "latest"
 
@@ -68,30 +68,6 @@ class Listing:
     drills: dict[str, DrillResult]
     #: Ids of backups that operators have accepted.
     accepted: set[str]
-
-
-class Alert(NamedTuple):
-    """Something that operators should know of the backups."""
-
-    #: The same for as long as it is the same trouble, although `text` may change.
-    key: str
-    #: What it is, and what to do, for people.
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Pruned:
-    """What a prune deleted, or would delete."""
-
-    ids: list[str]
-    #: Number of files, those of interrupted uploads included.
-    files: int
-    #: Number of own backups before.
-    total: int
-    #: Why nothing was deleted: the newest backup has much less than the ones before; None if it has not.
-    pause: Drop | None = None
-    #: Stores that did not answer.
-    errors: tuple[str, ...] = ()
 
 
 class BackupCatalog:
@@ -165,22 +141,27 @@ class BackupCatalog:
                 drills = listing.drills | drills
                 accepted |= listing.accepted
         readable = [copy.manifest for found in copies.values() for copy in found if copy.manifest is not None]
-        identity, now = self.identity.resolve(readable), self.clock()
-        entries = []
-        for id, found in copies.items():
-            manifest = next((copy.manifest for copy in found if copy.manifest is not None), None)
-            is_here = not self._is_elsewhere and any(copy.store is self.local for copy in found)
-            entries.append(
-                Entry(
-                    id,
-                    tuple(found),
-                    is_own=manifest is None or identity.owns(manifest, is_local=is_here),
-                    age=now - (created_at(id) if manifest is None else manifest.made_at),
-                    is_accepted=id in accepted,
-                    drill=drills.get(id),
-                )
-            )
+        identity = self.identity.resolve(readable)
+        entries = [
+            self._entry(id, tuple(found), identity, drills.get(id), is_accepted=id in accepted)
+            for id, found in copies.items()
+        ]
         return sorted(entries, key=newest_last, reverse=True), errors
+
+    def _entry(
+        self, id: str, copies: tuple[Copy, ...], identity: Identity, drill: DrillResult | None, *, is_accepted: bool
+    ) -> Entry:
+        manifest = manifest_of(copies)
+        is_local = not self._is_elsewhere and any(copy.store is self.local for copy in copies)
+        return Entry(
+            id,
+            copies,
+            is_local=is_local,
+            is_own=manifest is None or identity.owns(manifest, is_local=is_local),
+            age=self.clock() - (created_at(id) if manifest is None else manifest.made_at),
+            is_accepted=is_accepted,
+            drill=drill,
+        )
 
     async def find(self, id: str) -> Entry:
         """Return a backup by its id, or the newest good one of this database for `latest`.
@@ -189,9 +170,11 @@ class BackupCatalog:
         """
         entries, errors = await self.scan()
         if id == LATEST:
-            found = next((entry for entry in entries if entry.is_good), None)
+            found = newest_good(entries)
             if found is not None:
-                self._warn_about_newer(found, entries)
+                if damaged := damaged_since(found, entries):
+                    lines = "; ".join(f"{entry.id} ({entry.problem})" for entry in damaged if entry is not found)
+                    _log.warning("damaged backups newer than %s are skipped: %s", found.id, lines)
                 return found
             raise BackupError(
                 f"there is no full backup of {self.identity}: {describe_some(entries, errors)}. List backups with"
@@ -206,12 +189,10 @@ class BackupCatalog:
             raise BackupError(f"there is no backup {id[:60]}: {describe_some(entries, errors)}")
         raise UnknownBackup(f"there is no backup {id[:60]}: {describe_some(entries, errors)}")
 
-    async def newest(self, accepts: Callable[[Manifest], bool] = lambda _: True) -> Manifest | None:
-        """Return the newest good backup of this database that is accepted; None if there is none."""
-        for entry in await self.entries():
-            if entry.is_good and entry.manifest is not None and accepts(entry.manifest):
-                return entry.manifest
-        return None
+    async def newest(self) -> Manifest | None:
+        """Return the newest good backup of this database; None if there is none."""
+        found = newest_good(await self.entries())
+        return None if found is None else found.manifest
 
     async def read_manifest(self, store: Store, id: str) -> Manifest:
         """Return a manifest as one store has it. Raises `BackupError` if it does not exist or is damaged."""
@@ -262,15 +243,6 @@ class BackupCatalog:
         accepted = {name.removesuffix(ACCEPTED_SUFFIX) for name in names if name.endswith(ACCEPTED_SUFFIX)}
         return Listing(copies, drills, accepted)
 
-    def _warn_about_newer(self, latest: Entry, entries: Sequence[Entry]) -> None:
-        damaged = [
-            f"{entry.id} ({entry.problem})"
-            for entry in entries
-            if entry.is_own and entry.intact is None and entry.id[:TIMESTAMP_LENGTH] > latest.id[:TIMESTAMP_LENGTH]
-        ]
-        if damaged:
-            _log.warning("damaged backups newer than %s are skipped: %s", latest.id, "; ".join(damaged))
-
     # --- adding
 
     async def order_after(self, moment: datetime) -> datetime:
@@ -297,26 +269,14 @@ class BackupCatalog:
                 backup=manifest.id,
             ) from exc
 
-    def lacking_remotely(self, entries: Sequence[Entry]) -> list[str]:
-        """Return the ids of those of the backups that the remote store lacks and would keep, oldest first."""
-        remote = self.remote
-        if remote is None:
-            return []
-        there = _intact_in(remote, entries)
-        here = _intact_in(self.local, entries)
-        # A damaged copy there is a reason to upload again; a foreign backup here is not.
-        lacking = {id: manifest for id, manifest in here.items() if id not in there}
-        keep = ids_to_keep([*there.values(), *lacking.values()], RetentionRules.of(self.settings), self.clock())
-        return [one.id for one in sorted(lacking.values(), key=lambda one: one.order) if one.id in keep]
-
     async def push(self, id: str, *, progress: Progress = ignore_progress) -> None:
         """Upload a backup that is complete locally. Raises `BackupError`."""
         if self.remote is None:
             raise BackupError("there is no remote store: set BACKUP_URL")
         manifest = await self.read_manifest(self.local, id)
         _check_presence(self.local, manifest, await self.local.names())
-        async with private_directory(self.settings.data_dir / "opened") as directory:
-            await verified_file(self.local, manifest, directory, progress)  # it must not replace a good one there
+        # What has rotten here must not replace a good archive there.
+        await verified_file(self.local, manifest, self.local.path, progress)
         await self._upload(manifest, progress)
 
     async def _upload(self, manifest: Manifest, progress: Progress) -> None:
@@ -383,22 +343,10 @@ class BackupCatalog:
             )
         tools = await client_tools.find_directory(server_major)
         async with private_directory(self.settings.data_dir / "opened") as directory:
-            file, manifest = await self._first_intact_file(entry, directory, progress)
+            file, manifest = await self._plaintext_file(entry, directory, progress)
             made_at, major = manifest.made_at, manifest.major
             is_partial = manifest.kind == "tables"
             yield Archive(manifest.id, file, tools, made_at, major, manifest.revision, manifest.counts, is_partial)
-
-    async def _first_intact_file(self, entry: Entry, directory: Path, progress: Progress) -> tuple[Path, Manifest]:
-        """Return the archive of the first copy whose checksum is right. Raises `BackupError` if none has one."""
-        problems: list[str] = []
-        for found in entry.copies:
-            if found.problem is None and found.manifest is not None:
-                try:
-                    return await self._plaintext_file(found.store, found.manifest, directory, progress), found.manifest
-                except BackupError as exc:
-                    problems.append(str(exc))
-                    _log.warning("%s", exc)
-        raise BackupError("; ".join(problems))
 
     async def verify(
         self, store: Store, id: str, *, is_deep: bool = False, progress: Progress = ignore_progress
@@ -449,14 +397,31 @@ class BackupCatalog:
 
         await asyncio.to_thread(delete)
 
-    async def _plaintext_file(self, store: Store, manifest: Manifest, directory: Path, progress: Progress) -> Path:
-        """Return the archive as a verified local file that is not encrypted."""
-        if manifest.recipient is None:
-            return await verified_file(store, manifest, directory, progress)
+    async def _plaintext_file(self, entry: Entry, directory: Path, progress: Progress) -> tuple[Path, Manifest]:
+        """Return an archive that has some intact copy as a verified local file that is not encrypted."""
+        assert entry.manifest is not None, "it has an intact copy"
         identity = self.settings.backup_age_identity_file
-        if identity is not None:
-            file = await verified_file(store, manifest, directory, progress)
-            return await decrypt(manifest, file, identity, directory, progress)
+        if entry.manifest.recipient is not None and identity is None:
+            return await self._kept_plaintext(entry.manifest), entry.manifest
+        file, manifest = await self._first_verified(entry, directory, progress)
+        if manifest.recipient is not None and identity is not None:
+            file = await decrypt(manifest, file, identity, directory, progress)
+        return file, manifest
+
+    async def _first_verified(self, entry: Entry, directory: Path, progress: Progress) -> tuple[Path, Manifest]:
+        """Return the archive of the first copy whose checksum is right. Raises `BackupError` if none has one."""
+        problems: list[str] = []
+        for found in entry.copies:
+            if found.problem is None and found.manifest is not None:
+                try:
+                    return await verified_file(found.store, found.manifest, directory, progress), found.manifest
+                except BackupError as exc:
+                    problems.append(str(exc))
+                    _log.warning("%s", exc)
+        raise BackupError("; ".join(problems))
+
+    async def _kept_plaintext(self, manifest: Manifest) -> Path:
+        """Return the copy of an archive from before its encryption. Raises `BackupError` if there is none."""
         file = self.plaintext_path(manifest.id)
         try:
             digest = await asyncio.to_thread(pipeline.file_digest, file)
@@ -470,10 +435,6 @@ class BackupCatalog:
         return file
 
     # --- drills
-
-    async def last_drill(self, id: str) -> DrillResult | None:
-        """Return the result of a backup's last drill; None if there was none, or its file is damaged."""
-        return next((entry.drill for entry in await self.entries() if entry.id == id), None)
 
     async def write_drill(self, result: DrillResult) -> None:
         """Store the result of a drill in every store that can be written to."""
@@ -492,7 +453,7 @@ class BackupCatalog:
                 _log.warning("%s is not stored in %s: %s", name, store.name, exc)
         return failed
 
-    # --- deleting
+    # --- accepting
 
     async def accept(self, id: str) -> Entry:
         """Record that a backup may have less than the ones before it, so that retention goes on. Raises `BackupError`.
@@ -510,79 +471,6 @@ class BackupCatalog:
             )
         return entry
 
-    def drops(self, entries: Sequence[Entry]) -> list[Drop]:
-        """Return the backups that have much less than earlier ones, oldest first, without what operators accepted."""
-        intact = [entry.intact.manifest for entry in entries if entry.is_own and entry.intact is not None]
-        accepted = {entry.id for entry in entries if entry.is_accepted}
-        return find_drops([one for one in intact if one is not None], accepted, _is_older)
-
-    def pause(self, entries: Sequence[Entry]) -> Drop | None:
-        """Return why nothing may be deleted now: the newest backup is a drop; None if it is not."""
-        newest = next((entry.id for entry in entries if entry.is_good), None)
-        return next((drop for drop in self.drops(entries) if drop.after.id == newest), None)
-
-    def alerts(self, entries: Sequence[Entry], errors: Sequence[str] = ()) -> list[Alert]:
-        """Return what is wrong with the backups of this database.
-
-        entries, errors: what `scan` returned.
-        """
-        pause = self.pause(entries)
-        alerts = [] if pause is None else [Alert(f"drop after {pause.before.id}", pause.line)]
-        own = [entry for entry in entries if entry.is_own]
-        newest = next((entry for entry in own if entry.is_good), None)
-        for entry in own:
-            if entry.problem is not None and (newest is None or entry.id >= newest.id):
-                alerts.append(Alert(f"damage of {entry.id}", f"backup {entry.id} is damaged: {entry.problem}"))
-            if entry.age < -AHEAD:
-                what = "the clock of the database or of this machine was wrong, or is"
-                alerts.append(Alert(f"date of {entry.id}", f"backup {entry.id} is {entry.age_text}: {what}"))
-        if not errors and (pending := self.lacking_remotely(entries)):
-            what = f"backup {pending[0]} is" if len(pending) == 1 else f"{len(pending)} backups are"
-            alerts.append(
-                Alert("uploads", f"{what} not in the remote store yet: run python bot.py backup push, or wait")
-            )
-        return alerts
-
-    async def prune(self, rules: RetentionRules, *, dry_run: bool = False) -> Pruned:
-        """Delete the backups that the rules do not keep, and what interrupted uploads left, in each store by itself.
-
-        Only backups of this database are deleted. Damaged ones are neither counted nor deleted, because somebody should
-        look at them. Nothing is deleted while the newest backup has much less than the ones before it, and the last one
-        before such a drop is kept. With `dry_run` nothing is deleted. A store that does not answer stays as it is.
-        """
-        now = self.clock()
-        entries, errors = await self.scan()
-        total = sum(entry.is_own for entry in entries)
-        if (pause := self.pause(entries)) is not None:
-            return Pruned([], 0, total, pause, tuple(errors))
-        # The smaller one too: without it nobody could tell that there was a drop.
-        protected = {id for drop in first_drops(self.drops(entries)) for id in (drop.before.id, drop.after.id)}
-        deleted: dict[str, None] = {}
-        files = 0
-        for store in self.stores:
-            try:
-                names = await store.names()
-            except BackupError as exc:
-                if store is self.local:
-                    raise
-                errors = errors or [str(exc)]
-                continue
-            copies = _intact_in(store, entries)
-            keep = ids_to_keep(copies.values(), rules, now) | protected
-            ids = [id for id in copies if id not in keep]
-            expired = [name for name in names if _belongs_to(name, ids)]
-            expired += [name for name in names if _is_orphan(name, names, now)]
-            files += len(expired)
-            deleted.update(dict.fromkeys(ids))
-            if not dry_run:
-                # The manifest first: without it the backup no longer exists, whatever happens next.
-                for name in sorted(expired, key=lambda name: not name.endswith(MANIFEST_SUFFIX)):
-                    await store.delete(name)
-                if store is self.local:
-                    for id in ids:
-                        await asyncio.to_thread(self.plaintext_path(id).unlink, missing_ok=True)
-        return Pruned(list(deleted), files, total, None, tuple(errors))
-
 
 def _parse_drill(name: str, content: bytes) -> DrillResult | None:
     try:
@@ -590,28 +478,6 @@ def _parse_drill(name: str, content: bytes) -> DrillResult | None:
     except ValueError as exc:
         _log.warning("%s is damaged: %s", name, exc)
         return None
-
-
-def _intact_in(store: Store, entries: Sequence[Entry]) -> dict[str, Manifest]:
-    """Return the backups of this database of which a store has an intact copy."""
-    return {
-        entry.id: copy.manifest
-        for entry in entries
-        if entry.is_own
-        for copy in entry.copies
-        if copy.store is store and copy.problem is None and copy.manifest is not None
-    }
-
-
-def _is_older(first: str | None, second: str | None) -> bool:
-    """Whether a revision is older than another one; False if one of them is not known."""
-    if first == second or first is None or second is None:
-        return False
-    try:
-        known = Revisions()
-        return bool(set(second.split(", ")) & set(known.pending(first.split(", "))))
-    except MigrationError:
-        return False
 
 
 def _check_presence(store: Store, manifest: Manifest, names: Names) -> None:
@@ -627,17 +493,3 @@ def _check_presence(store: Store, manifest: Manifest, names: Names) -> None:
 
 def _is_manifest(name: str) -> bool:
     return name.endswith(MANIFEST_SUFFIX) and ID.fullmatch(name.removesuffix(MANIFEST_SUFFIX)) is not None
-
-
-def _belongs_to(name: str, ids: Collection[str]) -> bool:
-    return name.split(".", 1)[0] in ids
-
-
-def _is_orphan(name: str, names: Names, now: datetime) -> bool:
-    """Return whether a file is an old archive or drill result without a manifest."""
-    id, _, suffix = name.partition(".")
-    if not ID.fullmatch(id) or f"{id}{MANIFEST_SUFFIX}" in names:
-        return False
-    if f".{suffix}" not in (ARCHIVE_SUFFIX, ENCRYPTED_SUFFIX, DRILL_SUFFIX, ACCEPTED_SUFFIX):
-        return False
-    return now - created_at(id) > timedelta(hours=ORPHAN_HOURS)

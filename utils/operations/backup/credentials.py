@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 #: Names the machine's vendor: readable by everyone, missing in some sandboxes.
 VENDOR_FILE = Path("/sys/class/dmi/id/sys_vendor")
+#: What machines of several vendors call themselves, older ones of Amazon's too.
+UNKNOWN_VENDOR = "Xen"
 #: Written by `gcloud auth application-default login`, below the home directory.
 _GOOGLE_DEFAULT = Path(".config/gcloud/application_default_credentials.json")
 
@@ -41,7 +43,7 @@ _GOOGLE = _Scheme(
             "GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_BEARER_TOKEN",
         ),
     ),
-    instead=("GOOGLE_SKIP_SIGNATURE",),
+    instead=("GOOGLE_SKIP_SIGNATURE", "GCE_METADATA_HOST", "GCE_METADATA_ROOT"),
     vendor="Google",
 )  # fmt: skip
 _AZURE = _Scheme(
@@ -51,6 +53,7 @@ _AZURE = _Scheme(
             "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_MASTER_KEY",
             "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_TOKEN", "AZURE_STORAGE_CLIENT_SECRET",
             "AZURE_CLIENT_SECRET", "AZURE_FEDERATED_TOKEN_FILE", "AZURE_MSI_ENDPOINT", "AZURE_IDENTITY_ENDPOINT",
+            "IDENTITY_ENDPOINT",
             "AZURE_USE_AZURE_CLI", "AZURE_SKIP_SIGNATURE",
         ),
     ),
@@ -78,6 +81,9 @@ def are_given_by_machine(url: str, *, vendor_file: Path = VENDOR_FILE) -> bool |
     """Return whether this is a virtual machine of the store's vendor, which may give credentials; None: unknown."""
     scheme = _SCHEMES.get(urlsplit(url).scheme)
     try:
-        return scheme is not None and scheme.vendor in vendor_file.read_text(encoding="utf-8", errors="replace")
+        vendor = vendor_file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
+    if scheme is not None and scheme.vendor in vendor:
+        return True
+    return None if UNKNOWN_VENDOR in vendor else False

@@ -30,6 +30,8 @@ class Entry:
 
     id: str
     copies: tuple[Copy, ...]
+    #: Whether a copy is in this bot's DATA_DIR.
+    is_local: bool = False
     #: False if it is of another database or application than the one that the catalog serves.
     is_own: bool = True
     #: How long ago it was made; negative if it is dated in the future.
@@ -46,8 +48,8 @@ class Entry:
 
     @property
     def manifest(self) -> Manifest | None:
-        """Its manifest; None if it cannot be read, and `problem` says why."""
-        return next((copy.manifest for copy in self.copies if copy.manifest is not None), None)
+        """Its manifest, of an intact copy if there is one; None if it cannot be read, and `problem` says why."""
+        return manifest_of(self.copies)
 
     @property
     def problem(self) -> str | None:
@@ -96,6 +98,26 @@ class Entry:
         if self.age < -AHEAD:
             return f"dated {format_duration(-self.age)} in the FUTURE"
         return f"{format_duration(max(self.age, timedelta(0)))} old"
+
+
+def manifest_of(copies: Sequence[Copy]) -> Manifest | None:
+    """Return the manifest of the first intact copy, or else the first that can be read; None if none can."""
+    readable = [copy for copy in copies if copy.manifest is not None]
+    return next((copy.manifest for copy in sorted(readable, key=lambda copy: copy.problem is not None)), None)
+
+
+def newest_good(entries: Sequence[Entry]) -> Entry | None:
+    """Return what `latest` means among backups, which are newest first; None if there is none."""
+    return next((entry for entry in entries if entry.is_good), None)
+
+
+def damaged_since(newest: Entry | None, entries: Sequence[Entry]) -> list[Entry]:
+    """Return the damaged backups of this database that were not made before the newest good one, itself included."""
+    return [
+        entry
+        for entry in entries
+        if entry.is_own and entry.problem is not None and (newest is None or entry.id >= newest.id)
+    ]
 
 
 def newest_last(entry: Entry) -> tuple[bool, datetime, datetime, str]:

@@ -446,23 +446,19 @@ async def refresh_views(
     Raises `BackupError` after the last one if some could not be refreshed.
     """
     ours = set(ownership.owned().qualified_relations(schemas))
-    failed: list[str] = []
     async with connect(target) as connection:
         with translate_errors("looking for materialized views"):
             views = await connection.fetch(materialized_views.VIEWS)
-        for view in views:
-            if (view["schema"], view["relname"]) not in ours:
-                continue
-            how = "CONCURRENTLY " if view["can_refresh_concurrently"] else ""
-            try:
-                with translate_errors(f"refreshing {view['quoted']}"):
-                    await connection.execute(f"REFRESH MATERIALIZED VIEW {how}{view['quoted']}", timeout=timeout)
-            except DatabaseUnavailable:
-                raise
-            except DatabaseError as error:
-                failed.append(str(error))
+
+        async def execute(sql: str) -> None:
+            with translate_errors(sql):
+                await connection.execute(sql, timeout=timeout)
+
+        _, failed = await materialized_views.refresh_each(
+            [view for view in views if (view["schema"], view["relname"]) in ours], execute
+        )
     if failed:
-        raise BackupError("; ".join(failed))
+        raise BackupError("; ".join(map(str, failed.values())))
 
 
 async def analyze(target: ConnectTarget, names: Sequence[Name], *, timeout: float = TABLE_SECONDS) -> None:

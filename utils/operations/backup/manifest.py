@@ -111,10 +111,12 @@ class Manifest:
 
     @property
     def data_counts(self) -> dict[str, int]:
-        """Number of rows of each of these tables, by name without schema."""
-        ops = placement_of_backup(self.counts).ops
+        """Number of rows of each of these tables, by name; of cogs' tables in another schema, with that."""
+        placed = placement_of_backup(self.counts)
         return {
-            name: rows for (schema, name), rows in self.counts.items() if schema != ops and name not in VERSION_TABLES
+            name if schema == placed.main else f"{schema}.{name}": rows
+            for (schema, name), rows in self.counts.items()
+            if schema != placed.ops and name not in VERSION_TABLES
         }
 
     @property

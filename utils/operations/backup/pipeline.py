@@ -9,6 +9,7 @@ import os
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,13 +87,18 @@ async def run(
             await asyncio.shield(working)
 
 
-def file_digest(path: Path) -> Digest:
-    """Return size and SHA-256 of a file. Blocks for about a second per gigabyte; raises `OSError`."""
+def file_digest(path: Path, *, deadline: float | None = None) -> Digest:
+    """Return size and SHA-256 of a file. Blocks while it reads all of it; raises `OSError`.
+
+    deadline: on the monotonic clock; `TimeoutError` is raised when it has passed.
+    """
     digest, sha256, buffer = Digest(), hashlib.sha256(), memoryview(bytearray(CHUNK))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             sha256.update(buffer[:count])
             digest.size += count
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(f"{path} could not be read in time")
     digest.sha256 = sha256.hexdigest()
     return digest
 

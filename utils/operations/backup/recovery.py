@@ -10,12 +10,12 @@ from models import Base
 from utils.database import Pool
 from utils.database.ownership import VERSION_TABLE, fetch_version
 from utils.database.placement import Placement
-from utils.database.target import EMBEDDED
 from utils.exceptions import MISSING_TABLE, BackupError, DatabaseError, DatabaseUnavailable
 from utils.operations import migrations
-from utils.operations.action import Outcome, Progress, ignore_progress, record_action
+from utils.operations.action import BEGIN_ANEW, Outcome, Progress, ignore_progress, record_action
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.entries import Entry
+from utils.operations.backup.identity import Identity
 from utils.operations.backup.manifest import Manifest
 from utils.operations.backup.objects import qualified
 from utils.operations.migrations import Actor, admin
@@ -31,8 +31,6 @@ _CORRUPTION = ("XX000", "XX001", "XX002", "58030", "58P01")
 _MISSING = "ARRAY(SELECT name FROM unnest($1::text[]) AS expected(name) WHERE to_regclass(name) IS NULL) AS missing"
 _FIND_MISSING = "SELECT " + _MISSING
 _ASSESS = "SELECT " + _MISSING + ", NOT EXISTS (SELECT FROM guilds) AS is_empty"  # noqa: S608 - constants
-#: The command in `ops.admin_actions` that records the decision not to restore a backup into an empty database.
-DECISION = "begin anew"
 #: Whether an operator has decided, or an application has logged in since the tables were created.
 _HAS_BEGUN = """
 SELECT EXISTS (SELECT FROM ops.admin_actions WHERE command = $1) OR EXISTS (SELECT FROM ops.application)
@@ -181,68 +179,57 @@ async def find_loss(pool: Pool) -> Assessment | None:
 
 
 async def find_hold(
-    pool: Pool, catalog: BackupCatalog, loss: Assessment, fetch_application: Callable[[], Awaitable[int | None]]
+    pool: Pool,
+    catalog: BackupCatalog,
+    loss: Assessment,
+    fetch_application: Callable[[], Awaitable[int | None]] | None = None,
 ) -> Hold | None:
     """Return why a database with this loss must be held, or None if nothing is known that could be restored into it.
 
-    An empty one is held if there is a good backup of the same application, host and database. A store that does not
-    answer may have one, and an application that is unknown (`fetch_application` returns None) may be the same.
-    Raises `DatabaseError`, and `BackupError` if the local backups cannot be read.
+    An empty one is held if there is a backup of the same application, host and database, also one that is damaged or
+    not signed: that proves that there was data. A store that does not answer may have one, and an application that is
+    unknown (there is no `fetch_application`, or it returns None) may be the same. Raises `DatabaseError`, and
+    `BackupError` if the local backups cannot be read.
     """
-    name: str = await pool.fetchval("SELECT current_database()")
-    host = pool.direct.location
-    entries, errors = await catalog.scan()
     # Whatever the lost database said about its application: the token decides.
-    candidates = [
-        entry.manifest
-        for entry in entries
-        if entry.is_restorable
-        and (host != EMBEDDED or catalog.local.name in entry.places)  # every embedded server has the same name
-        and entry.manifest is not None
-        and (entry.manifest.host, entry.manifest.database) == (host, name)
-        and entry.manifest.guilds
-    ]
-    unusable = [entry for entry in entries if entry.intact is None and _may_be_of(entry, catalog, host, name)]
-    application_id = await fetch_application() if candidates or unusable else None
+    identity = Identity(None, pool.direct.location, await pool.fetchval("SELECT current_database()"))
+    entries, errors = await catalog.scan()
+    found = [entry for entry in entries if _may_be_of(entry, identity)]
+    application_id = await fetch_application() if found and fetch_application is not None else None
     if application_id is not None:
-        candidates = [one for one in candidates if one.application_id == application_id]
-        unusable = [it for it in unusable if it.manifest is None or it.manifest.application_id == application_id]
-    if candidates or loss.state == "damaged":
-        backup = candidates[0] if candidates else None
-        return Hold(loss.state, loss.reason, backup, is_of_application=bool(backup and application_id))
+        found = [it for it in found if it.manifest is None or it.manifest.application_id == application_id]
+    newest = next((entry.manifest for entry in found if entry.is_restorable), None)
+    if newest is not None or loss.state == "damaged":
+        is_of_application = newest is not None and application_id is not None
+        return Hold(loss.state, loss.reason, newest, is_of_application=is_of_application)
     if errors:
         return Hold(loss.state, loss.reason, None, problem=f"backups cannot be listed: {errors[0]}")
-    if unusable:
-        return Hold(loss.state, loss.reason, None, problem=f"no backup is usable: {unusable[0].problem}")
+    if found:
+        return Hold(loss.state, loss.reason, None, problem=f"no backup is usable: {found[0].problem}")
     return None
 
 
-def _may_be_of(entry: Entry, catalog: BackupCatalog, host: str, name: str) -> bool:
-    """Return whether a damaged backup may be a full one of this database."""
+def _may_be_of(entry: Entry, identity: Identity) -> bool:
+    """Return whether a backup may be a full one of a database with guilds; those of 0.1.0 do not say of which."""
     manifest = entry.manifest
     if manifest is None:
-        return catalog.local.name in entry.places
-    if manifest.kind != "full" or manifest.is_safety_copy or not manifest.guilds:
-        return False
-    return (manifest.host, manifest.database) == (host, name)
+        return entry.is_local
+    is_full = manifest.kind == "full" and not manifest.is_safety_copy and manifest.guilds > 0
+    return is_full and manifest.host is not None and identity.owns(manifest, is_local=entry.is_local)
 
 
 async def require_no_hold(pool: Pool, catalog: BackupCatalog) -> None:
     """Raise `BackupError` if the database is empty and must be held: what fills it would hide the loss."""
     loss = await find_loss(pool)
     if loss is not None and loss.state == "empty":
-        hold = await find_hold(pool, catalog, loss, _unknown_application)
+        hold = await find_hold(pool, catalog, loss)
         if hold is not None:
             raise BackupError(hold.line)
 
 
-async def _unknown_application() -> None:
-    """Return no application: any may be that of the token."""
-
-
 async def _has_begun(pool: Pool) -> bool:
     # Without the table an older version made the schema, and began to use it.
-    return not await application.has_table(pool) or bool(await pool.fetchval(_HAS_BEGUN, DECISION))
+    return not await application.has_table(pool) or bool(await pool.fetchval(_HAS_BEGUN, BEGIN_ANEW))
 
 
 async def require_empty(pool: Pool) -> None:
@@ -262,5 +249,5 @@ async def begin_anew(pool: Pool, *, by: Actor = COMMAND_LINE, progress: Progress
     await require_empty(pool)
     applied = await admin.upgrade(pool, by=by, progress=progress)
     text = f"The database begins anew: {applied.text}. A running bot fills it within seconds, others at their start."
-    await record_action(pool, DECISION, {}, text, user_id=by.user_id)
+    await record_action(pool, BEGIN_ANEW, {}, text, user_id=by.user_id)
     return Outcome(text, applied.data)

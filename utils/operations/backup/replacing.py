@@ -87,6 +87,9 @@ class Replaced:
 class _Pair:
     """A live table, the scratch table that replaces its rows, and how."""
 
+    #: Of the live table.
+    name: Name
+    #: Both in SQL.
     live: str
     scratch: str
     is_partitioned: bool
@@ -332,6 +335,7 @@ class _Replacement:
         ]
         pairs = {
             live[row["number"] - 1]: _Pair(
+                (tables[row["number"] - 1].schema, tables[row["number"] - 1].name),
                 live[row["number"] - 1],
                 scratch[row["number"] - 1],
                 row["is_partitioned"],
@@ -486,6 +490,8 @@ class _Replacement:
 
     async def _merge_ops(self, connection: Connection, pairs: Sequence[_Pair], result: Replaced) -> None:
         """Add the backup's rows of `ops` if the live database began anew, and revoke the lease where necessary."""
+        if self._guild_id is not None:
+            return  # documents have no stamps: neither the leases nor the rest of `ops` concern them
         here = self._place.schemas.ops
         live = await lease.list_epochs(connection)
         epochs = await lease.list_epochs(connection, qualified((here, "leases")))
@@ -507,11 +513,11 @@ class _Replacement:
 
     async def _newest_epoch(self, connection: Connection, pairs: Sequence[_Pair]) -> int:
         """Return the newest epoch in the stamps of the rows that are live now; 0 if they have none."""
-        mirrored = {qualified((self._schemas.main, name)) for name in mirrored_tables()}
+        mirrored = {(self._schemas.main, name) for name in mirrored_tables()}
         stamps = [
             await connection.fetchval(f"SELECT max(stamp) FROM {pair.live}", timeout=LOAD_SECONDS)  # noqa: S608
             for pair in pairs
-            if pair.live in mirrored
+            if pair.name in mirrored
         ]
         return max((stamp >> COUNTER_BITS for stamp in stamps if stamp is not None), default=0)
 

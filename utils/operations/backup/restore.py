@@ -108,10 +108,10 @@ async def restore_archive(
         revisions = await scratch.migrate(archive, progress=progress)
         tables = await scratch.tables_to_replace(loaded, selection)
         guild_id = None if selection is None else selection.guild_id
-        if guild_id is not None:
+        if selection is not None and guild_id is not None:
             rows = await scratch.keep_documents_of(guild_id)
             if not rows:
-                raise BackupError(f"backup {archive.id} has no documents of guild {guild_id}: nothing was changed")
+                raise BackupError(f"backup {archive.id} has no documents of {selection.whose}: nothing was changed")
         await _prepare_live_tables(pool, scratch, archive)
         progress(Step("replacing rows"))
         replaced = await replace_rows(

@@ -280,8 +280,10 @@ async def without_other_restores(live: ConnectTarget) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(*DRIVER_ERRORS):  # a firewall may have closed the idle connection
-                await unlock(connection, RESTORE_LOCK)
+            # A firewall may have closed the idle connection: then the lock is gone, and nobody answers.
+            with contextlib.suppress(*DRIVER_ERRORS):
+                async with asyncio.timeout(CONNECT_SECONDS):
+                    await unlock(connection, RESTORE_LOCK)
             connection.terminate()
 
 

@@ -25,11 +25,15 @@ class Selection:
     #: Only the rows of this guild (0: of none); None: all rows.
     guild_id: int | None = None
 
+    @property
+    def whose(self) -> str:
+        """Whose documents are restored, for people."""
+        return f"guild {self.guild_id}" if self.guild_id else "no guild"
+
     def describe(self, rows: int) -> str:
         """Return what is restored, for people. `rows`: their number."""
         if self.guild_id is not None:
-            whose = f"guild {self.guild_id}" if self.guild_id else "no guild"
-            return f"{format_count(rows, 'document')} of {whose}"
+            return f"{format_count(rows, 'document')} of {self.whose}"
         return f"{format_count(rows, 'row')} in {len(self.tables)} of {format_count(self.total, 'table')}"
 
 

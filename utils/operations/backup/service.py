@@ -10,10 +10,11 @@ from typing import Any
 from utils.database import Pool
 from utils.exceptions import BackupError, DatabaseError
 from utils.operations.action import Outcome, Progress, ignore_progress
-from utils.operations.backup.catalog import BackupCatalog, Pruned
+from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.create import BackupRequest, count_live_rows, create
 from utils.operations.backup.drill import drill
 from utils.operations.backup.entries import Entry
+from utils.operations.backup.keeping import Pruned, find_alerts, lacking_remotely, prune
 from utils.operations.backup.manifest import Reason
 from utils.operations.backup.reading import Verification
 from utils.operations.backup.restore import restore
@@ -60,7 +61,7 @@ class BackupService:
         lines = [entry.line for entry in entries[:MAX_LINES]] or ["there are no backups yet"]
         if len(entries) > MAX_LINES:
             lines.append(f"and {format_count(len(entries) - MAX_LINES, 'older one')}")
-        alerts = [alert.text for alert in self.catalog.alerts(entries, errors)]
+        alerts = [alert.text for alert in find_alerts(self.catalog, entries, errors)]
         data = {"backups": [_entry_data(entry) for entry in entries], "problems": errors, "alerts": alerts}
         return Outcome("\n".join([*lines, *alerts, *errors]), data, ok=not errors)
 
@@ -138,7 +139,7 @@ class BackupService:
             entries, errors = await self.catalog.scan()
             if errors:
                 raise BackupError(errors[0])
-            ids = self.catalog.lacking_remotely(entries)
+            ids = lacking_remotely(self.catalog, entries)
         else:
             entry = await self.catalog.find(id)
             is_there = any(copy.store is self.catalog.remote and copy.problem is None for copy in entry.copies)
@@ -158,7 +159,7 @@ class BackupService:
 
         Not ok if nothing may be deleted now, or a store did not answer.
         """
-        pruned = await self.catalog.prune(RetentionRules.of(self._settings), dry_run=dry_run)
+        pruned = await prune(self.catalog, RetentionRules.of(self._settings), dry_run=dry_run)
         data = {
             "deleted": pruned.ids,
             "files": pruned.files,

@@ -281,13 +281,13 @@ class Remote:
     async def upload(self, path: Path, name: str, progress: Progress = ignore_progress) -> None:
         """Upload a large file, in parts."""
         loop, size = asyncio.get_running_loop(), (await _in_thread(path.stat)).st_size
-        transfer = _Transfer(lambda sent: loop.call_soon_threadsafe(progress, Step("uploading", sent, size, "bytes")))
 
         def greet() -> None:
             with contextlib.suppress(FileNotFoundError):
                 self._store.size(name)
 
         await self._answer("write", name, greet)  # a store that does not answer costs less than the time for a part
+        transfer = _Transfer(lambda sent: loop.call_soon_threadsafe(progress, Step("uploading", sent, size, "bytes")))
 
         async def watch() -> None:
             work = partial(self._store.upload, path, name, transfer)

@@ -13,10 +13,9 @@ from models import DISCORD_EPOCH_MS
 from utils.database import Connection, Pool
 from utils.database.ownership import FORMER_VERSION_TABLE, VERSION_TABLE
 from utils.database.partitions import id_at
-from utils.exceptions import BackupError, GuildbookError, ValidationError, translate_errors
+from utils.exceptions import GuildbookError, ValidationError, translate_errors
 from utils.operations import migrations
-from utils.operations.action import record_action
-from utils.operations.backup import recovery
+from utils.operations.action import BEGIN_ANEW, record_action
 from utils.operations.backup.objects import find_tables, owned_names
 from utils.operations.backup.scratch import connect
 from utils.operations.migrations.dependents import refuse_dependents
@@ -237,13 +236,10 @@ async def reset(pool: Pool, *, name: str | None, environment: str, backup: Backu
     async with hold_as_operator(pool):
         saved = None
         if backup is not None and await has_rows_of_its_own(pool):
-            try:
-                saved = await backup()
-            except BackupError as exc:
-                raise BackupError(f"{exc}. Nothing was dropped: correct the cause, or pass --no-backup") from exc
+            saved = await migrations.back_up_first(backup)
         await migrations.downgrade(pool, "base")
         await migrations.upgrade(pool)
-        await record_action(pool, recovery.DECISION, {}, "db reset")
+        await record_action(pool, BEGIN_ANEW, {}, "db reset")
     return Reset(found, saved)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +13,8 @@ from pathlib import Path
 from utils.exceptions import BackupError, DatabaseError
 from utils.operations.backup import encryption, pipeline, recovery
 from utils.operations.backup.catalog import BackupCatalog
-from utils.operations.backup.entries import Entry
+from utils.operations.backup.entries import Entry, newest_good
+from utils.operations.backup.keeping import find_alerts
 from utils.operations.backup.manifest import Manifest
 from utils.operations.doctor.configuration import is_on_railway, names_in_file
 from utils.operations.doctor.context import DoctorContext
@@ -22,12 +23,12 @@ from utils.tasks import run_in_daemon_thread
 
 #: How old the newest backup may be when none are scheduled.
 MAX_BACKUP_AGE = timedelta(days=7)
-#: Seconds for reading the newest archive; about a gigabyte is read in one.
+#: Seconds for reading the newest archive.
 CHECKSUM_SECONDS = 20.0
 #: Begin the names of the variables of stores.
 STORES = ("AWS_", "GOOGLE_", "AZURE_")
-#: Begins the names of objects that are written to try a store. No backup has such a name.
-PROBE_PREFIX = "guildbook-probe-"
+#: What is written to try a store. No backup has such a name; one that cannot be deleted is overwritten the next time.
+PROBE, PROBE_CONTENT = "guildbook-probe", b"written by guildbook doctor\n"
 
 
 async def check_bucket(context: DoctorContext) -> Sequence[Finding]:
@@ -44,21 +45,20 @@ async def check_bucket(context: DoctorContext) -> Sequence[Finding]:
             seen += ", which the next deployment deletes, because this Railway service has no volume"
             return [Finding("warn", "bucket", seen, "set BACKUP_URL to a bucket")]
         return [Finding("ok", "bucket", seen)]
-    name, content = PROBE_PREFIX + secrets.token_hex(8), secrets.token_bytes(16)
     advice = advice or "until it works, backups are stored in DATA_DIR/backups only"
     try:
-        await remote.write(name, content)
+        await remote.write(PROBE, PROBE_CONTENT)
     except BackupError as exc:
         return [Finding("fail", "bucket", shorten(exc), advice)]
     try:
-        found = await remote.read(name, 2 * len(content))
+        found = await remote.read(PROBE, 2 * len(PROBE_CONTENT))
     except BackupError as exc:
         with contextlib.suppress(BackupError):
-            await remote.delete(name)
+            await remote.delete(PROBE)
         return [Finding("fail", "bucket", shorten(exc), advice)]
-    problem = None if found == content else "what was written could not be read back"
+    problem = None if found == PROBE_CONTENT else "what was written could not be read back"
     try:
-        await remote.delete(name)
+        await remote.delete(PROBE)
     except BackupError as exc:
         advice = "allow deleting: otherwise old backups are kept for ever. Delete that object by hand"
         return [Finding("fail", "bucket", shorten(exc), advice)]
@@ -74,19 +74,19 @@ async def check_backups(context: DoctorContext) -> Sequence[Finding]:
     with contextlib.suppress(DatabaseError, CheckSkipped):  # other checks report them
         pool = await context.pool()
         loss = await recovery.find_loss(pool)
-        hold = None if loss is None else await recovery.find_hold(pool, catalog, loss, _unknown)
+        hold = None if loss is None else await recovery.find_hold(pool, catalog, loss)
         if hold is not None:
             return [Finding("fail", "backups", hold.line.removesuffix(f"; {hold.advice}"), hold.advice)]
         catalog = await catalog.serving(pool)
     entries, errors = await catalog.scan()
     findings = [Finding("warn", "backups", f"only the others are checked: {error}"[:300]) for error in errors]
     findings += [
-        Finding("warn" if alert.key == "uploads" else "fail", "backups", alert.text)
-        for alert in catalog.alerts(entries, errors)
+        Finding("fail" if alert.is_fault else "warn", "backups", alert.text)
+        for alert in find_alerts(catalog, entries, errors)
     ]
     every = context.settings.backup_every
     advice = "run python bot.py backup create" + ("" if every else ", or schedule backups with BACKUP_EVERY=1d")
-    newest = next((entry for entry in entries if entry.is_good), None)
+    newest = newest_good(entries)
     if newest is None or newest.manifest is None:
         return [*findings, Finding("warn", "backups", "there is no good full backup of this database", advice)]
     damage, checked = await _check_archive(catalog, newest)
@@ -98,20 +98,18 @@ async def check_backups(context: DoctorContext) -> Sequence[Finding]:
     return [*findings, Finding("warn", "backups", seen, advice) if is_old else Finding("ok", "backups", seen)]
 
 
-async def _unknown() -> None:
-    """Return no application: any may be that of the token."""
-
-
 async def _check_archive(catalog: BackupCatalog, entry: Entry) -> tuple[str | None, str]:
     """Return what is wrong with the local copy of an archive, and what was checked."""
-    manifest = entry.manifest
-    assert manifest is not None
-    path = catalog.local.path / manifest.file
-    if entry.intact is None or entry.intact.store is not catalog.local:
-        return None, f"it is intact in {entry.places[0]} only, where its size is right"
+    copy = entry.intact
+    assert copy is not None, "a good backup has one"
+    manifest = copy.manifest
+    assert manifest is not None, "an intact one can be read"
+    if copy.store is not catalog.local:
+        return None, f"it is intact in {copy.store.name} only, where its size is right"
+    path, deadline = catalog.local.path / manifest.file, time.monotonic() + CHECKSUM_SECONDS
     try:
         async with asyncio.timeout(CHECKSUM_SECONDS):
-            digest = await run_in_daemon_thread(lambda: pipeline.file_digest(path))
+            digest = await run_in_daemon_thread(lambda: pipeline.file_digest(path, deadline=deadline))
     except TimeoutError:
         return None, f"its size is right, its checksum was not compared within {CHECKSUM_SECONDS:g} s"
     except OSError as exc:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -69,14 +70,19 @@ async def check_port(context: DoctorContext, *, timeout: float = 3.0) -> Sequenc
     if port is None:
         return [Finding("ok", "port", "neither PORT nor HEALTH_PORT is set: there is no health server")]
     if context.is_bot:
-        return [Finding("ok", "port", f"this bot answers on port {port}")]
+        return [Finding("ok", "port", f"this bot uses port {port}")]
     try:
         sockets = await bind(host, port)
     except SettingsError as exc:
-        address = "127.0.0.1" if host in (None, "0.0.0.0", "::") else host
+        address = "127.0.0.1" if host in (None, "", "0.0.0.0", "::") else host
+        address = f"[{address}]" if ":" in address else address
         if await _answers(f"http://{address}:{port}/healthz", settings.application_id, timeout):
             return [Finding("ok", "port", f"the running bot answers on port {port}")]
-        return [Finding("fail", "port", shorten(exc), "end the other process, or set another port")]
+        is_taken = isinstance(exc.__cause__, OSError) and exc.__cause__.errno == errno.EADDRINUSE
+        advice = (
+            "end the other process, or set another port" if is_taken else "set another port, or another HEALTH_HOST"
+        )
+        return [Finding("fail", "port", shorten(exc), advice)]
     for bound in sockets:
         bound.close()
     return [Finding("ok", "port", "any free port" if port == 0 else f"port {port} is free")]

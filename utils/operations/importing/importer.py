@@ -92,6 +92,7 @@ class FileResult:
             "encoding": self.encoding,
             "entries": self.entries,
             **asdict(self.counts),
+            "rows": self.counts.rows,
             "suppressed": self.suppressed,
             "repaired": self.repaired.kinds,
             "rejected": self.rejected.kinds,
@@ -164,13 +165,14 @@ async def import_files(
     files = await asyncio.to_thread(originals.find_files, paths)
     if namespace is not None and len(files) > 1:
         raise ValidationError(f"{len(files)} files cannot share the namespace {namespace}: import them one at a time")
-    return await _import(pool, files, settings.data_dir, dry_run, kind, namespace, guild_id, encoding, progress)
+    found = [namespace] if namespace is not None else namespaces_of(files, [kind or kind_of(path) for path in files])
+    namespaces = dict(zip(files, found, strict=True))
+    return await _import(pool, namespaces, settings.data_dir, dry_run, kind, guild_id, encoding, progress)
 
 
 def has_changes(outcome: Outcome) -> bool:
     """Return whether a dry run found anything that an import would write."""
-    fields = [f"{kind}_{what}" for kind in ("documents", "stats", "preferences") for what in ("new", "changed")]
-    return any(file[field] for file in outcome.data["files"] for field in fields)
+    return any(file["rows"] for file in outcome.data["files"])
 
 
 async def import_new_files(
@@ -188,21 +190,24 @@ async def import_new_files(
         if isinstance(source, Original):  # `_import` reports the others
             digests[path] = source.sha256
     known = await already_imported(pool, list(digests.values()))
-    files = [path for path in files if digests.get(path) not in known]
-    return await _import(pool, files, data_dir, False, None, None, None, None, progress) if files else None
+    # By all files that are there, so that one keeps its namespace when others of its name have been imported before.
+    namespaces = dict(zip(files, namespaces_of(files, [kind_of(path) for path in files]), strict=True))
+    namespaces = {path: where for path, where in namespaces.items() if digests.get(path) not in known}
+    return await _import(pool, namespaces, data_dir, False, None, None, None, progress) if namespaces else None
 
 
 async def _import(
     pool: Pool,
-    files: list[Path],
+    namespaces: Mapping[Path, str],
     data_dir: Path,
     dry_run: bool,
     kind: str | None,
-    namespace: str | None,
     guild_id: int | None,
     encoding: str | None,
     progress: Progress,
 ) -> Outcome:
+    """Import files into their namespaces."""
+    files = list(namespaces)
     await _check_encoding(pool)
     directory: Path | None = None
     sources: list[Original | ValidationError]
@@ -212,14 +217,12 @@ async def _import(
         directory, sources = await _copy(files, data_dir, progress)
     done: list[FileResult] = []
     failed: list[tuple[str, str]] = []
-    kinds = [kind or kind_of(path) for path in files]
-    namespaces = [namespace] if namespace is not None else namespaces_of(files, kinds)
-    for path, source, as_kind, where in zip(files, sources, kinds, namespaces, strict=True):
+    for (path, where), source in zip(namespaces.items(), sources, strict=True):
         try:
             if not isinstance(source, Original):
                 raise source
             result = await _import_file(
-                pool, source, as_kind, where, directory, progress,
+                pool, source, kind or kind_of(path), where, directory, progress,
                 path=path, is_forced=kind is not None, guild_id=guild_id, encoding=encoding,
             )  # fmt: skip
         except DatabaseUnavailable:

@@ -8,6 +8,7 @@ from utils.operations.migrations.revisions import Revision, Revisions
 from utils.operations.migrations.runner import (
     MigrationResult,
     applied,
+    back_up_first,
     current,
     current_heads,
     downgrade,
@@ -34,6 +35,7 @@ __all__ = [
     "Revision",
     "Revisions",
     "applied",
+    "back_up_first",
     "check_drift",
     "current",
     "current_heads",

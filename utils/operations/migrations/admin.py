@@ -165,14 +165,6 @@ async def plan_upgrade(
     return replace(migration, text=_join(lines)) if lines else None
 
 
-async def _describe_index_lock(pool: Pool, name: str) -> str:
-    """Return who keeps the table of an index locked, as the end of a message."""
-    table = await pool.fetchval(
-        "SELECT indrelid::regclass::text FROM pg_index WHERE indexrelid = to_regclass($1)", name
-    )
-    return await describe_lock_holders(pool.direct, [name] if table is None else [name, table])
-
-
 async def upgrade(
     pool: Pool,
     revision: str | None = None,
@@ -205,7 +197,7 @@ async def upgrade(
     if result.indexes.dropped:
         lines.append(f"invalid indexes dropped: {', '.join(result.indexes.dropped)}")
     lines += [
-        f"invalid index {name} could not be dropped: {error}{await _describe_index_lock(pool, name)}"
+        f"invalid index {name} could not be dropped: {error}{await describe_lock_holders(pool.direct, [name])}"
         for name, error in result.indexes.remaining
     ]
     paused = await runner.find_pause(pool)
@@ -280,7 +272,7 @@ async def downgrade(
     saved = None
     async with exclusive(pool):
         if backup is not None:
-            saved = await backup()
+            saved = await runner.back_up_first(backup)
         was_paused = await runner.find_pause(pool) is not None
         # Before the first step: if this process is killed, the next start must not upgrade again.
         await runner.pause_auto_migrate(pool, goal, by=by, options=options)

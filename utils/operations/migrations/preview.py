@@ -139,5 +139,6 @@ def _as_json(current: str | None, goal: str, statements: Sequence[Statement]) ->
             for statement in statements
         ],
         "destructive": [statement.title for statement in statements if statement.is_destructive],
+        "loses_rows": [statement.title for statement in statements if statement.loses_rows],
         "failing": [statement.title for statement in statements if statement.is_failing],
     }

@@ -32,6 +32,7 @@ from utils.database.sql import quote_identifier
 from utils.database.target import located
 from utils.exceptions import (
     DRIVER_ERRORS,
+    BackupError,
     DatabaseUnavailable,
     GuildbookError,
     MigrationError,
@@ -50,7 +51,6 @@ from utils.operations.migrations.environment import find_obstacle as _find_obsta
 from utils.operations.migrations.history import BOT, Actor, AppliedRevision, Pause
 from utils.operations.migrations.invalid_indexes import DroppedIndexes
 from utils.operations.migrations.revisions import (
-    UPGRADE,
     Revision,
     Revisions,
     alembic_config,
@@ -213,6 +213,17 @@ async def find_losses(
         return [f"unknown, because {exc}"]
 
 
+async def back_up_first(backup: Backup) -> str:
+    """Make the backup that comes before something is destroyed, and return its id. Raises `BackupError`."""
+    try:
+        return await backup()
+    except GuildbookError as exc:
+        raise BackupError(
+            f"the backup that comes first failed: {exc}. Nothing was changed: correct the cause, or pass --no-backup in"
+            " a shell"
+        ) from exc
+
+
 async def back_up_losses(database: Pool, losses: Sequence[str], backup: Backup) -> str | None:
     """Make a backup before an upgrade with these losses, if there are any, and return its id.
 
@@ -222,12 +233,9 @@ async def back_up_losses(database: Pool, losses: Sequence[str], backup: Backup) 
         return None
     shown = "; ".join(losses[:3]) + (f"; and {len(losses) - 3} more" if len(losses) > 3 else "")
     try:
-        saved = await backup()
-    except GuildbookError as exc:
-        raise MigrationError(
-            f"the upgrade destroys data ({shown}), and the backup before it failed: {exc}. Nothing was changed: correct"
-            f" the cause, or run {UPGRADE} --no-backup"
-        ) from exc
+        saved = await back_up_first(backup)
+    except BackupError as exc:
+        raise MigrationError(f"the upgrade destroys data ({shown}): {exc}") from exc
     _log.warning("made backup %s before an upgrade that destroys data: %s", saved, shown)
     return saved
 

@@ -74,8 +74,9 @@ SELECT schemaname AS schema, relname,
     extract(epoch FROM clock_timestamp() - greatest(last_analyze, last_autoanalyze))::float8 AS seconds
 FROM pg_stat_all_tables WHERE (schemaname, relname) IN (SELECT * FROM unnest($1::text[], $2::text[]))
 """
-_TABLE_OF_INDEX = "SELECT indrelid::regclass::text FROM pg_index WHERE indexrelid = to_regclass($1)"
-_NOTHING_DUE = "Nothing is due: the tables are analyzed, their indexes compact, the views fresh, the partitions there."
+_NOTHING_DUE = (
+    "Nothing is due: the tables and views were analyzed lately, the indexes are compact, the partitions are there."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +191,7 @@ async def _describe_lock_holders(pool: Pool, job: Job, error: GuildbookError) ->
     match job.kind:
         case "partitions":
             return await describe_lock_holders(pool.direct, partitioned_tables())
-        case "reindex":
-            table = await pool.fetchval(_TABLE_OF_INDEX, job.name)
-            return await describe_lock_holders(pool.direct, [table or job.name], "SHARE UPDATE EXCLUSIVE")
-        case "analyze":
+        case "reindex" | "analyze":
             return await describe_lock_holders(pool.direct, [job.name], "SHARE UPDATE EXCLUSIVE")
         case "refresh":
             mode: Mode = "EXCLUSIVE" if job.concurrently else "ACCESS EXCLUSIVE"

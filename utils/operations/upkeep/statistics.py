@@ -101,9 +101,9 @@ class Statistics:
     tables: list[TableSize]
     growth: list[Sample]
     syncs: list[dict[str, Any]]
-    #: The newest backups.
+    #: `id` and `line` of each backup, newest first.
     backups: list[dict[str, Any]]
-    #: Why backups in some stores are not known; one line each.
+    #: What is wrong with them, or why those in some stores are not known; one line each.
     problems: list[str]
     #: `Guildbook.stats()`; None on the command line, where no bot runs.
     bot: Mapping[str, Any] | None
@@ -147,8 +147,7 @@ async def collect(
     Parameters
     ----------
     bot: `Guildbook.stats()`; None without a bot.
-    backups: the newest ones.
-    problems: why backups in some stores are not known.
+    backups, problems: see `Statistics`.
     """
     server, activity = await pool.fetchrow(_SERVER), await pool.fetchrow(_ACTIVITY)
     return Statistics(
@@ -205,7 +204,7 @@ def summarize(
         "Last backups": "; ".join(map(_describe_backup, statistics.backups[:LISTED_EVENTS])) or "none",
     }
     if statistics.problems:
-        lines["Backup stores"] = "; ".join(statistics.problems)
+        lines["Backup problems"] = "; ".join(statistics.problems)
     return lines if statistics.bot is None else lines | _summarize_bot(statistics.bot)
 
 
