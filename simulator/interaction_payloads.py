@@ -36,6 +36,53 @@ def interaction_payload(
     return _envelope(simulator, 2, data, interaction_id, token, user_id, guild_id, channel_id)
 
 
+def autocomplete_payload(
+    simulator: Simulator,
+    command: Json,
+    interaction_id: int,
+    token: str,
+    user_id: int,
+    guild_id: int | None,
+    path: list[str],
+    options: dict[str, Any],
+    focused: str,
+) -> Json:
+    """Render INTERACTION_CREATE for an option that is being typed: `focused`, whose text so far is in `options`."""
+    data: Json = {"id": command["id"], "name": command["name"], "type": 1, "resolved": {}}
+    if "guild_id" in command:
+        data["guild_id"] = command["guild_id"]
+    data["options"] = _options(simulator, command, path, options, guild_id, data["resolved"], focused)
+    return _envelope(simulator, 4, data, interaction_id, token, user_id, guild_id, None)
+
+
+def menu_payload(
+    simulator: Simulator,
+    command: Json,
+    interaction_id: int,
+    token: str,
+    user_id: int,
+    guild_id: int | None,
+    target_id: int,
+    message: Json | None,
+) -> Json:
+    """Render INTERACTION_CREATE for a context menu of a user, or of a message (`author_id`, `content`)."""
+    resolved: Json = {}
+    data: Json = {"id": command["id"], "name": command["name"], "type": command["type"], "resolved": resolved}
+    data["target_id"] = str(target_id)
+    if "guild_id" in command:
+        data["guild_id"] = command["guild_id"]
+    payload = _envelope(simulator, 2, data, interaction_id, token, user_id, guild_id, None)
+    if message is None:
+        _value(simulator, _USER, target_id, guild_id, resolved)
+    else:
+        shown = message_payload(simulator, {"content": message.get("content")})
+        author = user_payload(simulator.world.user(int(message["author_id"])))
+        shown |= {"id": str(target_id), "channel_id": payload["channel_id"], "type": 0, "author": author}
+        del shown["webhook_id"], shown["application_id"]
+        resolved["messages"] = {str(target_id): shown}
+    return payload
+
+
 def component_payload(
     simulator: Simulator,
     message: Json,
@@ -44,11 +91,62 @@ def component_payload(
     token: str,
     user_id: int,
     guild_id: int | None,
+    values: list[str] | None = None,
 ) -> Json:
-    """Render INTERACTION_CREATE for a button of a message."""
-    data: Json = {"component_type": 2, "custom_id": custom_id}
+    """Render INTERACTION_CREATE for a button of a message, or for a menu in which `values` were selected."""
+    found = find_component(message.get("components") or [], custom_id)
+    resolved: Json = {}
+    data: Json = {"component_type": 2 if found is None else found["type"], "custom_id": custom_id}
+    if values is not None:
+        if found is None:
+            raise LookupError(f"the reply has no menu {custom_id!r}")
+        kind = {5: _USER, 6: _ROLE, 7: _MENTIONABLE, 8: _CHANNEL}.get(found["type"], 0)
+        data |= {"values": [str(_value(simulator, kind, value, guild_id, resolved)) for value in values]}
+        data["resolved"] = resolved
     payload = _envelope(simulator, 3, data, interaction_id, token, user_id, guild_id, None)
     return payload | {"message": message | {"channel_id": payload["channel_id"]}}
+
+
+def modal_payload(
+    simulator: Simulator,
+    modal: Json,
+    fields: dict[str, str],
+    interaction_id: int,
+    token: str,
+    user_id: int,
+    guild_id: int | None,
+    message: Json | None,
+) -> Json:
+    """Render INTERACTION_CREATE for a form; `fields` are its texts by custom id or label, `message` where it began."""
+    unused = set(fields)
+
+    def filled(component: Json, label: str | None = None) -> Json:
+        if "component" in component:
+            return {"type": component["type"], "component": filled(component["component"], component.get("label"))}
+        if "components" in component:
+            return {"type": component["type"], "components": [filled(inner) for inner in component["components"]]}
+        names = (component.get("custom_id"), label or component.get("label"))
+        name = next((name for name in names if name in fields), None)
+        unused.discard(str(name))
+        text = component.get("value") or "" if name is None else fields[name]
+        return {"type": component["type"], "custom_id": component.get("custom_id"), "value": text}
+
+    data: Json = {"custom_id": modal["custom_id"], "components": [filled(it) for it in modal["components"]]}
+    if unused:
+        raise LookupError(f"the form {modal.get('title')!r} has no field {', '.join(sorted(unused))}")
+    payload = _envelope(simulator, 5, data, interaction_id, token, user_id, guild_id, None)
+    return payload if message is None else payload | {"message": message | {"channel_id": payload["channel_id"]}}
+
+
+def find_component(components: list[Json], custom_id: str) -> Json | None:
+    """Return the component with a custom id, at any depth; None if there is none."""
+    for component in components:
+        if component.get("custom_id") == custom_id:
+            return component
+        inner = [*component.get("components", []), *filter(None, [component.get("accessory")])]
+        if (found := find_component(inner, custom_id)) is not None:
+            return found
+    return None
 
 
 def _envelope(
@@ -135,15 +233,16 @@ def _options(
     given: dict[str, Any],
     guild_id: int | None,
     resolved: Json,
+    focused: str | None = None,
 ) -> list[Json]:
     known = {option["name"]: option for option in command.get("options") or []}
     if path:
         if path[0] not in known or known[path[0]]["type"] not in (1, 2):
             raise LookupError(f"/{command['name']} has no subcommand {path[0]!r}: it has {', '.join(known) or 'none'}")
-        inner = _options(simulator, known[path[0]], path[1:], given, guild_id, resolved)
+        inner = _options(simulator, known[path[0]], path[1:], given, guild_id, resolved, focused)
         return [{"name": path[0], "type": known[path[0]]["type"], "options": inner}]
     missing = [name for name, option in known.items() if option.get("required") and name not in given]
-    if missing:
+    if missing and focused is None:
         raise LookupError(f"/{command['name']} needs {', '.join(missing)}")
     if any(option["type"] in (1, 2) for option in known.values()):
         raise LookupError(f"/{command['name']} needs a subcommand: {', '.join(known)}")
@@ -152,7 +251,10 @@ def _options(
         if name not in known:
             raise LookupError(f"/{command['name']} has no option {name!r}: it has {', '.join(known) or 'none'}")
         kind = known[name]["type"]
-        filled.append({"name": name, "type": kind, "value": _value(simulator, kind, value, guild_id, resolved)})
+        if name == focused:
+            filled.append({"name": name, "type": kind, "value": value, "focused": True})
+        else:
+            filled.append({"name": name, "type": kind, "value": _value(simulator, kind, value, guild_id, resolved)})
     return filled
 
 

@@ -1,4 +1,4 @@
-"""Slash commands: registration, invocation and the bot's responses."""
+"""Interactions: registered commands, what users do with them, and the bot's responses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from aiohttp import web
 
 from .entities import Json
 from .ids import snowflake_at
-from .interaction_payloads import component_payload, interaction_payload, message_payload
+from .interaction_payloads import (
+    autocomplete_payload,
+    component_payload,
+    interaction_payload,
+    menu_payload,
+    message_payload,
+    modal_payload,
+)
 from .rest import (
     ALREADY_ACKNOWLEDGED,
     API,
@@ -40,6 +47,15 @@ _LOADING = 1 << 7
 _DEFERRALS = (5, 6)
 # Responses of a component that update its message: deferred and immediate.
 _DEFERRED_UPDATE, _UPDATE = 6, 7
+_MODAL = 9
+# Types of interactions, and the types of responses that each may get.
+_COMMAND, _COMPONENT, _AUTOCOMPLETE, _SUBMIT = 2, 3, 4, 5
+_ALLOWED = {
+    _COMMAND: (4, 5, _MODAL),
+    _COMPONENT: (4, 5, _DEFERRED_UPDATE, _UPDATE, _MODAL),
+    _AUTOCOMPLETE: (8,),
+    _SUBMIT: (4, 5),
+}
 _MAX_RESULTS = 1000
 
 
@@ -54,7 +70,7 @@ class Edit:
 
 @dataclass(slots=True)
 class InteractionResult:
-    """The bot's response to one command: its first response, then every edit in order."""
+    """The bot's response to one interaction: its first response, then every edit in order."""
 
     id: int
     token: str
@@ -69,11 +85,15 @@ class InteractionResult:
     followups: list[Json] = field(default_factory=list)
     message: Json | None = None
     choices: list[Json] | None = None
+    #: The form that the bot opened in response: its custom id, title and components.
+    modal: Json | None = None
     #: Attached files by name, the latest version of each.
     files: dict[str, bytes] = field(default_factory=dict)
     user_id: int = 0
     guild_id: int | None = None
-    #: For a pressed button: the result whose reply contains it.
+    #: 2: a command, 3: a component, 4: an autocomplete request, 5: a submitted form.
+    kind: int = _COMMAND
+    #: For a component: the result whose reply contains it. For a submitted form: the result that opened it.
     parent: InteractionResult | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -83,6 +103,20 @@ class InteractionResult:
         if self.edits:
             return self.edits[-1].content
         return self.content
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts that the user was shown, in order; those of one kind (reply, edits, follow-ups) come together."""
+        reply = [self.content] if self.content else []
+        found = [*reply, *(edit.content for edit in self.edits), *(str(it["content"]) for it in self.followups)]
+        return [text for text in found if text]
+
+    @property
+    def source(self) -> InteractionResult | None:
+        """The result whose reply a component, or the form opened by it, may update; None for all others."""
+        if self.kind == _SUBMIT:
+            return None if self.parent is None else self.parent.source
+        return self.parent if self.kind == _COMPONENT else None
 
     @property
     def buttons(self) -> dict[str, str]:
@@ -164,22 +198,67 @@ class InteractionRoutes:
         )
         return self._dispatch(result, payload)
 
-    def press(self, parent: InteractionResult, custom_id: str, user_id: int) -> InteractionResult:
-        """Send INTERACTION_CREATE for a button of a reply; it may have been removed, as clients may still show it."""
-        if parent.message is None:
-            raise LookupError("there is no reply yet, so there is no button")
-        result = self._new_result(user_id, parent.guild_id)
-        result.parent = parent
-        payload = component_payload(
-            self._simulator, parent.message, custom_id, result.id, result.token, user_id, parent.guild_id
+    def run_menu(
+        self, name: str, user_id: int, guild_id: int | None, target_id: int, message: Json | None
+    ) -> InteractionResult:
+        """Send INTERACTION_CREATE for a context menu of a user, or of a message (its id, author_id and content)."""
+        command = self._find(name, guild_id, 2 if message is None else 3)
+        result = self._new_result(user_id, guild_id)
+        payload = menu_payload(self._simulator, command, result.id, result.token, user_id, guild_id, target_id, message)
+        return self._dispatch(result, payload)
+
+    def complete(
+        self,
+        name: str,
+        user_id: int,
+        guild_id: int | None,
+        path: list[str],
+        focused: str,
+        options: dict[str, Any],
+    ) -> InteractionResult:
+        """Send INTERACTION_CREATE for what a user has typed into the option `focused` so far."""
+        command = self._find(name, guild_id)
+        result = self._new_result(user_id, guild_id, _AUTOCOMPLETE)
+        payload = autocomplete_payload(
+            self._simulator, command, result.id, result.token, user_id, guild_id, path, options, focused
         )
         return self._dispatch(result, payload)
 
-    def _new_result(self, user_id: int, guild_id: int | None) -> InteractionResult:
+    def press(
+        self, parent: InteractionResult, custom_id: str, user_id: int, values: list[str] | None = None
+    ) -> InteractionResult:
+        """Send INTERACTION_CREATE for a button of a reply, or for a menu of it in which `values` were selected.
+
+        A button may have been removed, as clients may still show it.
+        """
+        if parent.message is None:
+            raise LookupError("there is no reply yet, so there is no button")
+        result = self._new_result(user_id, parent.guild_id, _COMPONENT)
+        result.parent = parent
+        payload = component_payload(
+            self._simulator, parent.message, custom_id, result.id, result.token, user_id, parent.guild_id, values
+        )
+        return self._dispatch(result, payload)
+
+    def submit(self, parent: InteractionResult, fields: dict[str, str], user_id: int) -> InteractionResult:
+        """Send INTERACTION_CREATE for a form that the bot opened; `fields` are the texts by custom id or label."""
+        if parent.modal is None:
+            raise LookupError("the bot has opened no form in response")
+        result = self._new_result(user_id, parent.guild_id, _SUBMIT)
+        result.parent = parent
+        source = result.source
+        payload = modal_payload(
+            self._simulator, parent.modal, fields, result.id, result.token, user_id, parent.guild_id,
+            None if source is None else source.message,
+        )  # fmt: skip
+        return self._dispatch(result, payload)
+
+    def _new_result(self, user_id: int, guild_id: int | None, kind: int = _COMMAND) -> InteractionResult:
         self._number += 1
         # Libraries derive an interaction's age from its id, so it must use the real time.
         id = snowflake_at(time.time_ns() // 1000, self._number & 0xFFF)
-        return InteractionResult(id, secrets.token_hex(32), time.monotonic(), user_id=user_id, guild_id=guild_id)
+        token = secrets.token_hex(32)
+        return InteractionResult(id, token, time.monotonic(), user_id=user_id, guild_id=guild_id, kind=kind)
 
     def _dispatch(self, result: InteractionResult, payload: Json) -> InteractionResult:
         guild_id = result.guild_id
@@ -190,10 +269,10 @@ class InteractionRoutes:
             del self._by_token[next(iter(self._by_token))]
         return result
 
-    def _find(self, name: str, guild_id: int | None) -> Json:
+    def _find(self, name: str, guild_id: int | None, kind: int = 1) -> Json:
         own = [] if guild_id is None else self._registered.get(guild_id, [])
         for command in own:
-            if command["name"] == name and command["type"] == 1:
+            if command["name"] == name and command["type"] == kind:
                 return command
         for command in self._registered.get(None, []):
             contexts = command.get("contexts")
@@ -201,11 +280,12 @@ class InteractionRoutes:
             is_available = contexts is None or context in contexts
             if guild_id is None and command.get("dm_permission") is False:
                 is_available = False
-            if command["name"] == name and command["type"] == 1 and is_available:
+            if command["name"] == name and command["type"] == kind and is_available:
                 return command
         known = sorted(c["name"] for c in [*own, *self._registered.get(None, [])])
         place = "direct messages" if guild_id is None else f"guild {guild_id}"
-        raise LookupError(f"no command /{name} is registered for {place}; registered: {', '.join(known) or 'none'}")
+        sought = f"command /{name}" if kind == 1 else f"context menu {name!r}"
+        raise LookupError(f"no {sought} is registered for {place}; registered: {', '.join(known) or 'none'}")
 
     # Registration.
 
@@ -226,7 +306,8 @@ class InteractionRoutes:
 
     async def upsert(self, request: web.Request) -> web.Response:
         scope, command = self._scope(request), self._complete(await read_body(request), self._scope(request))
-        others = [c for c in self._registered.get(scope, []) if c["name"] != command["name"]]
+        key = (command["name"], command["type"])
+        others = [c for c in self._registered.get(scope, []) if (c["name"], c["type"]) != key]
         self._registered[scope] = [*others, command]
         return answer(command, 201)
 
@@ -236,7 +317,7 @@ class InteractionRoutes:
     def _complete(self, command: Json, scope: int | None) -> Json:
         if not isinstance(command, dict) or not isinstance(command.get("name"), str):
             raise ApiError(*INVALID_FORM)
-        known = {c["name"]: c["id"] for c in self._registered.get(scope, [])}
+        known = {(c["name"], c["type"]): c["id"] for c in self._registered.get(scope, [])}
         defaults: Json = {
             "type": 1,
             "options": [],
@@ -246,7 +327,7 @@ class InteractionRoutes:
         }
         defaults |= {"dm_permission": True, "contexts": None, "integration_types": [0]}
         ids: Json = {
-            "id": known.get(command["name"]) or str(self._world.new_id()),
+            "id": known.get((command["name"], command.get("type", 1))) or str(self._world.new_id()),
             "version": str(self._world.new_id()),
         }
         ids["application_id"] = str(self._world.application_id)
@@ -265,18 +346,24 @@ class InteractionRoutes:
         if now - result.started > self.response_deadline:
             raise ApiError(*UNKNOWN_INTERACTION)
         data = body.get("data") or {}
+        allowed = _ALLOWED[result.kind]
+        if result.kind == _SUBMIT and result.source is not None:
+            allowed = (*allowed, _DEFERRED_UPDATE, _UPDATE)
+        if body.get("type") not in allowed:
+            raise ApiError(*INVALID_FORM)
         result.type = int(body["type"])
         result.deferred = result.type in _DEFERRALS
         result.ephemeral = bool(int(data.get("flags") or 0) & _EPHEMERAL)
         result.answered_after = now - result.started
         result.choices = data.get("choices")
+        result.modal = data if result.type == _MODAL else None
         if not result.deferred:
             result.content, result.embeds = str(data.get("content") or ""), data.get("embeds") or []
         flags = int(data.get("flags") or 0) | (_LOADING if result.deferred else 0)
-        if result.parent is not None and result.type in (_DEFERRED_UPDATE, _UPDATE):
-            result.message = result.parent.message
+        if result.source is not None and result.type in (_DEFERRED_UPDATE, _UPDATE):
+            result.message = result.source.message
             if result.type == _UPDATE:
-                self._change(result.parent, data)
+                self._change(result.source, data)
         else:
             result.message = message_payload(self._simulator, data | {"flags": flags})
         result.files |= await _files(request)

@@ -141,9 +141,52 @@ class Simulator:
         path = [part for part in (subcommand_group, subcommand) if part is not None]
         return self.interactions.run(name, user_id, guild_id, channel_id, path, options or {})
 
+    async def use_menu(
+        self,
+        name: str,
+        *,
+        user_id: int,
+        target_id: int,
+        guild_id: int | None = None,
+        message: dict[str, Any] | None = None,
+    ) -> InteractionResult:
+        """Use a registered context menu on a user, or on a message of `author_id` and `content`.
+
+        Raises LookupError if it is not registered there.
+        """
+        return self.interactions.run_menu(name, user_id, guild_id, target_id, message)
+
+    async def autocomplete(
+        self,
+        name: str,
+        *,
+        user_id: int,
+        focused: str,
+        guild_id: int | None = None,
+        subcommand: str | None = None,
+        subcommand_group: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> InteractionResult:
+        """Type into the option `focused` of a command; `options` holds what was typed. The result has `choices`."""
+        path = [part for part in (subcommand_group, subcommand) if part is not None]
+        return self.interactions.complete(name, user_id, guild_id, path, focused, {focused: "", **(options or {})})
+
     async def press(self, parent: InteractionResult, custom_id: str, *, user_id: int) -> InteractionResult:
         """Press a button of a reply as a user. Raises LookupError if there is no reply."""
         return self.interactions.press(parent, custom_id, user_id)
+
+    async def select(
+        self, parent: InteractionResult, custom_id: str, values: list[str], *, user_id: int
+    ) -> InteractionResult:
+        """Select values in a menu of a reply as a user. Raises LookupError if there is no such menu."""
+        return self.interactions.press(parent, custom_id, user_id, values)
+
+    async def submit(self, parent: InteractionResult, fields: dict[str, str], *, user_id: int) -> InteractionResult:
+        """Submit the form that the bot opened in response; `fields` are the texts by custom id or label.
+
+        Raises LookupError if no form was opened, or if it has no such field.
+        """
+        return self.interactions.submit(parent, fields, user_id)
 
     async def _not_found(self, request: web.Request) -> web.Response:
         raise ApiError(*NOT_FOUND)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from simulator import InteractionResult, Simulator, World
-from simulator.ids import snowflake_at
-from simulator.interaction_payloads import interaction_payload
+from simulator import Simulator, World
 from tests.bot.running import running_bot
 from tests.bot.temporary_cogs import TemporaryCogs
 from utils.database import Pool
@@ -48,18 +43,9 @@ async def suggestions(
     simulator: Simulator, subcommand: str, typed: str, user_id: int, guild_id: int | None = None
 ) -> list[str]:
     """Return what autocompletion suggests for the option `name`."""
-    routes = simulator.interactions
-    (command,) = [it for it in routes.commands(guild_id) if it["name"] == "cogs"]
-    result = InteractionResult(
-        snowflake_at(time.time_ns() // 1000, secrets.randbelow(4096)), secrets.token_hex(32), time.monotonic()
+    result = await simulator.autocomplete(
+        "cogs", user_id=user_id, guild_id=guild_id, subcommand=subcommand, focused="name", options={"name": typed}
     )
-    payload: dict[str, Any] = interaction_payload(
-        simulator, command, result.id, result.token, user_id, guild_id, None, [subcommand], {"name": typed}
-    )
-    payload["type"] = 4
-    payload["data"]["options"][0]["options"][0]["focused"] = True
-    routes._by_token[result.token] = result
-    simulator.gateway.dispatch(guild_id, "INTERACTION_CREATE", payload)
     await result.wait_done()
     return [choice["value"] for choice in result.choices or []]
 

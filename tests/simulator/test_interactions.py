@@ -10,6 +10,11 @@ import pytest
 from simulator import InteractionResult, Simulator, World
 from tests.simulator.clients import bare_client
 
+MODAL = {
+    "custom_id": "why", "title": "Why",
+    "components": [{"type": 1, "components": [{"type": 4, "custom_id": "reason", "label": "Reason", "style": 1}]}],
+}  # fmt: skip
+
 
 async def answer(simulator: Simulator, result: InteractionResult, body: dict[str, Any]) -> tuple[int, Any]:
     url = f"{simulator.api_base}/interactions/{result.id}/{result.token}/callback"
@@ -28,7 +33,8 @@ async def register(simulator: Simulator, guild_id: int | None = None) -> None:
     url = f"{simulator.api_base}/applications/{simulator.world.application_id}{place}/commands"
     headers = {"Authorization": f"Bot {simulator.token}"}
     options = [{"name": "role", "type": 8, "description": "a role", "required": False}]
-    commands = [{"name": "ask", "type": 1, "description": "Ask", "options": options}]
+    commands: list[dict[str, Any]] = [{"name": "ask", "type": 1, "description": "Ask", "options": options}]
+    commands += [{"name": "Look", "type": 2}, {"name": "Quote", "type": 3}]
     async with aiohttp.ClientSession(headers=headers) as session, session.put(url, json=commands) as response:
         assert response.status == 200
 
@@ -86,3 +92,50 @@ async def test_wait_done_times_out_with_a_message(simulator: Simulator, world: W
         result = await simulator.run_command("ask", user_id=world.guild(small).owner_id, guild_id=small)
         with pytest.raises(TimeoutError, match=r"not done after 0\.1 s"):
             await result.wait_done(0.1)
+
+
+async def test_each_kind_of_interaction_gets_its_own_responses(simulator: Simulator, world: World, small: int) -> None:
+    await register(simulator, small)
+    owner = world.guild(small).owner_id
+    text, form = {"type": 4, "data": {"content": "x"}}, {"type": 9, "data": MODAL}
+    async with bare_client(simulator) as client:
+        typed = await simulator.autocomplete("ask", user_id=owner, guild_id=small, focused="role")
+        data = (await client.wait_for("INTERACTION_CREATE"))[0]["d"]["data"]
+        assert data["options"] == [{"name": "role", "type": 8, "value": "", "focused": True}]
+        assert (await answer(simulator, typed, text))[1]["code"] == 50035
+        assert (await answer(simulator, typed, {"type": 8, "data": {"choices": []}}))[0] == 204
+        assert typed.choices == []
+        asked = await simulator.run_command("ask", user_id=owner, guild_id=small)
+        assert (await answer(simulator, asked, {"type": 6}))[1]["code"] == 50035
+        assert (await answer(simulator, asked, form))[0] == 204
+        with pytest.raises(LookupError, match="the form 'Why' has no field age"):
+            await simulator.submit(asked, {"age": "5"}, user_id=owner)
+        sent = await simulator.submit(asked, {"Reason": "because"}, user_id=owner)
+        data = (await client.wait_for("INTERACTION_CREATE", 2))[1]["d"]["data"]
+        assert data["components"][0]["components"] == [{"type": 4, "custom_id": "reason", "value": "because"}]
+        assert (await answer(simulator, sent, form))[1]["code"] == 50035
+        assert (await answer(simulator, sent, {"type": 6}))[1]["code"] == 50035, "there is no message to update"
+
+
+async def test_selected_values_and_targets_of_menus_are_resolved(
+    simulator: Simulator, world: World, small: int
+) -> None:
+    await register(simulator, small)
+    owner = world.guild(small).owner_id
+    async with bare_client(simulator) as client:
+        await simulator.use_menu("Look", user_id=owner, guild_id=small, target_id=owner)
+        data = (await client.wait_for("INTERACTION_CREATE"))[0]["d"]["data"]
+        assert (data["target_id"], set(data["resolved"]["members"])) == (str(owner), {str(owner)})
+        quoted = {"author_id": owner, "content": "hello"}
+        await simulator.use_menu("Quote", user_id=owner, guild_id=small, target_id=77, message=quoted)
+        data = (await client.wait_for("INTERACTION_CREATE"))[0]["d"]["data"]
+        assert data["resolved"]["messages"]["77"]["content"] == "hello"
+        asked = await simulator.run_command("ask", user_id=owner, guild_id=small)
+        menu = {"type": 1, "components": [{"type": 5, "custom_id": "who"}]}
+        await answer(simulator, asked, {"type": 4, "data": {"content": "x", "components": [menu]}})
+        with pytest.raises(LookupError, match="no menu 'whom'"):
+            await simulator.select(asked, "whom", [str(owner)], user_id=owner)
+        await simulator.select(asked, "who", [str(owner)], user_id=owner)
+        data = (await client.wait_for("INTERACTION_CREATE", 2))[1]["d"]["data"]
+        assert (data["component_type"], data["values"]) == (5, [str(owner)])
+        assert set(data["resolved"]["users"]) == {str(owner)}
