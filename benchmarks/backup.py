@@ -19,16 +19,17 @@ import psutil
 from benchmarks.figures import Figure, ratio
 from utils.database import ConnectTarget, Pool
 from utils.database.partitions import ensure_partitions
+from utils.database.sessions import connect
 from utils.database.sql import quote_identifier
 from utils.operations.action import Outcome
-from utils.operations.backup import client_tools, load
-from utils.operations.backup.contents import count_rows
+from utils.operations.backup.archive import client_tools
+from utils.operations.backup.archive.manifest import ARCHIVE_SUFFIX
+from utils.operations.backup.archive.reading import count_rows
 from utils.operations.backup.create import COMPRESSION, BackupRequest, create
-from utils.operations.backup.manifest import ARCHIVE_SUFFIX
-from utils.operations.backup.restore import restore_archive
-from utils.operations.backup.scratch import connect
+from utils.operations.backup.restore.restore import restore_archive
+from utils.operations.backup.restore.whole_database import replace_database
+from utils.operations.backup.scratch import load
 from utils.operations.backup.service import BackupService
-from utils.operations.backup.whole_database import replace_database
 from utils.settings import Settings
 
 #: Rows of the tables that hold nearly all of a mirror.

@@ -20,8 +20,8 @@ from utils.operations import slash
 from utils.operations.action import Outcome
 from utils.operations.backup import recovery
 from utils.operations.backup.catalog import BackupCatalog
-from utils.operations.backup.keeping import drops_among, list_with_problems
-from utils.operations.backup.safety import backup_before
+from utils.operations.backup.catalog.keeping import drops_among, list_with_problems
+from utils.operations.backup.create import backup_before
 from utils.operations.backup.service import BackupService
 from utils.operations.doctor import DoctorContext, run_checks, summarize_findings
 from utils.operations.doctor.context import CONNECT_SECONDS

@@ -28,7 +28,12 @@ from utils.demo.bot_process import ENTRY, environment
 
 ROOT = ENTRY.parent
 #: What bot.py imports at its start, and what its commands import when they run.
-MODULES = ("bot", "utils.bot.process", "utils.operations.backup.restore", "utils.operations.migrations.environment")
+MODULES = (
+    "bot",
+    "utils.bot.process",
+    "utils.operations.backup.restore.restore",
+    "utils.operations.migrations.environment",
+)
 #: Bytes of the number that says how long a request is.
 _LENGTH = 8
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.operations.backup import client_tools
+from utils.operations.backup.archive import client_tools
 from utils.operations.doctor.server import NEWEST_TESTED
 
 ROOT = Path(__file__).parents[1]

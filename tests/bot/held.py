@@ -11,8 +11,8 @@ from tests.bot.running import BotProcess, run_cli
 from tests.mirror.restoring import Droppable
 from tests.operations.backup.helpers import make_service
 from utils.database import Pool
+from utils.operations.backup.archive.manifest import Manifest
 from utils.operations.backup.catalog import BackupCatalog
-from utils.operations.backup.manifest import Manifest
 
 #: The template of a database without tables.
 BARE = "template1"

@@ -17,9 +17,9 @@ from utils.mirror.discord import tap
 from utils.operations import migrations
 from utils.operations.action import record_action
 from utils.operations.backup import recovery
-from utils.operations.backup.automatic_restore import restore_lost
 from utils.operations.backup.catalog import BackupCatalog
-from utils.operations.backup.recovery import Assessment, Hold
+from utils.operations.backup.recovery import Hold, restore_lost
+from utils.operations.backup.restore.assessment import Assessment
 from utils.service.lease import Lease, holder
 from utils.settings import Settings
 

@@ -28,7 +28,7 @@ from utils.mirror.spool.journal import is_dead, newest_first_stamp
 from utils.operations import migrations
 from utils.operations.backup import recovery
 from utils.operations.backup.catalog import BackupCatalog
-from utils.operations.backup.safety import backup_before
+from utils.operations.backup.create import backup_before
 from utils.operations.doctor.configuration import find_draining_problem
 from utils.service import metrics
 from utils.service.health import HealthServer

@@ -15,7 +15,7 @@ from utils.exceptions import DatabaseError, GuildbookError, NothingToBackUp, Upl
 from utils.logs import redact
 from utils.operations.action import Outcome, prune_actions, record_action
 from utils.operations.backup.catalog import BackupCatalog
-from utils.operations.backup.keeping import find_alerts, find_pause, lacking_remotely
+from utils.operations.backup.catalog.keeping import find_alerts, find_pause, lacking_remotely
 from utils.operations.backup.service import BackupService
 from utils.operations.upkeep import statistics
 from utils.service import metrics

@@ -92,7 +92,7 @@ def upgrade(
     async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
         from utils.operations.backup import recovery
         from utils.operations.backup.catalog import BackupCatalog
-        from utils.operations.backup.safety import backup_before
+        from utils.operations.backup.create import backup_before
         from utils.operations.migrations import admin
 
         await recovery.require_no_hold(pool, BackupCatalog(settings))
@@ -118,7 +118,7 @@ def downgrade(
 
     async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
         from utils.operations import migrations
-        from utils.operations.backup.safety import backup_before
+        from utils.operations.backup.create import backup_before
         from utils.operations.migrations import admin
 
         if name is None:
@@ -229,7 +229,7 @@ def stats(
 
     async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
         from utils.operations.backup.catalog import BackupCatalog
-        from utils.operations.backup.keeping import list_with_problems
+        from utils.operations.backup.catalog.keeping import list_with_problems
         from utils.operations.upkeep.picture import draw
         from utils.operations.upkeep.statistics import collect, outcome
 
@@ -354,7 +354,7 @@ def reset(
     """
 
     async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
-        from utils.operations.backup.safety import backup_before
+        from utils.operations.backup.create import backup_before
         from utils.operations.development import seed as development
 
         backup = None if no_backup else backup_before("before reset", settings, pool, progress)

@@ -1,21 +1,47 @@
-"""What every session of ours begins with: settings and codecs; and whether a pooler stands before the server."""
+"""What every session of ours begins with, sessions outside of a pool, and whether a pooler is before the server."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import orjson
 
 from utils.database.target import ConnectTarget
-from utils.exceptions import DRIVER_ERRORS
+from utils.exceptions import DRIVER_ERRORS, translate_errors
+
+if TYPE_CHECKING:
+    Connection = asyncpg.Connection[asyncpg.Record]
+else:
+    Connection = asyncpg.Connection
 
 #: Seconds for one attempt to connect.
 ATTEMPT_SECONDS = 10.0
+#: Seconds for a statement of a session outside of a pool, which may have to wait for a checkpoint.
+STATEMENT_SECONDS = 300.0
 #: Seconds after which the server ends a transaction that its process left idle: one that was suspended holds locks.
 IDLE_IN_TRANSACTION_SECONDS = 3_600
+
+
+@contextlib.asynccontextmanager
+async def connect(target: ConnectTarget) -> AsyncIterator[Connection]:
+    """Yield a session outside of any pool; an error in the block terminates it, with any open transaction."""
+    with translate_errors(f"database {target.database}"):
+        async with asyncio.timeout(ATTEMPT_SECONDS):
+            connection: Connection = await asyncpg.connect(
+                **target.connect_kwargs(), timeout=ATTEMPT_SECONDS, command_timeout=STATEMENT_SECONDS
+            )
+        try:
+            await apply_settings(connection)
+            yield connection
+            await connection.close(timeout=5)
+        finally:
+            if not connection.is_closed():
+                connection.terminate()
 
 
 async def is_behind_pooler(target: ConnectTarget) -> bool:

@@ -20,6 +20,12 @@ def quote_identifier(name: str) -> str:
     return _DIALECT.identifier_preparer.quote(name)
 
 
+def quote_literal(value: str) -> str:
+    """Return a string as an SQL literal, for statements that take no parameters."""
+    text = value.replace("'", "''")
+    return f"E'{text.replace(chr(92), chr(92) * 2)}'" if "\\" in text else f"'{text}'"
+
+
 def sql_type(column: Column[Any]) -> str:
     """Return a column's type as SQL, such as `bigint` or `text[]`."""
     return column.type.compile(_DIALECT)

@@ -15,13 +15,13 @@ from tests.forkserver import start_bot
 from tests.waiting import until
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
-from utils.operations.backup import scratch, scratch_schemas
-from utils.operations.backup.archive import Archive
+from utils.operations.backup.archive.manifest import Manifest
+from utils.operations.backup.archive.objects import qualified
+from utils.operations.backup.archive.script import Archive
 from utils.operations.backup.catalog import BackupCatalog
+from utils.operations.backup.catalog.identity import Identity
 from utils.operations.backup.create import BackupRequest, create
-from utils.operations.backup.identity import Identity
-from utils.operations.backup.manifest import Manifest
-from utils.operations.backup.objects import qualified
+from utils.operations.backup.scratch import databases, schemas
 from utils.operations.backup.service import BackupService
 from utils.settings import Settings
 
@@ -156,13 +156,13 @@ async def open_pool(target: ConnectTarget) -> AsyncIterator[Pool]:
 async def scratch_databases(target: ConnectTarget, purpose: str) -> list[str]:
     """Return the names of the databases next to one that have a purpose."""
     async with connect(target.with_database("postgres")) as connection:
-        return await scratch.list_databases(connection, str(target.database), purpose)
+        return await databases.list_databases(connection, str(target.database), purpose)
 
 
 async def scratch_schema_names(target: ConnectTarget) -> list[str]:
     """Return the names of the schemas of restores and drills in a database."""
     query = "SELECT array_agg(nspname::text) FROM pg_namespace WHERE starts_with(nspname, $1)"
-    return await fetchval(target, query, scratch_schemas.PREFIX) or []
+    return await fetchval(target, query, schemas.PREFIX) or []
 
 
 @asynccontextmanager
@@ -172,8 +172,10 @@ async def dropping_scratch_databases(target: ConnectTarget) -> AsyncIterator[Non
         yield
     finally:
         async with connect(target.with_database("postgres")) as connection:
-            for name in await scratch.list_databases(connection, str(target.database), scratch.RESTORE, scratch.BEFORE):
-                await scratch.drop(connection, name)
+            for name in await databases.list_databases(
+                connection, str(target.database), databases.RESTORE, databases.BEFORE
+            ):
+                await databases.drop(connection, name)
 
 
 # --- the command line in a subprocess

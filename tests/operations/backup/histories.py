@@ -18,11 +18,11 @@ from pydantic import SecretStr
 from tests.operations.backup.helpers import make_settings
 from utils.exceptions import BackupError, UploadFailed
 from utils.operations.action import Progress, ignore_progress
+from utils.operations.backup.archive.manifest import Manifest, new_id
 from utils.operations.backup.catalog import BackupCatalog
-from utils.operations.backup.identity import Identity
-from utils.operations.backup.keeping import find_pause, lacking_remotely, prune
-from utils.operations.backup.manifest import Manifest, new_id
-from utils.operations.backup.retention import DROP_SHARE, RetentionRules
+from utils.operations.backup.catalog.identity import Identity
+from utils.operations.backup.catalog.keeping import find_pause, lacking_remotely, prune
+from utils.operations.backup.catalog.retention import DROP_SHARE, RetentionRules
 from utils.operations.backup.store import Remote
 
 #: Steps of a history.

@@ -16,7 +16,7 @@ import pytest
 from tests.operations.backup.helpers import fill, make_backup, make_service, table_checksums
 from utils.database import Pool
 from utils.exceptions import BackupError
-from utils.operations.backup.manifest import Manifest, checksum_of, parse_manifest
+from utils.operations.backup.archive.manifest import Manifest, checksum_of, parse_manifest
 from utils.operations.backup.service import BackupService
 
 #: Number of random corruptions of a plain and of an encrypted backup, and their seed.

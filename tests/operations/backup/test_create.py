@@ -20,10 +20,11 @@ from tests.waiting import until
 from utils.database import ConnectTarget, Pool
 from utils.exceptions import BackupError, ClientToolsMissing, DatabaseError
 from utils.operations.action import Step
-from utils.operations.backup import client_tools, create, pipeline
+from utils.operations.backup import create
+from utils.operations.backup.archive import client_tools, pipeline
+from utils.operations.backup.archive.manifest import checksum_of, parse_manifest
+from utils.operations.backup.archive.pipeline import Command
 from utils.operations.backup.create import BackupRequest
-from utils.operations.backup.manifest import checksum_of, parse_manifest
-from utils.operations.backup.pipeline import Command
 from utils.service import application
 
 #: Timeouts that a server may set and that a backup of an hour would exceed.

@@ -23,7 +23,7 @@ from tests.operations.backup.helpers import (
     until_query,
 )
 from utils.database import ConnectTarget, Pool
-from utils.operations.backup.manifest import MANIFEST_SUFFIX
+from utils.operations.backup.archive.manifest import MANIFEST_SUFFIX
 from utils.operations.backup.service import BackupService
 from utils.operations.backup.store import UNFINISHED
 

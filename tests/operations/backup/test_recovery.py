@@ -14,15 +14,8 @@ from utils.database import ConnectTarget, Pool
 from utils.exceptions import BackupError, DatabaseError, DatabaseUnavailable
 from utils.operations import migrations
 from utils.operations.action import BEGIN_ANEW
-from utils.operations.backup.recovery import (
-    Assessment,
-    assess,
-    begin_anew,
-    find_hold,
-    find_loss,
-    require_no_hold,
-    suggest_restore,
-)
+from utils.operations.backup.recovery import begin_anew, find_hold, find_loss, require_no_hold, suggest_restore
+from utils.operations.backup.restore.assessment import Assessment, assess
 from utils.service import application
 
 GUILD = "INSERT INTO guilds (id, name) VALUES (1, 'one')"

@@ -16,7 +16,7 @@ from utils.database.embedded import EmbeddedServer
 from utils.demo.bot_process import ENTRY, environment
 from utils.exceptions import MigrationError
 from utils.operations import migrations
-from utils.operations.backup.manifest import Manifest
+from utils.operations.backup.archive.manifest import Manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.direct("pg_dump needs a direct connection")]
 

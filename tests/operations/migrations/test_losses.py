@@ -14,7 +14,7 @@ from utils.database import ConnectTarget, Pool, ownership
 from utils.exceptions import BackupError, MigrationError
 from utils.operations import migrations
 from utils.operations.backup.catalog import BackupCatalog
-from utils.operations.backup.safety import backup_before
+from utils.operations.backup.create import backup_before
 from utils.operations.migrations import admin, runner
 from utils.operations.migrations.preview import preview
 from utils.operations.migrations.statements import parse

@@ -14,7 +14,7 @@ from utils.database.embedded import EmbeddedServer
 from utils.database.placement import Placement
 from utils.exceptions import MigrationError
 from utils.operations import migrations
-from utils.operations.backup.places import open_place
+from utils.operations.backup.scratch.tables import open_scratch_tables
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +102,7 @@ async def test_schemas_of_their_own(tmp_path: Path, server: EmbeddedServer, empt
 async def run_in_scratch(server: EmbeddedServer, pool: Pool, options: migrations.MigrationOptions) -> None:
     """Run every revision in scratch schemas, as a restore of an older backup does into an upgraded database."""
     archive = await dump(server, pool.target, options.scripts / "dump")
-    async with open_place(pool, is_restore=True, options=options) as place:
+    async with open_scratch_tables(pool, is_restore=True, options=options) as place:
         async with connect(pool.direct) as connection:
             await place._run_revisions(connection, archive)
         assert await place.migrate(archive) == [EXTRA]

@@ -7,9 +7,9 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC
+from datetime import UTC, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ import asyncpg
 from utils.database import ConnectTarget, Pool, ownership
 from utils.database.locks import describe_lock_holders
 from utils.database.placement import Placement
-from utils.database.sessions import ATTEMPT_SECONDS
+from utils.database.sessions import ATTEMPT_SECONDS, Connection, connect
 from utils.exceptions import BackupError, NothingToBackUp, UnknownBackup, UploadFailed, translate_errors
 from utils.operations.action import Progress, ignore_progress
-from utils.operations.backup import client_tools, encryption
-from utils.operations.backup.catalog import BackupCatalog
-from utils.operations.backup.manifest import (
+from utils.operations.backup.archive import client_tools, encryption
+from utils.operations.backup.archive.manifest import (
     ARCHIVE_SUFFIX,
     ENCRYPTED_SUFFIX,
     VERSION_TABLES,
@@ -32,7 +31,7 @@ from utils.operations.backup.manifest import (
     Reason,
     new_id,
 )
-from utils.operations.backup.objects import (
+from utils.operations.backup.archive.objects import (
     OwnTable,
     find_sequences,
     find_tables,
@@ -40,9 +39,10 @@ from utils.operations.backup.objects import (
     owned_names,
     qualified,
 )
-from utils.operations.backup.pipeline import Command, Digest, run
-from utils.operations.backup.scratch import Connection, connect
+from utils.operations.backup.archive.pipeline import Command, Digest, run
+from utils.operations.backup.catalog import BackupCatalog
 from utils.service import application
+from utils.settings import Settings
 
 _log = logging.getLogger(__name__)
 
@@ -316,3 +316,40 @@ async def _dump_and_count(
         for task in (dump, count):
             if not task.cancelled():
                 task.exception()  # marks it as retrieved: the first failure is the one that is raised
+
+
+# --- before something is destroyed
+
+
+def backup_before(
+    reason: Reason,
+    settings: Settings,
+    pool: Pool,
+    progress: Progress = ignore_progress,
+    *,
+    reuse: timedelta | None = None,
+) -> Callable[[], Awaitable[str]]:
+    """Return a function that backs the database up and returns the backup's id; it raises `BackupError`.
+
+    reuse: how old a backup may be that was made for the same reason, at the same revision and with as many rows, so
+    that no other one is needed: a bot that starts again and again must not fill the disk. None: always make one.
+    """
+
+    async def make() -> str:
+        catalog = BackupCatalog(settings)
+        found = None if reuse is None else await _find_equal(reason, catalog, pool, reuse)
+        return found or (await create(pool, catalog, BackupRequest(reason), progress=progress)).id
+
+    return make
+
+
+async def _find_equal(reason: Reason, catalog: BackupCatalog, pool: Pool, age: timedelta) -> str | None:
+    revision = ", ".join((await ownership.fetch_version(pool)).revisions) or None
+    rows = await count_live_rows(pool)
+    for entry in await (await catalog.serving(pool)).entries():
+        manifest = entry.manifest
+        if manifest is None or entry.intact is None or not entry.is_own or not timedelta(0) <= entry.age <= age:
+            continue
+        if (manifest.reason, manifest.revision, manifest.data_rows) == (reason, revision, rows):
+            return entry.id
+    return None

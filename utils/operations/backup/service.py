@@ -10,16 +10,16 @@ from typing import Any
 from utils.database import Pool
 from utils.exceptions import BackupError, DatabaseError
 from utils.operations.action import Outcome, Progress, ignore_progress
+from utils.operations.backup.archive.manifest import Reason
+from utils.operations.backup.archive.reading import Verification
 from utils.operations.backup.catalog import BackupCatalog
+from utils.operations.backup.catalog.entries import Entry
+from utils.operations.backup.catalog.keeping import Pruned, find_alerts, lacking_remotely, prune
+from utils.operations.backup.catalog.retention import RetentionRules
 from utils.operations.backup.create import BackupRequest, count_live_rows, create
-from utils.operations.backup.drill import drill
-from utils.operations.backup.entries import Entry
-from utils.operations.backup.keeping import Pruned, find_alerts, lacking_remotely, prune
-from utils.operations.backup.manifest import Reason
-from utils.operations.backup.reading import Verification
-from utils.operations.backup.restore import restore
-from utils.operations.backup.retention import RetentionRules
-from utils.operations.backup.whole_database import find_losses
+from utils.operations.backup.restore.drill import drill
+from utils.operations.backup.restore.restore import restore
+from utils.operations.backup.restore.whole_database import find_losses
 from utils.settings import Settings
 from utils.text import format_count
 

@@ -13,11 +13,11 @@ from models import DISCORD_EPOCH_MS
 from utils.database import Connection, Pool
 from utils.database.ownership import FORMER_VERSION_TABLE, VERSION_TABLE
 from utils.database.partitions import id_at
+from utils.database.sessions import connect
 from utils.exceptions import GuildbookError, ValidationError, translate_errors
 from utils.operations import migrations
 from utils.operations.action import BEGIN_ANEW, record_action
-from utils.operations.backup.objects import find_tables, owned_names
-from utils.operations.backup.scratch import connect
+from utils.operations.backup.archive.objects import find_tables, owned_names
 from utils.operations.migrations.dependents import refuse_dependents
 from utils.operations.migrations.runner import Backup
 from utils.service.lease import hold_as_operator

@@ -11,11 +11,12 @@ from datetime import timedelta
 from pathlib import Path
 
 from utils.exceptions import BackupError, DatabaseError
-from utils.operations.backup import encryption, pipeline, recovery
+from utils.operations.backup import recovery
+from utils.operations.backup.archive import encryption, pipeline
+from utils.operations.backup.archive.manifest import Manifest
 from utils.operations.backup.catalog import BackupCatalog
-from utils.operations.backup.entries import Entry, newest_good
-from utils.operations.backup.keeping import find_alerts
-from utils.operations.backup.manifest import Manifest
+from utils.operations.backup.catalog.entries import Entry, newest_good
+from utils.operations.backup.catalog.keeping import find_alerts
 from utils.operations.doctor.configuration import is_on_railway, names_in_file
 from utils.operations.doctor.context import DoctorContext
 from utils.operations.doctor.report import CheckSkipped, Finding, shorten

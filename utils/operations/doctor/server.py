@@ -164,7 +164,7 @@ async def check_clock(context: DoctorContext) -> Sequence[Finding]:
 
 async def check_tools(context: DoctorContext) -> Sequence[Finding]:
     """Check that pg_dump and pg_restore of the server's major version are installed."""
-    from utils.operations.backup import client_tools
+    from utils.operations.backup.archive import client_tools
 
     major = await _fetch_version(await context.pool()) // 10_000
     try:
