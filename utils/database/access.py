@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from utils.database import materialized_views
-from utils.database.callers import Timing, find_caller
+from utils.database.callers import Use, find_caller
 from utils.database.orm import Orm
 from utils.database.pool import Pool, Record
 from utils.database.statements import PreparedStatement, SlowLog, TrackedConnection, WriteLog, qualified
@@ -336,7 +336,7 @@ class Database:
         use_cache: bool,
         invalidate_cache: bool,
         reads: Sequence[str] | None,
-        frame: FrameType | None,
+        frame: FrameType,
     ) -> Any:
         """Run a query and cache its result, unless the cache is bypassed or a transaction is open."""
         cache = self.cache
@@ -356,38 +356,38 @@ class Database:
         args: tuple[Any, ...],
         timeout: float | None,
         writes: Sequence[str] | None,
-        frame: FrameType | None,
+        frame: FrameType,
     ) -> Any:
         """Run a statement in the open transaction or on the pool, and tell the cache what it wrote."""
         cache = self.cache
         if cache is not None and writes:
             cache.check_names(writes, "writes")
-        timing, started = Timing(), time.perf_counter()
+        use = Use(frame)
         try:
             root = joined()
             if root is not None:
                 log = WriteLog({sql}) if writes is None else WriteLog(tables={(table, None) for table in writes})
-                return await root.run(verb, sql, *args, log=log, timing=timing, timeout=timeout)
+                return await root.run(verb, sql, *args, log=log, use=use, timeout=timeout)
             if cache is None:
-                return await self.pool.run(verb, sql, args, timeout, temp=True, timing=timing, frame=frame)
+                return await self.pool.run(verb, sql, args, timeout, temp=True, use=use)
             if writes is None:
                 statement = cache.statement(sql)
                 if statement.is_cacheable:
-                    return await self.pool.run(verb, sql, args, timeout, is_pure=True, timing=timing, frame=frame)
+                    return await self.pool.run(verb, sql, args, timeout, is_pure=True, use=use)
                 tables = statement.writes
             else:
                 tables = frozenset(writes)
             try:
                 # What could not be analysed, or was not, because its tags are given, may create temporary tables.
                 has_temp = writes is not None or tables is None
-                result = await self.pool.run(verb, sql, args, timeout, temp=has_temp, timing=timing, frame=frame)
+                result = await self.pool.run(verb, sql, args, timeout, temp=has_temp, use=use)
             except BaseException as exc:
                 self._failed(tables, exc)
                 raise
             self._invalidate(tables)
             return result
         finally:
-            self.slow.record(sql, time.perf_counter() - started - timing.waited, frame, waited=timing.waited)
+            self.slow.record(sql, time.perf_counter() - use.since, use)
 
     # --- invalidation
 

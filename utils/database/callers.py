@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from pathlib import Path
 from types import CodeType, FrameType
@@ -19,8 +18,10 @@ _LIBRARIES = ("/sqlalchemy/", "/asyncpg/", "/contextlib.py", "/greenlet/")
 
 #: Where code is: in the data layer or its libraries, in the event loop, or outside.
 _INSIDE, _LOOP, _OUTSIDE = 1, 2, 3
-#: Found once for each piece of code, because every statement asks for some of them.
-_places: dict[CodeType, int] = {}
+#: By file, found once for each, because every statement asks. Not by code object: those hash their whole content.
+_places: dict[str, int] = {}
+#: The files among them that are outside.
+_outside: set[str] = set()
 PLACES_KEPT = 2_000
 
 
@@ -40,7 +41,7 @@ def find_caller(frame: FrameType | None) -> Caller | None:
     """Return the innermost caller outside the data layer and its libraries; None when a task began inside them."""
     while frame is not None:
         code = frame.f_code
-        place = _places.get(code) or _place_of(code)
+        place = _places.get(code.co_filename) or _place_of(code.co_filename)
         if place == _OUTSIDE:
             return Caller(code, frame.f_lineno)
         if place == _LOOP:
@@ -49,70 +50,71 @@ def find_caller(frame: FrameType | None) -> Caller | None:
     return None
 
 
-def _place_of(code: CodeType) -> int:
-    file = code.co_filename
+def _place_of(file: str) -> int:
     is_inside = file.startswith(_DATA_LAYER) or any(part in file for part in _LIBRARIES)
     place = _LOOP if file.startswith(_EVENT_LOOP) else _INSIDE if is_inside else _OUTSIDE
     if len(_places) < PLACES_KEPT:
-        _places[code] = place
+        _places[file] = place
+        if place == _OUTSIDE:
+            _outside.add(file)
     return place
 
 
-class Holder(NamedTuple):
-    """Who holds a connection, and since when on the monotonic clock."""
+class Use:
+    """One use of a connection: who asked for it, when, and since when it is theirs, by `time.perf_counter`.
 
-    who: Caller | str | None
-    task: str
+    Code outside the data layer is kept as its frame: every statement makes a `Use`, and only an error or a slow
+    statement needs the line, which is then the one where that code waits.
+    """
+
+    __slots__ = ("asked", "since", "who")
+    who: Caller | FrameType | str
+    asked: float
     since: float
 
+    def __init__(self, frame: FrameType, name: str | None = None) -> None:
+        """`frame`: of the code that asks. `name`: shown instead of it; None: the line of code."""
+        who: Caller | FrameType | str = frame
+        if name is not None:
+            who = name
+        elif frame.f_code.co_filename not in _outside:
+            who = find_caller(frame) or _current_task()
+        self.who = who
+        self.asked = self.since = time.perf_counter()
+
+    def begin(self) -> None:
+        """Record that the connection was acquired."""
+        self.since = time.perf_counter()
+
+    @property
+    def waited(self) -> float:
+        """Seconds from the request to the connection."""
+        return self.since - self.asked
+
     def __str__(self) -> str:
-        return f"{self.who or f'task {self.task}'} for {time.monotonic() - self.since:.1f} s"
+        return str(Caller(self.who.f_code, self.who.f_lineno) if isinstance(self.who, FrameType) else self.who)
 
 
-class Holders:
-    """The connections in use, with the code that holds each."""
+def _current_task() -> str:
+    task = asyncio.current_task()
+    return f"task {'?' if task is None else task.get_name()}"
 
-    def __init__(self) -> None:
-        self._held: dict[int, Holder] = {}
-        self._keys = itertools.count()
 
-    def add(self, who: Caller | str | None) -> int:
-        """Record a holder and return its key for `remove`. None: the current task."""
-        name = ""
-        if who is None:
-            task = asyncio.current_task()
-            name = "?" if task is None else task.get_name()
-        key = next(self._keys)
-        self._held[key] = Holder(who, name, time.monotonic())
-        return key
+class Holders(set[Use]):
+    """The connections in use."""
 
-    def remove(self, key: int | None) -> None:
-        """Forget a holder; unknown keys are ignored."""
-        if key is not None:
-            self._held.pop(key, None)
-
-    def list(self) -> list[dict[str, object]]:
+    def longest(self) -> list[dict[str, object]]:
         """Return `who` and `seconds` of every holder, the longest first."""
-        now = time.monotonic()
+        now = time.perf_counter()
         return [
-            {"who": str(holder.who or f"task {holder.task}"), "seconds": round(now - holder.since, 3)}
-            for holder in sorted(self._held.values(), key=lambda holder: holder.since)
+            {"who": str(use), "seconds": round(now - use.since, 3)} for use in sorted(self, key=lambda use: use.since)
         ]
 
     def __str__(self) -> str:
         """Name the longest holders, such as `held by cogs/shop.py:12 buy for 31.2 s`."""
-        oldest = sorted(self._held.values(), key=lambda holder: holder.since)
-        if not oldest:
+        longest = self.longest()
+        if not longest:
             return "held by nobody known"
-        shown = ", ".join(map(str, oldest[:HOLDERS_SHOWN]))
-        more = f" and {len(oldest) - HOLDERS_SHOWN} more" if len(oldest) > HOLDERS_SHOWN else ""
+        shown = ", ".join(f"{held['who']} for {held['seconds']:.1f} s" for held in longest[:HOLDERS_SHOWN])
+        more = f" and {len(longest) - HOLDERS_SHOWN} more" if len(longest) > HOLDERS_SHOWN else ""
         return f"held by {shown}{more}"
-
-
-class Timing:
-    """How long a statement waited for its connection, in seconds."""
-
-    __slots__ = ("waited",)
-
-    def __init__(self) -> None:
-        self.waited: float = 0.0

@@ -17,7 +17,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, SessionTransaction
 
-from utils.database.callers import Caller, Holders, find_caller
+from utils.database.callers import Caller, Holders, Use, find_caller
 from utils.database.sessions import apply_settings, session_settings, set_codecs
 from utils.database.statements import Action, SlowLog, WriteLog
 from utils.database.target import ConnectTarget
@@ -120,13 +120,14 @@ class Orm:
         """
         if joined is not None:
             session = AsyncSession(joined, join_transaction_mode="create_savepoint", expire_on_commit=False)
-            log, token, key = WriteLog(), None, None
+            log, token, use = WriteLog(), None, None
         else:
             session = AsyncSession(self.engine, sync_session_class=_Session, expire_on_commit=False)
             log = session.sync_session.info["log"] = WriteLog()
             session.sync_session.info["on_committed"] = self._on_committed
             token = write_log.set(log)
-            key = self.holders.add(find_caller(sys._getframe(1)))
+            use = Use(sys._getframe(1))
+            self.holders.add(use)
         try:
             try:
                 yield session
@@ -148,7 +149,8 @@ class Orm:
                 with contextlib.suppress(ValueError):  # closed from another context, as generators may be
                     write_log.reset(token)
             await session.close()
-            self.holders.remove(key)
+            if use is not None:
+                self.holders.discard(use)
 
     def translated(self, exc: Exception) -> Exception:
         """Return a `DatabaseError` for an error about the database, and any other error unchanged."""

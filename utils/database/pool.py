@@ -10,13 +10,12 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import asyncpg
 import stamina
 
-from utils.database.callers import Holders, Timing, find_caller
+from utils.database.callers import Holders, Use
 from utils.database.placement import Placement
 from utils.database.sessions import (
     ATTEMPT_SECONDS,
@@ -106,7 +105,6 @@ class Pool:
         self._destroyed: int = 0
         #: Who uses the borrowed connections.
         self.holders: Holders = Holders()
-        self._keys: dict[int, int] = {}
         self._is_examined: bool = False
         self._used_temp: set[int] = set()
         #: Backends that ran nothing but a query, so there is nothing to reset.
@@ -194,14 +192,15 @@ class Pool:
         Raises `DatabaseUnavailable` when none is free within `timeout` seconds (None: `acquire_timeout`).
         """
         pool = self._connected()
-        conn = await self._borrow(pool, self.acquire_timeout if timeout is None else timeout)
+        use = Use(sys._getframe(1))
+        conn = await self._borrow(pool, self.acquire_timeout if timeout is None else timeout, use)
         if temp:
             self._used_temp.add(conn.get_server_pid())
         try:
             with _BOUNDARY:
                 yield conn
         finally:
-            await self._return(pool, conn)
+            await self._return(pool, conn, use)
 
     @contextlib.asynccontextmanager
     async def transaction(
@@ -230,46 +229,42 @@ class Pool:
         *,
         temp: bool = False,
         is_pure: bool = False,
-        timing: Timing | None = None,
-        frame: FrameType | None = None,
+        use: Use | None = None,
     ) -> Any:
         """Run one statement with a method of `asyncpg.Connection`, such as "fetchrow".
 
         is_pure: it is a query without side effects, so the connection need not be reset.
-        timing: is told how long the statement waited for a connection.
-        frame: of the code that asks, if it is known; None: found.
+        use: who asks, if it is known; it is told when the connection was acquired. None: found.
         """
         pool = self._connected()
-        asked = time.perf_counter()
-        try:
-            conn = await self._borrow(pool, self.acquire_timeout, frame)
-        finally:
-            if timing is not None:
-                timing.waited = time.perf_counter() - asked
+        if use is None:
+            use = Use(sys._getframe(1))
+        conn = await self._borrow(pool, self.acquire_timeout, use)
         if temp:
             self._used_temp.add(conn.get_server_pid())
         try:
-            with _BOUNDARY:
-                result = await getattr(conn, verb)(query, *args, timeout=timeout)
+            result = await getattr(conn, verb)(query, *args, timeout=timeout)
+        except Exception as exc:  # every statement comes by, and `with` would cost it two calls
+            if (error := _BOUNDARY.translated(exc)) is not exc:
+                raise error from exc
+            raise
+        else:
             if is_pure:
                 self._pure.add(conn.get_server_pid())
             return result
         finally:
-            await self._return(pool, conn)
+            await self._return(pool, conn, use)
 
     def _connected(self) -> AsyncpgPool[Record]:
         if self._pool is None:
             raise DatabaseUnavailable("the pool is not connected: it was closed, or never opened")
         return self._pool
 
-    async def _borrow(
-        self, pool: AsyncpgPool[Record], wait: float, frame: FrameType | None = None
-    ) -> PoolConnectionProxy[Record]:
-        """Return a connection within `wait` seconds, for the code of a frame; None: the caller."""
+    async def _borrow(self, pool: AsyncpgPool[Record], wait: float, use: Use) -> PoolConnectionProxy[Record]:
+        """Return a connection within `wait` seconds."""
         is_free = self._borrowed < self.pool_max  # then acquire() does not wait, and connecting has its own timeout
         self._borrowed += 1
         self._waiting += 1
-        caller = find_caller(frame or sys._getframe(1))
         try:
             if is_free:
                 conn = await pool.acquire()
@@ -283,17 +278,18 @@ class Pool:
             raise self._not_acquired(exc, wait) from exc
         finally:
             self._waiting -= 1
-        self._keys[id(conn)] = self.holders.add(caller)
+            use.begin()
+        self.holders.add(use)
         return conn
 
-    async def _return(self, pool: AsyncpgPool[Record], conn: PoolConnectionProxy[Record]) -> None:
+    async def _return(self, pool: AsyncpgPool[Record], conn: PoolConnectionProxy[Record], use: Use) -> None:
         try:
             await pool.release(conn)
         except DRIVER_ERRORS as exc:  # the pool has closed the connection
             _log.debug("dropped a connection that could not be reset: %s", exc)
         finally:
             self._borrowed -= 1
-            self.holders.remove(self._keys.pop(id(conn), None))
+            self.holders.discard(use)
 
     async def fetch(self, query: str, *args: Any, timeout: float | None = None) -> list[Record]:
         """Return all rows. `timeout` (here and below) is in seconds, None: `command_timeout`."""

@@ -7,12 +7,11 @@ import time
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import asyncpg
 
-from utils.database.callers import Caller, find_caller
+from utils.database.callers import Caller, Use
 from utils.database.pool import Record
 
 if TYPE_CHECKING:
@@ -145,23 +144,18 @@ class SlowLog:
         self.count: int = 0
         self._latest: deque[dict[str, Any]] = deque(maxlen=SLOW_KEPT)
 
-    def record(
-        self, sql: str, seconds: float, caller: Caller | FrameType | str | None, *, waited: float | None = None
-    ) -> None:
+    def record(self, sql: str, seconds: float, caller: Caller | Use | None) -> None:
         """Record a statement. Its arguments are never logged.
 
         seconds: how long the statement took, without the wait for a connection.
-        caller: where it was called from, or a frame of that code; None: unknown.
-        waited: seconds for which it waited for a connection before; None: it had one.
+        caller: where it was called from, and for how long it waited for a connection; None: unknown.
         """
         if seconds < self.threshold and not self.log_all:
             return
-        if isinstance(caller, FrameType):
-            caller = find_caller(caller)
         fields: dict[str, Any] = {
             "sql": " ".join(sql.split())[:SQL_SHOWN],
             "ms": round(seconds * 1000, 1),
-            "waited_ms": round((waited or 0.0) * 1000, 1),
+            "waited_ms": round((caller.waited if isinstance(caller, Use) else 0.0) * 1000, 1),
             "caller": str(caller or "unknown"),
         }
         if seconds < self.threshold:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import asyncpg
 
-from utils.database.callers import Caller, Timing, find_caller
+from utils.database.callers import Caller, Use, find_caller
 from utils.database.orm import write_log
 from utils.database.sessions import session_settings
 from utils.database.statements import WriteLog
@@ -56,8 +56,8 @@ class Root:
         #: Why it was ended from outside; None: it was not.
         self.ended_because: str | None = None
         self.connection: AsyncConnection | None = None
-        #: Of the connection among the engine's holders.
-        self.key: int | None = None
+        #: Of the connection, among the engine's holders; set with it.
+        self.use: Use
         self.raw: Any = None
         self.numbers = itertools.count(1)
 
@@ -66,17 +66,16 @@ class Root:
         return {"name": self.name, "age": time.monotonic() - self.began, "statements": self.statements}
 
     async def run(
-        self, verb: str, *args: Any, log: WriteLog | None = None, timing: Timing | None = None, **kwargs: Any
+        self, verb: str, *args: Any, log: WriteLog | None = None, use: Use | None = None, **kwargs: Any
     ) -> Any:
         """Run a method of `asyncpg.Connection`, one statement at a time, whichever task it comes from.
 
         log: what it may write. None: nothing.
-        timing: is told how long it waited for other statements of the transaction.
+        use: is told when the other statements of the transaction were done.
         """
-        asked = time.perf_counter()
         async with self.lock:
-            if timing is not None:
-                timing.waited = time.perf_counter() - asked
+            if use is not None:
+                use.begin()
             if self.ended_because is not None:
                 raise DatabaseError(self.ended_because)
             self.statements += 1
@@ -196,7 +195,8 @@ class Transaction:
         root = self._root = Root(self.name)
         connection = root.connection = await self._db.orm.connect()
         holders = self._db.orm.holders
-        root.key = holders.add(f"{self.name} ({self._caller or 'unknown'})")
+        use = root.use = Use(sys._getframe(), f"{self.name} ({self._caller or 'unknown'})")
+        holders.add(use)
         try:
             # Leave BEGIN and COMMIT to us: SQLAlchemy would begin with its own first statement only.
             await connection.execution_options(isolation_level="AUTOCOMMIT")
@@ -208,7 +208,7 @@ class Transaction:
                 statements.append(session_settings(root.raw, local=True))
             await root.raw.execute("; ".join(statements))
         except BaseException as exc:
-            holders.remove(root.key)
+            holders.discard(use)
             await _discard(root)
             if isinstance(exc, Exception) and (error := self._db.orm.translated(exc)) is not exc:
                 raise error from exc
@@ -221,7 +221,7 @@ class Transaction:
         try:
             await self._end(root)
         finally:
-            self._db.orm.holders.remove(root.key)
+            self._db.orm.holders.discard(root.use)
 
     async def _end(self, root: Root) -> None:
         async with root.lock:
@@ -248,7 +248,7 @@ class Transaction:
         async with root.lock:
             root.is_open = False
             self._db.open_transactions.discard(root)
-            self._db.orm.holders.remove(root.key)
+            self._db.orm.holders.discard(root.use)
             try:
                 async with asyncio.timeout(ROLLBACK_SECONDS):
                     await root.raw.execute("ROLLBACK")
