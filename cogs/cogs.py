@@ -88,7 +88,8 @@ def _format(state: CogState) -> str:
     seconds = "" if state.seconds is None or state.state != "loaded" else f" in {state.seconds:.2f} s"
     reason = "" if state.reason is None else f": {discord.utils.escape_markdown(state.reason)}"
     failure = " (the last reload failed)" if state.state == "loaded" and state.reason else ""
-    return f"**{state.name}** {state.state}{seconds}{failure}{reason}"
+    pack = "" if state.pack is None else f" (pack {state.pack})"
+    return f"**{state.name}**{pack} {state.state}{seconds}{failure}{reason}"
 
 
 async def setup(bot: Guildbook) -> None:

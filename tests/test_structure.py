@@ -20,6 +20,7 @@ LAYERS = (
     "utils.cache",
     "utils.tasks",
     "utils.logs",
+    "utils.packs",
     "utils.database",
     "utils.retrying",
     "utils.settings",

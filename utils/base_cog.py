@@ -20,6 +20,7 @@ from discord.ext import commands, tasks
 from pydantic import BaseModel
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from utils import packs
 from utils.bot import command_errors
 from utils.bot.client import Guildbook
 from utils.bot.registrations import LIFECYCLE_TIMEOUT, live_cogs
@@ -69,6 +70,8 @@ class BaseCog(commands.Cog):
         self.log: logging.Logger = logging.getLogger(type(self).__module__)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._started = self._ended = False
+        if self._pack is not None:
+            _ = self.settings  # a wrong value keeps the cog from being loaded
         live_cogs.add(self)
 
     async def start(self) -> None:
@@ -76,6 +79,31 @@ class BaseCog(commands.Cog):
 
     async def stop(self) -> None:
         """Release what `start` acquired. It has 30 seconds and runs after the tasks of `spawn` have ended."""
+
+    # --- the pack
+
+    @property
+    def _pack(self) -> packs.Pack | None:
+        return packs.module_owner(type(self).__module__)
+
+    @cached_property
+    def settings(self) -> Any:
+        """The settings of the cog's pack, its class `Settings`; of a cog in `cogs/`, those of the bot.
+
+        A cog may declare their type: `settings: Settings`. Raises `SettingsError` with one line for each wrong value.
+        """
+        return self.bot.settings if self._pack is None else packs.load_pack_settings(self._pack)
+
+    def text(self, key: str, locale: discord.Locale | str = "en-US", /, **values: object) -> str:
+        """Return a text of the cog's pack in a locale, such as `interaction.locale`, from its `locales/`.
+
+        Example::
+
+            self.text("balance", interaction.locale, coins=5)
+        """
+        if self._pack is None:
+            raise GuildbookError(f"{self.qualified_name} is in no pack, and only packs have texts in locales/")
+        return packs.Locales.of(self._pack).text(key, str(locale), **values)
 
     # --- data
 

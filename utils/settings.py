@@ -20,6 +20,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from utils import packs
 from utils.database.address import resolve_targets
 from utils.database.target import ConnectTarget
 from utils.exceptions import SettingsError
@@ -28,6 +29,8 @@ from utils.exceptions import SettingsError
 DEVELOPER_PORTAL = "https://discord.com/developers/applications"
 #: Discord's (API reference, "API Versioning").
 DISCORD_API_BASE = "https://discord.com/api/v10"
+#: Names that a pack cannot have: those of Guildbook's own cogs.
+RESERVED_NAMES = tuple(sorted(path.stem for path in (Path(__file__).parents[1] / "cogs").glob("[!_]*.py")))
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _SECRETS = frozenset(
     (
@@ -115,6 +118,13 @@ class Settings(BaseSettings):
         description=(
             "The bot's token: https://discord.com/developers/applications > your application > Bot > Reset Token."
             " Not needed for `make demo`."
+        ),
+    )
+    cogs: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description=(
+            "Packs to load, separated by commas: paths of repositories, which have a slash, or names of installed"
+            " packages. `python bot.py new pack NAME` writes one."
         ),
     )
     discord_api_base: str = Field(
@@ -400,6 +410,11 @@ class Settings(BaseSettings):
     def _split_ids(cls, value: Any) -> Any:
         return [part for part in re.split(r"[\s,;]+", value) if part] if isinstance(value, str) else value
 
+    @field_validator("cogs", mode="before")
+    @classmethod
+    def _split_entries(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
     @field_validator("log_level", mode="after")
     @classmethod
     def _known_level(cls, value: str) -> str:
@@ -532,6 +547,8 @@ def variables() -> list[str]:
 def load_settings(env_file: str | Path | None = ".env") -> Settings:
     """Read the environment and, for variables that it does not set, `env_file` (None or a missing file: no file).
 
+    The packs that `COGS` names become those of this process.
+
     Raises `SettingsError` with one line for each wrong value: the variable, the value unless it is secret, and what is
     expected.
     """
@@ -554,6 +571,10 @@ def load_settings(env_file: str | Path | None = ".env") -> Settings:
 
 def _check(settings: Settings) -> None:
     wrong: dict[str, str] = {}
+    try:
+        packs.activate(settings.cogs, taken=RESERVED_NAMES)
+    except SettingsError as exc:
+        wrong["COGS"] = str(exc)
     if settings.db_retry_seconds > settings.db_retry_max_seconds:
         wrong["DB_RETRY_SECONDS"] = (
             f"DB_RETRY_SECONDS: {settings.db_retry_seconds:g} must not exceed DB_RETRY_MAX_SECONDS"

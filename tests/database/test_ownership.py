@@ -10,7 +10,7 @@ from models import Base
 from utils.database import Pool
 from utils.database.ownership import FORMER_VERSION_TABLE, MARKERS, VERSION_TABLE, fetch_version, owned, owned_tables
 from utils.database.placement import Placement
-from utils.operations.migrations.environment import import_models
+from utils.operations.migrations.comparison import import_models
 
 SOURCE = """
 from alembic import op

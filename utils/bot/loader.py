@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from discord.ext import commands
 
+from utils import packs
 from utils.bot.command_sync import sync_commands
 from utils.bot.registrations import (
     LIFECYCLE_TIMEOUT,
@@ -50,7 +51,7 @@ CANCEL_TIMEOUT = 5.0
 class CogState:
     """The state of one cog."""
 
-    #: The short name: `tally` for `cogs.tally`.
+    #: The short name: `tally` for `cogs.tally`, `economy.shop` for `economy.cogs.shop` of the pack `economy`.
     name: str
     module: str
     state: Literal["loaded", "failed", "unloaded"] = "unloaded"
@@ -58,13 +59,15 @@ class CogState:
     reason: str | None = None
     #: How long the last load took, in seconds; None before the first.
     seconds: float | None = None
+    #: The name of the pack that it belongs to; None for Guildbook's own.
+    pack: str | None = None
 
 
 class Loader:
     """Loads, unloads and reloads the cogs of one bot.
 
-    `modules` are the cogs' modules; None means everything in `cogs/`, listed again at each call. Timeouts are in
-    seconds and may be changed at any time.
+    `modules` are the cogs' modules; None means everything in `cogs/` and in packs, listed again at each call. Timeouts
+    are in seconds and may be changed at any time.
     """
 
     def __init__(
@@ -87,8 +90,8 @@ class Loader:
 
     def states(self) -> list[CogState]:
         """Return the state of every cog that exists or is loaded, sorted by name."""
-        modules = find_extensions() if self._modules is None else self._modules
-        found = {short_name(module): CogState(short_name(module), module) for module in modules}
+        modules = find_modules() if self._modules is None else self._modules
+        found = {short_name(module): _initial_state(module) for module in modules}
         known = {name: state for name, state in self._states.items() if name in found or state.state == "loaded"}
         return sorted((found | known).values(), key=lambda state: state.name)
 
@@ -161,6 +164,8 @@ class Loader:
     async def _load(self, state: CogState, previous: dict[str, ModuleType] | None = None) -> CogState:
         """Load a cog from its files, or from modules imported before, and record the result."""
         module, started = state.module, time.perf_counter()
+        if (pack := packs.module_owner(module)) is not None and (problem := packs.problem(pack)) is not None:
+            return self._set_state(replace(state, state="failed", reason=problem, seconds=None))  # logged when found
         if module in self._bot.extensions:  # a set-up that timed out completed later
             await self._unload(module, None)
         before = Registrations.capture(self._bot)
@@ -261,9 +266,20 @@ def find_extensions(directory: Path = COGS_DIRECTORY) -> list[str]:
     return [f"{directory.name}.{name}" for name in sorted(names) if not name.startswith("_")]
 
 
+def find_modules() -> list[str]:
+    """Return the modules of all cogs: ours, then those of the packs."""
+    return [*find_extensions(), *(module for pack in packs.active() for module in pack.cogs())]
+
+
+def _initial_state(module: str) -> CogState:
+    pack = packs.module_owner(module)
+    return CogState(short_name(module), module, pack=None if pack is None else pack.name)
+
+
 def short_name(module: str) -> str:
-    """Return a cog's short name: `tally` for `cogs.tally`."""
-    return module.rpartition(".")[2]
+    """Return a cog's short name: `tally` for `cogs.tally`, `economy.shop` for `economy.cogs.shop` of a pack."""
+    pack = packs.module_owner(module)
+    return module.rpartition(".")[2] if pack is None else pack.short_name(module)
 
 
 def describe_error(exc: BaseException) -> str:

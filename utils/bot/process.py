@@ -186,6 +186,7 @@ class Process:
         settings = self.settings
         backup = backup_before("before upgrade", settings, pool, reuse=REUSE_BACKUP)
         await migrations.prepare_schema(pool, auto_migrate=settings.auto_migrate, backup=backup)
+        await migrations.prepare_packs(pool, auto_migrate=settings.auto_migrate, backup=backup)
 
     async def _run_bot(self, pool: Pool, hold: DatabaseHold) -> None:
         """Wait for the lease, then run the bot until the lease is lost or a database outage interrupts its start.

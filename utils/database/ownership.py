@@ -1,5 +1,7 @@
 """What in a database is ours: the tables, columns and indexes that the models and the revisions declare.
 
+What a pack declares is ours too, and known by which pack it is of.
+
 Everything that compares, drops, copies or replaces objects asks here. A database may hold other programs' tables beside
 ours, and even a version table of Alembic's that another program uses: nothing that no revision of ours made is touched.
 """
@@ -16,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
-from sqlalchemy import Connection, MetaData, text
+from sqlalchemy import Connection, MetaData, Table, text
 
 from models import Base
+from utils import packs
 from utils.database.placement import OPS, PUBLIC, Placement, placement_of, placement_on
 from utils.exceptions import MigrationError
 
@@ -65,18 +68,60 @@ class Owned:
 
 
 def owned(scripts: Path = SCRIPTS, metadata: MetaData = Base.metadata) -> Owned:
-    """Return what is ours according to the models that are imported and to the files of the revisions."""
+    """Return what is ours according to the models that are imported and to the files of the revisions.
+
+    That includes what belongs to the active packs, except in `created`.
+    """
+    own = owned_by(scripts, metadata)
+    parts = [own, *(owned_by(pack.scripts, metadata) for pack in packs.active())]
+    return Owned(
+        frozenset().union(*(part.tables for part in parts)),
+        own.created,
+        {table: columns for part in parts for table, columns in part.columns.items()},
+        frozenset().union(*(part.indexes for part in parts)),
+        frozenset().union(*(part.views for part in parts)),
+    )
+
+
+def owned_by(scripts: Path = SCRIPTS, metadata: MetaData = Base.metadata) -> Owned:
+    """Return what is Guildbook's own or, given the directory of a pack's revisions, what is that pack's."""
+    pack = packs.pack_of_scripts(scripts)
     made = _read_revisions(
         tuple((path, path.stat().st_mtime_ns) for path in sorted((scripts / "versions").glob("*.py")))
     )
-    declared = {(table.schema, table.name) for table in metadata.tables.values()}
+    of_packs = _tables_of_packs()
+    if pack is None:
+        declared = {(table.schema, table.name) for table in metadata.tables.values()} - of_packs.keys()
+        declared |= {(None, VERSION_TABLE), (None, BATCHES_TABLE)}
+        views = made.views | {(None, name) for name in VIEWS}
+    else:
+        declared = {name for name, owner in of_packs.items() if owner == pack.name} | {(None, pack.version_table)}
+        views = made.views
     return Owned(
-        frozenset(declared | made.tables.keys() | {(None, VERSION_TABLE), (None, BATCHES_TABLE)}),
+        frozenset(declared | made.tables.keys()),
         frozenset(made.created),
         {table: frozenset(columns) for table, columns in made.tables.items()},
         frozenset(made.indexes),
-        frozenset(made.views | {(None, name) for name in VIEWS}),
+        frozenset(views),
     )
+
+
+def _tables_of_packs() -> dict[Name, str]:
+    """Return the tables that the imported models of active packs declare, with the pack's name."""
+    if not packs.active():
+        return {}
+    found: dict[Name, str] = {}
+    for mapper in list(Base.registry.mappers):
+        pack, table = packs.module_owner(mapper.class_.__module__), mapper.local_table
+        if pack is not None and isinstance(table, Table):
+            found[table.schema, table.name] = pack.name
+    return found
+
+
+def version_table(scripts: Path = SCRIPTS) -> str:
+    """Return the table that records which revisions of a directory were applied."""
+    pack = packs.pack_of_scripts(scripts)
+    return VERSION_TABLE if pack is None else pack.version_table
 
 
 def owned_tables(scripts: Path = SCRIPTS, metadata: MetaData = Base.metadata) -> frozenset[Name]:
@@ -86,6 +131,12 @@ def owned_tables(scripts: Path = SCRIPTS, metadata: MetaData = Base.metadata) ->
 
 def tables_at(revisions: Iterable[str], scripts: Path = SCRIPTS) -> frozenset[Name]:
     """Return the tables of a database at some revisions, also those that later revisions drop."""
+    files = files_at(revisions, scripts)
+    return frozenset(_read_revisions(tuple((path, path.stat().st_mtime_ns) for path in files)).tables)
+
+
+def files_at(revisions: Iterable[str], scripts: Path) -> list[Path]:
+    """Return the files of some revisions and of all that they build on."""
     headers = _headers(tuple((path, path.stat().st_mtime_ns) for path in sorted((scripts / "versions").glob("*.py"))))
     files = {header.get("revision"): path for path, header in headers.items()}
     found: set[Path] = set()
@@ -95,12 +146,18 @@ def tables_at(revisions: Iterable[str], scripts: Path = SCRIPTS) -> frozenset[Na
         if path is not None and path not in found:
             found.add(path)
             remaining += [*_as_tuple(headers[path].get("down_revision")), *_as_tuple(headers[path].get("depends_on"))]
-    return frozenset(_read_revisions(tuple((path, path.stat().st_mtime_ns) for path in sorted(found))).tables)
+    return sorted(found)
 
 
 def created_by(revisions: Iterable[Path]) -> frozenset[Name]:
     """Return the tables that the files of some revisions create."""
     return frozenset(_read_revisions(tuple((path, path.stat().st_mtime_ns) for path in revisions)).created)
+
+
+def relations_of(revisions: Iterable[Path]) -> frozenset[Name]:
+    """Return the tables and views that the files of some revisions make and do not drop again."""
+    made = _read_revisions(tuple((path, path.stat().st_mtime_ns) for path in revisions))
+    return frozenset(made.tables.keys() | made.views)
 
 
 @dataclass(slots=True)
@@ -306,6 +363,8 @@ class RecordedVersion:
     missing: tuple[str, ...] = ()
     #: Whether any of them exists.
     has_tables: bool = False
+    #: Whether the table says so with revisions that one of `revisions` replaces.
+    is_replaced: bool = False
 
     @property
     def is_complete(self) -> bool:
@@ -348,16 +407,26 @@ FROM candidate ORDER BY candidate.name = 'guildbook_version' DESC NULLS LAST
 """
 
 
-def read_version(connection: Connection) -> RecordedVersion:
-    """Return what the database of a SQLAlchemy connection says about its schema."""
+def read_version(connection: Connection, scripts: Path = SCRIPTS) -> RecordedVersion:
+    """Return what the database of a SQLAlchemy connection says about its schema, or about that of a pack."""
     main = placement_of(connection).main
+    pack = packs.pack_of_scripts(scripts)
+    if pack is not None:
+        parameters = {"main": main, "name": pack.version_table}
+        table = connection.scalar(text("SELECT to_regclass(format('%I.%I', :main, :name))::text"), parameters)
+        if table is None:
+            return RecordedVersion(schema=main)
+        recorded = tuple(value for (value,) in connection.exec_driver_sql(select_revisions(table)))
+        revisions = without_replaced(recorded, scripts)
+        is_replaced = revisions != recorded
+        return RecordedVersion(revisions, table, schema=main, has_tables=bool(revisions), is_replaced=is_replaced)
     rows = [dict(row) for row in connection.execute(text(_FIND.replace("$1", ":main")), {"main": main}).mappings()]
     contents = {
-        row["qualified"]: [value for (value,) in connection.exec_driver_sql(_select(row["qualified"]))]
+        row["qualified"]: [value for (value,) in connection.exec_driver_sql(select_revisions(row["qualified"]))]
         for row in rows
         if row["name"]
     }
-    return _interpret(main, rows, contents)
+    return _interpret(main, rows, contents, scripts)
 
 
 async def fetch_version(
@@ -372,26 +441,51 @@ async def fetch_version(
     main = placement.main
     rows = await connection.fetch(_FIND, main)
     contents = {
-        row["qualified"]: [value for (value,) in await connection.fetch(_select(row["qualified"]))]
+        row["qualified"]: [value for (value,) in await connection.fetch(select_revisions(row["qualified"]))]
         for row in rows
         if row["name"]
     }
     return _interpret(main, rows, contents)
 
 
-def _select(table: str) -> str:
+def select_revisions(table: str) -> str:
+    """Return the query for the revisions in a version table, given its name in SQL."""
     return " ".join(("SELECT DISTINCT version_num FROM", table, "WHERE version_num <> '' ORDER BY 1"))
 
 
-def _interpret(main: str, rows: Sequence[Mapping[str, Any]], contents: Mapping[str, Sequence[str]]) -> RecordedVersion:
+def without_replaced(revisions: Sequence[str], scripts: Path = SCRIPTS) -> tuple[str, ...]:
+    """Return recorded revisions with those that replace them: revisions that say `replaces = (…)` of older ones.
+
+    A revision that was made from several stands for what a database records that had all of them.
+    """
+    files = tuple((path, path.stat().st_mtime_ns) for path in sorted((scripts / "versions").glob("*.py")))
+    found = set(revisions)
+    for header in _headers(files).values():
+        replaced = set(_as_tuple(header.get("replaces")))
+        if replaced and replaced <= found:
+            found = (found - replaced) | {header["revision"]}
+    return tuple(sorted(found)) if found != set(revisions) else tuple(revisions)
+
+
+def _interpret(
+    main: str, rows: Sequence[Mapping[str, Any]], contents: Mapping[str, Sequence[str]], scripts: Path = SCRIPTS
+) -> RecordedVersion:
     """Choose the table that is ours: `VERSION_TABLE`, or the former one if marker tables of ours are beside it."""
     empty: RecordedVersion | None = None
     for row in rows:
         if row["name"] is None:
             continue
         is_former, recorded = row["name"] == FORMER_VERSION_TABLE, contents[row["qualified"]]
-        revisions = tuple(value for value in recorded if not (is_former and value == MOVED))
-        found = RecordedVersion(revisions, row["qualified"], is_former, row["comment"], **_describe_tables(row))
+        stated = tuple(value for value in recorded if not (is_former and value == MOVED))
+        revisions = without_replaced(stated, scripts)
+        found = RecordedVersion(
+            revisions,
+            row["qualified"],
+            is_former,
+            row["comment"],
+            **_describe_tables(row),
+            is_replaced=revisions != stated,
+        )
         if revisions and (found.has_tables or not is_former):
             return found
         is_paused = not recorded and (row["comment"] or "").startswith(PAUSE_COMMENT)
@@ -424,19 +518,20 @@ def adoption_statements(version: RecordedVersion) -> list[str]:
                 *(f"{VERSION_TABLE}_pkc", "PRIMARY KEY (version_num))"),
             )
         ),
-        *(" ".join(("INSERT INTO", ours, "(version_num) VALUES (", _quote(one), ")")) for one in version.revisions),
+        *(" ".join(("INSERT INTO", ours, "(version_num) VALUES (", quote_text(one), ")")) for one in version.revisions),
     ]
     if version.comment and version.comment.startswith(PAUSE_COMMENT):
-        statements.append(f"COMMENT ON TABLE {ours} IS {_quote(version.comment)}")
+        statements.append(f"COMMENT ON TABLE {ours} IS {quote_text(version.comment)}")
         statements.append(f"COMMENT ON TABLE {former} IS NULL")
     return [
         *statements,
         " ".join(("DELETE FROM", former)),
-        " ".join(("INSERT INTO", former, "(version_num) VALUES (", _quote(MOVED), ")")),
+        " ".join(("INSERT INTO", former, "(version_num) VALUES (", quote_text(MOVED), ")")),
     ]
 
 
-def _quote(value: str) -> str:
+def quote_text(value: str) -> str:
+    """Return a text as a literal in SQL."""
     escaped = value.replace("\\", "\\\\").replace("'", "''")
     return f"E'{escaped}'" if "\\" in value else f"'{escaped}'"
 

@@ -15,7 +15,7 @@ from utils.bot.registrations import remove_tables
 from utils.demo.bot_process import environment
 from utils.exceptions import MigrationError, ValidationError
 from utils.operations.development.scaffold import new_cog
-from utils.operations.migrations.environment import import_models
+from utils.operations.migrations.comparison import import_models
 
 #: Sorts before all other modules and has two words, to check the import order and the class names.
 NAME = "a_counter"

@@ -20,7 +20,7 @@ from utils.exceptions import MigrationError
 from utils.operations import migrations
 from utils.operations.migrations import MigrationOptions
 from utils.operations.migrations.__main__ import find_failing, write_revision
-from utils.operations.migrations.environment import import_models
+from utils.operations.migrations.comparison import import_models
 
 pytestmark = pytest.mark.slow
 

@@ -4,6 +4,7 @@ from utils.database.ownership import SCRIPTS
 from utils.operations.migrations.drift import check_drift
 from utils.operations.migrations.environment import DEFAULTS, MigrationOptions
 from utils.operations.migrations.history import Actor, AppliedRevision, Pause
+from utils.operations.migrations.pack_revisions import PackState, pack_states, prepare_packs, upgrade_packs
 from utils.operations.migrations.revisions import Revision, Revisions
 from utils.operations.migrations.runner import (
     MigrationResult,
@@ -31,6 +32,7 @@ __all__ = [
     "AppliedRevision",
     "MigrationOptions",
     "MigrationResult",
+    "PackState",
     "Pause",
     "Revision",
     "Revisions",
@@ -44,10 +46,13 @@ __all__ = [
     "find_pause",
     "known_revisions",
     "offline_sql",
+    "pack_states",
     "pause_auto_migrate",
     "pending",
+    "prepare_packs",
     "prepare_schema",
     "resume_auto_migrate",
     "stamp",
     "upgrade",
+    "upgrade_packs",
 ]

@@ -36,7 +36,8 @@ from utils.database.embedded import EmbeddedServer
 from utils.exceptions import GuildbookError, MigrationError
 from utils.operations import migrations
 from utils.operations.migrations import schema_catalog
-from utils.operations.migrations.environment import DEFAULTS, MigrationOptions, MigrationRun, import_models
+from utils.operations.migrations.comparison import import_models
+from utils.operations.migrations.environment import DEFAULTS, MigrationOptions, MigrationRun
 from utils.operations.migrations.history import ALEMBIC
 from utils.operations.migrations.revisions import UPGRADE, Revisions
 from utils.operations.migrations.statements import parse

@@ -7,7 +7,7 @@ import contextlib
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,6 +24,7 @@ from utils.operations.migrations.dependents import refuse_dependents
 from utils.operations.migrations.drift import check_drift
 from utils.operations.migrations.environment import DEFAULTS, MigrationOptions
 from utils.operations.migrations.history import COMMAND_LINE, Actor, AppliedRevision
+from utils.operations.migrations.pack_revisions import pack_states, refuse_missing_base, upgrade_packs
 from utils.operations.migrations.preview import preview
 from utils.operations.migrations.revisions import Revisions
 from utils.operations.migrations.runner import Backup
@@ -49,12 +50,13 @@ async def status(pool: Pool, *, progress: Progress = ignore_progress, options: M
     """
     progress(Step("reading the schema", unit="tables"))
     revisions = Revisions(options.scripts)
-    heads = await runner.current_heads(pool)
+    heads = await runner.current_heads(pool, options=options)
     current, pending = ", ".join(heads) or None, revisions.pending(heads)
     obstacle = await runner.find_obstacle(pool, options=options)
     descriptions = dict(revisions.known)
     paused, invalid = await runner.find_pause(pool), await invalid_indexes.find(pool)
     drift = await check_drift(pool, scripts=options.scripts) if not pending else None
+    states = [] if revisions.pack is not None else await pack_states(pool, options=options)
     lines = [f"revision: {head} {descriptions[head]}" for head in heads]
     if pool.placement != Placement():
         lines.insert(0, f"schemas: {pool.placement.main}, {pool.placement.ops}")
@@ -75,6 +77,7 @@ async def status(pool: Pool, *, progress: Progress = ignore_progress, options: M
         lines += _shorten(drift or [])
     if invalid:
         lines.append(f"invalid indexes (the next upgrade drops them): {', '.join(invalid)[:300]}")
+    lines += [state.line() for state in states]
     if paused is not None:
         lines.append(f"AUTO_MIGRATE is paused until python bot.py db upgrade: {paused}")
     data = {
@@ -88,8 +91,10 @@ async def status(pool: Pool, *, progress: Progress = ignore_progress, options: M
         "drift": drift,
         "invalid_indexes": invalid,
         "auto_migrate_off": None if paused is None else str(paused),
+        "packs": [asdict(state) for state in states],
     }
-    return Outcome(_join(lines), data=data, ok=not (pending or drift or invalid or obstacle))
+    is_ok = not (pending or drift or invalid or obstacle) and all(state.is_ok for state in states)
+    return Outcome(_join(lines), data=data, ok=is_ok)
 
 
 def _format_time(at: datetime) -> str:
@@ -110,7 +115,7 @@ async def history(
     """
     progress(Step("reading ops.migrations", unit="revisions"))
     revisions = Revisions(options.scripts)
-    heads = await runner.current_heads(pool)
+    heads = await runner.current_heads(pool, options=options)
     pending = set(revisions.pending(heads))
     applied = await runner.applied(pool)
     lines, rows = [], []
@@ -162,6 +167,7 @@ async def plan_upgrade(
         lines.append(f"invalid indexes to drop: {', '.join(invalid)[:300]}")
     if paused is not None:
         lines.append(f"AUTO_MIGRATE is resumed, which is paused: {paused}")
+    lines += [state.line() for state in await pack_states(pool, options=options) if state.pending]
     return replace(migration, text=_join(lines)) if lines else None
 
 
@@ -180,7 +186,7 @@ async def upgrade(
     comes before revisions which destroy rows; None for no backup. Raises `MigrationError`, also if that fails.
     """
     revisions = Revisions(options.scripts)
-    current = await runner.current_heads(pool)
+    current = await runner.current_heads(pool, options=options)
     goal = revisions.resolve(current, revision)
     total = len(revisions.pending(current)) if goal == "heads" or revision is None else None
     losses = await runner.find_losses(pool, goal, options=options)
@@ -194,6 +200,12 @@ async def upgrade(
         lines = ["the schema is up to date" if revision is None else f"the schema is at {goal} already: nothing to do"]
     if losses and result.revisions:
         lines.append(f"backup made before: {saved}" if saved else "no backup was made before")
+    of_packs: list[str] = []
+    problems: list[str] = []
+    if revision is None and revisions.pack is None:
+        of_packs, problems = await upgrade_packs(pool, backup=backup, by=by, options=options)
+        lines += [f"applied to packs: {', '.join(of_packs)}"] if of_packs else []
+        lines += problems
     if result.indexes.dropped:
         lines.append(f"invalid indexes dropped: {', '.join(result.indexes.dropped)}")
     lines += [
@@ -203,18 +215,19 @@ async def upgrade(
     paused = await runner.find_pause(pool)
     if was_paused:
         lines.append("AUTO_MIGRATE is resumed" if paused is None else f"AUTO_MIGRATE stays paused: {paused}")
-    elif revisions.pending(await runner.current_heads(pool)):
+    elif revisions.pending(await runner.current_heads(pool, options=options)):
         lines.append("the next start with AUTO_MIGRATE=true upgrades to the newest revision")
     data = {
         "before": result.before,
         "after": goal,
-        "applied": list(result.revisions),
+        "applied": [*result.revisions, *of_packs],
+        "problems": problems,
         "backup": saved,
         "invalid_indexes_dropped": list(result.indexes.dropped),
         "invalid_indexes_left": [name for name, _ in result.indexes.remaining],
         "auto_migrate_off": None if paused is None else str(paused),
     }
-    return Outcome(_join(lines), data=data, ok=not result.indexes.remaining)
+    return Outcome(_join(lines), data=data, ok=not result.indexes.remaining and not problems)
 
 
 async def plan_downgrade(
@@ -225,11 +238,13 @@ async def plan_downgrade(
     Raises `MigrationError` for an unknown or later revision, and if objects of other programs depend on what goes.
     """
     revisions = Revisions(options.scripts)
-    heads = await runner.current_heads(pool)
+    heads = await runner.current_heads(pool, options=options)
     reverted = revisions.to_revert(heads, revisions.resolve(heads, revision, down=True))
     if not reverted:
         return None
     await refuse_dependents(pool, reverted, options)
+    if revisions.pack is None:
+        await refuse_missing_base(pool, reverted, options=options)
     return await preview(pool, revision, down=True, progress=progress, options=options)
 
 
@@ -260,7 +275,7 @@ async def downgrade(
         nothing was reverted.
     """
     revisions = Revisions(options.scripts)
-    heads = await runner.current_heads(pool)
+    heads = await runner.current_heads(pool, options=options)
     current, goal = ", ".join(heads) or None, revisions.resolve(heads, revision, down=True)
     reverted = revisions.to_revert(heads, goal)
     if not reverted:
@@ -268,6 +283,8 @@ async def downgrade(
             f"the schema is at {goal} already: nothing to do", data={"before": current, "after": goal, "taken_back": []}
         )
     await refuse_dependents(pool, reverted, options)
+    if revisions.pack is None:
+        await refuse_missing_base(pool, reverted, options=options)
     steps = _StepCounter(progress, "downgrading", len(reverted))
     saved = None
     async with exclusive(pool):
@@ -279,7 +296,7 @@ async def downgrade(
         try:
             result = await runner.downgrade(pool, goal, by=by, on_applied=steps.count, options=options)
         except BaseException:
-            if not was_paused and await asyncio.shield(_is_still_at(pool, current)):
+            if not was_paused and await asyncio.shield(_is_still_at(pool, current, options)):
                 await asyncio.shield(runner.resume_auto_migrate(pool, by=by))
             raise
     lines = [
@@ -293,9 +310,9 @@ async def downgrade(
     )
 
 
-async def _is_still_at(pool: Pool, revision: str | None) -> bool:
+async def _is_still_at(pool: Pool, revision: str | None, options: MigrationOptions) -> bool:
     with contextlib.suppress(GuildbookError):
-        return await runner.current(pool) == revision
+        return await runner.current(pool, options=options) == revision
     return False
 
 

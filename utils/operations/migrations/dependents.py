@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from utils.database import Pool, ownership
 from utils.exceptions import MigrationError
@@ -42,8 +42,11 @@ async def find_dependents(pool: Pool, reverted: Collection[str], options: Migrat
 
     Each is described as PostgreSQL does, such as `view economy.rich`. Raises `DatabaseError`.
     """
+    return await _find_dependents_of(pool, ownership.created_by(Revisions(options.scripts).files(reverted)))
+
+
+async def _find_dependents_of(pool: Pool, created: Collection[ownership.Name]) -> list[str]:
     placement = pool.placement
-    created = ownership.created_by(Revisions(options.scripts).files(reverted))
     names = [(placement.resolve(schema), name) for schema, name in created]
     rows = await pool.fetch(
         _FIND, [schema for schema, _ in names], [name for _, name in names], list(ownership.VIEWS), placement.main
@@ -53,7 +56,15 @@ async def find_dependents(pool: Pool, reverted: Collection[str], options: Migrat
 
 async def refuse_dependents(pool: Pool, reverted: Collection[str], options: MigrationOptions = DEFAULTS) -> None:
     """Raise `MigrationError` if other programs' objects depend on tables which reverting these revisions drops."""
-    found = await find_dependents(pool, reverted, options)
+    _refuse(await find_dependents(pool, reverted, options))
+
+
+async def refuse_dependents_of(pool: Pool, relations: Collection[ownership.Name]) -> None:
+    """Raise `MigrationError` if other programs' objects depend on tables that are to be dropped."""
+    _refuse(await _find_dependents_of(pool, relations))
+
+
+def _refuse(found: Sequence[str]) -> None:
     if found:
         shown = ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
         raise MigrationError(

@@ -14,7 +14,7 @@ from models import Base
 from models.people import ROLE_MEMBERSHIP
 from utils.database import ConnectTarget, Pool
 from utils.database.ownership import SCRIPTS
-from utils.operations.migrations.environment import comparison_options, import_models, list_partitions
+from utils.operations.migrations.comparison import comparison_options, import_models, list_partitions
 from utils.operations.migrations.runner import read_schema
 
 

@@ -1,16 +1,14 @@
-"""What `migrations/env.py` runs: the connection, the migration lock, and which tables Alembic compares."""
+"""What `migrations/env.py` runs: the connection, the migration lock, and the version table."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
-import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,13 +16,12 @@ from typing import Any, TypeVar
 from alembic import context
 from alembic.runtime.migration import MigrationContext, MigrationInfo
 from alembic.util import CommandError
-from sqlalchemy import Connection, MetaData, event, text
+from sqlalchemy import Connection, event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-import models
-from models import Base
-from utils.database import ownership
+from utils import packs
+from utils.database import ownership, recorded_packs
 from utils.database.address import open_target
 from utils.database.locks import ADVISORY_HOLDER
 from utils.database.orm import apply_local_settings, apply_settings_of_driver
@@ -35,10 +32,12 @@ from utils.database.sql import quote_identifier
 from utils.database.target import ConnectTarget, located
 from utils.exceptions import MigrationError
 from utils.operations.migrations import batches, history, invalid_indexes
+from utils.operations.migrations.comparison import comparison_options, import_models, list_partitions
 from utils.operations.migrations.history import ALEMBIC, BOT, SQL_FILE, Actor, MigrationRecorder, Pause
 from utils.operations.migrations.invalid_indexes import DroppedIndexes
 from utils.operations.migrations.off_limits import refuse_statements
 from utils.operations.migrations.revisions import Revisions
+from utils.packs import Pack
 from utils.settings import load_settings
 
 _log = logging.getLogger(__name__)
@@ -47,13 +46,6 @@ _log = logging.getLogger(__name__)
 LOCK_KEY = 0x6775696C64626F6F
 #: Seconds between two attempts to get that lock.
 POLL_SECONDS = 0.25
-#: Schemas with our tables, as the models spell them. Others are not compared.
-SCHEMAS = (None, OPS)
-_ROOT = Path(__file__).resolve().parents[3]
-COGS = _ROOT / "cogs"
-MODELS = Path(models.__file__).parent
-
-_DECLARES_TABLE = re.compile(r"^\s+__tablename__\s*[:=]", re.MULTILINE)
 
 ResultT = TypeVar("ResultT")
 
@@ -70,6 +62,12 @@ class MigrationOptions:
     index_lock_timeout: str = invalid_indexes.LOCK_TIMEOUT
     #: Schemas that no statement may name: those of the live tables, while revisions run in scratch schemas.
     off_limits: tuple[str, ...] = ()
+    #: For the revisions of a pack: the directory of those of Guildbook, which the pack needs.
+    base: Path = SCRIPTS
+
+    def of_pack(self, pack: Pack) -> MigrationOptions:
+        """Return the same options for the revisions of a pack."""
+        return replace(self, scripts=pack.scripts, base=self.scripts)
 
 
 DEFAULTS = MigrationOptions()
@@ -134,33 +132,6 @@ def run_online() -> None:
     except MigrationError as exc:
         raise CommandError(str(exc)) from exc  # Alembic prints it as one line
     asyncio.run(_migrate_with_settings())
-
-
-def import_models(cogs: Path = COGS, folder: Path = MODELS) -> None:
-    """Import every module that declares tables: all of `models/`, and the cogs with a `__tablename__`.
-
-    Folders in `models/` count with and without an `__init__.py`.
-
-    Raises `MigrationError` when one cannot be imported: its tables would look as if nothing declared them.
-    """
-    names = [_module_name(path, folder) for path in sorted(folder.rglob("*.py"))]
-    names += [
-        _module_name(path, cogs)
-        for path in sorted(cogs.rglob("*.py"))
-        if _DECLARES_TABLE.search(path.read_text(encoding="utf-8"))
-    ]
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except Exception as exc:
-            raise MigrationError(
-                f"{name} declares tables but cannot be imported: {type(exc).__name__}: {exc}; correct it first"
-            ) from exc
-
-
-def _module_name(path: Path, folder: Path) -> str:
-    parts = path.relative_to(folder.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 async def run_on_connection(target: ConnectTarget, work: Callable[[Connection], ResultT]) -> ResultT:
@@ -260,60 +231,6 @@ def _acquire_lock(
         time.sleep(POLL_SECONDS)
 
 
-def list_partitions(connection: Connection) -> frozenset[tuple[str | None, str]]:
-    """Return schema and name of every partition: they come and go with the months and are not in the models."""
-    rows = connection.execute(
-        text(
-            "SELECT CASE WHEN pg_table_is_visible(c.oid) THEN NULL ELSE n.nspname END, c.relname"
-            " FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.relispartition"
-        )
-    )
-    return frozenset((row[0], row[1]) for row in rows)
-
-
-def comparison_options(
-    *,
-    skip: frozenset[tuple[str | None, str]] = frozenset(),
-    metadata: MetaData = Base.metadata,
-    scripts: Path = SCRIPTS,
-    with_foreign_columns: bool = False,
-) -> dict[str, Any]:
-    """Return the options that tell Alembic what to compare with the models: what is ours, and nothing else.
-
-    `skip`: schema and name of tables that are not in the models. `with_foreign_columns`: also compare the columns of
-    our tables that no revision made; without it, autogenerate leaves them in place.
-    """
-    ours = ownership.owned(scripts, metadata)
-    not_compared = skip | {(None, VERSION_TABLE), (None, ownership.BATCHES_TABLE)}
-
-    def include_name(name: str | None, kind: str, parents: Any) -> bool:
-        if kind == "schema":
-            return name in SCHEMAS
-        if kind == "table":
-            table = (parents.get("schema_name"), str(name))
-            return table in ours.tables and table not in not_compared
-        return True
-
-    def include_object(item: Any, name: str | None, kind: str, is_reflected: bool, counterpart: Any) -> bool:
-        if not is_reflected or counterpart is not None or kind == "table":
-            return True
-        if kind == "column":
-            table = (item.table.schema, item.table.name)
-            return with_foreign_columns or name in ours.columns.get(table, frozenset())
-        return name is None or name in ours.indexes
-
-    return {
-        "target_metadata": metadata,
-        "include_schemas": True,
-        "include_name": include_name,
-        "include_object": include_object,
-        "version_table": VERSION_TABLE,
-        "compare_type": True,
-        # Alembic 1.20 evaluates both defaults, and those of a clock never agree: schema_catalog compares them.
-        "compare_server_default": False,
-    }
-
-
 async def _migrate_with_settings() -> None:
     settings = load_settings()
     async with open_target(settings.direct_target, settings.data_dir, schema=settings.db_schema) as opened:
@@ -343,6 +260,7 @@ def _migrate(connection: Connection, run: MigrationRun) -> None:
         recorded = prepare_version_table(connection, run)
         if recorded is None:
             return
+        pack = packs.pack_of_scripts(run.options.scripts)
         if run.is_upgrade or run.is_stamp:
             create_main_schema(connection)
             connection.commit()
@@ -358,7 +276,11 @@ def _migrate(connection: Connection, run: MigrationRun) -> None:
         )
         with context.begin_transaction():
             context.run_migrations()
-        if run.is_upgrade and not Revisions(run.options.scripts).pending(context.get_context().get_current_heads()):
+        if (
+            pack is None
+            and run.is_upgrade
+            and not Revisions(run.options.scripts).pending(context.get_context().get_current_heads())
+        ):
             history.resume(connection, run.by)
         connection.commit()
 
@@ -383,8 +305,10 @@ def prepare_version_table(connection: Connection, run: MigrationRun) -> tuple[st
     to the newest revision has nothing to do, because there are several and the database is at all of them. Raises
     `MigrationError` for a database that the run must not touch.
     """
-    version = ownership.read_version(connection)
+    version = ownership.read_version(connection, run.options.scripts)
     revisions = Revisions(run.options.scripts)
+    if revisions.pack is not None and run.is_upgrade:
+        require_base(connection, revisions.pack, run.options)
     run.before = ", ".join(version.revisions) or None
     if run.is_upgrade or (version.revisions and not run.is_stamp):
         obstacle = find_obstacle(connection, version, run.options.scripts)
@@ -397,8 +321,8 @@ def prepare_version_table(connection: Connection, run: MigrationRun) -> tuple[st
             raise MigrationError(revisions.merge_advice())
     adopt_version_table(connection, version, revisions, is_forced=run.is_stamp)
     newest = revisions.newest(version.revisions)
-    if len(newest) < len(version.revisions) and set(version.revisions) <= set(revisions.ids):
-        _replace_revisions(connection, newest)
+    if (len(newest) < len(version.revisions) or version.is_replaced) and set(version.revisions) <= set(revisions.ids):
+        _replace_revisions(connection, ownership.version_table(run.options.scripts), newest)
         _log.warning(
             "removed revisions from the version table that others in it build on",
             extra={"before": version.revisions, "after": newest},
@@ -407,12 +331,34 @@ def prepare_version_table(connection: Connection, run: MigrationRun) -> tuple[st
     return newest
 
 
-def _replace_revisions(connection: Connection, revisions: Sequence[str]) -> None:
-    connection.execute(text("DELETE FROM guildbook_version"))
-    for revision in revisions:
-        connection.execute(
-            text("INSERT INTO guildbook_version (version_num) VALUES (:revision)"), {"revision": revision}
+def require_base(connection: Connection, pack: Pack, options: MigrationOptions) -> None:
+    """Raise `MigrationError` if this Guildbook, or its schema in the database, lacks the revision that a pack needs."""
+    base = Revisions(options.base)
+    if (missing := find_missing_base(pack, base)) is not None:
+        raise MigrationError(missing)
+    current = ownership.read_version(connection, options.base).revisions
+    if pack.requires not in base.including_ancestors(current):
+        raise MigrationError(
+            f"pack {pack.name} needs revision {pack.requires} of Guildbook, and the database is at"
+            f" {', '.join(current) or 'none'}: run python bot.py db upgrade"
         )
+
+
+def find_missing_base(pack: Pack, base: Revisions) -> str | None:
+    """Return what a pack needs and these revisions of Guildbook do not have; None: they have it."""
+    if pack.requires in base.ids:
+        return None
+    return (
+        f"pack {pack.name} needs revision {pack.requires} of Guildbook, which this version does not have (its newest is"
+        f" {', '.join(base.heads)}): use the Guildbook that has it, or a version of the pack for this one"
+    )
+
+
+def _replace_revisions(connection: Connection, table: str, revisions: Sequence[str]) -> None:
+    connection.exec_driver_sql(" ".join(("DELETE FROM", table)))
+    insert = " ".join(("INSERT INTO", table, "(version_num) VALUES (:revision)"))
+    for revision in revisions:
+        connection.execute(text(insert), {"revision": revision})
 
 
 def adopt_version_table(
@@ -433,6 +379,8 @@ def adopt_version_table(
 
 def find_obstacle(connection: Connection, version: RecordedVersion, scripts: Path = SCRIPTS) -> str | None:
     """Return why this database must not be migrated, and what to do; None: it may."""
+    if (pack := packs.pack_of_scripts(scripts)) is not None:
+        return _find_obstacle_of_pack(connection, version, pack)
     where = f"schema {version.schema}"
     if version.revisions or version.has_tables:
         if not version.is_complete:
@@ -453,6 +401,21 @@ def find_obstacle(connection: Connection, version: RecordedVersion, scripts: Pat
     return (
         f"another program has tables where Guildbook would create its own: {names}. Nothing was changed. Set"
         " DB_SCHEMA=guildbook, and Guildbook creates its tables in a schema of that name beside them"
+    )
+
+
+def _find_obstacle_of_pack(connection: Connection, version: RecordedVersion, pack: Pack) -> str | None:
+    """Return why a pack's revisions would fail: tables exist that they create. None: they may go on."""
+    revisions = Revisions(pack.scripts)
+    if not set(version.revisions) <= set(revisions.ids):
+        return None
+    created = ownership.created_by(revisions.files(revisions.pending(version.revisions)))
+    collisions = ownership.find_collisions(connection, version, created)
+    if not collisions:
+        return None
+    return (
+        f"pack {pack.name} would create tables that exist already, and are not its own: {', '.join(collisions[:5])}."
+        " Nothing was changed: rename the pack's tables, or drop these"
     )
 
 
@@ -478,11 +441,14 @@ def _on_version_apply(
     connection: Connection, run: MigrationRun
 ) -> Callable[[MigrationContext, MigrationInfo, Collection[Any], Mapping[str, Any]], None]:
     record = MigrationRecorder(run.by)
+    pack = packs.pack_of_scripts(run.options.scripts)
 
     def note(ctx: MigrationContext, step: MigrationInfo, heads: Collection[Any], run_args: Mapping[str, Any]) -> None:
         record(ctx, step, heads, run_args)
         revisions = step.up_revision_ids  # of a downgrade: those that it reverts
         batches.forget(connection, revisions)  # in the transaction that changes the revision
+        if pack is not None:
+            connection.exec_driver_sql(recorded_packs.record_pack_sql(pack, map(str, heads)))
         run.applied.extend(revisions)
         if run.on_applied is not None:
             for revision in revisions:

@@ -16,7 +16,7 @@ from alembic.runtime.migration import MigrationContext, MigrationInfo
 from sqlalchemy import Connection, insert, text
 
 from models.ops import Migration
-from utils.database.ownership import PAUSE_COMMENT
+from utils.database.ownership import PAUSE_COMMENT, VERSION_TABLE
 from utils.database.placement import placement_of
 from utils.exceptions import MigrationError
 
@@ -113,6 +113,8 @@ def _table_exists_after(ctx: MigrationContext, step: MigrationInfo, heads: Colle
     if not ctx.as_sql:
         assert ctx.connection is not None, "an online run has a connection"
         return has_table(ctx.connection)
+    if ctx.version_table != VERSION_TABLE:
+        return True  # of a pack, which needs Guildbook's newest tables
     return any(
         revision.revision == TABLE_REVISION
         for revision in step.revision_map.iterate_revisions(tuple(heads), "base", select_for_downgrade=False)

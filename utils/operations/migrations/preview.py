@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, text
@@ -57,7 +58,7 @@ async def preview(
     is unknown or in the other direction.
     """
     progress(Step("writing the SQL", unit="statements"))
-    version, placement, is_new = await runner.read_schema(database, _read)
+    version, placement, is_new = await runner.read_schema(database, partial(_read, options))
     revisions = Revisions(options.scripts)
     heads = revisions.newest(version.revisions)
     current = ", ".join(version.revisions) or None
@@ -84,11 +85,11 @@ async def preview(
     )
 
 
-def _read(connection: Connection) -> tuple[RecordedVersion, Placement, bool]:
+def _read(options: MigrationOptions, connection: Connection) -> tuple[RecordedVersion, Placement, bool]:
     """Return what is recorded, where our tables are, and whether the main schema has yet to be created."""
     placement = placement_of(connection)
     found = connection.scalar(text("SELECT to_regnamespace(quote_ident(:name)) IS NULL"), {"name": placement.main})
-    return ownership.read_version(connection), placement, bool(found)
+    return ownership.read_version(connection, options.scripts), placement, bool(found)
 
 
 def _place(sql: str, placement: Placement, *, is_new: bool) -> str:
@@ -102,13 +103,14 @@ def _write_sql(version: RecordedVersion, heads: Sequence[str], goal: str, down: 
     revisions = Revisions(options.scripts)
     sql = runner.offline_sql(goal, current=heads, down=down, options=options)
     # A downgrade to base leaves this table in place, empty.
-    sql = sql.replace("CREATE TABLE guildbook_version (", "CREATE TABLE IF NOT EXISTS guildbook_version (")
+    table = ownership.version_table(options.scripts)
+    sql = sql.replace(" ".join(("CREATE TABLE", table, "(")), " ".join(("CREATE TABLE IF NOT EXISTS", table, "(")))
     if version.is_former:
         sql = "".join(f"{statement};\n\n" for statement in ownership.adoption_statements(version)) + sql
     if down:
-        is_table_kept = revisions.builds_on(goal, history.TABLE_REVISION)
+        is_table_kept = revisions.pack is not None or revisions.builds_on(goal, history.TABLE_REVISION)
         return f"{sql}\n{history.pause_sql(goal, is_table_kept=is_table_kept)};\n"
-    if not revisions.pending((*heads, *(revisions.heads if goal == "heads" else (goal,)))):
+    if revisions.pack is None and not revisions.pending((*heads, *(revisions.heads if goal == "heads" else (goal,)))):
         return f"{sql}\n{history.RESUME_SQL};\n\nCOMMENT ON TABLE guildbook_version IS NULL;\n"
     return sql
 

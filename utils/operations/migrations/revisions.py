@@ -19,12 +19,16 @@ from alembic.script import ScriptDirectory
 from alembic.script.revision import RevisionError
 from alembic.util import CommandError
 
-from utils.database.ownership import SCRIPTS, owned
+from utils import packs
+from utils.database.ownership import SCRIPTS, owned_by
 from utils.exceptions import MigrationError, UnknownRevision
+from utils.packs import Pack
 
 UPGRADE = "python bot.py db upgrade"
-#: Ids with a number: ours, and those that `next_id` returns.
+#: Ids with a number: ours, and those that `next_id` returns. A pack's have its name before them.
 _NUMBERED = re.compile(r"(\d{4})(_[0-9a-f]{4})?")
+#: Characters of an id that Alembic's version table takes.
+_ID_LENGTH = 32
 
 
 class Revision(NamedTuple):
@@ -36,9 +40,12 @@ class Revision(NamedTuple):
 
 
 def alembic_config(scripts: Path = SCRIPTS) -> Config:
-    """Return Alembic's configuration for a directory with `env.py` and `versions/`."""
+    """Return Alembic's configuration for a directory with `versions/`. A pack's has no `env.py`: ours is used."""
     config = Config(stdout=io.StringIO())
     config.set_main_option("script_location", str(scripts).replace("%", "%%"))
+    if packs.pack_of_scripts(scripts) is not None:
+        config.set_main_option("script_location", str(SCRIPTS).replace("%", "%%"))
+        config.set_main_option("version_locations", str(scripts / "versions").replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     return config
 
@@ -47,6 +54,8 @@ class Revisions:
     """Every revision that this version knows. Raises `MigrationError` for files that do not fit together."""
 
     def __init__(self, scripts: Path = SCRIPTS) -> None:
+        #: Whose revisions these are; None: Guildbook's own.
+        self.pack: Pack | None = packs.pack_of_scripts(scripts)
         try:
             self._directory = ScriptDirectory.from_config(alembic_config(scripts))
             found = {step.revision: step for step in self._directory.walk_revisions() if step is not None}
@@ -54,7 +63,7 @@ class Revisions:
         except (CommandError, RevisionError, KeyError) as exc:
             raise MigrationError(f"the revisions in {scripts / 'versions'} do not fit together: {exc}") from exc
         except Exception as exc:  # a file is imported, and may raise anything
-            owned(scripts)  # names one that does not parse
+            owned_by(scripts)  # names one that does not parse
             raise MigrationError(
                 f"a revision cannot be imported: {type(exc).__name__}: {exc}{raised_in(exc, scripts)}; correct or"
                 " remove that file"
@@ -68,20 +77,38 @@ class Revisions:
         self.known = [Revision(id, (found[id].doc or "").strip().partition("\n")[0]) for id in self.ids]
         #: The newest revision of each branch; one unless branches are to be merged.
         self.heads = tuple(sorted(heads))
+        if self.pack is not None:
+            self._check_ids(self.pack, [id for id in self.ids if found[id].dependencies])
+
+    def _check_ids(self, pack: Pack, dependent: Sequence[str]) -> None:
+        """Raise `MigrationError` for ids that another pack could have, and for revisions that depend on others'."""
+        wrong = [id for id in self.ids if not id.startswith(f"{pack.name}_") or len(id) > _ID_LENGTH]
+        if wrong:
+            raise MigrationError(
+                f"pack {pack.name}: revision {wrong[0]}: the id must begin with {pack.name}_ and have at most"
+                f" {_ID_LENGTH} characters; python bot.py pack migration {pack.name} writes such revisions"
+            )
+        if dependent:
+            raise MigrationError(
+                f"pack {pack.name}: revision {dependent[0]} has depends_on, which ties it to another version table:"
+                " remove it, and name the revision of Guildbook that the pack needs in pack.toml"
+            )
 
     def next_id(self) -> str:
         """Return the id for a new revision: the number that follows the highest one, and four random digits.
 
         A fork's `0007_3f2a` comes after our `0006` and is never the `0007` of a later version.
         """
-        numbers = [int(match[1]) for id in self.ids if (match := _NUMBERED.fullmatch(id)) is not None]
-        return f"{max(numbers, default=0) + 1:04}_{secrets.token_hex(2)}"
+        prefix = "" if self.pack is None else f"{self.pack.name}_"
+        plain = [id.removeprefix(prefix) for id in self.ids]
+        numbers = [int(match[1]) for id in plain if (match := _NUMBERED.fullmatch(id)) is not None]
+        return f"{prefix}{max(numbers, default=0) + 1:04}_{secrets.token_hex(2)}"
 
     def require_known(self, revisions: Iterable[str]) -> None:
         """Raise `MigrationError` if a database is at a revision that this version does not know."""
         unknown = [revision for revision in revisions if revision not in self._parents]
         if unknown:
-            raise unknown_revision(", ".join(unknown))
+            raise unknown_revision(", ".join(unknown), self.pack)
 
     def files(self, revisions: Iterable[str]) -> list[Path]:
         """Return the files of known revisions."""
@@ -122,6 +149,11 @@ class Revisions:
 
     def merge_advice(self) -> str:
         """Return what to type about several heads."""
+        if self.pack is not None:
+            return (
+                f"pack {self.pack.name} has {len(self.heads)} heads, {' and '.join(self.heads)}: its author merges them"
+                f" with {self.merge_line()}; then run {UPGRADE}"
+            )
         return (
             f"the revisions have {len(self.heads)} heads, {' and '.join(self.heads)}: merge them with"
             f" {self.merge_line()}, then run {UPGRADE}; to apply them without a merge, run {UPGRADE} heads"
@@ -129,6 +161,8 @@ class Revisions:
 
     def merge_line(self) -> str:
         """Return the command that merges all heads."""
+        if self.pack is not None:
+            return f"python bot.py pack merge {self.pack.name}"
         return f'.venv/bin/alembic merge -m "merge" {" ".join(self.heads)}'
 
     def builds_on(self, goal: str, revision: str) -> bool:
@@ -235,8 +269,13 @@ class Revisions:
         )
 
 
-def unknown_revision(revision: str) -> MigrationError:
-    """Return the error for a database at a revision that this version does not know."""
+def unknown_revision(revision: str, pack: Pack | None = None) -> MigrationError:
+    """Return the error for a database at a revision that this version, or this version of a pack, does not know."""
+    if pack is not None:
+        return MigrationError(
+            f"pack {pack.name}: the database is at revision {revision}, which this version of the pack does not know:"
+            " use the newer version that migrated it, or bring the revision's file back"
+        )
     return MigrationError(
         f"the database is at revision {revision}, which this version does not know: a newer Guildbook migrated it,"
         " or the revision's file is missing. Run that version, bring the file back, or restore a backup; if the schema"

@@ -25,6 +25,7 @@ from alembic.script.revision import ResolutionError
 from alembic.util import CommandError
 from sqlalchemy import Connection
 
+from utils import packs
 from utils.database import ConnectTarget, Pool, ownership
 from utils.database.locks import LOCK_STATES, describe_lock_holders
 from utils.database.placement import Placement
@@ -199,7 +200,7 @@ async def find_losses(
     may destroy. Raises `MigrationError` when the database is at a revision that this version does not know.
     """
     revisions = Revisions(options.scripts)
-    heads = revisions.newest(await current_heads(database))
+    heads = revisions.newest(await current_heads(database, options=options))
     if not heads or not revisions.pending(heads) or revisions.is_at(heads, goal):
         return []
 
@@ -240,21 +241,22 @@ async def back_up_losses(database: Pool, losses: Sequence[str], backup: Backup) 
     return saved
 
 
-async def current(database: Pool | ConnectTarget) -> str | None:
+async def current(database: Pool | ConnectTarget, *, options: MigrationOptions = DEFAULTS) -> str | None:
     """Return the revision that the database is at, or several separated by commas; None: it has no schema."""
-    return ", ".join(await current_heads(database)) or None
+    return ", ".join(await current_heads(database, options=options)) or None
 
 
-async def current_heads(database: Pool | ConnectTarget) -> tuple[str, ...]:
+async def current_heads(database: Pool | ConnectTarget, *, options: MigrationOptions = DEFAULTS) -> tuple[str, ...]:
     """Return the revisions that the database is at: several with unmerged branches, none without a schema."""
-    return (await read_schema(database, ownership.read_version)).revisions
+    read = partial(ownership.read_version, scripts=options.scripts)
+    return (await read_schema(database, read)).revisions
 
 
 async def find_obstacle(database: Pool | ConnectTarget, *, options: MigrationOptions = DEFAULTS) -> str | None:
     """Return why the database must not be migrated, such as tables of another program, and what to do; None: it may."""
 
     def read(connection: Connection) -> str | None:
-        return _find_obstacle(connection, ownership.read_version(connection), options.scripts)
+        return _find_obstacle(connection, ownership.read_version(connection, options.scripts), options.scripts)
 
     return await read_schema(database, read)
 
@@ -264,7 +266,7 @@ async def pending(database: Pool | ConnectTarget, *, options: MigrationOptions =
 
     Raises `MigrationError` when the database is at a revision that this version does not know.
     """
-    return Revisions(options.scripts).pending(await current_heads(database))
+    return Revisions(options.scripts).pending(await current_heads(database, options=options))
 
 
 async def applied(database: Pool | ConnectTarget) -> dict[str, AppliedRevision]:
@@ -285,10 +287,10 @@ async def pause_auto_migrate(
     Raises `MigrationError` for a database that never had a schema.
     """
     revisions = Revisions(options.scripts)
-    is_table_kept = revisions.builds_on(revision, history.TABLE_REVISION)
+    is_table_kept = revisions.pack is not None or revisions.builds_on(revision, history.TABLE_REVISION)
 
     def write(connection: Connection) -> Pause:
-        adopt_version_table(connection, ownership.read_version(connection), revisions)
+        adopt_version_table(connection, ownership.read_version(connection, options.scripts), revisions)
         paused = history.pause(connection, revision, by, is_table_kept=is_table_kept)
         connection.commit()
         return paused
@@ -462,7 +464,7 @@ def _explain(exc: Exception, what: str, run: MigrationRun, locks: str = "") -> E
     if isinstance(error, MigrationError) or (isinstance(error, DatabaseUnavailable) and error.sqlstate is None):
         return error
     if isinstance(exc, CommandError) and isinstance(exc.__cause__, ResolutionError):
-        return unknown_revision(before or "none")
+        return unknown_revision(before or "none", packs.pack_of_scripts(run.options.scripts))
     if error is None and not isinstance(exc, CommandError):  # the revision itself may raise anything
         where = raised_in(exc, run.options.scripts)
         error = MigrationError(f"{type(exc).__name__}: {exc}{where}")
@@ -474,8 +476,10 @@ def _explain(exc: Exception, what: str, run: MigrationRun, locks: str = "") -> E
         advice = (
             "python bot.py doctor says which rights are missing; or set DB_SCHEMA to a schema that the user may use"
         )
+    pack = packs.pack_of_scripts(run.options.scripts)
+    whose = "" if pack is None else f"pack {pack.name}: "
     return MigrationError(
-        f"could not {what} from revision {before or 'none'}: {error or exc}{detail}{locks}. The database is at the last"
-        f" revision that was completed: {advice}",
+        f"{whose}could not {what} from revision {before or 'none'}: {error or exc}{detail}{locks}. The database is at"
+        f" the last revision that was completed: {advice}",
         sqlstate=getattr(cause, "sqlstate", None),
     )

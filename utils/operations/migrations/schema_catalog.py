@@ -18,7 +18,8 @@ from utils.database.sessions import apply_settings
 from utils.database.sql import quote_identifier
 from utils.database.target import ConnectTarget, located
 from utils.exceptions import translate_errors
-from utils.operations.migrations.environment import import_models, run_on_connection
+from utils.operations.migrations.comparison import import_models
+from utils.operations.migrations.environment import run_on_connection
 
 _RELATIONS = (
     "SELECT c.oid, CASE n.nspname WHEN $1 THEN c.relname ELSE 'ops.' || c.relname END AS name, c.relkind"
