@@ -29,7 +29,7 @@ async def test_values_expire() -> None:
     assert cache.get("a") is None
     assert cache.get("a", 7) == 7
     assert cache.stats() == {
-        "hits": 1, "misses": 2, "hit_rate": 1 / 3, "evictions": 0, "invalidations": 0, "total_requests": 3, "size": 0,
+        "hits": 1, "misses": 2, "hit_rate": 33.33, "evictions": 0, "invalidations": 0, "total_requests": 3, "size": 0,
     }  # fmt: skip
 
 

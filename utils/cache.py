@@ -7,9 +7,9 @@ import contextlib
 import contextvars
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Generator, Hashable
 from types import TracebackType
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import cachetools
 
@@ -21,8 +21,38 @@ _MISSING = object()
 _WOKEN_AT_ONCE = 500
 
 
+class CacheStats(dict[str, float]):
+    """Counters of a cache since the start, by name. Awaiting them returns them."""
+
+    def __init__(
+        self,
+        *,
+        hits: int = 0,
+        total_requests: int = 0,
+        evictions: int = 0,
+        invalidations: int = 0,
+        size: int = 0,
+        **others: float,
+    ) -> None:
+        """`misses` and `hit_rate`, in percent with two decimals, follow from `hits` and `total_requests`."""
+        super().__init__(
+            hits=hits,
+            misses=total_requests - hits,
+            hit_rate=round(100 * hits / total_requests, 2) if total_requests else 0.0,
+            evictions=evictions,
+            invalidations=invalidations,
+            total_requests=total_requests,
+            size=size,
+            **others,
+        )
+
+    def __await__(self) -> Generator[Any, None, CacheStats]:
+        yield from ()
+        return self
+
+
 class TTLCache(Generic[K, V]):
-    """Keeps at most `max_size` values for `ttl` seconds each and evicts the least recently used.
+    """Keeps at most `max_size` values, each for its own time or for `ttl` seconds, and evicts the least recently used.
 
     Callers share the value itself, not a copy. `clock` returns seconds.
     """
@@ -32,7 +62,7 @@ class TTLCache(Generic[K, V]):
     ) -> None:
         self.max_size: int = max_size
         self.ttl: float = ttl
-        self._values: _Values[K, V] = _Values(max_size, ttl, timer=clock)
+        self._values: _Values[K, V] = _Values(max_size, ttu=lambda _, entry, now: now + entry[1], timer=clock)
         self._loads: SingleFlight[K, V] = SingleFlight()
         self._requests: int = 0
         self._hits: int = 0
@@ -50,10 +80,14 @@ class TTLCache(Generic[K, V]):
         value = self._find(key)
         return default if value is _MISSING else cast(V, value)
 
-    def set(self, key: K, value: V) -> None:
-        """Cache a value. The result of a load of this key in progress will not be cached."""
+    def set(self, key: K, value: V, ttl: float | None = None) -> None:
+        """Cache a value for `ttl` seconds (None: as long as the others); `max_size` holds for all of them.
+
+        The result of a load of this key in progress will not be cached. Raises `ValueError` unless `ttl` is positive.
+        """
+        self._check(ttl)
         self._loads.forget(key)
-        self._values[key] = value
+        self._values[key] = value, self.ttl if ttl is None else ttl
 
     def delete(self, key: K) -> bool:
         """Drop a value and return whether there was one. The result of a load in progress will not be cached."""
@@ -71,53 +105,59 @@ class TTLCache(Generic[K, V]):
         self._invalidations += len(self)
         self._values.clear()
 
-    async def get_or_load(self, key: K, load: Callable[[], Awaitable[V]]) -> V:
-        """Return the cached value, or await `load`, cache its result and return it.
+    async def get_or_load(self, key: K, load: Callable[[], Awaitable[V]], ttl: float | None = None) -> V:
+        """Return the cached value, or await `load`, cache its result for `ttl` seconds, as in `set`, and return it.
 
         Concurrent callers share one load. Its error is raised to all of them and is not cached; when the last of them
         is cancelled, so is the load. A caller after `set`, `delete` or `clear` never gets an older result. The load
         runs outside the transaction of the caller and does not see what that has written.
         """
+        self._check(ttl)
         value = self._find(key)
         if value is not _MISSING:
             return cast(V, value)
-        # A shared load belongs to no caller's transaction, which may still be rolled back: hence the empty context.
-        return await self._loads.run(
-            key, load, lambda loaded: self._values.__setitem__(key, loaded), context=contextvars.Context()
-        )
 
-    def stats(self) -> dict[str, float]:
+        def store(loaded: V) -> None:
+            self._values[key] = loaded, self.ttl if ttl is None else ttl
+
+        # A shared load belongs to no caller's transaction, which may still be rolled back: hence the empty context.
+        return await self._loads.run(key, load, store, context=contextvars.Context())
+
+    def stats(self) -> CacheStats:
         """Return the counters since the start, named as in `Database.get_cache_stats`.
 
         `evictions` made room for other values, `invalidations` were deleted or cleared; expired values count as
-        neither. `hit_rate` is 0 to 1.
+        neither. `hit_rate` is in percent.
         """
-        return {
-            "hits": self._hits,
-            "misses": self._requests - self._hits,
-            "hit_rate": self._hits / self._requests if self._requests else 0.0,
-            "evictions": self._values.evictions,
-            "invalidations": self._invalidations,
-            "total_requests": self._requests,
-            "size": len(self),
-        }
+        return CacheStats(
+            hits=self._hits,
+            total_requests=self._requests,
+            evictions=self._values.evictions,
+            invalidations=self._invalidations,
+            size=len(self),
+        )
+
+    @staticmethod
+    def _check(ttl: float | None) -> None:
+        if ttl is not None and not ttl > 0:
+            raise ValueError(f"ttl is in seconds and must be more than 0, not {ttl!r}: delete() drops a value")
 
     def _find(self, key: K) -> object:
         self._requests += 1
         try:  # not `in`: the value may expire in between
-            value = self._values[key]
+            value, _ = self._values[key]
         except KeyError:
             return _MISSING
         self._hits += 1
         return value
 
 
-class _Values(cachetools.TTLCache[K, V]):
-    """A TTLCache that counts evictions."""
+class _Values(cachetools.TLRUCache[K, tuple[V, float]]):
+    """Values with their times to live, and a counter of evictions."""
 
     evictions: int = 0
 
-    def popitem(self) -> tuple[K, V]:
+    def popitem(self) -> tuple[K, tuple[V, float]]:
         self.evictions += 1
         return super().popitem()
 

@@ -39,6 +39,13 @@ class DatabaseUnavailable(DatabaseError):
     """The database cannot be reached or cannot work right now. The same call may succeed later."""
 
 
+class TransactionConflict(DatabaseUnavailable):
+    """Transactions deadlocked or could not be serialized, and this one was rolled back.
+
+    The whole transaction, run again, may succeed: `db.run(function)` does that.
+    """
+
+
 class LeaseLost(DatabaseError):
     """This process does not hold the lease any more and must not write: the message says who took or revoked it."""
 
@@ -209,6 +216,8 @@ def translate(exc: BaseException, *, was_connected: bool = False) -> GuildbookEr
     kind = DatabaseUnavailable if is_transient(cause) else DatabaseError
     if isinstance(cause, asyncpg.PostgresError):
         state = getattr(cause, "sqlstate", None)
+        if state in CONFLICTS:
+            kind = TransactionConflict
         if state == "3D000" and was_connected:
             return DatabaseUnavailable("the database does not exist: a restore may be replacing it", sqlstate=state)
         advice = _TRANSIENT_STATES.get(state or "") or _ADVICE.get(state or "")
@@ -240,6 +249,13 @@ def is_transient(exc: BaseException) -> bool:
     return isinstance(cause, OSError | TimeoutError | asyncio.IncompleteReadError)
 
 
+def is_conflict(exc: BaseException) -> bool:
+    """Return whether a transaction failed only because of another one: run again as a whole, it may succeed."""
+    if isinstance(exc, GuildbookError):
+        return isinstance(exc, TransactionConflict)
+    return getattr(driver_error(exc), "sqlstate", None) in CONFLICTS
+
+
 def driver_error(exc: BaseException) -> BaseException | None:
     """Return the error of asyncpg, the socket or the clock that `exc` is or wraps; None when there is none."""
     return next((cause for cause in _causes(exc) if isinstance(cause, DRIVER_ERRORS)), None)
@@ -260,12 +276,14 @@ def _first_line(exc: BaseException) -> str:
     return str(exc).splitlines()[0] if str(exc) else type(exc).__name__
 
 
+#: SQLSTATEs of transactions to be run again as a whole: serialization failure, deadlock.
+CONFLICTS = ("40001", "40P01")
 #: SQLSTATEs after which the same statement may succeed (PostgreSQL manual, appendix A), and an explanation.
 _TRANSIENT_STATES: dict[str, str] = {
     "25006": "the server is read-only at the moment (a standby, or a failover in progress)",
     "25P03": "the server ended a transaction that was idle for too long",
-    "40001": "two transactions conflicted (serialization failure)",
-    "40P01": "two transactions waited for each other (deadlock)",
+    "40001": "two transactions conflicted (serialization failure): run it again as a whole, as db.run does",
+    "40P01": "two transactions waited for each other (deadlock): lock rows in the order of their keys, use db.run",
     "53300": "the server has no free connection: lower DB_POOL_MAX or raise its max_connections",
     "55P03": "a lock was not available in time",
     "57014": "the statement was cancelled, usually because it took too long",

@@ -198,8 +198,24 @@ class Settings(BaseSettings):
         ge=3,
         le=1_000,
         description=(
-            "Maximum number of connections; three tenths are for transactions and sessions of cogs. The lease and the"
+            "Maximum number of connections, those of DB_TRANSACTION_CONNECTIONS included. The lease and the"
             " notifications use one more each. All clients of the server share its max_connections."
+        ),
+    )
+    db_transaction_connections: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000,
+        description=(
+            "How many of DB_POOL_MAX are for transactions and sessions of cogs; at least two must be left for"
+            " statements and the mirror. Without it, half."
+        ),
+    )
+    db_transaction_timeout: Seconds = Field(
+        default=2.0,
+        description=(
+            "How long a transaction or session of a cog waits for one of these connections, in seconds, in the order of"
+            " asking. Discord expects an answer within 3."
         ),
     )
     db_connect_timeout: Seconds = Field(
@@ -479,7 +495,9 @@ class Settings(BaseSettings):
     @property
     def orm_connections(self) -> int:
         """How many of DB_POOL_MAX are for transactions and sessions of cogs; the others are for the raw pool."""
-        return max(1, self.db_pool_max * 3 // 10)
+        if self.db_transaction_connections is not None:
+            return self.db_transaction_connections
+        return min(self.db_pool_max // 2, self.db_pool_max - 2)
 
     @property
     def target(self) -> ConnectTarget | None:
@@ -583,6 +601,11 @@ def _check(settings: Settings) -> None:
     if settings.db_pool_min > settings.db_pool_max:
         wrong["DB_POOL_MIN"] = (
             f"DB_POOL_MIN: {settings.db_pool_min} must not exceed DB_POOL_MAX ({settings.db_pool_max})"
+        )
+    if settings.orm_connections > settings.db_pool_max - 2:
+        wrong["DB_TRANSACTION_CONNECTIONS"] = (
+            f"DB_TRANSACTION_CONNECTIONS: {settings.orm_connections} must leave two of DB_POOL_MAX"
+            f" ({settings.db_pool_max}) to statements and the mirror"
         )
     try:
         embedded = settings.target is None

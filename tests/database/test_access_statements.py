@@ -288,7 +288,7 @@ async def test_statistics(db: Database) -> None:
     async with db.transaction("counting"):
         stats = db.get_stats()
         assert [entry["name"] for entry in stats["transactions"]] == ["counting"]
-        assert stats["orm"] == {"size": 1, "active": 1, "max": 1}
+        assert stats["orm"] == {"size": 1, "active": 1, "max": 1, "waiting": 0}
     assert {"hits", "misses", "hit_rate", "evictions", "invalidations", "total_requests", "size"} <= set(stats["cache"])
     assert {"created", "active", "idle", "waiting"} <= set(stats["pool"])
 

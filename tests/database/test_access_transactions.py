@@ -200,7 +200,7 @@ async def test_isolation_is_set_on_the_outermost_transaction(db: Database) -> No
         assert await db.fetchval("SHOW transaction_isolation") == "read committed"
         await db.execute(PUT, "apple", 1)
     with pytest.raises(DatabaseError, match="unknown"):
-        db.transaction(isolation="dirty")  # type: ignore[arg-type]
+        db.transaction(isolation="dirty")  # type: ignore[call-overload]
 
 
 async def test_closing_rolls_back_open_transactions(db: Database) -> None:

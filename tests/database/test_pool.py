@@ -427,7 +427,7 @@ async def test_sqlalchemy_replaces_the_time_limits_of_a_role(target: ConnectTarg
     async with pool(target) as admin:
         await admin.execute(f"ALTER DATABASE {target.database} SET statement_timeout = '150ms'")
     orm = Orm(
-        lambda: replace(target, pooled=pooled), connections=1, acquire_timeout=5, idle_seconds=0,
+        lambda: replace(target, pooled=pooled), connections=1, queue_timeout=5, idle_seconds=0,
         slow=SlowLog(5_000), on_committed=lambda _: None, on_doubt=lambda _: None,
     )  # fmt: skip
     try:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Iterable
-from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal
 
 import discord
 from discord.ext import commands
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from utils.bot.command_errors import report_command_error
 from utils.bot.command_sync import sync_commands
@@ -20,6 +18,7 @@ from utils.bot.scheduler import Scheduler
 from utils.database import Pool
 from utils.database.access import Database
 from utils.database.cache import Channel, QueryCache
+from utils.database.orm import SessionScope
 from utils.exceptions import GuildbookError, SettingsError, SpoolError
 from utils.logs import RateLimit
 from utils.mirror import Mirror
@@ -95,6 +94,7 @@ class Guildbook(commands.AutoShardedBot):
             slow_ms=settings.slow_query_ms,
             log_queries=settings.environment == "development",
             orm_connections=settings.orm_connections,
+            transaction_timeout=settings.db_transaction_timeout,
         )
         #: Who may run operator commands, and the ones that are running.
         self.operators: Operators = Operators(self, settings.admin_user_ids)
@@ -124,10 +124,11 @@ class Guildbook(commands.AutoShardedBot):
             raise GuildbookError("the mirror does not exist before the login to Discord: use it from cog_load on")
         return self._mirror
 
-    def get_db_session(self) -> AbstractAsyncContextManager[AsyncSession]:
+    def get_db_session(self) -> SessionScope:
         """Return a session that joins the open transaction, or else uses a connection of its own.
 
-        Leaving the block commits, an exception rolls back.
+        `async with bot.get_db_session() as session`: the end of the block commits, an exception rolls back.
+        `session = await bot.get_db_session()`: you commit, and you `await session.close()`.
         """
         return self.db.session()
 
@@ -348,7 +349,7 @@ class Guildbook(commands.AutoShardedBot):
 
     def _statistics(self) -> dict[str, Any]:
         stats = self.stats()
-        cache = self.db.get_cache_stats()
+        cache = None if self.cache is None else self.cache.stats()
         return {
             "guilds": stats["mirror"]["reconciled"],
             "rows_written": stats["written"]["rows"],
@@ -356,8 +357,8 @@ class Guildbook(commands.AutoShardedBot):
             "rows_waiting": stats["buffer"]["rows"],
             "events_waiting": stats["queue"]["events"],
             "connections": f"{stats['pool']['active']}/{stats['pool']['max']}",
-            "cache_hit_rate": round(cache["hit_rate"], 3) if cache else None,
-            "cache_size": cache["size"] if cache else None,
+            "cache_hit_percent": None if cache is None else cache["hit_rate"],
+            "cache_size": None if cache is None else cache["size"],
             "slow_queries": len(stats["database"]["slow"]),
         }
 

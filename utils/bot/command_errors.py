@@ -12,7 +12,7 @@ import discord
 from discord import app_commands
 from discord.ext import commands
 
-from utils.exceptions import DatabaseUnavailable, Declined, GuildbookError
+from utils.exceptions import DatabaseUnavailable, Declined, GuildbookError, TransactionConflict, translate
 from utils.logs import RateLimit
 from utils.operations.slash import MESSAGE_LENGTH
 
@@ -24,6 +24,7 @@ ANSWER_TIMEOUT = 30.0
 OPERATOR_TIMEOUT = 1.0
 
 DATABASE_UNAVAILABLE = "The database is not available right now. Try again in a minute."
+TRANSACTION_CONFLICT = "Somebody else changed the same thing at the same moment, so nothing was done. Try again."
 INTERNAL_ERROR = "Something went wrong. The error was logged."
 
 
@@ -102,8 +103,11 @@ def unwrap(error: BaseException) -> BaseException:
 def explain(error: BaseException) -> Explanation:
     """Return how to present an error to the user who ran the command."""
     error = unwrap(error)
+    error = translate(error) or error  # sessions and connections held by hand raise errors of the drivers
     if isinstance(error, Declined):
         return Explanation(str(error))
+    if isinstance(error, TransactionConflict):
+        return Explanation(TRANSACTION_CONFLICT, is_fault=True, detail=str(error))
     if isinstance(error, DatabaseUnavailable):
         return Explanation(DATABASE_UNAVAILABLE, is_fault=True, detail=str(error))
     if isinstance(error, GuildbookError):

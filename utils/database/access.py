@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import asyncpg
 
+from utils.cache import CacheStats
 from utils.database import materialized_views
-from utils.database.callers import Use, find_caller
+from utils.database.cache.results import cache_key
+from utils.database.cache.stale import StaleResults
+from utils.database.callers import Use
+from utils.database.named import NamedTransactions
 from utils.database.orm import Orm
 from utils.database.pool import Pool, Record
-from utils.database.statements import PreparedStatement, SlowLog, TrackedConnection, WriteLog, qualified
-from utils.database.transactions import Isolation, Root, Transaction, current, end_all, joined
-from utils.exceptions import DatabaseError, driver_error
+from utils.database.rows import typed_row, typed_value
+from utils.database.scopes import Scopes
+from utils.database.statements import PreparedStatement, SlowLog, WriteLog, qualified
+from utils.database.transactions import Root, current, end_all, joined
+from utils.exceptions import DatabaseError, ValidationError, driver_error
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
-
     from utils.database.cache import QueryCache
     from utils.database.cache.results import CachedResult
+
+T = TypeVar("T")
 
 #: Seconds for an answer in `check_connection_health`.
 HEALTH_SECONDS = 5.0
 
 
-class Database:
+class ConnectionHealth(dict[str, Any]):
+    """What `check_connection_health` found out. It is false while the database does not answer."""
+
+    def __bool__(self) -> bool:
+        return bool(self["healthy"])
+
+
+class Database(Scopes):
     """The database as cogs see it.
 
     A statement runs in the open transaction of its context, otherwise on a connection of the pool. Results of SELECTs
@@ -48,16 +59,24 @@ class Database:
         slow_ms: int = 500,
         log_queries: bool = False,
         orm_connections: int = 3,
+        transaction_timeout: float | None = None,
     ) -> None:
-        """`cache` None: nothing is cached. `slow_ms`: milliseconds from which a statement is logged as slow."""
+        """
+        cache: None: nothing is cached.
+        slow_ms: milliseconds from which a statement is logged as slow.
+        orm_connections: connections for transactions and sessions.
+        transaction_timeout: seconds that they wait for one; None: as long as statements do.
+        """
         self.pool: Pool = pool
         self.cache: QueryCache | None = cache
         self.slow: SlowLog = SlowLog(slow_ms, log_all=log_queries)
+        self.stale: StaleResults = StaleResults()
         self.open_transactions: set[Root] = set()
+        self._named: NamedTransactions = NamedTransactions(self)
         self.orm: Orm = Orm(
             lambda: pool.target,  # `connect` finds out about poolers
             connections=orm_connections,
-            acquire_timeout=pool.acquire_timeout,
+            queue_timeout=pool.acquire_timeout if transaction_timeout is None else transaction_timeout,
             idle_seconds=pool.idle_seconds,
             slow=self.slow,
             on_committed=self.committed,
@@ -75,6 +94,8 @@ class Database:
     async def close(self, timeout: float = 5.0) -> None:
         """Roll back open transactions within `timeout` seconds and close SQLAlchemy's connections, not the pool."""
         await end_all(self.open_transactions, timeout)
+        await self._named.close(timeout)
+        await self.stale.close(timeout)
         await self.orm.close()
 
     async def renew(self) -> None:
@@ -86,6 +107,18 @@ class Database:
 
     # --- statements
 
+    @overload
+    async def fetch(
+        self, sql: str, *args: Any, as_: type[T], timeout: float | None = ..., use_cache: bool = ...,
+        invalidate_cache: bool = ..., reads: Sequence[str] | None = ..., stale_if_error: float | None = ...,
+    ) -> list[T]: ...  # fmt: skip
+
+    @overload
+    async def fetch(
+        self, sql: str, *args: Any, as_: None = ..., timeout: float | None = ..., use_cache: bool = ...,
+        invalidate_cache: bool = ..., reads: Sequence[str] | None = ..., stale_if_error: float | None = ...,
+    ) -> list[Record]: ...  # fmt: skip
+
     async def fetch(
         self,
         sql: str,
@@ -94,7 +127,9 @@ class Database:
         use_cache: bool = True,
         invalidate_cache: bool = False,
         reads: Sequence[str] | None = None,
-    ) -> list[Record]:
+        stale_if_error: float | None = None,
+        as_: type[Any] | None = None,
+    ) -> list[Any]:
         """Return all rows.
 
         timeout: seconds for the statement; None: DB_COMMAND_TIMEOUT.
@@ -103,14 +138,35 @@ class Database:
         reads: the tables and views that the query reads, such as `("members",)`. The result is cached until one of
             them is written, and the text is not analysed. None: found out from the text. Raises `ValidationError`
             for an unknown name, and for a text that is not a query.
+        stale_if_error: while the database is unavailable, or does not answer within 1.5 s, return the last result that
+            this process read with `stale_if_error`, if it is at most so many seconds old. It may have been overwritten
+            since. Never in a transaction. None: the error is raised.
+        as_: return each row as this pydantic model, dataclass, NamedTuple or TypedDict, validated. None: as asyncpg's
+            `Record`. Raises `ValidationError` for rows that do not fit.
 
         The other verbs take the same arguments.
         """
-        if use_cache and not invalidate_cache and (hit := self._cached("fetch", sql, args, reads)) is not None:
-            rows: list[Record] = hit.value()
+        if stale_if_error is not None:
+            rows: list[Any] = await self._read_or_stale(
+                "fetch", sql, args, timeout, use_cache, invalidate_cache, reads, sys._getframe(1), stale_if_error
+            )
+        elif use_cache and not invalidate_cache and (hit := self._cached("fetch", sql, args, reads)) is not None:
+            rows = hit.value()
         else:
             rows = await self._read("fetch", sql, args, timeout, use_cache, invalidate_cache, reads, sys._getframe(1))
-        return rows
+        return rows if as_ is None else [typed_row(as_, row) for row in rows]
+
+    @overload
+    async def fetchrow(
+        self, sql: str, *args: Any, as_: type[T], timeout: float | None = ..., use_cache: bool = ...,
+        invalidate_cache: bool = ..., reads: Sequence[str] | None = ..., stale_if_error: float | None = ...,
+    ) -> T | None: ...  # fmt: skip
+
+    @overload
+    async def fetchrow(
+        self, sql: str, *args: Any, as_: None = ..., timeout: float | None = ..., use_cache: bool = ...,
+        invalidate_cache: bool = ..., reads: Sequence[str] | None = ..., stale_if_error: float | None = ...,
+    ) -> Record | None: ...  # fmt: skip
 
     async def fetchrow(
         self,
@@ -120,38 +176,88 @@ class Database:
         use_cache: bool = True,
         invalidate_cache: bool = False,
         reads: Sequence[str] | None = None,
-    ) -> Record | None:
+        stale_if_error: float | None = None,
+        as_: type[Any] | None = None,
+    ) -> Any:
         """Return the first row, or None when there is none. The arguments are those of `fetch`."""
-        if use_cache and not invalidate_cache and (hit := self._cached("fetchrow", sql, args, reads)) is not None:
-            row: Record | None = hit.value()
+        if stale_if_error is not None:
+            row = await self._read_or_stale(
+                "fetchrow", sql, args, timeout, use_cache, invalidate_cache, reads, sys._getframe(1), stale_if_error
+            )
+        elif use_cache and not invalidate_cache and (hit := self._cached("fetchrow", sql, args, reads)) is not None:
+            row = hit.value()
         else:
             row = await self._read("fetchrow", sql, args, timeout, use_cache, invalidate_cache, reads, sys._getframe(1))
-        return row
+        return row if as_ is None or row is None else typed_row(as_, row)
+
+    @overload
+    async def fetchval(
+        self, sql: str, *args: Any, as_: type[T], column: int | str = ..., timeout: float | None = ...,
+        use_cache: bool = ..., invalidate_cache: bool = ..., reads: Sequence[str] | None = ...,
+        stale_if_error: float | None = ...,
+    ) -> T | None: ...  # fmt: skip
+
+    @overload
+    async def fetchval(
+        self, sql: str, *args: Any, as_: None = ..., column: int | str = ..., timeout: float | None = ...,
+        use_cache: bool = ..., invalidate_cache: bool = ..., reads: Sequence[str] | None = ...,
+        stale_if_error: float | None = ...,
+    ) -> Any: ...  # fmt: skip
 
     async def fetchval(
         self,
         sql: str,
         *args: Any,
+        column: int | str = 0,
         timeout: float | None = None,
         use_cache: bool = True,
         invalidate_cache: bool = False,
         reads: Sequence[str] | None = None,
+        stale_if_error: float | None = None,
+        as_: type[Any] | None = None,
     ) -> Any:
-        """Return the first column of the first row, or None. The arguments are those of `fetch`."""
-        if use_cache and not invalidate_cache and (hit := self._cached("fetchval", sql, args, reads)) is not None:
-            return hit.value()
-        return await self._read("fetchval", sql, args, timeout, use_cache, invalidate_cache, reads, sys._getframe(1))
+        """Return one column of the first row, or None when there is no row.
+
+        column: its position from 0, or its name; raises `ValidationError` when there is none.
+        as_: the type of the value, such as `int`; None is returned as None.
+
+        The other arguments are those of `fetch`.
+        """
+        if stale_if_error is None and column == 0 and as_ is None:
+            if use_cache and not invalidate_cache and (hit := self._cached("fetchval", sql, args, reads)) is not None:
+                return hit.value()
+            return await self._read(
+                "fetchval", sql, args, timeout, use_cache, invalidate_cache, reads, sys._getframe(1)
+            )
+        row = await self.fetchrow(
+            sql, *args, timeout=timeout, use_cache=use_cache, invalidate_cache=invalidate_cache, reads=reads,
+            stale_if_error=stale_if_error,
+        )  # fmt: skip
+        if row is None:
+            return None
+        try:
+            value = row[column]
+        except (IndexError, KeyError):
+            raise ValidationError(f"column={column!r}: the query returns {', '.join(row.keys())}") from None
+        return value if as_ is None or value is None else typed_value(as_, value)
 
     async def execute(
-        self, sql: str, *args: Any, timeout: float | None = None, writes: Sequence[str] | None = None
+        self,
+        sql: str,
+        *args: Any,
+        timeout: float | None = None,
+        invalidate_cache: bool = True,
+        writes: Sequence[str] | None = None,
     ) -> str:
         """Run a statement and return the server's command tag, such as `UPDATE 3`.
 
+        invalidate_cache: False keeps cached results of the tables that it writes, here and in other processes: they may
+            be outdated for up to CACHE_TTL_SECONDS.
         writes: all tables that the statement writes, also by cascades, triggers and functions; their cached results
             are dropped and the text is not analysed. `()`: none. None: found out from the text. Raises
             `ValidationError` for an unknown name.
         """
-        tag: str = await self._run("execute", sql, args, timeout, writes, sys._getframe(1))
+        tag: str = await self._run("execute", sql, args, timeout, writes if invalidate_cache else (), sys._getframe(1))
         return tag
 
     async def execute_many(
@@ -160,10 +266,24 @@ class Database:
         rows: Iterable[Sequence[Any]],
         timeout: float | None = None,
         *,
+        invalidate_cache: bool = True,
         writes: Sequence[str] | None = None,
     ) -> None:
-        """Run a statement once for each row of arguments: all of them or none. `writes` is that of `execute`."""
+        """Run a statement once for each row of arguments: all of them or none. The arguments are those of `execute`."""
+        writes = writes if invalidate_cache else ()
         await self._run("executemany", sql, (rows,), timeout, writes, sys._getframe(1))
+
+    async def executemany(
+        self,
+        sql: str,
+        rows: Iterable[Sequence[Any]],
+        *,
+        timeout: float | None = None,
+        invalidate_cache: bool = True,
+        writes: Sequence[str] | None = None,
+    ) -> None:
+        """Do what `execute_many` does, under asyncpg's name."""
+        await self.execute_many(sql, rows, timeout, invalidate_cache=invalidate_cache, writes=writes)
 
     async def copy_records_to_table(
         self,
@@ -173,9 +293,13 @@ class Database:
         columns: Sequence[str],
         schema_name: str | None = None,
         timeout: float | None = None,
+        invalidate_cache: bool = True,
     ) -> str:
-        """COPY records, an iterable or asynchronous iterable of tuples, into a table and return `COPY n`."""
-        written = WriteLog(tables={(qualified(table, schema_name), "INSERT")})
+        """COPY records, an iterable or asynchronous iterable of tuples, into a table and return `COPY n`.
+
+        `invalidate_cache` is that of `execute`.
+        """
+        written = WriteLog(tables={(qualified(table, schema_name), "INSERT")} if invalidate_cache else set())
         kwargs = {"records": records, "columns": columns, "schema_name": schema_name, "timeout": timeout}
         root = joined()
         if root is not None:
@@ -191,46 +315,7 @@ class Database:
         self._invalidate(tables)
         return tag
 
-    async def execute_in_transaction(self, statements: Iterable[tuple[str, Sequence[Any]]]) -> list[str]:
-        """Run statements in one transaction, all of them or none, and return their command tags."""
-        async with self.transaction("execute_in_transaction"):
-            return [await self.execute(sql, *args) for sql, args in statements]
-
-    def transaction(
-        self, name: str | None = None, *, isolation: Isolation | None = None, readonly: bool = False
-    ) -> Transaction:
-        """Return a transaction for `async with`; a nested one is a savepoint.
-
-        name: shown in `get_stats` while it runs; None: the name of the calling function.
-        isolation: read_committed, repeatable_read or serializable; None: the server's default.
-        """
-        return Transaction(self, name, isolation, readonly=readonly)
-
-    def session(self) -> AbstractAsyncContextManager[AsyncSession]:
-        """Yield a session in the open transaction, or on a connection of its own; the end of the block commits."""
-        root = joined()
-        return self.orm.session(None if root is None else root.connection)
-
-    @contextlib.asynccontextmanager
-    async def acquire(self, timeout: float | None = None) -> AsyncIterator[Any]:
-        """Yield a raw asyncpg connection outside any transaction. It is reset after the block.
-
-        `timeout` is how many seconds to wait for a free connection; None: as long as statements do.
-        """
-        tracked, who = None, find_caller(sys._getframe(1))
-        try:
-            async with self.pool.acquire(timeout, temp=True) as connection:
-                tracked = TrackedConnection(connection, self.slow, who)
-                connection.add_query_logger(tracked.record)
-                try:
-                    yield tracked
-                finally:
-                    with contextlib.suppress(asyncpg.InterfaceError):  # the connection is closed
-                        connection.remove_query_logger(tracked.record)
-        finally:
-            if tracked is not None:
-                end = self.in_doubt if tracked.is_in_doubt else self.committed
-                end(tracked.log)
+    # --- prepared statements and plans
 
     def prepare_statement(self, name: str, sql: str) -> PreparedStatement:
         """Return a named statement with `.fetch`, `.fetchrow`, `.fetchval` and `.execute`. It may be awaited.
@@ -259,22 +344,25 @@ class Database:
 
     # --- health and statistics
 
-    async def check_connection_health(self) -> dict[str, Any]:
-        """Ask the database for an answer; return `healthy`, `latency_ms`, `error` (None: it answered) and the pools."""
+    async def check_connection_health(self) -> ConnectionHealth:
+        """Ask the database for an answer; return `healthy`, `latency_ms`, `error` (None: it answered) and the pools.
+
+        The mapping is false while the database does not answer: `if await db.check_connection_health():`.
+        """
         started, error = time.perf_counter(), None
         try:
             async with self.pool.acquire(HEALTH_SECONDS) as connection:
                 await connection.fetchval("SELECT 1", timeout=HEALTH_SECONDS)
         except DatabaseError as exc:
             error = str(exc)
-        return {
-            "healthy": error is None,
-            "latency_ms": round((time.perf_counter() - started) * 1000, 2),
-            "error": error,
-            "server_version": self.server_version_num,
-            "pool": self.pool_stats(),
-            "orm": self.orm.stats(),
-        }
+        return ConnectionHealth(
+            healthy=error is None,
+            latency_ms=round((time.perf_counter() - started) * 1000, 2),
+            error=error,
+            server_version=self.server_version_num,
+            pool=self.pool_stats(),
+            orm=self.orm.stats(),
+        )
 
     async def validate_connections(self, timeout: float = 5.0) -> dict[str, int]:
         """Close idle connections that do not answer within `timeout` seconds; return how many of how many."""
@@ -288,16 +376,29 @@ class Database:
         """
         return await materialized_views.refresh(self, names)
 
-    def get_cache_stats(self) -> dict[str, float]:
-        """Return hits, misses, hit_rate, evictions, invalidations, total_requests and size; empty without a cache."""
-        return {} if self.cache is None else self.cache.stats()
+    def get_cache_stats(self) -> CacheStats:
+        """Return hits, misses, hit_rate (percent), evictions, invalidations, total_requests, size and stale_served.
+
+        All are 0 without a cache, except `stale_served`: how often `stale_if_error` returned an old result. It may be
+        awaited.
+        """
+        stats = CacheStats() if self.cache is None else self.cache.stats()
+        stats["stale_served"] = self.stale.served
+        return stats
+
+    def forget(self, sql: str, *args: Any) -> None:
+        """Drop what `stale_if_error` has kept of a query, because this process has replaced what it returns."""
+        for verb in ("fetch", "fetchrow", "fetchval"):
+            key = cache_key(verb, sql, args)
+            if key is not None:
+                self.stale.forget(key)
 
     def get_stats(self) -> dict[str, Any]:
         """Return the state of pools, cache and open transactions, and the slow and prepared statements."""
         return {
             "pool": self.pool_stats(),
             "orm": self.orm.stats(),
-            "cache": self.get_cache_stats(),
+            "cache": {} if self.cache is None else dict(self.get_cache_stats()),
             "transactions": [root.describe() for root in self.open_transactions],
             "slow": self.slow.latest(),
             "slow_count": self.slow.count,
@@ -348,6 +449,28 @@ class Database:
         return await cache.fetch(
             verb, sql, args, lambda: self._run(verb, sql, args, timeout, writes, frame), reads=reads
         )
+
+    async def _read_or_stale(
+        self,
+        verb: str,
+        sql: str,
+        args: tuple[Any, ...],
+        timeout: float | None,
+        use_cache: bool,
+        invalidate_cache: bool,
+        reads: Sequence[str] | None,
+        frame: FrameType,
+        stale_if_error: float,
+    ) -> Any:
+        """Do what `_read` does; in an outage return the last result, if it is young enough."""
+
+        async def read() -> Any:
+            return await self._read(verb, sql, args, timeout, use_cache, invalidate_cache, reads, frame)
+
+        key = cache_key(verb, sql, args)
+        if key is None or joined() is not None:
+            return await read()
+        return await self.stale.read(key, stale_if_error, sql, read)
 
     async def _run(
         self,

@@ -13,7 +13,7 @@ HOLDERS_SHOWN = 5
 _ROOT = Path(__file__).resolve().parents[2]
 _DATA_LAYER = tuple(str(_ROOT / "utils" / name) for name in ("database", "repositories"))
 _EVENT_LOOP = str(Path(asyncio.__file__).parent)
-_LIBRARIES = ("/sqlalchemy/", "/asyncpg/", "/contextlib.py", "/greenlet/")
+_LIBRARIES = ("/sqlalchemy/", "<sqlalchemy generated ", "/asyncpg/", "/contextlib.py", "/greenlet/")
 
 
 #: Where code is: in the data layer or its libraries, in the event loop, or outside.

@@ -2,36 +2,66 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from contextvars import ContextVar
-from types import FrameType
+from collections.abc import Callable, Generator
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
 from typing import Any
 
-from greenlet import getcurrent  # type: ignore[import-untyped]
 from sqlalchemy import Connection as SyncConnection
 from sqlalchemy import event
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, SessionTransaction
 
-from utils.database.callers import Caller, Holders, Use, find_caller
+from utils.database.callers import Holders
+from utils.database.connection_queue import ConnectionQueue, QueuedPool, find_session_caller
 from utils.database.sessions import apply_settings, session_settings, set_codecs
 from utils.database.statements import Action, SlowLog, WriteLog
 from utils.database.target import ConnectTarget
-from utils.exceptions import DatabaseUnavailable, translate_errors
-
-#: Where statements that SQLAlchemy runs in this context are recorded; None: nowhere.
-write_log: ContextVar[WriteLog | None] = ContextVar("write_log", default=None)
+from utils.exceptions import translate_errors
 
 #: Execution option of the statements that only set up a transaction.
 _OWN = "guildbook_own"
+#: Execution option of a connection: the `WriteLog` that its statements are recorded in.
+WRITE_LOG = "guildbook_log"
 
 
 class _Session(Session):
     """A session with its own transaction, which reports commits. One that joins a transaction is a plain `Session`."""
+
+
+class SessionScope(AbstractAsyncContextManager[AsyncSession]):
+    """A session for `async with`, or held by hand after `await`.
+
+    At the end of an `async with` block it commits and closes; an exception rolls back, and errors about the database
+    are raised as `DatabaseError`. After `session = await scope` you commit, and you must `await session.close()`, which
+    rolls back what was not committed and returns the connection. The session's own methods raise SQLAlchemy's errors.
+    """
+
+    def __init__(self, orm: Orm, session: AsyncSession) -> None:
+        self._orm = orm
+        self._session = session
+
+    def __await__(self) -> Generator[Any, None, AsyncSession]:
+        yield from ()
+        return self._session
+
+    async def __aenter__(self) -> AsyncSession:
+        return self._session
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with translate_errors(was_connected=True):
+            try:
+                if error is None:
+                    await self._session.commit()
+                    return
+                await self._session.rollback()
+            finally:
+                await self._session.close()
+        if isinstance(error, Exception) and (translated := self._orm.translated(error)) is not error:
+            raise translated from error
 
 
 class Orm:
@@ -45,7 +75,7 @@ class Orm:
         target: Callable[[], ConnectTarget],
         *,
         connections: int,
-        acquire_timeout: float,
+        queue_timeout: float,
         idle_seconds: float,
         slow: SlowLog,
         on_committed: Callable[[WriteLog], None],
@@ -53,43 +83,60 @@ class Orm:
     ) -> None:
         """
         target: asked for each new connection.
-        acquire_timeout: seconds to wait for a free connection.
+        queue_timeout: seconds to wait for a free connection.
         idle_seconds: a connection of that age is replaced before it is used again; 0: never.
         slow: records the statements of sessions.
         """
         self.connections: int = connections
-        #: The transactions and sessions that use a connection.
-        self.holders: Holders = Holders()
+        self.queue: ConnectionQueue = ConnectionQueue(connections, queue_timeout)
         self._target = target
         self._slow = slow
         self._on_committed = on_committed
         self._on_doubt = on_doubt
         self.engine: AsyncEngine = create_async_engine(
             target().sqlalchemy_url(),
+            poolclass=QueuedPool,
             pool_size=connections,
             max_overflow=0,
-            pool_timeout=acquire_timeout,
             pool_recycle=idle_seconds or -1,
             json_serializer=lambda value: value,  # the codecs do it
         )
+        pool: Any = self.engine.pool
+        pool.queue = self.queue
         event.listen(self.engine.sync_engine, "connect", _set_up)
         event.listen(self.engine.sync_engine, "do_connect", self._set_arguments)
         # First: before what SQLAlchemy asks a new connection.
         event.listen(self.engine.sync_engine, "connect", self._apply_settings, insert=True)
         event.listen(self.engine.sync_engine, "begin", self._apply_local_settings)
         event.listen(self.engine.sync_engine, "before_cursor_execute", _record)
+        event.listen(self.engine.sync_engine, "commit", _begin_commit)
         event.listen(self.engine.sync_engine, "before_cursor_execute", _start_clock)
         event.listen(self.engine.sync_engine, "after_cursor_execute", self._record_slow)
 
-    def stats(self) -> dict[str, int]:
-        """Return the number of connections, how many are in use, and the maximum."""
-        pool: Any = self.engine.pool
-        return {"size": pool.checkedin() + pool.checkedout(), "active": pool.checkedout(), "max": self.connections}
+    @property
+    def holders(self) -> Holders:
+        """The transactions and sessions that use a connection."""
+        return self.queue.holders
 
-    async def connect(self) -> AsyncConnection:
-        """Return a connection, which the caller closes. Raises `DatabaseError`."""
+    def stats(self) -> dict[str, int]:
+        """Return the number of connections, how many are in use, the maximum, and how many tasks wait for one."""
+        pool: Any = self.engine.pool
+        return {
+            "size": pool.checkedin() + pool.checkedout(),
+            "active": pool.checkedout(),
+            "max": self.connections,
+            "waiting": self.queue.waiting,
+        }
+
+    async def connect(self, holder: str | None = None, timeout: float | None = None) -> AsyncConnection:
+        """Return a connection, which the caller closes. Raises `DatabaseError`.
+
+        holder: named in the error of those who wait in vain; None: the caller.
+        timeout: seconds to wait for a free connection; None: `queue_timeout`.
+        """
         try:
-            return await self.engine.connect()
+            with self.queue.asking(holder, timeout):
+                return await self.engine.connect()
         except Exception as exc:
             raise self.translated(exc) from exc
 
@@ -109,56 +156,20 @@ class Orm:
         if started is not None:
             seconds = time.perf_counter() - started
             is_recorded = seconds >= self._slow.threshold or self._slow.log_all
-            self._slow.record(statement, seconds, _find_session_caller() if is_recorded else None)
+            self._slow.record(statement, seconds, find_session_caller() if is_recorded else None)
 
-    @contextlib.asynccontextmanager
-    async def session(self, joined: AsyncConnection | None) -> AsyncIterator[AsyncSession]:
-        """Yield a session on its own connection, or as a savepoint in the transaction of `joined`.
-
-        The end of the block commits, an exception rolls back. Errors of the driver and of SQLAlchemy about the database
-        are raised as `DatabaseError`.
-        """
+    def session(self, joined: AsyncConnection | None) -> SessionScope:
+        """Return a session on its own connection, or as a savepoint in the transaction of `joined`."""
         if joined is not None:
-            session = AsyncSession(joined, join_transaction_mode="create_savepoint", expire_on_commit=False)
-            log, token, use = WriteLog(), None, None
-        else:
-            session = AsyncSession(self.engine, sync_session_class=_Session, expire_on_commit=False)
-            log = session.sync_session.info["log"] = WriteLog()
-            session.sync_session.info["on_committed"] = self._on_committed
-            token = write_log.set(log)
-            use = Use(sys._getframe(1))
-            self.holders.add(use)
-        try:
-            try:
-                yield session
-            except BaseException:
-                await session.rollback()
-                raise
-            uncommitted = WriteLog(set(log.texts), set(log.tables))
-            try:
-                await session.commit()
-            except BaseException:
-                self._on_doubt(uncommitted)
-                raise
-        except Exception as exc:
-            if (error := self.translated(exc)) is not exc:
-                raise error from exc
-            raise
-        finally:
-            if token is not None:
-                with contextlib.suppress(ValueError):  # closed from another context, as generators may be
-                    write_log.reset(token)
-            await session.close()
-            if use is not None:
-                self.holders.discard(use)
+            return SessionScope(
+                self, AsyncSession(joined, join_transaction_mode="create_savepoint", expire_on_commit=False)
+            )
+        session = AsyncSession(self.engine, sync_session_class=_Session, expire_on_commit=False)
+        session.sync_session.info.update(log=WriteLog(), on_committed=self._on_committed, on_doubt=self._on_doubt)
+        return SessionScope(self, session)
 
     def translated(self, exc: Exception) -> Exception:
         """Return a `DatabaseError` for an error about the database, and any other error unchanged."""
-        if isinstance(exc, PoolTimeout):
-            return DatabaseUnavailable(
-                f"no connection for a transaction or session was free in time: there are {self.connections} (three"
-                f" tenths of DB_POOL_MAX), {self.holders}"
-            )
         return translate_errors(was_connected=True).translated(exc)
 
     async def close(self) -> None:
@@ -169,18 +180,6 @@ class Orm:
 def _start_clock(_: SyncConnection, __: Any, ___: str, ____: Any, context: Any, _____: bool) -> None:
     if context is not None:
         context.guildbook_started = time.perf_counter()
-
-
-def _find_session_caller() -> Caller | None:
-    """Return who called the session: SQLAlchemy runs statements in a greenlet, whose parent is the caller's."""
-    current: Any = getcurrent()
-    frame: FrameType | None = sys._getframe(1)
-    while current is not None:
-        if (found := find_caller(frame)) is not None:
-            return found
-        current = current.parent
-        frame = None if current is None else current.gr_frame
-    return None
 
 
 def _set_up(connection: Any, _: Any) -> None:
@@ -202,25 +201,42 @@ def apply_settings_of_driver(connection: Any, _: Any) -> None:
     connection.run_async(apply_settings)
 
 
+@event.listens_for(_Session, "after_begin")
+def _after_begin(session: Session, _: SessionTransaction, connection: SyncConnection) -> None:
+    if connection.get_execution_options().get(WRITE_LOG) is None:
+        connection.execution_options(**{WRITE_LOG: session.info["log"]})
+
+
 @event.listens_for(_Session, "after_commit")
 def _after_commit(session: Session) -> None:
-    log: WriteLog | None = session.info.get("log")
-    if log is not None and (log.texts or log.tables):
+    log: WriteLog = session.info["log"]
+    if log.texts or log.tables:
         session.info["on_committed"](log.taken())
 
 
-@event.listens_for(_Session, "after_soft_rollback")
-def _after_rollback(session: Session, _: SessionTransaction) -> None:
-    if session.get_transaction() is None and (log := session.info.get("log")) is not None:
-        log.clear()
+@event.listens_for(_Session, "after_transaction_end")
+def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+    if transaction.parent is not None:
+        return
+    log: WriteLog = session.info["log"]
+    if log.is_committing and (log.texts or log.tables):
+        session.info["on_doubt"](log.taken())  # COMMIT was sent and not answered
+    log.clear()
+
+
+def _begin_commit(connection: SyncConnection) -> None:
+    log: WriteLog | None = connection.get_execution_options().get(WRITE_LOG)
+    if log is not None:
+        log.is_committing = True
 
 
 def _record(
-    _: SyncConnection, __: Any, statement: str, ___: Any, context: Any, ____: bool
+    connection: SyncConnection, __: Any, statement: str, ___: Any, context: Any, ____: bool
 ) -> None:  # the signature is SQLAlchemy's
-    log = write_log.get()
+    log: WriteLog | None = connection.get_execution_options().get(WRITE_LOG)
     if log is None or (context is not None and context.execution_options.get(_OWN)):
         return
+    log.statements += 1
     if context is not None and context.compiled is not None and (written := _table_written(context)) is not None:
         # The text of a bulk INSERT differs with its number of rows, and the table is known anyway.
         log.tables.add(written)

@@ -9,8 +9,6 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-import asyncpg
-
 from utils.database.callers import Caller, Use
 from utils.database.pool import Record
 
@@ -35,11 +33,16 @@ class WriteLog:
     texts: set[str] = field(default_factory=set)
     #: Tables that are known to be written, and how. None: only that table itself, no cascades.
     tables: set[tuple[str, Action | None]] = field(default_factory=set)
+    #: How many statements SQLAlchemy has run.
+    statements: int = 0
+    #: Whether COMMIT was sent and its answer is not known.
+    is_committing: bool = False
 
     def clear(self) -> None:
         """Forget everything: it was rolled back."""
         self.texts.clear()
         self.tables.clear()
+        self.is_committing = False
 
     def taken(self) -> WriteLog:
         """Return the entries so far and forget them."""
@@ -80,50 +83,13 @@ class PreparedStatement:
         """Return the first row, or None when there is none."""
         return await self._db.fetchrow(self.sql, *args, timeout=timeout, use_cache=False)
 
-    async def fetchval(self, *args: Any, timeout: float | None = None) -> Any:
-        """Return the first column of the first row, or None when there is no row."""
-        return await self._db.fetchval(self.sql, *args, timeout=timeout, use_cache=False)
+    async def fetchval(self, *args: Any, column: int | str = 0, timeout: float | None = None) -> Any:
+        """Return one column of the first row, or None when there is no row."""
+        return await self._db.fetchval(self.sql, *args, column=column, timeout=timeout, use_cache=False)
 
     async def execute(self, *args: Any, timeout: float | None = None) -> str:
         """Run the statement and return the server's command tag, such as `UPDATE 3`."""
         return await self._db.execute(self.sql, *args, timeout=timeout)
-
-
-class TrackedConnection:
-    """An asyncpg connection that records what is run on it, so that the cache learns what was written."""
-
-    def __init__(self, connection: Any, slow: SlowLog, caller: Caller | None) -> None:
-        self.log: WriteLog = WriteLog()
-        self._slow = slow
-        self._caller = caller
-        #: Whether the outcome of a statement is unknown.
-        self.is_in_doubt: bool = False
-        self._connection = connection
-
-    def __repr__(self) -> str:
-        return f"<TrackedConnection {self._connection!r}>"
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._connection, name)
-
-    def record(self, query: Any) -> None:
-        """Record a `asyncpg.connection.LoggedQuery`."""
-        self.log.texts.add(query.query)
-        self._slow.record(query.query, query.elapsed, self._caller)
-        error = query.exception
-        self.is_in_doubt = self.is_in_doubt or (error is not None and not isinstance(error, asyncpg.PostgresError))
-
-    async def copy_records_to_table(self, table: str, *, schema_name: str | None = None, **kwargs: Any) -> str:
-        """Do what asyncpg's method of this name does; asyncpg logs no COPY."""
-        self.log.tables.add((qualified(table, schema_name), "INSERT"))
-        tag: str = await self._connection.copy_records_to_table(table, schema_name=schema_name, **kwargs)
-        return tag
-
-    async def copy_to_table(self, table: str, *, schema_name: str | None = None, **kwargs: Any) -> str:
-        """Do what asyncpg's method of this name does; asyncpg logs no COPY."""
-        self.log.tables.add((qualified(table, schema_name), "INSERT"))
-        tag: str = await self._connection.copy_to_table(table, schema_name=schema_name, **kwargs)
-        return tag
 
 
 def qualified(table: str, schema: str | None) -> str:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import itertools
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import asyncpg
 
 from utils.database.callers import Caller, Use, find_caller
-from utils.database.orm import write_log
+from utils.database.orm import WRITE_LOG
 from utils.database.sessions import session_settings
 from utils.database.statements import WriteLog
 from utils.exceptions import DRIVER_ERRORS, DatabaseError, translate_errors
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from utils.database.access import Database
+    from utils.database.connections import Cursor
+
+R = TypeVar("R")
 
 Isolation = Literal["read_committed", "repeatable_read", "serializable"]
 
@@ -45,8 +49,7 @@ class Root:
     def __init__(self, name: str) -> None:
         self.name: str = name
         self.began: float = time.monotonic()
-        #: Number of statements so far.
-        self.statements: int = 0
+        self._raw_statements: int = 0
         #: What was run, including SQLAlchemy's statements.
         self.log: WriteLog = WriteLog()
         self.lock: asyncio.Lock = asyncio.Lock()
@@ -56,19 +59,29 @@ class Root:
         #: Why it was ended from outside; None: it was not.
         self.ended_because: str | None = None
         self.connection: AsyncConnection | None = None
-        #: Of the connection, among the engine's holders; set with it.
-        self.use: Use
         self.raw: Any = None
         self.numbers = itertools.count(1)
+
+    @property
+    def statements(self) -> int:
+        """Number of statements so far, including SQLAlchemy's."""
+        return self._raw_statements + self.log.statements
 
     def describe(self) -> dict[str, Any]:
         """Return name, age in seconds and number of statements."""
         return {"name": self.name, "age": time.monotonic() - self.began, "statements": self.statements}
 
     async def run(
-        self, verb: str, *args: Any, log: WriteLog | None = None, use: Use | None = None, **kwargs: Any
+        self,
+        verb: str | Callable[..., Awaitable[Any]],
+        *args: Any,
+        log: WriteLog | None = None,
+        use: Use | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """Run a method of `asyncpg.Connection`, one statement at a time, whichever task it comes from.
+        """Run a method of `asyncpg.Connection`, by its name, or another function that uses the connection.
+
+        One runs at a time, whichever task it comes from.
 
         log: what it may write. None: nothing.
         use: is told when the other statements of the transaction were done.
@@ -78,13 +91,14 @@ class Root:
                 use.begin()
             if self.ended_because is not None:
                 raise DatabaseError(self.ended_because)
-            self.statements += 1
+            self._raw_statements += 1
             if log is not None:
                 self.log.texts |= log.texts
                 self.log.tables |= log.tables
             try:
                 with translate_errors():
-                    return await getattr(self.raw, verb)(*args, **kwargs)
+                    method = getattr(self.raw, verb) if isinstance(verb, str) else verb
+                    return await method(*args, **kwargs)
             except BaseException as exc:
                 was_aborted, self.is_aborted = self.is_aborted, True
                 cause = exc.__cause__
@@ -107,6 +121,31 @@ def joined() -> Root | None:
     return None
 
 
+@contextlib.contextmanager
+def bound_to(root: Root) -> Iterator[None]:
+    """Run the statements of the block in a transaction that `Transaction.begin` returned."""
+    token = current.set(root)
+    try:
+        yield
+    finally:
+        current.reset(token)
+
+
+async def run_in(transaction: Transaction, callback: Callable[..., Awaitable[R]]) -> R:
+    """Run a callback in a transaction and return its result. It gets the transaction if it takes an argument."""
+    async with transaction:
+        return await (callback(transaction) if _takes_argument(callback) else callback())
+
+
+def _takes_argument(callback: Callable[..., object]) -> bool:
+    try:
+        parameters = inspect.signature(callback).parameters.values()
+    except (TypeError, ValueError):  # a callable without a signature
+        return True
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(one.kind in positional and one.default is one.empty for one in parameters)
+
+
 class Transaction:
     """`async with db.transaction():`, also `async with await db.transaction():`.
 
@@ -114,13 +153,16 @@ class Transaction:
     rolls back. Inside another transaction it is a savepoint.
     """
 
-    def __init__(self, db: Database, name: str | None, isolation: Isolation | None, *, readonly: bool) -> None:
+    def __init__(
+        self, db: Database, name: str | None, isolation: Isolation | None, *, readonly: bool, timeout: float | None
+    ) -> None:
         self._db = db
         self._isolation = isolation
         self._readonly = readonly
         self._root: Root | None = None
         self._savepoint: str | None = None
-        self._tokens: list[tuple[ContextVar[Any], Token[Any]]] = []
+        self._timeout = timeout
+        self._token: Token[Root | None] | None = None
         if isolation is not None and isolation not in _LEVELS:
             raise DatabaseError(f"unknown isolation {isolation!r}: use one of {', '.join(_LEVELS)}")
         self.name: str = name or sys._getframe(2).f_code.co_name
@@ -144,9 +186,8 @@ class Transaction:
         if self._root is not None:
             raise DatabaseError("this transaction was already used: call db.transaction() for each block")
         outer = joined()
-        self._tokens = []
         if outer is None:
-            await self._begin()
+            self._token = current.set(await self.begin())
             return self
         if self._isolation is not None or self._readonly:
             raise DatabaseError(
@@ -165,13 +206,10 @@ class Transaction:
         if self._savepoint is not None:
             await self._end_savepoint(root, is_failed=error is not None)
             return
-        for variable, token in reversed(self._tokens):
+        if self._token is not None:
             with contextlib.suppress(ValueError):  # the block ended in another context, as in fixtures
-                variable.reset(token)
-        if error is not None:
-            await self._roll_back(root)
-        else:
-            await self._commit(root)
+                current.reset(self._token)
+        await self.end(is_failed=error is not None)
 
     # These verbs of the transaction and those of `db` do the same.
 
@@ -183,23 +221,30 @@ class Transaction:
         """Return the first row, or None when there is none."""
         return await self._db.fetchrow(sql, *args, timeout=timeout)
 
-    async def fetchval(self, sql: str, *args: Any, timeout: float | None = None) -> Any:
-        """Return the first column of the first row, or None when there is no row."""
-        return await self._db.fetchval(sql, *args, timeout=timeout)
+    async def fetchval(self, sql: str, *args: Any, column: int | str = 0, timeout: float | None = None) -> Any:
+        """Return one column of the first row, or None when there is no row."""
+        return await self._db.fetchval(sql, *args, column=column, timeout=timeout)
 
     async def execute(self, sql: str, *args: Any, timeout: float | None = None) -> str:
         """Run a statement and return the server's command tag, such as `UPDATE 3`."""
         return await self._db.execute(sql, *args, timeout=timeout)
 
-    async def _begin(self) -> None:
+    async def executemany(self, sql: str, rows: Iterable[Sequence[Any]], *, timeout: float | None = None) -> None:
+        """Run a statement once for each row of arguments: all of them or none."""
+        await self._db.execute_many(sql, rows, timeout)
+
+    def cursor(self, sql: str, *args: Any, prefetch: int = 50, timeout: float | None = None) -> Cursor:
+        """Return a cursor, as `Database.cursor` does."""
+        return self._db.cursor(sql, *args, prefetch=prefetch, timeout=timeout)
+
+    async def begin(self) -> Root:
+        """Begin a transaction that is bound to no context, and return it. `end` ends it."""
         root = self._root = Root(self.name)
-        connection = root.connection = await self._db.orm.connect()
-        holders = self._db.orm.holders
-        use = root.use = Use(sys._getframe(), f"{self.name} ({self._caller or 'unknown'})")
-        holders.add(use)
+        holder = f"{self.name} ({self._caller or 'unknown'})"
+        connection = root.connection = await self._db.orm.connect(holder, self._timeout)
         try:
             # Leave BEGIN and COMMIT to us: SQLAlchemy would begin with its own first statement only.
-            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            await connection.execution_options(isolation_level="AUTOCOMMIT", **{WRITE_LOG: root.log})
             await connection.begin()
             root.raw = (await connection.get_raw_connection()).driver_connection
             level = f" ISOLATION LEVEL {_LEVELS[self._isolation]}" if self._isolation else ""
@@ -208,22 +253,23 @@ class Transaction:
                 statements.append(session_settings(root.raw, local=True))
             await root.raw.execute("; ".join(statements))
         except BaseException as exc:
-            holders.discard(use)
             await _discard(root)
             if isinstance(exc, Exception) and (error := self._db.orm.translated(exc)) is not exc:
                 raise error from exc
             raise
         root.is_open = True
         self._db.open_transactions.add(root)
-        self._tokens = [(current, current.set(root)), (write_log, write_log.set(root.log))]
+        return root
+
+    async def end(self, *, is_failed: bool) -> None:
+        """Commit or roll back what `begin` began."""
+        assert self._root is not None, "begun"
+        if is_failed:
+            await self._roll_back(self._root)
+        else:
+            await self._commit(self._root)
 
     async def _commit(self, root: Root) -> None:
-        try:
-            await self._end(root)
-        finally:
-            self._db.orm.holders.discard(root.use)
-
-    async def _end(self, root: Root) -> None:
         async with root.lock:
             self._db.open_transactions.discard(root)
             if root.ended_because is not None:
@@ -248,7 +294,6 @@ class Transaction:
         async with root.lock:
             root.is_open = False
             self._db.open_transactions.discard(root)
-            self._db.orm.holders.discard(root.use)
             try:
                 async with asyncio.timeout(ROLLBACK_SECONDS):
                     await root.raw.execute("ROLLBACK")

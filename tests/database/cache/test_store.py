@@ -75,7 +75,7 @@ async def test_the_second_read_hits(cache: QueryCache) -> None:
     assert await cache.fetch("fetchval", READ, (True,), answering(8)) == 8
     stats = cache.stats()
     assert (stats["hits"], stats["misses"], stats["total_requests"], stats["size"]) == (1, 3, 4, 3)
-    assert stats["hit_rate"] == 0.25
+    assert stats["hit_rate"] == 25.0
 
 
 async def test_caches_none_and_empty_results(cache: QueryCache) -> None:

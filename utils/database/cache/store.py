@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import stamina
 from cachetools import LRUCache
 
-from utils.cache import SingleFlight
+from utils.cache import CacheStats, SingleFlight
 from utils.database.cache.analysis import UNKNOWN, Statement, analyse, is_query, parser
 from utils.database.cache.catalog import Catalog, load_catalog
 from utils.database.cache.results import CachedResult, Key, cache_key, make_cacheable
@@ -303,25 +303,23 @@ class QueryCache:
         """Whether cached results are returned at the moment."""
         return self.clock() < self._trusted_until and not self._is_outdated and self._catalog is not None
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> CacheStats:
         """Return the counters since the start.
 
         A request is a hit or a miss. Of the misses, `shared` joined a running query, `bypassed` went past the cache and
         `uncacheable` had results that cannot be cached. `evictions` made room for other results, `invalidations` were
-        dropped because of writes. `hit_rate` is 0 to 1.
+        dropped because of writes. `hit_rate` is in percent.
         """
-        return {
-            "hits": self._hits,
-            "misses": self._requests - self._hits,
-            "hit_rate": self._hits / self._requests if self._requests else 0.0,
-            "evictions": self._results.evictions,
-            "invalidations": self._invalidations,
-            "total_requests": self._requests,
-            "size": len(self._results),
-            "shared": self._shared,
-            "bypassed": self._bypassed,
-            "uncacheable": self._uncacheable,
-        }
+        return CacheStats(
+            hits=self._hits,
+            total_requests=self._requests,
+            evictions=self._results.evictions,
+            invalidations=self._invalidations,
+            size=len(self._results),
+            shared=self._shared,
+            bypassed=self._bypassed,
+            uncacheable=self._uncacheable,
+        )
 
     def _canonical(self, tables: Iterable[str] | None) -> frozenset[str] | None:
         return None if tables is None or self._catalog is None else self._catalog.canonical_names(tables)

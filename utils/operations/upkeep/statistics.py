@@ -213,7 +213,7 @@ def _summarize_bot(bot: Mapping[str, Any]) -> dict[str, str]:
     cache, slow = database.get("cache"), database["slow"]
     lines = {"Pool": ", ".join(f"{name} {number}" for name, number in bot["pool"].items())}
     if cache:
-        lines["Cache"] = f"{cache['hit_rate'] * 100:.1f} % hits, {format_count(cache['size'], 'result')}"
+        lines["Cache"] = f"{cache['hit_rate']:.1f} % hits, {format_count(cache['size'], 'result')}"
     if bot.get("buffer"):
         queue, spool = bot["queue"], bot["spool"]
         on_disk = "no spool" if spool is None else f"spool {format_bytes(spool['bytes'])}"
