@@ -13,14 +13,18 @@ HIDDEN_NAME = "___hidden___"
 
 
 class Permission(IntFlag):
-    """The permissions that decide what a bot is sent and may request."""
+    """The permissions that decide what a bot is sent, may request and may do."""
 
+    KICK_MEMBERS = 1 << 1
     BAN_MEMBERS = 1 << 2
     ADMINISTRATOR = 1 << 3
     VIEW_AUDIT_LOG = 1 << 7
     VIEW_CHANNEL = 1 << 10
     READ_MESSAGE_HISTORY = 1 << 16
+    MANAGE_NICKNAMES = 1 << 27
+    MANAGE_ROLES = 1 << 28
     MANAGE_THREADS = 1 << 34
+    MODERATE_MEMBERS = 1 << 40
 
 
 ALL_PERMISSIONS = (1 << 53) - 1

@@ -14,6 +14,7 @@ from .limits import Limits
 from .rest import API, NOT_FOUND, ApiError, RestRules
 from .rest_channels import ChannelRoutes
 from .rest_guilds import GuildRoutes
+from .rest_moderation import ModerationRoutes
 from .state import PRIVILEGED, Intent
 from .traffic import Traffic
 from .world import World
@@ -54,6 +55,7 @@ class Simulator:
         self.channels = ChannelRoutes(self)
         self.interactions = InteractionRoutes(self)
         self._guilds = GuildRoutes(self)
+        self._moderation = ModerationRoutes(self)
 
     def __repr__(self) -> str:
         return f"<Simulator {self._host}:{self._port} {self.world!r}>"
@@ -86,7 +88,8 @@ class Simulator:
         app = web.Application(client_max_size=1 << 24)
         app.router.add_get("/gateway", self.gateway.handle)
         app.router.add_get("/gateway/", self.gateway.handle)
-        routes = [route for area in (self._guilds, self.channels, self.interactions) for route in area.routes()]
+        areas = (self._guilds, self._moderation, self.channels, self.interactions)
+        routes = [route for area in areas for route in area.routes()]
         routes += [*extra_routes, web.route("*", API + "/{rest:.*}", self._not_found)]
         applied = self.rules.applied_to
         app.add_routes([web.RouteDef(it.method, it.path, applied(it.handler), it.kwargs) for it in routes])
