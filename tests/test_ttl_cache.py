@@ -33,6 +33,34 @@ async def test_values_expire() -> None:
     }  # fmt: skip
 
 
+async def test_each_value_has_its_own_time_to_live() -> None:
+    clock = Clock()
+    cache = TTLCache[str, int](max_size=3, ttl=300, clock=clock)
+
+    async def load() -> int:
+        return 4
+
+    cache.set("long", 1, ttl=3600)
+    cache.set("short", 2, ttl=1)
+    cache.set("default", 3)
+    clock.now += 2
+    assert [cache.get(key) for key in ("long", "short", "default")] == [1, None, 3]
+    assert await cache.get_or_load("loaded", load, ttl=5) == 4
+    clock.now += 6
+    assert (cache.get("loaded"), len(cache)) == (None, 2)
+    clock.now += 300
+    assert (cache.get("default"), cache.get("long")) == (None, 1)
+    for key in "abc":
+        cache.set(key, 0, ttl=9000)
+    assert (cache.get("long"), len(cache), cache.stats()["evictions"]) == (None, 3, 1)
+    clock.now += 3600
+    assert cache.get("a") == 0
+    for ttl in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="more than 0"):
+            cache.set("a", 1, ttl=ttl)
+    assert (await cache.stats())["size"] == 3
+
+
 async def test_evicts_the_least_recently_used() -> None:
     cache = TTLCache[int, int](max_size=2)
     cache.set(1, 1)

@@ -2,7 +2,13 @@
 
 from utils.cache import CacheStats
 from utils.database.access import ConnectionHealth, Database
-from utils.database.connections import AcquiredConnection, ConnectionTransaction, Cursor, TrackedConnection
+from utils.database.connections import (
+    AcquiredConnection,
+    ConnectionTransaction,
+    PreparedOnConnection,
+    TrackedConnection,
+)
+from utils.database.cursors import Cursor
 from utils.database.named import TransactionSummary
 from utils.database.orm import SessionScope
 from utils.database.statements import PreparedStatement
@@ -18,6 +24,7 @@ __all__ = [
     "Cursor",
     "Database",
     "Documents",
+    "PreparedOnConnection",
     "PreparedStatement",
     "SessionScope",
     "TrackedConnection",

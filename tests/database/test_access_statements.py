@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 from collections.abc import AsyncIterator
@@ -253,12 +254,14 @@ async def test_explain_changes_nothing(db: Database) -> None:
 
 async def test_health_check(db: Database) -> None:
     health = await db.check_connection_health()
+    assert health
     assert health["healthy"]
     assert health["error"] is None
     assert health["latency_ms"] > 0
     assert (await db.validate_connections())["replaced"] == 0
     await db.pool.close()
     health = await db.check_connection_health()
+    assert not health
     assert not health["healthy"]
     assert "not connected" in health["error"]
 
@@ -383,3 +386,32 @@ async def test_writes_may_be_empty(db: Database) -> None:
     await db.execute("DO $$ BEGIN END $$", writes=())
     assert await db.fetchval(COUNT) == 0
     assert db.get_cache_stats()["hits"] == 1
+
+
+@pytest.mark.parametrize("in_transaction", [False, True])
+@pytest.mark.parametrize("way", ["execute", "execute_many", "executemany", "copy"])
+async def test_writes_can_keep_cached_results(db: Database, way: str, in_transaction: bool) -> None:
+    assert await db.fetchval(COUNT) == 0
+    async with db.transaction() if in_transaction else contextlib.nullcontext():
+        if way == "execute":
+            await db.execute(PUT, "apple", 1, invalidate_cache=False)
+        elif way == "copy":
+            await db.copy_records_to_table(
+                "shelf", records=[("apple", 1)], columns=["item", "price"], invalidate_cache=False
+            )
+        else:
+            await getattr(db, way)(PUT, [("apple", 1)], invalidate_cache=False)
+    assert await db.fetchval(COUNT) == 0
+    assert await db.fetchval(COUNT, use_cache=False) == 1
+    await db.execute(PUT, "pear", 1)
+    assert await db.fetchval(COUNT) == 2
+
+
+async def test_cache_statistics_are_in_percent_with_and_without_await(db: Database, database: Pool) -> None:
+    for _ in range(3):
+        await db.fetchval(COUNT)
+    stats = await db.get_cache_stats()
+    assert stats == db.get_cache_stats()
+    assert f"{stats['hit_rate']}%" == "66.67%"
+    async with accessed(database, cached=False) as uncached:
+        assert set((await uncached.get_cache_stats()).values()) == {0}

@@ -141,8 +141,8 @@ class Database(Scopes):
         stale_if_error: while the database is unavailable, or does not answer within 1.5 s, return the last result that
             this process read with `stale_if_error`, if it is at most so many seconds old. It may have been overwritten
             since. Never in a transaction. None: the error is raised.
-        as_: return each row as this pydantic model, dataclass, NamedTuple or TypedDict, validated. None: as asyncpg's
-            `Record`. Raises `ValidationError` for rows that do not fit.
+        as_: return each row as this pydantic model, dataclass or NamedTuple, validated. None: as asyncpg's `Record`.
+            Raises `ValidationError` for rows that do not fit.
 
         The other verbs take the same arguments.
         """

@@ -1,10 +1,10 @@
-"""Raw connections for cogs, in a block or held by hand, and cursors: both tell the cache what they wrote."""
+"""Raw connections for cogs, in a block or held by hand: they tell the cache what was written on them."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Generator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,8 +14,7 @@ import asyncpg
 from utils.database.callers import Caller
 from utils.database.pool import Record
 from utils.database.statements import WriteLog, qualified
-from utils.database.transactions import Isolation, Root, joined
-from utils.exceptions import DatabaseError, ValidationError
+from utils.database.transactions import Isolation
 
 if TYPE_CHECKING:
     from utils.database.access import Database
@@ -39,7 +38,7 @@ class TrackedConnection:
         self._is_in_doubt: bool = False
         #: Statements of the methods below, which asyncpg is still going to report.
         self._unreported: Counter[str] = Counter()
-        connection.add_query_logger(self._record)
+        connection.add_query_logger(self._report)
 
     def __repr__(self) -> str:
         return f"<TrackedConnection {self._connection!r}>"
@@ -72,7 +71,13 @@ class TrackedConnection:
 
     def cursor(self, sql: str, *args: Any, prefetch: int | None = None, timeout: float | None = None) -> Any:
         """Return asyncpg's cursor, for `async for` or `await`. It needs an open transaction."""
+        self.record(sql)
         return self._connection.cursor(sql, *args, prefetch=prefetch, timeout=timeout)
+
+    async def prepare(self, sql: str, *, name: str | None = None, timeout: float | None = None) -> PreparedOnConnection:
+        """Return asyncpg's prepared statement, which lives as long as the connection is held."""
+        statement = await self._connection.prepare(sql, name=name, timeout=timeout)
+        return PreparedOnConnection(self, sql, statement)
 
     def transaction(
         self, *, isolation: Isolation | None = None, readonly: bool = False, deferrable: bool = False
@@ -102,7 +107,7 @@ class TrackedConnection:
         if lease is None:
             return
         with contextlib.suppress(asyncpg.InterfaceError):  # the connection is closed
-            self._connection.remove_query_logger(self._record)
+            self._connection.remove_query_logger(self._report)
         try:
             await lease.__aexit__(kind, error, traceback)
         finally:
@@ -120,16 +125,21 @@ class TrackedConnection:
         end(self._log.taken())
 
     async def _run(self, sql: str, statement: Awaitable[R]) -> R:
-        self._log.texts.add(sql)
+        self.record(sql)
         self._unreported[sql] += 1
-        return await self._finish(statement)
+        return await self.finish(statement)
 
     async def _copy(self, verb: str, table: str, schema_name: str | None, kwargs: dict[str, Any]) -> str:
         self._log.tables.add((qualified(table, schema_name), "INSERT"))  # asyncpg reports no COPY
         copy: Awaitable[str] = getattr(self._connection, verb)(table, schema_name=schema_name, **kwargs)
-        return await self._finish(copy)
+        return await self.finish(copy)
 
-    async def _finish(self, statement: Awaitable[R]) -> R:
+    def record(self, sql: str) -> None:
+        """Record that a statement is going to run."""
+        self._log.texts.add(sql)
+
+    async def finish(self, statement: Awaitable[R]) -> R:
+        """Await a statement and tell the cache what it wrote."""
         try:
             return await statement
         except BaseException as exc:
@@ -138,15 +148,54 @@ class TrackedConnection:
         finally:
             self.settle()
 
-    def _record(self, query: Any) -> None:
-        """Record an `asyncpg.connection.LoggedQuery`: what prepared statements and cursors of the connection ran."""
+    def _report(self, query: Any) -> None:
+        """Record an `asyncpg.connection.LoggedQuery`, such as that of a method which is not among the above."""
         self._db.slow.record(query.query, query.elapsed, self._caller)
         if self._unreported[query.query] > 0:
             self._unreported[query.query] -= 1
             return
-        self._log.texts.add(query.query)
+        self.record(query.query)
         error = query.exception
         self._is_in_doubt = self._is_in_doubt or (error is not None and not isinstance(error, asyncpg.PostgresError))
+
+
+class PreparedOnConnection:
+    """A prepared statement of a `TrackedConnection`: asyncpg's, which tells the cache what it wrote."""
+
+    def __init__(self, connection: TrackedConnection, sql: str, statement: Any) -> None:
+        self._connection = connection
+        self._sql = sql
+        self._statement = statement
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._statement, name)
+
+    async def fetch(self, *args: Any, timeout: float | None = None) -> list[Record]:
+        """Return all rows. `timeout` (here and below) is in seconds, None: DB_COMMAND_TIMEOUT."""
+        rows: list[Record] = await self._run(self._statement.fetch(*args, timeout=timeout))
+        return rows
+
+    async def fetchrow(self, *args: Any, timeout: float | None = None) -> Record | None:
+        """Return the first row, or None when there is none."""
+        row: Record | None = await self._run(self._statement.fetchrow(*args, timeout=timeout))
+        return row
+
+    async def fetchval(self, *args: Any, column: int = 0, timeout: float | None = None) -> Any:
+        """Return one column of the first row, or None when there is no row."""
+        return await self._run(self._statement.fetchval(*args, column=column, timeout=timeout))
+
+    async def executemany(self, rows: Iterable[Sequence[Any]], *, timeout: float | None = None) -> None:
+        """Run the statement once for each row of arguments: all of them or none."""
+        await self._run(self._statement.executemany(rows, timeout=timeout))
+
+    def cursor(self, *args: Any, prefetch: int | None = None, timeout: float | None = None) -> Any:
+        """Return asyncpg's cursor, for `async for` or `await`. It needs an open transaction."""
+        self._connection.record(self._sql)
+        return self._statement.cursor(*args, prefetch=prefetch, timeout=timeout)
+
+    async def _run(self, statement: Awaitable[R]) -> R:
+        self._connection.record(self._sql)
+        return await self._connection.finish(statement)
 
 
 class ConnectionTransaction:
@@ -176,7 +225,7 @@ class ConnectionTransaction:
         await self._end(self._transaction.__aexit__(*error))
 
     async def _end(self, ending: Awaitable[Any]) -> None:
-        await self._connection._finish(ending)
+        await self._connection.finish(ending)
 
 
 class AcquiredConnection:
@@ -204,85 +253,3 @@ class AcquiredConnection:
     async def _open(self) -> TrackedConnection:
         lease = self._db.pool.acquire(self._timeout, temp=True)
         return TrackedConnection(self._db, self._caller, await lease.__aenter__(), lease)
-
-
-class Cursor:
-    """The rows of a query, read `prefetch` at a time: `async for row in db.cursor(sql)`, or `await` it.
-
-    `async for` reads in the open transaction, or else in one of its own, which keeps a connection of the pool until
-    the loop ends. An awaited cursor needs an open transaction and reads with `fetch`, `fetchrow` and `forward`. Rows
-    are never cached. Raises `DatabaseError`.
-    """
-
-    def __init__(self, db: Database, sql: str, args: Sequence[Any], prefetch: int, timeout: float | None) -> None:
-        self._db = db
-        self._sql = sql
-        self._args = args
-        self._prefetch = prefetch
-        self._timeout = timeout
-        self._root: Root | None = None
-        self._cursor: Any = None
-
-    def __repr__(self) -> str:
-        return f"<Cursor {self._sql}>"
-
-    def __await__(self) -> Generator[Any, None, Cursor]:
-        return self._start().__await__()
-
-    async def __aiter__(self) -> AsyncIterator[Record]:
-        root = joined()
-        if root is not None:
-            await self._start()
-            while rows := await self.fetch(self._prefetch):
-                for row in rows:
-                    yield row
-            return
-        try:
-            async with self._db.pool.transaction(temp=True) as connection:
-                async for row in await self._prepared(connection, prefetch=self._prefetch):
-                    yield row
-        finally:
-            self._db.committed(WriteLog({self._sql}))
-
-    async def fetch(self, count: int) -> list[Record]:
-        """Return the next rows, at most `count`; an empty list at the end."""
-        rows: list[Record] = await self._run("fetch", _checked(count))
-        return rows
-
-    async def fetchrow(self) -> Record | None:
-        """Return the next row, or None at the end."""
-        row: Record | None = await self._run("fetchrow")
-        return row
-
-    async def forward(self, count: int) -> int:
-        """Skip rows, at most `count`, and return how many."""
-        skipped: int = await self._run("forward", _checked(count))
-        return skipped
-
-    async def _start(self) -> Cursor:
-        root = self._root = joined()
-        if root is None:
-            raise DatabaseError("a cursor lives in a transaction: await it inside `async with db.transaction():`")
-
-        async def start() -> Any:
-            return await (await self._prepared(root.raw))
-
-        self._cursor = await root.run(start, log=WriteLog({self._sql}))
-        return self
-
-    async def _prepared(self, connection: Any, **kwargs: Any) -> Any:
-        # Unnamed through a pooler: the backend may have a statement of the name that asyncpg would choose.
-        name = "" if self._db.pool.target.pooled else None
-        statement = await connection.prepare(self._sql, name=name, timeout=self._timeout)
-        return statement.cursor(*self._args, timeout=self._timeout, **kwargs)
-
-    async def _run(self, verb: str, *args: Any) -> Any:
-        if self._root is None:
-            raise DatabaseError(f"await the cursor before {verb}(): cursor = await db.cursor(sql)")
-        return await self._root.run(getattr(self._cursor, verb), *args, timeout=self._timeout)
-
-
-def _checked(count: int) -> int:
-    if count < 1:
-        raise ValidationError(f"the number of rows must be at least 1, not {count}")
-    return count

@@ -21,7 +21,7 @@ PROBLEMS_SHOWN = 3
 
 
 def typed_row(cls: type[T], row: Mapping[str, Any]) -> T:
-    """Return a row as a pydantic model, a dataclass, a NamedTuple or a TypedDict.
+    """Return a row as a pydantic model, a dataclass or a NamedTuple.
 
     Raises `ValidationError` for a row that does not fit, naming columns and reasons but no values.
     """
@@ -53,7 +53,7 @@ def _validator(cls: Hashable) -> pydantic.TypeAdapter[Any]:
         return pydantic.TypeAdapter(cast("type[Any]", cls))
     except PydanticUserError as exc:
         raise ValidationError(
-            f"as_={_name(cls)}: use a pydantic model, a dataclass, a NamedTuple or a TypedDict ({exc.message})"
+            f"as_={_name(cls)}: use a pydantic model, a dataclass or a NamedTuple ({exc.message})"
         ) from exc
 
 

@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from utils.database.callers import find_caller
-from utils.database.connections import AcquiredConnection, Cursor, TrackedConnection
+from utils.database.connections import AcquiredConnection, TrackedConnection
+from utils.database.cursors import Cursor
 from utils.database.named import NamedTransactions, TransactionSummary
 from utils.database.orm import Orm, SessionScope
 from utils.database.retries import RetryPolicy, describe, retry

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from utils.database.access import Database
-    from utils.database.connections import Cursor
+    from utils.database.cursors import Cursor
 
 R = TypeVar("R")
 
