@@ -89,7 +89,8 @@ def _format(state: CogState) -> str:
     reason = "" if state.reason is None else f": {discord.utils.escape_markdown(state.reason)}"
     failure = " (the last reload failed)" if state.state == "loaded" and state.reason else ""
     pack = "" if state.pack is None else f" (pack {state.pack})"
-    return f"**{state.name}**{pack} {state.state}{seconds}{failure}{reason}"
+    warnings = "".join(f"\n- warning: {discord.utils.escape_markdown(warning)}" for warning in state.warnings)
+    return f"**{state.name}**{pack} {state.state}{seconds}{failure}{reason}{warnings}"
 
 
 async def setup(bot: Guildbook) -> None:

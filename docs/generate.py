@@ -67,7 +67,7 @@ def settings_page() -> str:
     rows = ["| variable | default | meaning |", "| --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
         default = field.default if field.default is not PydanticUndefined else "required"
-        shown = "" if default is None or default == frozenset() else f"`{_plain(default)}`"
+        shown = "" if default in (None, frozenset(), ()) else f"`{_plain(default)}`"
         rows.append(f"| `{name.upper()}` | {shown} | {_cell(field.description or '')} |")
     intro = "Environment variables, or lines of `.env`. They are validated once, at start; an invalid value ends the"
     return "\n".join(["# Settings", "", NOTE, "", f"{intro} process with exit code 2.", "", *rows])

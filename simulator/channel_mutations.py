@@ -1,22 +1,19 @@
-"""Mutations of channels, threads and messages."""
+"""Mutations of channels and threads."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .entities import Channel, ChannelType, Guild, Json, Thread
+from .entities import ChannelType, Guild, Json, Thread
 from .guild_mutations import reject_unknown_fields
-from .ids import iso
 from .payloads import (
     channel_payload,
     guild_payload,
-    member_payload,
     thread_member_payload,
     thread_payload,
-    user_payload,
 )
 from .populate import draw_channel, draw_thread
-from .state import Intent, WorldState
+from .state import WorldState
 
 _CHANNEL_FIELDS = frozenset(
     [
@@ -43,7 +40,7 @@ _CHANNEL_SETTINGS = ("afk_channel_id", "system_channel_id", "rules_channel_id", 
 
 
 class ChannelMutations(WorldState):
-    """Changes to channels, threads and messages, each with the gateway events Discord sends for it."""
+    """Changes to channels and threads, each with the gateway events Discord sends for it."""
 
     def create_channel(
         self, guild_id: int, name: str | None = None, type: int = ChannelType.TEXT, **fields: Any
@@ -165,39 +162,6 @@ class ChannelMutations(WorldState):
         if seen:
             ids = {"id": str(thread_id), "guild_id": str(guild_id), "parent_id": str(thread.parent_id)}
             self.emit("THREAD_DELETE", guild, ids | {"type": thread.type})
-
-    def message(self, guild_id: int, channel_id: int, user_id: int, content: str) -> int:
-        """Send a message as a member and return its id; only bots with the message content intent get the content."""
-        guild, member = self.guild(guild_id), self.member(guild_id, user_id)
-        place: Channel | Thread = guild.threads.get(channel_id) or self.channel(guild_id, channel_id)
-        now = self.tick()
-        message_id = place.last_message_id = self.new_id()
-        if isinstance(place, Thread):
-            place.message_count += 1
-        if not guild.sees(channel_id):
-            return message_id
-        author = member_payload(member)
-        del author["user"]
-        payload: Json = {"id": str(message_id), "channel_id": str(channel_id), "guild_id": str(guild_id), "type": 0}
-        payload |= {"author": user_payload(member.user), "member": author, "content": content}
-        payload |= {"timestamp": iso(now), "edited_timestamp": None, "tts": False, "mention_everyone": False}
-        payload |= {"mentions": [], "mention_roles": [], "attachments": [], "embeds": [], "pinned": False, "flags": 0}
-        payload |= {"components": [], "nonce": None}
-        # A bot gets the content of its own messages even without the intent.
-        redacted = None if user_id == self.bot.id else payload | {"content": ""}
-        if self.emit("MESSAGE_CREATE", guild, payload, Intent.GUILD_MESSAGES, redacted=redacted):
-            self.ledger.record_message(message_id, guild_id, user_id)
-        return message_id
-
-    def react(self, guild_id: int, channel_id: int, message_id: int, user_id: int, emoji: str = "👍") -> None:
-        """Add a member's reaction with a Unicode emoji."""
-        guild, member = self.guild(guild_id), self.member(guild_id, user_id)
-        self.tick()
-        if guild.sees(channel_id):
-            payload: Json = {"guild_id": str(guild_id), "channel_id": str(channel_id), "message_id": str(message_id)}
-            payload |= {"user_id": str(user_id), "emoji": {"id": None, "name": emoji}, "type": 0, "burst": False}
-            payload["member"] = member_payload(member)
-            self.emit("MESSAGE_REACTION_ADD", guild, payload, Intent.GUILD_MESSAGE_REACTIONS)
 
     def _thread_event(self, name: str, guild: Guild, thread: Thread, extra: Json | None = None) -> None:
         if guild.sees(thread.id):

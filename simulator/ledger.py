@@ -67,6 +67,8 @@ class Delivery:
             return
         try:
             if name == "MESSAGE_CREATE":
+                if b'"guild_id"' not in body:  # a direct message
+                    return
                 end = body.find(b'"', len(_ID_FIRST)) if body.startswith(_ID_FIRST) else -1
                 self.message_ids.append(int(body[len(_ID_FIRST) : end] if end > 0 else json.loads(body)["id"]))
                 self._message_sequences.append(sequence)

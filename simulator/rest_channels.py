@@ -9,6 +9,7 @@ from aiohttp import web
 
 from .entities import Channel, ChannelType, Json, Thread
 from .ids import iso, to_micros
+from .messages import direct_channel_id
 from .payloads import channel_payload, own_user_payload, thread_member_payload, thread_payload, user_payload
 from .rest import (
     API,
@@ -51,6 +52,8 @@ class ChannelRoutes:
             web.get(f"{channel}/messages/{{message_id}}", self.message),
             web.patch(f"{channel}/messages/{{message_id}}", self.edit),
             web.delete(f"{channel}/messages/{{message_id}}", self.delete),
+            web.put(f"{channel}/messages/{{message_id}}/reactions/{{emoji}}/@me", self.react),
+            web.delete(f"{channel}/messages/{{message_id}}/reactions/{{emoji}}/@me", self.unreact),
             web.post(f"{channel}/typing", self.typing),
             web.post(f"{API}/users/@me/channels", self.open_direct),
         ]
@@ -110,7 +113,7 @@ class ChannelRoutes:
         content = str(body.get("content") or "")
         channel_id = path_id(request, "channel_id")
         if channel_id in self._direct:
-            message_id = self._world.new_id()
+            message_id = self._world.direct_message(self._direct[channel_id], content, is_from_bot=True)
         else:
             guild, _ = visible_channel(self._simulator, request)
             message_id = self._world.message(guild.id, channel_id, self._world.bot.id, content)
@@ -134,6 +137,20 @@ class ChannelRoutes:
         del self.sent[int(self._sent(request)["id"])]
         return web.Response(status=204)
 
+    async def react(self, request: web.Request) -> web.Response:
+        self._world.react(*self._reaction(request))
+        return web.Response(status=204)
+
+    async def unreact(self, request: web.Request) -> web.Response:
+        self._world.unreact(*self._reaction(request))
+        return web.Response(status=204)
+
+    def _reaction(self, request: web.Request) -> tuple[int | None, int, int, int, str]:
+        """Return the guild (None: direct messages), the channel, the message, the bot and the emoji."""
+        channel_id, message_id = path_id(request, "channel_id"), path_id(request, "message_id")
+        guild_id = None if channel_id in self._direct else visible_channel(self._simulator, request)[0].id
+        return guild_id, channel_id, message_id, self._world.bot.id, request.match_info["emoji"]
+
     async def typing(self, request: web.Request) -> web.Response:
         return web.Response(status=204)
 
@@ -146,7 +163,7 @@ class ChannelRoutes:
 
     def direct_channel(self, user_id: int) -> Json:
         """Render the direct-message channel between the bot and a user; its id is derived from the user's."""
-        channel_id = user_id ^ 1 << 62
+        channel_id = direct_channel_id(user_id)
         self._direct[channel_id] = user_id
         recipient = user_payload(self._world.user(user_id))
         return {"id": str(channel_id), "type": 1, "last_message_id": None, "recipients": [recipient], "flags": 0}

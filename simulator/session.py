@@ -107,6 +107,8 @@ class Session:
         """Queue one of the world's events if the shard and the intents allow it."""
         if not self.owns(emission.guild_id) or (emission.intent and not emission.intent & self.intents):
             return
+        if emission.is_direct and self.shard[0] != 0:
+            return
         if emission.name == "GUILD_CREATE" and emission.guild_id is not None:
             self._backlog[emission.guild_id] = emission.newly_joined
             self._wake.set()

@@ -21,11 +21,24 @@ class Intent(IntFlag):
     GUILDS = 1 << 0
     GUILD_MEMBERS = 1 << 1
     GUILD_MODERATION = 1 << 2
+    GUILD_EXPRESSIONS = 1 << 3
+    GUILD_INTEGRATIONS = 1 << 4
+    GUILD_WEBHOOKS = 1 << 5
+    GUILD_INVITES = 1 << 6
     GUILD_VOICE_STATES = 1 << 7
     GUILD_PRESENCES = 1 << 8
     GUILD_MESSAGES = 1 << 9
     GUILD_MESSAGE_REACTIONS = 1 << 10
+    GUILD_MESSAGE_TYPING = 1 << 11
+    DIRECT_MESSAGES = 1 << 12
+    DIRECT_MESSAGE_REACTIONS = 1 << 13
+    DIRECT_MESSAGE_TYPING = 1 << 14
     MESSAGE_CONTENT = 1 << 15
+    GUILD_SCHEDULED_EVENTS = 1 << 16
+    AUTO_MODERATION_CONFIGURATION = 1 << 20
+    AUTO_MODERATION_EXECUTION = 1 << 21
+    GUILD_MESSAGE_POLLS = 1 << 24
+    DIRECT_MESSAGE_POLLS = 1 << 25
 
 
 PRIVILEGED: Final = Intent.GUILD_MEMBERS | Intent.GUILD_PRESENCES | Intent.MESSAGE_CONTENT
@@ -36,7 +49,8 @@ class Emission:
     """One gateway event of the world; `intent` 0 reaches every session.
 
     `redacted` is the body for sessions without the message content intent, if it differs. GUILD_CREATE has no body:
-    each session renders its own, because the intents determine which members it contains.
+    each session renders its own, because the intents determine which members it contains. `is_direct` events, of direct
+    messages, go to shard 0 alone.
     """
 
     name: str
@@ -45,6 +59,7 @@ class Emission:
     intent: int
     redacted: bytes | None = None
     newly_joined: bool = False
+    is_direct: bool = False
 
 
 class UnknownEntity(LookupError):
@@ -170,6 +185,10 @@ class WorldState:
             )
         )
         return True
+
+    def emit_direct(self, name: str, payload: Json, intent: int) -> None:
+        """Publish an event of direct messages, which shard 0 receives."""
+        self.publish(Emission(name, None, to_bytes(payload), int(intent), is_direct=True))
 
     def publish(self, emission: Emission) -> None:
         """Pass an emission to every listener."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 
 from . import random_events
+from .activity import ActivityMutations
 from .channel_mutations import ChannelMutations
 from .entities import Guild, Member, User
 from .guild_mutations import LARGE_THRESHOLD, GuildMutations
 from .ids import WORLD_START_US
 from .member_mutations import MemberMutations
+from .messages import MessageMutations
 from .payloads import member_json
 from .populate import (
     DISPLAY_NAMES,
@@ -27,7 +29,7 @@ from .populate import (
 _YEAR_US = 365 * 86_400 * 1_000_000
 
 
-class World(MemberMutations, GuildMutations, ChannelMutations):
+class World(MemberMutations, GuildMutations, ChannelMutations, MessageMutations, ActivityMutations):
     """A deterministic Discord: the same seed and calls give the same world, ids and times included."""
 
     def add_guild(

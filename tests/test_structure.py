@@ -179,6 +179,7 @@ def test_discord_py_stays_at_the_edge_of_the_mirror() -> None:
     knows = {name for name in PRODUCT if within(name, "utils.mirror") or within(name, "utils.database")
              for other in imported(name) if other.split(".")[0] == "discord"}  # fmt: skip
     assert knows <= {
+        "utils.mirror.discord.intents",
         "utils.mirror.discord.permissions",
         "utils.mirror.discord.tap",
         "utils.mirror.discord.source",

@@ -9,7 +9,7 @@ import asyncio
 import contextvars
 import inspect
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from utils import packs
 from utils.bot import command_errors
 from utils.bot.client import Guildbook
+from utils.bot.prefixes import DEFAULT_MARK
 from utils.bot.registrations import LIFECYCLE_TIMEOUT, live_cogs
 from utils.cache import TTLCache
 from utils.documents import Documents
@@ -59,6 +60,9 @@ class BaseCog(commands.Cog):
                     self.log.info("user %s joined guild %s", change.user_id, change.guild_id)
     """
 
+    #: The gateway intents that the cog needs besides those of the mirror (guilds, members, moderation, guild_messages).
+    #: A cog whose privileged intents Discord does not grant is not loaded.
+    intents: ClassVar[discord.Intents] = discord.Intents.none()
     #: Seconds for each of `start`, `stop`, and the end of cancelled tasks.
     _lifecycle_timeout: ClassVar[float] = LIFECYCLE_TIMEOUT
 
@@ -104,6 +108,20 @@ class BaseCog(commands.Cog):
         if self._pack is None:
             raise GuildbookError(f"{self.qualified_name} is in no pack, and only packs have texts in locales/")
         return packs.Locales.of(self._pack).text(key, str(locale), **values)
+
+    async def command_prefix(self, message: discord.Message) -> str | Sequence[str] | None:
+        """Override to choose the prefixes of text commands for a message, for example from the guild's settings.
+
+        Returns one or several, which replace COMMAND_PREFIX; None for the default. Several cogs' prefixes add up. It
+        has a second; after an exception or a timeout the default applies, and it is not called for five seconds.
+
+        Example::
+
+            async def command_prefix(self, message: discord.Message) -> str | None:
+                settings = await self.documents("prefix", PrefixSettings).get("settings", message.guild.id)
+                return settings.prefix
+        """
+        return None
 
     # --- data
 
@@ -241,3 +259,6 @@ class BaseCog(commands.Cog):
     async def cog_command_error(self, ctx: commands.Context[Any], error: Exception) -> None:
         """Answer a failed text command in one line and log the error under the same reference. Never raises."""
         await command_errors.report_command_error(ctx, error, self.log)
+
+
+setattr(BaseCog.command_prefix, DEFAULT_MARK, True)

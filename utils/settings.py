@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -278,6 +279,33 @@ class Settings(BaseSettings):
     )
     stats_seconds: Seconds = Field(default=300.0, description="Interval of the statistics in the log, in seconds.")
 
+    intents: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description=(
+            "Gateway intents besides those of the mirror and of the cogs, by discord.py's names, separated by commas:"
+            " message_content, dm_messages, guild_reactions, ...; default and all are what discord.py calls so."
+        ),
+    )
+    command_prefix: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description=(
+            "Prefixes of text commands, separated by spaces. A mention of the bot always works. In guilds a prefix"
+            " needs the intent message_content."
+        ),
+    )
+    help_command: Literal["none", "default", "minimal"] = Field(
+        default="none",
+        description="discord.py's help command for text commands: none, default or minimal. A cog may set its own.",
+    )
+    message_cache: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description=(
+            "How many messages discord.py keeps in memory, for cogs that listen for on_message_edit, on_reaction_add"
+            " and the like; 0: none. The events on_raw_... need none."
+        ),
+    )
     member_cache: Literal["none", "voice", "all"] = Field(
         default="none",
         description=(
@@ -451,7 +479,31 @@ class Settings(BaseSettings):
             raise ValueError("an age recipient as age-keygen prints it: age1 and 58 more letters and digits")
         return value
 
-    @field_validator("member_cache", "log_format", "spool", "environment", "recover", mode="before")
+    @field_validator("intents", mode="before")
+    @classmethod
+    def _intent_names(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        from discord import Intents  # only those who set it pay for the import
+
+        names = tuple(dict.fromkeys(re.split(r"[,\s]+", value.strip(" ,").lower())))
+        known = ("default", "all", *Intents.VALID_FLAGS)
+        for name in names:
+            if name not in known:
+                similar = difflib.get_close_matches(name, known, 1)
+                raise ValueError(
+                    f"names of discord.py's intents ({name!r}: did you mean {similar[0]}?)"
+                    if similar
+                    else f"names of discord.py's intents, of which {name!r} is none: {', '.join(Intents.VALID_FLAGS)}"
+                )
+        return names
+
+    @field_validator("command_prefix", mode="before")
+    @classmethod
+    def _prefixes(cls, value: Any) -> Any:
+        return tuple(dict.fromkeys(value.split())) if isinstance(value, str) else value
+
+    @field_validator("member_cache", "log_format", "spool", "environment", "recover", "help_command", mode="before")
     @classmethod
     def _lower(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable
-from typing import Any, Literal
+import sys
+from collections.abc import Callable, Coroutine, Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
 import discord
 from discord.ext import commands
@@ -13,17 +14,21 @@ from discord.ext import commands
 from utils.bot.command_errors import report_command_error
 from utils.bot.command_sync import sync_commands
 from utils.bot.command_tree import CommandTree
+from utils.bot.intents import GatewayIntents
+from utils.bot.listeners import Present, find_problem, is_event
 from utils.bot.loader import Loader
+from utils.bot.prefixes import Prefixes
 from utils.bot.scheduler import Scheduler
 from utils.database import Pool
 from utils.database.access import Database
 from utils.database.cache import Channel, QueryCache
 from utils.database.orm import SessionScope
-from utils.exceptions import GuildbookError, SettingsError, SpoolError
-from utils.logs import RateLimit
+from utils.exceptions import CogError, GuildbookError, SettingsError, SpoolError
+from utils.logs import RateLimit, log_once
 from utils.mirror import Mirror
 from utils.mirror.change_feed import ChangeFeed, MirrorChange
 from utils.mirror.discord import tap
+from utils.mirror.discord.intents import mirror_intents
 from utils.mirror.discord.source import DiscordSource
 from utils.mirror.reconcile.reconciler import ReconcilePolicy
 from utils.mirror.spool.journal import Journal
@@ -53,34 +58,46 @@ ANSWER_TIMEOUT = 30.0
 USER_ERRORS_PER_MINUTE, ERRORS_PER_USER = 60, 10
 #: The event that `on_mirror_change` listeners receive.
 CHANGE_EVENT = "mirror_change"
+#: Why a cog cannot wait for Discord while it is set up, and what to do.
+NOT_CONNECTED = (
+    "cogs are loaded before the bot connects, so it would wait for ever; await it in a task (self.spawn) or in a loop's"
+    " before_loop"
+)
+#: By value of HELP_COMMAND.
+HELP_COMMANDS: dict[str, Callable[[], commands.HelpCommand | None]] = {
+    "none": lambda: None,
+    "default": commands.DefaultHelpCommand,
+    "minimal": commands.MinimalHelpCommand,
+}
 
 
 class Guildbook(commands.AutoShardedBot):
     """Mirrors the bot's guilds into the database and runs the cogs.
 
     `lease` must have been acquired. `extensions` are the cogs' modules; None loads everything in `cogs/`.
+    `refused_intents` are privileged intents for which Discord closed an earlier connection.
     """
 
     def __init__(
-        self, settings: Settings, pool: Pool, lease: Lease, *, extensions: Iterable[str] | None = None
+        self,
+        settings: Settings,
+        pool: Pool,
+        lease: Lease,
+        *,
+        extensions: Iterable[str] | None = None,
+        refused_intents: frozenset[str] = frozenset(),
     ) -> None:
         # discord.py warns at start-up when the optional voice libraries are missing. This bot does not use voice.
         discord.VoiceClient.warn_nacl = discord.VoiceClient.warn_dave = False
-        intents = discord.Intents(
-            guilds=True,
-            members=True,
-            moderation=True,
-            guild_messages=True,
-            voice_states=settings.member_cache != "none",
-        )
         super().__init__(
-            command_prefix=commands.when_mentioned,
+            command_prefix=commands.when_mentioned,  # get_prefix adds the others
             tree_cls=CommandTree,
             help_command=None,
-            intents=intents,
+            intents=mirror_intents(settings.member_cache),
             chunk_guilds_at_startup=False,
             member_cache_flags=member_cache_flags(settings.member_cache),
-            max_messages=None,
+            max_messages=settings.message_cache or None,
+            enable_raw_presences=True,
             allowed_mentions=discord.AllowedMentions.none(),
         )
         self.settings: Settings = settings
@@ -105,6 +122,11 @@ class Guildbook(commands.AutoShardedBot):
         self.add_listener(self.confirmations.on_interaction)
         self.lease: Lease = lease
         self.loader: Loader = Loader(self, extensions)
+        #: The intents of the gateway session.
+        self.gateway_intents: GatewayIntents = GatewayIntents(self, refused=refused_intents)
+        #: The prefixes of text commands.
+        self.prefixes: Prefixes = Prefixes(settings.command_prefix)
+        self.reset_help_command()
         self.scheduler: Scheduler = Scheduler(settings, pool, notify=self.operators.notify)
         #: Why an operator command shut the bot down; None if none did.
         self.shutdown_error: GuildbookError | None = None
@@ -225,7 +247,10 @@ class Guildbook(commands.AutoShardedBot):
         tap.install(self, self._mirror)
         await self._mirror.replay()
         self._mirror.start()
+        self.gateway_intents.grant(self.application_flags.value)
         await self.loader.load_all()
+        self.gateway_intents.settle()
+        self.loader.log_warnings()
         await sync_commands(self)
         self._start_task(changes.run(), "change feed")
         self._start_task(self._log_statistics(), "statistics")
@@ -236,6 +261,41 @@ class Guildbook(commands.AutoShardedBot):
         """Drop cached data and start new gateway sessions, so that Discord sends everything again. For restores."""
         await self.db.renew()
         await tap.begin_new_sessions(self)
+
+    async def add_cog(self, cog: commands.Cog, /, **how: Any) -> None:
+        """Add a cog. Raises `CogError` if it needs a privileged intent that Discord does not grant."""
+        self.gateway_intents.admit(cog)
+        await super().add_cog(cog, **how)
+
+    async def get_prefix(self, message: discord.Message, /) -> list[str]:
+        """Return the prefixes of text commands for a message: mentions, and COMMAND_PREFIX or what cogs say."""
+        return await self.prefixes.find(self, message)
+
+    def reset_help_command(self) -> None:
+        """Use the help command of HELP_COMMAND again."""
+        self.help_command = HELP_COMMANDS[self.settings.help_command]()
+
+    def present(self) -> Present:
+        """Return what listeners can rely on: the session's intents and discord.py's caches."""
+        return Present(self.intents, self.settings.member_cache, self.settings.message_cache)
+
+    async def wait_until_ready(self) -> None:
+        """Wait until the cache of guilds is filled. Raises `CogError` while a cog is set up: it would wait for ever."""
+        if not self.is_ready() and self.loader.is_setting_up():
+            raise CogError(f"wait_until_ready() cannot be awaited here: {NOT_CONNECTED}")
+        await super().wait_until_ready()
+
+    if not TYPE_CHECKING:  # authors keep discord.py's overloads, one for each event
+
+        def wait_for(self, event: str, /, **how: Any) -> Coroutine[Any, Any, Any]:
+            """Wait for an event. Warns of one that is never dispatched; raises `CogError` while a cog is set up."""
+            if self.loader.is_setting_up() and not self.is_ready() and is_event(event):
+                raise CogError(f"wait_for({event!r}) cannot be awaited here: {NOT_CONNECTED}")
+            if (problem := find_problem(event, self.present())) is not None:
+                caller = sys._getframe(1)
+                where = f"{caller.f_globals.get('__name__', '?')}:{caller.f_lineno}"
+                log_once(_log, ("wait_for", event, where), "%s: wait_for(%r): on_%s %s", where, event, event, problem)
+            return super().wait_for(event, **how)
 
     def spool_events(self) -> None:
         """Keep events on disk from now on: the database cannot take them."""

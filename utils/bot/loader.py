@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from discord.ext import commands
 
 from utils import packs
+from utils.bot.cog_warnings import find_warnings
 from utils.bot.command_sync import sync_commands
+from utils.bot.listeners import AwaitedEvent, awaited_events
 from utils.bot.registrations import (
     LIFECYCLE_TIMEOUT,
     Registrations,
@@ -61,6 +63,8 @@ class CogState:
     seconds: float | None = None
     #: The name of the pack that it belongs to; None for Guildbook's own.
     pack: str | None = None
+    #: What of it cannot work with the present intents and settings, and what to do: one line each.
+    warnings: tuple[str, ...] = ()
 
 
 class Loader:
@@ -86,6 +90,10 @@ class Loader:
         self._modules: list[str] | None = None if modules is None else list(modules)
         self._states: dict[str, CogState] = {}
         self._registrations: dict[str, Registrations] = {}
+        #: By module, the events that its code waits for.
+        self._awaited: dict[str, list[AwaitedEvent]] = {}
+        #: The task that sets a cog up or tears it down.
+        self._working: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()
 
     def states(self) -> list[CogState]:
@@ -93,7 +101,16 @@ class Loader:
         modules = find_modules() if self._modules is None else self._modules
         found = {short_name(module): _initial_state(module) for module in modules}
         known = {name: state for name, state in self._states.items() if name in found or state.state == "loaded"}
-        return sorted((found | known).values(), key=lambda state: state.name)
+        return sorted(map(self._with_warnings, (found | known).values()), key=lambda state: state.name)
+
+    def is_setting_up(self) -> bool:
+        """Return whether the caller is the set-up or the tear-down of a cog, and not a task that this started."""
+        return self._working is not None and asyncio.current_task() is self._working
+
+    def log_warnings(self) -> None:
+        """Log what of the loaded cogs cannot work."""
+        for state in self.states():
+            _log_warnings(state)
 
     async def load_all(self) -> None:
         """Load every cog that is not loaded. Failures are logged. Does not register slash commands with Discord."""
@@ -111,10 +128,11 @@ class Loader:
             state = self._get(name)
             if state.state == "loaded":
                 raise ValidationError(f"{name} is already loaded: reload it to apply a change")
-            state = await self._load(state)
+            state = self._with_warnings(await self._load(state))
             await self._sync_commands()
         if state.state == "failed":
             raise CogError(f"{name} could not be loaded: {state.reason}")
+        _log_warnings(state)
         return state
 
     async def unload(self, name: str) -> CogState:
@@ -157,6 +175,8 @@ class Loader:
                 else f"and the previous code could not be restored ({new.reason})"
             )
             raise CogError(f"{name} was not reloaded, {outcome}: {problem}")
+        new = self._with_warnings(new)
+        _log_warnings(new)
         return new
 
     # --- called with the lock held
@@ -181,6 +201,7 @@ class Loader:
             return self._set_state(replace(state, state="failed", reason=describe_error(cause), seconds=None))
         seconds = round(time.perf_counter() - started, 3)
         self._registrations[module] = Registrations.capture(self._bot).added_since(before, module)
+        self._awaited[module] = await asyncio.to_thread(awaited_events, list(_imported_modules(module)))
         _log.info("cog loaded: %s", module, extra={"seconds": seconds})
         return self._set_state(replace(state, state="loaded", reason=None, seconds=seconds))
 
@@ -218,7 +239,7 @@ class Loader:
 
         Code that ignores its cancellation keeps running in the background.
         """
-        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+        task = self._working = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
         try:
             await asyncio.wait([task], timeout=timeout)
             if not task.done():
@@ -240,6 +261,13 @@ class Loader:
         if self._bot.application_id is None:
             return
         await sync_commands(self._bot)
+
+    def _with_warnings(self, state: CogState) -> CogState:
+        registrations = self._registrations.get(state.module)
+        if registrations is None or state.state != "loaded":
+            return state
+        found = find_warnings(self._bot, registrations, self._awaited.get(state.module, []))
+        return replace(state, warnings=tuple(found))
 
     def _set_state(self, state: CogState) -> CogState:
         self._states[state.name] = state
@@ -280,6 +308,11 @@ def short_name(module: str) -> str:
     """Return a cog's short name: `tally` for `cogs.tally`, `economy.shop` for `economy.cogs.shop` of a pack."""
     pack = packs.module_owner(module)
     return module.rpartition(".")[2] if pack is None else pack.short_name(module)
+
+
+def _log_warnings(state: CogState) -> None:
+    for warning in state.warnings:
+        _log.warning("cog %s: %s", state.name, warning)
 
 
 def describe_error(exc: BaseException) -> str:

@@ -81,6 +81,8 @@ class Process:
         self._is_database_up = True
         #: Epoch of the lease that this process took last.
         self._last_epoch = 0
+        #: Privileged intents for which Discord closed the connection.
+        self._refused_intents: frozenset[str] = frozenset()
         self._resources = AsyncExitStack()
         #: Seconds that stopping the embedded server may take.
         self._server_stop_timeout = settings.shutdown_seconds
@@ -210,7 +212,7 @@ class Process:
         try:
             await self._prepare_schema(pool)
             await self._create_partitions(pool)
-            self.bot = Guildbook(settings, pool, lease)
+            self.bot = Guildbook(settings, pool, lease, refused_intents=self._refused_intents)
             self._before_login()
             running = asyncio.create_task(self.bot.start(settings.discord_token.get_secret_value()), name="discord")
             while True:
@@ -229,12 +231,28 @@ class Process:
             lease.give_up(str(error))
         except DatabaseUnavailable as error:
             _log.error("start interrupted by a database outage, starting again: %s", error)
+        except discord.PrivilegedIntentsRequired:
+            if not self._refuse_intents():
+                raise
         finally:
             lost.cancel()
             missing.cancel()
             if running is not None:
                 running.cancel()
         await self._stand_down(lease, running)
+
+    def _refuse_intents(self) -> bool:
+        """Do without the privileged intents that only cogs need from now on; return False if there were none."""
+        optional = frozenset() if self.bot is None else self.bot.gateway_intents.optional()
+        if not optional:
+            return False
+        self._refused_intents |= optional
+        _log.error(
+            "Discord closed the connection because of privileged intents (code 4014): starting again without %s and the"
+            " cogs that need them",
+            " and ".join(sorted(optional)),
+        )
+        return True
 
     async def _take_lease(self, lease: Lease, hold: DatabaseHold) -> bool:
         """Wait for the lease; return False if the database was recreated meanwhile and must be prepared again."""

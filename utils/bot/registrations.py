@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import discord
 from discord import app_commands
 from discord.ext import commands, tasks
+from discord.ext.commands import HelpCommand
 from sqlalchemy import Table
 
 from models import Base
@@ -49,6 +50,8 @@ class Registrations:
     checks: list[tuple[bool, Callable[..., Any]]]
     views: list[Any]
     tasks: frozenset[asyncio.Task[Any]]
+    #: None if there is none, or none was added.
+    help_command: HelpCommand | None = None
 
     @classmethod
     def capture(cls, bot: Guildbook) -> Registrations:
@@ -61,6 +64,7 @@ class Registrations:
             checks=list(_checks(bot)),
             views=list(bot.persistent_views),
             tasks=frozenset(asyncio.all_tasks()),
+            help_command=bot.help_command,
         )
 
     def added_since(self, before: Registrations, module: str) -> Registrations:
@@ -77,6 +81,7 @@ class Registrations:
             checks=_new_items(self.checks, before.checks),
             views=_new_items(self.views, before.views),
             tasks=frozenset(task for task in new_tasks if runs_code_from(task, module)),
+            help_command=None if self.help_command is before.help_command else self.help_command,
         )
 
     async def remove(self, bot: Guildbook) -> None:
@@ -86,6 +91,8 @@ class Registrations:
         for event, listeners in self.listeners.items():
             for listener in listeners:
                 bot.remove_listener(listener, event)
+        if self.help_command is not None and bot.help_command is self.help_command:
+            bot.reset_help_command()
         for command in self.commands:
             if bot.get_command(command.name) is command:
                 bot.remove_command(command.name)
