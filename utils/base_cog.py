@@ -109,6 +109,8 @@ class BaseCog(commands.Cog):
             raise GuildbookError(f"{self.qualified_name} is in no pack, and only packs have texts in locales/")
         return packs.Locales.of(self._pack).text(key, str(locale), **values)
 
+    # --- text commands
+
     async def command_prefix(self, message: discord.Message) -> str | Sequence[str] | None:
         """Override to choose the prefixes of text commands for a message, for example from the guild's settings.
 
