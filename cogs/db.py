@@ -425,6 +425,13 @@ class BotContext(DoctorContext):
         super().__init__()
         self._settings = bot.settings
         self._bot_pool = pool
+        self._loader = bot.loader
+
+    def cog_problems(self) -> list[str]:
+        """Return why cogs are not loaded, and the warnings of the others."""
+        states = self._loader.states()
+        failed = [f"{state.name} is not loaded: {state.reason}" for state in states if state.state == "failed"]
+        return failed + [f"{state.name}: {warning}" for state in states for warning in state.warnings]
 
     async def _connect(self) -> Pool:
         async with self._bot_pool.acquire(CONNECT_SECONDS) as connection:  # it may have been lost since

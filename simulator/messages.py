@@ -49,9 +49,15 @@ class MessageMutations(WorldState):
         """Send the bot a direct message as a user, or, with `is_from_bot`, the user one of the bot's; return its id."""
         self.tick()
         message_id, author = self.new_id(), self.user(self.bot.id if is_from_bot else user_id)
-        payload = self._message(direct_channel_id(user_id), author.id, message_id, content) | fields
+        payload = self._message(self.open_direct(user_id), author.id, message_id, content) | fields
         self.emit_direct("MESSAGE_CREATE", payload | {"channel_type": 1}, Intent.DIRECT_MESSAGES)
         return message_id
+
+    def open_direct(self, user_id: int) -> int:
+        """Open the channel of direct messages with a user, if it is not, and return its id."""
+        channel_id = direct_channel_id(self.user(user_id).id)
+        self.direct_channels[channel_id] = user_id
+        return channel_id
 
     def edit_message(
         self, guild_id: int | None, channel_id: int, message_id: int, user_id: int, content: str, **fields: Any

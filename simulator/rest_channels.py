@@ -9,7 +9,6 @@ from aiohttp import web
 
 from .entities import Channel, ChannelType, Json, Thread
 from .ids import iso, to_micros
-from .messages import direct_channel_id
 from .payloads import channel_payload, own_user_payload, thread_member_payload, thread_payload, user_payload
 from .rest import (
     API,
@@ -38,7 +37,6 @@ class ChannelRoutes:
         self._simulator = simulator
         self._world = simulator.world
         self.sent: dict[int, Json] = {}
-        self._direct: dict[int, int] = {}
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes of this class."""
@@ -112,8 +110,8 @@ class ChannelRoutes:
         body = await read_body(request)
         content = str(body.get("content") or "")
         channel_id = path_id(request, "channel_id")
-        if channel_id in self._direct:
-            message_id = self._world.direct_message(self._direct[channel_id], content, is_from_bot=True)
+        if channel_id in self._world.direct_channels:
+            message_id = self._world.direct_message(self._world.direct_channels[channel_id], content, is_from_bot=True)
         else:
             guild, _ = visible_channel(self._simulator, request)
             message_id = self._world.message(guild.id, channel_id, self._world.bot.id, content)
@@ -148,7 +146,9 @@ class ChannelRoutes:
     def _reaction(self, request: web.Request) -> tuple[int | None, int, int, int, str]:
         """Return the guild (None: direct messages), the channel, the message, the bot and the emoji."""
         channel_id, message_id = path_id(request, "channel_id"), path_id(request, "message_id")
-        guild_id = None if channel_id in self._direct else visible_channel(self._simulator, request)[0].id
+        guild_id = (
+            None if channel_id in self._world.direct_channels else visible_channel(self._simulator, request)[0].id
+        )
         return guild_id, channel_id, message_id, self._world.bot.id, request.match_info["emoji"]
 
     async def typing(self, request: web.Request) -> web.Response:
@@ -163,8 +163,7 @@ class ChannelRoutes:
 
     def direct_channel(self, user_id: int) -> Json:
         """Render the direct-message channel between the bot and a user; its id is derived from the user's."""
-        channel_id = direct_channel_id(user_id)
-        self._direct[channel_id] = user_id
+        channel_id = self._world.open_direct(user_id)
         recipient = user_payload(self._world.user(user_id))
         return {"id": str(channel_id), "type": 1, "last_message_id": None, "recipients": [recipient], "flags": 0}
 

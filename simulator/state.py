@@ -84,6 +84,8 @@ class WorldState:
         self.listeners: list[Callable[[Emission], None]] = []
         self.ledger = Ledger()
         self.mutations = 0
+        #: Users by their opened channel of direct messages.
+        self.direct_channels: dict[int, int] = {}
         self._increment = 0
         # Far in the past, so that every user is older than every guild.
         self._next_user_id = 80_000_000_000_000_000 + self.rng.getrandbits(40)

@@ -25,6 +25,7 @@ CHECKS: tuple[Check, ...] = (
     Check("discord", discord.check_discord, discord.REQUEST_SECONDS + 2.0),
     Check("permissions", discord.check_permissions, discord.REQUEST_SECONDS + 2.0),
     Check("admin guild", discord.check_admin_guild, discord.REQUEST_SECONDS + 2.0),
+    Check("cogs", configuration.check_cogs, 5.0),
     Check("database", server.check_database, _CONNECT),
     Check("address", address.check_address, _CONNECT + 10.0),
     Check("rights", server.check_privileges, _CONNECT + 5.0),

@@ -90,6 +90,14 @@ def find_token_problem(token: str) -> str | None:
     return None
 
 
+async def check_cogs(context: DoctorContext) -> Sequence[Finding]:
+    """Report cogs that are not loaded, and what of the others cannot work with the present intents and caches."""
+    problems = context.cog_problems()
+    if problems is None:
+        return [Finding("ok", "cogs", "only the running bot loads them: /db health and /cogs list check them")]
+    return [Finding("warn", "cogs", problem) for problem in problems] or [Finding("ok", "cogs", "all of them work")]
+
+
 async def check_draining(context: DoctorContext) -> Sequence[Finding]:
     """Check that Railway gives the bot the time for a clean shutdown."""
     context.require("SHUTDOWN_SECONDS")

@@ -107,6 +107,10 @@ class DoctorContext:
             text = text.replace(secret, "***")
         return redact(text)
 
+    def cog_problems(self) -> list[str] | None:
+        """Return what of the cogs does not work, one line each; None where no bot runs, because only it loads them."""
+        return None
+
     # --- backups
 
     def catalog(self) -> BackupCatalog:

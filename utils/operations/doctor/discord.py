@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import discord
 
+from utils.mirror.discord.intents import PRIVILEGED, granted_intents, how_to_switch_on, parse_intents
 from utils.mirror.discord.permissions import UsedPermission, find_missing, invite_url
 from utils.operations.doctor.context import DoctorContext
 from utils.operations.doctor.report import CheckSkipped, Finding
@@ -24,15 +25,12 @@ _REQUEST_ERRORS = (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadErro
 GUILDS_PER_PAGE, GUILD_PAGES = 200, 5
 #: Guilds with missing permissions of which each is a finding of its own.
 SHOWN_GUILDS = 10
-#: The application flags for the Server Members Intent, with and without Discord's verification (API reference,
-#: "Application Flags").
-_MEMBERS_INTENT = 1 << 14 | 1 << 15
 #: Tolerated difference of clocks: Discord's header has whole seconds, and nothing of ours relies on our own clock.
 MAX_SKEW_SECONDS = 5.0
 
 
 async def check_discord(context: DoctorContext, *, timeout: float = REQUEST_SECONDS) -> Sequence[Finding]:
-    """Check that Discord accepts the token, that the Server Members Intent is on, and that the clocks agree."""
+    """Check the token, the clocks, and that the Server Members Intent and the privileged ones of INTENTS are on."""
     base, headers = _endpoint(context)
     started = time.time()
     try:
@@ -56,16 +54,29 @@ async def check_discord(context: DoctorContext, *, timeout: float = REQUEST_SECO
     name = str(content.get("name", "?"))[:40]
     return [
         Finding("ok", "discord", f"the token is of the application {name!r}"),
-        _check_intent(content.get("flags")),
+        *_check_intents(content.get("flags"), context),
         *clock,
     ]
 
 
-def _check_intent(flags: object) -> Finding:
-    if isinstance(flags, int) and flags & _MEMBERS_INTENT:
-        return Finding("ok", "intents", "Server Members Intent is on")
-    advice = f"switch it on at {DEVELOPER_PORTAL} > your application > Bot > Privileged Gateway Intents"
-    return Finding("fail", "intents", "Server Members Intent is off: members cannot be mirrored", advice)
+def _check_intents(flags: object, context: DoctorContext) -> list[Finding]:
+    """Check the privileged intents of the mirror and of INTENTS. The running bot checks those of its cogs."""
+    granted = granted_intents(flags) if isinstance(flags, int) else frozenset()
+    added = parse_intents(context.settings.intents)
+    findings = []
+    for name, intent in PRIVILEGED.items():
+        is_needed = name == "members"
+        if not (is_needed or getattr(added, name)):
+            continue
+        if name in granted:
+            findings.append(Finding("ok", "intents", f"{intent.switch} is on"))
+        elif is_needed:
+            seen = f"{intent.switch} is off: members cannot be mirrored"
+            findings.append(Finding("fail", "intents", seen, how_to_switch_on(name)))
+        else:
+            seen = f"{intent.switch} is off: {name} of INTENTS is left out"
+            findings.append(Finding("warn", "intents", seen, how_to_switch_on(name)))
+    return findings
 
 
 async def check_permissions(context: DoctorContext, *, timeout: float = REQUEST_SECONDS) -> Sequence[Finding]:

@@ -1,0 +1,123 @@
+"""What of a cog cannot work is named when it is loaded: listeners, `wait_for`, text commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cogs.db import BotContext
+from simulator import Simulator
+from tests.bot.running import running_bot
+from tests.bot.temporary_cogs import TemporaryCogs
+from utils.database import Pool
+from utils.operations.doctor import CHECKS, run_checks
+
+pytestmark = pytest.mark.guilds(10)
+
+LEVELS = """
+class Levels(commands.Cog):
+    def __init__(self, bot):
+        self.bot = bot
+
+    @commands.Cog.listener()
+    async def on_message(self, message):
+        if message.content.startswith("gg"):
+            await message.add_reaction("👍")
+
+    @commands.Cog.listener("on_message")
+    async def count(self, message):
+        self.bot.counted = message.author.id
+
+    @commands.Cog.listener()
+    async def on_reaction_add(self, reaction, user):
+        pass
+
+    @commands.Cog.listener()
+    async def on_member_update(self, before, after):
+        pass
+
+    @commands.Cog.listener()
+    async def on_mirror_change(self, change):
+        pass
+
+    @commands.Cog.listener()
+    async def on_something_of_mine(self):
+        pass
+
+    @commands.command()
+    async def rank(self, ctx):
+        await self.bot.wait_for("message_edit", timeout=1)
+        await self.bot.wait_for("message", timeout=1)
+        await self.bot.wait_for("raw_reaction_add", timeout=1)
+
+async def setup(bot):
+    await bot.add_cog(Levels(bot))
+"""
+#: Without any setting.
+EXPECTED = (
+    "on_member_update (Levels.on_member_update) is called for the bot itself only (MEMBER_CACHE=none); use"
+    " on_mirror_change, or set MEMBER_CACHE=all",
+    "on_message (Levels.on_message) reads message.content, which is empty in guilds unless the bot is mentioned;"
+    " declare intents = discord.Intents(message_content=True) in the cog, or set INTENTS=message_content",
+    "on_reaction_add (Levels.on_reaction_add) is never called without the intent guild_reactions or dm_reactions and"
+    " messages in memory; declare intents = discord.Intents(guild_reactions=True) in the cog, or set"
+    " INTENTS=guild_reactions; use on_raw_reaction_add, or set MESSAGE_CACHE=1000",
+    "on_message_edit (wait_for in MODULE:34) is never called without messages in memory; use on_raw_message_edit, or"
+    " set MESSAGE_CACHE=1000",
+    "on_raw_reaction_add (wait_for in MODULE:36) is never called without the intent guild_reactions or dm_reactions;"
+    " declare intents = discord.Intents(guild_reactions=True) in the cog, or set INTENTS=guild_reactions",
+    "the text command rank works only after a mention of the bot; set COMMAND_PREFIX, for example to !",
+)
+
+
+@pytest.fixture
+def cogs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TemporaryCogs:
+    """An empty package for cogs."""
+    return TemporaryCogs(tmp_path, monkeypatch)
+
+
+async def test_what_cannot_work_is_logged_listed_and_checked(
+    database: Pool, simulator: Simulator, cogs: TemporaryCogs, caplog: pytest.LogCaptureFixture
+) -> None:
+    cogs.write("levels", "from discord.ext import commands\n" + LEVELS, with_imports=False)
+    cogs.write("broken", "import nothing_like_this")
+    async with running_bot(database, simulator, extensions=[*cogs.extensions, "cogs.cogs"]) as bot:
+        expected = tuple(line.replace("MODULE", cogs.module("levels")) for line in EXPECTED)
+        states = {state.name: state for state in bot.loader.states()}
+        assert states["levels"].warnings == expected
+        for line in expected:
+            assert caplog.text.count(f"cog levels: {line}\n") == 1
+        operator = simulator.world.operator_id
+        result = await simulator.run_command("cogs", subcommand="list", user_id=operator)
+        answer = (await result.wait_done()).final_content or ""
+        assert "on\\_reaction\\_add (Levels.on\\_reaction\\_add) is never called" in answer
+
+        check = [check for check in CHECKS if check.name == "cogs"]
+        lines = [finding.line for finding in await run_checks(BotContext(bot, database), check)]
+        assert lines[0].startswith("warn  cogs: broken is not loaded: ModuleNotFoundError: No module named")
+        assert lines[1:] == [f"warn  cogs: levels: {line}" for line in expected]
+
+
+async def test_intents_and_caches_end_the_warnings(database: Pool, simulator: Simulator, cogs: TemporaryCogs) -> None:
+    text = LEVELS.replace(
+        "class Levels(commands.Cog):",
+        "class Levels(commands.Cog):\n    intents = discord.Intents(message_content=True, reactions=True)",
+    )
+    cogs.write("levels", text)
+    async with running_bot(
+        database, simulator, extensions=cogs.extensions,
+        member_cache="all", message_cache=10, command_prefix=("!",),
+    ) as bot:  # fmt: skip
+        assert [state.warnings for state in bot.loader.states()] == [()]
+
+
+async def test_waiting_for_what_never_comes_is_logged_once(
+    database: Pool, simulator: Simulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running_bot(database, simulator, extensions=[]) as bot:
+        for _ in range(2):
+            with pytest.raises(TimeoutError):
+                await bot.wait_for("typing", timeout=0.01)
+        assert caplog.text.count("wait_for('typing'): on_typing is never called without the intent guild_typing") == 1
+        assert f"{__name__}:" in caplog.text
