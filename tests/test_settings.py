@@ -7,11 +7,13 @@ import os
 import re
 from pathlib import Path
 
+import discord
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.exceptions import SettingsError
+from utils.mirror.discord.intents import parse_intents
 from utils.settings import Settings, load_settings, variables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,6 +131,10 @@ def test_port_overrides_health_port_and_may_be_zero() -> None:
         ("ADMIN_GUILD_ID", "guild", "Discord ids"),
         ("AUTO_MIGRATE", "perhaps", "true or false"),
         ("MEMBER_CACHE", "some", "'none', 'voice' or 'all'"),
+        ("INTENTS", "guilds, mesage_content", "did you mean message_content?"),
+        ("INTENTS", "xyz", "none: guilds, members,"),
+        ("HELP_COMMAND", "yes", "'none', 'default' or 'minimal'"),
+        ("MESSAGE_CACHE", "-1", "at least 0"),
         ("LOG_FORMAT", "xml", "'auto', 'console' or 'json'"),
         ("LOG_LEVEL", "loud", "DEBUG, INFO"),
         ("PORT", "70000", "at most 65535"),
@@ -157,6 +163,16 @@ def test_parses_intervals() -> None:
     wanted = {"300": 300, "90s": 90, "5m": 300, "6 h": 21_600, "1D": 86_400, "2w": 1_209_600, "off": None}
     assert {text: load(BACKUP_EVERY=text).backup_every for text in wanted} == wanted
     assert load().backup_every is None
+
+
+def test_lists_of_names_and_prefixes() -> None:
+    settings = load(INTENTS=" Message_Content,invites  invites, ", COMMAND_PREFIX=" ! !!  ? !")
+    assert (settings.intents, settings.command_prefix) == (("message_content", "invites"), ("!", "!!", "?"))
+    assert (load().intents, load().command_prefix) == ((), ())
+    assert parse_intents(load(INTENTS="all").intents) == discord.Intents.all()
+    assert parse_intents(load(INTENTS="default,members").intents) == discord.Intents.default() | discord.Intents(
+        members=True
+    )
 
 
 def test_each_wrong_value_has_its_own_line() -> None:

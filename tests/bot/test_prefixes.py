@@ -232,7 +232,8 @@ def _is_usable(answer: Any) -> bool:
     return isinstance(answer, str) or (isinstance(answer, list) and all(isinstance(part, str) for part in answer))
 
 
-async def test_a_failing_hook_is_called_again_after_its_pause() -> None:
+async def test_a_failing_hook_is_called_again_after_its_pause(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     cog = Answering(ValueError())
     bot: Any = FakeBot(cog)
     message: Any = None
@@ -242,6 +243,13 @@ async def test_a_failing_hook_is_called_again_after_its_pause() -> None:
         for _ in range(3):
             assert (await prefixes.find(bot, message))[2:] == ["!"]
         assert cog.calls == calls
+    cog.answer = "$"
+    assert (await eager.find(bot, message))[2:] == ["$"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "command_prefix of Answering failed, COMMAND_PREFIX applies: ValueError()",
+        "command_prefix of Answering failed, COMMAND_PREFIX applies: ValueError()",
+        "command_prefix of Answering works again",
+    ]
 
 
 async def test_many_slow_hooks_do_not_pile_up() -> None:

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import discord
 from discord.ext import commands
 
-from utils.logs import log_once
-
 if TYPE_CHECKING:
     from utils.bot.client import Guildbook
 
@@ -54,6 +52,8 @@ class Prefixes:
         self._waiting = 0
         #: When a cog's hook may be called again, on the monotonic clock.
         self._paused: dict[str, float] = {}
+        #: Cogs whose hook failed when it was called last.
+        self._failing: set[str] = set()
 
     async def find(self, bot: Guildbook, message: discord.Message) -> list[str]:
         """Return the prefixes for a message, longer ones first. Never raises an `Exception`."""
@@ -83,18 +83,21 @@ class Prefixes:
                 prefixes = _checked(answer)
             except Exception as exc:
                 self._paused[name] = time.monotonic() + self.pause
-                reason = f"no answer within {self.timeout:g} s" if isinstance(exc, TimeoutError) else repr(exc)
-                log_once(
-                    _log,
-                    ("prefix", name, type(exc)),
-                    "command_prefix of %s failed, so that COMMAND_PREFIX applies: %s; further failures are not logged",
-                    name,
-                    reason,
-                )
+                self._report_failure(name, exc)
                 continue
+            if name in self._failing:
+                self._failing.discard(name)
+                _log.info("command_prefix of %s works again", name)
             if prefixes is not None:
                 found = [*(found or ()), *prefixes]
         return found
+
+    def _report_failure(self, name: str, error: Exception) -> None:
+        """Log that a hook fails, once until it works again."""
+        if name not in self._failing:
+            self._failing.add(name)
+            reason = f"no answer within {self.timeout:g} s" if isinstance(error, TimeoutError) else repr(error)
+            _log.error("command_prefix of %s failed, COMMAND_PREFIX applies: %s", name, reason, exc_info=error)
 
 
 def has_hook(cog: commands.Cog) -> bool:

@@ -189,6 +189,19 @@ async def test_reports_a_rejected_token_and_a_missing_intent(
     assert "Privileged Gateway Intents" in findings["intents"].todo
 
 
+async def test_reports_a_missing_intent_of_the_settings(monkeypatch: pytest.MonkeyPatch, simulator: Simulator) -> None:
+    settings = {
+        "DISCORD_TOKEN": simulator.token,
+        "DISCORD_API_BASE": simulator.api_base,
+        "INTENTS": "presences,invites",
+    }
+    assert (await worst_findings(monkeypatch, "discord", **settings))["intents"].state == "ok"
+    simulator.privileged_intents = int(Intent.GUILD_MEMBERS)
+    finding = (await worst_findings(monkeypatch, "discord", **settings))["intents"]
+    assert (finding.state, finding.seen) == ("warn", "Presence Intent is off: presences of INTENTS is left out")
+    assert "10,000 users" in finding.todo
+
+
 async def test_reports_unreachable_and_silent_discord(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = await worst_findings(monkeypatch, "discord", DISCORD_TOKEN=TOKEN, DISCORD_API_BASE="http://127.0.0.1:9")
     assert "cannot be reached" in findings["discord"].seen
