@@ -180,6 +180,7 @@ def test_discord_py_stays_at_the_edge_of_the_mirror() -> None:
              for other in imported(name) if other.split(".")[0] == "discord"}  # fmt: skip
     assert knows <= {
         "utils.mirror.discord.intents",
+        "utils.mirror.discord.member_cache",
         "utils.mirror.discord.permissions",
         "utils.mirror.discord.tap",
         "utils.mirror.discord.source",

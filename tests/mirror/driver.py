@@ -11,7 +11,7 @@ import pytest
 
 from simulator import Simulator, World
 from simulator.malformed import malformed_events
-from tests.mirror.harness import TABLES, Mirrored, differences, mirrored, removals, small_world
+from tests.mirror.harness import TABLES, Mirrored, cache_differences, differences, mirrored, removals, small_world
 from utils.database import Pool
 from utils.exceptions import DatabaseError, GuildbookError
 
@@ -224,11 +224,12 @@ class Driver:
         assert self.bot is not None
         await self.bot.settled()
         await asyncio.gather(*self._syncs)
+        wrong = cache_differences(self.bot.client, self.simulator)
         for id in self.world.guild_ids():
             await self.bot.mirror.sync(id)
         await self.bot.settled()
         self._note()
-        wrong = await differences(self.database, self.simulator, has_lost_events=self.has_lost_events)
+        wrong += await differences(self.database, self.simulator, has_lost_events=self.has_lost_events)
         wrong += [f"{table} {id} was wrongly tombstoned" for table, id in await removals(self.database) - self.gone]
         mirror = self.bot.mirror
         left = {
@@ -254,7 +255,7 @@ class Driver:
                         await asyncio.sleep(0.005)
 
     def _mirrored(self) -> contextlib.AbstractAsyncContextManager[Mirrored]:
-        return mirrored(self.database, self.simulator, self.monkeypatch, page_timeout=0.4)
+        return mirrored(self.database, self.simulator, self.monkeypatch, page_timeout=0.4, member_cache=True)
 
     async def _down(self, *, kill: bool) -> None:
         if self.bot is None:

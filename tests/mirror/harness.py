@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from discord import backoff, gateway, http
 
 from simulator import Limits, Simulator, World
 from tests.leases import seize
+from tests.simulator.client_cache import member_rows, user_rows
 from tests.waiting import until
+from utils.bot.client import member_cache_flags
 from utils.database import Pool
 from utils.exceptions import DatabaseError
 from utils.mirror import Mirror
+from utils.mirror.discord.member_cache import MemberCache
 from utils.mirror.discord.source import DiscordSource
 from utils.mirror.discord.tap import install
 from utils.mirror.reconcile.listing import Listing
@@ -145,19 +149,23 @@ async def mirrored(
     transaction_events: int = 5_000,
     replay_seconds: float = 5.0,
     pause_seconds: float = 10.0,
+    member_cache: bool = False,
     held: lease.Lease | None = None,
 ) -> AsyncIterator[Mirrored]:
     """Run a bot that mirrors a simulator's world into a database; a further block is a restart of the bot.
 
-    `held` is the lease that it runs under; None seizes one. The block ends it.
+    `member_cache`: whether discord.py's member cache is filled. `held` is the lease that it runs under; None seizes
+    one. The block ends it.
     """
     impatient(monkeypatch)
     monkeypatch.setattr(http.Route, "BASE", simulator.api_base)
     monkeypatch.setattr(gateway.DiscordWebSocket, "DEFAULT_GATEWAY", yarl.URL(simulator.gateway_url))
     client = _Client(
-        intents=discord.Intents(guilds=True, members=True, moderation=True, guild_messages=True),
+        intents=discord.Intents(
+            guilds=True, members=True, moderation=True, guild_messages=True, voice_states=member_cache
+        ),
         chunk_guilds_at_startup=False,
-        member_cache_flags=discord.MemberCacheFlags.none(),
+        member_cache_flags=member_cache_flags("all" if member_cache else "none"),
         max_messages=None,
         shard_count=1,
         guild_ready_timeout=0.1,
@@ -187,6 +195,7 @@ async def mirrored(
         ),
         spool=spool,
         on_lost=(lambda: None) if held is None else held.give_up,
+        member_cache=partial(MemberCache, client) if member_cache else None,
     )
     install(client, mirror)
     await mirror.replay()
@@ -244,6 +253,29 @@ async def differences(
             for column, value in expected[key].items():
                 if found[key][column] != value:
                     wrong.append(f"{table} {key}: {column} is {found[key][column]!r}, should be {value!r}")
+    return wrong
+
+
+def cache_differences(client: discord.Client, simulator: Simulator) -> list[str]:
+    """Return the differences between discord.py's cached members and the members of the simulator's world, as lines."""
+    wrong = []
+    for guild_id in simulator.world.guild_ids():
+        guild = client.get_guild(guild_id)
+        if guild is None:
+            wrong.append(f"guild {guild_id} is missing")
+            continue
+        for table, key, cached in (("members", "user_id", member_rows(guild)), ("users", "id", user_rows(guild))):
+            expected: dict[Any, Any] = {row[key]: row for row in simulator.world.expected_rows(table, guild_id)}
+            if table == "users":  # the bot's own user has more fields
+                cached.pop(simulator.world.bot.id, None)
+                expected.pop(simulator.world.bot.id, None)
+            wrong += [f"{table} {guild_id} {id} is missing" for id in expected.keys() - cached.keys()]
+            wrong += [f"{table} {guild_id} {id} should not be there" for id in cached.keys() - expected.keys()]
+            for id in expected.keys() & cached.keys():
+                pairs = {name: (value, expected[id].get(name, value)) for name, value in cached[id].items()}
+                wrong += [f"{table} {id}: {name} {a!r}, should be {b!r}" for name, (a, b) in pairs.items() if a != b]
+        if not guild.chunked:
+            wrong.append(f"guild {guild_id} counts {guild.member_count} members")
     return wrong
 
 

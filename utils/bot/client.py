@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import discord
@@ -29,6 +30,7 @@ from utils.mirror import Mirror
 from utils.mirror.change_feed import ChangeFeed, MirrorChange
 from utils.mirror.discord import tap
 from utils.mirror.discord.intents import mirror_intents
+from utils.mirror.discord.member_cache import MemberCache
 from utils.mirror.discord.source import DiscordSource
 from utils.mirror.reconcile.reconciler import ReconcilePolicy
 from utils.mirror.spool.journal import Journal
@@ -243,6 +245,7 @@ class Guildbook(commands.AutoShardedBot):
             on_lost=self.lease.give_up,
             has_slept=self.lease.was_suspended,
             on_written=lambda tables: self._on_written(tables, changes),
+            member_cache=partial(MemberCache, self) if settings.member_cache == "all" else None,
         )
         tap.install(self, self._mirror)
         await self._mirror.replay()

@@ -13,9 +13,11 @@ from typing import Any
 from utils.database import Pool
 from utils.exceptions import SyncError
 from utils.logs import log_once
+from utils.mirror.discord.member_cache import LiveRows, MemberCache
 from utils.mirror.discord.source import DiscordSource
 from utils.mirror.reconcile.archived_threads import ArchivedThreads
 from utils.mirror.reconcile.guild_queue import GuildState
+from utils.mirror.reconcile.listing import PageSink
 from utils.mirror.reconcile.reconciler import ReconcilePolicy, Reconciler
 from utils.mirror.records.rows import Observation, ReadyGuilds, Row, Run, Stamps
 from utils.mirror.records.validation import validate_row
@@ -63,11 +65,13 @@ class Mirror:
         on_lost: Callable[[], None] = lambda: None,
         has_slept: Callable[[], bool] = lambda: False,
         on_written: Callable[[frozenset[str]], None] = lambda _: None,
+        member_cache: Callable[[LiveRows], MemberCache] | None = None,
     ) -> None:
         """Create a mirror; `spool` is the directory of journals, or None without a spool.
 
         `on_lost` is called when the lease is lost. `has_slept` returns whether another process may have taken it over
         since this one was suspended. `on_written` is called after each commit with the tables that it may have changed.
+        `member_cache` creates what keeps discord.py's member cache; None if it is not to be filled.
         """
         self.pool = pool
         self.fence = fence
@@ -79,7 +83,8 @@ class Mirror:
             pool, fence, queue, flush_policy, on_lost=on_lost, on_dropped=self._on_dropped, has_slept=has_slept,
             on_written=on_written,
         )  # fmt: skip
-        self.reconciler = Reconciler(self.writer, source, self.stamps, reconcile_policy)
+        self._member_cache = None if member_cache is None else member_cache(self.writer.overlay)
+        self.reconciler = Reconciler(self.writer, source, self.stamps, reconcile_policy, open_sink=self._open_sink)
         self.archived = ArchivedThreads(self.writer, source, self.stamps, self.reconciler)
         self._source = source
         self._on_lost = on_lost
@@ -187,6 +192,8 @@ class Mirror:
                 self._on_guild_create(data, stamp)
             elif name in ROW_PARSERS or name in MEMBERSHIP_PARSERS:
                 self._on_row_dispatch(name, data, stamp)
+                if self._member_cache is not None:
+                    self._member_cache.prepare(name, data)
         except MALFORMED as error:
             self.report_malformed(name, error)
             return None
@@ -377,6 +384,9 @@ class Mirror:
             state = self.reconciler.guilds.get(guild_id)
             if state is not None:
                 self.reconciler.request(state, "dropped")
+
+    def _open_sink(self, guild_id: int, stamp: int) -> PageSink | None:
+        return None if self._member_cache is None else self._member_cache.open(guild_id, stamp)
 
     def _malformed_reporter(self, name: str) -> Callable[[Exception], None]:
         return lambda error: self.report_malformed(name, error, is_part=True)

@@ -22,11 +22,13 @@ from discord.gateway import DiscordWebSocket
 from discord.http import Route
 from discord.shard import AutoShardedClient, Shard, ShardInfo
 
-from utils.mirror.discord import tap
+from utils.mirror.discord import member_cache, tap
 
 VERSION = "2.7.1"
 #: SHA-256 of the source of the methods that are replaced, and of the one that the replacement of `reconnect` calls.
 RECEIVED_MESSAGE = "62c9f5ec6596dfef517af14f3fd8c46fd5d68ccb8674893901dfd5944f463b94"
+#: Of those that the member cache prepares payloads for.
+MEMBER_PARSERS = "6c922b12635799bea71a26313d15a2df20fe928455c4f9c110192dcf590101f2"
 RECONNECT = "b4540433e4f8468c95525e1357158d083dda0325a4a34230d29a993f497d1924"
 
 
@@ -55,6 +57,13 @@ def test_the_replaced_methods_are_unchanged() -> None:
     assert tap._original_received_message.__module__ == "discord.gateway"
     assert list(inspect.signature(tap._original_received_message).parameters) == ["self", "msg"]
     assert inspect.iscoroutinefunction(tap._original_received_message)
+
+
+def test_the_parsers_that_maintain_the_member_cache_are_unchanged() -> None:
+    state = discord.state.ConnectionState
+    parsers = (state.parse_guild_member_add, state.parse_guild_member_remove, state.parse_guild_member_update)
+    assert digest_of(*parsers, discord.Member._update, discord.Member._update_inner_user) == MEMBER_PARSERS
+    assert f"discord.py {VERSION}" in str(member_cache.__doc__)
 
 
 def test_discord_py_calls_the_replaced_functions() -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from datetime import datetime
+from typing import Protocol
 
 from utils.exceptions import SyncError, ValidationError
 from utils.mirror.translate.objects import Payload
@@ -13,11 +14,24 @@ from utils.mirror.translate.pages import Page, read_page
 from utils.mirror.write.overlay import LiveOverlay
 
 
+class PageSink(Protocol):
+    """Takes the payloads of a listing as they are received, beside the tables: discord.py's member cache."""
+
+    def add(self, payloads: list[Payload], /) -> None:
+        """Take one page. Never raises."""
+
+    def finish(self, unreadable: list[int | None], /) -> None:
+        """Take what the complete listing proves; `unreadable` as in `Listing`. Never raises."""
+
+    def close(self) -> None:
+        """Take no more pages: the listing has ended, complete or not. Never raises."""
+
+
 class Listing:
     """Pages of one guild's member list, from the gateway or from REST.
 
     Every page counts as observed at `stamp`, when the request was sent. `on_malformed` is called for each member that
-    cannot be read.
+    cannot be read. `sink` also gets the pages, until the listing has failed.
     """
 
     def __init__(
@@ -30,6 +44,7 @@ class Listing:
         started_at: datetime,
         overlay: LiveOverlay,
         on_malformed: Callable[[ValidationError], None],
+        sink: PageSink | None = None,
     ) -> None:
         self.guild_id = guild_id
         self.stamp = stamp
@@ -48,6 +63,7 @@ class Listing:
         #: Why the first unreadable member could not be read.
         self.first_problem: ValidationError | None = None
         self._on_malformed = on_malformed
+        self._sink = sink
         self._indexes: set[int] = set()
         self._waiting: deque[Page] = deque()
         self._complete = False
@@ -90,6 +106,10 @@ class Listing:
         self._waiting.append(page)
         self._complete = last
         self._has_news.set()
+        if self._sink is not None and self._error is None:
+            self._sink.add(payloads)
+            if last:
+                self._sink.finish(self.unreadable)
 
     def _note_malformed(self, error: ValidationError) -> None:
         self.first_problem = self.first_problem or error
@@ -149,6 +169,8 @@ class Listing:
         return unreadable | self._overlay.touched_since("members", self.guild_id, self.stamp)
 
     def close(self) -> None:
-        """Discard what was not taken, and release the receiving side."""
+        """Discard what was not taken, and release the receiving side and the sink."""
         self._waiting.clear()
         self.abandon(SyncError(f"guild {self.guild_id}: the listing has ended"))
+        if self._sink is not None:
+            self._sink.close()

@@ -8,13 +8,13 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, NamedTuple
 
 from utils.exceptions import GuildbookError, SyncError
 from utils.mirror.discord.source import DiscordSource
 from utils.mirror.reconcile.guild_queue import GuildQueue, GuildState
-from utils.mirror.reconcile.listing import Listing
+from utils.mirror.reconcile.listing import Listing, PageSink
 from utils.mirror.reconcile.staging import USER_BATCH_PAGES, StagedListing
 from utils.mirror.records.rows import Absence, Group, Mode, Observation, Run, Stamps
 from utils.mirror.translate.objects import LISTED_MEMBER_COLUMNS, LISTED_USER_COLUMNS
@@ -65,7 +65,16 @@ class ReconcilePolicy(NamedTuple):
 class Reconciler:
     """Runs the reconciles of all guilds, small ones first, and retries those that failed."""
 
-    def __init__(self, writer: MirrorWriter, source: DiscordSource, stamps: Stamps, policy: ReconcilePolicy) -> None:
+    def __init__(
+        self,
+        writer: MirrorWriter,
+        source: DiscordSource,
+        stamps: Stamps,
+        policy: ReconcilePolicy,
+        *,
+        open_sink: Callable[[int, int], PageSink | None] = lambda guild_id, stamp: None,
+    ) -> None:
+        """`open_sink` returns what also gets the pages of a listing, given its guild id and stamp."""
         self.policy = policy
         self.queue: GuildQueue = GuildQueue(
             cooldown=policy.cooldown, rest_workers=REST_WORKERS, members_page=source.members_page
@@ -76,6 +85,7 @@ class Reconciler:
         self._writer = writer
         self._source = source
         self._stamps = stamps
+        self._open_sink = open_sink
         pool = writer.pool
         # Staging takes two connections for each listing, and the flush between them a third one.
         self._can_stage: bool = not pool.target.pooled and pool.pool_max > 2
@@ -225,14 +235,16 @@ class Reconciler:
     # --- reading a listing
 
     def _open_listing(self, state: GuildState, source: str, reason: str) -> Listing:
+        stamp = self._stamps.next()
         listing = Listing(
             state.id,
-            stamp=self._stamps.next(),
+            stamp=stamp,
             source=source,
             reason=reason,
             started_at=self._writer.pool.now(),
             overlay=self._writer.overlay,
             on_malformed=_on_malformed_member,
+            sink=self._open_sink(state.id, stamp),
         )
         self._writer.overlay.open(listing)
         return listing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from utils.exceptions import SyncError
@@ -121,6 +121,10 @@ class LiveOverlay:
     def covers(self, stamp: int) -> bool:
         """Return whether every dispatch about members and users after `stamp` is still remembered."""
         return stamp >= self._forgotten_stamp
+
+    def rows(self, table: str, guild_id: int) -> Mapping[Key, _LiveRow]:
+        """Return what dispatches reported of a guild's rows, by key; guild 0: users."""
+        return self._rows.get((table, guild_id), {})
 
     def touched_since(self, table: str, guild_id: int, stamp: int) -> set[int]:
         """Return the ids (last in the key) of a guild's rows that dispatches after `stamp` named; guild 0: users.
