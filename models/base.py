@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import enum
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol, TypeVar, overload
 
-from sqlalchemy import BigInteger, Column, Computed, DateTime, MetaData, Table, func
+from sqlalchemy import ARRAY, BigInteger, Column, Computed, DateTime, MetaData, Table, func
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedColumn, mapped_column, relationship
+from sqlalchemy.schema import SchemaItem
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 #: First millisecond of 2015 in Unix time, from which snowflakes count (Discord API reference, "Snowflakes").
 DISCORD_EPOCH_MS = 1_420_070_400_000
@@ -31,6 +35,13 @@ class Part(enum.Enum):
     TOUCHED = "touched"  #: database time of the last change
 
 
+class ColumnType(Protocol[T_co]):
+    """A type of SQLAlchemy's whose values are of the type `T_co` in Python: `Text` is a `ColumnType[str]`."""
+
+    @property
+    def _sa_typing_python_type(self) -> T_co: ...  # SQLAlchemy has it for type checkers only
+
+
 class Base(DeclarativeBase):
     """The declarative base; its metadata holds all tables."""
 
@@ -46,17 +57,36 @@ class Base(DeclarativeBase):
     type_annotation_map = {datetime: DateTime(timezone=True)}  # noqa: RUF012 - read by SQLAlchemy only
 
 
+@overload
+def marked(
+    type_: ARRAY[T], /, *args: Any, erase: Erase = ..., part: Part = ..., **kwargs: Any
+) -> MappedColumn[list[T]]: ...
+
+
+@overload
+def marked(
+    type_: ColumnType[T] | type[ColumnType[T]], /, *args: Any, erase: Erase = ..., part: Part = ..., **kwargs: Any
+) -> MappedColumn[T]: ...
+
+
+@overload
+def marked(*args: SchemaItem, erase: Erase = ..., part: Part = ..., **kwargs: Any) -> MappedColumn[Any]: ...
+
+
 def marked(
     *args: Any,
     erase: Erase = Erase.KEEP,
     part: Part = Part.DATA,
     **kwargs: Any,
 ) -> MappedColumn[Any]:
-    """Declare a column with its marks."""
+    """Declare a column with its marks. mypy compares its type with the annotation, as in `Mapped[str] = marked(Text)`.
+
+    Without a type, SQLAlchemy derives it from the annotation.
+    """
     return mapped_column(*args, info={"erase": erase, "part": part}, **kwargs)
 
 
-def snowflake(*args: Any, erase: Erase = Erase.KEEP, **kwargs: Any) -> MappedColumn[Any]:
+def snowflake(*args: Any, erase: Erase = Erase.KEEP, **kwargs: Any) -> MappedColumn[int]:
     """Declare a column that holds a Discord id; without autoincrement, because Discord assigns the ids."""
     if kwargs.get("primary_key"):
         kwargs.setdefault("autoincrement", False)
@@ -89,7 +119,7 @@ class Mirrored:
     )
 
 
-def tombstone() -> MappedColumn[Any]:
+def tombstone() -> MappedColumn[datetime | None]:
     """Declare the column that holds the time of an object's removal."""
     return marked(DateTime(timezone=True), part=Part.TOMBSTONE, sort_order=80)
 

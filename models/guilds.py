@@ -12,7 +12,7 @@ from sqlalchemy.orm import Mapped
 from models.base import Base, Erase, Mirrored, Part, created_at_of, marked, related, snowflake, tombstone
 
 if TYPE_CHECKING:
-    from models.people import User
+    from models.people import Member, User
 
 
 class Guild(Mirrored, Base):
@@ -61,6 +61,10 @@ class Guild(Mirrored, Base):
 
     #: None if the owner was never seen.
     owner: Mapped[User | None] = related("foreign(Guild.owner_id) == User.id")
+    #: Without those who have left. All of them are loaded at once: for large guilds, iterate over a repository's pages.
+    members: Mapped[list[Member]] = related(
+        "and_(Guild.id == foreign(Member.guild_id), Member.left_at.is_(None))", order_by="Member.user_id"
+    )
     #: This and the next two exclude what was deleted.
     roles: Mapped[list[Role]] = related(
         "and_(Guild.id == foreign(Role.guild_id), Role.deleted_at.is_(None))", order_by="(Role.position, Role.id)"

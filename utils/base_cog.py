@@ -10,7 +10,6 @@ import contextvars
 import inspect
 import logging
 from collections.abc import Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -18,8 +17,8 @@ import discord
 from discord import app_commands
 from discord.ext import commands, tasks
 from pydantic import BaseModel
-from sqlalchemy.ext.asyncio import AsyncSession
 
+from models import Base
 from utils import packs
 from utils.bot import command_errors
 from utils.bot.client import Guildbook
@@ -33,6 +32,7 @@ from utils.repositories import (
     ChannelRepository,
     GuildRepository,
     MemberRepository,
+    Repository,
     RoleRepository,
     ThreadRepository,
     UserRepository,
@@ -41,11 +41,13 @@ from utils.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
     from utils.database.access import Database
+    from utils.database.orm import SessionScope
 
 __all__ = ["BaseCog", "Guildbook", "MirrorChange"]
 
 ResultT = TypeVar("ResultT")
 ModelT = TypeVar("ModelT", bound=BaseModel)
+RowT = TypeVar("RowT", bound=Base)
 
 
 class BaseCog(commands.Cog):
@@ -127,8 +129,11 @@ class BaseCog(commands.Cog):
 
     # --- data
 
-    def session(self) -> AbstractAsyncContextManager[AsyncSession]:
-        """Return a SQLAlchemy session as a context manager: the end of the block commits, an exception rolls back."""
+    def session(self) -> SessionScope:
+        """Return a SQLAlchemy session for `async with`: the end of the block commits, an exception rolls back.
+
+        `session = await self.session()` is held by hand: you commit, and you `await session.close()`.
+        """
         return self.bot.get_db_session()
 
     def documents(self, namespace: str, model: type[ModelT]) -> Documents[ModelT]:
@@ -140,6 +145,15 @@ class BaseCog(commands.Cog):
             current = await settings.get("settings", guild_id)
         """
         return Documents(self.db, namespace, model)
+
+    def repository(self, model: type[RowT]) -> Repository[RowT, Any]:
+        """Return a repository for a table of your own: get, find, list, add, upsert, update, delete, and others.
+
+        Example::
+
+            case = await self.repository(Case).get_or_none((guild_id, number))
+        """
+        return Repository(self.bot.get_db_session, model)
 
     @cached_property
     def cache(self) -> TTLCache[Any, Any]:

@@ -32,6 +32,8 @@ async def test_stats_and_metrics_count_waiting_and_written_rows(
             assert stats["queue"]["oldest"] > 0
             assert (stats["lease"]["state"], stats["lease"]["epoch"]) == ("active", bot.mirror.fence.epoch)
             assert {"created", "active", "idle", "waiting"} <= stats["pool"].keys()
+            assert stats["guilds"] == {"total": 2, "unavailable": 0}
+            assert stats["users"].keys() == {"total", "bots", "at"}
             bot.update_metrics()
             assert "guildbook_queue_events 6.0" in metrics.render().decode()
         await bot.mirror.writer.flush()

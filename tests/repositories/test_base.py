@@ -245,7 +245,7 @@ async def test_load_accepts_sqlalchemy_options(sessions: SessionFactory) -> None
 
 async def test_load_rejects_unknown_relationship(sessions: SessionFactory) -> None:
     with pytest.raises(ValidationError, match=r"no relationship 'members': choose from owner, roles"):
-        await GuildRepository(sessions).get(1, load=("members",))
+        await GuildRepository(sessions).get(1, load=("moderators",))
 
 
 async def test_rejects_key_of_wrong_shape(sessions: SessionFactory) -> None:

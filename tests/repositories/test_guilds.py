@@ -82,6 +82,16 @@ async def test_create_with_owner_writes_guild_and_owner(sessions: SessionFactory
     assert [guild.id for guild in await guilds.owned_by(7)] == [1, 2]
     assert (await guilds.with_owner(1)).owner is not None
     assert await users.count() == 1
+    members = MemberRepository(sessions)
+    assert [(member.guild_id, member.user_id) async for member in members.stream()] == [(1, 7), (2, 7)]
+
+
+async def test_create_with_owner_keeps_a_membership(sessions: SessionFactory) -> None:
+    members = MemberRepository(sessions)
+    await members.upsert(guild_id=1, user_id=7, nick="Countess")
+    await members.delete((1, 7))
+    await GuildRepository(sessions).create_with_owner({"id": 1}, {"id": 7})
+    assert (await members.get((1, 7))).nick == "Countess"
 
 
 async def test_create_with_owner_rolls_back_on_conflict(sessions: SessionFactory) -> None:

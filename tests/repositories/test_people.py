@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Any
 
+import discord
 import pytest
 from sqlalchemy import select
 
@@ -12,7 +13,14 @@ from models import Member
 from tests.repositories.conftest import NOW
 from utils.database import Pool
 from utils.exceptions import ValidationError
-from utils.repositories import GuildRepository, MemberRepository, MemberStatsRepository, SessionFactory, UserRepository
+from utils.repositories import (
+    GuildRepository,
+    MemberRepository,
+    MemberStatsRepository,
+    SessionFactory,
+    UserRepository,
+    UserTotals,
+)
 from utils.repositories.people import has_role
 
 
@@ -29,6 +37,31 @@ async def test_finds_users_by_both_names_ignoring_case(sessions: SessionFactory)
     assert [user.id for user in await users.search("ada", limit=2)] == [2, 4]
     with pytest.raises(ValidationError):
         await users.search("ada", limit=0)
+
+
+async def test_finds_users_by_name_and_discriminator(sessions: SessionFactory) -> None:
+    users = UserRepository(sessions)
+    names = [(1, "ada", "0"), (2, "ada", "0042"), (3, "ada", None), (4, "zoe", "0042")]
+    await users.upsert_many({"id": id, "username": one, "discriminator": two} for id, one, two in names)
+    await users.upsert(id=5, username="eve", global_name="ada", discriminator="0042")
+    for bot in ("0042", 42, "#0042"):
+        assert [user.id for user in await users.by_name("Ada", bot)] == [2]
+    for nobody in ("0", 0, "0000"):
+        assert [user.id for user in await users.by_name("ada", nobody)] == [1, 3]
+    assert await users.by_name("ada", 43) == []
+
+
+async def test_statistics_of_users(sessions: SessionFactory) -> None:
+    users = UserRepository(sessions)
+    assert await users.statistics() == UserTotals(0, 0, 0, None)
+    ages = ((10, True, None), (20, False, None), (30, None, True))
+    ids = [discord.utils.time_snowflake(NOW - timedelta(days=days)) for days, _, _ in ages]
+    await users.upsert_many(
+        {"id": id, "bot": bot, "verified": verified} for id, (_, bot, verified) in zip(ids, ages, strict=True)
+    )
+    totals = await users.statistics()
+    assert (totals.total, totals.bots, totals.verified) == (3, 1, 1)
+    assert totals.average_age_days == pytest.approx(20, abs=0.5)
 
 
 async def test_guilds_of_returns_only_present_guilds(sessions: SessionFactory) -> None:

@@ -117,7 +117,7 @@ async def test_upsert_is_atomic(sessions: SessionFactory) -> None:
         ([{"id": 1, "is_active": True}], "no writable columns is_active"),
         ([{"name": "x"}], "have no id"),
         ([{"id": 1, "name": "x"}, {"id": 2}], "row 1 of guilds and row 0 differ in the columns name"),
-        ([{"id": 1}, {"id": "2"}], "must be integers"),
+        ([{"id": 1}, {"id": "2"}], "cannot be compared"),
         ([{"id": 1, "features": 5}], "guilds.features has a value that cannot be stored: 'int' object is not iterable"),
     ],
 )

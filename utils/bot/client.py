@@ -24,7 +24,7 @@ from utils.database import Pool
 from utils.database.access import Database
 from utils.database.cache import Channel, QueryCache
 from utils.database.orm import SessionScope
-from utils.exceptions import CogError, GuildbookError, SettingsError, SpoolError
+from utils.exceptions import CogError, DatabaseError, GuildbookError, SettingsError, SpoolError
 from utils.logs import RateLimit, log_once
 from utils.mirror import Mirror
 from utils.mirror.change_feed import ChangeFeed, MirrorChange
@@ -38,6 +38,7 @@ from utils.mirror.spool.queue import EventQueue
 from utils.mirror.write.writer import FlushPolicy
 from utils.operations.confirm import Confirmations
 from utils.operations.slash import Operators
+from utils.operations.upkeep import statistics
 from utils.service import application, metrics
 from utils.service.lease import Lease
 from utils.settings import Settings
@@ -136,6 +137,7 @@ class Guildbook(commands.AutoShardedBot):
         self.is_held: bool = False
         self._pool: Pool = pool
         self._channel: Channel | None = None
+        self._users: dict[str, Any] | None = None
         self._background_tasks: list[asyncio.Task[None]] = []
         self._mirror: Mirror | None = None
         self._journal: Journal | None = None
@@ -171,12 +173,15 @@ class Guildbook(commands.AutoShardedBot):
         return ready, {**progress, **waiting, "members_received": listings}
 
     def stats(self) -> dict[str, Any]:
-        """Return current figures of the lease, pool, cogs, mirror, buffers, spool and writer.
+        """Return current figures of guilds, users, the lease, pool, cogs, mirror, buffers, spool and writer.
 
-        Times are in seconds, sizes in bytes. `mirror`, `buffer`, `queue`, `spool` and `written` are None before the
-        login.
+        Times are in seconds, sizes in bytes. `guilds` are counted by discord.py, and `users` in the database every
+        STATS_SECONDS (`total`, `bots` and `at`; None if that did not work). `mirror`, `buffer`, `queue`, `spool` and
+        `written` are None before the login.
         """
         stats: dict[str, Any] = {
+            "guilds": {"total": len(self.guilds), "unavailable": sum(guild.unavailable for guild in self.guilds)},
+            "users": self._users,
             "lease": self.lease.describe(),
             "pool": self._pool.pool_stats(),
             "database": self.db.get_stats(),
@@ -404,6 +409,11 @@ class Guildbook(commands.AutoShardedBot):
 
     async def _log_statistics(self) -> None:
         while True:
+            try:
+                people = await statistics.count_people(self._pool)
+                self._users = {"total": people["users"], "bots": people["bots"], "at": people["at"]}
+            except DatabaseError:  # which whoever needs the database reports
+                self._users = None
             await asyncio.sleep(self.settings.stats_seconds)
             try:
                 _log.info("statistics", extra=self._statistics())
@@ -415,6 +425,7 @@ class Guildbook(commands.AutoShardedBot):
         cache = None if self.cache is None else self.cache.stats()
         return {
             "guilds": stats["mirror"]["reconciled"],
+            "users": None if self._users is None else self._users["total"],
             "rows_written": stats["written"]["rows"],
             "events_written": stats["written"]["events"],
             "rows_waiting": stats["buffer"]["rows"],

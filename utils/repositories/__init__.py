@@ -3,7 +3,7 @@
 from utils.repositories.base import Page, Repository, SessionFactory
 from utils.repositories.channels import ChannelRepository, RoleRepository, ThreadRepository
 from utils.repositories.guilds import GuildRepository, GuildStatistics, GuildTotals
-from utils.repositories.people import MemberRepository, MemberStatsRepository, UserRepository
+from utils.repositories.people import MemberRepository, MemberStatsRepository, UserRepository, UserTotals
 
 __all__ = [
     "ChannelRepository",
@@ -18,4 +18,5 @@ __all__ = [
     "SessionFactory",
     "ThreadRepository",
     "UserRepository",
+    "UserTotals",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import asyncpg
 from sqlalchemy import (
+    ARRAY,
     JSON,
     Column,
     ColumnElement,
@@ -28,6 +30,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import joinedload, selectinload
+from sqlalchemy.orm.attributes import flag_modified
 from sqlalchemy.orm.interfaces import ORMOption
 
 from models import Base, Part
@@ -35,7 +38,8 @@ from utils.exceptions import Conflict, NotFound, ValidationError, driver_error, 
 from utils.repositories import upsert
 
 ModelT = TypeVar("ModelT", bound=Base)
-KeyT = TypeVar("KeyT", int, tuple[int, int])
+#: An id, or the columns of the primary key in their order.
+KeyT = TypeVar("KeyT")
 
 #: Opens a session: leaving the block commits, an exception rolls back. In an open transaction it joins that one.
 SessionFactory = Callable[[], AbstractAsyncContextManager[AsyncSession]]
@@ -60,6 +64,10 @@ class Page(Generic[ModelT, KeyT]):
 class Repository(Generic[ModelT, KeyT]):
     """Reads and writes the rows of one table as ORM objects, which remain usable after their session is closed.
 
+    `self.repository(Case)` of a cog returns one for a model of your own. Its key is the value of the primary key, or a
+    tuple of the values. To have keys checked too, declare `class Cases(Repository[Case, tuple[int, int]])` with
+    `model = Case`.
+
     Rows with a tombstone (`left_at`, `deleted_at`) are hidden unless `include_deleted=True`. Relationships are not
     loaded lazily: name them in `load`, for example `load=("owner",)`; reading one that was not loaded raises.
     Mirrored tables can be written, but Discord is authoritative: the next event or reconcile overwrites the row, and
@@ -78,8 +86,13 @@ class Repository(Generic[ModelT, KeyT]):
 
     model: type[ModelT]
 
-    def __init__(self, get_session: SessionFactory) -> None:
-        """`get_session` opens a session; in a cog, pass `bot.get_db_session`."""
+    def __init__(self, get_session: SessionFactory, model: type[ModelT] | None = None) -> None:
+        """
+        get_session: opens a session; in a cog, pass `bot.get_db_session`.
+        model: whose rows; None: those of the class attribute `model`.
+        """
+        if model is not None:
+            self.model = model
         self._get_session: SessionFactory = get_session
         self._table: Table = cast(Table, self.model.__table__)
         self._keys: tuple[Column[Any], ...] = tuple(self._table.primary_key.columns)
@@ -118,6 +131,10 @@ class Repository(Generic[ModelT, KeyT]):
         """Return the row with this key, or None if there is none."""
         row = await self._get(key, load)
         return None if row is None or (self._deleted_at(row) is not None and not include_deleted) else row
+
+    async def get_or_none(self, key: KeyT, *, load: Load = (), include_deleted: bool = False) -> ModelT | None:
+        """Do what `find` does."""
+        return await self.find(key, load=load, include_deleted=include_deleted)
 
     async def list(
         self,
@@ -189,6 +206,23 @@ class Repository(Generic[ModelT, KeyT]):
             await session.refresh(row)
         return row
 
+    async def upsert(self, row: Mapping[str, Any] | None = None, /, **values: Any) -> ModelT:
+        """Insert or update one row and return it: `upsert(guild_id=1, number=7, state="open")`, or a mapping.
+
+        Columns that are not given keep their values, or get their defaults in a new row. A tombstone is cleared. Raises
+        `ValidationError` for values that do not fit the table.
+        """
+        given = {**(row or {}), **values}
+        names, rows = await upsert.sort_by_key(self._table, [given])
+        statement, parameters = upsert.upsert_statement(self._table, names), upsert.array_parameters
+        async with self.session() as session:
+            await session.execute(statement, parameters(self._table, names, rows))
+            key = tuple(given[column.name] for column in self._keys)
+            written = await session.get(self.model, key, populate_existing=True)
+        if written is None:
+            raise self._not_found(cast(KeyT, key))  # deleted by somebody else between the two statements
+        return written
+
     async def upsert_many(self, rows: Iterable[Mapping[str, Any]], *, chunk: int = CHUNK) -> int:
         """Insert or update rows in one transaction and return how many were inserted or changed.
 
@@ -208,12 +242,35 @@ class Repository(Generic[ModelT, KeyT]):
                 written += cast("CursorResult[Any]", result).rowcount
         return written
 
-    async def update(self, key: KeyT, /, *, include_deleted: bool = False, **values: Any) -> ModelT:
-        """Set columns of a row and return the row. Raises `NotFound` if there is none.
+    async def update(
+        self,
+        key: KeyT,
+        change: Callable[[ModelT], None] | None = None,
+        /,
+        *,
+        include_deleted: bool = False,
+        **values: Any,
+    ) -> ModelT:
+        """Change a row and return it. Raises `NotFound` if there is none.
 
-        A value may be an SQL expression, so concurrent updates are not lost: `update(key, xp=MemberStats.xp + 5)`.
+        values: columns and their values. A value may be an SQL expression, so concurrent updates are not lost:
+            `update(key, xp=MemberStats.xp + 5)`.
+        change: is called with the row, which is locked meanwhile, and sets its attributes, which mypy checks. It may
+            raise, and then nothing is changed.
+
         Raises `ValidationError` for unknown or key columns.
+
+        Example::
+
+            def close(case: Case) -> None:
+                if case.state == "closed":
+                    raise Declined("This case is closed already.")
+                case.state = "closed"
+
+            case = await self.repository(Case).update((guild_id, number), close)
         """
+        if change is not None:
+            return await self._change(key, change, values, include_deleted)
         upsert.check_columns(self._table, values)
         if not values or any(column.name in values for column in self._keys):
             raise ValidationError(
@@ -247,6 +304,53 @@ class Repository(Generic[ModelT, KeyT]):
         if row is None:
             raise self._not_found(key)
 
+    async def delete_where(self, *where: ColumnElement[bool], include_deleted: bool = False) -> int:
+        """Delete the rows that satisfy all conditions, or set their tombstones if the table has them; return how many.
+
+        Raises `ValidationError` without a condition; `sqlalchemy.true()` is one for all rows.
+        """
+        if not where:
+            raise ValidationError(f"delete_where() of {self._table.name} needs a condition; true() deletes every row")
+        conditions = (*where, *self._not_deleted(include_deleted))
+        statement: Any = delete(self.model).where(*conditions)
+        if self._tombstone is not None:
+            changes: dict[str, Any] = {self._tombstone.name: func.now()}
+            if (touched := upsert.find_column(self._table, Part.TOUCHED)) is not None:
+                changes[touched.name] = func.now()
+            statement = update(self.model).where(*conditions, self._tombstone.is_(None)).values(**changes)
+        async with self.session() as session:
+            result = await session.execute(statement, execution_options={"synchronize_session": False})
+        return cast("CursorResult[Any]", result).rowcount
+
+    async def _change(
+        self, key: KeyT, change: Callable[[ModelT], None], values: Mapping[str, Any], include_deleted: bool
+    ) -> ModelT:
+        upsert.check_columns(self._table, values)
+        nested = [column.name for column in self._table.columns if isinstance(column.type, JSON | ARRAY)]
+        async with self.session() as session:
+            row = await session.get(self.model, self._key_values(key), with_for_update=True, populate_existing=True)
+            if row is None or (self._deleted_at(row) is not None and not include_deleted):
+                raise self._not_found(key)
+            # SQLAlchemy does not see that a list or dict in a row was changed.
+            before = copy.deepcopy({name: getattr(row, name) for name in nested})
+            change(row)
+            for name, value in values.items():
+                setattr(row, name, value)
+            for name in nested:
+                if getattr(row, name) is not None and getattr(row, name) != before[name]:
+                    flag_modified(row, name)
+            changed = {name: getattr(row, name) for name in written_names(row)}
+            if any(column.name in changed for column in self._keys):
+                raise ValidationError(f"update() of {self._table.name} {key} must not change the key")
+            for name in self._null_json_columns(changed):
+                setattr(row, name, null())
+            touched = upsert.find_column(self._table, Part.TOUCHED)
+            if touched is not None and changed and touched.name not in changed:
+                setattr(row, touched.name, func.now())
+            await session.flush()
+            await session.refresh(row)
+        return row
+
     async def _get(self, key: KeyT, load: Load) -> ModelT | None:
         options = self._options(load)
         async with self.session() as session:
@@ -271,7 +375,7 @@ class Repository(Generic[ModelT, KeyT]):
     def _not_found(self, key: KeyT) -> NotFound:
         return NotFound(f"{self._table.name} has no row {key}")
 
-    def _key_values(self, key: KeyT) -> tuple[int, ...]:
+    def _key_values(self, key: KeyT) -> tuple[Any, ...]:
         values = key if isinstance(key, tuple) else (key,)
         if len(values) != len(self._keys):
             names = ", ".join(column.name for column in self._keys)
@@ -315,6 +419,12 @@ class Repository(Generic[ModelT, KeyT]):
             )
         attribute = getattr(self.model, item)
         return selectinload(attribute) if relationships[item].uselist else joinedload(attribute)
+
+
+def written_names(row: Base) -> set[str]:
+    """Return the columns of a row that were set to other values since it was loaded."""
+    state = inspect(row)
+    return {column.key for column in state.mapper.column_attrs if state.attrs[column.key].history.has_changes()}
 
 
 def _conflict(exc: Exception) -> Conflict | None:

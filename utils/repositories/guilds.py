@@ -79,7 +79,9 @@ class GuildRepository(Repository[Guild, int]):
         return await self.get(guild_id, load=("owner",))
 
     async def create_with_owner(self, guild: Mapping[str, Any], owner: Mapping[str, Any]) -> Guild:
-        """Insert a guild and insert or update its owner in one transaction; return the guild with `owner` loaded.
+        """Insert a guild, its owner and the owner's membership in one transaction; return it with `owner` loaded.
+
+        An owner who exists is updated; a membership that exists is kept, and its tombstone cleared.
 
         `owner_id` is set from `owner`. Raises `Conflict`, and writes nothing, if the guild exists already, and
         `ValidationError` if an id is missing or `guild["owner_id"]` is another one.
@@ -97,6 +99,12 @@ class GuildRepository(Repository[Guild, int]):
             await session.execute(upsert.upsert_statement(users, names), upsert.array_parameters(users, names, rows))
             session.add(row)
             await session.flush()
+            membership = [{"guild_id": row.id, "user_id": owner["id"]}]
+            members = Member.metadata.tables[Member.__tablename__]
+            keys = tuple(membership[0])
+            await session.execute(
+                upsert.upsert_statement(members, keys), upsert.array_parameters(members, keys, list(membership))
+            )
             await session.refresh(row)
             await session.refresh(row, ["owner"])
         return row

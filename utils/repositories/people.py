@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
@@ -17,18 +18,37 @@ from utils.repositories.guilds import GuildRepository
 Key = tuple[int, int]
 
 
+@dataclass(frozen=True, slots=True)
+class UserTotals:
+    """Totals over the users that the bot has seen, also those who have left every guild."""
+
+    total: int
+    bots: int
+    #: Accounts with a verified e-mail address. Discord shows that of the bot's own account only.
+    verified: int
+    #: Mean age of the accounts in days; None without users.
+    average_age_days: float | None
+
+
 class UserRepository(Repository[User, int]):
     """Reads and writes users; the key is the user id. A user remains after leaving the last shared guild."""
 
     model = User
 
-    async def by_name(self, name: str, *, limit: int = 100) -> Sequence[User]:
+    async def by_name(self, name: str, discriminator: str | int | None = None, *, limit: int = 100) -> Sequence[User]:
         """Return the users with this username or display name, ignoring case; matches by username come first.
+
+        discriminator: only usernames that have it: four digits of a bot, such as `"0042"` or 42, or `"0"` of users.
+            None: any.
 
         Case folding follows the database's locale: with `C`, only A to Z are folded.
         """
         username, lowered = func.lower(User.username), func.lower(name)
         query = self._select(or_(username == lowered, func.lower(User.global_name) == lowered))
+        if discriminator is not None:
+            digits = str(discriminator).removeprefix("#")
+            digits = "0" if digits.strip("0") == "" else digits.zfill(4)
+            query = query.where(username == lowered, func.coalesce(User.discriminator, "0") == digits)
         return await self._fetch(
             query.order_by((username == lowered).desc().nulls_last(), User.id).limit(_check_limit(limit))
         )
@@ -39,6 +59,18 @@ class UserRepository(Repository[User, int]):
         names = (func.lower(User.username), func.lower(User.global_name))
         query = self._select(or_(*(func.starts_with(name, lowered) for name in names)))
         return await self._fetch(query.order_by(func.lower(User.username), User.id).limit(_check_limit(limit)))
+
+    async def statistics(self) -> UserTotals:
+        """Return totals over all users."""
+        query = select(
+            func.count(),
+            func.count().filter(User.bot.is_(True)),
+            func.count().filter(User.verified.is_(True)),
+            func.avg(func.extract("epoch", func.now() - User.created_at) / 86_400),
+        )
+        async with self.session() as session:
+            total, bots, verified, days = (await session.execute(query)).one()
+        return UserTotals(total, bots, verified, None if days is None else float(days))
 
     async def guilds_of(self, user_id: int, *, load: Load = ()) -> Sequence[Guild]:
         """Return the guilds that the bot shares with a user, ordered by id, with their relationships `load`."""

@@ -56,7 +56,7 @@ async def sort_by_key(table: Table, rows: Iterable[Row]) -> tuple[tuple[str, ...
     try:
         return names, [by_key[key] for key in sorted(by_key)]
     except TypeError as exc:
-        raise ValidationError(f"keys of {table.name} must be integers: {exc}") from exc
+        raise ValidationError(f"keys of {table.name} cannot be compared with each other: {exc}") from exc
 
 
 def check_columns(table: Table, names: Iterable[str]) -> None:

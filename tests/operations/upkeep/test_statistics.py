@@ -69,6 +69,14 @@ async def test_summarizes_the_statistics(database: Pool) -> None:
     assert json.loads(json.dumps(result.data, default=str))["tables"][0].keys() == {"name", "rows", "bytes", "dead"}
 
 
+async def test_counts_guilds_and_users(database: Pool) -> None:
+    await database.execute("INSERT INTO guilds (id, unavailable, left_at) VALUES (1, false, NULL), (2, true, NULL),"
+                           " (3, false, now())")  # fmt: skip
+    await database.execute("INSERT INTO users (id, bot) VALUES (1, true), (2, false), (3, NULL)")
+    lines = summarize(await collect(database))
+    assert (lines["Guilds"], lines["Users"]) == ("1, 1 more in an outage", "3, 1 bot among them")
+
+
 async def test_draws_a_chart_with_and_without_samples(database: Pool) -> None:
     for _ in range(2):
         png = await picture.draw(await collect(database))

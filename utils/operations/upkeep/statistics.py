@@ -62,6 +62,12 @@ SELECT current_setting('server_version') AS version, pg_database_size(current_da
     coalesce(round(blks_hit * 100.0 / nullif(blks_hit + blks_read, 0), 1), 100)::float8 AS buffer_hits,
     deadlocks, temp_files FROM pg_stat_database WHERE datname = current_database()
 """
+_PEOPLE = """
+SELECT clock_timestamp() AS at, g.guilds, g.unavailable, u.users, u.bots
+FROM (SELECT count(*) FILTER (WHERE NOT unavailable) AS guilds, count(*) FILTER (WHERE unavailable) AS unavailable
+      FROM guilds WHERE left_at IS NULL) AS g,
+    (SELECT count(*) AS users, count(*) FILTER (WHERE bot) AS bots FROM users) AS u
+"""
 _SYNCS = """
 SELECT guild_id, finished_at, error, rows_seen, rows_inserted, rows_updated, rows_left
 FROM sync_runs WHERE finished_at IS NOT NULL ORDER BY id DESC LIMIT $1
@@ -107,12 +113,22 @@ class Statistics:
     problems: list[str]
     #: `Guildbook.stats()`; None on the command line, where no bot runs.
     bot: Mapping[str, Any] | None
+    #: See `count_people`; None: not counted.
+    people: Mapping[str, Any] | None = None
 
 
 async def table_sizes(pool: Pool) -> list[TableSize]:
     """Return the size of every table in our schemas, the largest first. Raises `DatabaseError`."""
     rows = await pool.fetch(_SIZES, pool.placement.main, pool.placement.ops)
     return [TableSize(**dict(row)) for row in rows]
+
+
+async def count_people(pool: Pool) -> dict[str, Any]:
+    """Return the mirrored `guilds`, those `unavailable` in an outage, `users`, the `bots` among them, and `at`: when.
+
+    Raises `DatabaseError`.
+    """
+    return dict(await pool.fetchrow(_PEOPLE) or {})
 
 
 async def sample_sizes(pool: Pool, *, now: datetime | None = None) -> int:
@@ -154,6 +170,7 @@ async def collect(
         at=pool.now(),
         server=dict(server or {}),
         activity=dict(activity or {}),
+        people=await count_people(pool),
         tables=await table_sizes(pool),
         growth=await read_growth(pool),
         syncs=[dict(row) for row in await pool.fetch(_SYNCS, LISTED_EVENTS)],
@@ -193,7 +210,9 @@ def summarize(
     `name_guild` and `format_time` return how guilds and times are shown; by default as in a shell.
     """
     activity, server, tables = statistics.activity, statistics.server, statistics.tables
-    lines = {
+    people = statistics.people
+    lines = {} if people is None else _summarize_people(people)
+    lines |= {
         "Rows": f"about {sum(table.rows for table in tables):,} in {format_count(len(tables), 'table')},"
         f" {sum(table.dead for table in tables):,} dead",
         "Sessions": f"{activity['sessions']}, {activity['active']} active,"
@@ -206,6 +225,14 @@ def summarize(
     if statistics.problems:
         lines["Backup problems"] = "; ".join(statistics.problems)
     return lines if statistics.bot is None else lines | _summarize_bot(statistics.bot)
+
+
+def _summarize_people(people: Mapping[str, Any]) -> dict[str, str]:
+    outage = f", {people['unavailable']:,} more in an outage" if people["unavailable"] else ""
+    return {
+        "Guilds": f"{people['guilds']:,}{outage}",
+        "Users": f"{people['users']:,}, {format_count(people['bots'], 'bot')} among them",
+    }
 
 
 def _summarize_bot(bot: Mapping[str, Any]) -> dict[str, str]:
