@@ -9,7 +9,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 READY := $(VENV)/.installed
-SOURCES := bot.py benchmarks cogs migrations models simulator tests utils
+SOURCES := bot.py benchmarks cogs migrations models simulator testing tests utils
 # More workers than cores: tests wait for servers and processes most of the time.
 WORKERS ?= 6
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist load --maxschedchunk 1

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from utils.cli import backup, db, doctor, exporting, importing
+from utils.cli import backup, db, doctor, exporting, importing, pack
 from utils.cli.common import AsJson, CommandGroup, CommandTree, print_outcome
 from utils.exceptions import GuildbookError, SettingsError
 from utils.operations.action import Outcome
@@ -26,6 +26,7 @@ app.add_typer(db.app, name="db", cls=CommandGroup)
 app.add_typer(backup.app, name="backup", cls=CommandGroup)
 app.add_typer(importing.app, name="import", cls=CommandGroup)
 app.add_typer(exporting.app, name="export", cls=CommandGroup)
+app.add_typer(pack.app, name="pack", cls=CommandGroup)
 app.command("doctor")(doctor.doctor)
 new = typer.Typer(help="Create files from a template.")
 app.add_typer(new, name="new", cls=CommandGroup)
@@ -67,6 +68,9 @@ def demo(
     if not as_json:  # all has been said
         raise typer.Exit(outcome.exit_code or 0)
     print_outcome(outcome, as_json=True)
+
+
+new.command("pack")(pack.new_pack)
 
 
 @new.command("cog")

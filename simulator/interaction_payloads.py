@@ -167,7 +167,7 @@ def _envelope(
         "token": token,
         "version": 1,
         "data": data,
-        "locale": "en-US",
+        "locale": simulator.interactions.locales.get(user_id, "en-US"),
         "app_permissions": str(_ALL_PERMISSIONS),
         "entitlements": [],
         "attachment_size_limit": 10 << 20,

@@ -68,7 +68,7 @@ class Edit:
     embeds: list[Json]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class InteractionResult:
     """The bot's response to one interaction: its first response, then every edit in order."""
 
@@ -96,6 +96,14 @@ class InteractionResult:
     #: For a component: the result whose reply contains it. For a submitted form: the result that opened it.
     parent: InteractionResult | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __repr__(self) -> str:
+        shown = [repr(text) for text in self.texts] or ["deferred" if self.deferred else "no answer"]
+        shown += ["ephemeral"] if self.ephemeral else []
+        shown += [] if self.modal is None else [f"form {self.modal.get('title')!r}"]
+        shown += [] if self.choices is None else [f"choices {', '.join(str(it.get('name')) for it in self.choices)}"]
+        shown += [f"buttons {', '.join(self.buttons)}"] if self.buttons else []
+        return f"<InteractionResult {'; '.join(shown)}>"
 
     @property
     def final_content(self) -> str | None:
@@ -164,6 +172,10 @@ class InteractionRoutes:
         self.syncs: Counter[int | None] = Counter()
         self.response_deadline = RESPONSE_DEADLINE_S
         self.token_lifetime = TOKEN_LIFETIME_S
+        #: The languages of users' clients; those of others are en-US.
+        self.locales: dict[int, str] = {}
+        #: How far the time of interactions is ahead of this machine's clock, in seconds.
+        self.clock_offset = 0.0
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes of this class."""
@@ -256,7 +268,8 @@ class InteractionRoutes:
     def _new_result(self, user_id: int, guild_id: int | None, kind: int = _COMMAND) -> InteractionResult:
         self._number += 1
         # Libraries derive an interaction's age from its id, so it must use the real time.
-        id = snowflake_at(time.time_ns() // 1000, self._number & 0xFFF)
+        now_us = time.time_ns() // 1000 + round(self.clock_offset * 1e6)
+        id = snowflake_at(now_us, self._number & 0xFFF)
         token = secrets.token_hex(32)
         return InteractionResult(id, token, time.monotonic(), user_id=user_id, guild_id=guild_id, kind=kind)
 

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("models", "utils", "cogs", "simulator", "tests", "benchmarks", "migrations")
+PACKAGES = ("models", "utils", "cogs", "simulator", "testing", "tests", "benchmarks", "migrations")
 #: Every package and module of the product, lowest layer first: each may import itself and what stands before it here.
 #: (docs/explanation/architecture.md draws it.)
 LAYERS = (
@@ -74,7 +74,7 @@ def name_of(path: Path) -> str:
 
 FILES = {name_of(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
 FILES["bot"] = ROOT / "bot.py"
-PRODUCT = sorted(name for name in FILES if name.split(".")[0] not in ("tests", "benchmarks", "migrations"))
+PRODUCT = sorted(name for name in FILES if name.split(".")[0] not in ("testing", "tests", "benchmarks", "migrations"))
 
 
 @cache

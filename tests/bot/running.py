@@ -5,84 +5,27 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-from discord import gateway, http
 
 from simulator import Simulator
+from testing.running import restored_endpoints, running_bot, settings_for
 from tests.forkserver import BotCommand, start_bot
 from tests.ports import free_port
-from tests.waiting import until
-from utils.bot.client import Guildbook
 from utils.database import Pool
 from utils.database.embedded import EmbeddedServer
 from utils.demo.bot_process import ENTRY, environment
 from utils.demo.compare import TABLES, compare
-from utils.service.lease import Lease, holder
-from utils.settings import Settings
+
+__all__ = ["BotProcess", "restored_endpoints", "run_cli", "running_bot", "settings_for", "wait_until_mirrored"]
 
 #: Seconds that a test waits for the bot.
 TIMEOUT = 40.0
-
-
-def settings_for(simulator: Simulator, **overrides: Any) -> Settings:
-    """Return settings for a bot on the simulator, without any from the environment."""
-    defaults: dict[str, Any] = {
-        "discord_token": simulator.token,
-        "discord_api_base": simulator.api_base,
-        "flush_seconds": 0.05,
-        "chunk_cooldown_seconds": 0,
-    }
-    return Settings(_env_file=None, **{**defaults, **overrides})  # type: ignore[call-arg]
-
-
-@contextmanager
-def restored_endpoints() -> Iterator[None]:
-    """Restore discord.py's addresses of Discord after the block: the bot sets them on discord.py's classes."""
-    api_base, default_gateway = http.Route.BASE, gateway.DiscordWebSocket.DEFAULT_GATEWAY
-    try:
-        yield
-    finally:
-        http.Route.BASE, gateway.DiscordWebSocket.DEFAULT_GATEWAY = api_base, default_gateway
-
-
-@asynccontextmanager
-async def running_bot(
-    pool: Pool,
-    simulator: Simulator,
-    *,
-    extensions: Iterable[str] | None = None,
-    configure: Callable[[Guildbook], None] = lambda bot: None,
-    **settings: Any,
-) -> AsyncIterator[Guildbook]:
-    """Run the bot in this process: wait until it is ready, and stop it after the block.
-
-    `configure` is called before the start, for example to shorten timeouts.
-    """
-    with restored_endpoints():
-        lease = Lease(pool.target, holder())
-        await lease.wait()
-        bot = Guildbook(settings_for(simulator, **{"spool": "off", **settings}), pool, lease, extensions=extensions)
-        configure(bot)
-        async with bot:
-            task = asyncio.create_task(bot.start(simulator.token))
-            try:
-                await until(lambda: bot.readiness()[0] or task.done(), TIMEOUT)
-                if task.done():
-                    task.result()
-                yield bot
-            finally:
-                await bot.close()
-                task.cancel()
-                await asyncio.wait([task], timeout=5)
-                async with asyncio.timeout(TIMEOUT):
-                    await bot.stop_services(5)
-                    await lease.release(5)
 
 
 async def mirror_differences(pool: Pool, simulator: Simulator) -> list[str]:

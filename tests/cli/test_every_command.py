@@ -36,6 +36,8 @@ ARGUMENTS: Mapping[Path_, Sequence[str]] = {
     ("import",): ("members.json",),
     ("export",): ("members",),
     ("new", "cog"): ("db",),  # taken: it would be written beside the others
+    ("new", "pack"): ("db",),  # taken, likewise
+    ("pack", "migration"): ("economy", "-m", "words"),
     ("demo",): ("--data-dir", "file/data"),  # cannot be used: the demo takes a minute
 }
 #: Valid values of options and arguments, by name; others by their type.

@@ -407,13 +407,16 @@ FROM candidate ORDER BY candidate.name = 'guildbook_version' DESC NULLS LAST
 """
 
 
+_TABLE = "SELECT to_regclass(format('%I.%I', CAST(:main AS text), CAST(:name AS text)))::text"
+
+
 def read_version(connection: Connection, scripts: Path = SCRIPTS) -> RecordedVersion:
     """Return what the database of a SQLAlchemy connection says about its schema, or about that of a pack."""
     main = placement_of(connection).main
     pack = packs.pack_of_scripts(scripts)
     if pack is not None:
         parameters = {"main": main, "name": pack.version_table}
-        table = connection.scalar(text("SELECT to_regclass(format('%I.%I', :main, :name))::text"), parameters)
+        table = connection.scalar(text(_TABLE), parameters)
         if table is None:
             return RecordedVersion(schema=main)
         recorded = tuple(value for (value,) in connection.exec_driver_sql(select_revisions(table)))

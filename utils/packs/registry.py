@@ -6,6 +6,7 @@ One process serves one bot, so they are the process's. Who reads the settings ac
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,8 +22,20 @@ def activate(entries: Iterable[str], *, taken: Iterable[str] = ()) -> list[Pack]
 
     `taken`: names that a pack must not have. Raises `SettingsError`, and changes nothing, if one cannot be found.
     """
+    path = list(sys.path)
+    try:
+        found = _find(entries, {"guildbook", "alembic", *taken})  # their version tables are not a pack's
+    except SettingsError:
+        sys.path[:] = path
+        raise
+    _active.clear()
+    _active.update(found)
+    _problems.clear()
+    return list(found.values())
+
+
+def _find(entries: Iterable[str], forbidden: set[str]) -> dict[str, Pack]:
     found: dict[str, Pack] = {}
-    forbidden = {"guildbook", "alembic", *taken}  # their version tables are not a pack's
     for entry in entries:
         pack = read_pack(entry)
         if pack.name in forbidden:
@@ -35,10 +48,7 @@ def activate(entries: Iterable[str], *, taken: Iterable[str] = ()) -> list[Pack]
                 variables=["COGS"],
             )
         found[pack.name] = pack
-    _active.clear()
-    _active.update(found)
-    _problems.clear()
-    return list(found.values())
+    return found
 
 
 def active() -> list[Pack]:
@@ -49,10 +59,11 @@ def active() -> list[Pack]:
 @contextlib.contextmanager
 def using(*entries: str) -> Iterator[list[Pack]]:
     """Activate packs for the duration of a block, for tests."""
-    packs, problems = dict(_active), dict(_problems)
+    packs, problems, path = dict(_active), dict(_problems), list(sys.path)
     try:
         yield activate(entries)
     finally:
+        sys.path[:] = path
         _active.clear()
         _active.update(packs)
         _problems.clear()

@@ -244,7 +244,7 @@ async def plan_downgrade(
         return None
     await refuse_dependents(pool, reverted, options)
     if revisions.pack is None:
-        await refuse_missing_base(pool, reverted, options=options)
+        await refuse_missing_base(pool, reverted)
     return await preview(pool, revision, down=True, progress=progress, options=options)
 
 
@@ -284,7 +284,7 @@ async def downgrade(
         )
     await refuse_dependents(pool, reverted, options)
     if revisions.pack is None:
-        await refuse_missing_base(pool, reverted, options=options)
+        await refuse_missing_base(pool, reverted)
     steps = _StepCounter(progress, "downgrading", len(reverted))
     saved = None
     async with exclusive(pool):

@@ -172,20 +172,14 @@ async def _upgrade(
     return (await runner.upgrade(database, by=by, on_applied=on_applied, options=options)).revisions
 
 
-async def refuse_missing_base(
-    database: Pool | ConnectTarget, reverted: Sequence[str], *, options: MigrationOptions = DEFAULTS
-) -> None:
+async def refuse_missing_base(database: Pool | ConnectTarget, reverted: Sequence[str]) -> None:
     """Raise `MigrationError` if reverting revisions of Guildbook takes away one that a pack with tables needs."""
-    revisions = Revisions(options.scripts)
     for pack in await runner.read_schema(database, recorded_packs.read_packs):
-        if not pack.revisions:
-            continue
-        lost = [revision for revision in reverted if revision in revisions.including_ancestors([pack.requires])]
-        if lost:
+        if pack.revisions and pack.requires in reverted:
             raise MigrationError(
-                f"pack {pack.name} needs revision {pack.requires} of Guildbook, and this would revert"
-                f" {', '.join(lost)}. Nothing was changed: remove the pack's tables first, with python bot.py pack drop"
-                f" {pack.name}, or use a version of the pack that needs less"
+                f"pack {pack.name} needs revision {pack.requires} of Guildbook, which this would revert. Nothing was"
+                f" changed: remove the pack's tables first, with python bot.py pack drop {pack.name}, or use a version"
+                " of the pack that needs less"
             )
 
 

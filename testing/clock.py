@@ -1,0 +1,76 @@
+"""Time that a test moves forward: what cooldowns and `discord.ext.tasks` loops go by."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import discord
+from discord.ext import tasks
+
+from testing.people import wait_for
+
+if TYPE_CHECKING:
+    from testing.running import RunningBot
+
+#: Seconds for one iteration of a loop.
+ITERATION_SECONDS = 15.0
+
+
+class Clock:
+    """The time of interactions, messages and `discord.utils.utcnow`; loops run as often as they would have."""
+
+    def __init__(self, bot: RunningBot) -> None:
+        self._bot = bot
+        self._seconds = 0.0
+        self._utcnow: Callable[[], datetime] = discord.utils.utcnow
+
+    def now(self) -> datetime:
+        """Return the current time."""
+        return self._utcnow() + timedelta(seconds=self._seconds)
+
+    async def advance(self, seconds: float) -> None:
+        """Move the time forward, and wait until the loops of the packs' cogs have run as often as is then due.
+
+        Cooldowns see it, and so does what the cogs read by `discord.utils.utcnow()`; timeouts, the database and
+        `asyncio.sleep` do not.
+        """
+        self._seconds += seconds
+        self._bot.simulator.interactions.clock_offset = self._seconds
+        self._bot.world.now_us += round(seconds * 1e6)
+        discord.utils.utcnow = self.now
+        for loop in list(self._loops()):
+            await self._catch_up(loop)
+
+    def reset(self) -> None:
+        """Return to the time of the machine."""
+        self._seconds = 0.0
+        self._bot.simulator.interactions.clock_offset = 0.0
+        discord.utils.utcnow = self._utcnow
+
+    def _loops(self) -> Iterator[tasks.Loop[Any]]:
+        """Yield the running loops of cogs that are in packs."""
+        from utils import packs
+
+        for cog in self._bot.bot.cogs.values():
+            if packs.module_owner(type(cog).__module__) is None:
+                continue
+            for name in dir(type(cog)):
+                found = getattr(cog, name, None) if isinstance(getattr(type(cog), name, None), tasks.Loop) else None
+                if isinstance(found, tasks.Loop) and found.is_running():
+                    yield found
+
+    async def _catch_up(self, loop: tasks.Loop[Any]) -> None:
+        while loop.is_running() and (due := loop.next_iteration) is not None and due <= self.now():
+            handle = getattr(loop, "_handle", None)
+            if handle is None or handle.done():
+                await asyncio.sleep(0)
+                continue
+            handle.recalculate(datetime.now(UTC) - timedelta(seconds=1))
+            await wait_for(
+                lambda due=due: not loop.is_running() or loop.next_iteration != due,  # type: ignore[misc]
+                ITERATION_SECONDS,
+                f"an iteration of {loop.coro.__qualname__} took longer than {ITERATION_SECONDS:g} s",
+            )

@@ -1,0 +1,114 @@
+"""The pytest plugin: the fixture `bot`, on one server and one running bot for the whole session.
+
+The option `guildbook_packs` in the pack's `pyproject.toml` names the packs as `COGS` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import asyncpg
+import pytest
+import pytest_asyncio
+
+from simulator import Limits, Simulator, World
+from testing.running import MEMBERS, RunningBot, running_bot
+from utils import packs
+from utils.database import Pool, recorded_packs
+from utils.database.embedded import EmbeddedServer
+from utils.database.sql import quote_identifier
+from utils.database.target import ConnectTarget
+from utils.exceptions import GuildbookError
+from utils.operations import migrations
+
+ResultT = TypeVar("ResultT")
+
+_DATABASE = "guildbook_tests"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addini("guildbook_packs", "The packs to load, as in COGS.", type="args", default=["."])
+
+
+@pytest.fixture(scope="session")
+def guildbook_database(request: pytest.FixtureRequest) -> Iterator[ConnectTarget]:
+    """The address of a throwaway PostgreSQL with the tables of Guildbook and of the packs."""
+    root = request.config.rootpath
+    named = request.config.getini("guildbook_packs")
+    entries = [str((root / one).resolve()) if one.startswith(".") else one for one in named]
+    directory = Path(tempfile.mkdtemp(prefix="guildbook-"))
+    server = EmbeddedServer(directory, durable=False)
+    try:
+        packs.activate(entries)
+        _in_thread(server.start())
+        _in_thread(_create(server))
+        yield server.target(_DATABASE)
+    except GuildbookError as exc:
+        pytest.exit(str(exc), returncode=pytest.ExitCode.USAGE_ERROR)
+    finally:
+        _in_thread(server.stop(force=True))
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+async def _create(server: EmbeddedServer) -> None:
+    connection = await asyncpg.connect(**server.target("postgres").connect_kwargs(), timeout=10)
+    try:
+        await connection.execute("CREATE DATABASE guildbook_tests")
+    finally:
+        await connection.close(timeout=5)
+    target = server.target(_DATABASE)
+    await migrations.upgrade(target)
+    _, problems = await migrations.upgrade_packs(target)
+    if problems:
+        raise GuildbookError("\n".join(problems))
+
+
+def _in_thread(work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """Run a coroutine apart from the event loops of the tests."""
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(asyncio.run, work).result()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def guildbook_running(guildbook_database: ConnectTarget) -> AsyncIterator[RunningBot]:
+    """The bot, started once for all tests."""
+    world = World(seed=1)
+    world.add_guild(members=MEMBERS)
+    pool = Pool(guildbook_database, pool_max=8, connect_timeout=10, acquire_timeout=10)
+    await pool.connect()
+    try:
+        async with Simulator(world, limits=Limits.none()) as simulator, running_bot(pool, simulator) as bot:
+            failed = [state for state in bot.loader.states() if state.state == "failed"]
+            if failed:
+                lines = [f"cog {state.name} is not loaded: {state.reason}" for state in failed]
+                pytest.fail("\n".join(lines), pytrace=False)
+            yield RunningBot(bot, simulator, pool)
+    finally:
+        await pool.close()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def bot(guildbook_running: RunningBot) -> AsyncIterator[RunningBot]:
+    """The running bot, in a new guild, with the packs' tables empty and the clock at the machine's time."""
+    recorded = await recorded_packs.fetch_packs(guildbook_running.pool)
+    placement = guildbook_running.pool.placement
+    names = [(placement.resolve(schema), name) for pack in recorded for schema, name in pack.relations]
+    tables = await guildbook_running.fetch(_TABLES, [schema for schema, _ in names], [name for _, name in names])
+    await guildbook_running.clear([".".join(map(quote_identifier, row)) for row in tables])
+    await guildbook_running.new_guild()
+    yield guildbook_running
+    guildbook_running.clock.reset()
+
+
+_TABLES = """
+SELECT n.nspname::text, c.relname::text FROM unnest($1::text[], $2::text[]) AS wanted (schema, name)
+    JOIN pg_namespace AS n ON n.nspname = wanted.schema
+    JOIN pg_class AS c ON c.relnamespace = n.oid AND c.relname = wanted.name
+WHERE c.relkind IN ('r', 'p')
+"""
