@@ -28,6 +28,7 @@ import cogs
 from docs import pictures
 from models import Base
 from models.base import Erase, Part, part_of
+from utils.bot.listeners import ALWAYS, EVENTS
 from utils.cli.common import EXIT_CODES
 from utils.mirror.discord import permissions
 from utils.operations.doctor import CHECKS
@@ -53,6 +54,7 @@ def pages() -> dict[str, str]:
         "tables": tables_page(),
         "commands": commands_page(),
         "permissions": permissions_page(),
+        "events": events_page(),
         "metrics": metrics_page(),
         **{name: module_page(title, modules) for name, (title, modules) in MODULES.items()},
     }
@@ -101,6 +103,28 @@ doctor` shows the former without a running bot. To grant what is missing, open t
 guild.
 """
     return "\n".join(["# Permissions", "", NOTE, text, *rows])
+
+
+# Events.
+
+
+def events_page() -> str:
+    """Return a table of discord.py's events and what each needs."""
+    rows = ["| event | any of these intents | in memory | instead |", "| --- | --- | --- | --- |"]
+    for name, event in sorted(EVENTS.items()):
+        needed = ", ".join(f"`{intent}`" for intent in event.intents) if event.never is None else event.never
+        caches = " and ".join(event.caches)
+        rows.append(
+            f"| `on_{name}` | {needed} | {caches} | {'' if event.instead is None else f'`on_{event.instead}`'} |"
+        )
+    always = ", ".join(f"`on_{name}`" for name in sorted(ALWAYS))
+    text = """
+What discord.py needs to dispatch an event: one of the intents, and all of the caches. Messages are in memory with
+`MESSAGE_CACHE`, members with `MEMBER_CACHE=all` (with `voice` only those in voice channels, with `none` only the bot
+itself). The mirror's own intents are `guilds`, `members`, `moderation` and `guild_messages`; cogs and `INTENTS` add
+others ([Porting a bot](../how-to/porting.md)). These events are dispatched whenever the bot is connected:
+"""
+    return "\n".join(["# Events", "", NOTE, text + always + ".", "", *rows])
 
 
 # Metrics.

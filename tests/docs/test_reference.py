@@ -16,7 +16,9 @@ def texts() -> dict[str, str]:
     return generate.pages()
 
 
-@pytest.mark.parametrize("name", ["settings", "tables", "commands", "permissions", "metrics", *generate.MODULES])
+@pytest.mark.parametrize(
+    "name", ["settings", "tables", "commands", "permissions", "events", "metrics", *generate.MODULES]
+)
 def test_page_is_up_to_date(texts: dict[str, str], name: str) -> None:
     written = (generate.DIRECTORY / f"{name}.md").read_text(encoding="utf-8")
     assert written == texts[name], "the code has changed: run `make docs`"
