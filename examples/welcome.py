@@ -38,7 +38,7 @@ class Welcome(BaseCog):
         """Store the guild's settings."""
         assert interaction.guild_id is not None, "guild_only"
         new = WelcomeSettings(channel_id=None if channel is None else channel.id, text=text)
-        await self.settings.set("settings", new, interaction.guild_id)
+        await self.settings.guild(interaction.guild_id).set("settings", new)
         answer = "Greetings are off." if channel is None else f"New members are greeted in {channel.mention}."
         await interaction.response.send_message(answer, ephemeral=True)
 
@@ -47,7 +47,7 @@ class Welcome(BaseCog):
         """Greet a member who joined. An `inferred` join happened while the bot was offline: too late to greet."""
         if change.action != "join" or change.inferred or change.guild_id is None:
             return
-        settings = await self.settings.get("settings", change.guild_id)
+        settings = await self.settings.guild(change.guild_id).get("settings")
         channel = None if settings.channel_id is None else self.bot.get_channel(settings.channel_id)
         if not isinstance(channel, discord.TextChannel):
             return

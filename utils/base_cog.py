@@ -122,7 +122,7 @@ class BaseCog(commands.Cog):
         Example::
 
             async def command_prefix(self, message: discord.Message) -> str | None:
-                settings = await self.documents("prefix", PrefixSettings).get("settings", message.guild.id)
+                settings = await self.documents("prefix", PrefixSettings).guild(message.guild).get("settings")
                 return settings.prefix
         """
         return None
@@ -136,15 +136,20 @@ class BaseCog(commands.Cog):
         """
         return self.bot.get_db_session()
 
-    def documents(self, namespace: str, model: type[ModelT]) -> Documents[ModelT]:
+    def documents(
+        self, namespace: str, model: type[ModelT], *, stale_if_error: float | None = None
+    ) -> Documents[ModelT]:
         """Return the documents of a namespace: settings and small records typed by a pydantic model, without a table.
+
+        stale_if_error: seconds for which what was read may be returned again while the database is unavailable; None:
+            the error is raised.
 
         Example::
 
-            settings = self.documents("welcome", WelcomeSettings)
-            current = await settings.get("settings", guild_id)
+            settings = self.documents("welcome", WelcomeSettings, stale_if_error=3600)
+            current = await settings.guild(guild_id).get("settings")
         """
-        return Documents(self.db, namespace, model)
+        return Documents(self.db, namespace, model, stale_if_error=stale_if_error)
 
     def repository(self, model: type[RowT]) -> Repository[RowT, Any]:
         """Return a repository for a table of your own: get, find, list, add, upsert, update, delete, and others.

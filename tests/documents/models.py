@@ -22,7 +22,9 @@ class PoolQueries:
         self.statements += 1
         return await self.pool.fetch(sql, *args)
 
-    async def fetchrow(self, sql: str, /, *args: Any, use_cache: bool = True) -> asyncpg.Record | None:
+    async def fetchrow(
+        self, sql: str, /, *args: Any, use_cache: bool = True, stale_if_error: float | None = None
+    ) -> asyncpg.Record | None:
         """Return the first row."""
         self.statements += 1
         return await self.pool.fetchrow(sql, *args)
@@ -31,6 +33,9 @@ class PoolQueries:
         """Return the first column of the first row."""
         self.statements += 1
         return await self.pool.fetchval(sql, *args)
+
+    def forget(self, sql: str, /, *args: Any) -> None:
+        """Do nothing: nothing is kept."""
 
 
 class Item(BaseModel):

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
+import discord
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, RootModel, computed_field
 
@@ -20,7 +21,7 @@ GUILD = 81384788765712384
 @pytest.fixture
 def shops(database: Pool) -> Documents[Shop]:
     """Documents without a guild."""
-    return Documents(PoolQueries(database), "shop", Shop)
+    return Documents(PoolQueries(database), "shop", Shop).everywhere()
 
 
 async def test_get_returns_defaults_without_storing_them(shops: Documents[Shop]) -> None:
@@ -40,15 +41,55 @@ async def test_get_returns_a_fresh_instance(shops: Documents[Shop]) -> None:
 
 
 async def test_separates_guilds_namespaces_and_keys(shops: Documents[Shop]) -> None:
-    of_guild, other = shops.for_guild(GUILD), Documents(shops.db, "other", Shop)
+    of_guild, other = shops.guild(GUILD), Documents(shops.db, "other", Shop).everywhere()
     await of_guild.set(GUILD, Shop(title="here"))
     assert (await shops.get(GUILD, guild_id=GUILD)).title == (await of_guild.get(str(GUILD))).title == "here"
     assert await shops.find(GUILD) is await of_guild.find(1) is await other.find(GUILD, GUILD) is None
     assert [await store.count() for store in (of_guild, shops, other)] == [1, 0, 0]
 
 
+async def test_scopes_are_separate(shops: Documents[Shop]) -> None:
+    bare, person = Documents(shops.db, "shop", Shop), discord.Object(7)
+    scopes = [
+        bare.everywhere(), bare.guild(GUILD), bare.guild(5), bare.user(person), bare.user(8), bare.member(GUILD, 7),
+        bare.member(GUILD, 8), bare.member(5, person),
+    ]  # fmt: skip
+    for number, scope in enumerate(scopes):
+        assert await scope.find("a") is None
+        await scope.set("a", Shop(title=f"{number}"))
+        await scope.update("b", title=f"{number}")
+    for number, scope in enumerate(scopes):
+        assert (await scope.get("a")).title == f"{number}"
+        assert [(key, shop.title) for key, shop in await scope.list()] == [("a", f"{number}"), ("b", f"{number}")]
+        assert [key for key, _ in await scope.list("b")] == [key for key, _ in await scope.list(after="a")] == ["b"]
+        assert [key for key, _ in await scope.list(limit=1)] == ["a"]
+        assert await scope.count() == 2
+    assert await scopes[5].delete("a")
+    assert [await scope.count() for scope in scopes] == [2, 2, 2, 2, 2, 1, 2, 2]
+    assert (await bare.get("a", GUILD)).title == (await bare.get("a", guild_id=GUILD)).title == "1"
+    assert (await bare.get("a", guild_id=0)).title == "0"
+
+
+async def test_leaving_out_the_guild_never_means_everywhere(shops: Documents[Shop]) -> None:
+    bare, in_direct_message = Documents(shops.db, "shop", Shop), None
+    for call in (
+        bare.get("a"), bare.find("a", in_direct_message), bare.version("a"), bare.set("a", Shop()), bare.delete("a"),
+        bare.update("a", title="b"), bare.count(), bare.list(),
+    ):  # fmt: skip
+        with pytest.raises(DocumentError, match=r"whose document of shop\? .*everywhere\(\)"):
+            await call
+    assert await shops.count() == 0
+    for wrong in (0, None, -5):
+        with pytest.raises(DocumentError, match=r"is no id; everywhere\(\)"):
+            bare.guild(wrong)  # type: ignore[arg-type]
+    with pytest.raises(DocumentError, match="are of a user"):
+        await bare.user(7).get("a", GUILD)
+    with pytest.raises(DocumentError, match=r"use user\(id\) or member"):
+        await shops.set("@user:7/a", Shop())
+
+
 async def test_missing_document_without_defaults_is_an_error(shops: Documents[Shop]) -> None:
-    items = Documents(shops.db, "items", Item).for_guild(GUILD)
+    items = Documents(shops.db, "items", Item).guild(GUILD)
     with pytest.raises(DocumentError, match=rf"no document 'x' of items in guild {GUILD}, and Item has no .*\(name"):
         await items.get("x")
     with pytest.raises(DocumentError, match="set it first"):
@@ -149,7 +190,7 @@ class Anything(BaseModel):
 
 @pytest.mark.parametrize("value", [object(), 10**5000, {"deep": b"\xff"}], ids=type)
 async def test_rejects_value_that_is_not_json(database: Pool, value: Any) -> None:
-    store = Documents(PoolQueries(database), "any", Anything)
+    store = Documents(PoolQueries(database), "any", Anything).everywhere()
     with pytest.raises(DocumentError, match="cannot be stored: it cannot be represented as JSON"):
         await store.set("x", Anything(value=value))
     assert await store.count() == 0
@@ -169,7 +210,7 @@ async def test_rejects_value_invalidated_after_validation(shops: Documents[Shop]
 
 
 async def test_replaces_nul_and_lone_surrogates(database: Pool) -> None:
-    store = Documents(PoolQueries(database), "any", Anything)
+    store = Documents(PoolQueries(database), "any", Anything).everywhere()
     await store.set("x", Anything(value={"a\0\ud800": ["b\udfff", {"\0": 1}]}))
     assert (await store.get("x")).value == {"a\ufffd\ufffd": ["b\ufffd", {"\ufffd": 1}]}
 
@@ -194,7 +235,7 @@ class Awkward(BaseModel):
 
 
 async def test_round_trips_strict_models_and_aliases(database: Pool) -> None:
-    store = Documents(PoolQueries(database), "awkward", Awkward)
+    store = Documents(PoolQueries(database), "awkward", Awkward).everywhere()
     value = Awkward(
         at=datetime(2026, 1, 2, tzinfo=UTC), amount=Decimal("0.10"), Big=2**80 + 1, tags={"a"}, pair=(1, 1e300),
         by_id={GUILD: "x"},
@@ -206,14 +247,14 @@ async def test_round_trips_strict_models_and_aliases(database: Pool) -> None:
 
 
 async def test_list_can_be_a_document(database: Pool) -> None:
-    store = Documents(PoolQueries(database), "lists", RootModel[list[int]])
+    store = Documents(PoolQueries(database), "lists", RootModel[list[int]]).everywhere()
     await store.set("x", RootModel[list[int]]([1, 2]))
     assert (await store.get("x")).root == [1, 2]
 
 
 async def test_set_is_one_statement_and_update_two(database: Pool) -> None:
     queries = PoolQueries(database)
-    store = Documents(queries, "counters", Counter)
+    store = Documents(queries, "counters", Counter).everywhere()
     await store.set("x", Counter())
     assert queries.statements == 1
     await store.update("x", count=2)

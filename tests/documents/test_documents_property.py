@@ -52,7 +52,7 @@ async def test_concurrent_updates_are_never_lost(
     database: Pool, adds: list[str], invalid: set[str], existing: set[str]
 ) -> None:
     await database.execute("TRUNCATE documents")
-    stores = [Documents(PoolQueries(database), "ledger", Ledger) for _ in range(3)]
+    stores = [Documents(PoolQueries(database), "ledger", Ledger).everywhere() for _ in range(3)]
     for key in existing | invalid:
         await stores[0].set(key, Ledger())
     if invalid:
@@ -77,7 +77,7 @@ async def test_concurrent_updates_are_never_lost(
 async def test_updates_build_on_stored_values_despite_deletions(database: Pool, steps: list[str]) -> None:
     """What an update returns extends a value that was stored before."""
     await database.execute("TRUNCATE documents")
-    store = Documents(PoolQueries(database), "ledger", Ledger)
+    store = Documents(PoolQueries(database), "ledger", Ledger).everywhere()
     results: list[list[int]] = [[]]
 
     async def step(number: int, kind: str) -> None:
@@ -100,7 +100,7 @@ async def test_updates_build_on_stored_values_despite_deletions(database: Pool, 
 @settings(max_examples=150)
 @given(value=JSON)
 async def test_round_trips_any_json(database: Pool, value: Any) -> None:
-    store = Documents(PoolQueries(database), "any", Anything)
+    store = Documents(PoolQueries(database), "any", Anything).everywhere()
     await store.set("x", Anything(value=value))
     found = (await store.get("x")).value
     assert with_floats(found, scrub_payload(value)) == scrub_payload(value)
@@ -108,13 +108,20 @@ async def test_round_trips_any_json(database: Pool, value: Any) -> None:
 
 
 @settings(max_examples=60)
-@given(keys=st.sets(st.text(min_size=1, max_size=6), max_size=15), prefix=st.text(max_size=2), limit=st.integers(1, 4))
+@given(
+    keys=st.sets(st.text(min_size=1, max_size=6), max_size=15),
+    prefix=st.text(max_size=2),
+    limit=st.integers(1, 4),
+    of_user=st.booleans(),
+)
 async def test_pages_are_the_sorted_keys_with_the_prefix(
-    database: Pool, keys: set[str], prefix: str, limit: int
+    database: Pool, keys: set[str], prefix: str, limit: int, of_user: bool
 ) -> None:
     await database.execute("TRUNCATE documents")
-    store = Documents(PoolQueries(database), "any", Anything)
-    keys = {key for key in keys if "\0" not in key}
+    stores = Documents(PoolQueries(database), "any", Anything)
+    store, other = (stores.user(7), stores.everywhere()) if of_user else (stores.everywhere(), stores.user(7))
+    await other.set("another's", Anything())
+    keys = {key for key in keys if "\0" not in key and (of_user or not key.startswith("@user:"))}
     prefix = prefix.replace("\0", "")
     for key in keys:
         await store.set(key, Anything())

@@ -36,7 +36,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
 async def test_repair_defaults_invalid_parts_and_keeps_original(
     database: Pool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shops = Documents(PoolQueries(database), "shop", Shop)
+    shops = Documents(PoolQueries(database), "shop", Shop).everywhere()
     stored = {"title": 5, "tax": 0.5, "items": [{"name": "a"}, {"price": 2}, {"name": "c", "price": "?"}], "old": 1}
     await database.execute(INSERT, "shop", "x", stored)
     fits = Shop(tax=0.5, items=[Item(name="a"), Item(name="c")])
@@ -51,7 +51,7 @@ async def test_repair_defaults_invalid_parts_and_keeps_original(
 
 
 async def test_unrepairable_document_counts_as_absent(database: Pool, caplog: pytest.LogCaptureFixture) -> None:
-    store = Documents(PoolQueries(database), "grown", Grown)
+    store = Documents(PoolQueries(database), "grown", Grown).everywhere()
     await database.execute(INSERT, "grown", "x", {"low": 20})
     assert await store.get("x") == Grown()
     assert await store.find("x") is None
@@ -66,7 +66,7 @@ async def test_unrepairable_document_counts_as_absent(database: Pool, caplog: py
 async def test_update_of_quarantined_document_starts_from_defaults(
     database: Pool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = Documents(PoolQueries(database), "grown", Grown)
+    store = Documents(PoolQueries(database), "grown", Grown).everywhere()
     await database.execute(INSERT, "grown", "x", {"low": 20})
     assert await store.update("x", low=3) == Grown(low=3) == await store.get("x")
     assert await database.fetchval("SELECT quarantined FROM documents") == {"low": 20}
@@ -75,16 +75,16 @@ async def test_update_of_quarantined_document_starts_from_defaults(
 
 async def test_quarantined_value_is_used_again_if_it_fits(database: Pool) -> None:
     await database.execute(INSERT, "grown", "x", {"low": 20})
-    assert await Documents(PoolQueries(database), "grown", Grown).find("x") is None
+    assert await Documents(PoolQueries(database), "grown", Grown).everywhere().find("x") is None
 
     class Older(BaseModel):
         low: int
 
-    assert await Documents(PoolQueries(database), "grown", Older).get("x") == Older(low=20)
+    assert await Documents(PoolQueries(database), "grown", Older).everywhere().get("x") == Older(low=20)
 
 
 async def test_unrepairable_document_without_defaults_is_an_error(database: Pool) -> None:
-    items = Documents(PoolQueries(database), "items", Item)
+    items = Documents(PoolQueries(database), "items", Item).everywhere()
     await database.execute(INSERT, "items", "x", {"name": 5, "price": 3})
     with pytest.raises(DocumentError, match="Item has no default"):
         await items.get("x")
@@ -94,7 +94,7 @@ async def test_unrepairable_document_without_defaults_is_an_error(database: Pool
 
 
 async def test_page_is_filled_despite_absent_documents(database: Pool) -> None:
-    store = Documents(PoolQueries(database), "grown", Grown)
+    store = Documents(PoolQueries(database), "grown", Grown).everywhere()
     for number in range(10):
         await database.execute(INSERT, "grown", f"k{number}", {"low": 20 if number % 3 else number})
     assert [key for key, _ in await store.list(limit=3)] == ["k0", "k3", "k6"]
@@ -104,7 +104,7 @@ async def test_page_is_filled_despite_absent_documents(database: Pool) -> None:
 async def test_repair_does_not_write_in_read_only_transaction(database: Pool) -> None:
     await database.execute(INSERT, "counters", "x", {"count": "many"})
     async with database.transaction(readonly=True) as conn:
-        store = Documents(_ConnectionQueries(conn), "counters", Counter)
+        store = Documents(_ConnectionQueries(conn), "counters", Counter).everywhere()
         assert await store.get("x") == Counter()
         assert await store.get("x") == Counter()
     assert await database.fetchval("SELECT value FROM documents") == {"count": "many"}
@@ -137,7 +137,11 @@ class _ConnectionQueries:
     async def fetch(self, sql: str, /, *args: Any) -> Any:
         return await self.conn.fetch(sql, *args)
 
-    async def fetchrow(self, sql: str, /, *args: Any, use_cache: bool = True) -> Any:
+    def forget(self, sql: str, /, *args: Any) -> None: ...
+
+    async def fetchrow(
+        self, sql: str, /, *args: Any, use_cache: bool = True, stale_if_error: float | None = None
+    ) -> Any:
         return await self.conn.fetchrow(sql, *args)
 
     async def fetchval(self, sql: str, /, *args: Any, use_cache: bool = True) -> Any:

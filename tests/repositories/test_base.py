@@ -244,7 +244,7 @@ async def test_load_accepts_sqlalchemy_options(sessions: SessionFactory) -> None
 
 
 async def test_load_rejects_unknown_relationship(sessions: SessionFactory) -> None:
-    with pytest.raises(ValidationError, match=r"no relationship 'members': choose from owner, roles"):
+    with pytest.raises(ValidationError, match=r"no relationship 'moderators': choose from owner, members, roles"):
         await GuildRepository(sessions).get(1, load=("moderators",))
 
 

@@ -27,7 +27,7 @@ from utils.exceptions import DatabaseError, ValidationError, driver_error
 
 if TYPE_CHECKING:
     from utils.database.cache import QueryCache
-    from utils.database.cache.results import CachedResult
+    from utils.database.cache.results import CachedResult, Key
 
 T = TypeVar("T")
 
@@ -387,11 +387,17 @@ class Database(Scopes):
         return stats
 
     def forget(self, sql: str, *args: Any) -> None:
-        """Drop what `stale_if_error` has kept of a query, because this process has replaced what it returns."""
-        for verb in ("fetch", "fetchrow", "fetchval"):
-            key = cache_key(verb, sql, args)
-            if key is not None:
-                self.stale.forget(key)
+        """Drop what `stale_if_error` has kept of a query, because this process has replaced what it returns.
+
+        In a transaction this is repeated when it commits.
+        """
+        keys = [cache_key(verb, sql, args) for verb in ("fetch", "fetchrow", "fetchval")]
+        known = [key for key in keys if key is not None]
+        root = current.get()
+        if root is not None:
+            root.forgotten += known
+        for key in known:
+            self.stale.forget(key)
 
     def get_stats(self) -> dict[str, Any]:
         """Return the state of pools, cache and open transactions, and the slow and prepared statements."""
@@ -514,9 +520,11 @@ class Database(Scopes):
 
     # --- invalidation
 
-    def committed(self, log: WriteLog) -> None:
-        """Tell the cache that what is in the log was committed."""
+    def committed(self, log: WriteLog, forgotten: Iterable[Key] = ()) -> None:
+        """Tell the cache that what is in the log was committed, and drop old results."""
         self._invalidate(self._tables_of(log))
+        for key in forgotten:
+            self.stale.forget(key)
 
     def in_doubt(self, log: WriteLog) -> None:
         """Tell the cache that what is in the log may still be committed."""

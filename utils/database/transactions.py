@@ -61,6 +61,8 @@ class Root:
         self.connection: AsyncConnection | None = None
         self.raw: Any = None
         self.numbers = itertools.count(1)
+        #: Results that are not to be served in an outage once it is committed: `Database.forget`.
+        self.forgotten: list[Any] = []
 
     @property
     def statements(self) -> int:
@@ -285,7 +287,7 @@ class Transaction:
                 raise
             root.is_open = False
             if tag == "COMMIT":
-                self._db.committed(root.log)
+                self._db.committed(root.log, root.forgotten)
             await self._return(root)
         if tag != "COMMIT":  # PostgreSQL answers ROLLBACK for an aborted transaction
             raise DatabaseError(f"nothing was committed: {_ABORTED}")

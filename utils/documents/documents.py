@@ -28,6 +28,8 @@ MAX_PAUSE_SECONDS = 0.2
 KEY_LENGTH = 255
 NAMESPACE = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
 _UNSTORABLE_KEY = re.compile("[\x00\ud800-\udfff]")
+#: How the keys of `user` and `member` begin.
+_OF_USERS = "@user:"
 
 # Values are passed as text both ways: no decoder changes a number, and readers cannot modify the cached value.
 # `is_quarantined`: the value is known not to fit the model. A document's first version is the time in microseconds, so
@@ -40,9 +42,14 @@ WHERE guild_id = $1 AND namespace = $2 AND key = $3
 _LIST = """
 SELECT key, value::text AS value, version, (quarantined IS NOT NULL AND quarantined = value) AS is_quarantined
 FROM documents
-WHERE guild_id = $1 AND namespace = $2 AND key >= $3 AND key < $4 AND key > $5 ORDER BY key LIMIT $6
+WHERE guild_id = $1 AND namespace = $2 AND key >= $3 AND key < $4 AND key > $5
+    AND ($7 OR NOT starts_with(key, '@user:'))
+ORDER BY key LIMIT $6
 """
-_COUNT = "SELECT count(*) FROM documents WHERE guild_id = $1 AND namespace = $2"
+_COUNT = """
+SELECT count(*) FROM documents
+WHERE guild_id = $1 AND namespace = $2 AND key >= $3 AND key < $4 AND ($5 OR NOT starts_with(key, '@user:'))
+"""
 _SET = """
 INSERT INTO documents AS d (guild_id, namespace, key, value, version, updated_at)
 VALUES ($1, $2, $3, $4::text::jsonb, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint, now())
@@ -80,7 +87,9 @@ class Queries(Protocol):
         """Return all rows."""
         ...
 
-    async def fetchrow(self, sql: str, /, *args: Any, use_cache: bool = True) -> asyncpg.Record | None:
+    async def fetchrow(
+        self, sql: str, /, *args: Any, use_cache: bool = True, stale_if_error: float | None = None
+    ) -> asyncpg.Record | None:
         """Return the first row, or None if there is none."""
         ...
 
@@ -88,13 +97,29 @@ class Queries(Protocol):
         """Return the first column of the first row, or None if there is none."""
         ...
 
+    def forget(self, sql: str, /, *args: Any) -> None:
+        """Drop what `stale_if_error` has kept of a query."""
+        ...
+
+
+class Identified(Protocol):
+    """What has an id, such as discord.py's guilds, users and members."""
+
+    @property
+    def id(self) -> int:
+        """The snowflake."""
+        ...
+
 
 class Documents(Generic[T]):
     """The documents of one namespace: values of a pydantic model, stored under (guild id, key).
 
-    `guild_id` applies to every call that does not name another one; 0 means no guild. Keys are strings or ids. Values
-    are read through the query cache and are fresh instances: changing one has no effect until you `set` it. PostgreSQL
-    does not preserve the order of dictionaries.
+    Say whose documents they are: `guild(id)`, `user(id)`, `member(guild_id, user_id)` or `everywhere()` return the same
+    documents for one scope, each with keys of its own, and every call may name a guild, `guild_id=0` for none. A call
+    that says neither raises `DocumentError`; None, as in a direct message, never means everywhere.
+
+    Keys are strings or ids. Values are read through the query cache and are fresh instances: changing one has no effect
+    until you `set` it. PostgreSQL does not preserve the order of dictionaries.
 
     If a stored value no longer fits the model, the invalid parts are removed, so that their defaults apply. If that is
     not possible, the document counts as absent. Either way the row keeps the original in `quarantined`, and a warning
@@ -106,27 +131,62 @@ class Documents(Generic[T]):
             title: str = "Shop"
 
         shops = Documents(bot.db, "shop", Shop)
-        await shops.update("settings", guild_id=guild.id, title="Bakery")
+        await shops.guild(guild).update("settings", title="Bakery")
         shop = await shops.get("settings", guild.id)
 
     Every method raises `DocumentError` for an invalid key, and whatever `bot.db` raises.
     """
 
-    def __init__(self, db: Queries, namespace: str, model: type[T], *, guild_id: int = 0) -> None:
+    def __init__(
+        self,
+        db: Queries,
+        namespace: str,
+        model: type[T],
+        *,
+        guild_id: int | None = None,
+        stale_if_error: float | None = None,
+    ) -> None:
+        """
+        guild_id: for calls that name none; 0: no guild; None: every call must name one.
+        stale_if_error: while the database is unavailable, or does not answer within 1.5 s, `get` and `find` return what
+            this process last read, if it is at most so many seconds old. A document that this process has written since
+            is not returned. None: the error is raised.
+        """
         if not NAMESPACE.fullmatch(namespace):
             raise DocumentError(f"invalid namespace {namespace!r}: use 1 to 100 letters, digits and _ . : -")
         self.db: Queries = db
         self.namespace: str = namespace
         self.model: type[T] = model
-        self.guild_id: int = guild_id
+        self.guild_id: int | None = guild_id
+        self.stale_if_error: float | None = stale_if_error
+        #: What the keys begin with in the table.
+        self._scope: str = ""
         self._codec: Codec[T] = Codec(model)
 
     def __repr__(self) -> str:
-        return f"<Documents {self.namespace} of {self.model.__name__} guild_id={self.guild_id}>"
+        scope = f" {self._scope}" if self._scope else ""
+        return f"<Documents {self.namespace} of {self.model.__name__} guild_id={self.guild_id}{scope}>"
 
-    def for_guild(self, guild_id: int) -> Documents[T]:
-        """Return the documents of the same namespace and model for another guild."""
-        return Documents(self.db, self.namespace, self.model, guild_id=guild_id)
+    def guild(self, guild: int | Identified) -> Documents[T]:
+        """Return the documents of a guild, given by its id or as an object."""
+        return self._scoped(_id_of(guild, "guild"))
+
+    def user(self, user: int | Identified) -> Documents[T]:
+        """Return the documents of a user, which are the same in every guild."""
+        return self._scoped(0, _id_of(user, "user"))
+
+    def member(self, guild: int | Identified, user: int | Identified) -> Documents[T]:
+        """Return the documents of a user in one guild."""
+        return self._scoped(_id_of(guild, "guild"), _id_of(user, "user"))
+
+    def everywhere(self) -> Documents[T]:
+        """Return the documents that belong to no guild and to no user."""
+        return self._scoped(0)
+
+    def _scoped(self, guild_id: int, user_id: int | None = None) -> Documents[T]:
+        scoped = Documents(self.db, self.namespace, self.model, guild_id=guild_id, stale_if_error=self.stale_if_error)
+        scoped._scope = "" if user_id is None else f"{_OF_USERS}{user_id}/"
+        return scoped
 
     async def get(self, key: str | int, guild_id: int | None = None) -> T:
         """Return a document, or the model's defaults if there is none.
@@ -157,6 +217,7 @@ class Documents(Generic[T]):
         written: int | None
         if version is None:
             written = await self.db.fetchval(_SET, *row_key, text)
+            self.db.forget(_GET, *row_key)
         else:
             written = await self._write(row_key, text, version)
         if written is None:
@@ -205,11 +266,16 @@ class Documents(Generic[T]):
 
     async def delete(self, key: str | int, guild_id: int | None = None) -> bool:
         """Delete a document and return whether there was one."""
-        return await self.db.fetchval(_DELETE, *self._row_key(key, guild_id)) is not None
+        row_key = self._row_key(key, guild_id)
+        deleted = await self.db.fetchval(_DELETE, *row_key)
+        self.db.forget(_GET, *row_key)
+        return deleted is not None
 
     async def count(self, guild_id: int | None = None) -> int:
         """Return the number of documents, including those that no longer fit the model."""
-        count: int = await self.db.fetchval(_COUNT, self._guild(guild_id), self.namespace)
+        count: int = await self.db.fetchval(
+            _COUNT, self._guild(guild_id), self.namespace, self._scope, _prefix_end(self._scope), bool(self._scope)
+        )
         return count
 
     async def list(
@@ -220,25 +286,38 @@ class Documents(Generic[T]):
         `after` is the last key of the previous page, None for the first page. Documents that count as absent are
         omitted; fewer than `limit` pairs mean that this is the last page.
         """
-        guild, position = self._guild(guild_id), "" if after is None else str(after)
+        guild, position = self._guild(guild_id), "" if after is None else f"{self._scope}{after}"
+        prefix = self._scope + prefix
         page: builtins.list[tuple[str, T]] = []
         while len(page) < limit:
             missing = limit - len(page)
-            rows = await self.db.fetch(_LIST, guild, self.namespace, prefix, _prefix_end(prefix), position, missing)
+            rows = await self.db.fetch(
+                _LIST, guild, self.namespace, prefix, _prefix_end(prefix), position, missing, bool(self._scope)
+            )
             for row in rows:
                 position = row["key"]
                 value, _ = await self._decode((guild, self.namespace, position), row)
                 if value is not None:
-                    page.append((position, value))
+                    page.append((position[len(self._scope) :], value))
             if len(rows) < missing:
                 break
         return page
 
     def _guild(self, guild_id: int | None) -> int:
-        return self.guild_id if guild_id is None else guild_id
+        if guild_id is not None and self._scope:
+            raise DocumentError(f"{self!r} are of a user: name the guild with member(guild_id, user_id)")
+        found = self.guild_id if guild_id is None else guild_id
+        if found is None:
+            raise DocumentError(
+                f"whose document of {self.namespace}? Use guild(id), user(id), member(guild_id, user_id) or"
+                " everywhere(), or name guild_id; it is None in direct messages, which guild_only() excludes"
+            )
+        return found
 
     def _row_key(self, key: str | int, guild_id: int | None) -> tuple[int, str, str]:
-        text = str(key)
+        text = f"{self._scope}{key}"
+        if not self._scope and text.startswith(_OF_USERS):
+            raise DocumentError(f"invalid key {text[:50]!r}: use user(id) or member(guild_id, user_id)")
         if not 0 < len(text) <= KEY_LENGTH or _UNSTORABLE_KEY.search(text):
             raise DocumentError(
                 f"invalid key {text[:50]!r}: use 1 to {KEY_LENGTH} characters without NUL and lone surrogates"
@@ -270,11 +349,14 @@ class Documents(Generic[T]):
             written = await self.db.fetchval(_INSERT, *row_key, text)
         else:
             written = await self.db.fetchval(_REPLACE, *row_key, text, version)
+        self.db.forget(_GET, *row_key)
         return written
 
     async def _read(self, row_key: tuple[int, str, str], *, use_cache: bool = True) -> tuple[T | None, int]:
         """Return a document (None if it does not fit the model) and its version; (None, 0) if there is none."""
-        row = await self.db.fetchrow(_GET, *row_key, use_cache=use_cache)
+        # `use_cache=False` is for writers, who must not see an old value.
+        stale = self.stale_if_error if use_cache else None
+        row = await self.db.fetchrow(_GET, *row_key, use_cache=use_cache, stale_if_error=stale)
         return (None, 0) if row is None else await self._decode(row_key, row)
 
     async def _decode(self, row_key: tuple[int, str, str], row: asyncpg.Record) -> tuple[T | None, int]:
@@ -300,6 +382,13 @@ class Documents(Generic[T]):
                 extra={"guild_id": row_key[0], "namespace": row_key[1], "key": row_key[2]},
             )  # fmt: skip
         return None if repaired is None else repaired[1], written or version
+
+
+def _id_of(thing: int | Identified, what: str) -> int:
+    id = thing if isinstance(thing, int) else getattr(thing, "id", None)
+    if not isinstance(id, int) or id <= 0:
+        raise DocumentError(f"{what}: {thing!r} is no id; everywhere() is for documents of no guild and no user")
+    return id
 
 
 def _prefix_end(prefix: str) -> str:
