@@ -181,6 +181,7 @@ def test_discord_py_stays_at_the_edge_of_the_mirror() -> None:
     assert knows <= {
         "utils.mirror.discord.intents",
         "utils.mirror.discord.member_cache",
+        "utils.mirror.discord.people",
         "utils.mirror.discord.permissions",
         "utils.mirror.discord.tap",
         "utils.mirror.discord.source",

@@ -313,6 +313,13 @@ class Settings(BaseSettings):
             " all: filled from the mirror's listings and kept up to date, about 1.5 KB a member. The mirror needs none."
         ),
     )
+    events_from_mirror: bool = Field(
+        default=False,
+        description=(
+            "Whether on_member_update, on_member_remove and on_user_update come from the mirror, for every member and"
+            " once the change is committed, instead of from discord.py, which knows changes of members in memory only."
+        ),
+    )
     flush_rows: int = Field(
         default=500, ge=1, le=100_000, description="Number of buffered rows after which live changes are written."
     )

@@ -18,6 +18,7 @@ from utils.bot.command_tree import CommandTree
 from utils.bot.intents import GatewayIntents
 from utils.bot.listeners import Present, find_problem, is_event
 from utils.bot.loader import Loader
+from utils.bot.member_events import FROM_MIRROR, MemberEvents
 from utils.bot.prefixes import Prefixes
 from utils.bot.scheduler import Scheduler
 from utils.database import Pool
@@ -139,6 +140,9 @@ class Guildbook(commands.AutoShardedBot):
         self._channel: Channel | None = None
         self._users: dict[str, Any] | None = None
         self._background_tasks: list[asyncio.Task[None]] = []
+        self._member_events: MemberEvents | None = None
+        if settings.events_from_mirror:
+            self._member_events = MemberEvents(self, pool, super().dispatch)
         self._mirror: Mirror | None = None
         self._journal: Journal | None = None
         tap.set_api_base(settings.discord_api_base)
@@ -251,6 +255,7 @@ class Guildbook(commands.AutoShardedBot):
             has_slept=self.lease.was_suspended,
             on_written=lambda tables: self._on_written(tables, changes),
             member_cache=partial(MemberCache, self) if settings.member_cache == "all" else None,
+            live_events=None if self._member_events is None else self._member_events.live,
         )
         tap.install(self, self._mirror)
         await self._mirror.replay()
@@ -285,7 +290,13 @@ class Guildbook(commands.AutoShardedBot):
 
     def present(self) -> Present:
         """Return what listeners can rely on: the session's intents and discord.py's caches."""
-        return Present(self.intents, self.settings.member_cache, self.settings.message_cache)
+        provided = frozenset() if self._member_events is None else FROM_MIRROR
+        return Present(self.intents, self.settings.member_cache, self.settings.message_cache, provided)
+
+    def dispatch(self, event_name: str, /, *args: Any, **kwargs: Any) -> None:
+        """Call the listeners of an event, unless the mirror dispatches it (EVENTS_FROM_MIRROR=1)."""
+        if self._member_events is None or not self._member_events.intercept(event_name, *args):
+            super().dispatch(event_name, *args, **kwargs)
 
     async def wait_until_ready(self) -> None:
         """Wait until the cache of guilds is filled. Raises `CogError` while a cog is set up: it would wait for ever."""

@@ -27,6 +27,7 @@ from utils.mirror.translate.live import MEMBERSHIP_PARSERS, ROW_PARSERS, parse_m
 from utils.mirror.translate.objects import MALFORMED, Payload
 from utils.mirror.translate.snapshots import read_snapshot
 from utils.mirror.write import replay
+from utils.mirror.write.live_events import Kind, LiveEvents
 from utils.mirror.write.writer import FlushPolicy, MirrorWriter
 from utils.service import metrics
 from utils.service.lease import Fence
@@ -41,6 +42,12 @@ PAUSE_SECONDS = 10.0
 ROOM_SECONDS = 0.005
 #: Dispatches that may change what the bot is allowed to do; GUILD_MEMBER_UPDATE only if it is about the bot.
 PERMISSION_DISPATCHES = frozenset(("GUILD_MEMBER_UPDATE", "GUILD_ROLE_UPDATE", "GUILD_ROLE_DELETE", "CHANNEL_UPDATE"))
+#: Dispatches that `LiveEvents` hands on once they are committed.
+LIVE_KINDS: dict[str, Kind] = {
+    "GUILD_MEMBER_ADD": "join",
+    "GUILD_MEMBER_UPDATE": "update",
+    "GUILD_MEMBER_REMOVE": "leave",
+}
 #: Seconds after the last READY or GUILD_CREATE from which a missing guild counts as unavailable. READY lists all guilds
 #: as unavailable, and one GUILD_CREATE after the other follows; discord.py waits as long for the next one.
 ARRIVAL_SECONDS = 2.0
@@ -66,12 +73,14 @@ class Mirror:
         has_slept: Callable[[], bool] = lambda: False,
         on_written: Callable[[frozenset[str]], None] = lambda _: None,
         member_cache: Callable[[LiveRows], MemberCache] | None = None,
+        live_events: LiveEvents | None = None,
     ) -> None:
         """Create a mirror; `spool` is the directory of journals, or None without a spool.
 
         `on_lost` is called when the lease is lost. `has_slept` returns whether another process may have taken it over
         since this one was suspended. `on_written` is called after each commit with the tables that it may have changed.
         `member_cache` creates what keeps discord.py's member cache; None if it is not to be filled.
+        `live_events` hands on what dispatches changed.
         """
         self.pool = pool
         self.fence = fence
@@ -81,7 +90,7 @@ class Mirror:
         self.arrival_seconds = arrival_seconds
         self.writer = MirrorWriter(
             pool, fence, queue, flush_policy, on_lost=on_lost, on_dropped=self._on_dropped, has_slept=has_slept,
-            on_written=on_written,
+            on_written=on_written, live_events=live_events,
         )  # fmt: skip
         self._member_cache = None if member_cache is None else member_cache(self.writer.overlay)
         self.reconciler = Reconciler(self.writer, source, self.stamps, reconcile_policy, open_sink=self._open_sink)
@@ -340,6 +349,8 @@ class Mirror:
         rows = [validate_row(row) for row in ROW_PARSERS[name](data, now)] if name in ROW_PARSERS else []
         if membership is not None:  # after parsing the rows: a malformed payload is skipped as a whole
             self.writer.add_event(membership)
+        if name in LIVE_KINDS and self.writer.live_events is not None:
+            self.writer.live_events.observe(LIVE_KINDS[name], rows, stamp)
         self._put_rows(rows, stamp)
         metrics.dispatches_received.labels(name).inc()
         if name == "GUILD_DELETE":

@@ -19,6 +19,7 @@ from utils.mirror.spool.queue import EventQueue, HeldEvents
 from utils.mirror.write.batch import Batch, EventBatch, WriteCounts, write_batch
 from utils.mirror.write.buffer import Buffer
 from utils.mirror.write.dead_letters import may_be_row_error, write_isolated
+from utils.mirror.write.live_events import LiveEvents
 from utils.mirror.write.overlay import LiveOverlay
 from utils.service import metrics
 from utils.service.lease import Fence
@@ -59,7 +60,7 @@ class MirrorWriter:
     `on_lost` is called when another process was found to hold the lease. `on_dropped` is called with the guilds whose
     members were dropped because memory was full, once the database takes rows again. `has_slept` returns whether this
     process was suspended for so long that another one may hold the lease. `on_written` is called after each commit with
-    the tables that it may have changed.
+    the tables that it may have changed. `live_events` hands on what dispatches changed; None if nobody wants it.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class MirrorWriter:
         on_dropped: Callable[[set[int]], None],
         has_slept: Callable[[], bool] = lambda: False,
         on_written: Callable[[frozenset[str]], None] = lambda _: None,
+        live_events: LiveEvents | None = None,
     ) -> None:
         self.pool: Pool = pool
         self.fence: Fence = fence
@@ -94,6 +96,7 @@ class MirrorWriter:
         self._on_lost = on_lost
         self._on_dropped = on_dropped
         self.on_written = on_written
+        self.live_events: LiveEvents | None = live_events
         self._observations: deque[Observation] = deque()
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
@@ -310,6 +313,8 @@ class MirrorWriter:
         # A row must not be committed before its event: the merge would infer what the held event reports.
         await self._held_events.wait_released()
         entries, newest = self.buffer.take(), self.queue.last
+        if self.live_events is not None:
+            self.live_events.keep_only(entries, self.buffer.held_guilds)
         try:
             events = await self.next_events()
             while events is not None and self._is_behind and events.position < newest:
@@ -320,7 +325,7 @@ class MirrorWriter:
             batch = self._batch_of(observations)
             batch.entries, batch.events = entries, events
             with metrics.flush_seconds.time():
-                counts = await write_batch(self.pool, batch, self.fence, self.users_lock)
+                counts = await self.write(batch)
         except BaseException:
             self._may_be_committed = True
             self.buffer.give_back(entries)
@@ -331,6 +336,15 @@ class MirrorWriter:
         if events is not None:
             await self._forget_events(events.position)
         self._may_be_committed = False
+
+    async def write(self, batch: Batch) -> WriteCounts:
+        """Commit a batch and return what it changed; the caller holds `write_lock`. Raises like `write_batch`."""
+        if self.live_events is not None:
+            await self.live_events.prepare(batch.entries)
+        counts = await write_batch(self.pool, batch, self.fence, self.users_lock)
+        if self.live_events is not None:
+            self.live_events.finish(batch.entries)
+        return counts
 
     async def _forget_events(self, position: int) -> None:
         self._may_be_committed = True  # until the queue has forgotten them
