@@ -1,28 +1,40 @@
-"""What the framework costs beside the bare libraries: reads, cache hits, ORM look-ups."""
+"""What the framework costs beside the bare libraries: reads, cache hits, ORM look-ups; and how much batches take."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import asyncpg
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
+from benchmarks.data import seize
 from benchmarks.figures import Figure, ratio
 from benchmarks.rounds import ServerClock, Way, interleave
 from models import User
 from utils.database import Pool
 from utils.database.access import Database
 from utils.database.cache import QueryCache
+from utils.mirror.batches import Batches
+from utils.mirror.spool.journal import Journal
+from utils.mirror.spool.queue import EventQueue, SpoolMode
+from utils.mirror.write.writer import FlushPolicy
+from utils.service.lease import holder
 
 USERS = 1_000
 #: Reads in one round, and cache hits in one round.
 READS = 2_000
 HITS = 20_000
 READERS = 5
+#: Rows added to a batch in one round, and how many members they are about.
+ADDS = 20_000
+ADDED_MEMBERS = 1_000
 QUERY = "SELECT id, username, bot FROM users WHERE id = $1"
 
 Read = Callable[[int], Awaitable[Any]]
@@ -59,6 +71,8 @@ async def measure(pool: Pool, *, rounds: int = 9) -> list[Figure]:
         Figure("db.fetchrow uncached, one reader", micro(seconds["ours, one"]), unit=" µs"),
         Figure("cache hit", micro(seconds["hit"]), unit=" µs"),
         Figure("ORM look-up by key", micro(seconds["our ORM"]), unit=" µs"),
+        *await _measure_batch(pool, "outage", rounds),
+        *await _measure_batch(pool, "always", rounds),
     ]  # fmt: skip
 
 
@@ -105,6 +119,41 @@ async def _ways(pool: Pool) -> AsyncIterator[dict[str, tuple[Read, int, int]]]:
         await bare_pool.close()
         await engine.dispose()
         await database.close(5.0)
+
+
+async def _measure_batch(pool: Pool, spool: SpoolMode, rounds: int) -> list[Figure]:
+    """Add rows to a batch of `member_stats`, and then write them."""
+    adds: list[float] = []
+    commits: list[float] = []
+    rows = [{"guild_id": 1, "user_id": number % ADDED_MEMBERS + 1, "xp": 3} for number in range(ADDS)]
+    with tempfile.TemporaryDirectory() as name:
+        fence = await seize(pool, holder())
+        journal = await Journal.open(Path(name), fence.holder, max_bytes=2**30)
+        batches = Batches(
+            pool,
+            fence,
+            EventQueue(journal, spool=spool, max_rows=2 * ADDS),
+            FlushPolicy(),
+            directory=Path(name),
+            on_lost=lambda: None,
+            on_written=lambda _: None,
+        )
+        batch = batches.open("member_stats", "benchmark", __name__, size=100, seconds=5.0, increments=("xp",))
+        await batch.verify()
+        for _ in range(rounds):
+            started = time.perf_counter()
+            for row in rows:
+                batch.add(row)
+            adds.append(ADDS / (time.perf_counter() - started))
+            await batch.flush(60.0)
+            commits.append(ADDS / (time.perf_counter() - started))
+        await batches.stop(10.0)
+        await journal.close(10.0)
+    await pool.execute("TRUNCATE member_stats")
+    return [
+        Figure(f"batch.add, SPOOL={spool}", adds, "≥", 50_000.0, " rows/s"),
+        Figure(f"batch.add and its commit, SPOOL={spool}", commits, unit=" rows/s"),
+    ]
 
 
 async def _read(read: Read, readers: int, reads: int) -> None:

@@ -15,16 +15,12 @@ from models.base import Base, Erase, marked, snowflake, time_id
 change_ids = Sequence("change_ids", schema="ops", metadata=Base.metadata)
 
 
-def _known_action() -> CheckConstraint:
-    return CheckConstraint("action IN ('update', 'remove', 'return')", name="action")
-
-
 class Change(Base):
-    """One update, removal or return of a guild's row; an insert is not recorded."""
+    """One update, removal or return of a guild's row, or the creation of a guild, channel, role or thread."""
 
     __tablename__ = "changes"
     __table_args__ = (
-        _known_action(),
+        CheckConstraint("action IN ('create', 'update', 'remove', 'return')", name="action"),
         Index(None, "user_id", "id", postgresql_where=text("user_id IS NOT NULL")),
         Index(None, "id"),
         {"postgresql_partition_by": "RANGE (id)"},
@@ -39,7 +35,7 @@ class Change(Base):
     action: Mapped[str] = marked(Text, nullable=False)
     #: The user that the row is about; None if it is not about a user.
     user_id: Mapped[int | None] = snowflake(erase=Erase.SUBJECT)
-    #: The changed columns with their old values.
+    #: The changed columns with their old values; None for a creation.
     before: Mapped[dict[str, Any] | None] = marked(JSONB, erase=Erase.CLEAR)
     #: The changed columns with their new values.
     after: Mapped[dict[str, Any] | None] = marked(JSONB, erase=Erase.CLEAR)
@@ -52,7 +48,11 @@ class UserChange(Base):
     """One update of a user, which belongs to no guild."""
 
     __tablename__ = "user_changes"
-    __table_args__ = (_known_action(), Index(None, "id"), {"postgresql_partition_by": "RANGE (id)"})
+    __table_args__ = (
+        CheckConstraint("action IN ('update', 'remove', 'return')", name="action"),
+        Index(None, "id"),
+        {"postgresql_partition_by": "RANGE (id)"},
+    )
 
     user_id: Mapped[int] = snowflake(primary_key=True, erase=Erase.SUBJECT)
     id: Mapped[int] = snowflake(primary_key=True, server_default=text(time_id("ops.change_ids")))

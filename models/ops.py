@@ -49,7 +49,7 @@ class CountedMessage(Base):
 
 
 class DeadLetter(Base):
-    """A row or event that the database rejected, with the error; the rest of its batch was written."""
+    """A row or event that the database rejected, or a change that a cog's listener failed on; the others went on."""
 
     __tablename__ = "dead_letters"
     __table_args__ = (Index(None, "at"), {"schema": "ops"})
@@ -63,10 +63,13 @@ class DeadLetter(Base):
     user_id: Mapped[int | None] = snowflake(erase=Erase.SUBJECT)
     #: The values that were to be written.
     payload: Mapped[dict[str, Any] | None] = marked(JSONB, erase=Erase.CLEAR)
+    #: Stamp of the row or event; for a listener, the id of the change.
     stamp: Mapped[int] = marked(BigInteger, nullable=False)
-    #: PostgreSQL's error code; None if the driver raised the error.
+    #: PostgreSQL's error code; None if the error did not come from PostgreSQL.
     sqlstate: Mapped[str | None] = marked(Text)
     error: Mapped[str] = marked(Text, nullable=False)
+    #: The cog that added the row to a batch, or whose listener failed; None if the mirror wrote it.
+    cog: Mapped[str | None] = marked(Text)
 
 
 class AdminAction(Base):

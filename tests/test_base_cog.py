@@ -150,3 +150,79 @@ async def test_cogs_have_their_own_log_cache_and_repositories(
         assert len((await one.roles.list(Role.guild_id == guild_id)).items) > 0
         async with one.session() as session:
             assert (await session.connection()) is not None
+
+
+LEVELS = """
+from sqlalchemy import BigInteger
+from sqlalchemy.orm import Mapped
+from models.base import Base, marked, snowflake
+
+class Level(Base):
+    __tablename__ = "levels"
+    guild_id: Mapped[int] = snowflake(primary_key=True)
+    user_id: Mapped[int] = snowflake(primary_key=True)
+    xp: Mapped[int] = marked(BigInteger)
+    COLUMN
+
+class Levels(BaseCog):
+    async def start(self) -> None:
+        self.xp = self.batch(Level, seconds=600, increments=("xp",))
+
+async def setup(bot: Guildbook) -> None:
+    await bot.add_cog(Levels(bot))
+"""
+
+
+async def test_batch_is_flushed_at_unload_and_outlives_changed_columns(
+    database: Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cogs = TemporaryCogs(tmp_path, monkeypatch)
+    cogs.write("levels", LEVELS.replace("COLUMN", "title: Mapped[str | None] = marked()"))
+    await database.execute(
+        "CREATE TABLE levels (guild_id bigint, user_id bigint, xp bigint, title text, PRIMARY KEY (guild_id, user_id))"
+    )
+    query = "SELECT user_id, xp FROM levels ORDER BY user_id"
+    async with running_bot(database, simulator, extensions=cogs.extensions) as bot:
+        batch = bot.cogs["Levels"].xp  # type: ignore[attr-defined]
+        for user in (1, 1, 2):
+            batch.add({"guild_id": 5, "user_id": user, "xp": 10})
+        assert await bot.db.fetch(query) == []
+        assert bot.stats()["batches"] == {"levels": 3}
+        await batch.flush()
+        assert [tuple(row) for row in await bot.db.fetch(query)] == [(1, 20), (2, 10)]
+        batch.add({"guild_id": 5, "user_id": 2, "xp": 1})
+        batch.add({"guild_id": 5, "user_id": 3, "xp": 1, "title": "the third"})
+        await database.execute("ALTER TABLE levels DROP COLUMN title")
+        cogs.write("levels", LEVELS.replace("COLUMN", ""))
+        await bot.loader.reload("levels")
+        assert [tuple(row) for row in await bot.db.fetch(query)] == [(1, 20), (2, 11)]
+        (letter,) = await database.fetch("SELECT table_name, key, cog FROM ops.dead_letters")
+        assert tuple(letter) == ("levels", {"guild_id": 5, "user_id": 3}, "Levels")
+        bot.cogs["Levels"].xp.add({"guild_id": 5, "user_id": 4, "xp": 1})  # type: ignore[attr-defined]
+        await bot.loader.unload("levels")  # also removes its model
+    assert len(await database.fetch(query)) == 3
+
+
+@pytest.mark.parametrize(
+    ("cog", "problem"),
+    [
+        (LEVELS, "batch of levels: the database has no such table: run python bot.py db upgrade"),
+        (LEVELS.replace('increments=("xp",)', 'increments=("exp",)'), "increments names 'exp', which is no column"),
+        (LEVELS.replace("self.batch(Level,", 'self.batch("members",'), "the table belongs to Guildbook, not to "),
+    ],
+)
+async def test_cog_with_a_batch_that_cannot_work_is_not_loaded(
+    database: Pool,
+    simulator: Simulator,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    cog: str,
+    problem: str,
+) -> None:
+    cogs = TemporaryCogs(tmp_path, monkeypatch)
+    cogs.write("levels", cog.replace("COLUMN", ""))
+    async with running_bot(database, simulator, extensions=cogs.extensions) as bot:
+        (state,) = bot.loader.states()
+        assert state.state == "failed"
+        assert state.reason is not None
+        assert problem in state.reason

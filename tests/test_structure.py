@@ -31,6 +31,7 @@ LAYERS = (
     "utils.mirror.spool",
     "utils.mirror.write",
     "utils.mirror.reconcile",
+    "utils.mirror.batches",
     "utils.mirror.change_feed",
     "utils.mirror.mirror",
     "utils.mirror",
@@ -226,6 +227,7 @@ SQL = re.compile(
 NAMES_ONLY = {
     "utils.mirror.write.merge_sql": "derived from models/",
     "utils.mirror.reconcile.staging_sql": "derived from models/",
+    "utils.mirror.write.batch_rows": "quoted names from models/, of tables and columns of cogs",
     "utils.database.orm": "names of tables that SQLAlchemy knows, never run",
     "utils.database.partitions": "names and bounds of partitions",
     "utils.database.embedded": "the name of its one database, quoted",

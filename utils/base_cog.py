@@ -27,6 +27,7 @@ from utils.bot.registrations import LIFECYCLE_TIMEOUT, live_cogs
 from utils.cache import TTLCache
 from utils.documents import Documents
 from utils.exceptions import GuildbookError
+from utils.mirror.batches import SECONDS, SIZE, Batch
 from utils.mirror.change_feed import MirrorChange
 from utils.repositories import (
     ChannelRepository,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from utils.database.access import Database
     from utils.database.orm import SessionScope
 
-__all__ = ["BaseCog", "Guildbook", "MirrorChange"]
+__all__ = ["BaseCog", "Batch", "Guildbook", "MirrorChange"]
 
 ResultT = TypeVar("ResultT")
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -75,6 +76,7 @@ class BaseCog(commands.Cog):
         #: The logger of the cog's module.
         self.log: logging.Logger = logging.getLogger(type(self).__module__)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._batches: list[Batch] = []
         self._started = self._ended = False
         if self._pack is not None:
             _ = self.settings  # a wrong value keeps the cog from being loaded
@@ -160,6 +162,30 @@ class BaseCog(commands.Cog):
         """
         return Repository(self.bot.get_db_session, model)
 
+    def batch(
+        self,
+        table: str | type[Base],
+        size: int = SIZE,
+        seconds: float = SECONDS,
+        *,
+        increments: Sequence[str] = (),
+    ) -> Batch:
+        """Return a write-behind batch for a table of this cog: `add` takes rows at once, and they are written together.
+
+        table: a model of this cog, or the name of its table; also `member_stats`, whose column `xp` is for cogs.
+        size: how many rows wait before they are written.
+        seconds: how long a row waits at most.
+        increments: columns whose values are added to those in the table; of all other columns the last value wins.
+
+        Raises `ValidationError` if there is no such table or column, or if the table is not this cog's. Unloading the
+        cog writes what waits, and closes the batch.
+        """
+        name = type(self).__cog_name__
+        module = type(self).__module__
+        batch = self.bot.mirror.batches.open(table, name, module, size=size, seconds=seconds, increments=increments)
+        self._batches.append(batch)
+        return batch
+
     @cached_property
     def cache(self) -> TTLCache[Any, Any]:
         """An in-memory cache for this cog: at most 1,000 values, each for 5 minutes. Unloading the cog discards it."""
@@ -230,6 +256,8 @@ class BaseCog(commands.Cog):
             async with asyncio.timeout(self._lifecycle_timeout):
                 self._started = True
                 await self.start()
+                for batch in self._batches:
+                    await batch.verify()
         except TimeoutError as exc:
             await self.cog_unload()
             raise GuildbookError(
@@ -254,6 +282,7 @@ class BaseCog(commands.Cog):
             except Exception:
                 reference = command_errors.new_reference()
                 self.log.exception("stop() failed (ref %s)", reference, extra={"reference": reference})
+        await asyncio.gather(*(batch.close() for batch in self._batches))
         live_cogs.discard(self)
 
     def _loops(self) -> list[tasks.Loop[Any]]:

@@ -196,6 +196,13 @@ async def test_page_works_from_top_to_bottom(clone: Path, target: ConnectTarget,
             assert found is not None, failed
             assert "only the log" not in failed
 
+            for _ in range(3):
+                world.message(guild_id, next(iter(world.guild(guild_id).channels)), owner, "hello")
+            async with asyncio.timeout(TIMEOUT):
+                counted = "SELECT count FROM tally_entries WHERE user_id = $1"
+                while await connection.fetchval(counted, owner) != 4:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+
             world.leave(guild_id, other)
             await wait_for_row_count(connection, "tally_entries", 1)
     await connection.close()

@@ -25,6 +25,7 @@ MAX_FILES = {"utils.database.access.Database.fetch": 5}
 REACHED_OTHERWISE = {
     "utils.mirror.translate.live._member_update": "the table ROW_PARSERS",
     "utils.mirror.write.writer.MirrorWriter._keep_writing": "a task that waits for the buffer",
+    "utils.mirror.batches.TableWriter._write": "a task that waits for rows",
     "utils.bot.process.Process._main": "a task of Process.run",
     "utils.cli.common.run_action": "a command",
     "utils.operations.doctor.context.DoctorContext.connect": "the checks",

@@ -180,8 +180,8 @@ class Guildbook(commands.AutoShardedBot):
         """Return current figures of guilds, users, the lease, pool, cogs, mirror, buffers, spool and writer.
 
         Times are in seconds, sizes in bytes. `guilds` are counted by discord.py, and `users` in the database every
-        STATS_SECONDS (`total`, `bots` and `at`; None if that did not work). `mirror`, `buffer`, `queue`, `spool` and
-        `written` are None before the login.
+        STATS_SECONDS (`total`, `bots` and `at`; None if that did not work). `batches` are the rows of batches that
+        wait, by table. `mirror`, `buffer`, `queue`, `batches`, `spool` and `written` are None before the login.
         """
         stats: dict[str, Any] = {
             "guilds": {"total": len(self.guilds), "unavailable": sum(guild.unavailable for guild in self.guilds)},
@@ -192,7 +192,7 @@ class Guildbook(commands.AutoShardedBot):
             "cogs": {state.name: state.state for state in self.loader.states()},
         }
         if self._mirror is None:
-            return stats | dict.fromkeys(("mirror", "buffer", "queue", "spool", "written"))
+            return stats | dict.fromkeys(("mirror", "buffer", "queue", "batches", "spool", "written"))
         writer, journal = self._mirror.writer, self._journal
         queue = writer.queue
         spool = None
@@ -204,6 +204,7 @@ class Guildbook(commands.AutoShardedBot):
             "queue": {
                 "events": len(queue), "oldest": queue.age, "on_disk": queue.is_spilled, "dropped": queue.dropped,
             },
+            "batches": self._mirror.batches.waiting,
             "spool": spool,
             "written": {"rows": writer.rows_written, "events": writer.events_written},
         }  # fmt: skip

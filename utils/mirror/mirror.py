@@ -13,6 +13,7 @@ from typing import Any
 from utils.database import Pool
 from utils.exceptions import SyncError
 from utils.logs import log_once
+from utils.mirror.batches import Batches
 from utils.mirror.discord.member_cache import LiveRows, MemberCache
 from utils.mirror.discord.source import DiscordSource
 from utils.mirror.reconcile.archived_threads import ArchivedThreads
@@ -94,6 +95,10 @@ class Mirror:
         )  # fmt: skip
         self._member_cache = None if member_cache is None else member_cache(self.writer.overlay)
         self.reconciler = Reconciler(self.writer, source, self.stamps, reconcile_policy, open_sink=self._open_sink)
+        #: Rows that cogs add to tables of their own.
+        self.batches = Batches(
+            pool, fence, queue, flush_policy, directory=spool, on_lost=on_lost, on_written=on_written
+        )
         self.archived = ArchivedThreads(self.writer, source, self.stamps, self.reconciler)
         self._source = source
         self._on_lost = on_lost
@@ -145,7 +150,8 @@ class Mirror:
                 await self.reconciler.stop()
         except TimeoutError:
             _log.warning("reconciles did not stop within %g s", timeout / 2)
-        await self.writer.stop(max(0.1, ends_at - time.monotonic()), flush=flush)
+        left = max(0.1, ends_at - time.monotonic())
+        await asyncio.gather(self.writer.stop(left, flush=flush), self.batches.stop(left, flush=flush))
 
     def is_ready(self) -> tuple[bool, dict[str, Any]]:
         """Return whether every available guild has been reconciled in this session, and the progress by figure."""

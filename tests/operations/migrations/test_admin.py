@@ -147,7 +147,9 @@ async def test_operators_hold_the_lease_one_at_a_time(database: Pool) -> None:
 async def test_a_failed_downgrade_without_effect_does_not_pause(database: Pool) -> None:
     holder = await asyncpg.connect(**database.target.connect_kwargs())
     async with holder.transaction():
-        await holder.execute("LOCK TABLE ops.application, ops.migrations, documents IN ACCESS SHARE MODE")
+        await holder.execute(
+            "LOCK TABLE ops.dead_letters, ops.application, ops.migrations, documents IN ACCESS SHARE MODE"
+        )
         with pytest.raises(MigrationError, match="lock timeout"):
             await admin.downgrade(database, KNOWN[-2], backup=None, options=MigrationOptions(lock_timeout="100ms"))
     await holder.close()

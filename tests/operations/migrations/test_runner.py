@@ -25,7 +25,7 @@ from utils.operations.migrations.preview import preview
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[3]
-REVISIONS = ["0001", "0002", "0003", "0004", "0005", "0006"]
+REVISIONS = ["0001", "0002", "0003", "0004", "0005", "0006", "0007"]
 HEAD = REVISIONS[-1]
 
 
@@ -228,7 +228,7 @@ async def test_time_ordered_ids_follow_the_clock(database: Pool) -> None:
 
 async def test_a_revision_that_raises_is_named_with_file_and_line(tmp_path: Path, target: ConnectTarget) -> None:
     options = with_revision(tmp_path, "def upgrade():\n    raise RuntimeError('out of luck')\n")
-    message = r"could not upgrade to head from revision 0006: RuntimeError: out of luck \(.*9000_extra.py, line 9\)"
+    message = rf"could not upgrade to head from revision {HEAD}: RuntimeError: out of luck \(.*9000_extra.py, line 9\)"
     with pytest.raises(MigrationError, match=message):
         await migrations.upgrade(target, options=options)
     assert await migrations.current(target) == HEAD

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from utils.exceptions import SpoolError
 from utils.files import sync_directory
-from utils.mirror.spool.segments import MAX_RECORD_BYTES, READ_BYTES, Damage, Record, Segments
+from utils.mirror.spool.segments import MAX_RECORD_BYTES, READ_BYTES, Damage, Record, Segments, Tail
 from utils.tasks import cancel_and_wait
 
 _log = logging.getLogger(__name__)
@@ -58,7 +58,15 @@ class Journal:
     """
 
     def __init__(
-        self, path: Path, lock: int, segments: Segments, *, max_bytes: int, is_ours: bool, policy: DiskPolicy
+        self,
+        path: Path,
+        lock: int,
+        segments: Segments,
+        *,
+        max_bytes: int,
+        is_ours: bool,
+        policy: DiskPolicy,
+        tail: Tail | None = None,
     ) -> None:
         """Use `open` or `adopt` instead."""
         self.id: str = path.name
@@ -73,6 +81,7 @@ class Journal:
         self._extra = {"path": str(path)}
         self._lock: int | None = lock
         self._segments = segments
+        self._tail = tail
         self._policy = policy
         self._is_ours = is_ours
         self._is_open = is_ours
@@ -100,15 +109,18 @@ class Journal:
         *,
         max_bytes: int,
         segment_bytes: int = 8 * 2**20,
+        has_tail: bool = False,
         policy: DiskPolicy = _DEFAULT_POLICY,
     ) -> Journal:
         """Create this process's journal and lock it.
 
-        Raises `SpoolError` if the disk refuses, or if a journal with this id exists.
+        `has_tail`: a record survives a kill -9 from the moment that `append` returns, see `Tail`. Raises `SpoolError`
+        if the disk refuses, or if a journal with this id exists.
         """
         path = directory / id
         try:
             lock = await asyncio.to_thread(_create, directory, id)
+            tail = Tail(path) if has_tail else None
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
                 raise SpoolError(
@@ -119,7 +131,7 @@ class Journal:
                 " on a disk with free space, or set SPOOL=off"
             ) from error
         segments = Segments(path, segment_bytes, max_bytes=max_bytes)
-        journal = cls(path, lock, segments, max_bytes=max_bytes, is_ours=True, policy=policy)
+        journal = cls(path, lock, segments, max_bytes=max_bytes, is_ours=True, policy=policy, tail=tail)
         journal._writing = asyncio.create_task(journal._keep_writing(), name="journal")
         return journal
 
@@ -130,17 +142,18 @@ class Journal:
         Returns None if that process still runs, if the journal was removed, or (logged) if it cannot be read now.
         """
 
-        def take() -> tuple[int, Segments, array[int]]:
+        def take() -> tuple[int, Segments, array[int], list[Record]]:
             lock = _acquire_lock(path)
             try:
                 segments = Segments.scan(path, read_bytes=policy.read_bytes)
-                return lock, segments, segments.stamps()
+                stamps = segments.stamps()
+                return lock, segments, stamps, Tail.read(path, stamps[-1] if stamps else 0)
             except BaseException:
                 os.close(lock)
                 raise
 
         try:
-            lock, segments, stamps = await asyncio.to_thread(take)
+            lock, segments, stamps, tail = await asyncio.to_thread(take)
         except (BlockingIOError, FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -148,7 +161,10 @@ class Journal:
                          extra={"path": str(path)})  # fmt: skip
             return None
         journal = cls(path, lock, segments, max_bytes=0, is_ours=False, policy=policy)
+        stamps.extend(stamp for stamp, _ in tail)
         journal._stamps = stamps
+        journal._pending = tail
+        journal.unwritten_bytes = sum(len(payload) for _, payload in tail)
         journal.last = stamps[-1] if stamps else 0
         return journal
 
@@ -185,11 +201,16 @@ class Journal:
         """Add a record, to be written as soon as the disk accepts it.
 
         Raises `ValueError` if the stamp is not greater than `last` or the payload exceeds `MAX_RECORD_BYTES`, and
-        `SpoolError` if the journal is closed or adopted.
+        `SpoolError` if the journal is closed or adopted, or if it has a tail and the disk refuses the record.
         """
         size = len(payload)
         if stamp <= self.last or size > MAX_RECORD_BYTES or not self._is_open:
             raise self._refusal(stamp, size)
+        if self._tail is not None:
+            try:
+                self._tail.append(stamp, payload)
+            except OSError as error:
+                raise SpoolError(f"cannot write to the journal {self.path}: {error.strerror}") from error
         self._stamps.append(stamp)
         self._pending.append((stamp, payload))
         self.last = stamp
@@ -261,7 +282,7 @@ class Journal:
         if self._writing is not None:
             await self.wait_written(timeout)
         await self._stop_writing()
-        if self._pending:
+        if self._pending and self._is_ours:
             _log.error("%s events were not written to the spool: %s", len(self._pending),
                        self.failure or "the disk is slow", extra=self._extra)  # fmt: skip
         try:
@@ -328,6 +349,8 @@ class Journal:
         finally:
             self._in_flight = 0
         self._drop(written)
+        if self._tail is not None:
+            self._tail.trim(batch[written - 1][0])
         return True
 
     def _drop(self, count: int) -> None:
@@ -360,6 +383,8 @@ class Journal:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     def _release(self) -> None:
+        if self._tail is not None:
+            self._tail.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -383,7 +408,8 @@ def newest_first_stamp(directory: Path) -> int:
     newest = 0
     for path in list_journals(directory):
         with contextlib.suppress(OSError):  # removed just now, or unreadable: `replay_journals` compares the epochs
-            newest = max(newest, Segments.scan(path).first_stamp())
+            tail = Tail.read(path, 0)
+            newest = max(newest, Segments.scan(path).first_stamp(), tail[0][0] if tail else 0)
     return newest
 
 

@@ -8,11 +8,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from utils.exceptions import ValidationError
 from utils.mirror.records.events import Event, Message, decode_event, encode_event
 from utils.mirror.spool.journal import Journal
+from utils.mirror.spool.segments import Record
 from utils.service import metrics
 
 _log = logging.getLogger(__name__)
@@ -28,28 +29,56 @@ MAX_HELD = 20_000
 CHECK_SECONDS = 0.1
 
 
-class PendingEvents(NamedTuple):
+class Stamped(Protocol):
+    """What a queue holds: an event, or a row of a batch."""
+
+    @property
+    def stamp(self) -> int: ...
+
+
+ItemT = TypeVar("ItemT", bound=Stamped)
+
+
+class Pending(NamedTuple, Generic[ItemT]):
     """Events at the front of the queue."""
 
-    events: list[Event]
+    events: list[ItemT]
     #: Stamp of the last record read, valid event or not; 0 if there was none.
     upto: int
 
 
-class EventQueue:
+PendingEvents = Pending[Event]
+
+
+class SpooledQueue(Generic[ItemT]):
     """Accepted events that are not committed yet, in the order of their arrival."""
 
-    def __init__(self, journal: Journal | None, *, spool: SpoolMode, max_rows: int) -> None:
-        """Create a queue; `journal` is None with `SPOOL=off`, and all events are then kept in memory."""
+    def __init__(
+        self,
+        journal: Journal | None,
+        encode: Callable[[ItemT], bytes],
+        decode: Callable[[int, bytes], ItemT],
+        *,
+        spool: SpoolMode,
+        max_rows: int,
+    ) -> None:
+        """Create a queue; `journal` is None with `SPOOL=off`, and all events are then kept in memory.
+
+        `encode` and `decode` turn an event into the payload of a record, and a record's stamp and payload into an event
+        (or raise `ValidationError`).
+        """
         self.journal: Journal | None = journal
+        self.spool: SpoolMode = spool
         #: Events that memory may hold.
         self.max_rows: int = max_rows
+        self._encode = encode
+        self._decode = decode
         #: Stamp of the newest event; 0 if there never was one.
         self.last: int = 0
         #: Events lost because neither disk nor memory had room for them.
         self.dropped: int = 0
         self._always: bool = spool == "always" and journal is not None
-        self._recent: deque[Event] = deque()
+        self._recent: deque[ItemT] = deque()
         #: True while the queue's contents are in the journal and not in `_recent`.
         self._spilled: bool = False
         self._is_dropping: bool = False
@@ -82,7 +111,24 @@ class EventQueue:
         """Whether the queue's contents are on disk."""
         return self._spilled
 
-    def add(self, event: Event) -> None:
+    @property
+    def is_full(self) -> bool:
+        """Whether neither disk nor memory has room for another event: `add` would drop one."""
+        journal = self.journal
+        if journal is None:
+            return len(self._recent) >= self.max_rows
+        if not (self._always or self._spilled):
+            return False
+        return journal.unwritten >= self.max_rows * (SLOW_DISK_FACTOR if journal.failure is None else 1)
+
+    def attach(self, journal: Journal) -> None:
+        """Use a journal that was opened after the first events came."""
+        self.journal, self._always = journal, self.spool == "always"
+        if self._always:
+            for event in self._recent:
+                journal.append(event.stamp, self._encode(event))
+
+    def add(self, event: ItemT) -> None:
         """Append an event; it is dropped and counted if neither disk nor memory has room."""
         self.last = event.stamp
         now = time.monotonic()
@@ -90,10 +136,10 @@ class EventQueue:
             self._arrivals.append((event.stamp, now))
         journal = self.journal
         if journal is not None and (self._always or self._spilled):
-            if journal.unwritten >= self.max_rows * (SLOW_DISK_FACTOR if journal.failure is None else 1):
+            if self.is_full:
                 self._drop(f"memory is full, and the spool is not writable ({journal.failure or 'SPOOL_MAX_MB'})")
                 return
-            journal.append(event.stamp, encode_event(event))
+            journal.append(event.stamp, self._encode(event))
         if not self._spilled:
             self._recent.append(event)
             if len(self._recent) > self.max_rows:
@@ -106,18 +152,18 @@ class EventQueue:
             return
         if not self._always:
             for event in self._recent:
-                journal.append(event.stamp, encode_event(event))
+                journal.append(event.stamp, self._encode(event))
         self._recent.clear()
         self._spilled = True
 
-    async def peek(self, limit: int, after: int = 0) -> PendingEvents:
+    async def peek(self, limit: int, after: int = 0) -> Pending[ItemT]:
         """Return up to `limit` events with stamps greater than `after`, oldest first, without removing them."""
         if self._spilled and self.journal is not None:
-            return decode_records(await self.journal.read(after, limit))
+            return _decode_records(await self.journal.read(after, limit), self._decode)
         recent = self._recent
         later = iter(recent) if not recent or recent[0].stamp > after else (it for it in recent if it.stamp > after)
         events = list(islice(later, limit))
-        return PendingEvents(events, events[-1].stamp if events else 0)
+        return Pending(events, events[-1].stamp if events else 0)
 
     async def discard(self, upto: int) -> None:
         """Remove all events up to this stamp: they are committed."""
@@ -150,15 +196,26 @@ class EventQueue:
             _log.error("events are lost: %s; further ones are only counted", why)
 
 
-def decode_records(records: list[tuple[int, bytes]]) -> PendingEvents:
+class EventQueue(SpooledQueue[Event]):
+    """The mirror's queue: joins, leaves, bans, and messages to be counted."""
+
+    def __init__(self, journal: Journal | None, *, spool: SpoolMode, max_rows: int) -> None:
+        super().__init__(journal, encode_event, decode_event, spool=spool, max_rows=max_rows)
+
+
+def decode_records(records: list[Record]) -> PendingEvents:
     """Decode a journal's records; invalid ones are logged and skipped."""
-    events: list[Event] = []
+    return _decode_records(records, decode_event)
+
+
+def _decode_records(records: list[Record], decode: Callable[[int, bytes], ItemT]) -> Pending[ItemT]:
+    events: list[ItemT] = []
     for stamp, payload in records:
         try:
-            events.append(decode_event(stamp, payload))
+            events.append(decode(stamp, payload))
         except ValidationError as error:
             _log.error("journal record skipped: %s", error, extra={"stamp": stamp})
-    return PendingEvents(events, records[-1][0] if records else 0)
+    return Pending(events, records[-1][0] if records else 0)
 
 
 class HeldEvents:

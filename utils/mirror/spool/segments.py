@@ -36,6 +36,10 @@ READ_BYTES = 2**18
 BATCH_BYTES = 2**21
 #: Fraction of its maximum size from which the newest segment is deleted once all of it is trimmed.
 EARLY = 1 / 8
+#: Files of records that are not in a segment yet, see `Tail`.
+TAILS = ("tail-1", "tail-2")
+#: Bytes from which a tail is emptied.
+TAIL_BYTES = 2**20
 #: Last stamp of a segment that has not been read: it may contain any.
 _UNKNOWN = 2**63 - 1
 
@@ -130,9 +134,9 @@ class Segments:
         size = count = 0
         room = min(BATCH_BYTES, self._segment_bytes)
         for stamp, payload in records:
-            head = _HEAD.pack(len(payload), stamp)
-            frames += head, payload, _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(head)))
-            size += _HEAD.size + len(payload) + _CHECKSUM.size
+            frame = _frame(stamp, payload)
+            frames.append(frame)
+            size += len(frame)
             count += 1
             if size >= room:
                 break
@@ -361,12 +365,94 @@ class Segments:
         self.close()
         self._segments.clear()
         self._current = None
-        for path in (*self._directory.glob("*.journal"), *self._directory.glob("*.tmp")):
-            path.unlink(missing_ok=True)
+        for pattern in ("*.journal", "*.tmp", *TAILS):
+            for path in self._directory.glob(pattern):
+                path.unlink(missing_ok=True)
         sync_directory(self._directory)
         (self._directory / lock).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # contains foreign files; without a lock it is no longer a journal
             self._directory.rmdir()
+
+
+class Tail:
+    """Records that a segment does not have yet, written by the caller's own thread: a kill -9 does not lose them.
+
+    A segment is written and flushed to disk by another thread, a moment later. The tail is never flushed, so it does
+    not outlive a crash of the machine. Writing takes a few microseconds, because the kernel only copies the bytes.
+
+    There are two files: one is written while the segments catch up with the other, which is then emptied.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Create the files. Raises `OSError`."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+        self._files = [_TailFile(os.open(directory / name, flags, 0o600)) for name in TAILS]
+
+    def append(self, stamp: int, payload: bytes) -> None:
+        """Write a record. Raises `OSError`; the record is not written then."""
+        current, other = self._files
+        if current.size >= TAIL_BYTES and not other.size:
+            self._files.reverse()
+            current = other
+        frame = _frame(stamp, payload)
+        try:
+            written = os.write(current.descriptor, frame)
+            if written < len(frame):
+                _write_all(current.descriptor, frame[written:])
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(current.descriptor, current.size)
+            raise
+        current.size += len(frame)
+        current.last = stamp
+
+    def trim(self, upto: int) -> None:
+        """Empty the files whose records up to this stamp are all in segments, once they are large."""
+        for file in self._files:
+            if file.size >= TAIL_BYTES and file.last <= upto:
+                with contextlib.suppress(OSError):  # reading skips what segments have
+                    os.ftruncate(file.descriptor, 0)
+                    file.size = 0
+
+    def close(self) -> None:
+        """Close the files."""
+        files, self._files = self._files, []
+        for file in files:
+            os.close(file.descriptor)
+
+    @staticmethod
+    def read(directory: Path, after: int) -> list[Record]:
+        """Return the intact records with stamps greater than `after`, oldest first. Raises `OSError`."""
+        records: list[Record] = []
+        for name in TAILS:
+            with contextlib.suppress(FileNotFoundError):
+                records += _intact_records((directory / name).read_bytes())
+        return sorted(record for record in records if record[0] > after)
+
+
+@dataclass(slots=True)
+class _TailFile:
+    descriptor: int
+    size: int = 0
+    #: Stamp of the last record.
+    last: int = 0
+
+
+def _intact_records(data: bytes) -> Generator[Record, None, None]:
+    """Yield the records of a tail up to the first damaged one, which a kill has cut off."""
+    offset = 0
+    while offset + _HEAD.size <= len(data):
+        length, stamp = _HEAD.unpack_from(data, offset)
+        end = offset + _HEAD.size + length
+        if end + _CHECKSUM.size > len(data) or zlib.crc32(data[offset:end]) != _CHECKSUM.unpack_from(data, end)[0]:
+            return
+        yield stamp, data[offset + _HEAD.size : end]
+        offset = end + _CHECKSUM.size
+
+
+def _frame(stamp: int, payload: bytes) -> bytes:
+    data = _HEAD.pack(len(payload), stamp) + payload
+    return data + _CHECKSUM.pack(zlib.crc32(data))
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -12,8 +12,10 @@ from typing import Any, Protocol, TypeVar
 
 import asyncpg
 
+from models import Base, Erase
 from utils.database import Connection, Pool
 from utils.exceptions import DatabaseError, DatabaseUnavailable, LeaseLost
+from utils.mirror.records.batch_rows import DecodedRow
 from utils.mirror.records.events import Event, Membership, Message
 from utils.mirror.records.rows import COUNTER_BITS, Absence, Entry, Group, Key, Observation, key_columns
 from utils.mirror.spool.queue import EventQueue
@@ -23,6 +25,7 @@ from utils.mirror.write.buffer import Buffer
 from utils.mirror.write.merge_sql import person_column
 from utils.service import metrics
 from utils.service.lease import Fence
+from utils.text import storable
 
 _log = logging.getLogger(__name__)
 
@@ -34,8 +37,8 @@ _SAMPLE_ROWS = 10
 #: Characters of an error message that a dead letter keeps.
 _ERROR_LENGTH = 2_000
 _INSERT = """
-INSERT INTO ops.dead_letters (table_name, key, user_id, payload, stamp, sqlstate, error)
-VALUES ($1, $2, $3, $4, $5, $6, $7)
+INSERT INTO ops.dead_letters (table_name, key, user_id, payload, stamp, sqlstate, error, cog)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
 """
 
 
@@ -367,6 +370,44 @@ async def _insert(
     error: Exception,
 ) -> None:
     sqlstate = getattr(error, "sqlstate", None)
-    await connection.execute(_INSERT, table, key, user_id, payload, stamp, sqlstate, str(error)[:_ERROR_LENGTH])
+    await connection.execute(_INSERT, table, key, user_id, payload, stamp, sqlstate, str(error)[:_ERROR_LENGTH], None)
     metrics.dead_letters.labels(table).inc()
     _log.error("the database refused a row of %s; moved to ops.dead_letters: key %s: %s", table, key, error)
+
+
+async def bury_batch_rows(connection: Connection, refused: Iterable[tuple[DecodedRow, asyncpg.PostgresError]]) -> None:
+    """Add dead letters for rows that cogs added to batches and their tables refuse."""
+    letters = []
+    for row, error in refused:
+        table, keys, _, cog = row.target
+        key = {name: row.values[name] for name in keys}
+        state = getattr(error, "sqlstate", None)
+        text = storable(str(error))[:_ERROR_LENGTH]
+        letters.append((table, key, _subject_of(table, row.values), row.values, row.stamp, state, text, cog))
+        metrics.dead_letters.labels(table).inc()
+    await connection.executemany(_INSERT, letters)
+
+
+def _subject_of(table: str, values: Mapping[str, Any]) -> int | None:
+    """Return the user whom a row of a cog's table is about; None if it is about none, or the models are not loaded."""
+    known = Base.metadata.tables.get(table)
+    names = ["user_id"] if known is None else [c.name for c in known.columns if c.info.get("erase") is Erase.SUBJECT]
+    value = next((values[name] for name in names if name in values), None)
+    return value if type(value) is int else None
+
+
+async def bury_change(
+    pool: Pool,
+    cog: str,
+    *,
+    table: str,
+    key: dict[str, Any],
+    user_id: int | None,
+    payload: dict[str, Any],
+    id: int,
+    error: BaseException,
+) -> None:
+    """Add a dead letter for a change that a listener of a cog could not handle; the statement is a transaction."""
+    text = storable(f"{type(error).__name__}: {error}")[:_ERROR_LENGTH]
+    await pool.execute(_INSERT, table, key, user_id, payload, id, None, text, cog)
+    metrics.dead_letters.labels(table).inc()

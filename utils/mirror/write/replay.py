@@ -12,12 +12,14 @@ from pathlib import Path
 from utils.database import Pool
 from utils.database.partitions import id_at
 from utils.exceptions import GuildbookError, LeaseLost
+from utils.mirror.records.batch_rows import is_batch_row, wrap_row
 from utils.mirror.records.events import Event, Membership
 from utils.mirror.records.rows import COUNTER_BITS, Entry, Key
 from utils.mirror.spool.journal import Journal, list_journals
 from utils.mirror.spool.queue import decode_records
 from utils.mirror.write import events
 from utils.mirror.write.batch import EventBatch
+from utils.mirror.write.batch_rows import write_batch_rows
 from utils.mirror.write.dead_letters import write_events_isolated
 from utils.service.lease import Fence
 
@@ -78,8 +80,11 @@ async def replay_journals(
         try:
             if (epoch := journal.last >> COUNTER_BITS) >= fence.epoch:
                 raise LeaseLost(f"journal {journal.id} has epoch {epoch}, our lease has {fence.epoch}: take it anew")
-            await flush()
-            written += await _replay(pool, fence, journal, lock)
+            if await _has_batch_rows(journal):
+                await _replay_batch_rows(pool, fence, journal)
+            else:
+                await flush()
+                written += await _replay(pool, fence, journal, lock)
         finally:
             await journal.close(1.0)
     return written
@@ -106,6 +111,22 @@ async def _replay(pool: Pool, fence: Fence, journal: Journal, lock: asyncio.Lock
     await pool.execute(events.DELETE_POSITION, journal.id)
     _log.info("journal replayed", extra={"journal": journal.id, "events": read, "new": written})
     return written
+
+
+async def _has_batch_rows(journal: Journal) -> bool:
+    return any(is_batch_row(payload) for _, payload in await journal.read(0, 1))
+
+
+async def _replay_batch_rows(pool: Pool, fence: Fence, journal: Journal) -> None:
+    """Write rows that cogs added to batches; the cogs need not be loaded."""
+    position = 0
+    while records := await journal.read(position, TRANSACTION_EVENTS):
+        position = records[-1][0]
+        await write_batch_rows(pool, fence, journal.id, [wrap_row(*record) for record in records], position)
+    rows = journal.records
+    await journal.remove()
+    await pool.execute(events.DELETE_POSITION, journal.id)  # after the files, as in `_replay`
+    _log.info("journal of a batch replayed", extra={"journal": journal.id, "rows": rows})
 
 
 async def _read_memberships(journal: Journal) -> dict[tuple[int, int], list[Membership]]:
