@@ -26,8 +26,9 @@ from tests.operations.importing.files import (
 from utils.database import ConnectTarget, Pool
 from utils.database.embedded import EmbeddedServer
 from utils.exceptions import DatabaseError, DatabaseUnavailable, GuildbookError, ValidationError
-from utils.operations.action import Step
+from utils.operations.action import Outcome, Step
 from utils.operations.importing import merging, originals
+from utils.operations.importing.entries import REPLACED, SAME_KEY
 from utils.operations.importing.importer import NOTHING_USED, import_files, import_new_files
 
 MEMBERS = {f"{GUILD}_{USER + i}": member() for i in range(5)}
@@ -76,12 +77,12 @@ async def test_writes_originals_report_and_rejects(database: Pool, tmp_path: Pat
     assert json.loads((directory / "report.json").read_text()) == outcome.data
     rows = [json.loads(line) for line in (directory / "emojis.json.rejected.jsonl").read_text().splitlines()]
     assert [(row["line"], row["key"], row["stored"], row["text"]) for row in rows] == [
-        (2, "b", False, "NaN"), (2, "", False, "1")
+        (2, "b", False, "NaN"), (2, "", False, "1"), (1, "a", False, '{"x": 1}')
     ]  # fmt: skip
     assert {path.stat().st_mode & 0o077 for path in (directory, *files_in(directory))} == {0}
     file = outcome.data["files"][0]
-    assert list(file["repaired"]) == ["byte order mark", "duplicate key, last one used"]
-    assert file["repaired"]["duplicate key, last one used"]["examples"] == [{"line": 1, "key": "a", "value": None}]
+    assert list(file["repaired"]) == ["byte order mark"]
+    assert file["rejected"][SAME_KEY]["examples"] == [{"line": 1, "key": "a", "value": None}]
     assert json.loads(await export_text(database, tmp_path, "emojis")) == {"a": {"x": 2}}
 
 
@@ -358,6 +359,103 @@ async def test_files_of_one_name_do_not_merge(database: Pool, tmp_path: Path) ->
     }  # fmt: skip
     names = [path.name for path in files_in(Path(outcome.data["directory"]))]
     assert names == ["report.json", "shop-2.json", "shop-3.json", "shop.json", "shop.jsonl"]
+
+
+async def test_files_of_one_name_do_not_merge_in_later_runs(database: Pool, tmp_path: Path) -> None:
+    for number, place in enumerate(("old", "new")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "shop.json").write_text(json.dumps({"sword": {"price": number}}))
+    old, new = tmp_path / "old" / "shop.json", tmp_path / "new" / "shop.json"
+
+    async def run(path: Path, **options: Any) -> Outcome:
+        return await import_files(database, settings(tmp_path), [path], **options)
+
+    assert (await run(old)).ok
+    for dry_run in (True, False):
+        outcome = await run(new, dry_run=dry_run)
+        assert outcome.exit_code is None
+        assert not outcome.ok
+        for part in ("--namespace legacy.new.shop to keep both", f"--namespace legacy.shop to update those of {old}"):
+            assert part in outcome.text
+    assert [row[3]["price"] for row in (await stored_rows(database))[0]] == [0]
+    assert (await run(new, namespace="legacy.new.shop")).ok
+    new.write_text('{"sword": {"price": 2}}')
+    old.write_text('{"sword": {"price": 3}}')
+    for path, namespace in ((new, "legacy.new.shop"), (old, "legacy.shop")):  # where each was before
+        outcome = await run(path)
+        assert (outcome.ok, outcome.data["files"][0]["namespace"]) == (True, namespace)
+    assert {(row[1], row[3]["price"]) for row in (await stored_rows(database))[0]} == {
+        ("legacy.new.shop", 2), ("legacy.shop", 3),
+    }  # fmt: skip
+
+
+async def test_file_keeps_the_namespace_that_a_run_with_others_gave_it(database: Pool, tmp_path: Path) -> None:
+    paths = [tmp_path / place / "shop.json" for place in ("old", "new")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(json.dumps({"from": {"place": path.parent.name}}))
+    await import_files(database, settings(tmp_path), paths)
+    outcome = await import_files(database, settings(tmp_path), paths[:1])
+    assert (outcome.ok, outcome.data["files"][0]["namespace"]) == (True, "legacy.old.shop")
+
+
+async def test_moved_file_is_still_the_same_file(database: Pool, tmp_path: Path) -> None:
+    (tmp_path / "moved").mkdir()
+    first = await import_content(database, tmp_path, "shop.json", {"sword": {"price": 1}})
+    again = await import_content(database, tmp_path / "moved", "shop.json", {"sword": {"price": 1}})
+    changed = await import_content(database, tmp_path / "moved", "shop.json", {"sword": {"price": 2}})
+    assert [one.data["files"][0]["namespace"] for one in (first, again, changed)] == ["legacy.shop"] * 3
+
+
+async def test_kind_that_an_operator_names_later_changes_the_namespace(database: Pool, tmp_path: Path) -> None:
+    content = {f"{GUILD}_{USER}": {"xp": 4}}
+    first = await import_content(database, tmp_path, "levels.json", content)
+    second = await import_content(database, tmp_path, "levels.json", content, kind="members")
+    assert [one.data["files"][0]["namespace"] for one in (first, second)] == ["legacy.levels", "legacy.members"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "left_out", "stored"),
+    [
+        ("shop.json", '{"a": {"x": 1}, "b": {}, "a": {"x": 2}}', {SAME_KEY: 1}, {"a": {"x": 2}, "b": {}}),
+        ("shop.json", '{"a": {"x": 1}, "a": {"x": 1}}', {}, {"a": {"x": 1}}),
+        ("shop.json", '{"a": {"x": 1, "x": 2, "x": 2}}', {REPLACED: 1}, {"a": {"x": 2}}),
+        ("shop.json", '{"a": {"in": [{"x": 1, "x": true}], "in": []}}', {REPLACED: 2}, {"a": {"in": []}}),
+        ("shop.jsonl", '{"key": "a", "x": 1, "x": 2}\n', {REPLACED: 1}, {"a": {"key": "a", "x": 2}}),
+        ("config.json", '{"prefix": "!", "prefix": "?", "on": true}', {REPLACED: 1},
+         {"config": {"prefix": "?", "on": True}}),
+        ("data.json", f'{{"{GUILD}": {{"prefix": "!", "prefix": "?", "users": {{"{USER}": {{"xp": 1, "xp": 2}}}}}}}}',
+         {REPLACED: 2}, {f"{GUILD}": {"prefix": "?"}, f"{GUILD}_{USER}": {"xp": 2}}),
+        ("data.json", f'{{"{GUILD}": {{"{USER}": {{"xp": 1}}}}, "{GUILD}": {{"{USER}": {{"xp": 2}}}}}}',
+         {SAME_KEY: 1}, {f"{GUILD}_{USER}": {"xp": 2}}),
+    ],
+)  # fmt: skip
+async def test_duplicate_keys_are_counted_as_left_out(
+    database: Pool, tmp_path: Path, name: str, text: str, left_out: dict[str, int], stored: dict[str, Any]
+) -> None:
+    outcome = await import_content(database, tmp_path, name, text)
+    assert outcome.data["left_out"] == left_out
+    assert (outcome.ok, outcome.exit_code) == ((False, 3) if left_out else (True, None))
+    assert {row[2]: row[3] for row in (await stored_rows(database))[0]} == stored
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "UTF_16", "utf-32"])
+async def test_named_encoding_without_byte_order_mark_is_recognized(
+    database: Pool, tmp_path: Path, encoding: str
+) -> None:
+    for order in ("-le", "-be"):
+        content = '{"a": {"n": "é"}}'.encode(encoding.lower().replace("_", "-") + order)
+        outcome = await import_content(database, tmp_path, "shop.json", content, encoding=encoding)
+        assert outcome.ok, outcome.text
+    refused = await import_content(database, tmp_path, "shop.json", '{"a": {"n": "é"}}', encoding=encoding)
+    assert f"it is not {encoding}: it begins neither with a byte order mark" in refused.text
+    assert (await stored_rows(database))[0][0][3] == {"n": "é"}
+
+
+@pytest.mark.parametrize("encoding", ["punycode", "idna", "rot13", "undefined", "hex", "\0"])
+async def test_codec_that_is_no_encoding_of_files_is_refused(database: Pool, tmp_path: Path, encoding: str) -> None:
+    with pytest.raises(ValidationError, match="is not an encoding"):
+        await import_content(database, tmp_path, "shop.json", "{}", encoding=encoding)
 
 
 TEXT = '{"caf\u00e9": {"note": "\u00dcber \u2013 \u00df"}, "b": {"note": "x"}}'

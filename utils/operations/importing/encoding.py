@@ -22,6 +22,8 @@ _NULS = (
     (re.compile(rb"\0\0\0[^\0]", re.DOTALL), "utf-32-be"), (re.compile(rb"[^\0]\0\0\0", re.DOTALL), "utf-32-le"),
     (re.compile(rb"\0[^\0]", re.DOTALL), "utf-16-be"), (re.compile(rb"[^\0]\0", re.DOTALL), "utf-16-le"),
 )  # fmt: skip
+#: Encodings that need a byte order mark, or to be recognized, to know the order of bytes.
+_WITHOUT_ORDER = ("utf-16", "utf-32")
 _OTHER_LETTERS = re.compile("[^\x00-\x7f\ud800-\udfff]")
 _BLOCK = 2**20
 
@@ -36,11 +38,30 @@ def recognize(beginning: bytes) -> tuple[str, int]:
     return next((name for pattern, name in _NULS if pattern.match(beginning)), "utf-8"), 0
 
 
+def resolve(encoding: str | None, beginning: bytes) -> tuple[str, int]:
+    """Return the encoding to read a file with, and the length of its byte order mark.
+
+    encoding: the one that the operator named; None: to be recognized. beginning: the first four bytes. Raises
+    `ValidationError` if the file cannot be in that encoding.
+    """
+    recognized, mark = recognize(beginning)
+    if encoding is None:
+        return recognized, mark
+    name = codecs.lookup(encoding).name
+    if name in _WITHOUT_ORDER and beginning:
+        if not recognized.startswith(name):
+            raise ValidationError(
+                f"it is not {encoding}: it begins neither with a byte order mark of {name.upper()} nor with an ASCII"
+                " character in it; leave --encoding out to have it recognized"
+            )
+        return recognized, mark
+    return encoding, mark if name == recognized else 0
+
+
 def check_name(encoding: str) -> None:
     """Raise `ValidationError` if there is no such encoding of text."""
     try:
-        "{}".encode(encoding)
-        codecs.getincrementaldecoder(encoding)
+        codecs.getincrementaldecoder(encoding)(MARK_INVALID).decode("{}".encode(encoding), final=True)
     except (LookupError, ValueError):
         raise ValidationError(
             f"{encoding[:50]!r} is not an encoding: choose one that Python knows, such as utf-8, utf-16, windows-1252"

@@ -37,6 +37,11 @@ COLUMNS = (
     "notifications", "language",
 )  # fmt: skip
 _NO_VALUES = (None,) * 5
+#: Why a value, or an entry, is left out that a later one replaces: JSON parsers use the last one.
+REPLACED = "another value of the same key follows, which is used"
+SAME_KEY = "another entry with the same key follows, which is used"
+#: The repair of an entry that is there twice, with the same value.
+TWICE = "entry that is there twice"
 
 #: Names of fields in which bots keep the statistics, in order of preference. Only the first must be usable.
 _COUNT_FIELDS = ("message_count", "messageCount", "messages", "msg_count", "total_messages")
@@ -59,6 +64,11 @@ def namespace_of(path: Path, kind: str) -> str:
     return f"{PREFIX}{name}"[:100]
 
 
+def namespace_in(place: str, name: str) -> str:
+    """Return a namespace like `name` for another file of that name, found in a place."""
+    return PREFIX + f"{_UNUSUAL.sub('_', place)}.{name.removeprefix(PREFIX)}"[-93:]
+
+
 def namespaces_of(paths: Sequence[Path], kinds: Sequence[str]) -> list[str]:
     """Return the namespaces of several files, none of them twice.
 
@@ -72,8 +82,7 @@ def namespaces_of(paths: Sequence[Path], kinds: Sequence[str]) -> list[str]:
         depth = next((n for n in range(1, len(directory)) if all(one[-n:] != directory[-n:] for one in others)), 0)
         apart = name
         if others and depth:
-            place = ".".join(_UNUSUAL.sub("_", part) for part in directory[-depth:])
-            apart = PREFIX + f"{place}.{name.removeprefix(PREFIX)}"[-93:]
+            apart = namespace_in(".".join(directory[-depth:]), name)
         number, free = 1, apart
         while free in found:
             number += 1
@@ -219,6 +228,7 @@ class Rows:
         values: tuple[Any, ...] = _NO_VALUES
         if place.is_member:
             values = self._member_values(entry, place, value, reasons)
+        reasons += [REPLACED] * entry.replaced
         if reasons:
             self._reject(entry, key, reasons, stored=True)
         fields = (
@@ -309,8 +319,17 @@ class Rows:
         for reason in reasons:
             self.rejected.add(reason, key, entry.line)
         self.rejects.add(
-            line=entry.line, column=entry.column, key=key, reasons=reasons, stored=stored, text=entry.text
+            line=entry.line, column=entry.column, key=key, reasons=list(dict.fromkeys(reasons)), stored=stored,
+            text=entry.text,
         )  # fmt: skip
+
+    def replace(self, *, line: int, key: str, text: str, is_lost: bool) -> None:
+        """Record that another entry with the same key follows; `is_lost`: with another value."""
+        if not is_lost:
+            self.repaired.add(TWICE, key, line)
+            return
+        self.rejected.add(SAME_KEY, key, line)
+        self.rejects.add(line=line, column=1, key=key, reasons=[SAME_KEY], stored=False, text=text)
 
 
 def _field(value: Any) -> str:

@@ -23,15 +23,17 @@ from utils.operations.importing.encoding import check_name, refuse_8_bit
 from utils.operations.importing.entries import (
     KINDS,
     OTHER_KINDS,
+    PREFIX,
     Rejects,
     Rows,
     Tally,
     check_namespace,
     kind_of,
+    namespace_of,
     namespaces_of,
-    shorten_key,
 )
-from utils.operations.importing.merging import Counts, Merge, already_imported
+from utils.operations.importing.escaping import original_json, original_key
+from utils.operations.importing.merging import Counts, Merge, Source, already_imported
 from utils.operations.importing.originals import Original, printable
 from utils.settings import Settings
 from utils.text import format_count
@@ -165,9 +167,8 @@ async def import_files(
     files = await asyncio.to_thread(originals.find_files, paths)
     if namespace is not None and len(files) > 1:
         raise ValidationError(f"{len(files)} files cannot share the namespace {namespace}: import them one at a time")
-    found = [namespace] if namespace is not None else namespaces_of(files, [kind or kind_of(path) for path in files])
-    namespaces = dict(zip(files, found, strict=True))
-    return await _import(pool, namespaces, settings.data_dir, dry_run, kind, guild_id, encoding, progress)
+    sources = _sources(files, kind, namespace)
+    return await _import(pool, sources, settings.data_dir, dry_run, kind, guild_id, encoding, progress)
 
 
 def has_changes(outcome: Outcome) -> bool:
@@ -191,14 +192,24 @@ async def import_new_files(
             digests[path] = source.sha256
     known = await already_imported(pool, list(digests.values()))
     # By all files that are there, so that one keeps its namespace when others of its name have been imported before.
-    namespaces = dict(zip(files, namespaces_of(files, [kind_of(path) for path in files]), strict=True))
-    namespaces = {path: where for path, where in namespaces.items() if digests.get(path) not in known}
-    return await _import(pool, namespaces, data_dir, False, None, None, None, progress) if namespaces else None
+    sources = {path: where for path, where in _sources(files).items() if digests.get(path) not in known}
+    return await _import(pool, sources, data_dir, False, None, None, None, progress) if sources else None
+
+
+def _sources(files: Sequence[Path], kind: str | None = None, namespace: str | None = None) -> dict[Path, Source]:
+    """Return where files come from, and where their originals are to be stored. `namespace`: as an operator says."""
+    kinds = [kind or kind_of(path) for path in files]
+    names = [namespace_of(path, one) for path, one in zip(files, kinds, strict=True)]
+    found = namespaces_of(files, kinds) if namespace is None else [namespace] * len(files)
+    return {
+        path: Source(printable(path.absolute().parent.resolve() / path.name), name, where, namespace is not None)
+        for path, name, where in zip(files, names, found, strict=True)
+    }
 
 
 async def _import(
     pool: Pool,
-    namespaces: Mapping[Path, str],
+    places: Mapping[Path, Source],
     data_dir: Path,
     dry_run: bool,
     kind: str | None,
@@ -207,7 +218,7 @@ async def _import(
     progress: Progress,
 ) -> Outcome:
     """Import files into their namespaces."""
-    files = list(namespaces)
+    files = list(places)
     await _check_encoding(pool)
     directory: Path | None = None
     sources: list[Original | ValidationError]
@@ -217,12 +228,12 @@ async def _import(
         directory, sources = await _copy(files, data_dir, progress)
     done: list[FileResult] = []
     failed: list[tuple[str, str]] = []
-    for (path, where), source in zip(namespaces.items(), sources, strict=True):
+    for (path, place), source in zip(places.items(), sources, strict=True):
         try:
             if not isinstance(source, Original):
                 raise source
             result = await _import_file(
-                pool, source, kind or kind_of(path), where, directory, progress,
+                pool, source, kind or kind_of(path), place, directory, progress,
                 path=path, is_forced=kind is not None, guild_id=guild_id, encoding=encoding,
             )  # fmt: skip
         except DatabaseUnavailable:
@@ -247,7 +258,7 @@ async def _import(
     }  # fmt: skip
     lines = [item.line(dry_run=dry_run) for item in done[:_MAX_FILES]]
     lines += [
-        f"{name[:60]} was not imported, nothing of it was written: {error[:200]}" for name, error in failed[:_MAX_FILES]
+        f"{name[:60]} was not imported, nothing of it was written: {error[:400]}" for name, error in failed[:_MAX_FILES]
     ]
     unlisted = max(0, len(done) - _MAX_FILES) + max(0, len(failed) - _MAX_FILES)
     if unlisted:
@@ -310,7 +321,7 @@ async def _import_file(
     pool: Pool,
     source: Original,
     kind: str,
-    namespace: str,
+    place: Source,
     directory: Path | None,
     progress: Progress,
     *,
@@ -335,11 +346,17 @@ async def _import_file(
             transaction = connection.transaction()
             await transaction.start()
             try:
-                merge = Merge(connection, namespace)
+                merge = Merge(connection)
                 await merge.begin()
+                await merge.enter(place, source.sha256)
                 async with aclosing(_batches(rows, Step(f"reading {name}", 0, source.size, "bytes"), progress)) as read:
                     await merge.stage(read)
-                duplicates = await merge.drop_duplicates()
+                duplicates = 0
+                async with aclosing(merge.drop_replaced()) as replaced:
+                    async for row in replaced:
+                        key, text = original_key(row["key"]), original_json(row["text"] or "")
+                        rows.replace(line=row["line"], key=key, text=text, is_lost=row["is_lost"])
+                        duplicates += not row["is_lost"]
                 suppressed = await merge.drop_suppressed()
                 progress(Step(f"comparing {name}"))
                 counts = await merge.compare()
@@ -348,9 +365,11 @@ async def _import_file(
                     await merge.write()
                     if counts.staged or not rows.rejects.lost:  # otherwise, a later version may read more of it
                         await merge.record_import(
-                            source.sha256, {"file": name, "namespace": namespace, "entries": rows.entries}
+                            source.sha256, {"file": name, "namespace": merge.namespace, "entries": rows.entries}
                         )
-                    await _verify(merge, rows, counts, len(duplicates) and duplicates[0]["total"], suppressed)
+                    if counts.staged and merge.namespace.startswith(PREFIX):
+                        await merge.record_source(place, source.sha256)
+                    await _verify(merge, rows, counts, duplicates, suppressed)
                     progress(Step(f"writing {name}", counts.rows, counts.rows))
             except BaseException:
                 if not connection.is_closed():
@@ -360,14 +379,9 @@ async def _import_file(
                 await transaction.rollback()
             else:
                 await transaction.commit()
-    if duplicates:
-        rows.repaired.kinds["duplicate key, last one used"] = {
-            "count": duplicates[0]["total"],
-            "examples": [{"line": row["line"], "key": shorten_key(row["key"]), "value": None} for row in duplicates],
-        }
     return FileResult(
-        name, printable(path), kind, namespace, source.sha256, rows.reader.encoding or "utf-8", rows.entries, counts,
-        suppressed, rows.repaired, rows.rejected, rejects, time.monotonic() - started,
+        name, printable(path), kind, merge.namespace, source.sha256, rows.reader.encoding or "utf-8", rows.entries,
+        counts, suppressed, rows.repaired, rows.rejected, rejects, time.monotonic() - started,
     )  # fmt: skip
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import Any
 
 import orjson
@@ -11,8 +12,8 @@ import orjson
 from utils.database import Connection
 from utils.database.cache.channel import announce
 from utils.database.placement import placement_on
-from utils.exceptions import DatabaseUnavailable
-from utils.operations.importing.entries import COLUMNS
+from utils.exceptions import DatabaseUnavailable, ValidationError
+from utils.operations.importing.entries import COLUMNS, namespace_in
 
 #: Timeout of a statement in seconds: enough for a million rows on a small host.
 STATEMENT_SECONDS = 1_800.0
@@ -63,15 +64,21 @@ FROM (
 WHERE e.guild_id = t.guild_id AND e.user_id = t.id
 """
 # Of entries with the same key, the last one is used, as JSON parsers do.
-_DROP_DUPLICATES = """
-WITH deleted AS (
-    DELETE FROM import_entries AS e
-    USING (
-        SELECT guild_id, key, max(ordinal) AS last FROM import_entries GROUP BY guild_id, key HAVING count(*) > 1
-    ) AS t
-    WHERE e.guild_id = t.guild_id AND e.key = t.key AND e.ordinal < t.last RETURNING e.key, e.line
-)
-SELECT key, line, count(*) OVER () AS total FROM deleted ORDER BY line LIMIT 3
+_REPLACED = """
+SELECT e.ordinal, e.line, e.key, e.value <> l.value AS is_lost,
+    CASE WHEN e.value <> l.value THEN e.value::text END AS text
+FROM import_entries AS e
+JOIN (
+    SELECT guild_id, key, max(ordinal) AS last FROM import_entries GROUP BY guild_id, key HAVING count(*) > 1
+) AS t ON e.guild_id = t.guild_id AND e.key = t.key AND e.ordinal < t.last
+JOIN import_entries AS l ON l.ordinal = t.last
+"""
+_DROP_REPLACED = """
+DELETE FROM import_entries AS e
+USING (
+    SELECT guild_id, key, max(ordinal) AS last FROM import_entries GROUP BY guild_id, key HAVING count(*) > 1
+) AS t
+WHERE e.guild_id = t.guild_id AND e.key = t.key AND e.ordinal < t.last
 """
 _DROP_SUPPRESSED = """
 WITH deleted AS (
@@ -150,9 +157,24 @@ INSERT INTO documents (guild_id, namespace, key, value, version)
 VALUES (0, $1, $2, $3::text::jsonb, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint)
 ON CONFLICT (guild_id, namespace, key) DO NOTHING
 """
+#: The record of one namespace ($2), and that of the namespace which a file ($3) was imported into under a name ($4).
+_SOURCES = """
+SELECT key, value::text AS value FROM documents
+WHERE guild_id = 0 AND namespace = $1 AND starts_with(key, 'source:')
+    AND (key = $2 OR (value ->> 'path' = $3 AND value ->> 'name' = $4))
+"""
+_RECORD_SOURCE = """
+INSERT INTO documents AS d (guild_id, namespace, key, value, version)
+VALUES (0, $1, $2, $3::text::jsonb, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint)
+ON CONFLICT (guild_id, namespace, key) DO UPDATE SET
+    value = excluded.value, version = greatest(d.version + 1, excluded.version), updated_at = now()
+WHERE d.value <> excluded.value
+"""
 _ALREADY_IMPORTED = "SELECT key FROM documents WHERE guild_id = 0 AND namespace = $1 AND key = ANY($2)"
 #: Namespace of the records of imported files; the originals are in namespaces that begin with `legacy.`.
 RECORDS = "legacy"
+#: Beginning of the keys there that say which file the entries of a namespace come from.
+_SOURCE = "source:"
 _WRITTEN = ("documents", "member_stats", "member_preferences")
 
 
@@ -174,12 +196,56 @@ class Counts:
         return int(sum(asdict(self).values())) - self.staged
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a file comes from, and the namespace for its originals."""
+
+    #: The file's absolute path, as `printable` writes it.
+    path: str
+    #: The namespace that its name alone says.
+    name: str
+    #: The namespace that was chosen for it, of a run with other files of its name another one.
+    namespace: str
+    #: Whether an operator named that.
+    is_chosen: bool = False
+
+
 class Merge:
     """Merges one file, inside a transaction that the caller commits."""
 
-    def __init__(self, connection: Connection, namespace: str) -> None:
+    def __init__(self, connection: Connection, namespace: str = "") -> None:
         self._connection = connection
-        self._namespace = namespace
+        #: Where the originals are stored.
+        self.namespace: str = namespace
+
+    async def enter(self, source: Source, sha256: str) -> None:
+        """Choose the namespace of a file: the one that it was imported into before, or that of its source.
+
+        Raises `ValidationError` if the namespace has the entries of a file in another directory, unless an operator
+        chose it.
+        """
+        self.namespace = source.namespace
+        if source.is_chosen:
+            return
+        rows = await self._connection.fetch(_SOURCES, RECORDS, _source_key(source.namespace), source.path, source.name)
+        records = {row["key"].removeprefix(_SOURCE): orjson.loads(row["value"]) for row in rows}
+        known = [name for name, record in records.items() if record.get("path") == source.path]
+        if known:
+            self.namespace = source.namespace if source.namespace in known else min(known)
+        elif (record := records.get(source.namespace)) is not None and record.get("sha256") != sha256:
+            parent = PurePath(source.path).parent
+            if PurePath(str(record.get("path"))).parent == parent:
+                return  # in another format
+            raise ValidationError(
+                f"the namespace {source.namespace} has the entries of another file: import it from the command line"
+                f" with --namespace {namespace_in(parent.name, source.name)} to keep both, or with --namespace"
+                f" {source.namespace} to update those of {record.get('path')}"
+            )
+
+    async def record_source(self, source: Source, sha256: str) -> None:
+        """Record that the namespace has the entries of this file."""
+        record = {"path": source.path, "name": source.name, "sha256": sha256}
+        await self._execute(_RECORD_SOURCE, RECORDS, _source_key(self.namespace), orjson.dumps(record).decode())
 
     async def begin(self) -> None:
         """Create the staging tables. Raises `DatabaseUnavailable` while another import is running."""
@@ -199,9 +265,14 @@ class Merge:
         await self._execute(_NUMBER_RECORDS)
         await self._execute(_CLEAR_OTHER_IDS)
 
-    async def drop_duplicates(self) -> list[Any]:
-        """Delete all but the last entry of each key; return up to three deleted rows with `key`, `line` and `total`."""
-        return list(await self._connection.fetch(_DROP_DUPLICATES, timeout=STATEMENT_SECONDS))
+    async def drop_replaced(self) -> AsyncGenerator[Any, None]:
+        """Delete all but the last entry of each key, after yielding them in the order of the file.
+
+        They have `line`, `key`, `is_lost` (the last one's value is different) and, if so, their value as `text`.
+        """
+        async for row in self._connection.cursor(_REPLACED + "ORDER BY e.ordinal", timeout=STATEMENT_SECONDS):
+            yield row
+        await self._execute(_DROP_REPLACED)
 
     async def drop_suppressed(self) -> int:
         """Delete the entries of users in `ops.suppressions` and return how many there were."""
@@ -211,7 +282,7 @@ class Merge:
     async def compare(self) -> Counts:
         """Find new and changed rows and count them."""
         await self._execute(_CLEAR)
-        await self._execute(_CHANGED_DOCUMENTS, self._namespace)
+        await self._execute(_CHANGED_DOCUMENTS, self.namespace)
         await self._execute(_CHANGED_STATS)
         await self._execute(_CHANGED_PREFERENCES)
         row = await self._connection.fetchrow(_COUNTS, timeout=STATEMENT_SECONDS)
@@ -220,7 +291,7 @@ class Merge:
 
     async def write(self) -> None:
         """Write the rows that `compare` found."""
-        await self._execute(_WRITE_DOCUMENTS, self._namespace)
+        await self._execute(_WRITE_DOCUMENTS, self.namespace)
         await self._execute(_WRITE_STATS)
         await self._execute(_WRITE_PREFERENCES)
         await announce(self._connection, _WRITTEN)
@@ -231,6 +302,10 @@ class Merge:
 
     async def _execute(self, sql: str, *arguments: Any) -> None:
         await self._connection.execute(sql, *arguments, timeout=STATEMENT_SECONDS)
+
+
+def _source_key(namespace: str) -> str:
+    return f"{_SOURCE}{namespace}"
 
 
 async def already_imported(pool: Any, digests: list[str]) -> set[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, NoReturn, Protocol
 
 from utils.exceptions import ValidationError
-from utils.operations.importing.encoding import INVALID, MARK_INVALID, recognize
+from utils.operations.importing.encoding import INVALID, MARK_INVALID, resolve
 
 #: Number of bytes to read at once.
 WINDOW = 2**18
@@ -54,6 +54,8 @@ class Entry:
     problem: str | None = None
     #: The container that the entry is in, as the outline named it; None without an outline.
     scope: Any = None
+    #: Number of values in it that are lost, because a later one in the same object has their key.
+    replaced: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,7 @@ class Reader:
         self._pos = 0
         self._ended = False
         self._constants = 0
+        self._replaced = 0
         # The line of `_counted`, a position in the window, and the number of characters before it in that line.
         self._line, self._counted, self._column = 1, 0, 0
         #: Whether the file begins with a byte order mark.
@@ -133,9 +136,9 @@ class Reader:
         #: Number of bytes read so far.
         self.read: int = 0
         self._bytes: codecs.IncrementalDecoder | None = None
-        self._decoder = json.JSONDecoder(parse_constant=self._constant)
+        self._decoder = json.JSONDecoder(parse_constant=self._constant, object_pairs_hook=self._object)
         # Python refuses to parse integers of more than 4,300 digits. Floats do: only the text is stored.
-        self._lenient = json.JSONDecoder(parse_constant=self._constant, parse_int=float)
+        self._lenient = json.JSONDecoder(parse_constant=self._constant, parse_int=float, object_pairs_hook=self._object)
 
     def __iter__(self) -> Iterator[Entry]:
         opening = self._peek()
@@ -150,7 +153,7 @@ class Reader:
                 if scope is None:
                     line, column = self._position(self._pos)
                     value, text, problem = self._value()
-                    yield Entry(None, value, text, line, column, problem)
+                    yield Entry(None, value, text, line, column, problem, replaced=self._replaced)
             if scope is not None or self._outline is None:
                 yield from self._container(scope)
         else:
@@ -227,7 +230,7 @@ class Reader:
             if inner is not None:
                 yield from self._container(inner)
             else:
-                entry = Entry(key, value, text, line, column, wrong_key or problem, scope)
+                entry = Entry(key, value, text, line, column, wrong_key or problem, scope, self._replaced)
                 if self._outline is None or not self._outline.absorbs(entry):
                     yield entry
             following = self._peek()
@@ -266,8 +269,9 @@ class Reader:
             self._pos = end
             problem, before = None, self._constants
             value = None
+            self._replaced = 0
             try:
-                value = self._decode(text, 0)[0] if not self._check_single_value(text) else None
+                value = self._single_value(text)
             except json.JSONDecodeError as exc:
                 problem = f"{exc.msg} (column {column + exc.pos})"
             except RecursionError:
@@ -277,7 +281,7 @@ class Reader:
             problem = INVALID_BYTES if INVALID.search(text) else problem
             inner = None if outline is None or problem else outline.descend(scope, None, value)
             if inner is None:
-                yield Entry(None, value, text, line, column, problem, scope)
+                yield Entry(None, value, text, line, column, problem, scope, self._replaced)
                 continue
             for entry in self._in_text(text, inner):
                 yield replace(entry, line=line, column=entry.column + column - 1)
@@ -290,12 +294,12 @@ class Reader:
         reader._peek()
         yield from reader._container(scope)
 
-    def _check_single_value(self, text: str) -> bool:
-        """Raise `JSONDecodeError` if a text has more than one value; return False."""
-        _, end = self._decode(text, 0)
+    def _single_value(self, text: str) -> Any:
+        """Return the value of a text. Raises `JSONDecodeError` if it has more than one."""
+        value, end = self._decode(text, 0)
         if end != len(text):
             raise json.JSONDecodeError("there is more text after the value", text, end)
-        return False
+        return value
 
     def _value_or_scope(
         self, scope: Any, key: str | None, *, is_readable: bool
@@ -324,7 +328,7 @@ class Reader:
         If it is too long and `descends` returns True, stay at its beginning.
         """
         while True:
-            before = self._constants
+            before, self._replaced = self._constants, 0
             try:
                 value, end = self._decode(self._text, self._pos)
             except json.JSONDecodeError as exc:
@@ -382,6 +386,12 @@ class Reader:
     def _constant(self, name: str) -> None:
         self._constants += 1
 
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            self._replaced += sum(not is_same(found[key], value) for key, value in pairs)
+        return found
+
     def _peek(self) -> str:
         """Skip white space and return the next character, '' at the end of the file."""
         while True:
@@ -406,13 +416,13 @@ class Reader:
             while len(data) < 4 and (more := self._file.read(4 - len(data))):
                 data += more
                 self.read += len(more)
-            recognized, mark = recognize(data)
-            self.encoding = self.encoding or recognized
-            if codecs.lookup(self.encoding).name == recognized:
-                data = data[mark:]
-                self.has_bom = mark > 0
+            self.encoding, mark = resolve(self.encoding, data[:4])
+            data, self.has_bom = data[mark:], mark > 0
             self._bytes = codecs.getincrementaldecoder(self.encoding)(MARK_INVALID)
-        text = self._bytes.decode(data, final=self._ended)
+        try:
+            text = self._bytes.decode(data, final=self._ended)
+        except UnicodeError as exc:  # of a codec that does not mark what is invalid
+            raise ValidationError(f"it cannot be read as {self.encoding}: {exc}") from None
         if self._ended and not text:
             return False
         self._position(self._pos)
@@ -434,6 +444,17 @@ class Reader:
     def _fail(self, reason: str, place: tuple[int, int] | None = None) -> NoReturn:
         line, column = place or self._position(self._pos)
         raise ValidationError(f"line {line}, column {column}: {reason}")
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Return whether two JSON values are the same; True and 1, or 1 and 1.0, are not."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(is_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    return bool(one == other)
 
 
 def _plain(message: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from utils.documents.codec import MAX_BYTES
 from utils.operations.importing import repair
-from utils.operations.importing.reader import Entry, Unread
+from utils.operations.importing.reader import Entry, Unread, is_same
 from utils.operations.importing.repair import UnusableValue
 
 #: What the ids that are keys of a container, or the `id` of its elements, belong to. "red" are the scopes of Red.
@@ -265,8 +265,9 @@ class Outline:
             return
         text = "{" + ", ".join(f"{json.dumps(entry.key)}: {entry.text}" for entry in entries) + "}"
         value = {entry.key: entry.value for entry in entries}
+        replaced = sum(entry.replaced + (not is_same(value[entry.key], entry.value)) for entry in entries)
         outer = replace(scope, holds="guilds" if scope.guild_id else "others", rest_key=None)
-        yield Entry(scope.rest_key, value, text, entries[0].line, entries[0].column, None, outer)
+        yield Entry(scope.rest_key, value, text, entries[0].line, entries[0].column, None, outer, replaced)
 
     def _holds(self, name: str, value: Any, depth: int = NESTED_DEPTH) -> Holds | None:
         """Return what a container with a name, such as `users`, holds; None if it is not split.
