@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from utils.cli import backup, db, doctor, exporting, importing, pack
-from utils.cli.common import AsJson, CommandGroup, CommandTree, print_outcome
+from utils.cli.common import AsJson, CommandGroup, RootCommand, parse_path, print_outcome
 from utils.exceptions import GuildbookError, SettingsError
 from utils.operations.action import Outcome
 from utils.settings import DEVELOPER_PORTAL, Settings, load_settings
@@ -21,7 +21,7 @@ NO_TOKEN = (
     " .env, or run make demo, which needs no token"
 )
 
-app = typer.Typer(cls=CommandTree, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(cls=RootCommand, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(db.app, name="db", cls=CommandGroup)
 app.add_typer(backup.app, name="backup", cls=CommandGroup)
 app.add_typer(importing.app, name="import", cls=CommandGroup)
@@ -59,7 +59,9 @@ def _run(settings: Settings) -> None:
 def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Run until Ctrl-C, with two events per second.")] = False,
     as_json: AsJson = False,
-    data_dir: Annotated[Path, typer.Option(help="Directory of the demo's data; emptied first.")] = Path(".data/demo"),
+    data_dir: Annotated[
+        Path, typer.Option(parser=parse_path, metavar="PATH", help="Directory of the demo's data; emptied first.")
+    ] = Path(".data/demo"),
 ) -> None:
     """Run the real bot against a simulated Discord and verify every row."""
     from utils.demo import runner

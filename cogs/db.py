@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import datetime
@@ -22,6 +23,7 @@ from utils.operations.backup import recovery
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.catalog.keeping import drops_among, list_with_problems
 from utils.operations.backup.create import backup_before
+from utils.operations.backup.restore.selection import check_options, describe_options
 from utils.operations.backup.service import BackupService
 from utils.operations.doctor import DoctorContext, run_checks, summarize_findings
 from utils.operations.doctor.context import CONNECT_SECONDS
@@ -265,9 +267,8 @@ class DatabaseCommands(BaseCog):
         """Make a backup."""
 
         async def work(reply: Reply) -> Outcome:
-            names = [name.strip() for name in (tables or "").split(",") if name.strip()]
             return await (await self._backups()).create(
-                self._database, tables=names, schema_only=schema_only, progress=reply.step
+                self._database, tables=_split(tables), schema_only=schema_only, progress=reply.step
             )
 
         await self._run(interaction, "db backup create", work, tables=tables, schema_only=schema_only)
@@ -305,24 +306,33 @@ class DatabaseCommands(BaseCog):
     @app_commands.describe(
         id="Its id, or latest",
         whole_database="Replace the database with everything in it, after naming what is lost",
+        drop_old="With whole_database: drop the old database at once instead of keeping it",
         from_other="Also a backup of another database or application",
+        tables="Only the rows of these tables, separated by commas",
+        guild="Only the documents of the guild with this id; 0: those of none",
     )
     async def restore(
         self,
         interaction: discord.Interaction[Guildbook],
         id: str = "latest",
         whole_database: bool = False,
+        drop_old: bool = False,
         from_other: bool = False,
+        tables: str | None = None,
+        guild: str | None = None,
     ) -> None:
         """Ask, and restore; the bot stays connected, and reconciles afterwards."""
+        names = _split(tables)
 
         async def work(reply: Reply) -> Outcome:
+            guild_id = _guild_id(guild)
+            check_options(names, guild_id, whole_database=whole_database, drop_old=drop_old)
             service = await self._backups()
             entry, text = await service.describe_restore(self._database, id)
-            question = f"Replace the rows of Guildbook's tables by this backup? {text}"
+            what = describe_options(names, guild_id, whole_database=whole_database)
+            question = f"Replace {what} by this backup? {text}"
             if whole_database:
                 losses = await service.find_losses(self._database, entry.id)
-                question = f"Replace the whole database by this backup? {text}"
                 question += f". This would be lost: {', '.join(losses) or 'nothing that is not in it'}"
             await reply.confirm(question, "Restore")
             # A bot that holds the database starts over, and reconciles then.
@@ -331,12 +341,22 @@ class DatabaseCommands(BaseCog):
                 self._database,
                 entry.id,
                 whole_database=whole_database,
+                drop_old=drop_old,
                 from_other=from_other,
+                tables=names,
+                documents_of=guild_id,
                 progress=reply.step,
                 after=after,
             )
 
-        arguments = {"id": id, "whole_database": whole_database, "from_other": from_other}
+        arguments = {
+            "id": id,
+            "whole_database": whole_database,
+            "drop_old": drop_old,
+            "from_other": from_other,
+            "tables": names,
+            "guild": guild,
+        }
         await self._run(interaction, "db backup restore", work, **arguments)
 
     @backup.command(name="push", description="Upload backups that the remote store lacks")
@@ -437,6 +457,20 @@ class BotContext(DoctorContext):
         async with self._bot_pool.acquire(CONNECT_SECONDS) as connection:  # it may have been lost since
             await connection.fetchval("SELECT 1", timeout=CONNECT_SECONDS)
         return self._bot_pool
+
+
+def _split(names: str | None) -> list[str]:
+    """Return the names in a list separated by commas."""
+    return [name.strip() for name in (names or "").split(",") if name.strip()]
+
+
+def _guild_id(text: str | None) -> int | None:
+    """Return the id of a guild, which Discord's integers are too short for. Raises `ValidationError`."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"\s*\d{1,19}\s*", text, re.ASCII) or int(text) >= 2**63:
+        raise ValidationError(f"{text[:40]!r} is not the id of a guild: expected digits")
+    return int(text)
 
 
 def _format_time(at: datetime) -> str:

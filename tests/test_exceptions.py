@@ -14,7 +14,9 @@ from utils.exceptions import (
     DatabaseUnavailable,
     TransactionConflict,
     ValidationError,
+    describe_in_use,
     is_transient,
+    translate,
     translate_errors,
 )
 
@@ -77,3 +79,15 @@ def test_a_missing_database_is_transient_once_it_existed() -> None:
 
 def test_a_validation_error_is_a_database_error() -> None:
     assert issubclass(ValidationError, DatabaseError)
+
+
+def test_a_table_that_was_there_before_is_not_one_to_migrate() -> None:
+    lost = translate(asyncpg.UndefinedTableError('relation "changes" does not exist'))
+    assert lost is not None
+    assert "run the migrations" in str(lost)
+    text = describe_in_use(lost)
+    assert text.startswith('relation "changes" does not exist [42P01]: the table was there before')
+    assert "backup restore" in text
+    assert "db begin-anew" in text
+    assert describe_in_use(DatabaseError("x", sqlstate="23505")) == "x"
+    assert describe_in_use(ValueError("y")) == "y"

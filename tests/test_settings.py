@@ -218,6 +218,19 @@ def test_the_name_of_a_store_is_not_secret(url: str, secrets: list[str]) -> None
     assert load(BACKUP_URL=url).secrets() == secrets
 
 
+@pytest.mark.parametrize(
+    ("url", "secrets"),
+    [
+        ("postgresql:///d?host=/run/postgresql", []),
+        ("postgresql://me@db.example:5432/d?sslmode=require", []),
+        ("postgresql://me:hush%2F5up3r@h/d", ["postgresql://me:hush%2F5up3r@h/d", "hush%2F5up3r", "hush/5up3r"]),
+        ("postgresql://h/d?user=me&password=hush%2F", ["postgresql://h/d?user=me&password=hush%2F", "hush/"]),
+    ],
+)
+def test_only_passwords_are_secret_in_addresses(url: str, secrets: list[str]) -> None:
+    assert set(load(DATABASE_URL=url).secrets()) == set(secrets)
+
+
 def test_railway_without_a_volume_needs_a_database_url() -> None:
     message = refused(RAILWAY_ENVIRONMENT_NAME="production")
     assert message.startswith("DATABASE_URL: not set, and this Railway service has no volume")

@@ -232,6 +232,15 @@ def translate(exc: BaseException, *, was_connected: bool = False) -> GuildbookEr
     return kind(_first_line(cause))
 
 
+def describe_in_use(error: BaseException) -> str:
+    """Return what is wrong, for people, of tables that were there when this process began to use them."""
+    state = error.sqlstate if isinstance(error, DatabaseError) else None
+    if state not in MISSING_TABLE:
+        return str(error)
+    what = str(error).removesuffix(f": {_ADVICE.get(state or '')}")
+    return f"{what}: {_LOST_TABLE}"
+
+
 def is_transient(exc: BaseException) -> bool:
     """Return whether the same call may succeed later: refused, reset, starting, overloaded, deadlocked, timed out."""
     if isinstance(exc, DatabaseUnavailable):
@@ -303,6 +312,10 @@ _ADVICE: dict[str, str] = {
     "53100": "the server's disk is full: free some space",
     "53200": "the server is out of memory",
 }
+_LOST_TABLE = (
+    "the table was there before, so the database was dropped, recreated or restored. If a backup of it is known, the"
+    " bot waits for an operator: python bot.py backup restore, or python bot.py db begin-anew"
+)
 # asyncpg has no type or code for the following conditions, only these texts.
 #: InternalClientError: the connection ended while a statement was being sent.
 _DYING_PHRASE = "cannot switch to state"

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from pydantic import Field, PrivateAttr, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
@@ -41,6 +41,8 @@ _SECRETS = frozenset(
     )
 )  # fmt: skip
 
+#: The addresses of databases, of which only passwords are secret.
+_ADDRESSES = ("database_url", "database_unpooled_url", "database_public_url")
 #: Values that are never changed: not stripped, and `${NAME}` in `.env` is part of them.
 _VERBATIM = frozenset(("PGPASSWORD", "DB_PASSWORD"))
 _REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
@@ -456,6 +458,13 @@ class Settings(BaseSettings):
         is_verbatim = str(info.field_name).upper() in _VERBATIM
         return value.strip() if isinstance(value, str) and not is_verbatim else value
 
+    @field_validator("data_dir", "backup_age_identity_file", "import_json", mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("a path; empty, it would mean the current directory")
+        return value
+
     @field_validator("admin_user_ids", mode="before")
     @classmethod
     def _split_ids(cls, value: Any) -> Any:
@@ -584,13 +593,15 @@ class Settings(BaseSettings):
     def secrets(self) -> list[str]:
         """Return every secret value, including the passwords inside URLs, to be redacted from the logs.
 
-        The name of a store of backups is not secret, only a login and a query in its URL.
+        The name of a store of backups is not secret, only a login and a query in its URL; neither is the address of a
+        database without its passwords.
         """
-        values = [
-            value.get_secret_value() for name, value in self if isinstance(value, SecretStr) and name != "backup_url"
-        ]
-        if self.backup_url is not None:
-            values += _secret_parts(self.backup_url.get_secret_value())
+        values: list[str] = []
+        for name, value in self:
+            if isinstance(value, SecretStr):
+                find = _secret_parts if name == "backup_url" else _passwords if name in _ADDRESSES else None
+                text = value.get_secret_value()
+                values += [text] if find is None else find(text)
         return values + [
             target.password for target in self._resolved_targets() if target is not None and target.password
         ]
@@ -604,6 +615,19 @@ def _secret_parts(url: str) -> list[str]:
     except ValueError:
         return [url]
     return [url, *found] if found or parts.username else []
+
+
+def _passwords(url: str) -> list[str]:
+    """Return what is secret in the address of a database: its passwords, and the address with them."""
+    try:
+        parts = urlsplit(url)
+        found = [parts.password, *(value for name, value in parse_qsl(parts.query) if "password" in name.lower())]
+    except ValueError:
+        return [url]
+    passwords = [part for part in found if part]
+    # What is no address, or has an @ in a login that is not one, may be anything.
+    is_plain = bool(parts.scheme) and not passwords and "password" not in url.lower() and "@" not in parts.path
+    return [] if is_plain else [url, *passwords, *(unquote(one) for one in passwords)]
 
 
 def application_of_token(token: str) -> int | None:
@@ -629,6 +653,12 @@ def load_settings(env_file: str | Path | None = ".env") -> Settings:
     Raises `SettingsError` with one line for each wrong value: the variable, the value unless it is secret, and what is
     expected.
     """
+    # Other empty variables are as good as not set. An empty directory is one that something else should have named.
+    if any(name.upper() == "DATA_DIR" and not value.strip() for name, value in os.environ.items()):
+        raise SettingsError(
+            "DATA_DIR: it is empty; expected the path of a directory, or no such variable for .data in the current one",
+            variables=["DATA_DIR"],
+        )
     try:
         settings = Settings(_env_file=env_file)  # type: ignore[call-arg]
     except ValidationError as exc:

@@ -117,6 +117,9 @@ async def test_with_a_known_backup_it_is_held_until_an_operator_decides(
         await held.stop()
     assert "Traceback" not in bot.output
     assert bot.output.count("nothing is written to it") <= 2
+    assert [line for line in bot.output.splitlines() if "run the migrations" in line] == [], (
+        "in a hold, that is refused"
+    )
 
 
 @pytest.mark.parametrize("way", ["restore", "begin-anew"])

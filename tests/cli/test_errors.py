@@ -62,6 +62,27 @@ async def test_wrong_arguments_are_one_line_or_json(tmp_path: Path, arguments: t
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ("backup", "list", "--from", ""), ("backup", "verify", "--data-dir", " "), ("import", ""), ("import", "a", ""),
+        ("export", "members", "--to", ""), ("db", "stats", "--picture", ""), ("db", "preview", "--out", ""),
+        ("demo", "--data-dir", ""),
+    ],
+)  # fmt: skip
+async def test_an_empty_path_is_not_the_current_directory(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    code, output = await run_cli(tmp_path, *arguments)
+    assert (code, output.count("\n")) == (2, 1)
+    assert "it is empty: name a file or a directory" in output
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("value", ["", " "])
+async def test_an_empty_data_directory_is_refused(tmp_path: Path, value: str) -> None:
+    code, output = await run_cli(tmp_path, "backup", "list", DATA_DIR=value)
+    assert (code, output.startswith("DATA_DIR: it is empty")) == (2, True), output
+
+
+@pytest.mark.parametrize(
     "arguments", [("db", "seed"), ("db", "reset"), ("db", "describe"), ("db", "stats"), ("doctor",)]
 )
 async def test_wrong_settings_are_json(tmp_path: Path, arguments: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from sqlalchemy import text
 
 from models import User
 from tests.database.access import COUNT, PRICE, PUT, accessed
-from utils.database import ConnectTarget, Pool
+from utils.database import ConnectTarget, Pool, ownership
 from utils.database.access import Database
 from utils.exceptions import DatabaseError, DatabaseUnavailable, ValidationError
 
@@ -277,7 +278,7 @@ async def test_refreshes_views_in_order_despite_failures(
     ):
         await db.execute(statement)
     with pytest.raises(DatabaseError, match=r"1 of 3 .* public.broken: division by zero"):
-        await db.refresh_materialized_views()
+        await db.refresh_materialized_views(["zebra", "ant", "broken"])
     await db.execute(PUT, "apple", 1)
     assert await db.fetchval("SELECT items FROM ant") == 0
     seconds = await db.refresh_materialized_views(["ant", "public.zebra"])
@@ -285,6 +286,20 @@ async def test_refreshes_views_in_order_despite_failures(
     assert await db.fetchval("SELECT items FROM ant") == 1
     with pytest.raises(DatabaseError, match=r"no materialized view public\.nowhere"):
         await db.refresh_materialized_views(["nowhere"])
+
+
+async def test_refreshes_views_of_other_programs_only_if_they_are_named(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for statement in (
+        "CREATE MATERIALIZED VIEW ours AS SELECT count(*) AS n FROM shelf",
+        "CREATE MATERIALIZED VIEW theirs AS SELECT count(*) AS n FROM shelf",
+    ):
+        await db.execute(statement)
+    owned = replace(ownership.owned(), views=frozenset([(None, "ours")]))
+    monkeypatch.setattr(ownership, "owned", lambda: owned)
+    assert list(await db.refresh_materialized_views()) == ["public.ours"]
+    assert list(await db.refresh_materialized_views(["theirs"])) == ["public.theirs"]
 
 
 async def test_statistics(db: Database) -> None:

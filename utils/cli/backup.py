@@ -1,4 +1,4 @@
-"""`python bot.py backup …`: create, list, verify, restore, drill, push, accept and prune backups."""
+"""`python bot.py backup …`: create, list, verify, restore, drill, push, sign, accept and prune backups."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from utils.cli.common import (
     ask,
     make_pool,
     open_progress,
+    parse_path,
     print_outcome,
     run_action,
     run_with_pool,
@@ -34,14 +35,16 @@ ASK_SECONDS = 3.0
 
 app = typer.Typer(
     cls=CommandGroup,
-    help="Backups: create, list, verify, restore, drill, push, accept, prune.",
+    help="Backups: create, list, verify, restore, drill, push, sign, accept, prune.",
     no_args_is_help=True,
 )
 
 Id = Annotated[str, typer.Argument(metavar="[ID]", help="The id of a backup; the newest good one if left out.")]
 From = Annotated[
     Path | None,
-    typer.Option("--from", metavar="DIR", help="Use the backups in this directory, and write nothing there."),
+    typer.Option(
+        "--from", parser=parse_path, metavar="DIR", help="Use the backups in this directory, and write nothing there."
+    ),
 ]
 
 
@@ -78,9 +81,10 @@ async def _ask_database(settings: Settings, catalog: BackupCatalog) -> BackupCat
     hasty = settings.model_copy(update={"db_connect_timeout": ASK_SECONDS})
     pool = make_pool(hasty, settings.direct_target, connections=1)
     try:
-        await pool.connect()
-        return await catalog.serving(pool)
-    except DatabaseError:
+        async with asyncio.timeout(ASK_SECONDS):  # one attempt to connect may take longer
+            await pool.connect()
+            return await catalog.serving(pool)
+    except (DatabaseError, TimeoutError):
         return catalog
     finally:
         await pool.close()
@@ -164,13 +168,14 @@ def restore(
             progress=progress,
         )
 
+    from utils.operations.backup.restore.selection import check_options, describe_options
+
     if drop_old and not whole_database:
         raise ValidationError("--drop-old needs --whole-database: a restore in place leaves no old database")
+    check_options(tables or (), guild, whole_database=whole_database)
     if not yes:
         settings = load_settings().with_data_dir(data_dir)
-        what = "the whole database" if whole_database else "the rows of Guildbook's tables"
-        if tables or guild is not None:
-            what = f"the rows of {', '.join(tables)}" if tables else f"the documents of guild {guild}"
+        what = describe_options(tables or (), guild, whole_database=whole_database)
         id = _confirm(settings, data_dir, _service(settings, directory), id, what, whole_database=whole_database)
     arguments = {
         "id": id,
@@ -227,6 +232,18 @@ def push(
     """Upload backups that the remote store lacks; the schedule does so too. Needs no database."""
     _run_without_database(
         lambda service, progress: service.push(id, progress=progress), data_dir=data_dir, as_json=as_json
+    )
+
+
+@app.command("sign")
+def sign(
+    id: Annotated[str | None, typer.Argument(metavar="[ID]", help="One backup; all that are not signed.")] = None,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Sign backups from before BACKUP_SIGNING_KEY was set, in every store, after verifying them. Needs no database."""
+    _run_without_database(
+        lambda service, progress: service.sign(id, progress=progress), data_dir=data_dir, as_json=as_json
     )
 
 

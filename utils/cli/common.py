@@ -40,8 +40,21 @@ EXIT_CODES: Mapping[int, str] = {
 #: The command as the documentation writes it.
 PROGRAM = "python bot.py"
 
+
+def parse_path(text: str | Path) -> Path:
+    """Return an argument as a path. An empty one would mean the current directory: a variable that is not set."""
+    if isinstance(text, str) and not text.strip():
+        raise typer.BadParameter("it is empty: name a file or a directory (. is the current one)")
+    return Path(text)
+
+
 DataDir = Annotated[
-    Path | None, typer.Option(help="Use the embedded server's data in this directory, whatever the settings say.")
+    Path | None,
+    typer.Option(
+        parser=parse_path,
+        metavar="PATH",
+        help="Use the embedded server's data in this directory, whatever the settings say.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -68,7 +81,7 @@ class CommandGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-class CommandTree(CommandGroup):
+class RootCommand(CommandGroup):
     """All commands: turns every error into one line, or one JSON object with `--json`, and an exit code."""
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> NoReturn:

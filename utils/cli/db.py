@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from utils.cli.common import AsJson, DataDir, ask, is_terminal, print_outcome, run_action, run_with_pool
+from utils.cli.common import AsJson, DataDir, ask, is_terminal, parse_path, print_outcome, run_action, run_with_pool
 from utils.database import Pool
 from utils.database.address import open_target
 from utils.database.embedded import EmbeddedServer
@@ -60,7 +60,10 @@ def history(as_json: AsJson = False, data_dir: DataDir = None) -> None:
 def preview(
     revision: Revision = None,
     down: Annotated[bool, typer.Option("--down", help="A downgrade; by one revision by default.")] = False,
-    out: Annotated[Path | None, typer.Option(help="The file; by default one here, named for the revisions.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=parse_path, metavar="PATH", help="The file; by default one here, named for the revisions."),
+    ] = None,
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
@@ -221,7 +224,9 @@ def _confirm_adoption(application_id: int) -> None:
 
 @app.command("stats")
 def stats(
-    picture: Annotated[Path | None, typer.Option(help="Write a chart to this PNG file.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(parser=parse_path, metavar="PATH", help="Write a chart to this PNG file.")
+    ] = None,
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:

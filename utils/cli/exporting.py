@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from utils.cli.common import AsJson, DataDir, StandardOutput, run_action
+from utils.cli.common import AsJson, DataDir, StandardOutput, parse_path, run_action
 from utils.database import Pool
 from utils.exceptions import ValidationError
 from utils.operations.action import Outcome, Progress
@@ -25,7 +25,9 @@ def export(
             help="members, users, emojis or shop (as imported), a table (table:members if both exist), or a namespace.",
         ),
     ],
-    to: Annotated[Path | None, typer.Option(help="File to replace; default: standard output.")] = None,
+    to: Annotated[
+        Path | None, typer.Option(parser=parse_path, metavar="PATH", help="File to replace; default: standard output.")
+    ] = None,
     form: Annotated[str, typer.Option("--format", help="json, jsonl or csv.")] = "json",
     guild: Annotated[
         int | None, typer.Option(min=0, max=2**63 - 1, help="Export only this guild; 0: without a guild.")

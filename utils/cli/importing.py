@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from utils.cli.common import AsJson, DataDir, run_action
+from utils.cli.common import AsJson, DataDir, parse_path, run_action
 from utils.database import Pool
 from utils.operations.action import Outcome, Progress
 from utils.settings import Settings
@@ -17,7 +17,7 @@ app = typer.Typer(help="Import JSON files into the database.", subcommand_metava
 
 @app.callback(invoke_without_command=True, context_settings={"allow_interspersed_args": True})
 def import_(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files or directories.")],
+    paths: Annotated[list[Path], typer.Argument(parser=parse_path, metavar="PATH...", help="Files or directories.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would be written.")] = False,
     kind: Annotated[
         str | None,

@@ -371,8 +371,8 @@ class Database(Scopes):
     async def refresh_materialized_views(self, names: Iterable[str] | None = None) -> dict[str, float]:
         """Refresh materialized views, concurrently where an index allows it, and return the seconds by name.
 
-        `names` None: all views. A view that fails does not keep the others from being refreshed; afterwards
-        `DatabaseError` names those that failed.
+        `names` None: those that revisions of Guildbook or of cogs made; views of other programs must be named. A view
+        that fails does not keep the others from being refreshed; afterwards `DatabaseError` names those that failed.
         """
         return await materialized_views.refresh(self, names)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from asyncpg import Record
 
-from utils.exceptions import DatabaseError
+from utils.database import ownership
+from utils.database.placement import Placement
+from utils.exceptions import MISSING_TABLE, DatabaseError
 
 if TYPE_CHECKING:
     from utils.database.access import Database
@@ -48,6 +51,39 @@ GROUP BY schema, relname, name, quoted, is_populated, can_refresh_concurrently O
 """
 
 
+#: When a view was refreshed. PostgreSQL records that nowhere: `last_analyze` is another matter, the file of a view
+#: stays the same when it is refreshed concurrently, and comments belong to those who made a view. So it is a row of
+#: `ops.positions`, as the change feed has one.
+_RECORD = """
+INSERT INTO ops.positions AS p (journal, position)
+SELECT name, (extract(epoch FROM clock_timestamp()) * 1000)::bigint FROM unnest($1::text[]) AS name
+ON CONFLICT (journal) DO UPDATE SET position = excluded.position, updated_at = clock_timestamp()
+"""
+#: Seconds since views were refreshed, by the names of their rows; below zero if the clock was set back since.
+AGES = """
+SELECT journal, extract(epoch FROM clock_timestamp() - updated_at)::float8 AS seconds
+FROM ops.positions WHERE journal = ANY($1::text[])
+"""
+
+
+def record_name(placement: Placement, schema: str, name: str) -> str:
+    """Return the name of the row of `ops.positions` that says when a view was refreshed."""
+    return f"refresh of {placement.shown(schema, name)}"
+
+
+async def record_refreshed(execute: Callable[[str, list[str]], Awaitable[object]], names: list[str]) -> None:
+    """Record that views were refreshed just now. A failure is logged: they are refreshed all the same.
+
+    execute: runs a statement with one argument. names: of `record_name`.
+    """
+    try:
+        if names:
+            await execute(_RECORD, names)
+    except DatabaseError as error:
+        if error.sqlstate not in MISSING_TABLE:  # there is no schema of ours yet
+            _log.warning("could not record that materialized views were refreshed: %s", error)
+
+
 async def refresh_each(
     views: Iterable[Record], execute: Callable[[str], Awaitable[object]]
 ) -> tuple[dict[str, float], dict[str, DatabaseError]]:
@@ -70,9 +106,10 @@ async def refresh_each(
 async def refresh(db: Database, names: Iterable[str] | None) -> dict[str, float]:
     """Refresh views as `Database.refresh_materialized_views` documents it."""
     placement = db.pool.placement
+    ours = set((await asyncio.to_thread(ownership.owned)).qualified_relations(placement))
     views = await db.fetch(VIEWS, use_cache=False)
     if names is None:
-        views = [view for view in views if view["schema"] in (placement.main, placement.ops)]
+        views = [view for view in views if (view["schema"], view["relname"]) in ours]
     else:
         split = (name.rpartition(".") for name in names)
         asked = {f"{placement.resolve(schema or None)}.{name}" for schema, _, name in split}
@@ -81,6 +118,8 @@ async def refresh(db: Database, names: Iterable[str] | None) -> dict[str, float]
             raise DatabaseError(f"there is no materialized view {', '.join(sorted(unknown))}")
         views = [view for view in views if view["name"] in asked]
     seconds, failed = await refresh_each(views, lambda sql: db.execute(sql, timeout=REFRESH_SECONDS))
+    done = [(view["schema"], view["relname"]) for view in views if view["name"] in seconds]
+    await record_refreshed(db.execute, [record_name(placement, *view) for view in done if view in ours])
     if failed:
         reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
         raise DatabaseError(f"{len(failed)} of {len(views)} materialized views were not refreshed: {reasons}")

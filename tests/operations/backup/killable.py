@@ -12,12 +12,12 @@ import asyncpg
 import typer
 
 from utils.cli import backup
-from utils.cli.common import CommandGroup, CommandTree
+from utils.cli.common import CommandGroup, RootCommand
 
 
 def main() -> None:
     """Run the command line; KILL_AT is what `run_backup_command` says."""
-    app = typer.Typer(cls=CommandTree, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app = typer.Typer(cls=RootCommand, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.add_typer(backup.app, name="backup", cls=CommandGroup)
     kill_at = int(os.environ.get("KILL_AT", "-1"))
     if kill_at >= 0:

@@ -8,10 +8,12 @@ import pytest
 
 from tests.cli.test_command_line import db
 from tests.operations.migrations.support import with_revision
-from utils.database import Pool
+from utils.database import Pool, ownership
+from utils.database.access import Database
 from utils.exceptions import MigrationError
 from utils.operations import migrations
 from utils.operations.action import Step
+from utils.operations.backup.scratch.load import refresh_views
 from utils.operations.upkeep import maintain
 
 BLOAT = """
@@ -80,6 +82,36 @@ async def test_refreshes_views_concurrently_if_possible(database: Pool, tmp_path
     assert (await maintain.maintain(database, scripts=options.scripts, view_seconds=0)).ok
     assert await database.fetchval("SELECT n FROM everybody") == 1
     assert await maintain.plan(database, scripts=options.scripts) == [], "it is due again after a while"
+
+
+async def test_a_view_is_as_fresh_as_its_last_refresh(
+    database: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ANALYZE does not refresh it, and a refresh by a cog or a restore does."""
+    view = "CREATE MATERIALIZED VIEW everybody AS SELECT count(*) AS n FROM users"
+    options = with_revision(tmp_path, f'def upgrade():\n    op.execute("{view}")')
+    await migrations.upgrade(database, options=options)
+    owned = ownership.owned(options.scripts)
+    monkeypatch.setattr(ownership, "owned", lambda *_: owned)
+
+    async def is_due() -> bool:
+        return ("refresh", "public.everybody") in await due_jobs(database)
+
+    await database.execute("ANALYZE everybody")
+    assert await is_due()
+    access = Database(database)
+    try:
+        await access.refresh_materialized_views()
+        assert not await is_due()
+        await database.execute("UPDATE ops.positions SET updated_at = updated_at - interval '2 hours'")
+        await database.execute("ANALYZE everybody")
+        assert await is_due()
+        await refresh_views(database.direct, database.placement)
+        assert not await is_due()
+        await database.execute("UPDATE ops.positions SET updated_at = now() + interval '1 day'")
+        assert await is_due(), "the clock was wrong"
+    finally:
+        await access.close(1.0)
 
 
 async def test_nothing_is_due_after_maintenance(database: Pool) -> None:

@@ -63,7 +63,7 @@ class BackupRequest:
     """What to back up, and why."""
 
     reason: Reason = "manual"
-    #: Names of tables, with or without their schema; empty for all.
+    #: Names of tables, as SQL spells them (`members`, `ops.leases`) or with their schema; empty for all.
     tables: Sequence[str] = ()
     schema_only: bool = False
 
@@ -228,13 +228,12 @@ async def _select_tables(snapshot: _Snapshot, request: BackupRequest) -> list[Ow
         )
     if not request.tables:
         return tables
-    by_name = {f"{table.schema}.{table.name}": table for table in tables}
-    names = [name if "." in name else f"{schemas.main}.{name}" for name in request.tables]
-    unknown = [name for name in names if name not in by_name]
+    shown = {schemas.shown(table.schema, table.name): table for table in tables}
+    by_name = {f"{table.schema}.{table.name}": table for table in tables} | shown
+    unknown = [name if "." in name else f"{schemas.main}.{name}" for name in request.tables if name not in by_name]
     if unknown:
-        known = ", ".join(sorted(name.removeprefix(f"{schemas.main}.") for name in by_name))
-        raise UnknownBackup(f"there is no table {', '.join(unknown)}: choose from {known}")
-    return [by_name[name] for name in dict.fromkeys(names)]
+        raise UnknownBackup(f"there is no table {', '.join(unknown)}: choose from {', '.join(sorted(shown))}")
+    return list(dict.fromkeys(by_name[name] for name in request.tables))
 
 
 async def _list_relations(snapshot: _Snapshot, tables: Sequence[OwnTable], request: BackupRequest) -> list[str]:

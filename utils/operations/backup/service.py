@@ -1,4 +1,4 @@
-"""What operators do with backups: create, list, verify, restore, drill, push, accept and prune them."""
+"""What operators do with backups: create, list, verify, restore, drill, push, sign, accept and prune them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.catalog.entries import Entry
 from utils.operations.backup.catalog.keeping import Pruned, find_alerts, lacking_remotely, prune
 from utils.operations.backup.catalog.retention import RetentionRules
+from utils.operations.backup.catalog.signing import sign
 from utils.operations.backup.create import BackupRequest, count_live_rows, create
 from utils.operations.backup.restore.drill import drill
 from utils.operations.backup.restore.restore import restore
@@ -148,6 +149,30 @@ class BackupService:
             await self.catalog.push(one, progress=progress)
         text = f"uploaded to {self.catalog.remote.name}: {', '.join(ids)}" if ids else "nothing to upload"
         return Outcome(text, {"uploaded": ids})
+
+    async def sign(self, id: str | None = None, *, progress: Progress = ignore_progress) -> Outcome:
+        """Sign a backup, or all of this database that are not signed, after verifying them.
+
+        Not ok if one must not be signed, or a store did not answer. Raises `SettingsError` without BACKUP_SIGNING_KEY.
+        """
+        done = await sign(self.catalog, id, progress=progress)
+        lines = [f"signed {id}: {verification}" for (id, _), verification in done.signed.items()]
+        lines += [f"NOT signed {id}: {problem}" for (id, _), problem in done.refused.items()]
+        counted = [
+            f"{format_count(len(done.signed), 'manifest')} signed",
+            f"{len(done.already):,} signed already" if done.already else "",
+            f"{len(done.refused):,} refused" if done.refused else "",
+            f"{format_count(len(done.foreign), 'backup')} of other databases left out" if done.foreign else "",
+        ]
+        data = {
+            "signed": [{"id": id, "store": store} for id, store in done.signed],
+            "already_signed": [{"id": id, "store": store} for id, store in done.already],
+            "refused": [{"id": id, "store": store, "problem": why} for (id, store), why in done.refused.items()],
+            "foreign": done.foreign,
+            "problems": done.errors,
+        }
+        text = "\n".join([*lines, ", ".join(filter(None, counted)), *done.errors])
+        return Outcome(text, data, ok=not (done.refused or done.errors))
 
     async def accept(self, id: str = "latest") -> Outcome:
         """Let retention go on after a backup that has much less than the ones before it."""

@@ -5,6 +5,7 @@ There are several heads when two developers, or a fork and its upstream, each wr
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import secrets
@@ -99,10 +100,20 @@ class Revisions:
 
         A fork's `0007_3f2a` comes after our `0006` and is never the `0007` of a later version.
         """
+        return f"{self._next_number()}_{secrets.token_hex(2)}"
+
+    def merge_id(self) -> str:
+        """Return the id for the revision that merges all heads.
+
+        Its digits are the same for everybody who merges these heads, so that two who do write one revision and not two.
+        """
+        return f"{self._next_number()}_{hashlib.sha256(' '.join(self.heads).encode()).hexdigest()[:4]}"
+
+    def _next_number(self) -> str:
         prefix = "" if self.pack is None else f"{self.pack.name}_"
         plain = [id.removeprefix(prefix) for id in self.ids]
         numbers = [int(match[1]) for id in plain if (match := _NUMBERED.fullmatch(id)) is not None]
-        return f"{prefix}{max(numbers, default=0) + 1:04}_{secrets.token_hex(2)}"
+        return f"{prefix}{max(numbers, default=0) + 1:04}"
 
     def require_known(self, revisions: Iterable[str]) -> None:
         """Raise `MigrationError` if a database is at a revision that this version does not know."""
@@ -163,7 +174,7 @@ class Revisions:
         """Return the command that merges all heads."""
         if self.pack is not None:
             return f"python bot.py pack merge {self.pack.name}"
-        return f'.venv/bin/alembic merge -m "merge" {" ".join(self.heads)}'
+        return f'.venv/bin/alembic merge -m "merge" {" ".join(self.heads)} --rev-id {self.merge_id()}'
 
     def builds_on(self, goal: str, revision: str) -> bool:
         """Whether a database at `goal` (as `resolve` returns it) has `revision`."""

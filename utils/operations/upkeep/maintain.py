@@ -13,7 +13,7 @@ import asyncpg
 
 from utils.database import Pool, ownership
 from utils.database.locks import ADVISORY_HOLDER, LOCK_STATES, Mode, describe_lock_holders
-from utils.database.materialized_views import REFRESH_SECONDS, VIEWS
+from utils.database.materialized_views import AGES, REFRESH_SECONDS, VIEWS, record_name, record_refreshed
 from utils.database.ownership import SCRIPTS
 from utils.database.partitions import ensure_partitions, find_missing, partitioned_tables
 from utils.exceptions import DatabaseError, GuildbookError, MigrationError, translate_errors
@@ -68,15 +68,7 @@ WHERE am.amname = 'btree' AND i.relkind = 'i' AND x.indisvalid AND x.indpred IS 
     AND (n.nspname, root.relname) IN (SELECT * FROM unnest($1::text[], $2::text[]))
 ORDER BY 1
 """
-#: Seconds since each view was analyzed, which a refresh by maintenance ends with; NULL if that is unknown.
-_VIEW_AGES = """
-SELECT schemaname AS schema, relname,
-    extract(epoch FROM clock_timestamp() - greatest(last_analyze, last_autoanalyze))::float8 AS seconds
-FROM pg_stat_all_tables WHERE (schemaname, relname) IN (SELECT * FROM unnest($1::text[], $2::text[]))
-"""
-_NOTHING_DUE = (
-    "Nothing is due: the tables and views were analyzed lately, the indexes are compact, the partitions are there."
-)
+_NOTHING_DUE = "Nothing is due: tables, views and indexes were looked after lately, and the partitions are there."
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +83,8 @@ class Job:
     label: str = ""
     #: Of a refresh: whether readers can use the view meanwhile.
     concurrently: bool = False
+    #: The row of `ops.positions` that records a refresh; empty for other jobs.
+    record: str = ""
 
     @property
     def line(self) -> str:
@@ -117,15 +111,16 @@ async def plan(pool: Pool, *, scripts: Path = SCRIPTS, view_seconds: float = VIE
         if row["bytes"] > BLOAT_FACTOR * row["needed"] and row["bytes"] - row["needed"] > WASTED_BYTES:
             why = f"{format_bytes(row['bytes'])}, of which its rows need {format_bytes(row['needed'])}"
             jobs.append(Job("reindex", row["name"], why, shown(row["schema"], row["relname"])))
-    ages = {(row["schema"], row["relname"]): row["seconds"] for row in await pool.fetch(_VIEW_AGES, *names)}
+    recorded = {(schema, name): record_name(pool.placement, schema, name) for schema, name in ours}
+    ages = {row["journal"]: row["seconds"] for row in await pool.fetch(AGES, list(recorded.values()))}
     for row in await pool.fetch(VIEWS):
         view, concurrently = (row["schema"], row["relname"]), row["can_refresh_concurrently"]
-        age = ages.get(view) if row["is_populated"] else None
-        if view not in ours or (age is not None and age < view_seconds):
+        age = ages.get(recorded.get(view, "")) if row["is_populated"] else None
+        if view not in recorded or (age is not None and 0 <= age < view_seconds):
             continue
         why = "never filled" if not row["is_populated"] else "not refreshed recently"
         why += "" if concurrently else "; blocks readers"
-        jobs.append(Job("refresh", row["quoted"], why, shown(*view), concurrently))
+        jobs.append(Job("refresh", row["quoted"], why, shown(*view), concurrently, recorded[view]))
     return jobs
 
 
@@ -226,3 +221,4 @@ async def _work(connection: Connection, pool: Pool, job: Job) -> None:
             option = "CONCURRENTLY " if job.concurrently else ""
             await connection.execute("REFRESH MATERIALIZED VIEW " + option + job.name, timeout=REFRESH_SECONDS)
             await connection.execute("ANALYZE " + job.name, timeout=JOB_SECONDS)
+            await record_refreshed(connection.execute, [job.record])

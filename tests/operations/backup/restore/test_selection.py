@@ -308,6 +308,20 @@ async def test_a_guild_without_documents_is_not_emptied(database: Pool, service:
     with pytest.raises(BackupError, match="has no documents of guild 5: nothing was changed"):
         await restore_part(service, database, documents_of=5)
     assert len(await documents_of(database, 5)) == 1
+    assert len(await service.catalog.entries()) == 1, "refused before the safety backup"
+
+
+async def test_a_safety_copy_undoes_a_restore_of_documents(database: Pool, service: BackupService) -> None:
+    await fill_documents(database)
+    await make_backup(service, database)
+    await execute(database.target, "DELETE FROM documents WHERE guild_id = 5")
+    restored = await restore_part(service, database, documents_of=5)
+    assert await documents_of(database, 5)
+    undone = await restore_part(service, database, id=restored.data["safety_backup"], documents_of=5)
+    assert await documents_of(database, 5) == {}
+    assert (undone.data["rows"], undone.data["deleted"]) == (0, 3)
+    assert "0 documents of guild 5" in undone.text
+    assert set(await documents_of(database, 6)), "those of others stay"
 
 
 async def test_a_writer_that_has_read_before_is_told(database: Pool, service: BackupService) -> None:

@@ -26,6 +26,7 @@ from utils.operations import migrations
 from utils.operations.backup.archive.script import Archive
 from utils.operations.backup.restore import swap
 from utils.operations.backup.restore.restore import restore
+from utils.operations.backup.restore.whole_database import find_losses
 from utils.operations.backup.scratch import databases, load
 from utils.operations.backup.scratch.load import Place
 from utils.operations.backup.scratch.locks import lock_for_restore, new_suffix, without_other_restores
@@ -217,6 +218,10 @@ GRANT SELECT ON members TO pg_monitor; ANALYZE shop.orders;
 async def test_names_what_would_be_lost(tmp_path: Path, database: Pool, service: BackupService) -> None:
     id = (await service.catalog.entries())[0].id
     assert await service.find_losses(database, id) == []
+    counts = await service.catalog.read_manifest(service.catalog.local, id)
+    older = [name for name in counts.counts if name[1] not in ("application", "migrations", "documents")]
+    losses = await find_losses(database, older)
+    assert [loss.partition(" (")[0] for loss in losses] == ["table public.documents"], "rows of ops are copied"
     await execute(database.target, OTHERS)
     losses = await service.find_losses(database, id)
     assert losses == [

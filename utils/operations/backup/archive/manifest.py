@@ -223,6 +223,11 @@ def signature_of(content: dict[str, Any], key: SecretStr) -> str:
     return hmac.new(key.get_secret_value().encode(), _canonical(content), hashlib.sha256).hexdigest()
 
 
+def is_signed(content: bytes) -> bool:
+    """Return whether a readable manifest has a signature, of whatever key."""
+    return orjson.loads(content).get("signature") is not None
+
+
 def check_signature(content: bytes, name: str, key: SecretStr | None) -> None:
     """Raise `BackupError` unless a readable manifest is signed with the key; None: nothing is checked."""
     if key is None:
@@ -232,7 +237,8 @@ def check_signature(content: bytes, name: str, key: SecretStr | None) -> None:
     del values["seal"]
     if signature is None:
         raise BackupError(
-            f"{name} is not signed, and BACKUP_SIGNING_KEY is set: if you know who made it, unset the key to use it"
+            f"{name} is not signed, and BACKUP_SIGNING_KEY is set: if you know who made it, sign it with python bot.py"
+            " backup sign"
         )
     expected = signature_of(values, key)
     if not isinstance(signature, str) or not hmac.compare_digest(signature.encode(), expected.encode()):

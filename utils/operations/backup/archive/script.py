@@ -53,6 +53,8 @@ class Archive:
     counts: dict[Name, int] = field(default_factory=dict)
     #: Whether it was made of some tables only.
     is_partial: bool = False
+    #: Whether it was made automatically before a dangerous operation.
+    is_safety_copy: bool = False
 
     @property
     def schemas(self) -> Placement:

@@ -49,7 +49,7 @@ from utils.operations.backup.catalog.entries import (
     newest_good,
     newest_last,
 )
-from utils.operations.backup.catalog.identity import Identity, describe, identity_in_settings, identity_of
+from utils.operations.backup.catalog.identity import Identity, describe_owner, identity_in_settings, identity_of
 from utils.operations.backup.store import Content, Directory, Remote, Store
 from utils.settings import Settings
 
@@ -332,10 +332,9 @@ class BackupCatalog:
             raise BackupError(entry.problem or f"backup {entry.id} is damaged")
         manifest = entry.intact.manifest
         if not (entry.is_own or from_other):
-            owner = describe(manifest.application_id, manifest.host, manifest.database)
             raise BackupError(
-                f"backup {manifest.id} is of {owner}, not of {self.identity}: nothing was changed. To restore it here"
-                " all the same, add --from-other"
+                f"backup {manifest.id} is of {describe_owner(manifest)}, not of {self.identity}: nothing was changed."
+                " To restore it here all the same, add --from-other"
             )
         if manifest.kind == "schema" or (manifest.kind == "tables" and not allow_partial):
             raise BackupError(
@@ -350,9 +349,17 @@ class BackupCatalog:
         tools = await client_tools.find_directory(server_major)
         async with private_directory(self.settings.data_dir / "opened") as directory:
             file, manifest = await self._plaintext_file(entry, directory, progress)
-            made_at, major = manifest.made_at, manifest.major
-            is_partial = manifest.kind == "tables"
-            yield Archive(manifest.id, file, tools, made_at, major, manifest.revision, manifest.counts, is_partial)
+            yield Archive(
+                manifest.id,
+                file,
+                tools,
+                manifest.made_at,
+                manifest.major,
+                manifest.revision,
+                manifest.counts,
+                is_partial=manifest.kind == "tables",
+                is_safety_copy=manifest.is_safety_copy,
+            )
 
     async def verify(
         self, store: Store, id: str, *, is_deep: bool = False, progress: Progress = ignore_progress
@@ -362,7 +369,12 @@ class BackupCatalog:
         An encrypted one is decrypted too if there is an identity. With `is_deep` it is decompressed, and all rows are
         counted.
         """
-        manifest = await self.read_manifest(store, id)
+        return await self.verify_copy(store, await self.read_manifest(store, id), is_deep=is_deep, progress=progress)
+
+    async def verify_copy(
+        self, store: Store, manifest: Manifest, *, is_deep: bool = False, progress: Progress = ignore_progress
+    ) -> Verification:
+        """Do what `verify` does, with a manifest that was read."""
         _check_presence(store, manifest, await store.names())
         is_encrypted = manifest.recipient is not None
         identity = self.settings.backup_age_identity_file

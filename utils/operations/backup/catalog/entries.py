@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from utils.operations.backup.archive.manifest import DrillResult, Manifest, created_at
-from utils.operations.backup.catalog.identity import describe
+from utils.operations.backup.catalog.identity import describe_owner
 from utils.operations.backup.catalog.retention import AHEAD
 from utils.operations.backup.store import Remote, Store
 from utils.text import format_duration
@@ -80,12 +80,9 @@ class Entry:
         if manifest is None:
             return f"{self.id}: DAMAGED: {self.problem}"
         places = [copy.store.name if isinstance(copy.store, Remote) else "DATA_DIR" for copy in self.copies]
-        parts = [
-            f"{manifest.line}, {self.age_text}, of"
-            f" {describe(manifest.application_id, manifest.host, manifest.database)}, in {' and '.join(places)}"
-        ]
+        parts = [f"{manifest.line}, {self.age_text}, of {describe_owner(manifest)}, in {' and '.join(places)}"]
         if not self.is_own:
-            parts.append("FOREIGN")
+            parts.append("FOREIGN" if manifest.host is not None else "if it is yours, restore it with --from-other")
         if self.problem:
             parts.append(f"DAMAGED: {self.problem}")
         if self.drill is not None:
@@ -140,7 +137,8 @@ def _describe_shortly(entry: Entry) -> str:
     if manifest is None or entry.intact is None:
         return f"{entry.id} (damaged: {entry.problem})"
     if not entry.is_own:
-        return f"{entry.id} (of {describe(manifest.application_id, manifest.host, manifest.database)})"
+        how = "" if manifest.host is not None else ": if it is yours, restore it by its id with --from-other"
+        return f"{entry.id} (of {describe_owner(manifest)}{how})"
     if manifest.kind != "full" or manifest.is_safety_copy:
         return f"{entry.id} ({manifest.reason if manifest.is_safety_copy else manifest.kind})"
     return entry.id

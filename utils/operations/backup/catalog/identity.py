@@ -68,6 +68,13 @@ class Identity:
         return self.application_id == backup.application_id
 
 
+def describe_owner(backup: Manifest) -> str:
+    """Return of which database a backup is, for people."""
+    if backup.host is None:
+        return f"a database {backup.database} (made by version 0.1.0, which recorded neither application nor server)"
+    return describe(backup.application_id, backup.host, backup.database)
+
+
 def describe(application_id: int | None, host: str | None, database: str) -> str:
     """Return a database for people: its name, its server and its application, as far as they are known."""
     where = f" at {host}" if host else ""

@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.database import Pool
 from utils.database.partitions import ensure_partitions
-from utils.exceptions import BackupError, ValidationError
+from utils.exceptions import BackupError
 from utils.operations import migrations
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.backup.archive.objects import Name, owned_names
@@ -18,7 +18,7 @@ from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.create import BackupRequest, create
 from utils.operations.backup.restore.assessment import assess
 from utils.operations.backup.restore.replacing import Replaced, check_owner, replace_rows
-from utils.operations.backup.restore.selection import Selection, select
+from utils.operations.backup.restore.selection import Selection, check_options, select
 from utils.operations.backup.restore.whole_database import (
     RECONCILE,
     VIEWS,
@@ -60,8 +60,7 @@ async def restore(
     cannot be loaded, or if rows of tables that are not restored refer to rows that are not in it, or the other way
     round, and `ValidationError` for options that exclude each other.
     """
-    if whole_database and (tables or documents_of is not None):
-        raise ValidationError("the whole database cannot be replaced by a part of a backup: choose one of the two")
+    check_options(tables, documents_of, whole_database=whole_database, drop_old=drop_old)
     progress(Step("checking the backup"))
     major = pool.server_version_num // 10_000
     catalog = await catalog.serving(pool)
@@ -109,7 +108,6 @@ async def restore_archive(
     async with open_scratch_tables(pool, is_restore=True) as scratch:
         await check_owner(scratch.live, scratch.schemas)
         await _check_live_tables(pool, archive, selection)
-        safety_id, why_none = await safety_backup()
         started = time.monotonic()
         loaded = await scratch.load(archive, selection, with_indexes=False, progress=progress)
         rows = loaded.rows if selection is None else sum(archive.counts[name] for name in selection.tables)
@@ -118,8 +116,13 @@ async def restore_archive(
         guild_id = None if selection is None else selection.guild_id
         if selection is not None and guild_id is not None:
             rows = await scratch.keep_documents_of(guild_id)
-            if not rows:
+            # A safety copy without any was made before they were restored, which it serves to undo.
+            if not rows and not archive.is_safety_copy:
                 raise BackupError(f"backup {archive.id} has no documents of {selection.whose}: nothing was changed")
+        # After everything that may refuse the backup, and just before the first change.
+        before_copy = time.monotonic()
+        safety_id, why_none = await safety_backup()
+        started += time.monotonic() - before_copy
         await _prepare_live_tables(pool, scratch, archive)
         progress(Step("replacing rows"))
         replaced = await replace_rows(

@@ -37,6 +37,29 @@ class Selection:
         return f"{format_count(rows, 'row')} in {len(self.tables)} of {format_count(self.total, 'table')}"
 
 
+def check_options(
+    tables: Sequence[str], documents_of: int | None, *, whole_database: bool = False, drop_old: bool = False
+) -> None:
+    """Raise `ValidationError` for options of a restore that exclude each other."""
+    if tables and documents_of is not None:
+        raise ValidationError("choose either tables or the documents of a guild, not both")
+    if whole_database and (tables or documents_of is not None):
+        raise ValidationError("the whole database cannot be replaced by a part of a backup: choose one of the two")
+    if drop_old and not whole_database:
+        raise ValidationError("a restore in place leaves no old database to drop: choose the whole database too")
+
+
+def describe_options(tables: Sequence[str], documents_of: int | None, *, whole_database: bool = False) -> str:
+    """Return what a restore with these options replaces, for people."""
+    if whole_database:
+        return "the whole database"
+    if tables:
+        return f"the rows of {', '.join(tables)}"
+    if documents_of is None:
+        return "the rows of Guildbook's tables"
+    return f"the documents of guild {documents_of}" if documents_of else "the documents of no guild"
+
+
 def select(archive: Archive, tables: Sequence[str] = (), documents_of: int | None = None) -> Selection | None:
     """Return what to restore of a backup: everything (None), some tables, or the documents of a guild.
 
@@ -44,8 +67,7 @@ def select(archive: Archive, tables: Sequence[str] = (), documents_of: int | Non
     all. documents_of: the id of a guild; 0: those that belong to none. Raises `BackupError` for what the backup does
     not have or a restore does not replace, and `ValidationError` if both are given.
     """
-    if tables and documents_of is not None:
-        raise ValidationError("choose either tables or the documents of a guild, not both")
+    check_options(tables, documents_of)
     schemas, ours = archive.schemas, set(owned_names(archive.schemas))
     found = {name for name in archive.counts if name in ours and _is_replaceable(name, schemas)}
     if documents_of is not None:

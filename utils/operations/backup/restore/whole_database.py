@@ -69,11 +69,15 @@ ORDER BY 1
 
 
 async def find_losses(pool: Pool, tables: Sequence[Name]) -> list[str]:
-    """Return what replacing the whole database would lose, one line each: everything but these tables and our views."""
+    """Return what replacing the whole database would lose, one line each.
+
+    That is everything but our views, the tables of `ops`, whose rows are copied, and `tables`, which the backup has.
+    """
     schemas = pool.placement
+    own = [name for name in owned_names(schemas) if name[0] == schemas.ops]
     async with connect(pool.direct) as connection:
         with translate_errors("looking for other programs' objects"):
-            kept = [*tables, *await find_views(connection, schemas)]
+            kept = [*tables, *own, *await find_views(connection, schemas)]
             names = [schema for schema, _ in kept], [name for _, name in kept]
             relations = await connection.fetch(_LOSSES, *names)
             others = await connection.fetch(_OTHERS, *names)

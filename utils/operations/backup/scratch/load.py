@@ -447,9 +447,12 @@ async def refresh_views(
             with translate_errors(sql):
                 await connection.execute(sql, timeout=timeout)
 
-        _, failed = await materialized_views.refresh_each(
-            [view for view in views if (view["schema"], view["relname"]) in ours], execute
-        )
+        views = [view for view in views if (view["schema"], view["relname"]) in ours]
+        seconds, failed = await materialized_views.refresh_each(views, execute)
+        with translate_errors("recording the refreshed views"):
+            done = [(view["schema"], view["relname"]) for view in views if view["name"] in seconds]
+            names = [materialized_views.record_name(schemas, *view) for view in done]
+            await materialized_views.record_refreshed(connection.execute, names)
     if failed:
         raise BackupError("; ".join(map(str, failed.values())))
 
