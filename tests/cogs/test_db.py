@@ -61,6 +61,8 @@ COMMANDS = [
     Command("backup prune", {}, None, "Nothing to delete"),
     Command("backup accept", {}, None, "Nothing to accept"),
     Command("backup restore", {}, "Restore", "is live in database"),
+    Command("backup restore", {"tables": "documents, member_stats"}, "Restore", "in 2 of "),
+    Command("backup restore", {"guild": "5"}, "Restore", "1 document of guild 5"),
     Command("backup restore", {"whole_database": True}, "Restore", "kept as"),
 ]
 PATHS = {command.path for command in COMMANDS} | {"begin-anew", "backup push"}
@@ -133,6 +135,24 @@ async def test_operators_can_run_every_command(bot: Guildbook, database: Pool, s
         (data / "import" / "members.json").read_text()
     )
     await wait_until_mirrored(database, simulator)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guild": "abc"}, "'abc' is not the id of a guild"),
+        ({"guild": "5", "tables": "members"}, "either tables or the documents of a guild"),
+        ({"guild": "5", "whole_database": True}, "cannot be replaced by a part"),
+        ({"drop_old": True}, "leaves no old database to drop"),
+    ],
+)
+async def test_a_restore_refuses_contradictions_before_it_asks(
+    bot: Guildbook, database: Pool, simulator: Simulator, options: dict[str, Any], message: str
+) -> None:
+    result = await run_command(simulator, simulator.world.operator_id, "backup restore", options)
+    answer = await final_answer(database, result)
+    assert message in answer
+    assert not result.buttons
 
 
 def test_every_command_is_tried() -> None:

@@ -15,6 +15,7 @@ from models import Base
 from tests.bot.running import embedded_server, run_cli
 from tests.conftest import cloned
 from tests.database.placements import WAYS, list_relations, placed
+from tests.operations.backup.helpers import make_backup, make_service
 from tests.operations.migrations.support import HEAD, KNOWN
 from tests.operations.migrations.test_preview import run_psql, save_preview
 from tests.service.test_lease_takeover import QUICK
@@ -27,6 +28,7 @@ from utils.database.placement import Placement
 from utils.demo.bot_process import environment
 from utils.exceptions import MigrationError
 from utils.operations import migrations
+from utils.operations.backup.create import BackupRequest
 from utils.operations.development.seed import reset, seed
 from utils.operations.migrations import admin, schema_catalog
 from utils.operations.migrations.environment import LOCK_KEY
@@ -83,6 +85,10 @@ async def test_everything_follows(pool: Pool, target: ConnectTarget, tmp_path: P
     names = set(await pool.fetchval("SELECT array_agg(table_name) FROM ops.table_sizes"))
     assert {"members", "ops.leases"} < names
     assert not any(name.startswith(("public.", f"{main}.", f"{ops}.")) for name in names)
+
+    for asked in (["ops.leases", "members"], [f"{ops}.leases", f"{main}.members"]):
+        manifest = await make_backup(make_service(tmp_path), pool, BackupRequest(tables=asked))
+        assert set(manifest.counts) == {(ops, "leases"), (main, "members")}
 
     await pool.execute("UPDATE members SET nick = 'x'")
     await pool.execute("CREATE MATERIALIZED VIEW everybody AS SELECT count(*) AS n FROM members WITH NO DATA")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -24,7 +25,7 @@ def signature(directory: Path, backup: Manifest) -> str | None:
     return found
 
 
-def two_stores(tmp_path: Path, **values: str) -> BackupService:
+def two_stores(tmp_path: Path, **values: Any) -> BackupService:
     return make_service(tmp_path / "local", backup_url=(tmp_path / "remote").as_uri(), **values)
 
 

@@ -220,8 +220,8 @@ async def test_names_what_would_be_lost(tmp_path: Path, database: Pool, service:
     assert await service.find_losses(database, id) == []
     counts = await service.catalog.read_manifest(service.catalog.local, id)
     older = [name for name in counts.counts if name[1] not in ("application", "migrations", "documents")]
-    losses = await find_losses(database, older)
-    assert [loss.partition(" (")[0] for loss in losses] == ["table public.documents"], "rows of ops are copied"
+    lost = await find_losses(database, older)
+    assert [loss.partition(" (")[0] for loss in lost] == ["table public.documents"], "rows of ops are copied"
     await execute(database.target, OTHERS)
     losses = await service.find_losses(database, id)
     assert losses == [
