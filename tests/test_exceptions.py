@@ -14,7 +14,7 @@ from utils.exceptions import (
     DatabaseUnavailable,
     TransactionConflict,
     ValidationError,
-    describe_in_use,
+    expect_tables,
     is_transient,
     translate,
     translate_errors,
@@ -82,12 +82,19 @@ def test_a_validation_error_is_a_database_error() -> None:
 
 
 def test_a_table_that_was_there_before_is_not_one_to_migrate() -> None:
-    lost = translate(asyncpg.UndefinedTableError('relation "changes" does not exist'))
-    assert lost is not None
-    assert "run the migrations" in str(lost)
-    text = describe_in_use(lost)
-    assert text.startswith('relation "changes" does not exist [42P01]: the table was there before')
-    assert "backup restore" in text
-    assert "db begin-anew" in text
-    assert describe_in_use(DatabaseError("x", sqlstate="23505")) == "x"
-    assert describe_in_use(ValueError("y")) == "y"
+    def text(name: str) -> str:
+        return str(translate(asyncpg.UndefinedTableError(f'relation "{name}" does not exist')))
+
+    assert "run the migrations" in text("changes")
+    expect_tables({"changes", "ops.leases", "ops"})
+    try:
+        for name in ("changes", "ops.leases"):
+            assert text(name).startswith(f'relation "{name}" does not exist [42P01]: the table was there before')
+            assert "run the migrations" not in text(name)
+            assert "backup restore" in text(name)
+            assert "db begin-anew" in text(name)
+        assert "run the migrations" in text("table_of_a_cog")
+        gone = asyncpg.InvalidSchemaNameError('schema "ops" does not exist')
+        assert "the table was there before" in str(translate(gone))
+    finally:
+        expect_tables(())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import asyncpg
 
@@ -220,7 +221,7 @@ def translate(exc: BaseException, *, was_connected: bool = False) -> GuildbookEr
             kind = TransactionConflict
         if state == "3D000" and was_connected:
             return DatabaseUnavailable("the database does not exist: a restore may be replacing it", sqlstate=state)
-        advice = _TRANSIENT_STATES.get(state or "") or _ADVICE.get(state or "")
+        advice = _advice(state, str(cause))
         return kind(f"{_first_line(cause)} [{state}]" + (f": {advice}" if advice else ""), sqlstate=state)
     if isinstance(cause, TimeoutError):
         return kind("the database did not answer in time: it is overloaded, locked or unreachable")
@@ -232,13 +233,19 @@ def translate(exc: BaseException, *, was_connected: bool = False) -> GuildbookEr
     return kind(_first_line(cause))
 
 
-def describe_in_use(error: BaseException) -> str:
-    """Return what is wrong, for people, of tables that were there when this process began to use them."""
-    state = error.sqlstate if isinstance(error, DatabaseError) else None
-    if state not in MISSING_TABLE:
-        return str(error)
-    what = str(error).removesuffix(f": {_ADVICE.get(state or '')}")
-    return f"{what}: {_LOST_TABLE}"
+def expect_tables(names: Iterable[str]) -> None:
+    """Set the tables that are known to exist, as the server names them: one that is missing then has been lost.
+
+    Of a running bot, which has made or found them. Replaces those that were set before.
+    """
+    global _expected  # noqa: PLW0603 - errors are translated everywhere
+    _expected = frozenset(names)
+
+
+def _advice(state: str | None, message: str) -> str | None:
+    if state in MISSING_TABLE and any(name in _expected for name in _QUOTED.findall(message)):
+        return _LOST_TABLE
+    return _TRANSIENT_STATES.get(state or "") or _ADVICE.get(state or "")
 
 
 def is_transient(exc: BaseException) -> bool:
@@ -312,6 +319,10 @@ _ADVICE: dict[str, str] = {
     "53100": "the server's disk is full: free some space",
     "53200": "the server is out of memory",
 }
+#: A name in a message of the server's.
+_QUOTED = re.compile(r"[\"\u00ab\u201e\u201c]([^\"\u00bb\u201c\u201d]+)[\"\u00bb\u201c\u201d]")
+#: The tables, and the schemas of tables, that are known to exist.
+_expected: frozenset[str] = frozenset()
 _LOST_TABLE = (
     "the table was there before, so the database was dropped, recreated or restored. If a backup of it is known, the"
     " bot waits for an operator: python bot.py backup restore, or python bot.py db begin-anew"

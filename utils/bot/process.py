@@ -21,8 +21,17 @@ from utils.bot.client import SPOOL_DIRECTORY, Guildbook
 from utils.bot.database_hold import DatabaseHold
 from utils.database import Pool
 from utils.database.address import open_target
+from utils.database.ownership import own_names
 from utils.database.partitions import ensure_partitions
-from utils.exceptions import MISSING_TABLE, DatabaseError, DatabaseUnavailable, GuildbookError, LeaseLost, SettingsError
+from utils.exceptions import (
+    MISSING_TABLE,
+    DatabaseError,
+    DatabaseUnavailable,
+    GuildbookError,
+    LeaseLost,
+    SettingsError,
+    expect_tables,
+)
 from utils.mirror.records.rows import COUNTER_BITS
 from utils.mirror.spool.journal import is_dead, newest_first_stamp
 from utils.operations import migrations
@@ -103,6 +112,7 @@ class Process:
             stopped.cancel()
             was_signalled = self._stop.is_set() and not main.done()
             await self._shut_down(main)
+            expect_tables(())
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
         if was_signalled:
@@ -188,6 +198,8 @@ class Process:
         settings = self.settings
         backup = backup_before("before upgrade", settings, pool, reuse=REUSE_BACKUP)
         await migrations.prepare_schema(pool, auto_migrate=settings.auto_migrate, backup=backup)
+        if not await migrations.pending(pool):
+            expect_tables(own_names(pool.placement))
         await migrations.prepare_packs(pool, auto_migrate=settings.auto_migrate, backup=backup)
 
     async def _run_bot(self, pool: Pool, hold: DatabaseHold) -> None:

@@ -124,6 +124,15 @@ def version_table(scripts: Path = SCRIPTS) -> str:
     return VERSION_TABLE if pack is None else pack.version_table
 
 
+def own_names(placement: Placement) -> set[str]:
+    """Return the names of Guildbook's own tables, and of the schema of some, as the server's messages spell them."""
+    tables = owned_by().tables - {(None, BATCHES_TABLE)}
+    return {name for schema, name in tables if schema is None} | {
+        placement.ops,
+        *(f"{placement.resolve(schema)}.{name}" for schema, name in tables),
+    }
+
+
 def owned_tables(scripts: Path = SCRIPTS, metadata: MetaData = Base.metadata) -> frozenset[Name]:
     """Return the tables that are ours, partitions left out; see `Owned`."""
     return owned(scripts, metadata).tables

@@ -17,7 +17,7 @@ import stamina
 from models import DISCORD_EPOCH_MS
 from utils.database import Pool
 from utils.database.sql import load_statements
-from utils.exceptions import GuildbookError, describe_in_use
+from utils.exceptions import GuildbookError
 from utils.logs import log_once
 from utils.mirror.write import events
 
@@ -208,5 +208,5 @@ def _should_retry(error: BaseException) -> bool:
     if not isinstance(error, Exception):
         return False  # cancelled
     known = isinstance(error, GuildbookError)
-    _log.warning("could not read changes; they wait: %s", describe_in_use(error), exc_info=None if known else error)
+    _log.warning("could not read changes; they wait: %s", error, exc_info=None if known else error)
     return True

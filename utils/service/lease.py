@@ -30,7 +30,6 @@ from utils.exceptions import (
     DatabaseUnavailable,
     GuildbookError,
     LeaseLost,
-    describe_in_use,
     translate,
     translate_errors,
 )
@@ -398,7 +397,7 @@ class Lease:
             except Exception as error:
                 # A failed renewal does not mean that the lease is lost: the epoch tells once the database is back.
                 known = translate(error)
-                self._log_once(logging.WARNING, "the lease could not be renewed: %s", describe_in_use(known or error))
+                self._log_once(logging.WARNING, "the lease could not be renewed: %s", known or error)
                 if isinstance(known, DatabaseError) and known.sqlstate in MISSING_TABLE:
                     self.table_missing.set()
                 continue
