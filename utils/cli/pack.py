@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from utils import packs
-from utils.cli.common import AsJson, DataDir, ask, print_outcome, run_action
+from utils.cli.common import AsJson, DataDir, ask, parse_path, print_outcome, run_action
 from utils.database import Pool
 from utils.database.address import open_target
 from utils.exceptions import NotConfirmed, ValidationError
@@ -25,7 +25,9 @@ NoBackup = Annotated[bool, typer.Option("--no-backup", help="Make no backup firs
 
 def new_pack(
     name: Annotated[str, typer.Argument(help="The name: tally writes a repository with the package tally.")],
-    directory: Annotated[Path | None, typer.Option(help="Where; by default beside this clone.")] = None,
+    directory: Annotated[
+        Path | None, typer.Option(parser=parse_path, metavar="PATH", help="Where; by default beside this clone.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the repository of a pack: a working cog with a table, settings, texts and a test."""

@@ -154,7 +154,7 @@ def write_merge(message: str, scripts: Path = migrations.SCRIPTS) -> Path:
         raise MigrationError(f"there is one head, {', '.join(revisions.heads) or 'none'}: nothing to merge")
     with contextlib.redirect_stdout(io.StringIO()):  # Alembic prints what it does
         written = command.merge(
-            _writing_config(scripts), list(revisions.heads), message=message, rev_id=revisions.next_id()
+            _writing_config(scripts), list(revisions.heads), message=message, rev_id=revisions.merge_id()
         )
     assert written is not None, "there are heads to merge"
     return Path(written.path)
