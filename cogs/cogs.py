@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import discord
 from discord import app_commands
@@ -12,7 +13,8 @@ from utils.base_cog import BaseCog, Guildbook
 from utils.bot.loader import CogState
 from utils.exceptions import GuildbookError
 from utils.operations import slash
-from utils.operations.slash import Reply
+from utils.operations.slash import MESSAGE_LENGTH, Answer, Reply
+from utils.text import format_count
 
 #: The maximum number of choices (Discord API reference, "Application Command Option Choice").
 MAX_CHOICES = 25
@@ -29,8 +31,13 @@ class CogCommands(BaseCog):
     async def list_(self, interaction: discord.Interaction[Guildbook]) -> None:
         """Show the state of every cog."""
 
-        async def work(reply: Reply) -> str:
-            return "\n".join(map(_format, self.bot.loader.states())) or "There are no cogs."
+        async def work(reply: Reply) -> Answer:
+            states = self.bot.loader.states()
+            whole = "\n".join(map(_format, states)) or "There are no cogs."
+            if len(whole) <= MESSAGE_LENGTH:
+                return Answer(whole)
+            brief = "\n".join(_format(replace(state, warnings=()), len(state.warnings)) for state in states)
+            return Answer(brief, file=("cogs.txt", whole.encode()))
 
         await slash.operate(interaction, "cogs list", work)
 
@@ -84,12 +91,15 @@ class CogCommands(BaseCog):
         await slash.operate(interaction, f"cogs {verb}", work, name=name)
 
 
-def _format(state: CogState) -> str:
+def _format(state: CogState, left_out: int = 0) -> str:
+    """Return a cog's line, with its warnings below it; `left_out` of them are in the attached file."""
     seconds = "" if state.seconds is None or state.state != "loaded" else f" in {state.seconds:.2f} s"
     reason = "" if state.reason is None else f": {discord.utils.escape_markdown(state.reason)}"
     failure = " (the last reload failed)" if state.state == "loaded" and state.reason else ""
     pack = "" if state.pack is None else f" (pack {state.pack})"
     warnings = "".join(f"\n- warning: {discord.utils.escape_markdown(warning)}" for warning in state.warnings)
+    if left_out:
+        warnings = f" ({format_count(left_out, 'warning')}, see the file)"
     return f"**{state.name}**{pack} {state.state}{seconds}{failure}{reason}{warnings}"
 
 

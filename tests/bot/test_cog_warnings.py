@@ -91,12 +91,21 @@ async def test_what_cannot_work_is_logged_listed_and_checked(
         operator = simulator.world.operator_id
         result = await simulator.run_command("cogs", subcommand="list", user_id=operator)
         answer = (await result.wait_done()).final_content or ""
-        assert "on\\_reaction\\_add (Levels.on\\_reaction\\_add) is never called" in answer
+        assert "- warning: on\\_reaction\\_add (Levels.on\\_reaction\\_add) is never called" in answer
 
         check = [check for check in CHECKS if check.name == "cogs"]
         lines = [finding.line for finding in await run_checks(BotContext(bot, database), check)]
         assert lines[0].startswith("warn  cogs: broken is not loaded: ModuleNotFoundError: No module named")
         assert lines[1:] == [f"warn  cogs: levels: {line}" for line in expected]
+
+
+async def test_a_long_list_is_a_file(database: Pool, simulator: Simulator, cogs: TemporaryCogs) -> None:
+    for name in ("levels", "more"):
+        cogs.write(name, LEVELS.replace("Levels", name.title()).replace("rank", name))
+    async with running_bot(database, simulator, extensions=[*cogs.extensions, "cogs.cogs"]):
+        result = await simulator.run_command("cogs", subcommand="list", user_id=simulator.world.operator_id)
+        assert "s (6 warnings, see the file)" in ((await result.wait_done()).final_content or "")
+        assert result.files["cogs.txt"].decode().count("- warning: ") == 12
 
 
 async def test_intents_and_caches_end_the_warnings(database: Pool, simulator: Simulator, cogs: TemporaryCogs) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,9 @@ async def test_an_event_fires_exactly_if_the_table_says_so(
         user = await let_everything_happen(bot, simulator, guild_id)
         present = bot.present()
         assert {event for event in EVENTS if find_problem(event, present) is None} == fired
+        rng = random.Random(7)
+        for _ in range(200):
+            simulator.world.random_event(rng)
         await wait_until_mirrored(database, simulator)
     counted = await database.fetchval("SELECT message_count FROM member_stats WHERE user_id = $1", user)
     assert counted == 4, "direct messages are not counted"
