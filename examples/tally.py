@@ -28,6 +28,10 @@ INSERT INTO tallies AS tally (guild_id, user_id, points) VALUES ($1, $2, $3)
 ON CONFLICT (guild_id, user_id) DO UPDATE SET points = tally.points + excluded.points
 RETURNING points
 """
+#: In the order of the keys: members who give to each other at the same moment wait in turn, not for each other.
+LOCK = """
+SELECT FROM tallies WHERE guild_id = $1 AND user_id = ANY($2) ORDER BY user_id FOR UPDATE
+"""
 TAKE = """
 UPDATE tallies SET points = points - $3 WHERE guild_id = $1 AND user_id = $2 AND points >= $3
 RETURNING points
@@ -52,14 +56,20 @@ class TallyCommands(BaseCog):
         member: discord.Member,
         points: app_commands.Range[int, 1, 1000],
     ) -> None:
-        """Move points. Both statements commit together, and `Declined` rolls both back."""
-        if member.id == interaction.user.id:
+        """Move points. The statements commit together, and `Declined` rolls all of them back."""
+        guild_id, giver = interaction.guild_id, interaction.user.id
+        if member.id == giver:
             raise Declined("You cannot give points to yourself.")
-        async with self.db.transaction():
-            await self.db.fetchval(ADD, interaction.guild_id, member.id, points)
-            left = await self.db.fetchval(TAKE, interaction.guild_id, interaction.user.id, points)
+
+        async def move() -> int:
+            await self.db.execute(LOCK, guild_id, [giver, member.id])
+            left = await self.db.fetchval(TAKE, guild_id, giver, points, as_=int)
             if left is None:
                 raise Declined(f"You do not have {points:,} points.")
+            await self.db.fetchval(ADD, guild_id, member.id, points)
+            return left
+
+        left = await self.db.run(move)
         await interaction.response.send_message(f"{member.mention} got {points:,} points. You have {left:,} left.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,6 +83,28 @@ async def test_tally_counts_and_moves_points(
         assert answer == f"<@{receiver}> got 2 points. You have 0 left."
     rows = await database.fetch("SELECT user_id, points FROM tallies")
     assert {tuple(row) for row in rows} == {(giver, 0), (receiver, 2)}
+
+
+@pytest.mark.guilds(24)
+async def test_members_who_give_to_each_other_at_once_are_all_answered(
+    database: Pool, simulator: Simulator, guild_id: int, member_ids: list[int]
+) -> None:
+    members = member_ids[:20]
+    async with running_bot(database, simulator, extensions=["examples.tally"], db_transaction_timeout=60):
+        create = CreateTable(Base.metadata.tables["tallies"])
+        await database.execute(str(create.compile(dialect=postgresql.dialect())))  # type: ignore[no-untyped-call]
+        await database.execute(
+            "INSERT INTO tallies (guild_id, user_id, points) SELECT $1, unnest($2::bigint[]), 5", guild_id, members
+        )
+        answers = await asyncio.gather(
+            *(
+                use(simulator, "tally", members[n], guild_id, "give", member=members[(n + step) % 20], points=1)
+                for n in range(20) for step in (1, -1, 3, -3)
+            )
+        )  # fmt: skip
+    assert [answer for answer in answers if "got 1 points" not in answer] == []
+    points = await database.fetch("SELECT points FROM tallies")
+    assert [row["points"] for row in points] == [5] * 20
 
 
 async def test_leaderboard_shows_top_members_and_ranks(
