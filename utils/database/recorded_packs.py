@@ -96,6 +96,11 @@ async def fetch_packs(
     return [pack for pack in found if pack is not None]
 
 
+def revisions_of_packs(recorded: Iterable[RecordedPack]) -> dict[str, str]:
+    """Return the revisions that packs are at (several separated by commas), by the packs' names."""
+    return {pack.name: ", ".join(sorted(pack.revisions)) for pack in recorded if pack.revisions}
+
+
 def _pack_of(table: str, comment: str, revisions: Sequence[str]) -> RecordedPack | None:
     try:
         noted = json.loads(comment.removeprefix(PACK_COMMENT))

@@ -18,6 +18,7 @@ import asyncpg
 from utils.database import ConnectTarget, Pool, ownership
 from utils.database.locks import describe_lock_holders
 from utils.database.placement import Placement
+from utils.database.recorded_packs import RecordedPack, fetch_packs, revisions_of_packs
 from utils.database.sessions import ATTEMPT_SECONDS, Connection, connect
 from utils.exceptions import BackupError, NothingToBackUp, UnknownBackup, UploadFailed, translate_errors
 from utils.operations.action import Progress, ignore_progress
@@ -146,6 +147,7 @@ async def create(
             server=snapshot.facts["version"],
             tool=await client_tools.program_version(tools / "pg_dump") or "",
             revision=snapshot.revision,
+            packs=revisions_of_packs(snapshot.packs),
             rows=rows,
             seconds=round(time.monotonic() - started, 2),
             application_id=snapshot.application_id,
@@ -186,6 +188,12 @@ class _Snapshot:
     #: The application that the database belongs to; None before the first login.
     application_id: int | None
     schemas: Placement
+    #: What it has tables of besides Guildbook, whether or not `COGS` names it.
+    packs: list[RecordedPack]
+
+    def owned_names(self) -> list[tuple[str, str]]:
+        """Return the names of all tables that are ours."""
+        return owned_names(self.schemas, self.revision, others={name for pack in self.packs for name in pack.names()})
 
 
 @contextlib.asynccontextmanager
@@ -209,7 +217,8 @@ async def _snapshot(target: ConnectTarget, placement: Placement) -> AsyncIterato
             version = await ownership.fetch_version(connection, placement)
             revision = ", ".join(version.revisions) or None
             application_id = await application.fetch_owner(connection)
-            yield _Snapshot(connection, facts["snapshot"], facts, revision, application_id, placement)
+            found = await fetch_packs(connection, placement)
+            yield _Snapshot(connection, facts["snapshot"], facts, revision, application_id, placement, found)
         finally:
             # Closing also tells the server to stop a count that was cancelled here.
             with contextlib.suppress(TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
@@ -220,7 +229,7 @@ async def _snapshot(target: ConnectTarget, placement: Placement) -> AsyncIterato
 async def _select_tables(snapshot: _Snapshot, request: BackupRequest) -> list[OwnTable]:
     """Return the tables to dump. Raises `BackupError` for names that are not ours."""
     schemas = snapshot.schemas
-    tables = await find_tables(snapshot.connection, owned_names(schemas, snapshot.revision))
+    tables = await find_tables(snapshot.connection, snapshot.owned_names())
     if not tables:
         raise BackupError(
             f"database {snapshot.facts['database']} has no tables of Guildbook's in schema {schemas.main}: there is"
@@ -262,8 +271,11 @@ async def count_live_rows(pool: Pool) -> int:
     async with connect(pool.direct) as connection:
         with translate_errors("counting rows"):
             revision = ", ".join((await ownership.fetch_version(connection, schemas)).revisions) or None
-            tables = await find_tables(connection, owned_names(schemas, revision))
-            data = [one for one in tables if one.schema != schemas.ops and one.name not in VERSION_TABLES]
+            found = await fetch_packs(connection, schemas)
+            others = {name for pack in found for name in pack.names()}
+            tables = await find_tables(connection, owned_names(schemas, revision, others=others))
+            versions = {*VERSION_TABLES, *(pack.version_table for pack in found)}
+            data = [one for one in tables if one.schema != schemas.ops and one.name not in versions]
             return sum((await _count_rows(connection, data)).values())
 
 
@@ -345,10 +357,12 @@ def backup_before(
 async def _find_equal(reason: Reason, catalog: BackupCatalog, pool: Pool, age: timedelta) -> str | None:
     revision = ", ".join((await ownership.fetch_version(pool)).revisions) or None
     rows = await count_live_rows(pool)
+    found = revisions_of_packs(await fetch_packs(pool))
     for entry in await (await catalog.serving(pool)).entries():
         manifest = entry.manifest
         if manifest is None or entry.intact is None or not entry.is_own or not timedelta(0) <= entry.age <= age:
             continue
-        if (manifest.reason, manifest.revision, manifest.data_rows) == (reason, revision, rows):
+        of_backup = (manifest.reason, manifest.revision, manifest.packs, manifest.data_rows)
+        if of_backup == (reason, revision, found, rows):
             return entry.id
     return None

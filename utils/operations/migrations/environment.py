@@ -64,6 +64,8 @@ class MigrationOptions:
     off_limits: tuple[str, ...] = ()
     #: For the revisions of a pack: the directory of those of Guildbook, which the pack needs.
     base: Path = SCRIPTS
+    #: Whether a pack's revisions need those of Guildbook that the pack names.
+    needs_base: bool = True
 
     def of_pack(self, pack: Pack) -> MigrationOptions:
         """Return the same options for the revisions of a pack."""
@@ -307,7 +309,7 @@ def prepare_version_table(connection: Connection, run: MigrationRun) -> tuple[st
     """
     version = ownership.read_version(connection, run.options.scripts)
     revisions = Revisions(run.options.scripts)
-    if revisions.pack is not None and run.is_upgrade:
+    if revisions.pack is not None and run.is_upgrade and run.options.needs_base:
         require_base(connection, revisions.pack, run.options)
     run.before = ", ".join(version.revisions) or None
     if run.is_upgrade or (version.revisions and not run.is_stamp):

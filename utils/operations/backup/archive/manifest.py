@@ -76,6 +76,8 @@ class Manifest:
     #: `created_at`, or later than every backup of the database that was known, so that a clock that was set back does
     #: not make a new backup the older one; None: made by 0.1.0, which went by `created_at`.
     ordered_at: str | None = None
+    #: The revisions of each pack that the database has tables of (several separated by commas), by its name.
+    packs: dict[str, str] = field(default_factory=dict)
     project: str = PROJECT
     format: int = FORMAT
 
@@ -116,7 +118,7 @@ class Manifest:
         return {
             name if schema == placed.main else f"{schema}.{name}": rows
             for (schema, name), rows in self.counts.items()
-            if schema != placed.ops and name not in VERSION_TABLES
+            if schema != placed.ops and name not in VERSION_TABLES and name.removesuffix("_version") not in self.packs
         }
 
     @property
@@ -145,6 +147,8 @@ class Manifest:
     def serialize(self, signing_key: SecretStr | None = None) -> bytes:
         """Return the content of the manifest file: JSON with a checksum ("seal") over all fields, signed with a key."""
         content = asdict(self)
+        if not self.packs:
+            del content["packs"]  # versions without packs know no such field
         sealed = content | {"seal": checksum_of(content)}
         if signing_key is not None:
             sealed["signature"] = signature_of(content, signing_key)
@@ -153,7 +157,7 @@ class Manifest:
 
 _FIELD_TYPES = TypeAdapter(Manifest)
 #: Fields that a manifest must have. Backups of 0.1.0 do not say what they are of.
-_REQUIRED = {one.name for one in fields(Manifest)} - {"application_id", "host", "ordered_at"}
+_REQUIRED = {one.name for one in fields(Manifest)} - {"application_id", "host", "ordered_at", "packs"}
 #: The tables of the revision, the former one included.
 VERSION_TABLES = (VERSION_TABLE, FORMER_VERSION_TABLE)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from utils import packs
 from utils.database import ownership
 from utils.database.ownership import VERSION_TABLE
 from utils.database.placement import OPS, PUBLIC, Placement
@@ -107,13 +108,23 @@ def placement_of_backup(tables: Iterable[Name]) -> Placement:
     return Placement(main or PUBLIC, ops or Placement.of(main or PUBLIC).ops)
 
 
-def owned_names(schemas: Placement, revision: str | None = None) -> list[Name]:
+def owned_names(
+    schemas: Placement,
+    revision: str | None = None,
+    pack_revisions: Mapping[str, str] | None = None,
+    others: Iterable[ownership.Name] = (),
+) -> list[Name]:
     """Return the names of all tables that are ours, whether or not they exist.
 
     revision: of the database (several: separated by commas), of which also tables count that later revisions drop.
+    pack_revisions: the same of each pack, by its name.
+    others: names that are ours all the same, such as those of packs whose files are gone.
     """
     former = ownership.tables_at(revision.split(", ")) if revision is not None else frozenset[ownership.Name]()
-    return sorted((schemas.resolve(schema), name) for schema, name in ownership.owned_tables() | former)
+    for pack in packs.active():
+        if (of_pack := (pack_revisions or {}).get(pack.name)) is not None:
+            former |= ownership.tables_at(of_pack.split(", "), pack.scripts)
+    return sorted((schemas.resolve(schema), name) for schema, name in ownership.owned_tables() | former | {*others})
 
 
 def qualified(name: Name) -> str:

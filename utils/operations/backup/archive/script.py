@@ -55,6 +55,8 @@ class Archive:
     is_partial: bool = False
     #: Whether it was made automatically before a dangerous operation.
     is_safety_copy: bool = False
+    #: The revisions of each pack that it has tables of, by its name.
+    packs: dict[str, str] = field(default_factory=dict)
 
     @property
     def schemas(self) -> Placement:

@@ -359,6 +359,7 @@ class BackupCatalog:
                 manifest.counts,
                 is_partial=manifest.kind == "tables",
                 is_safety_copy=manifest.is_safety_copy,
+                packs=manifest.packs,
             )
 
     async def verify(

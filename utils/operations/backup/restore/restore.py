@@ -203,6 +203,9 @@ async def _prepare_live_tables(pool: Pool, scratch: ScratchTables, archive: Arch
         return  # at the newest revision already; what is missing comes back with its partitions
     if scratch.is_migrated:
         await migrations.upgrade(pool, "heads")
+        _, problems = await migrations.upgrade_packs(pool)
+        if problems:
+            raise BackupError("; ".join(problems))
     async with pool.acquire() as connection:
         for month in await load.list_months(archive):
             await ensure_partitions(connection, month, 0)

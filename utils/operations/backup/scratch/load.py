@@ -170,13 +170,13 @@ async def load_and_check(
     only: the tables of the archive to load; None: all. Without `with_indexes` the tables keep only those indexes that
     refuse rows. Raises `BackupError` unless the counts and the revision match.
     """
-    ours = set(owned_names(archive.schemas, archive.revision))
+    ours = set(owned_names(archive.schemas, archive.revision, archive.packs))
     counts = {name: rows for name, rows in archive.counts.items() if name in ours and (only is None or name in only)}
     names = translated_names(list(counts), archive.schemas, place.schemas)
     progress(Step("restoring", 0, len(names), "tables"))
     async with connect(place.target) as connection:
         with translate_errors("preparing the scratch tables"):
-            tables = await find_tables(connection, owned_names(place.schemas, archive.revision))
+            tables = await find_tables(connection, owned_names(place.schemas, archive.revision, archive.packs))
             has_version = any(name == VERSION_TABLE for _, name in counts)
             emptied = [one for one in tables if has_version or one.name != VERSION_TABLE]
             rows = {into: counts[name] for name, into in names.items()}
@@ -362,7 +362,7 @@ async def set_sequences(archive: Archive, place: Place) -> None:
     names = translated_names(list(states), archive.schemas, place.schemas)
     async with connect(place.target) as connection:
         with translate_errors("setting the sequences"):
-            tables = await find_tables(connection, owned_names(place.schemas, archive.revision))
+            tables = await find_tables(connection, owned_names(place.schemas, archive.revision, archive.packs))
             known = set(await find_sequences(connection, tables))
             for name, state in states.items():
                 if names[name] in known:

@@ -7,12 +7,14 @@ backup has them, and later migrate the loaded rows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 
 from models import Document
+from utils import packs
 from utils.database import ConnectTarget, Pool, ownership
 from utils.database.placement import OPS, Placement
+from utils.database.recorded_packs import fetch_packs, revisions_of_packs
 from utils.database.sessions import Connection, connect
 from utils.exceptions import BackupError, MigrationError, translate_errors
 from utils.operations import migrations
@@ -23,6 +25,7 @@ from utils.operations.backup.restore.selection import Selection
 from utils.operations.backup.scratch import load
 from utils.operations.backup.scratch.load import Loaded, Place
 from utils.operations.backup.scratch.schemas import copy_structure, drop_columns, scratch_schemas
+from utils.packs import Pack
 
 _OTHER_PATH = """
 SELECT string_agg(quote_ident(name), ', ' ORDER BY position)
@@ -31,16 +34,27 @@ FROM unnest(current_schemas(false)::text[]) WITH ORDINALITY AS path (name, posit
 
 
 def missing_revisions(archive: Archive, options: migrations.MigrationOptions = migrations.DEFAULTS) -> list[str]:
-    """Return the revisions that a backup lacks, oldest first. Raises `BackupError` if its own is unknown."""
+    """Return the revisions that a backup lacks, oldest first, of packs last. Raises `BackupError` if one is unknown."""
     if archive.revision is None:
         raise BackupError(f"backup {archive.id} contains no tables of Guildbook's: there is nothing to restore")
+    missing: list[str] = []
+    for pack in _packs_of(archive):
+        try:
+            missing += migrations.Revisions(pack.scripts).pending(archive.packs[pack.name].split(", "))
+        except MigrationError as exc:
+            raise BackupError(f"backup {archive.id}: {exc}") from None
     try:
-        return migrations.Revisions(options.scripts).pending(archive.revision.split(", "))
+        return migrations.Revisions(options.scripts).pending(archive.revision.split(", ")) + missing
     except MigrationError:
         raise BackupError(
             f"backup {archive.id} is at revision {archive.revision}, which this version does not know: it was made by a"
             " newer Guildbook. Restore it with that version"
         ) from None
+
+
+def _packs_of(archive: Archive) -> list[Pack]:
+    """Return the active packs of which an archive has tables."""
+    return [pack for pack in packs.active() if pack.name in archive.packs]
 
 
 @contextlib.asynccontextmanager
@@ -62,7 +76,8 @@ async def open_scratch_tables(
     version = await ownership.fetch_version(pool)
     schemas = pool.placement
     async with scratch_schemas(live, schemas, is_restore=is_restore) as scratch:
-        yield ScratchTables(live, schemas, scratch, ", ".join(version.revisions) or None, options)
+        revision = ", ".join(version.revisions) or None
+        yield ScratchTables(live, schemas, scratch, revision, options, revisions_of_packs(await fetch_packs(pool)))
 
 
 class ScratchTables:
@@ -75,12 +90,15 @@ class ScratchTables:
         scratch: ScratchPlacement,
         revision: str | None,
         options: migrations.MigrationOptions = migrations.DEFAULTS,
+        pack_revisions: Mapping[str, str] | None = None,
     ) -> None:
         self.live: ConnectTarget = live
         #: Where the live tables are.
         self.schemas: Placement = schemas
         #: The revision of the live tables; None: there are none.
         self.revision: str | None = revision
+        #: The same of each pack, by its name.
+        self.pack_revisions: Mapping[str, str] = pack_revisions or {}
         self._scratch = scratch
         self._migrations = options
         #: Leads revisions to the scratch tables; None: these are copies of the live ones.
@@ -111,7 +129,7 @@ class ScratchTables:
         `BackupError` unless all of it comes back.
         """
         missing_revisions(archive, self._migrations)
-        wanted = set(owned_names(archive.schemas, archive.revision))
+        wanted = set(owned_names(archive.schemas, archive.revision, archive.packs))
         if selection is not None:
             wanted = {name for name in wanted if name in selection.tables or name[0] == archive.schemas.ops}
         names = load.translated_names(
@@ -120,7 +138,7 @@ class ScratchTables:
         async with connect(self.live) as connection:
             with translate_errors("making the scratch tables"):
                 tables = await find_tables(connection, list(names.values()))
-                if self.revision == archive.revision and len(tables) == len(names):
+                if self._has_structure_of(archive) and len(tables) == len(names):
                     await copy_structure(connection, tables, self.schemas, self._scratch)
                 else:
                     await self._run_revisions(connection, archive)
@@ -132,6 +150,12 @@ class ScratchTables:
                 with translate_errors("reading the scratch tables"):
                     await drop_columns(connection, loaded.columns)
         return loaded
+
+    def _has_structure_of(self, archive: Archive) -> bool:
+        """Whether the live tables are at the revisions of an archive."""
+        return self.revision == archive.revision and all(
+            self.pack_revisions.get(pack.name) == archive.packs[pack.name] for pack in _packs_of(archive)
+        )
 
     @property
     def _options(self) -> migrations.MigrationOptions:
@@ -155,6 +179,11 @@ class ScratchTables:
             replace(placed, server_settings={**placed.server_settings, "search_path": path}) if path else placed
         )
         await load.make_place(archive, self._placed, self._scratch, self._options)
+        for pack in _packs_of(archive):
+            # What it needs of Guildbook now, it may not have needed then.
+            options = replace(self._options.of_pack(pack), needs_base=False)
+            for revision in archive.packs[pack.name].split(", "):
+                await migrations.upgrade(self._placed, revision, options=options)
 
     async def migrate(self, archive: Archive, *, progress: Progress = ignore_progress) -> list[str]:
         """Migrate what was loaded to the newest revision; return the applied revisions.
@@ -167,6 +196,8 @@ class ScratchTables:
             progress(Step("migrating", 0, len(revisions), "revisions"))
             await load.set_sequences(archive, self.place)  # a migration adds rows to `ops.migrations`
             await migrations.upgrade(self._placed, "heads", options=self._options)
+            for pack in _packs_of(archive):
+                await migrations.upgrade(self._placed, "heads", options=self._options.of_pack(pack))
             progress(Step("migrating", len(revisions), len(revisions), "revisions"))
         return revisions
 
