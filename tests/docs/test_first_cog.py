@@ -45,7 +45,7 @@ def cog_with_tour() -> str:
     (imports,) = (text for text in tour if text.startswith("from "))
     methods = "\n".join("".join(f"    {line}" if line.strip() else line for line in text.splitlines(keepends=True))
                         for text in tour if text != imports)  # fmt: skip
-    head, setup, foot = author_files()["cogs/tally.py"].partition("\n\nasync def setup")
+    head, setup, foot = author_files()["tally/cogs/tally.py"].partition("\n\nasync def setup")
     return f"{imports}\n{head}\n{methods}{setup}{foot}"
 
 
@@ -60,16 +60,16 @@ def cloned_sources(where: Path) -> Path:
     ignored = shutil.ignore_patterns(".*", "benchmarks", "faults")
     shutil.copytree(ROOT, where, ignore=ignored)
     (where / ".venv").symlink_to(sys.prefix)
+    # The environment is not set up again.
+    makefile = where / "Makefile"
+    makefile.write_text(makefile.read_text().replace("$(READY): requirements-dev.txt", "$(READY):"))
     return where
 
 
-def run_line(clone: Path, line: str, **settings: str) -> str:
-    """Run a command line in the clone and return its output. `make` does not set the environment up again."""
-    program, *arguments = shlex.split(line)
-    if program == "make":
-        arguments = ["--old-file", ".venv/.installed", *arguments]
+def run_line(directory: Path, line: str, **settings: str) -> str:
+    """Run a command line in a directory and return its output."""
     done = subprocess.run(
-        [program, *arguments], cwd=clone, env=environment(**settings), capture_output=True, text=True,
+        shlex.split(line), cwd=directory, env=environment(**settings), capture_output=True, text=True,
         timeout=TIMEOUT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
@@ -77,12 +77,11 @@ def run_line(clone: Path, line: str, **settings: str) -> str:
 
 
 @asynccontextmanager
-async def make_run(clone: Path, log: Path, **settings: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def make_run(pack: Path, log: Path, **settings: str) -> AsyncIterator[asyncio.subprocess.Process]:
     """Run `make run` for the duration of a block."""
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
-            "make", "--old-file", ".venv/.installed", "run",
-            cwd=clone, env=environment(HEALTH_PORT=str(free_port()), **settings), stdout=output,
+            "make", "run", cwd=pack, env=environment(HEALTH_PORT=str(free_port()), **settings), stdout=output,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
@@ -127,13 +126,14 @@ async def wait_for_row_count(connection: asyncpg.Connection[asyncpg.Record], tab
 
 
 def test_author_writes_few_lines() -> None:
-    assert list(author_files()) == ["models/tally.py", "cogs/tally.py"]
-    lines = [line for text in author_files().values() for line in text.splitlines() if line.strip()]
+    assert list(author_files()) == ["tally/models.py", "tally/cogs/tally.py", "tests/test_tally.py"]
+    written = [text for path, text in author_files().items() if not path.startswith("tests/")]
+    lines = [line for text in written for line in text.splitlines() if line.strip()]
     assert len(lines) <= MAX_LINES
     assert f"{len(lines)} lines with the table" in TUTORIAL.read_text()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 async def test_page_works_from_top_to_bottom(clone: Path, target: ConnectTarget, tmp_path: Path) -> None:
     world, log = World(seed=1), tmp_path / "bot.log"
     guild_id = world.add_guild(members=8)
@@ -141,34 +141,35 @@ async def test_page_works_from_top_to_bottom(clone: Path, target: ConnectTarget,
         id for id, member in world.guild(guild_id).members.items()
         if id not in (world.bot.id, world.guild(guild_id).owner_id) and not world.user(id).bot
     )  # fmt: skip
-    new_cog, steps_block = (block for block in BLOCKS if block.language == "sh")
+    first_block, steps_block = (block for block in BLOCKS if block.language == "sh")
     (expected_output,) = (block for block in BLOCKS if block.language == "text")
     (query,) = (block for block in BLOCKS if block.language == "sql")
+    set_up, new_pack, enter, first_test = first_block.text.splitlines()
+    assert (set_up, enter) == ("make setup", "cd ../tally")
     *steps, last = steps_block.text.splitlines()
     assert last == "make run"
     url = target.libpq_url()
 
-    assert await asyncio.to_thread(run_line, clone, new_cog.text) == expected_output.text
+    assert await asyncio.to_thread(run_line, clone, new_pack) == expected_output.text
+    pack = (clone / "../tally").resolve()
+    assert "2 passed" in await asyncio.to_thread(run_line, pack, first_test)
     for path, text in author_files().items():
-        assert (clone / path).exists(), "the page changes generated files"
-        (clone / path).write_text(text)
-    for step in steps:
-        await asyncio.to_thread(run_line, clone, step, DATABASE_URL=url)
-    (revision,) = {*(clone / "migrations/versions").glob("*.py")} - {
-        clone / "migrations/versions" / path.name for path in (ROOT / "migrations/versions").glob("*.py")
-    }
+        assert (pack / path).exists(), "the page changes generated files"
+        (pack / path).write_text(text)
+    outputs = {step: await asyncio.to_thread(run_line, pack, step, DATABASE_URL=url) for step in steps}
+    assert "1 passed" in outputs["make test"]
+    (revision,) = (pack / "tally/migrations/versions").glob("tally_0002_*.py")
     assert re.findall(r"op\.(\w\w+)\(\s*['\"](\w+)", revision.read_text()) == [
-        ("create_table", "tally_entries"),
-        ("drop_table", "tally_entries"),
+        ("add_column", "tally_entries"),
+        ("drop_column", "tally_entries"),
     ]
-    assert "drift from the models: none" in await asyncio.to_thread(
-        run_line, clone, ".venv/bin/python bot.py db status", DATABASE_URL=url
-    )
+    changed = await asyncio.to_thread(lambda: [*clone.glob("*/*tally*"), *clone.glob("migrations/*/*tally*")])
+    assert changed == [clone / "examples/tally.py"], "nothing of the pack is in Guildbook"
 
     connection = await asyncpg.connect(**target.connect_kwargs())
     async with Simulator(world, limits=Limits.none()) as simulator:
         settings = {"DISCORD_TOKEN": simulator.token, "DISCORD_API_BASE": simulator.api_base, "DATABASE_URL": url}
-        async with make_run(clone, log, **settings):
+        async with make_run(pack, log, **settings):
             await wait_for_row_count(connection, "members", len(world.guild(guild_id).members))
             assert (await use(simulator, "tallies", owner, guild_id)).startswith("Nobody has counted yet")
             assert await use(simulator, "tally", owner, guild_id, reason="tea") == "Your count is 1."
@@ -178,10 +179,10 @@ async def test_page_works_from_top_to_bottom(clone: Path, target: ConnectTarget,
             name = world.user(owner).username
             assert await use(simulator, "tallies", owner, guild_id) == f"2 {name} (cake)"
 
-            (clone / "cogs/tally.py").write_text(cog_with_tour())
+            (pack / "tally/cogs/tally.py").write_text(cog_with_tour())
             operator = world.operator_id
             text = await use(simulator, "cogs", operator, None, subcommand="reload", name="tally")
-            assert text.startswith("**tally** loaded in "), text
+            assert text.startswith("**tally** (pack tally) loaded in "), text
 
             assert (await use(simulator, "give", other, guild_id, member=owner)).startswith("You have none to give")
             assert await use(simulator, "give", owner, guild_id, member=other) == f"One for <@{other}>."

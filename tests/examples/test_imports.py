@@ -10,7 +10,9 @@ import pytest
 from tests.docs.blocks import ROOT, TUTORIAL, blocks_of
 from utils.operations.development import scaffold
 
-PUBLIC = {"utils.base_cog", "utils.db", "utils.exceptions", "utils.repositories", "models", "models.base"}
+PUBLIC = {
+    "utils.base_cog", "utils.db", "utils.exceptions", "utils.packs", "utils.repositories", "models", "models.base",
+}  # fmt: skip
 INTERNAL_PACKAGES = ("utils", "models", "cogs", "simulator", "tests", "migrations")
 
 
