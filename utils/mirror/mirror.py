@@ -41,6 +41,8 @@ MAX_WAITING_PAGES = 6
 PAUSE_SECONDS = 10.0
 #: Seconds between two checks whether the event queue has room.
 ROOM_SECONDS = 0.005
+#: Seconds that `settled` waits.
+SETTLE_SECONDS = 10.0
 #: Dispatches that may change what the bot is allowed to do; GUILD_MEMBER_UPDATE only if it is about the bot.
 PERMISSION_DISPATCHES = frozenset(("GUILD_MEMBER_UPDATE", "GUILD_ROLE_UPDATE", "GUILD_ROLE_DELETE", "CHANNEL_UPDATE"))
 #: Dispatches that `LiveEvents` hands on once they are committed.
@@ -167,6 +169,27 @@ class Mirror:
         """Update the metrics that are not updated by each dispatch."""
         messages, self._messages = self._messages, 0
         metrics.dispatches_received.labels("MESSAGE_CREATE").inc(messages)
+
+    async def settled(self, guild_id: int, timeout: float = SETTLE_SECONDS) -> None:
+        """Wait until everything received for a guild before the call is in the tables: to read what an event wrote.
+
+        A member list that is still being received is not waited for. Raises `SyncError` if it takes longer than
+        `timeout` seconds, for example because the database is away.
+
+        Example::
+
+            @commands.Cog.listener()
+            async def on_member_join(self, member: discord.Member) -> None:
+                await self.bot.mirror.settled(member.guild.id)
+                row = await self.members.get((member.guild.id, member.id))
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                await self.writer.wait_committed(guild_id)
+        except TimeoutError as error:
+            delay = self.writer.delay()
+            why = "the database is slow, or a guild's first member list is written" if delay is None else delay[1]
+            raise SyncError(f"guild {guild_id}: what was received is not written after {timeout:g} s: {why}") from error
 
     async def sync(self, guild_id: int) -> Run:
         """Reconcile a guild now: settings, roles and channels over REST, members by a complete listing.

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import stamina
@@ -98,6 +98,10 @@ class MirrorWriter:
         self.on_written = on_written
         self.live_events: LiveEvents | None = live_events
         self._observations: deque[Observation] = deque()
+        #: Observations that are not committed yet: those that wait and those that are being written.
+        self._unfinished: set[Observation] = set()
+        #: Futures of `wait_committed`.
+        self._waiters: list[asyncio.Future[None]] = []
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
         #: Whether more events wait than fit into one transaction.
@@ -115,8 +119,8 @@ class MirrorWriter:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing waits to be written."""
-        return not (len(self.buffer) or len(self.queue) or self._observations)
+        """Whether nothing waits to be written, and nobody for a commit."""
+        return not (len(self.buffer) or len(self.queue) or self._observations or self._waiters)
 
     def delay(self) -> tuple[float, str] | None:
         """Return for how many seconds rows or events have been refused, and the last error; None if they are not."""
@@ -139,8 +143,41 @@ class MirrorWriter:
         """
         self.overlay.open(observation, people=observation.has_people)
         self._observations.append(observation)
+        self._unfinished.add(observation)
         self.buffer.request_flush()
         return observation.done
+
+    async def wait_committed(self, guild_id: int) -> None:
+        """Wait until what was accepted for a guild before the call is committed, or stored as dead letters.
+
+        Has no limit of its own: it lasts as long as the database takes no rows. Raises what prevented the commit of an
+        observation, and `SyncError` when the writer stops.
+        """
+        observed = [each.done for each in self._unfinished if each.guild_id in (0, guild_id)]
+        while True:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            self.buffer.request_flush()
+            try:
+                await waiter
+            finally:
+                if waiter in self._waiters:
+                    self._waiters.remove(waiter)
+            if guild_id not in self.buffer.held_guilds:
+                break
+            await asyncio.sleep(self.policy.spacing_seconds)  # members wait for the COPY of their guild
+        for done in observed:
+            await asyncio.wait((done,))
+            if done.cancelled():
+                raise SyncError(f"guild {guild_id}: what was received before was not written: the bot stops")
+            done.result()
+
+    def _release_waiters(self, waiters: Iterable[asyncio.Future[None]]) -> None:
+        for waiter in waiters:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+            if not waiter.done():
+                waiter.set_result(None)
 
     def _queue_event(self, event: Event) -> None:
         queue = self.queue
@@ -185,6 +222,10 @@ class MirrorWriter:
             if flush:
                 await asyncio.wait({self._task}, timeout=timeout)
             await cancel_and_wait((self._task,), CANCEL_SECONDS)
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_exception(SyncError("what was received before was not written: the bot stops"))
+        self._waiters.clear()
         for observation in self._observations:
             observation.done.cancel()
             self.overlay.close(observation)
@@ -249,7 +290,7 @@ class MirrorWriter:
 
     async def _write_next(self, attempt: int) -> None:
         """Commit what waits, with as many observations as fit into one transaction."""
-        observations = self._next_observations()
+        observations, waiters = self._next_observations(), list(self._waiters)
         try:
             async with self.write_lock:
                 await self._commit(observations)
@@ -261,6 +302,7 @@ class MirrorWriter:
             if not may_be_row_error(error):
                 raise
             await write_isolated(self, observations)
+            self._release_waiters(waiters)
         finally:
             self._observations.extendleft(reversed(observations))
         self._error = None
@@ -284,6 +326,7 @@ class MirrorWriter:
         if error is None:
             self.reapply_live(observation.guild_id, observation.stamp)
         self.overlay.close(observation)
+        self._unfinished.discard(observation)
         if observation.done.done():
             return
         if error is None:
@@ -312,7 +355,7 @@ class MirrorWriter:
     async def _commit(self, observations: list[Observation]) -> None:
         # A row must not be committed before its event: the merge would infer what the held event reports.
         await self._held_events.wait_released()
-        entries, newest = self.buffer.take(), self.queue.last
+        entries, newest, waiters = self.buffer.take(), self.queue.last, list(self._waiters)
         if self.live_events is not None:
             self.live_events.keep_only(entries, self.buffer.held_guilds)
         try:
@@ -336,6 +379,7 @@ class MirrorWriter:
         if events is not None:
             await self._forget_events(events.position)
         self._may_be_committed = False
+        self._release_waiters(waiters)
 
     async def write(self, batch: Batch) -> WriteCounts:
         """Commit a batch and return what it changed; the caller holds `write_lock`. Raises like `write_batch`."""
