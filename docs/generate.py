@@ -26,6 +26,7 @@ from sqlalchemy.dialects import postgresql
 import bot
 import cogs
 from docs import pictures
+from docs.forms import FORMS
 from models import Base
 from models.base import Erase, Part, part_of
 from utils.bot.listeners import ALWAYS, EVENTS
@@ -56,6 +57,7 @@ def pages() -> dict[str, str]:
         "permissions": permissions_page(),
         "events": events_page(),
         "metrics": metrics_page(),
+        "documented-forms": forms_page(),
         **{name: module_page(title, modules) for name, (title, modules) in MODULES.items()},
     }
     return {name: re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n" for name, text in written.items()}
@@ -198,6 +200,23 @@ def _column(column: Column[Any]) -> str:
     null = "yes" if column.nullable else ""
     shown = "" if erase is Erase.KEEP else str(erase.value)
     return f"| `{column.name}`{key} | {kind} | {null} | {shown} | {'; '.join(notes)} |"
+
+
+# Forms.
+
+
+def forms_page() -> str:
+    """Return tables of the forms that bots use which were written for other documentation."""
+    text = """
+Bots that were written for other documentation, for asyncpg or for SQLAlchemy, use these forms. Each works as it is
+written here; `db` is `self.db`, the same as `bot.db`. [Porting a bot](../how-to/porting.md) says what else differs.
+"""
+    parts = ["# Documented forms", "", NOTE.replace("the docstrings", "docs/forms.py"), text]
+    for section, forms in FORMS.items():
+        parts += [f"## {section}", "", "| form | returns | what differs |", "| --- | --- | --- |"]
+        parts += [f"| `{_cell(form.code)}` | {_cell(form.returns)} | {_cell(form.differs)} |" for form in forms]
+        parts.append("")
+    return "\n".join(parts)
 
 
 # Modules.

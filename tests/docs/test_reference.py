@@ -17,7 +17,8 @@ def texts() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["settings", "tables", "commands", "permissions", "events", "metrics", *generate.MODULES]
+    "name",
+    ["settings", "tables", "commands", "permissions", "events", "metrics", "documented-forms", *generate.MODULES],
 )
 def test_page_is_up_to_date(texts: dict[str, str], name: str) -> None:
     written = (generate.DIRECTORY / f"{name}.md").read_text(encoding="utf-8")
