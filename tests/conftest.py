@@ -5,7 +5,8 @@ or on a shared directory. Marks decide which run a test belongs to:
 
 - `slow`: restarts a server, kills a process or takes more than about two seconds. Set here on every property test
   that uses the database.
-- `exhaustive`: long histories, soaks and fuzzing; runs with `make test-all` only.
+- `exhaustive`: long histories, soaks and fuzzing; runs with `make test-all` only, where property tests also try ten
+  times as many examples or more.
 - `quick` is set here on every test that carries neither: `make test ARGS="-m quick"`.
 - `direct`: cannot work through a pooler; the reason is the argument.
 
@@ -19,10 +20,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import gc
 import itertools
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Coroutine, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -45,16 +49,23 @@ if TYPE_CHECKING:
     from tests.mirror.restoring import Droppable
 
 settings.register_profile(
-    "guildbook", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    "guildbook",
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.register_profile("ci", settings.get_profile("guildbook"), derandomize=True)
 settings.register_profile("exhaustive", settings.get_profile("guildbook"), max_examples=1_000)
-settings.load_profile(os.environ.get("GUILDBOOK_TEST_PROFILE") or ("ci" if os.environ.get("CI") else "guildbook"))
+PROFILE = os.environ.get("GUILDBOOK_TEST_PROFILE") or ("ci" if os.environ.get("CI") else "guildbook")
+settings.load_profile(PROFILE)
 
 TEMPLATE = "guildbook_template"
 IS_POOLED = bool(os.environ.get("GUILDBOOK_TEST_POOLER"))
 #: Backends of a pooler that a test's database is behind: enough for the largest pool of a test.
 POOLER_SIZE = 30
+IS_EXHAUSTIVE = PROFILE == "exhaustive"
+#: How many times more examples `make test-all` tries where a test sets their number.
+EXHAUSTIVE = 10
 #: Where Linux keeps files in memory. Containers often have 64 MB there.
 SHARED_MEMORY = Path("/dev/shm")
 #: Bytes that must be free there; the files of a run with six workers took 1 GB at most.
@@ -63,6 +74,11 @@ _numbers = itertools.count(1)
 #: Peak memory in MB per process, by the worker's name.
 _peak_memory: dict[str, int] = {}
 Result = TypeVar("Result")
+
+
+def examples(number: int) -> settings:
+    """Return the settings of a property test that tries so many examples, and ten times as many in `make test-all`."""
+    return settings(max_examples=number * (EXHAUSTIVE if IS_EXHAUSTIVE else 1))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -104,6 +120,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("quick")
         if IS_POOLED and (mark := item.get_closest_marker("direct")) is not None:
             item.add_marker(pytest.mark.skip(reason=f"not through a pooler: {mark.args[0]}"))
+
+
+def pytest_collection_finish() -> None:
+    """Take what the tests consist of out of the garbage collector's sight: it visits it hundreds of times otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 def _time_limit(item: pytest.Item) -> float:
@@ -280,8 +302,24 @@ async def cloned(server: EmbeddedServer, template: str) -> AsyncIterator[Connect
 
 async def admin_execute(server: EmbeddedServer, statement: str) -> None:
     """Run a statement in the server's maintenance database."""
-    connection = await asyncpg.connect(**server.target("postgres").connect_kwargs(), timeout=10, command_timeout=60)
-    try:
-        await connection.execute(statement)
-    finally:
-        await connection.close(timeout=5)
+    await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_execute(server, statement), _admin_loop()))
+
+
+#: Open connections to maintenance databases, by directory: connecting costs as much as a statement.
+_admins: dict[Path, asyncpg.Connection[asyncpg.Record]] = {}
+
+
+@functools.cache
+def _admin_loop() -> asyncio.AbstractEventLoop:
+    """Return an event loop in a thread of its own, which lasts as long as this process. A test's own ends with it."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="admin", daemon=True).start()
+    return loop
+
+
+async def _execute(server: EmbeddedServer, statement: str) -> None:
+    connection = _admins.get(server.cluster)
+    if connection is None or connection.is_closed():
+        kwargs = server.target("postgres").connect_kwargs()
+        connection = _admins[server.cluster] = await asyncpg.connect(**kwargs, timeout=10, command_timeout=60)
+    await connection.execute(statement)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.database.pooler import PROGRAM
-from utils.database.binaries import binaries
+from utils.database.binaries import Account, binaries
 from utils.database.embedded import EmbeddedServer
 from utils.exceptions import DatabaseError
 
@@ -22,8 +22,27 @@ DEFAULT = 18
 _PACKAGED = "/usr/lib/postgresql/{version}/bin"
 
 
-class PackagedServer(EmbeddedServer):
-    """A server whose programs come from the system's packages."""
+#: Of a test's server, beside those of an embedded server that is not durable: a database is made and dropped for each
+#: test, which scans the buffers and writes what a replica would need.
+_SETTINGS = "shared_buffers = 32MB\nwal_level = minimal\nmax_wal_senders = 0\n"
+#: Since PostgreSQL 18: read files directly instead of through processes of its own.
+_SETTINGS_18 = "io_method = sync\n"
+
+
+class ThrowawayServer(EmbeddedServer):
+    """A server that is made for creating and dropping many databases. It does not survive a crash."""
+
+    def __init__(self, data_dir: Path, version: int = DEFAULT) -> None:
+        super().__init__(data_dir, version, durable=False)
+
+    def _initialise(self, bin_dir: Path, account: Account) -> None:
+        super()._initialise(bin_dir, account)
+        with (self.cluster / "postgresql.conf").open("a") as file:
+            file.write(_SETTINGS + (_SETTINGS_18 if self.version >= 18 else ""))
+
+
+class PackagedServer(ThrowawayServer):
+    """A throwaway server whose programs come from the system's packages."""
 
     @property
     def bin_dir(self) -> Path:
@@ -36,9 +55,9 @@ def make_server(directory: Path, version: int = DEFAULT) -> EmbeddedServer:
     Raises `DatabaseError` when this machine does not have that version.
     """
     if (Path(_PACKAGED.format(version=version)) / "postgres").exists():
-        return PackagedServer(directory, version, durable=False)
+        return PackagedServer(directory, version)
     binaries(version)
-    return EmbeddedServer(directory, version, durable=False)
+    return ThrowawayServer(directory, version)
 
 
 def is_available(version: int) -> bool:

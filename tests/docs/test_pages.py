@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -49,7 +50,7 @@ def test_every_command_can_be_typed(block: Block, tmp_path: Path) -> None:
         if program == "python":
             continue  # below
         if program == "make":
-            command = ["make", "-n", *arguments]
+            command = ["make", "-n", f"PYTHON={sys.executable}", *arguments]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
             assert done.returncode == 0, f"{block}: {line}: {done.stderr}"
         elif program == "cp":

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from tests.conftest import examples
 from tests.documents.models import PoolQueries
 from utils.database import Pool
 from utils.documents import Documents
@@ -46,7 +47,7 @@ def with_floats(found: Any, expected: Any) -> Any:
     return float(found) if isinstance(expected, float) else found
 
 
-@settings(max_examples=25)
+@examples(20)
 @given(adds=st.lists(KEYS, max_size=40), invalid=st.sets(KEYS), existing=st.sets(KEYS))
 async def test_concurrent_updates_are_never_lost(
     database: Pool, adds: list[str], invalid: set[str], existing: set[str]
@@ -72,7 +73,7 @@ async def test_concurrent_updates_are_never_lost(
         assert sorted((await stores[0].get(key)).entries) == expected
 
 
-@settings(max_examples=25)
+@examples(20)
 @given(steps=st.lists(st.sampled_from(["add", "add", "delete", "replace"]), max_size=30))
 async def test_updates_build_on_stored_values_despite_deletions(database: Pool, steps: list[str]) -> None:
     """What an update returns extends a value that was stored before."""
@@ -97,7 +98,7 @@ async def test_updates_build_on_stored_values_despite_deletions(database: Pool, 
     assert len(built) == len(set(built))
 
 
-@settings(max_examples=150)
+@examples(60)
 @given(value=JSON)
 async def test_round_trips_any_json(database: Pool, value: Any) -> None:
     store = Documents(PoolQueries(database), "any", Anything).everywhere()
@@ -107,7 +108,7 @@ async def test_round_trips_any_json(database: Pool, value: Any) -> None:
     assert dict(await store.list())["x"].value == found
 
 
-@settings(max_examples=60)
+@examples(40)
 @given(
     keys=st.sets(st.text(min_size=1, max_size=6), max_size=15),
     prefix=st.text(max_size=2),

@@ -16,7 +16,7 @@ from utils.database.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = int(os.environ.get("GUILDBOOK_PROPERTY_EXAMPLES", "10"))
+EXAMPLES = int(os.environ.get("GUILDBOOK_PROPERTY_EXAMPLES", "6"))
 
 _step = st.tuples(st.sampled_from(OFTEN) | st.sampled_from(STEPS), st.integers(0, 9_999), st.integers(0, 3))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError, InvalidRequestError
@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
 from models import Guild, Member, MemberStats, Role, Thread, User
+from tests.conftest import examples
 from tests.repositories.conftest import NOW
 from utils.database import Pool
 from utils.exceptions import Conflict, DatabaseError, DatabaseUnavailable, NotFound, ValidationError, translate
@@ -274,7 +275,7 @@ async def test_repositories_can_share_a_session(sessions: SessionFactory) -> Non
     assert "guilds" in repr(guilds)
 
 
-@settings(max_examples=40)
+@examples(25)
 @given(keys=KEYS, limit=st.integers(1, 70), every=st.integers(2, 5))
 async def test_pages_yield_every_row_exactly_once(
     sessions: SessionFactory, database: Pool, keys: set[tuple[int, int]], limit: int, every: int

@@ -13,9 +13,10 @@ from typing import Any, TypeAlias
 
 import asyncpg
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.conftest import examples
 from tests.leases import seize
 from tests.waiting import until
 from utils.database import ConnectTarget, Pool
@@ -435,7 +436,7 @@ KINDS = st.sampled_from(["take", "take", "renew", "release", "seize", "expire"])
 STEPS = st.lists(st.tuples(KINDS, st.integers(0, 2)), min_size=1, max_size=20)
 
 
-@settings(max_examples=25)
+@examples(25)
 @example(steps=[("take", 0), ("expire", 0), ("take", 1), ("release", 0), ("take", 2)])
 @given(steps=STEPS)
 async def test_one_epoch_passes_and_epochs_only_grow(

@@ -9,10 +9,11 @@ from typing import Any
 
 import asyncpg
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from models import DISCORD_EPOCH_MS
+from tests.conftest import examples
 from tests.mirror.feeding import INSERT, INSERT_EVENT, INSERT_USER, Received, connected, drained, running, write
 from tests.mirror.tables import GUILD
 from tests.waiting import until
@@ -100,7 +101,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=60)
+@examples(40)
 @given(steps=steps, batch=st.sampled_from((1, 2, 500)))
 async def test_dispatches_every_committed_change_once_in_order(
     steps: Steps, batch: int, interleaving: Interleaving

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import examples
 from tests.mirror.tables import (
     GUILD,
     OTHER_GUILD,
@@ -231,7 +232,7 @@ async def state(database: Pool) -> tuple[Any, ...]:
     )
 
 
-@settings(max_examples=40)
+@examples(25)
 @given(before=MEMBERS, gone=st.sets(st.integers(1, 8)), after=MEMBERS, newer=st.sets(st.integers(1, 8)))
 async def test_staging_and_small_batch_leave_equal_tables(
     database: Pool, before: Members, gone: set[int], after: Members, newer: set[int]

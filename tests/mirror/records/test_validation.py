@@ -7,12 +7,13 @@ from typing import Any
 
 import asyncpg
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from sqlalchemy import ARRAY, BigInteger, Boolean, DateTime, Integer, SmallInteger, Text
 from sqlalchemy.dialects.postgresql import JSONB
 
 from models import mirrored_tables
+from tests.conftest import examples
 from tests.mirror.tables import GUILD, empty, rows, write_groups
 from utils.database import Pool
 from utils.exceptions import DatabaseError, ValidationError
@@ -116,7 +117,7 @@ def cells(draw: st.DrawFn) -> tuple[str, str, Any]:
 
 
 @pytest.mark.timeout(400)
-@settings(max_examples=150)
+@examples(60)
 @given(cell=cells())
 async def test_valid_values_are_stored_unchanged(database: Pool, cell: tuple[str, str, Any]) -> None:
     table, column, value = cell
@@ -154,7 +155,7 @@ async def check_round_trip(database: Pool, table: str, column: str, value: Any) 
     assert (await rows(database, table))[key][column] == value
 
 
-@settings(max_examples=250)
+@examples(100)
 @given(cell=cells())
 async def test_invalid_values_are_rejected_or_altered_by_copy(database: Pool, cell: tuple[str, str, Any]) -> None:
     table, column, value = cell

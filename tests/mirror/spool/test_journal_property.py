@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import examples
 from tests.mirror.spool.journals import (
     POLICY,
     TIMEOUT,
@@ -298,7 +299,7 @@ async def read_all(path: Path, limit: int, policy: DiskPolicy = POLICY) -> tuple
     return stamps, damage
 
 
-@settings(max_examples=200)
+@examples(100)
 @given(
     sizes=st.lists(st.integers(0, 90), min_size=6, max_size=25),
     segment_bytes=st.integers(100, 400),
@@ -345,7 +346,7 @@ STEPS = st.tuples(st.sampled_from(KINDS), st.integers(0, 60), st.integers(1, 40)
 Steps = list[tuple[str, int, int]]
 
 
-@settings(max_examples=100)
+@examples(60)
 @given(steps=st.lists(STEPS, max_size=40), rest=st.lists(STEPS, max_size=8), segment_bytes=st.integers(100, 600))
 def test_behaves_like_a_list_under_any_operations(steps: Steps, rest: Steps, segment_bytes: int) -> None:
     async def follow(journal: Journal, steps: Steps, model: dict[int, bytes], failures: dict[str, FailingCall]) -> None:

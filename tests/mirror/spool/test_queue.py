@@ -7,9 +7,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import examples
 from tests.mirror.spool.journals import TIMEOUT, adopt, open_journal
 from tests.mirror.tables import when
 from tests.waiting import until
@@ -89,7 +90,7 @@ def test_skips_invalid_journal_records(caplog: pytest.LogCaptureFixture) -> None
     assert "invalid event in the journal" in caplog.text
 
 
-@settings(max_examples=80)
+@examples(50)
 @given(
     steps=st.lists(st.sampled_from(["add", "add", "add", "spill", "settle", "commit", "fail"]), max_size=60),
     spool=st.sampled_from(["outage", "always", "off"]),

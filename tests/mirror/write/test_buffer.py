@@ -6,9 +6,10 @@ import asyncio
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import examples
 from tests.mirror.tables import GUILD, OTHER_GUILD
 from utils.mirror.records.rows import Entry, Mode, Row, group_entries
 from utils.mirror.write.buffer import Buffer, Entries
@@ -129,7 +130,7 @@ EVENTS = st.lists(
 
 
 @pytest.mark.slow
-@settings(max_examples=200)
+@examples(100)
 @given(events=EVENTS)
 async def test_newest_value_of_each_column_is_written_last(
     events: list[tuple[int, dict[str, int], str]],

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import examples
 from tests.mirror.tables import GUILD, OTHER_GUILD, empty, history, rows, write
 from tests.mirror.tables import when as moment
 from utils.database import Pool
@@ -74,7 +75,7 @@ async def compare(database: Pool, model: Model) -> None:
         assert all(before[name] != after[name] for name in before)
 
 
-@settings(max_examples=60)
+@examples(40)
 @given(batches=st.lists(st.dictionaries(KEYS, OBSERVATIONS.map(lambda pair: pair[1])), max_size=6))
 async def test_batches_with_any_stamps_match_the_model(database: Pool, batches: list[dict[Key, Entry]]) -> None:
     await empty(database)
@@ -86,7 +87,7 @@ async def test_batches_with_any_stamps_match_the_model(database: Pool, batches: 
     await compare(database, model)
 
 
-@settings(max_examples=40)
+@examples(25)
 @given(events=st.lists(OBSERVATIONS, max_size=12), data=st.data())
 async def test_newest_stamp_wins_in_any_batching(
     database: Pool, events: list[tuple[Key, Entry]], data: st.DataObject

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import examples
 from tests.operations.importing.files import GUILD, USER, export_text, files_in, import_content, member, stored_rows
 from tests.operations.importing.test_escaping import any_json, texts
 from utils.database import Pool
@@ -23,7 +24,7 @@ files = st.dictionaries(keys, any_json, min_size=1, max_size=8)
 
 
 @given(files, st.booleans())
-@settings(max_examples=60)
+@examples(30)
 async def test_any_object_round_trips_in_order(
     database: Pool, tmp_path: Path, whole: dict[str, Any], is_pretty: bool
 ) -> None:
@@ -39,7 +40,7 @@ async def test_any_object_round_trips_in_order(
 
 
 @given(files)
-@settings(max_examples=25)
+@examples(15)
 async def test_json_lines_and_csv_round_trip(database: Pool, tmp_path: Path, whole: dict[str, Any]) -> None:
     await database.execute("DELETE FROM documents")
     await import_content(database, tmp_path, "shop.json", whole)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,13 +185,17 @@ def nested(users: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("size", [2, 12_000], ids=["small", "large"])
+#: A reader for which 300 members are more than its longest entry and than what it reads at once.
+BoundedReader = partial(Reader, longest=10_000, window=1_000)
+
+
+@pytest.mark.parametrize("size", [2, 300], ids=["small", "large"])
 @pytest.mark.parametrize("shape", nested({}))
 def test_nested_members_are_members_at_any_size(shape: str, size: int) -> None:
     file, content = nested({str(U + n): {"messages": n, "note": "x" * 80} for n in range(size)})[shape]
     outline = Outline("members" if file == "members.json" else "documents", Path(file).stem)
     found: set[tuple[int, int | None]] = set()
-    for entry in Reader(io.BytesIO(json.dumps(content).encode()), outline=outline):
+    for entry in BoundedReader(io.BytesIO(json.dumps(content).encode()), outline=outline):
         assert entry.problem is None
         place = outline.place(entry)
         if place.is_member:
@@ -231,7 +236,7 @@ def test_what_is_too_long_for_one_document_becomes_several() -> None:
         assert len({place.key for place in places}) == len(places) >= len(names)
 
 
-@pytest.mark.parametrize("size", [2, 12_000], ids=["small", "large"])
+@pytest.mark.parametrize("size", [2, 300], ids=["small", "large"])
 def test_nested_members_in_lines_are_members(size: int) -> None:
     users = {str(U + n): {"messages": n, "note": "x" * 80} for n in range(size)}
     for lines in (
@@ -243,7 +248,7 @@ def test_nested_members_in_lines_are_members(size: int) -> None:
         text = "\n".join(map(json.dumps, lines))
         outline = Outline("documents", "guilds")
         found, numbers = set(), set()
-        for entry in Reader(io.BytesIO(text.encode()), lines=True, outline=outline):
+        for entry in BoundedReader(io.BytesIO(text.encode()), lines=True, outline=outline):
             assert entry.problem is None
             place = outline.place(entry)
             numbers.add(entry.line)
@@ -253,7 +258,7 @@ def test_nested_members_in_lines_are_members(size: int) -> None:
         assert numbers == set(range(1, len(lines) + 1))
 
 
-@pytest.mark.parametrize("size", [1, 12_000], ids=["small", "large"])
+@pytest.mark.parametrize("size", [1, pytest.param(12_000, marks=pytest.mark.slow)], ids=["small", "large"])
 async def test_a_guild_stated_after_its_users_is_not_lost_in_silence(database: Pool, tmp_path: Path, size: int) -> None:
     users = {str(U + n): {"messages": 1, "note": "x" * 90} for n in range(size)}
     for stated in ({"guild_id": str(G)}, {"guild": {"id": str(G), "name": "x"}}):
@@ -282,7 +287,7 @@ def test_entries_of_users_are_not_split() -> None:
     assert [outline.place(entry).key for entry in entries] == [str(U), str(V)]
 
 
-@pytest.mark.parametrize("size", [1, 12_000], ids=["small", "large"])
+@pytest.mark.parametrize("size", [1, pytest.param(12_000, marks=pytest.mark.slow)], ids=["small", "large"])
 async def test_nested_members_fill_the_statistics(database: Pool, tmp_path: Path, size: int) -> None:
     users = {str(U + n): {"messages": n, "xp": 2 * n, "note": "x" * 80} for n in range(size)}
     players = [{"guild_id": g, "id": user, **value} for g in (G, H) for user, value in users.items()]

@@ -7,13 +7,14 @@ from typing import Any
 
 import asyncpg
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
+from tests.conftest import examples
 from tests.operations.migrations.support import EXTRA, HEAD, with_revision
 from utils.database import ConnectTarget, Pool
 from utils.exceptions import MigrationError
@@ -55,7 +56,7 @@ CREATE TRIGGER killer BEFORE UPDATE ON things FOR EACH ROW WHEN (is_deadly(OLD.a
     kills=st.sets(st.integers(0, ROWS - 1), max_size=3),
     stops=st.lists(st.integers(0, ROWS), max_size=3),
 )
-@settings(max_examples=25)
+@examples(15)
 async def test_every_kill_point_gives_the_same_result(
     empty_target: ConnectTarget, size: int, kills: set[int], stops: list[int]
 ) -> None:

@@ -73,6 +73,7 @@ async def definitions(target: ConnectTarget) -> list[tuple[str, bool]]:
 
 
 @pytest.mark.usefixtures("own_tables")
+@pytest.mark.slow
 async def test_brings_back_keys_and_indexes(tmp_path: Path, server: EmbeddedServer, database: Pool) -> None:
     await execute(database.target, KEYS, ROWS)
     expected = await definitions(database.target)
