@@ -16,7 +16,7 @@ from tests.database.pooler import needs_pgbouncer, pgbouncer
 from utils.database import ConnectTarget, Pool
 from utils.database.address import parse_url, resolve_targets
 from utils.database.ownership import VERSION_TABLE
-from utils.database.placement import Placement, check_schema
+from utils.database.placement import Placement, check_schema, placement_on
 from utils.database.target import located
 from utils.exceptions import DatabaseError, MigrationError, SettingsError
 from utils.operations import migrations
@@ -277,3 +277,17 @@ def test_odd_names_are_quoted() -> None:
     odd = Placement.of('B\'s "own"')
     assert odd.adapt("SELECT FROM ops.t") == 'SELECT FROM "B\'s ""own""_ops".t'
     assert odd.adapt("SELECT to_regclass('ops.t')") == 'SELECT to_regclass(\'"B\'\'s ""own""_ops".t\')'
+
+
+async def test_a_connection_of_somebody_else_says_nothing_of_our_tables(target: ConnectTarget) -> None:
+    kwargs = target.connect_kwargs()
+    ours = await asyncpg.connect(**kwargs)
+    assert placement_on(ours) == Placement()
+    await ours.close()
+    del kwargs["connection_class"]
+    theirs = await asyncpg.connect(**kwargs)
+    try:
+        with pytest.raises(DatabaseError, match="does not say where Guildbook's tables are"):
+            placement_on(theirs)
+    finally:
+        await theirs.close()

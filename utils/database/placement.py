@@ -200,6 +200,8 @@ def connection_class(placement: Placement, local_path: str | None = None) -> typ
     local_path: the `search_path` to set in each transaction, where a session cannot have one of its own; a single
         statement gets a transaction for it.
     """
+    if local_path is None and placement == DEFAULT_PLACEMENT:
+        return _PlainConnection
     return cast(
         type[Base],
         type("PlacedConnection", (_PlacedConnection,), {"placement": placement, "local_path": local_path}),
@@ -282,9 +284,22 @@ _NEEDS_NO_PATH = re.compile(
 )
 
 
+class _PlainConnection(Base):
+    """A connection whose statements need not be adapted, because our tables are where all SQL says."""
+
+    placement: ClassVar[Placement] = DEFAULT_PLACEMENT
+
+
 def placement_on(connection: Any) -> Placement:
-    """Return where our tables are, according to an asyncpg connection of ours or to a `Pool`."""
-    placement: Placement = getattr(connection, "placement", None) or Placement()
+    """Return where our tables are, according to an asyncpg connection of ours or to a `Pool`.
+
+    Raises `DatabaseError` for a connection that was not opened with `ConnectTarget.connect_kwargs`, and does not know.
+    """
+    placement: Placement | None = getattr(connection, "placement", None)
+    if placement is None:
+        raise DatabaseError(
+            "this connection does not say where Guildbook's tables are: open it with a ConnectTarget's connect_kwargs()"
+        )
     return placement
 
 

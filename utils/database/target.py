@@ -125,9 +125,7 @@ class ConnectTarget:
                 settings["search_path"] = path
         if settings:
             kwargs["server_settings"] = settings
-        placement, local_path = self.placement or Placement(), path if self.pooled else None
-        if local_path is not None or placement != Placement():
-            kwargs["connection_class"] = connection_class(placement, local_path)
+        kwargs["connection_class"] = connection_class(self.placement or Placement(), path if self.pooled else None)
         return kwargs
 
     def _require_user_name(self) -> None:

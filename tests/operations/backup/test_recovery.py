@@ -9,13 +9,14 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.operations.backup.helpers import execute, make_backup, make_service, open_pool
+from tests.operations.backup.helpers import execute, make_backup, make_service, make_settings, open_pool
 from utils.database import ConnectTarget, Pool
 from utils.exceptions import BackupError, DatabaseError, DatabaseUnavailable
 from utils.operations import migrations
 from utils.operations.action import BEGIN_ANEW
 from utils.operations.backup.recovery import begin_anew, find_hold, find_loss, require_no_hold, suggest_restore
 from utils.operations.backup.restore.assessment import Assessment, assess
+from utils.operations.backup.service import BackupService
 from utils.service import application
 
 GUILD = "INSERT INTO guilds (id, name) VALUES (1, 'one')"
@@ -177,6 +178,33 @@ async def test_begins_anew_only_in_an_empty_database(database: Pool, empty_targe
     await database.execute(GUILD)
     with pytest.raises(BackupError, match="it has guilds in it: nothing was changed"):
         await begin_anew(database)
+
+
+async def test_suggests_a_backup_of_the_first_version_that_is_only_in_the_store(tmp_path: Path, database: Pool) -> None:
+    """It does not say whose it is, so that an operator must."""
+    await database.execute(GUILD)
+    backup = await make_backup(make_service(tmp_path / "old"), database)
+    old = replace(backup, application_id=None, host=None, ordered_at=None)
+    (tmp_path / "bucket").mkdir()
+    for name, content in (
+        (old.file, (tmp_path / "old" / "backups" / old.file).read_bytes()), (f"{old.id}.json", old.serialize()),
+    ):  # fmt: skip
+        (tmp_path / "bucket" / name).write_bytes(content)
+    settings = make_settings(tmp_path / "new", backup_url=(tmp_path / "bucket").as_uri())
+    service = BackupService(settings)
+    assert "if it is yours, restore it with --from-other" in (await service.list()).text
+    with pytest.raises(BackupError, match=f"{old.id} .*made by version 0.1.0.*by its id with --from-other"):
+        await service.restore(database, "latest")
+    with pytest.raises(
+        BackupError, match=r"made by version 0\.1\.0.*To restore it here all the same, add --from-other"
+    ):
+        await service.restore(database, old.id)
+    await database.execute("DELETE FROM guilds")
+    line = await suggest_restore(database, service.catalog)
+    assert line is not None
+    assert f"python bot.py backup restore {old.id} --from-other" in line
+    assert (await service.restore(database, old.id, from_other=True)).ok
+    assert await database.fetchval("SELECT count(*) FROM guilds") == 1
 
 
 async def test_suggests_a_backup_when_data_is_lost(tmp_path: Path, database: Pool) -> None:

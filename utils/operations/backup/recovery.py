@@ -12,7 +12,7 @@ from utils.exceptions import BackupError
 from utils.operations.action import BEGIN_ANEW, Outcome, Progress, ignore_progress, record_action
 from utils.operations.backup.archive.manifest import Manifest
 from utils.operations.backup.catalog import BackupCatalog
-from utils.operations.backup.catalog.entries import Entry
+from utils.operations.backup.catalog.entries import Entry, newest_good
 from utils.operations.backup.catalog.identity import Identity
 from utils.operations.backup.restore.assessment import Assessment, State, assess
 from utils.operations.backup.restore.restore import restore
@@ -82,14 +82,29 @@ async def suggest_restore(pool: Pool, catalog: BackupCatalog) -> str | None:
     assessment = await assess(pool)
     if assessment.is_fine:
         return None
-    newest = await (await catalog.serving(pool)).newest()
-    if newest is None:
+    serving = await catalog.serving(pool)
+    entries, database = await serving.entries(), serving.identity.database
+    found = newest_good(entries) or next((entry for entry in entries if _may_be_meant(entry, database)), None)
+    newest = None if found is None else found.manifest
+    if found is None or newest is None:
         return None
     return (
         f"the database is {assessment.state} ({assessment.reason}), and there is backup {newest.id} of"
         f" {newest.made_at:%Y-%m-%d %H:%M} UTC with {format_count(newest.total_rows, 'row')}: to restore it, run"
         f" python bot.py backup restore {newest.id}"
+        + (
+            ""
+            if found.is_own
+            else " --from-other, if it is of this bot: version 0.1.0 made it, and did not record whose"
+        )
     )
+
+
+def _may_be_meant(entry: Entry, database: str) -> bool:
+    """Return whether a backup of 0.1.0 may be of a database, although nothing says whose it is."""
+    manifest = entry.manifest
+    is_unknown = manifest is not None and manifest.host is None and manifest.database == database
+    return entry.is_restorable and is_unknown
 
 
 async def find_loss(pool: Pool) -> Assessment | None:
