@@ -280,6 +280,14 @@ class Guildbook(commands.AutoShardedBot):
         """Add a cog. Raises `CogError` if it needs a privileged intent that Discord does not grant."""
         self.gateway_intents.admit(cog)
         await super().add_cog(cog, **how)
+        self.prefixes.find_hooks(self.cogs.values())
+
+    async def remove_cog(self, name: str, /, **how: Any) -> commands.Cog | None:
+        """Remove a cog and return it; None if there is none of this name."""
+        try:
+            return await super().remove_cog(name, **how)
+        finally:
+            self.prefixes.find_hooks(self.cogs.values())
 
     async def get_prefix(self, message: discord.Message, /) -> list[str]:
         """Return the prefixes of text commands for a message: mentions, and COMMAND_PREFIX or what cogs say."""

@@ -11,7 +11,6 @@ from discord.ext import commands
 
 from utils.bot.intents import declared_intents
 from utils.bot.listeners import AwaitedEvent, find_content_problem, find_problem, how_to_declare
-from utils.bot.prefixes import has_hook
 from utils.bot.registrations import Registrations
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def find_warnings(bot: Guildbook, registered: Registrations, awaited: Iterable[A
 def _prefix_warnings(bot: Guildbook, registered: Registrations, *, has_content: bool) -> Iterator[str]:
     found = [command for command in registered.commands if type(command).__module__ != commands.help.__name__]
     text_only = [command for command in found if not isinstance(command, commands.HybridCommand | commands.HybridGroup)]
-    has_prefix = bool(bot.prefixes.default) or any(map(has_hook, bot.cogs.values()))
+    has_prefix = bool(bot.prefixes.default or bot.prefixes.hooks)
     if has_prefix and found and not has_content:
         yield (
             f"{_describe(found)} in guilds only after a mention of the bot, because Discord leaves other messages"

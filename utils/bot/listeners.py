@@ -165,7 +165,7 @@ def find_problem(event: str, present: Present) -> str | None:
         missing.append("members in memory" if present.member_cache == "none" else "all members in memory")
         settings.append("MEMBER_CACHE=all")
     advice = _advice(needs.instead, settings)
-    if not any(getattr(present.intents, name) for name in needs.intents):
+    if needs.intents and not any(getattr(present.intents, name) for name in needs.intents):
         missing.insert(0, f"the intent {' or '.join(needs.intents)}")
         advice = f"; {how_to_declare(needs.intents[0])}{advice if settings else ''}"
     elif missing and needs.caches == ("members",):

@@ -49,6 +49,9 @@ class Prefixes:
         self.timeout: float = timeout
         self.pause: float = pause
         self.max_waiting: int = max_waiting
+        #: The cogs that decide on prefixes, in the order of loading. To look at every cog for every message would cost
+        #: as much as the rest of a message.
+        self.hooks: list[commands.Cog] = []
         self._waiting = 0
         #: When a cog's hook may be called again, on the monotonic clock.
         self._paused: dict[str, float] = {}
@@ -58,20 +61,23 @@ class Prefixes:
     async def find(self, bot: Guildbook, message: discord.Message) -> list[str]:
         """Return the prefixes for a message, longer ones first. Never raises an `Exception`."""
         mentions = commands.when_mentioned(bot, message)
-        hooks = [cog for cog in bot.cogs.values() if has_hook(cog)]
-        found: list[str] | None = None
-        if hooks and self._waiting < self.max_waiting:
-            self._waiting += 1
-            try:
-                found = await self._ask(hooks, message)
-            finally:
-                self._waiting -= 1
+        if not self.hooks or self._waiting >= self.max_waiting:
+            return [*mentions, *self.default]
+        self._waiting += 1
+        try:
+            found = await self._ask(message)
+        finally:
+            self._waiting -= 1
         return [*mentions, *(self.default if found is None else _longest_first(found))]
 
-    async def _ask(self, cogs: list[commands.Cog], message: discord.Message) -> list[str] | None:
-        """Return what the hooks of cogs return; None if none of them says anything."""
+    def find_hooks(self, cogs: Iterable[commands.Cog]) -> None:
+        """Look which of the bot's cogs decide on prefixes. Call it when their number has changed."""
+        self.hooks = [cog for cog in cogs if has_hook(cog)]
+
+    async def _ask(self, message: discord.Message) -> list[str] | None:
+        """Return what the hooks return; None if none of them says anything."""
         found: list[str] | None = None
-        for cog in cogs:
+        for cog in self.hooks:
             name = cog.qualified_name
             if time.monotonic() < self._paused.get(name, 0.0):
                 continue
