@@ -22,6 +22,7 @@ from models import Base
 from utils import packs
 from utils.bot import command_errors
 from utils.bot.client import Guildbook
+from utils.bot.invocations import bounded
 from utils.bot.prefixes import DEFAULT_MARK
 from utils.bot.registrations import LIFECYCLE_TIMEOUT, live_cogs
 from utils.cache import TTLCache
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from utils.database.access import Database
     from utils.database.orm import SessionScope
 
-__all__ = ["BaseCog", "Batch", "Guildbook", "MirrorChange"]
+__all__ = ["BaseCog", "Batch", "Guildbook", "MirrorChange", "bounded"]
 
 ResultT = TypeVar("ResultT")
 ModelT = TypeVar("ModelT", bound=BaseModel)

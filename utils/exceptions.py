@@ -47,6 +47,14 @@ class TransactionConflict(DatabaseUnavailable):
     """
 
 
+class CommitUnknown(DatabaseUnavailable):
+    """The server did not confirm a commit: what it was about may or may not have been saved. Not retried."""
+
+
+class CommandTimedOut(DatabaseError):
+    """A command took longer than it may and was given up. Nothing of it is committed afterwards."""
+
+
 class LeaseLost(DatabaseError):
     """This process does not hold the lease any more and must not write: the message says who took or revoked it."""
 
@@ -251,7 +259,7 @@ def _advice(state: str | None, message: str) -> str | None:
 def is_transient(exc: BaseException) -> bool:
     """Return whether the same call may succeed later: refused, reset, starting, overloaded, deadlocked, timed out."""
     if isinstance(exc, DatabaseUnavailable):
-        return True
+        return not isinstance(exc, CommitUnknown)
     cause = driver_error(exc)
     if isinstance(cause, asyncpg.PostgresError):
         state = getattr(cause, "sqlstate", None) or ""
@@ -270,6 +278,14 @@ def is_conflict(exc: BaseException) -> bool:
     if isinstance(exc, GuildbookError):
         return isinstance(exc, TransactionConflict)
     return getattr(driver_error(exc), "sqlstate", None) in CONFLICTS
+
+
+def was_rejected(exc: BaseException) -> bool:
+    """Return whether the server refused a statement, which then changed nothing."""
+    cause = driver_error(exc)
+    return isinstance(cause, asyncpg.PostgresError) and not isinstance(
+        cause, asyncpg.PostgresConnectionError | asyncpg.OperatorInterventionError
+    )
 
 
 def driver_error(exc: BaseException) -> BaseException | None:

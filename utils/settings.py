@@ -269,6 +269,15 @@ class Settings(BaseSettings):
         default=2_000, ge=0, le=1_000_000, description="Maximum number of cached query results of cogs; 0: no cache."
     )
     cache_ttl_seconds: Seconds = Field(default=300.0, description="How long a query result may be cached, in seconds.")
+    command_timeout_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        le=14 * 60,
+        description=(
+            "How long a command, button, menu or form of a cog may leave its user without an answer, or the database"
+            " busy, in seconds; then it is given up and rolled back. 0: no limit."
+        ),
+    )
     slow_query_ms: int = Field(
         default=500, ge=1, le=3_600_000, description="Statements of cogs that take longer are logged, in milliseconds."
     )

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import discord
 from discord.ext import commands
 
-from utils.bot.command_errors import report_command_error
+from utils.bot import view_store
+from utils.bot.command_errors import logger_of, report_command_error
 from utils.bot.command_sync import sync_commands
 from utils.bot.command_tree import CommandTree
 from utils.bot.intents import GatewayIntents
+from utils.bot.invocations import Context, Invocations
 from utils.bot.listeners import Present, find_problem, is_event
 from utils.bot.loader import Loader
 from utils.bot.member_events import FROM_MIRROR, MemberEvents
@@ -104,7 +106,10 @@ class Guildbook(commands.AutoShardedBot):
             enable_raw_presences=True,
             allowed_mentions=discord.AllowedMentions.none(),
         )
+        view_store.install(self)
         self.settings: Settings = settings
+        #: The commands, components and forms that are running.
+        self.invocations: Invocations = Invocations(bound=settings.command_timeout_seconds)
         self.cache: QueryCache | None = None
         if settings.cache_max_results:
             self.cache = QueryCache(max_results=settings.cache_max_results, ttl=settings.cache_ttl_seconds)
@@ -362,6 +367,23 @@ class Guildbook(commands.AutoShardedBot):
         if self.cache is not None:
             await self.cache.close()
 
+    async def close(self) -> None:
+        """Give up what is running and tell its users, then disconnect from Discord."""
+        await self.invocations.stop()
+        await super().close()
+
+    async def get_context(self, origin: Any, /, *, cls: Any = Context) -> Any:
+        """Return the context of a text command; ours knows whether the command has answered."""
+        return await super().get_context(origin, cls=cls)
+
+    async def invoke(self, ctx: commands.Context[Any], /) -> None:
+        """Run a text command, for at most as long as it may take."""
+        if ctx.command is None:
+            await super().invoke(ctx)
+        else:
+            task = self.invocations.run(ctx, super().invoke(ctx), f"command {ctx.command.qualified_name}")
+            await asyncio.wait({task})
+
     async def on_error(self, event_method: str, /, *args: Any, **kwargs: Any) -> None:
         """Log an exception raised by a listener."""
         _log.exception("listener failed: %s", event_method)
@@ -372,7 +394,7 @@ class Guildbook(commands.AutoShardedBot):
             context.cog is not None and context.cog.has_error_handler()
         )
         if not has_handler and not isinstance(error, commands.CommandNotFound):
-            await report_command_error(context, error, _log)
+            await report_command_error(context, error, logger_of(context.command))
 
     async def _configure_gateway(self) -> int:
         """Ask Discord for the gateway's address and shard count, apply both, and return the shard count.

@@ -1,4 +1,4 @@
-"""What users see when a command fails: one line, with a reference to the log."""
+"""What users see when a command, a component or a form fails: one line, with a reference to the log."""
 
 from __future__ import annotations
 
@@ -9,10 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import discord
+import pydantic
 from discord import app_commands
 from discord.ext import commands
 
-from utils.exceptions import DatabaseUnavailable, Declined, GuildbookError, TransactionConflict, translate
+from utils.bot.responses import TooLate
+from utils.exceptions import (
+    CommandTimedOut,
+    CommitUnknown,
+    DatabaseUnavailable,
+    Declined,
+    GuildbookError,
+    TransactionConflict,
+    translate,
+)
 from utils.logs import RateLimit
 from utils.operations.slash import MESSAGE_LENGTH
 
@@ -25,7 +35,13 @@ OPERATOR_TIMEOUT = 1.0
 
 DATABASE_UNAVAILABLE = "The database is not available right now. Try again in a minute."
 TRANSACTION_CONFLICT = "Somebody else changed the same thing at the same moment, so nothing was done. Try again."
+COMMIT_UNKNOWN = (
+    "The database did not confirm the change, so it may or may not have been saved. Check before you try again."
+)
 INTERNAL_ERROR = "Something went wrong. The error was logged."
+TOO_LATE = "This took too long to open. Try again."
+#: Wrong values that an answer names.
+MAX_PROBLEMS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +54,8 @@ class Explanation:
     is_fault: bool = False
     #: Shown to operators only; None if there is nothing more to say.
     detail: str | None = None
+    #: True if the text is sent as it is written, without a reference.
+    is_verbatim: bool = False
 
 
 class InvalidOption(app_commands.AppCommandError):
@@ -52,40 +70,92 @@ def new_reference() -> str:
     return secrets.token_hex(4)
 
 
+def describe(where: discord.Interaction[Any] | commands.Context[Any]) -> str:
+    """Return what a user did, for log lines: "/name", or the kind of component with its custom id."""
+    command = where.command
+    if command is not None:
+        is_menu = isinstance(command, app_commands.ContextMenu)
+        return f"menu {command.name!r}" if is_menu else f"/{command.qualified_name}"
+    if isinstance(where, commands.Context):
+        return "/?"
+    if where.type is discord.InteractionType.modal_submit:
+        return f"form {where.custom_id!r}"
+    return f"component {where.custom_id!r}" if where.type is discord.InteractionType.component else "/?"
+
+
+def logger_of(command: Any) -> logging.Logger:
+    """Return the logger of the module that a command, a component's callback or a form is written in."""
+    callback = getattr(command, "callback", command)
+    return logging.getLogger(getattr(callback, "__module__", None) or __name__)
+
+
+def log_error(
+    where: discord.Interaction[Any] | commands.Context[Any],
+    error: Exception,
+    log: logging.Logger,
+    name: str | None = None,
+) -> str | None:
+    """Log an error and return its reference; None if it was not logged. `name`: see `report_command_error`."""
+    explanation, cause = explain(error), unwrap(error)
+    user = where.user if isinstance(where, discord.Interaction) else where.author
+    limit: RateLimit = (where.client if isinstance(where, discord.Interaction) else where.bot).logged_user_errors
+    if not explanation.is_fault and not limit.admits(user.id):
+        return None
+    reference = new_reference()
+    fields = {"reference": reference, "guild_id": where.guild.id if where.guild is not None else None}
+    if unlogged := limit.take_refused():
+        fields["errors_not_logged"] = unlogged
+    log.log(
+        logging.ERROR if explanation.is_fault else logging.INFO,
+        "command failed: %s by user %s (ref %s): %s",
+        name or describe(where), user.id, reference, _as_line(repr(cause)),
+        exc_info=cause if explanation.is_fault and cause.__traceback__ is not None else None,
+        extra=fields,
+    )  # fmt: skip
+    return reference
+
+
 async def report_command_error(
-    where: discord.Interaction[Any] | commands.Context[Any], error: Exception, log: logging.Logger
+    where: discord.Interaction[Any] | commands.Context[Any],
+    error: Exception,
+    log: logging.Logger,
+    name: str | None = None,
 ) -> None:
-    """Log a command's error and answer the user in one line, which only they see if Discord allows it. Never raises."""
+    """Log an error and answer the user in one line, which only they see if Discord allows it. Never raises.
+
+    name: what failed, such as "button 'Pay' of Shop". None: the command, or the component's custom id.
+    """
     try:
-        explanation, cause = explain(error), unwrap(error)
-        interaction = where if isinstance(where, discord.Interaction) else where.interaction
-        user = where.user if isinstance(where, discord.Interaction) else where.author
-        limit: RateLimit = (where.client if isinstance(where, discord.Interaction) else where.bot).logged_user_errors
-        reference = new_reference() if explanation.is_fault or limit.admits(user.id) else None
-        if reference is not None:
-            fields = {"reference": reference, "guild_id": where.guild.id if where.guild is not None else None}
-            if unlogged := limit.take_refused():
-                fields["errors_not_logged"] = unlogged
-            log.log(
-                logging.ERROR if explanation.is_fault else logging.INFO,
-                "command failed: /%s by user %s (ref %s): %r",
-                where.command.qualified_name if where.command is not None else "?", user.id, reference, cause,
-                exc_info=cause if explanation.is_fault else None,
-                extra=fields,
-            )  # fmt: skip
+        reference, explanation = log_error(where, error, log, name), explain(error)
         text = explanation.text
+        interaction = where if isinstance(where, discord.Interaction) else where.interaction
         if explanation.detail and interaction is not None and await _is_operator(interaction):
             text = f"{text} Details: {explanation.detail}"
-        text = _as_line(text) if reference is None else _with_reference(text, reference)
+        if explanation.is_verbatim:
+            text = text[:MESSAGE_LENGTH]
+        else:
+            text = _as_line(text) if reference is None else _with_reference(text, reference)
+        await answer(where, text)
+    except Exception:
+        _log.exception("could not explain the error of a command: %r", error)
+
+
+async def answer(where: discord.Interaction[Any] | commands.Context[Any], text: str) -> None:
+    """Answer the user, who alone sees it if Discord allows it. A failure is logged."""
+    interaction = where if isinstance(where, discord.Interaction) else where.interaction
+    try:
         async with asyncio.timeout(ANSWER_TIMEOUT):
             if interaction is not None:
                 await _answer(interaction, text)
             elif isinstance(where, commands.Context):
                 await where.reply(text, mention_author=False)
-    except (discord.DiscordException, OSError, TimeoutError) as exc:
-        log.warning("could not report the error of a command (ref %s): %r", reference, exc)
-    except Exception:
-        _log.exception("could not explain the error of a command: %r", error)
+    except (discord.DiscordException, OSError, TimeoutError, RuntimeError) as exc:  # a closed session at a stop
+        _log.warning("could not answer %s: %r", describe(where), exc)
+
+
+def timed_out(seconds: float) -> str:
+    """Return the answer to a command that took longer than `seconds`."""
+    return f"This took longer than {seconds:g} s and was given up. Nothing more of it will be saved."
 
 
 def unwrap(error: BaseException) -> BaseException:
@@ -105,9 +175,17 @@ def explain(error: BaseException) -> Explanation:
     error = unwrap(error)
     error = translate(error) or error  # sessions and connections held by hand raise errors of the drivers
     if isinstance(error, Declined):
-        return Explanation(str(error))
+        return Explanation(str(error), is_verbatim=True)
     if isinstance(error, TransactionConflict):
         return Explanation(TRANSACTION_CONFLICT, is_fault=True, detail=str(error))
+    if isinstance(error, CommitUnknown):
+        return Explanation(COMMIT_UNKNOWN, is_fault=True, detail=str(error))
+    if isinstance(error, CommandTimedOut):
+        return Explanation(str(error), is_fault=True)
+    if isinstance(error, TooLate):
+        return Explanation(TOO_LATE, is_fault=True, detail=str(error))
+    if isinstance(error, pydantic.ValidationError):
+        return Explanation(_explain_validation(error))
     if isinstance(error, DatabaseUnavailable):
         return Explanation(DATABASE_UNAVAILABLE, is_fault=True, detail=str(error))
     if isinstance(error, GuildbookError):
@@ -150,6 +228,19 @@ def _explain_discord_error(error: BaseException) -> str | None:
         case commands.DisabledCommand():
             return "This command is disabled."
     return None
+
+
+def _explain_validation(error: pydantic.ValidationError) -> str:
+    """Return pydantic's findings as a sentence."""
+    found = []
+    for problem in error.errors(include_url=False)[:MAX_PROBLEMS]:
+        name = ".".join(map(str, problem["loc"]))
+        text = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").rstrip(".")
+        text = text.replace("Input should", "should", 1) if name else text
+        found.append(f"{name} {text}" if text.startswith("should") else f"{name}: {text}" if name else text)
+    if (unnamed := error.error_count() - len(found)) > 0:
+        found.append(f"and {unnamed} more")
+    return f"Invalid input: {'; '.join(found)}."
 
 
 def _permissions(names: list[str]) -> str:

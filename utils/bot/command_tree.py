@@ -1,8 +1,10 @@
-"""The command tree: checks the values of options, and answers the errors of commands whose cog does not."""
+"""The command tree: checks the values of options, watches every command, and answers what its cog does not.
+
+`_from_interaction` and the two methods that it calls are private parts of discord.py 2.7.1.
+"""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +12,7 @@ import discord
 from discord import AppCommandOptionType, app_commands
 from discord.ext import commands
 
-from utils.bot.command_errors import InvalidOption, report_command_error
-
-_log = logging.getLogger(__name__)
+from utils.bot.command_errors import InvalidOption, logger_of, report_command_error
 
 #: What Discord sends for each type of option, and what it is called. Other types are ids, which Discord resolves.
 _TYPES: dict[AppCommandOptionType, tuple[tuple[type, ...], str]] = {
@@ -38,10 +38,38 @@ class CommandTree(app_commands.CommandTree[Any]):
             check_options(command, {name: value for name, value in interaction.namespace})  # noqa: C416 - a Namespace is no mapping
         return True
 
+    def _from_interaction(self, interaction: discord.Interaction[Any]) -> None:
+        """Run a command or an autocomplete in a task that is watched: nobody is left without an answer."""
+        self.client.invocations.run(interaction, self._run(interaction), "CommandTree-invoker")
+
+    async def _run(self, interaction: discord.Interaction[Any]) -> None:
+        try:
+            if interaction.type is discord.InteractionType.autocomplete:
+                await self._complete(interaction)
+            else:
+                await self._call(interaction)
+        except app_commands.AppCommandError as error:
+            if interaction.type is discord.InteractionType.autocomplete:
+                raise
+            await self._dispatch_error(interaction, error)
+
+    async def _complete(self, interaction: discord.Interaction[Any]) -> None:
+        """Do what `_call` does for an autocomplete, which logs an error and lets the user wait."""
+        if not await self.interaction_check(interaction):
+            return
+        data: Any = interaction.data
+        command, options = self._get_app_command_options(data)
+        interaction._cs_command = command  # type: ignore[attr-defined]
+        namespace = app_commands.Namespace(interaction, data.get("resolved", {}), options)
+        interaction._cs_namespace = namespace  # type: ignore[attr-defined]
+        focused = next((option["name"] for option in options if option.get("focused")), None)
+        if focused is not None:
+            await command._invoke_autocomplete(interaction, focused, namespace)
+
     async def on_error(self, interaction: discord.Interaction[Any], error: app_commands.AppCommandError, /) -> None:
         """Log and answer an error, unless the command, its group or its cog does."""
         if not _has_handler(interaction.command):
-            await report_command_error(interaction, error, _log)
+            await report_command_error(interaction, error, logger_of(interaction.command))
 
 
 def check_options(command: app_commands.Command[Any, ..., Any], given: dict[str, Any]) -> None:

@@ -9,10 +9,8 @@ from datetime import datetime
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-import asyncpg
-
 from utils.cache import CacheStats
-from utils.database import materialized_views
+from utils.database import deadline, materialized_views
 from utils.database.cache.results import cache_key
 from utils.database.cache.stale import StaleResults
 from utils.database.callers import Use
@@ -23,7 +21,7 @@ from utils.database.rows import typed_row, typed_value
 from utils.database.scopes import Scopes
 from utils.database.statements import PreparedStatement, SlowLog, WriteLog, qualified
 from utils.database.transactions import Root, current, end_all, joined
-from utils.exceptions import DatabaseError, ValidationError, driver_error
+from utils.exceptions import DatabaseError, ValidationError, was_rejected
 
 if TYPE_CHECKING:
     from utils.database.cache import QueryCache
@@ -306,12 +304,15 @@ class Database(Scopes):
             tag: str = await root.run("copy_records_to_table", table, log=written, **kwargs)
             return tag
         tables = self._tables_of(written)
+        end_work = deadline.begin_work()
         try:
             async with self.pool.acquire() as connection:
-                tag = await connection.copy_records_to_table(table, **kwargs)
+                tag = await deadline.run_statement(connection, "copy_records_to_table", table, **kwargs)
         except BaseException as exc:
             self._failed(tables, exc)
             raise
+        finally:
+            end_work()
         self._invalidate(tables)
         return tag
 
@@ -491,6 +492,7 @@ class Database(Scopes):
         cache = self.cache
         if cache is not None and writes:
             cache.check_names(writes, "writes")
+        end_work = deadline.begin_work()
         use = Use(frame)
         try:
             root = joined()
@@ -516,6 +518,7 @@ class Database(Scopes):
             self._invalidate(tables)
             return result
         finally:
+            end_work()
             self.slow.record(sql, time.perf_counter() - use.since, use)
 
     # --- invalidation
@@ -544,9 +547,5 @@ class Database(Scopes):
 
     def _failed(self, tables: frozenset[str] | None, exc: BaseException) -> None:
         """Distrust what a failed statement may have written, unless the server has rejected it."""
-        cause = driver_error(exc)
-        was_rejected = isinstance(cause, asyncpg.PostgresError) and not isinstance(
-            cause, asyncpg.PostgresConnectionError | asyncpg.OperatorInterventionError
-        )
-        if self.cache is not None and not was_rejected and (tables is None or tables):
+        if self.cache is not None and not was_rejected(exc) and (tables is None or tables):
             self.cache.distrust(tables)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
 
+from utils.database import deadline
 from utils.database.callers import Caller
 from utils.database.pool import Record
 from utils.database.statements import WriteLog, qualified
@@ -141,7 +142,8 @@ class TrackedConnection:
     async def finish(self, statement: Awaitable[R]) -> R:
         """Await a statement and tell the cache what it wrote."""
         try:
-            return await statement
+            with deadline.committing():  # outside a transaction the server commits it at once
+                return await statement
         except BaseException as exc:
             self._is_in_doubt = self._is_in_doubt or not isinstance(exc, asyncpg.PostgresError)
             raise

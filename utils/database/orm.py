@@ -13,12 +13,13 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, SessionTransaction
 
+from utils.database import deadline
 from utils.database.callers import Holders
 from utils.database.connection_queue import ConnectionQueue, QueuedPool, find_session_caller
 from utils.database.sessions import apply_settings, session_settings, set_codecs
 from utils.database.statements import Action, SlowLog, WriteLog
 from utils.database.target import ConnectTarget
-from utils.exceptions import translate_errors
+from utils.exceptions import translate_errors, was_rejected
 
 #: Execution option of the statements that only set up a transaction.
 _OWN = "guildbook_own"
@@ -41,12 +42,14 @@ class SessionScope(AbstractAsyncContextManager[AsyncSession]):
     def __init__(self, orm: Orm, session: AsyncSession) -> None:
         self._orm = orm
         self._session = session
+        self._end_work: Callable[[], None] = deadline.do_nothing
 
     def __await__(self) -> Generator[Any, None, AsyncSession]:
         yield from ()
         return self._session
 
     async def __aenter__(self) -> AsyncSession:
+        self._end_work = deadline.begin_work()
         return self._session
 
     async def __aexit__(
@@ -55,13 +58,22 @@ class SessionScope(AbstractAsyncContextManager[AsyncSession]):
         with translate_errors(was_connected=True):
             try:
                 if error is None:
-                    await self._session.commit()
+                    await self._commit()
                     return
                 await self._session.rollback()
             finally:
+                self._end_work()
                 await self._session.close()
         if isinstance(error, Exception) and (translated := self._orm.translated(error)) is not error:
             raise translated from error
+
+    async def _commit(self) -> None:
+        try:
+            await self._session.commit()
+        except Exception as exc:
+            if self._session.sync_session.info.get("is_in_doubt") and not was_rejected(exc):
+                raise deadline.unknown_commit(exc) from exc
+            raise
 
 
 class Orm:
@@ -220,6 +232,7 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
         return
     log: WriteLog = session.info["log"]
     if log.is_committing and (log.texts or log.tables):
+        session.info["is_in_doubt"] = True
         session.info["on_doubt"](log.taken())  # COMMIT was sent and not answered
     log.clear()
 
@@ -227,6 +240,7 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
 def _begin_commit(connection: SyncConnection) -> None:
     log: WriteLog | None = connection.get_execution_options().get(WRITE_LOG)
     if log is not None:
+        log.end_commit = deadline.begin_commit()
         log.is_committing = True
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import asyncpg
 import stamina
 
+from utils.database import deadline
 from utils.database.callers import Holders, Use
 from utils.database.placement import Placement
 from utils.database.sessions import (
@@ -243,7 +244,10 @@ class Pool:
         if temp:
             self._used_temp.add(conn.get_server_pid())
         try:
-            result = await getattr(conn, verb)(query, *args, timeout=timeout)
+            if is_pure or deadline.current.get() is None:
+                result = await getattr(conn, verb)(query, *args, timeout=timeout)
+            else:
+                result = await deadline.run_statement(conn, verb, query, *args, timeout=timeout)
         except Exception as exc:  # every statement comes by, and `with` would cost it two calls
             if (error := _BOUNDARY.translated(exc)) is not exc:
                 raise error from exc

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,12 +37,17 @@ class WriteLog:
     statements: int = 0
     #: Whether COMMIT was sent and its answer is not known.
     is_committing: bool = False
+    #: Ends the commit's registration with the deadline of its command; None: there is none.
+    end_commit: Callable[[], None] | None = None
 
     def clear(self) -> None:
         """Forget everything: it was rolled back."""
         self.texts.clear()
         self.tables.clear()
         self.is_committing = False
+        end_commit, self.end_commit = self.end_commit, None
+        if end_commit is not None:
+            end_commit()
 
     def taken(self) -> WriteLog:
         """Return the entries so far and forget them."""

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import asyncpg
 
+from utils.database import deadline
 from utils.database.callers import Caller, Use, find_caller
+from utils.database.deadline import ROLLBACK_SECONDS
 from utils.database.orm import WRITE_LOG
 from utils.database.sessions import session_settings
 from utils.database.statements import WriteLog
@@ -34,9 +36,6 @@ Isolation = Literal["read_committed", "repeatable_read", "serializable"]
 _LEVELS: dict[str, str] = {
     "read_committed": "READ COMMITTED", "repeatable_read": "REPEATABLE READ", "serializable": "SERIALIZABLE",
 }  # fmt: skip
-#: Seconds for a rollback.
-ROLLBACK_SECONDS = 5.0
-
 _ABORTED = (
     "an earlier statement of this transaction failed, so PostgreSQL accepts no more of them: run statements that may"
     " fail in an inner `async with db.transaction():`, which is a savepoint"
@@ -59,6 +58,8 @@ class Root:
         #: Why it was ended from outside; None: it was not.
         self.ended_because: str | None = None
         self.connection: AsyncConnection | None = None
+        #: Ends its registration with the deadline of the command that began it.
+        self.end_work: Callable[[], None] = deadline.begin_work()
         self.raw: Any = None
         self.numbers = itertools.count(1)
         #: Results that are not to be served in an outage once it is committed: `Database.forget`.
@@ -243,8 +244,8 @@ class Transaction:
         """Begin a transaction that is bound to no context, and return it. `end` ends it."""
         root = self._root = Root(self.name)
         holder = f"{self.name} ({self._caller or 'unknown'})"
-        connection = root.connection = await self._db.orm.connect(holder, self._timeout)
         try:
+            connection = root.connection = await self._db.orm.connect(holder, self._timeout)
             # Leave BEGIN and COMMIT to us: SQLAlchemy would begin with its own first statement only.
             await connection.execution_options(isolation_level="AUTOCOMMIT", **{WRITE_LOG: root.log})
             await connection.begin()
@@ -255,6 +256,7 @@ class Transaction:
                 statements.append(session_settings(root.raw, local=True))
             await root.raw.execute("; ".join(statements))
         except BaseException as exc:
+            root.end_work()
             await _discard(root)
             if isinstance(exc, Exception) and (error := self._db.orm.translated(exc)) is not exc:
                 raise error from exc
@@ -266,10 +268,13 @@ class Transaction:
     async def end(self, *, is_failed: bool) -> None:
         """Commit or roll back what `begin` began."""
         assert self._root is not None, "begun"
-        if is_failed:
-            await self._roll_back(self._root)
-        else:
-            await self._commit(self._root)
+        try:
+            if is_failed:
+                await self._roll_back(self._root)
+            else:
+                await self._commit(self._root)
+        finally:
+            self._root.end_work()
 
     async def _commit(self, root: Root) -> None:
         async with root.lock:
@@ -279,7 +284,7 @@ class Transaction:
                 raise DatabaseError(root.ended_because)
             try:
                 with translate_errors():
-                    tag = await root.raw.execute("COMMIT")
+                    tag = await deadline.commit(root.raw)
             except BaseException:
                 root.is_open = False
                 self._db.in_doubt(root.log)

@@ -15,6 +15,7 @@ from discord import app_commands
 from discord.ext import commands
 
 from utils.cache import SingleFlight
+from utils.database import deadline
 from utils.exceptions import GuildbookError, NotConfirmed
 from utils.logs import RateLimit, log_once, redact
 from utils.operations.action import Outcome, Step, record_action
@@ -268,6 +269,7 @@ async def operate(interaction: discord.Interaction[Guildbook], command: str, wor
     """
     bot = interaction.client
     reply = Reply(interaction)
+    deadline.lift()  # the action has its own
     try:
         await interaction.response.defer(ephemeral=True, thinking=True)
     except (discord.DiscordException, OSError) as exc:  # after 3 seconds Discord shows the operator a failure
