@@ -43,12 +43,15 @@ _STATEMENTS = load_statements(Path(__file__).with_name("change_feed.sql"))
 _SELECT_HORIZON = _STATEMENTS["select_horizon"]
 _SELECT_CHANGES = _STATEMENTS["select_changes"]
 
-Action = Literal["update", "remove", "return", "join", "leave", "ban", "unban"]
+Action = Literal["create", "update", "remove", "return", "join", "leave", "ban", "unban"]
 
 
 @dataclass(frozen=True, slots=True)
 class MirrorChange:
-    """One change of a mirrored row, or one join, leave, ban or unban."""
+    """One change of a mirrored row, one join, leave, ban or unban, or the creation of a channel, thread, role or guild.
+
+    A guild counts as created when the bot is added to it. Members and users are not created: a member joins.
+    """
 
     #: Unique and time-ordered; store the last one if a change must not be acted on twice.
     id: int
@@ -62,7 +65,7 @@ class MirrorChange:
     #: The user that the change is about; None if it is about no user.
     user_id: int | None
     #: The columns that changed, with their old and new values, times as ISO 8601; None for `member_events` and after an
-    #: erasure.
+    #: erasure. Of a creation, `before` is None and `after` has what Discord sent.
     before: dict[str, Any] | None
     after: dict[str, Any] | None
     #: True if a listing or a snapshot proved it, false if Discord sent an event.

@@ -20,7 +20,7 @@ from utils.mirror.reconcile.archived_threads import ArchivedThreads
 from utils.mirror.reconcile.guild_queue import GuildState
 from utils.mirror.reconcile.listing import PageSink
 from utils.mirror.reconcile.reconciler import ReconcilePolicy, Reconciler
-from utils.mirror.records.rows import Observation, ReadyGuilds, Row, Run, Stamps
+from utils.mirror.records.rows import Mode, Observation, ReadyGuilds, Row, Run, Stamps
 from utils.mirror.records.validation import validate_row
 from utils.mirror.spool.queue import EventQueue
 from utils.mirror.translate import objects
@@ -335,6 +335,9 @@ class Mirror:
         observation = read_snapshot(data, stamp, self._malformed_reporter("GUILD_CREATE"), is_gateway=True)
         known = self.reconciler.guilds.get(guild_id)
         shard_id = (guild_id >> 22) % self.shards
+        if known is None and shard_id in self._ready:  # READY did not list it: the bot was added just now
+            for group in observation.groups:
+                group.mode = Mode.CREATE if group.table == "guilds" else group.mode
         state = GuildState(guild_id, shard_id, size=data.get("member_count"), available=True)
         if known is not None:
             self.reconciler.cancel(known, "it became available again")

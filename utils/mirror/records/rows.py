@@ -52,6 +52,8 @@ class Row(NamedTuple):
     values: dict[str, Any]
     #: False if it may only update an existing row: a removal, an outage, a partial payload.
     may_insert: bool = True
+    #: Whether the payload says that the object was created just now.
+    is_created: bool = False
 
 
 class Entry(NamedTuple):
@@ -60,10 +62,17 @@ class Entry(NamedTuple):
     values: dict[str, Any]
     may_insert: bool
     stamp: int
+    #: Whether a dispatch said that the object was created.
+    is_created: bool = False
 
     def merged_with(self, later: Entry) -> Entry:
         """Combine two entries of the same row; values of the later one win."""
-        return Entry(self.values | later.values, self.may_insert or later.may_insert, max(self.stamp, later.stamp))
+        return Entry(
+            self.values | later.values,
+            self.may_insert or later.may_insert,
+            max(self.stamp, later.stamp),
+            self.is_created or later.is_created,
+        )
 
 
 class Mode(enum.Enum):
@@ -71,6 +80,8 @@ class Mode(enum.Enum):
 
     #: Insert or update.
     MERGE = "merge"
+    #: Likewise, of objects that a dispatch says were created: an insert is recorded as that.
+    CREATE = "create"
     #: Update existing rows only: removals, partial payloads.
     UPDATE = "update"
     #: Insert missing rows only: these are older than a dispatch about the same rows.
@@ -151,7 +162,7 @@ def group_entries(entries: Iterable[tuple[tuple[str, Key], Entry]]) -> Iterator[
     groups: dict[tuple[str, tuple[str, ...], Mode], Group] = {}
     for (table, key), entry in sorted(entries, key=lambda item: item[0]):
         columns = tuple(name for name in value_columns(table) if name in entry.values)
-        mode = Mode.MERGE if entry.may_insert else Mode.UPDATE
+        mode = Mode.UPDATE if not entry.may_insert else Mode.CREATE if entry.is_created else Mode.MERGE
         group = groups.get((table, columns, mode))
         if group is None:
             group = groups[table, columns, mode] = Group(table, columns, mode)

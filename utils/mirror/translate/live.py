@@ -59,6 +59,11 @@ def _member_remove(payload: Payload, at: datetime) -> list[Row]:
     return objects.member_left(int(payload["guild_id"]), payload, at)
 
 
+def _created(parse: Callable[[Payload, datetime], list[Row]]) -> Callable[[Payload, datetime], list[Row]]:
+    """Return a parser of dispatches that say that an object was created."""
+    return lambda payload, at: [row._replace(is_created=True) for row in parse(payload, at)]
+
+
 def _role(payload: Payload, at: datetime) -> list[Row]:
     return [objects.role(int(payload["guild_id"]), payload["role"])]
 
@@ -81,6 +86,11 @@ def _thread(payload: Payload, at: datetime) -> list[Row]:
     return [objects.thread(int(payload["guild_id"]), payload)]
 
 
+def _thread_create(payload: Payload, at: datetime) -> list[Row]:
+    # Discord also sends it to somebody who is added to a private thread.
+    return [row._replace(is_created=payload.get("newly_created") is True) for row in _thread(payload, at)]
+
+
 def _thread_delete(payload: Payload, at: datetime) -> list[Row]:
     return [objects.tombstone("threads", (int(payload["guild_id"]), int(payload["id"])), "deleted_at", at)]
 
@@ -98,13 +108,13 @@ ROW_PARSERS: dict[str, Callable[[Payload, datetime], list[Row]]] = {
     "GUILD_MEMBER_ADD": _member_add,
     "GUILD_MEMBER_UPDATE": _member_update,
     "GUILD_MEMBER_REMOVE": _member_remove,
-    "GUILD_ROLE_CREATE": _role,
+    "GUILD_ROLE_CREATE": _created(_role),
     "GUILD_ROLE_UPDATE": _role,
     "GUILD_ROLE_DELETE": _role_delete,
-    "CHANNEL_CREATE": _channel,
+    "CHANNEL_CREATE": _created(_channel),
     "CHANNEL_UPDATE": _channel,
     "CHANNEL_DELETE": _channel_delete,
-    "THREAD_CREATE": _thread,
+    "THREAD_CREATE": _thread_create,
     "THREAD_UPDATE": _thread,
     "THREAD_DELETE": _thread_delete,
     "THREAD_LIST_SYNC": _thread_list,

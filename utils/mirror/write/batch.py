@@ -23,6 +23,7 @@ from utils.mirror.records.rows import (
     Entry,
     Group,
     Key,
+    Mode,
     Run,
     group_entries,
     key_columns,
@@ -181,7 +182,9 @@ async def write_groups(
         statement = merge_sql.merge_arrays(group.table, group.columns, group.mode)
         for start in range(0, len(group.records), STATEMENT_ROWS):
             records = group.records[start : start + STATEMENT_ROWS]
-            row = await connection.fetchrow(statement, *_to_arrays(group, records), inferred)
+            row = await connection.fetchrow(
+                statement, *_to_arrays(group, records), inferred and group.mode is not Mode.CREATE
+            )
             assert row is not None
             inserted, updated = row
             counts.inserted[group.table] += inserted

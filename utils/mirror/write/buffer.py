@@ -51,7 +51,7 @@ class Buffer:
         """Add an observation on top of the buffered entry of the same row."""
         slot = (row.table, row.key)
         entries = self._entries_for(slot)
-        entry = Entry(row.values, row.may_insert, stamp)
+        entry = Entry(row.values, row.may_insert, stamp, row.is_created)
         earlier = entries.get(slot)
         entries[slot] = entry if earlier is None else earlier.merged_with(entry)
         if self._oldest_at is None:

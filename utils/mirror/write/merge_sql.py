@@ -14,7 +14,7 @@ from textwrap import indent
 from sqlalchemy import ARRAY
 from sqlalchemy.dialects.postgresql import JSONB
 
-from models import Base, Erase, Part, part_of
+from models import DISCORD_EPOCH_MS, Base, Erase, Part, part_of
 from utils.database.sql import quote_identifier, sql_type
 from utils.mirror.records.rows import Mode, key_columns, table_of, tombstone_column
 
@@ -65,7 +65,7 @@ updated AS (
     RETURNING {column_list(keys, "t")}
 ),
 {history(table, columns, source="matched", changed="updated", inferred=f"${len(names) + 1}::boolean")}\
-{inferred_joins(table, columns)}
+{creations(table, columns, mode)}{inferred_joins(table, columns)}
 SELECT (SELECT count(*) FROM inserted), (SELECT count(*) FROM updated)
 """
 
@@ -180,6 +180,62 @@ history AS (
     JOIN {changed} c ON {equal_keys(keys, "c", "m")}
     WHERE {any_differs(recorded, "m", "m", right_prefix="old_")}
 )"""
+
+
+def creations(table: str, columns: tuple[str, ...], mode: Mode) -> str:
+    """Return the CTE that records creations, with a leading comma; an empty text for tables other than `CREATED`.
+
+    A row that a dispatch calls created is recorded as that. Of any other row that is new here, its id tells when the
+    object was created, and it is recorded if the guild had been listed completely by then: what a first sync finds has
+    been there all along. A guild counts as created when the bot is added to it.
+    """
+    proof = CREATED.get(table)
+    if proof is None or mode is Mode.UPDATE or (table == "guilds" and "joined_at" not in columns):
+        return ""
+    keys, person, tombstone = key_columns(table), person_column(table), tombstone_column(table)
+    recorded = tuple(name for name in columns if part_of(table_of(table).columns[name]) is Part.DATA)
+    values = indent("\n|| ".join(f"jsonb_build_object('{name}', m.{quote_identifier(name)})" for name in recorded),
+                    " " * 11).strip()  # fmt: skip
+    key = ", ".join(f"'{name}', m.{quote_identifier(name)}" for name in keys)
+    conditions = [f"m.{tombstone} IS NULL"] if tombstone in columns else []
+    if mode is not Mode.CREATE:
+        conditions.append(proof)
+    return f""",
+created AS (
+    INSERT INTO {history_table(table)} (guild_id, user_id, table_name, key, action, after, inferred)
+    SELECT {
+        _select_list(
+            (
+                f"m.{keys[0]}",
+                f"m.{person}" if person in columns else "NULL",
+                f"'{table}'",
+                f"jsonb_build_object({key})",
+                "'create'",
+                values or "NULL",
+                "false" if mode is Mode.CREATE else "true",
+            )
+        )
+    }
+    FROM matched m
+    JOIN inserted i ON {equal_keys(keys, "i", "m")}
+    WHERE {" AND ".join(conditions) or "true"}
+)"""
+
+
+_CREATED_AFTER_LISTING = f"""to_timestamp(((m.id >> 22) + {DISCORD_EPOCH_MS}) / 1000.0) > (
+        SELECT r.started_at
+        FROM sync_runs r
+        WHERE r.guild_id = m.guild_id AND r.state = 'complete'
+        ORDER BY r.id
+        LIMIT 1
+    )"""
+#: The tables whose creations are recorded, each with the condition that a listing proves one.
+CREATED = {
+    "guilds": "m.joined_at > (SELECT min(r.started_at) FROM sync_runs r WHERE r.state = 'complete')",
+    "channels": _CREATED_AFTER_LISTING,
+    "roles": _CREATED_AFTER_LISTING,
+    "threads": _CREATED_AFTER_LISTING,
+}
 
 
 def inferred_joins(table: str, columns: tuple[str, ...], *, inserted_only: bool = False) -> str:

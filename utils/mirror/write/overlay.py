@@ -152,7 +152,7 @@ class LiveOverlay:
             return [group]
         fresh = [record for record in group.records if record[keys - 1] not in touched]
         groups = [Group(group.table, group.columns, group.mode, fresh)]
-        if group.mode is Mode.MERGE:
+        if group.mode is not Mode.UPDATE:
             groups.append(Group(group.table, group.columns, Mode.INSERT, stale))
         rows = self._rows[group.table, guild_id]
         partial: dict[tuple[str, ...], Group] = {}
