@@ -23,6 +23,7 @@ from utils.bot.loader import Loader
 from utils.bot.member_events import FROM_MIRROR, MemberEvents
 from utils.bot.prefixes import Prefixes
 from utils.bot.scheduler import Scheduler
+from utils.bot.watchdog import Watchdog
 from utils.database import Pool
 from utils.database.access import Database
 from utils.database.cache import Channel, QueryCache
@@ -110,6 +111,8 @@ class Guildbook(commands.AutoShardedBot):
         self.settings: Settings = settings
         #: The commands, components and forms that are running.
         self.invocations: Invocations = Invocations(bound=settings.command_timeout_seconds)
+        #: Names the cog that blocks the event loop.
+        self.watchdog: Watchdog = Watchdog(lambda: [state.module for state in self.loader.states()])
         self.cache: QueryCache | None = None
         if settings.cache_max_results:
             self.cache = QueryCache(max_results=settings.cache_max_results, ttl=settings.cache_ttl_seconds)
@@ -267,6 +270,7 @@ class Guildbook(commands.AutoShardedBot):
         await self._mirror.replay()
         self._mirror.start()
         self.gateway_intents.grant(self.application_flags.value)
+        self.watchdog.start()
         await self.loader.load_all()
         self.gateway_intents.settle()
         self.loader.log_warnings()
@@ -351,6 +355,7 @@ class Guildbook(commands.AutoShardedBot):
         The mirror gets `timeout` seconds to write its buffers. If the lease was lost, it writes nothing and the journal
         keeps the events. Does nothing for what never started.
         """
+        self.watchdog.stop()
         await self.scheduler.stop(STOP_TIMEOUT)
         await self.operators.stop(STOP_TIMEOUT)
         if self._mirror is not None:

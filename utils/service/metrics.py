@@ -76,6 +76,10 @@ refused_commands = Counter(
 loop_stall_max = Gauge(
     "guildbook_loop_stall_max_seconds", "Longest stall of the event loop since the start.", registry=registry
 )
+loop_blocks = Counter(
+    "guildbook_loop_blocks", "How often the event loop was blocked for more than 0.2 s, by the module that did it.",
+    ["module"], registry=registry,
+)  # fmt: skip
 pool_connections = Gauge(
     "guildbook_pool_connections", "Connections of the pool, by state.", ["state"], registry=registry
 )  # fmt: skip
