@@ -83,11 +83,12 @@ async def start_bot(
     module: str = "bot",
     is_merged: bool = True,
     has_reader: bool = True,
+    stdout_to: int | None = None,
 ) -> BotCommand:
     """Start `python bot.py`, or another module, with arguments in a directory and in a session of its own.
 
     It gets only the given settings from its environment. `is_merged` sends its stderr to its stdout, whose other end is
-    closed from the start if not `has_reader`.
+    closed from the start if not `has_reader`. `stdout_to` is a file that it gets as its stdout instead of a pipe.
     """
     stdout, stdout_end = os.pipe()
     stderr, stderr_end = os.pipe()
@@ -99,7 +100,8 @@ async def start_bot(
         "environment": environment(**settings),
     }
     try:
-        _server().send(request, [status_end, stdout_end, stdout_end if is_merged else stderr_end])
+        output = stdout_end if stdout_to is None else stdout_to
+        _server().send(request, [status_end, output, output if is_merged else stderr_end])
     finally:
         for end in (stdout_end, stderr_end, status_end):
             os.close(end)

@@ -117,22 +117,40 @@ async def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path, data
     assert output.startswith(f"could not write {place}: ")
 
 
+async def run_into(directory: Path, file: int, *arguments: str, **settings: str) -> tuple[int, str]:
+    """Run a command whose standard output is a file; return its exit code and standard error."""
+    process = await start_bot(directory, *arguments, settings=settings, is_merged=False, stdout_to=file)
+    async with asyncio.timeout(60):
+        _, errors = await process.communicate()
+    return await process.wait(), errors.decode()
+
+
 async def test_a_closed_pipe_ends_a_command_quietly(tmp_path: Path, database_url: str) -> None:
     # The doctor finds that there is no token.
-    for arguments, expected in (("db describe", 0), ("db --help", 0), ("doctor --json", 1), ("export table:users", 0)):
-        line = f"$BOT {arguments} | head -c 1 > /dev/null; echo ${{PIPESTATUS[0]}}"
-        _, code, errors = await run_in_shell(tmp_path, line, DATABASE_URL=database_url, DISCORD_TOKEN="")
-        assert (int(code), "Traceback" in errors, "Errno" in errors) == (expected, False, False), (arguments, errors)
+    for line, expected in (("db describe", 0), ("db --help", 0), ("doctor --json", 1), ("export table:users", 0)):
+        theirs, ours = os.pipe()
+        reading = asyncio.create_task(asyncio.to_thread(_read_one_byte, theirs))
+        settings = {"DATABASE_URL": database_url, "DISCORD_TOKEN": ""}
+        code, errors = await run_into(tmp_path, ours, *line.split(), **settings)
+        os.close(ours)
+        await reading
+        assert (code, "Traceback" in errors, "Errno" in errors) == (expected, False, False), (line, errors)
     line = "$BOT db describe > >(exec >&-; exit); echo $?"
     assert (await run_in_shell(tmp_path, line, DATABASE_URL=database_url))[1:] == ("0\n", "")
 
 
+def _read_one_byte(file: int) -> None:
+    """Do as `head -c 1` does."""
+    os.read(file, 1)
+    os.close(file)
+
+
 async def test_output_that_cannot_be_written_is_one_line(tmp_path: Path, database_url: str) -> None:
-    code, _, errors = await run_in_shell(tmp_path, "$BOT db describe > /dev/full", DATABASE_URL=database_url)
     message = "the output could not be written: No space left on device\n"
-    assert (code, errors) == (1, message)
-    code, _, errors = await run_in_shell(tmp_path, "$BOT db describe --json > /dev/full", DATABASE_URL=database_url)
-    assert (code, errors) == (1, message)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for arguments in (("db", "describe"), ("db", "describe", "--json")):
+        assert await run_into(tmp_path, full, *arguments, DATABASE_URL=database_url) == (1, message)
+    os.close(full)
 
 
 async def test_closed_streams_are_no_terminal(tmp_path: Path, database_url: str) -> None:

@@ -25,8 +25,8 @@ from utils.mirror.spool.queue import decode_records
 from utils.mirror.spool.segments import Segments
 from utils.operations import migrations
 
-#: Events per second.
-RATE = 500.0
+#: Events per second, in the soak and in the tests.
+RATE, MODERATE_RATE = 500.0, 250.0
 #: One guild with several pages of members, one with a single page, and small ones.
 GUILDS = ("--guild", "2300", "--guild", "300", "--guild", "60", "--guild", "12")
 #: Seconds between two records of the progress.
@@ -47,11 +47,14 @@ class Progress:
 class Rig:
     """Everything that runs. The first of `bots` is the active one, the others stand by."""
 
-    def __init__(self, directory: Path, server: EmbeddedServer, simulator: SimulatorProcess, seed: int) -> None:
+    def __init__(
+        self, directory: Path, server: EmbeddedServer, simulator: SimulatorProcess, seed: int, rate: float
+    ) -> None:
         self.directory = directory
         self.server = server
         self.simulator = simulator
         self.seed = seed
+        self.rate = rate
         self.audit = Audit()
         self.progress: list[Progress] = []
         self.bots: list[Bot] = []
@@ -113,7 +116,7 @@ class Rig:
     async def start_traffic(self) -> None:
         """Start sending random events."""
         self._starts += 1
-        await self.simulator.call("traffic.start", RATE, self.seed * 1_000 + self._starts)
+        await self.simulator.call("traffic.start", self.rate, self.seed * 1_000 + self._starts)
 
     async def stop_traffic(self) -> None:
         """Stop sending events."""
@@ -230,14 +233,14 @@ def socket_of(target: ConnectTarget) -> str:
 
 
 @contextlib.asynccontextmanager
-async def running_rig(directory: Path, seed: int) -> AsyncIterator[Rig]:
+async def running_rig(directory: Path, seed: int, rate: float = RATE) -> AsyncIterator[Rig]:
     """Start everything except bots, and stop it all at the end, bots included."""
     server = EmbeddedServer(directory / "server")
     await server.start()
     try:
         await migrations.upgrade(server.target())
         async with SimulatorProcess("--seed", str(seed), "--present", "--no-limits", *GUILDS) as simulator:
-            rig = Rig(directory, server, simulator, seed)
+            rig = Rig(directory, server, simulator, seed, rate)
             port = urlsplit(simulator.api_base).port
             assert port is not None
             async with (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,10 +11,10 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from tests.forkserver import start_bot
 from tests.operations.migrations.support import with_revision
 from tests.waiting import until
 from utils.database import ConnectTarget, Pool
-from utils.demo.bot_process import environment
 from utils.exceptions import DatabaseUnavailable, MigrationError
 from utils.operations import migrations
 from utils.operations.migrations import MigrationOptions, admin, schema_catalog
@@ -186,33 +185,31 @@ async def test_unreachable_server_is_unavailable() -> None:
     assert "s3cr3t" not in str(caught.value)
 
 
-async def test_alembic_command_line_uses_the_settings(empty_target: ConnectTarget, tmp_path: Path) -> None:
-    settings = environment(DATABASE_URL=empty_target.libpq_url())
+async def alembic(target: ConnectTarget, *arguments: str) -> tuple[int, str]:
+    """Run Alembic's own command line; return its exit code and output."""
+    process = await start_bot(
+        ROOT, *arguments, module="alembic.__main__", settings={"DATABASE_URL": target.libpq_url()}
+    )
+    async with asyncio.timeout(60):
+        output, _ = await process.communicate()
+    return await process.wait(), output.decode()
 
-    async def alembic(*arguments: str) -> str:
-        command = [sys.executable, "-m", "alembic", *arguments]
-        done = await asyncio.to_thread(
-            subprocess.run, command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False, timeout=60
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
 
-    await alembic("upgrade", "head")
-    assert "No new upgrade operations detected" in await alembic("check")
-    assert f"{HEAD} (head)" in await alembic("current")
+async def test_alembic_command_line_uses_the_settings(empty_target: ConnectTarget) -> None:
+    assert (await alembic(empty_target, "upgrade", "head"))[0] == 0
+    for command, expected in (("check", "No new upgrade operations detected"), ("current", f"{HEAD} (head)")):
+        code, output = await alembic(empty_target, command)
+        assert (code, expected in output) == (0, True), output
 
 
 async def test_alembic_command_line_refuses_a_foreign_database(empty_target: ConnectTarget) -> None:
     connection = await asyncpg.connect(**empty_target.connect_kwargs())
     await connection.execute("CREATE TABLE users (id int)")
     await connection.close()
-    done = await asyncio.to_thread(
-        subprocess.run, [sys.executable, "-m", "alembic", "upgrade", "head"], cwd=ROOT, capture_output=True, text=True,
-        check=False, timeout=60, env=environment(DATABASE_URL=empty_target.libpq_url()),
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "another program has tables where Guildbook would create its own: public.users" in done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
+    code, output = await alembic(empty_target, "upgrade", "head")
+    assert code != 0
+    assert "another program has tables where Guildbook would create its own: public.users" in output
+    assert "Traceback" not in output
 
 
 async def test_time_ordered_ids_follow_the_clock(database: Pool) -> None:
