@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import pkgutil
 import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -24,7 +23,6 @@ from sqlalchemy import Column, Computed, Table
 from sqlalchemy.dialects import postgresql
 
 import bot
-import cogs
 from docs import pictures
 from docs.forms import FORMS
 from models import Base
@@ -45,6 +43,8 @@ MODULES: dict[str, tuple[str, tuple[str, ...]]] = {
     "repositories": ("Repositories", ("utils.repositories",)),
     "errors": ("Errors", ("utils.exceptions",)),
 }
+#: Guildbook's cogs. A user's own, beside them, are not documented here.
+OWN_COGS = ("cogs.cogs", "cogs.db", "cogs.mirror", "cogs.preferences")
 NOTE = "<!-- Written by `make docs`. Change the docstrings, not this page. -->"
 
 
@@ -360,9 +360,9 @@ every six hours, and after a month the first of each day is kept. Times are in U
 
 
 def _slash_commands() -> Iterator[app_commands.Command[Any, ..., Any]]:
-    for found in pkgutil.iter_modules(cogs.__path__, "cogs."):
-        for cls in vars(importlib.import_module(found.name)).values():
-            if inspect.isclass(cls) and issubclass(cls, commands.Cog) and cls.__module__ == found.name:
+    for name in OWN_COGS:
+        for cls in vars(importlib.import_module(name)).values():
+            if inspect.isclass(cls) and issubclass(cls, commands.Cog) and cls.__module__ == name:
                 for command in cls.__cog_app_commands__:
                     children = list(command.walk_commands()) if isinstance(command, app_commands.Group) else [command]
                     yield from (child for child in children if isinstance(child, app_commands.Command))

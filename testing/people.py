@@ -74,20 +74,36 @@ class Person:
         return await Reply(result, self).answered()
 
     async def say(self, content: str, channel_id: int | None = None) -> Message:
-        """Send a message in a channel of the guild, by default its first text channel.
+        """Send a message in a channel of the guild, by default its first text channel, or in direct messages.
 
         Cogs see the content if one of them declares the intent for it.
         """
-        assert self.guild_id is not None, "people speak in the guild"
-        channel_id = channel_id or self._bot.channel_id
         before = self._bot.sent_ids()
-        message_id = self._bot.world.message(self.guild_id, channel_id, self.id, content)
+        if self.guild_id is None:
+            channel_id = int(self._bot.simulator.channels.direct_channel(self.id)["id"])
+            message_id = self._bot.world.direct_message(self.id, content)
+        else:
+            channel_id = channel_id or self._bot.channel_id
+            message_id = self._bot.world.message(self.guild_id, channel_id, self.id, content)
         return Message(message_id, channel_id, self.id, content, self._bot, before)
 
     async def react(self, message: Message, emoji: str = "👍") -> None:
         """Add a reaction to a message."""
-        assert self.guild_id is not None, "people react in the guild"
         self._bot.world.react(self.guild_id, message.channel_id, message.id, self.id, emoji)
+
+    async def unreact(self, message: Message, emoji: str = "👍") -> None:
+        """Remove a reaction from a message."""
+        self._bot.world.unreact(self.guild_id, message.channel_id, message.id, self.id, emoji)
+
+    async def join_voice(self, channel_id: int | None = None) -> None:
+        """Join a voice channel, by default the guild's first, or move there."""
+        assert self.guild_id is not None, "voice channels are in the guild"
+        self._bot.world.set_voice(self.guild_id, self.id, channel_id or self._bot.voice_channel_id)
+
+    async def leave_voice(self) -> None:
+        """Leave the voice channel."""
+        assert self.guild_id is not None, "voice channels are in the guild"
+        self._bot.world.set_voice(self.guild_id, self.id, None)
 
     async def leave(self) -> None:
         """Leave the guild."""

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from discord import app_commands
 
+from docs.generate import OWN_COGS
 from models import Base
 from simulator import Simulator
 from tests.bot.running import running_bot, wait_until_mirrored
@@ -387,7 +388,7 @@ async def test_broken_modules_are_logged_and_the_others_work(
 async def test_all_cogs_load_with_unique_command_names(database: Pool, simulator: Simulator) -> None:
     async with running_bot(database, simulator) as bot:
         assert sorted(bot.extensions) == find_extensions()
-        assert find_extensions() == ["cogs.cogs", "cogs.db", "cogs.mirror", "cogs.preferences"]
+        assert {*OWN_COGS} <= {*find_extensions()}
         names: list[str] = []
         for cog in bot.cogs.values():
             names += [command.qualified_name for command in cog.walk_commands()]

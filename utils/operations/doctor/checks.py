@@ -30,6 +30,7 @@ CHECKS: tuple[Check, ...] = (
     Check("address", address.check_address, _CONNECT + 10.0),
     Check("rights", server.check_privileges, _CONNECT + 5.0),
     Check("schema", server.check_schema, _CONNECT + 20.0),
+    Check("packs", server.check_packs, _CONNECT + 20.0),
     Check("connections", server.check_connections, _CONNECT + 5.0),
     Check("clock", server.check_clock, _CONNECT + 5.0),
     Check("disk", machine.check_disk, 10.0),

@@ -16,6 +16,7 @@ from utils.operations.doctor.context import DoctorContext
 from utils.operations.doctor.discord import report_skew
 from utils.operations.doctor.report import Finding, shorten
 from utils.operations.migrations import invalid_indexes
+from utils.text import format_count
 
 #: The newest major version that the tests run on.
 NEWEST_TESTED = 18
@@ -125,6 +126,32 @@ async def check_schema(context: DoctorContext) -> Sequence[Finding]:
     else:
         findings.append(Finding("ok", "indexes", "none is invalid"))
     return findings
+
+
+async def check_packs(context: DoctorContext) -> Sequence[Finding]:
+    """Check the packs of COGS: what they need, pending revisions, drift; and tables that removed ones left."""
+    context.require("COGS")
+    states = await migrations.pack_states(await context.pool())
+    findings = [_check_pack(state, is_automatic=context.settings.auto_migrate) for state in states]
+    return findings or [Finding("ok", "packs", "COGS is empty")]
+
+
+def _check_pack(state: migrations.PackState, *, is_automatic: bool) -> Finding:
+    name, upgrade = f"pack {state.name}", "run python bot.py db upgrade"
+    if not state.is_active:
+        tables = format_count(len(state.relations), "table")
+        seen = f"not in COGS; it left {tables}: {', '.join(state.relations)[:200]}"
+        return Finding("warn", name, seen, f"put it back, or drop them: python bot.py pack drop {state.name}")
+    if state.problem is not None:
+        seen, _, advice = state.problem.removeprefix(f"{name}: ").partition(": ")
+        return Finding("fail", name, seen, advice or "correct the pack; until then it is not loaded")
+    if state.pending:
+        advice = "the next start applies them" if is_automatic else upgrade
+        return Finding("warn" if is_automatic else "fail", name, f"pending: {', '.join(state.pending)}", advice)
+    if state.drift:
+        advice = f"write a revision: python bot.py pack migration {state.name}"
+        return Finding("warn", name, f"its tables differ from its models: {'; '.join(state.drift)[:200]}", advice)
+    return Finding("ok", name, f"revision {', '.join(state.revisions) or 'none'}, the newest")
 
 
 async def _check_drift(pool: Pool) -> Finding:
