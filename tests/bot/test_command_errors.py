@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import discord
 import pytest
 from discord import app_commands
 from discord.ext import commands
+from sqlalchemy.exc import DBAPIError
 
 from simulator import InteractionResult, Simulator
 from tests.bot.running import running_bot
@@ -19,7 +21,7 @@ from tests.waiting import until
 from utils.bot import command_errors
 from utils.bot.command_errors import explain
 from utils.database import Pool
-from utils.exceptions import DatabaseError, DatabaseUnavailable, Declined, GuildbookError
+from utils.exceptions import DatabaseError, DatabaseUnavailable, Declined, GuildbookError, TransactionConflict
 from utils.logs import RateLimit
 
 pytestmark = pytest.mark.guilds(10)
@@ -272,6 +274,10 @@ async def test_logs_an_answer_that_discord_refuses(
         (GuildbookError("inner workings"), command_errors.INTERNAL_ERROR),
         (Declined("Not today"), "Not today"),
         (commands.CommandInvokeError(DatabaseUnavailable("x")), command_errors.DATABASE_UNAVAILABLE),
+        (asyncpg.CannotConnectNowError("x"), command_errors.DATABASE_UNAVAILABLE),
+        (commands.CommandInvokeError(FileNotFoundError("the cog's own")), command_errors.INTERNAL_ERROR),
+        (TransactionConflict("x"), command_errors.TRANSACTION_CONFLICT),
+        (DBAPIError("UPDATE x", {}, asyncpg.DeadlockDetectedError("x")), command_errors.TRANSACTION_CONFLICT),
     ],
 )
 def test_explains_known_errors(error: Exception, text: str) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import asyncpg
 import pytest
 
 from tests.database.access import COUNT, PUT, accessed
-from utils.database import Pool
+from utils.database import ConnectTarget, Pool
 from utils.database.access import Database
 from utils.exceptions import DatabaseError, ValidationError
 
@@ -142,3 +143,17 @@ async def test_a_cursor_that_writes_drops_cached_results(db: Database) -> None:
     assert await db.fetchval(COUNT) == 1
     assert [row["item"] async for row in db.cursor("DELETE FROM shelf RETURNING item")] == ["apple"]
     assert await db.fetchval(COUNT) == 0
+
+
+async def test_cursors_need_no_named_statements_behind_a_pooler(target: ConnectTarget) -> None:
+    pool = Pool(replace(target, pooled=True), pool_max=2)
+    await pool.connect()
+    async with accessed(pool) as db:
+        await db.executemany(PUT, [("apple", 1), ("pear", 2)])
+        assert [row["item"] async for row in db.cursor(ITEMS, prefetch=1)] == ["apple", "pear"]
+        async with db.transaction():
+            cursor = await db.cursor(ITEMS)
+            assert await db.fetchval(COUNT) == 2, "another statement in between"
+            assert [row["item"] for row in await cursor.fetch(5)] == ["apple", "pear"]
+            assert await db.fetchval("SELECT count(*) FROM pg_prepared_statements WHERE name <> ''") == 0
+    await pool.close()

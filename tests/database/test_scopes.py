@@ -20,8 +20,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from models import User
 from tests.database.access import COUNT, PRICE, PUT, accessed
+from tests.database.test_pool_health import behind_a_network
 from tests.waiting import until
-from utils.database import Pool
+from utils.database import ConnectTarget, Pool
 from utils.database.access import Database
 from utils.database.connection_queue import ConnectionQueue
 from utils.database.transactions import Transaction
@@ -344,6 +345,20 @@ async def test_a_commit_without_an_answer_is_distrusted(db: Database) -> None:
     bypassed = db.get_cache_stats()["bypassed"]
     assert await db.fetchval(count) == 0
     assert db.get_cache_stats()["bypassed"] == bypassed + 1
+
+
+async def test_a_held_session_says_that_the_database_is_away(target: ConnectTarget) -> None:
+    async with behind_a_network(target, 1) as (pool, network), accessed(pool) as db:
+        network.cut()
+        session = await db.session()
+        with pytest.raises(DatabaseUnavailable):
+            await session.execute(text("SELECT 1"))
+        await session.close()
+        network.heal()
+        session = await db.session()
+        assert await session.scalar(text("SELECT 1")) == 1
+        await session.close()
+        assert db.orm.stats()["active"] == 0
 
 
 async def test_a_session_that_was_never_closed_frees_its_place(database: Pool) -> None:

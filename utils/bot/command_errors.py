@@ -8,10 +8,12 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+import asyncpg
 import discord
 import pydantic
 from discord import app_commands
 from discord.ext import commands
+from sqlalchemy.exc import SQLAlchemyError
 
 from utils.bot.responses import TooLate
 from utils.exceptions import (
@@ -173,7 +175,8 @@ def unwrap(error: BaseException) -> BaseException:
 def explain(error: BaseException) -> Explanation:
     """Return how to present an error to the user who ran the command."""
     error = unwrap(error)
-    error = translate(error) or error  # sessions and connections held by hand raise errors of the drivers
+    if isinstance(error, SQLAlchemyError | asyncpg.PostgresError | asyncpg.InterfaceError):  # of what is held by hand
+        error = translate(error) or error
     if isinstance(error, Declined):
         return Explanation(str(error), is_verbatim=True)
     if isinstance(error, TransactionConflict):

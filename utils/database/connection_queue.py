@@ -6,17 +6,17 @@ import asyncio
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from greenlet import getcurrent  # type: ignore[import-untyped]
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
 from sqlalchemy.util import await_only
 
 from utils.database.callers import Caller, Holders, Use, find_caller
-from utils.exceptions import DatabaseUnavailable
+from utils.exceptions import DatabaseUnavailable, translate_errors
 from utils.logs import RateLimit
 
 _log = logging.getLogger(__name__)
@@ -100,9 +100,19 @@ class ConnectionQueue:
 
 
 class QueuedPool(AsyncAdaptedQueuePool):
-    """SQLAlchemy's pool, whose own queue lets late-comers pass, behind a `ConnectionQueue`."""
+    """SQLAlchemy's pool, whose own queue lets late-comers pass, behind a `ConnectionQueue`.
+
+    A connection that cannot be made raises a `DatabaseError`, also to sessions that are held by hand.
+    """
 
     queue: ConnectionQueue
+
+    def __init__(self, creator: Callable[[Any], Any], **kwargs: Any) -> None:
+        def connect(record: Any) -> Any:
+            with translate_errors(was_connected=True):
+                return creator(record)
+
+        super().__init__(cast("Any", connect), **kwargs)
 
     def recreate(self) -> Any:
         """Return a new pool behind the same queue: connections of the old one that are in use count until the end."""

@@ -48,6 +48,12 @@ class RetryPolicy:
     errors: tuple[type[Exception], ...] = ()
     is_worth_retrying: Callable[[Exception], bool] = is_transient
 
+    def __post_init__(self) -> None:
+        if self.attempts is not None and self.attempts < 1:
+            raise ValueError(f"attempts must be at least 1, not {self.attempts}")
+        if self.factor < 1:
+            raise ValueError(f"factor must be at least 1, not {self.factor}: delays do not get shorter")
+
     def admits(self, error: Exception) -> bool:
         """Return whether to try again after this error."""
         return isinstance(error, self.errors) or self.is_worth_retrying(error)

@@ -131,7 +131,8 @@ def bound_to(root: Root) -> Iterator[None]:
     try:
         yield
     finally:
-        current.reset(token)
+        with contextlib.suppress(ValueError):  # the block ended in another context, as in fixtures
+            current.reset(token)
 
 
 async def run_in(transaction: Transaction, callback: Callable[..., Awaitable[R]]) -> R:
