@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ARRAY, BigInteger, Index, Integer, SmallInteger, Text
+from sqlalchemy import ARRAY, BigInteger, ColumnElement, Index, Integer, SmallInteger, Text, literal_column, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped
 
@@ -15,10 +15,25 @@ if TYPE_CHECKING:
     from models.guilds import Guild
 
 
+#: Orders an index of names by bytes whatever the collation, so that it serves searches by the beginning of a name.
+_BY_BYTES = {"lowered": "text_pattern_ops"}
+
+
+def _lowered(name: str) -> ColumnElement[str]:
+    return literal_column(f"lower({name})", Text).label("lowered")
+
+
 class User(Mirrored, Base):
     """A Discord account that the bot has seen. No foreign key refers to it, because all guilds share it."""
 
     __tablename__ = "users"
+    __table_args__ = (
+        Index("ix_users_lower_username", _lowered("username"), postgresql_ops=_BY_BYTES),
+        Index(
+            "ix_users_lower_global_name", _lowered("global_name"), postgresql_ops=_BY_BYTES,
+            postgresql_where=text("global_name IS NOT NULL"),
+        ),
+    )  # fmt: skip
 
     id: Mapped[int] = snowflake(primary_key=True, erase=Erase.SUBJECT)
     username: Mapped[str | None] = marked(Text, erase=Erase.CLEAR)
@@ -60,7 +75,14 @@ class Member(Mirrored, Base):
     """A user's membership in a guild, present or past."""
 
     __tablename__ = "members"
-    __table_args__ = (Index(None, "user_id"), Index(None, "roles", postgresql_using="gin"))
+    __table_args__ = (
+        Index(None, "user_id"),
+        Index(None, "roles", postgresql_using="gin"),
+        Index(
+            "ix_members_guild_id_lower_nick", "guild_id", _lowered("nick"), postgresql_ops=_BY_BYTES,
+            postgresql_where=text("nick IS NOT NULL"),
+        ),
+    )  # fmt: skip
 
     guild_id: Mapped[int] = snowflake(primary_key=True)
     user_id: Mapped[int] = snowflake(primary_key=True, erase=Erase.SUBJECT)

@@ -22,6 +22,7 @@ from models import Base
 from utils import packs
 from utils.bot import command_errors
 from utils.bot.client import Guildbook
+from utils.bot.converters import MemberConverter, MemberTransformer, UserConverter, UserTransformer
 from utils.bot.invocations import bounded
 from utils.bot.prefixes import DEFAULT_MARK
 from utils.bot.registrations import LIFECYCLE_TIMEOUT, live_cogs
@@ -45,7 +46,17 @@ if TYPE_CHECKING:
     from utils.database.access import Database
     from utils.database.orm import SessionScope
 
-__all__ = ["BaseCog", "Batch", "Guildbook", "MirrorChange", "bounded"]
+__all__ = [
+    "BaseCog",
+    "Batch",
+    "Guildbook",
+    "MemberConverter",
+    "MemberTransformer",
+    "MirrorChange",
+    "UserConverter",
+    "UserTransformer",
+    "bounded",
+]
 
 ResultT = TypeVar("ResultT")
 ModelT = TypeVar("ModelT", bound=BaseModel)

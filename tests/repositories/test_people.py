@@ -11,6 +11,7 @@ from sqlalchemy import select
 
 from models import Member
 from tests.repositories.conftest import NOW
+from tests.waiting import until
 from utils.database import Pool
 from utils.exceptions import ValidationError
 from utils.repositories import (
@@ -22,6 +23,89 @@ from utils.repositories import (
     UserTotals,
 )
 from utils.repositories.people import has_role
+
+
+@pytest.fixture
+async def guild() -> discord.Guild:
+    """A guild as discord.py has it in memory, with one role and nobody else."""
+    client = discord.Client(intents=discord.Intents(guilds=True))
+    payload: Any = {"id": "1", "name": "g", "roles": [{"id": "1", "name": "@everyone", "permissions": "0"}]}
+    return client._connection._add_guild_from_data(payload)
+
+
+async def people(sessions: SessionFactory, *rows: tuple[int, str | None, str | None, str | None]) -> MemberRepository:
+    """Write members of guild 1: id, username, display name, nick."""
+    members = MemberRepository(sessions)
+    await UserRepository(sessions).upsert_many(
+        {"id": id, "username": one, "global_name": two} for id, one, two, _ in rows
+    )
+    await members.upsert_many({"guild_id": 1, "user_id": id, "nick": nick, "joined_at": NOW} for id, _, _, nick in rows)
+    return members
+
+
+async def test_members_become_objects_of_discord_py(sessions: SessionFactory, guild: discord.Guild) -> None:
+    members = await people(sessions, (7, "ada", "Ada", "Countess"), (8, "bob", None, None))
+    await MemberRepository(sessions).upsert(guild_id=1, user_id=9, nick="of nobody known")
+    ada = await members.as_discord(guild, 7)
+    assert ada is not None
+    assert (ada.display_name, ada.name, ada.joined_at, ada.guild) == ("Countess", "ada", NOW, guild)
+    assert guild.get_member(7) is None
+    nameless = await members.as_discord(guild, 9)
+    assert nameless is not None
+    assert (nameless.name, nameless.nick) == ("9", "of nobody known")
+    await members.delete((1, 8))
+    assert (await members.as_discord(guild, 8), await members.as_discord(guild, 404)) == (None, None)
+
+
+async def test_finds_members_by_the_beginning_of_any_name(sessions: SessionFactory, guild: discord.Guild) -> None:
+    rows = ((7, "zoe", "Ada", None), (8, "ada", None, "x"), (9, "bob", None, "ADAx"), (10, "50%_a", None, "Élan"))
+    members = await people(sessions, *rows, (11, "adagone", None, None))
+    await members.delete((1, 11))
+    await UserRepository(sessions).upsert(id=12, username="adaelsewhere")
+
+    async def found(prefix: str, **options: Any) -> list[int]:
+        return [member.id for member in await members.search(guild, prefix, **options)]
+
+    assert await found("aDa") == [8, 9, 7]
+    assert await found("ada", limit=2) == [8, 9]
+    assert await found("50%_") == [10]
+    assert (await found("%"), await found("_"), await found("\\"), await found("adaé")) == ([], [], [], [])
+    assert await found("él") == [10]
+    assert await found("") == [7, 8, 9, 10]
+    with pytest.raises(ValidationError):
+        await found("ada", limit=0)
+
+
+async def test_a_name_means_the_username_before_other_names(sessions: SessionFactory, guild: discord.Guild) -> None:
+    members = await people(
+        sessions, (7, "x", "y", "Ada"), (8, "y", "Ada", None), (9, "ADA", None, None), (10, "ada", None, None)
+    )
+
+    async def named(name: str, discriminator: str | None = None) -> int | None:
+        found = await members.by_name(guild, name, discriminator)
+        return None if found is None else found.id
+
+    assert [await named(name) for name in ("ada", "ADA", "Ada", "aDA", "y", "nobody")] == [10, 9, 8, 9, 8, None]
+    await UserRepository(sessions).upsert(id=9, discriminator="0042")
+    assert (await named("ada", "0042"), await named("ada", "0000"), await named("y", "0042")) == (9, 10, None)
+
+
+async def test_searches_by_name_use_the_indexes(sessions: SessionFactory, guild: discord.Guild, database: Pool) -> None:
+    names = "md5(n::text), md5((n * 3)::text) FROM generate_series(1, 9000) n"
+    await database.execute(f"INSERT INTO users (id, username, global_name) SELECT n, {names}")
+    await database.execute(f"INSERT INTO members (guild_id, user_id, avatar, nick) SELECT 1, n, {names}")
+    await database.execute("ANALYZE users, members")
+    members = MemberRepository(sessions)
+    for _ in range(8):  # also with the plan for any prefix, which PostgreSQL may choose from the sixth time on
+        assert len(await members.search(guild, "abcd")) in range(1, 9)
+
+    async def all_used() -> bool:
+        rows = await database.fetch("SELECT indexrelname FROM pg_stat_user_indexes WHERE idx_scan >= 8")
+        return {row[0] for row in rows} >= {
+            "ix_users_lower_username", "ix_users_lower_global_name", "ix_members_guild_id_lower_nick"
+        }  # fmt: skip
+
+    await until(all_used)
 
 
 async def test_finds_users_by_both_names_ignoring_case(sessions: SessionFactory) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import discord
 from discord.ext import commands
 
-from utils.bot import view_store
+from utils.bot import converters, view_store
 from utils.bot.command_errors import logger_of, report_command_error
 from utils.bot.command_sync import sync_commands
 from utils.bot.command_tree import CommandTree
@@ -108,6 +108,7 @@ class Guildbook(commands.AutoShardedBot):
             allowed_mentions=discord.AllowedMentions.none(),
         )
         view_store.install(self)
+        converters.install()
         self.settings: Settings = settings
         #: The commands, components and forms that are running.
         self.invocations: Invocations = Invocations(bound=settings.command_timeout_seconds)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
-from sqlalchemy import BigInteger, ColumnElement, func, or_, select, type_coerce
+import discord
+from sqlalchemy import BigInteger, ColumnElement, and_, func, or_, select, type_coerce, union
 from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy.orm import contains_eager
 
 from models import Guild, Member, MemberStats, User
 from utils.exceptions import ValidationError
+from utils.mirror.discord.people import build_member
 from utils.repositories.base import MAX_PAGE, Load, Page, Repository
 from utils.repositories.guilds import GuildRepository
 
@@ -46,18 +51,15 @@ class UserRepository(Repository[User, int]):
         username, lowered = func.lower(User.username), func.lower(name)
         query = self._select(or_(username == lowered, func.lower(User.global_name) == lowered))
         if discriminator is not None:
-            digits = str(discriminator).removeprefix("#")
-            digits = "0" if digits.strip("0") == "" else digits.zfill(4)
-            query = query.where(username == lowered, func.coalesce(User.discriminator, "0") == digits)
+            query = query.where(username == lowered, func.coalesce(User.discriminator, "0") == _digits(discriminator))
         return await self._fetch(
             query.order_by((username == lowered).desc().nulls_last(), User.id).limit(_check_limit(limit))
         )
 
     async def search(self, prefix: str, *, limit: int = 25) -> Sequence[User]:
         """Return the users whose username or display name starts with `prefix`, ignoring case, ordered by username."""
-        lowered = func.lower(prefix)
-        names = (func.lower(User.username), func.lower(User.global_name))
-        query = self._select(or_(*(func.starts_with(name, lowered) for name in names)))
+        by_global_name = and_(User.global_name.is_not(None), _starts_with(prefix, User.global_name))
+        query = self._select(or_(_starts_with(prefix, User.username), by_global_name))
         return await self._fetch(query.order_by(func.lower(User.username), User.id).limit(_check_limit(limit)))
 
     async def statistics(self) -> UserTotals:
@@ -119,6 +121,76 @@ class MemberRepository(Repository[Member, Key]):
         where = (Member.guild_id == guild_id, Member.joined_at >= start, Member.joined_at < end)
         return await self.list(*where, after=after, limit=limit, load=load)
 
+    async def as_discord(self, guild: discord.Guild, user_id: int) -> discord.Member | None:
+        """Return a present member as discord.py's object: roles, permissions, display name, avatar, time-out and so on.
+
+        It is made from the row and the guild's roles, whether discord.py has the member in memory or not, and enters
+        no cache: it shows the member as they were, and has no presence. None if the mirror knows no such member.
+
+        Example::
+
+            member = await self.members.as_discord(interaction.guild, user_id)
+            if member is not None and member.guild_permissions.ban_members:
+                ...
+        """
+        row = await self.find((guild.id, user_id), load="user")
+        return None if row is None else _as_discord(guild, row)
+
+    async def search(self, guild: discord.Guild, prefix: str, *, limit: int = 25) -> Sequence[discord.Member]:
+        """Return the present members whose nick, display name or username starts with `prefix`, ignoring case.
+
+        They are ordered by username, or by id if `prefix` is empty, and made as `as_discord` makes them. Every
+        character of `prefix` means itself. Case folding follows the database's locale.
+
+        Example::
+
+            found = await self.members.search(interaction.guild, current)
+            return [app_commands.Choice(name=member.display_name, value=str(member.id)) for member in found]
+        """
+        if not prefix:
+            page = await self.list(Member.guild_id == guild.id, limit=_check_limit(limit), load="user")
+            return [_as_discord(guild, row) for row in page.items]
+        return await self._named(guild, partial(_starts_with, prefix), _check_limit(limit))
+
+    async def by_name(
+        self, guild: discord.Guild, name: str, discriminator: str | int | None = None
+    ) -> discord.Member | None:
+        """Return the present member whom a name means, made as `as_discord` makes them; None if nobody has it.
+
+        A username comes before a display name, a display name before a nick, and each in the same case before another
+        case; among equals the oldest account. `discriminator` as in `UserRepository.by_name`; None: any.
+        """
+        found = await self._named(guild, partial(_equals, name), MAX_PAGE)
+        if discriminator is not None:
+            digits = _digits(discriminator)
+            found = [member for member in found if member.discriminator == digits and _is_named(member.name, name)]
+
+        def rank(member: discord.Member) -> tuple[int, int]:
+            names = (member.name, member.global_name, member.nick)
+            same = [number for number, known in enumerate(names) if known == name]
+            folded = [number + len(names) for number, known in enumerate(names) if _is_named(known, name)]
+            return min([*same, *folded], default=2 * len(names)), member.id
+
+        return min(found, key=rank, default=None)
+
+    async def _named(
+        self, guild: discord.Guild, matches: Callable[[Any], ColumnElement[bool]], limit: int
+    ) -> Sequence[discord.Member]:
+        """Return the present members of whom any name matches, by an index for each name."""
+        of_guild = select(Member.user_id).where(Member.guild_id == guild.id)
+        by_nick = of_guild.where(Member.nick.is_not(None), matches(Member.nick))
+        by_username = select(User.id).where(matches(User.username))
+        by_global_name = select(User.id).where(User.global_name.is_not(None), matches(User.global_name))
+        ids = union(by_nick, by_username, by_global_name).subquery()
+        query = (
+            self._select(Member.guild_id == guild.id, Member.user_id.in_(select(ids.c[0])))
+            .outerjoin(User, User.id == Member.user_id)
+            .options(contains_eager(Member.user))
+            .order_by(func.lower(User.username), Member.user_id)
+            .limit(limit)
+        )
+        return [_as_discord(guild, row) for row in await self._fetch(query)]
+
     async def count_present(self, guild_id: int) -> int:
         """Count the present members of a guild."""
         return await self.count(Member.guild_id == guild_id)
@@ -158,6 +230,34 @@ def has_role(guild_id: int, role_id: int) -> tuple[ColumnElement[bool], ...]:
     if role_id == guild_id:
         return (in_guild,)
     return in_guild, type_coerce(Member.roles, ARRAY(BigInteger)).contains([role_id])
+
+
+def _as_discord(guild: discord.Guild, row: Member) -> discord.Member:
+    return build_member(guild, vars(row), None if row.user is None else vars(row.user))
+
+
+def _starts_with(prefix: str, column: Any) -> ColumnElement[bool]:
+    """Return the condition that a text starts with `prefix`, ignoring case, in a form that can use an index.
+
+    The index orders by bytes, and no character is greater than the last one of Unicode.
+    """
+    text, lowered = func.lower(column), func.lower(prefix)
+    is_between = and_(text.op("~>=~")(lowered), text.op("~<~")(lowered.concat(chr(sys.maxunicode)).self_group()))
+    return and_(is_between, func.starts_with(text, lowered))
+
+
+def _equals(name: str, column: Any) -> ColumnElement[bool]:
+    return func.lower(column) == func.lower(name)
+
+
+def _is_named(known: str | None, name: str) -> bool:
+    return known is not None and known.lower() == name.lower()
+
+
+def _digits(discriminator: str | int) -> str:
+    """Return a discriminator as Discord writes it: 0 or four digits."""
+    digits = str(discriminator).removeprefix("#")
+    return "0" if digits.strip("0") == "" else digits.zfill(4)
 
 
 def _check_limit(limit: int) -> int:

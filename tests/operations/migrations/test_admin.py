@@ -148,7 +148,7 @@ async def test_a_failed_downgrade_without_effect_does_not_pause(database: Pool) 
     holder = await asyncpg.connect(**database.target.connect_kwargs())
     async with holder.transaction():
         await holder.execute(
-            "LOCK TABLE ops.dead_letters, ops.application, ops.migrations, documents IN ACCESS SHARE MODE"
+            "LOCK TABLE users, ops.dead_letters, ops.application, ops.migrations, documents IN ACCESS SHARE MODE"
         )
         with pytest.raises(MigrationError, match="lock timeout"):
             await admin.downgrade(database, KNOWN[-2], backup=None, options=MigrationOptions(lock_timeout="100ms"))

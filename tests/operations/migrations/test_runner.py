@@ -24,7 +24,7 @@ from utils.operations.migrations.preview import preview
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[3]
-REVISIONS = ["0001", "0002", "0003", "0004", "0005", "0006", "0007"]
+REVISIONS = ["0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008"]
 HEAD = REVISIONS[-1]
 
 
