@@ -10,6 +10,7 @@ from cogs.db import BotContext
 from simulator import Simulator
 from tests.bot.running import running_bot
 from tests.bot.temporary_cogs import TemporaryCogs
+from utils.bot.cog_source import SourceContext
 from utils.database import Pool
 from utils.operations.doctor import CHECKS, run_checks
 
@@ -57,7 +58,7 @@ async def setup(bot):
 #: Without any setting.
 EXPECTED = (
     "on_member_update (Levels.on_member_update) is called for the bot itself only (MEMBER_CACHE=none); use"
-    " on_mirror_change, or set MEMBER_CACHE=all",
+    " on_mirror_change, or set EVENTS_FROM_MIRROR=1 or MEMBER_CACHE=all",
     "on_message (Levels.on_message) reads message.content, which is empty in guilds unless the bot is mentioned;"
     " declare intents = discord.Intents(message_content=True) in the cog, or set INTENTS=message_content",
     "on_reaction_add (Levels.on_reaction_add) is never called without the intent guild_reactions or dm_reactions and"
@@ -119,6 +120,28 @@ async def test_intents_and_caches_end_the_warnings(database: Pool, simulator: Si
         member_cache="all", message_cache=10, command_prefix=("!",),
     ) as bot:  # fmt: skip
         assert [state.warnings for state in bot.loader.states()] == [()]
+
+
+def test_the_source_tells_the_same_without_running_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "levels.py").write_text("import nothing_like_this\n" + LEVELS)
+    folder = tmp_path / "declaring"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("this is no Python")
+    (folder / "cog.py").write_text(
+        LEVELS.replace("self.bot.wait_for", "self.wait").replace(
+            "class Levels(commands.Cog):",
+            "class Levels(commands.Cog):\n    intents = discord.Intents(presences=True) | Intents.none()",
+        )
+    )
+    cogs = [("levels", tmp_path / "levels.py"), ("declaring", folder), ("gone", tmp_path / "gone.py")]
+    context = SourceContext(lambda: cogs)
+    expected = [f"levels: {line.replace('MODULE', 'levels.py')}" for line in EXPECTED]
+    listeners = [line for line in expected if "wait_for" not in line]
+    assert sorted(context.cog_problems()) == sorted(
+        expected + [line.replace("levels: ", "declaring: ") for line in listeners]
+    )
+    assert context.cog_intents() == {"presences": ["declaring"]}
 
 
 async def test_waiting_for_what_never_comes_is_logged_once(

@@ -79,7 +79,8 @@ def test_a_problem_is_one_line_with_the_replacement() -> None:
         " discord.Intents(guild_reactions=True) in the cog, or set INTENTS=guild_reactions"
     )
     assert find_problem("member_remove", nothing) == (
-        "is called for the bot itself only (MEMBER_CACHE=none); use on_raw_member_remove, or set MEMBER_CACHE=all"
+        "is called for the bot itself only (MEMBER_CACHE=none); use on_raw_member_remove, or set"
+        " EVENTS_FROM_MIRROR=1 or MEMBER_CACHE=all"
     )
     problems = [problem for event in EVENTS if (problem := find_problem(event, nothing)) is not None]
     assert [problem for problem in problems if "\n" in problem or ";" not in problem] == [

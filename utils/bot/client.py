@@ -18,9 +18,9 @@ from utils.bot.command_sync import sync_commands
 from utils.bot.command_tree import CommandTree
 from utils.bot.intents import GatewayIntents
 from utils.bot.invocations import Context, Invocations
-from utils.bot.listeners import Present, find_problem, is_event
+from utils.bot.listeners import FROM_MIRROR, Present, find_problem, is_event
 from utils.bot.loader import Loader
-from utils.bot.member_events import FROM_MIRROR, MemberEvents
+from utils.bot.member_events import MemberEvents
 from utils.bot.prefixes import Prefixes
 from utils.bot.scheduler import Scheduler
 from utils.bot.watchdog import Watchdog

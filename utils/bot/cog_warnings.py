@@ -1,67 +1,109 @@
-"""What of a loaded cog cannot work with the present intents and settings, in lines that say what to do."""
+"""What of a cog cannot work with the present intents and settings, in lines that say what to do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import discord
 from discord.ext import commands
 
 from utils.bot.intents import declared_intents
-from utils.bot.listeners import AwaitedEvent, find_content_problem, find_problem, how_to_declare
-from utils.bot.registrations import Registrations
+from utils.bot.listeners import Present, find_content_problem, find_problem, how_to_declare, names_read
 
 if TYPE_CHECKING:
     from utils.bot.client import Guildbook
+    from utils.bot.registrations import Registrations
 
 #: Commands that a line names.
 SHOWN_COMMANDS = 5
 
 
-def find_warnings(bot: Guildbook, registered: Registrations, awaited: Iterable[AwaitedEvent]) -> list[str]:
-    """Return what of a module cannot work: intents that need a restart, listeners, `wait_for`, text commands."""
-    cogs = [cog for name in sorted(registered.cogs) if (cog := bot.get_cog(name)) is not None]
-    declared = discord.Intents.none()
-    lines = []
-    for cog in cogs:
-        declared |= declared_intents(cog)
-        if lacking := bot.gateway_intents.lacking(cog):
-            lines.append(
-                f"{cog.qualified_name} needs the intents {', '.join(lacking)}, which the bot did not connect with:"
-                " restart it"
-            )
-    # What a cog declares is not asked for again: the line above says what is to be done.
-    present = replace(bot.present(), intents=bot.intents | declared)
+class ListenerUse(NamedTuple):
+    """A listener of a cog."""
+
+    #: The event's name without `on_`.
+    event: str
+    #: The function: `Levels.on_message`.
+    name: str
+    #: The attributes that it reads.
+    reads: frozenset[str]
+
+
+class AwaitedEvent(NamedTuple):
+    """A call of `bot.wait_for`."""
+
+    #: The event's name without `on_`.
+    event: str
+    #: Module and line.
+    where: str
+
+
+@dataclass(slots=True)
+class CogUse:
+    """What a cog uses of Discord."""
+
+    #: Its short name.
+    name: str
+    #: Those that it declares.
+    intents: discord.Intents = field(default_factory=discord.Intents.none)
+    listeners: list[ListenerUse] = field(default_factory=list)
+    awaited: list[AwaitedEvent] = field(default_factory=list)
+    #: Names of text commands, and of those that are slash commands too.
+    text: list[str] = field(default_factory=list)
+    hybrid: list[str] = field(default_factory=list)
+    #: Whether it chooses prefixes.
+    has_hook: bool = False
+
+
+def find_warnings(bot: Guildbook, name: str, registered: Registrations, awaited: Iterable[AwaitedEvent]) -> list[str]:
+    """Return what of a loaded module cannot work: intents that need a restart, and what `find_problems` finds."""
+    use, lines = CogUse(name, awaited=list(awaited)), []
+    for cog_name in sorted(registered.cogs):
+        if (cog := bot.get_cog(cog_name)) is not None:
+            use.intents |= declared_intents(cog)
+            if lacking := bot.gateway_intents.lacking(cog):
+                lines.append(
+                    f"{cog_name} needs the intents {', '.join(lacking)}, which the bot did not connect with: restart it"
+                )
     for event, listeners in sorted(registered.listeners.items()):
-        name = event.removeprefix("on_")
         for listener in listeners:
-            problem = find_problem(name, present) or find_content_problem(name, listener, present)
-            if problem is not None:
-                lines.append(f"{event} ({getattr(listener, '__qualname__', listener)!s}) {problem}")
-    for event, where in awaited:
+            label = str(getattr(listener, "__qualname__", listener))
+            use.listeners.append(ListenerUse(event.removeprefix("on_"), label, names_read(listener)))
+    for command in registered.commands:
+        if type(command).__module__ != commands.help.__name__:
+            is_hybrid = isinstance(command, commands.HybridCommand | commands.HybridGroup)
+            (use.hybrid if is_hybrid else use.text).append(command.name)
+    return lines + find_problems(use, bot.present(), has_prefix=bool(bot.prefixes.default or bot.prefixes.hooks))
+
+
+def find_problems(use: CogUse, present: Present, *, has_prefix: bool) -> list[str]:
+    """Return what of a cog cannot work: listeners, `wait_for` and text commands, one line each."""
+    # What a cog declares is not asked for again: another line says that it is refused or needs a restart.
+    present = replace(present, intents=present.intents | use.intents)
+    lines = []
+    for event, name, reads in use.listeners:
+        problem = find_problem(event, present) or find_content_problem(event, reads, present)
+        if problem is not None:
+            lines.append(f"on_{event} ({name}) {problem}")
+    for event, where in use.awaited:
         if (problem := find_problem(event, present)) is not None:
             lines.append(f"on_{event} (wait_for in {where}) {problem}")
-    lines += _prefix_warnings(bot, registered, has_content=present.intents.message_content)
-    return lines
+    return [*lines, *_prefix_problems(use, has_prefix=has_prefix, has_content=present.intents.message_content)]
 
 
-def _prefix_warnings(bot: Guildbook, registered: Registrations, *, has_content: bool) -> Iterator[str]:
-    found = [command for command in registered.commands if type(command).__module__ != commands.help.__name__]
-    text_only = [command for command in found if not isinstance(command, commands.HybridCommand | commands.HybridGroup)]
-    has_prefix = bool(bot.prefixes.default or bot.prefixes.hooks)
-    if has_prefix and found and not has_content:
+def _prefix_problems(use: CogUse, *, has_prefix: bool, has_content: bool) -> Iterator[str]:
+    if has_prefix and not has_content and (use.text or use.hybrid):
         yield (
-            f"{_describe(found)} in guilds only after a mention of the bot, because Discord leaves other messages"
-            f" empty; {how_to_declare('message_content')}"
+            f"{_describe(use.text + use.hybrid)} in guilds only after a mention of the bot, because Discord leaves"
+            f" other messages empty; {how_to_declare('message_content')}"
         )
-    elif text_only and not has_prefix:
-        yield f"{_describe(text_only)} only after a mention of the bot; set COMMAND_PREFIX, for example to !"
+    elif use.text and not has_prefix:
+        yield f"{_describe(use.text)} only after a mention of the bot; set COMMAND_PREFIX, for example to !"
 
 
-def _describe(found: list[commands.Command[Any, ..., Any]]) -> str:
-    names = sorted(command.name for command in found)
+def _describe(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN_COMMANDS} more" if len(names) > SHOWN_COMMANDS else ""
-    listed = ", ".join(names[:SHOWN_COMMANDS]) + more
+    listed = ", ".join(sorted(names)[:SHOWN_COMMANDS]) + more
     return f"the text command {listed} works" if len(names) == 1 else f"the text commands {listed} work"

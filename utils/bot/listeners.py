@@ -5,14 +5,10 @@ One table, read from discord.py 2.7.1 (`state.py`): tests/bot/test_listeners.py 
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.abc import InspectLoader
 from types import CodeType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import discord
 
@@ -119,19 +115,13 @@ ALWAYS: frozenset[str] = frozenset(
     )
 )  # fmt: skip
 
+#: Events that the mirror dispatches with EVENTS_FROM_MIRROR=1, for every member.
+FROM_MIRROR: frozenset[str] = frozenset(("member_update", "member_remove", "user_update"))
+
 #: What Discord leaves empty in messages of a guild without the intent message_content, unless they mention the bot.
 _CONTENT = frozenset(("attachments", "clean_content", "components", "content", "embeds", "poll", "system_content"))
 #: Events that carry a message with its content.
 _WITH_CONTENT = frozenset(("message", "message_edit", "raw_message_edit"))
-
-
-class AwaitedEvent(NamedTuple):
-    """A call of `bot.wait_for`."""
-
-    #: The event's name without `on_`.
-    event: str
-    #: Module and line.
-    where: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +154,8 @@ def find_problem(event: str, present: Present) -> str | None:
     if "members" in needs.caches and present.member_cache != "all":
         missing.append("members in memory" if present.member_cache == "none" else "all members in memory")
         settings.append("MEMBER_CACHE=all")
+    if event in FROM_MIRROR:
+        settings = ["EVENTS_FROM_MIRROR=1 or MEMBER_CACHE=all"]
     advice = _advice(needs.instead, settings)
     if needs.intents and not any(getattr(present.intents, name) for name in needs.intents):
         missing.insert(0, f"the intent {' or '.join(needs.intents)}")
@@ -184,48 +176,29 @@ def how_to_declare(intent: str) -> str:
     return f"declare intents = discord.Intents({intent}=True) in the cog, or set INTENTS={intent}"
 
 
-def find_content_problem(event: str, function: Callable[..., Any], present: Present) -> str | None:
-    """Return that a listener reads what Discord leaves empty, in one line; None if it does not."""
-    if event not in _WITH_CONTENT or present.intents.message_content:
-        return None
-    read = sorted(_CONTENT.intersection(_names_read(getattr(function, "__code__", None))))
-    if not read:
+def find_content_problem(event: str, reads: frozenset[str], present: Present) -> str | None:
+    """Return that a listener reads what Discord leaves empty, in one line; None if it does not.
+
+    `reads` are the attributes that it reads.
+    """
+    read = sorted(_CONTENT & reads)
+    if event not in _WITH_CONTENT or present.intents.message_content or not read:
         return None
     what = f"message.{read[0]}" if event == "message" else read[0]
     return f"reads {what}, which is empty in guilds unless the bot is mentioned; {how_to_declare('message_content')}"
 
 
-def awaited_events(modules: Iterable[str]) -> list[AwaitedEvent]:
-    """Return the events that the source of modules passes to `wait_for` as literals. Blocking.
-
-    Sources that cannot be read are left out.
-    """
-    found: list[AwaitedEvent] = []
-    for module in modules:
-        with contextlib.suppress(ImportError, SyntaxError, ValueError, OSError):
-            spec = importlib.util.find_spec(module)
-            source = spec.loader.get_source(module) if spec and isinstance(spec.loader, InspectLoader) else None
-            if source is not None and ".wait_for" in source:
-                found += (AwaitedEvent(event, f"{module}:{line}") for event, line in _wait_for_calls(ast.parse(source)))
-    return found
+def names_read(function: Callable[..., Any]) -> frozenset[str]:
+    """Return the attributes that a function and the functions in it read."""
+    return frozenset(_names(getattr(function, "__code__", None)))
 
 
-def _wait_for_calls(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "wait_for":
-            argument = node.args[0] if node.args else None
-            if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
-                yield argument.value, node.lineno
-
-
-def _names_read(code: CodeType | None) -> Iterable[str]:
-    """Yield the attributes that a function and the functions in it read."""
-    if code is None:
-        return
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names_read(constant)
+def _names(code: CodeType | None) -> Iterator[str]:
+    if code is not None:
+        yield from code.co_names
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                yield from _names(constant)
 
 
 def _advice(instead: str | None, settings: list[str]) -> str:

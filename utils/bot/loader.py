@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from discord.ext import commands
 
 from utils import packs
-from utils.bot.cog_warnings import find_warnings
+from utils.bot.cog_source import awaited_events
+from utils.bot.cog_warnings import AwaitedEvent, find_warnings
 from utils.bot.command_sync import sync_commands
-from utils.bot.listeners import AwaitedEvent, awaited_events
 from utils.bot.registrations import (
     LIFECYCLE_TIMEOUT,
     Registrations,
@@ -266,7 +266,7 @@ class Loader:
         registrations = self._registrations.get(state.module)
         if registrations is None or state.state != "loaded":
             return state
-        found = find_warnings(self._bot, registrations, self._awaited.get(state.module, []))
+        found = find_warnings(self._bot, state.name, registrations, self._awaited.get(state.module, []))
         return replace(state, warnings=tuple(found))
 
     def _set_state(self, state: CogState) -> CogState:
@@ -297,6 +297,16 @@ def find_extensions(directory: Path = COGS_DIRECTORY) -> list[str]:
 def find_modules() -> list[str]:
     """Return the modules of all cogs: ours, then those of the packs."""
     return [*find_extensions(), *(module for pack in packs.active() for module in pack.cogs())]
+
+
+def cog_paths() -> list[tuple[str, Path]]:
+    """Return the short name of every cog, ours and those of the packs, with its file or its package's directory."""
+    found = []
+    for module in find_modules():
+        pack = packs.module_owner(module)
+        path = (COGS_DIRECTORY if pack is None else pack.directory / "cogs") / module.rpartition(".")[2]
+        found.append((short_name(module), path if path.is_dir() else path.with_suffix(".py")))
+    return found
 
 
 def _initial_state(module: str) -> CogState:

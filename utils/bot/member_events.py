@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import discord
 
+from utils.bot.listeners import FROM_MIRROR
 from utils.database import Pool
 from utils.mirror.discord.people import build_member, build_user
 from utils.mirror.write.live_events import LiveEvents, MemberChange, UserChange
 
 if TYPE_CHECKING:
     from utils.bot.client import Guildbook
-
-#: The events, by their names without `on_`, that the mirror dispatches instead of discord.py.
-FROM_MIRROR: frozenset[str] = frozenset(("member_update", "member_remove", "user_update"))
 
 
 class MemberEvents:

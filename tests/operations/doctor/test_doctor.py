@@ -23,6 +23,7 @@ from simulator.state import Intent
 from tests.bot.running import BotProcess, run_cli, running_bot
 from tests.operations.backup.helpers import connect
 from tests.operations.migrations.support import HEAD, KNOWN
+from tests.packs.support import write_pack
 from tests.ports import free_port
 from utils.database import ConnectTarget, Pool
 from utils.mirror.discord.permissions import invite_url
@@ -189,6 +190,9 @@ async def test_reports_a_rejected_token_and_a_missing_intent(
     assert "Privileged Gateway Intents" in findings["intents"].todo
 
 
+PRESENCES_OFF = "Presence Intent is off, and asked for by INTENTS: cogs that declare it are not loaded"
+
+
 async def test_reports_a_missing_intent_of_the_settings(monkeypatch: pytest.MonkeyPatch, simulator: Simulator) -> None:
     settings = {
         "DISCORD_TOKEN": simulator.token,
@@ -198,7 +202,7 @@ async def test_reports_a_missing_intent_of_the_settings(monkeypatch: pytest.Monk
     assert (await worst_findings(monkeypatch, "discord", **settings))["intents"].state == "ok"
     simulator.privileged_intents = int(Intent.GUILD_MEMBERS)
     finding = (await worst_findings(monkeypatch, "discord", **settings))["intents"]
-    assert (finding.state, finding.seen) == ("warn", "Presence Intent is off: presences of INTENTS is left out")
+    assert (finding.state, finding.seen) == ("warn", PRESENCES_OFF)
     assert "10,000 users" in finding.todo
 
 
@@ -468,3 +472,26 @@ async def test_command_line_on_a_healthy_database(tmp_path: Path, database_url: 
     assert code == 0, output
     assert all(line.split()[0] in ("ok", "warn") for line in output.splitlines())
     assert simulator.token not in output
+    assert "ok    cogs: no listener and no command lacks what it needs\n" in output
+
+
+LEVELS = """
+raise SystemExit("the doctor runs no cog")
+
+class Levels(commands.Cog):
+    intents = discord.Intents(presences=True)
+
+    @commands.Cog.listener()
+    async def on_message_edit(self, before, after): ...
+"""
+
+
+async def test_command_line_reads_the_cogs_of_packs(tmp_path: Path, simulator: Simulator) -> None:
+    pack = write_pack(tmp_path, "levels")
+    (pack / "levels" / "cogs" / "edits.py").write_text(LEVELS)
+    simulator.privileged_intents = int(Intent.GUILD_MEMBERS)
+    settings = {"DISCORD_TOKEN": simulator.token, "DISCORD_API_BASE": simulator.api_base, "COGS": str(pack)}
+    _, output = await run_cli(tmp_path, "doctor", **settings)
+    assert "warn  intents: Presence Intent is off, and asked for by levels.edits: cogs" in output
+    problem = "on_message_edit (Levels.on_message_edit) is never called without messages in memory"
+    assert f"warn  cogs: levels.edits: {problem}" in output

@@ -108,8 +108,12 @@ class DoctorContext:
         return redact(text)
 
     def cog_problems(self) -> list[str] | None:
-        """Return what of the cogs does not work, one line each; None where no bot runs, because only it loads them."""
+        """Return what of the cogs does not work, one line each; None if they are not looked at."""
         return None
+
+    def cog_intents(self) -> dict[str, list[str]]:
+        """Return the cogs that declare each privileged intent, where no bot runs that says so itself."""
+        return {}
 
     # --- backups
 

@@ -60,21 +60,20 @@ async def check_discord(context: DoctorContext, *, timeout: float = REQUEST_SECO
 
 
 def _check_intents(flags: object, context: DoctorContext) -> list[Finding]:
-    """Check the privileged intents of the mirror and of INTENTS. The running bot checks those of its cogs."""
+    """Check the privileged intents of the mirror, of INTENTS and of cogs."""
     granted = granted_intents(flags) if isinstance(flags, int) else frozenset()
-    added = parse_intents(context.settings.intents)
+    added, declared = parse_intents(context.settings.intents), context.cog_intents()
     findings = []
     for name, intent in PRIVILEGED.items():
         is_needed = name == "members"
-        if not (is_needed or getattr(added, name)):
-            continue
-        if name in granted:
+        users = (["INTENTS"] if getattr(added, name) else []) + declared.get(name, [])
+        if name in granted and (is_needed or users):
             findings.append(Finding("ok", "intents", f"{intent.switch} is on"))
         elif is_needed:
             seen = f"{intent.switch} is off: members cannot be mirrored"
             findings.append(Finding("fail", "intents", seen, how_to_switch_on(name)))
-        else:
-            seen = f"{intent.switch} is off: {name} of INTENTS is left out"
+        elif users:
+            seen = f"{intent.switch} is off, and asked for by {', '.join(users)}: cogs that declare it are not loaded"
             findings.append(Finding("warn", "intents", seen, how_to_switch_on(name)))
     return findings
 
