@@ -69,7 +69,9 @@ async def test_crossing_transfers_all_succeed(db: Database) -> None:
     pairs = [(giver, taker) for giver in items for taker in items if giver != taker]
     await db.pool.execute(f"ALTER DATABASE {db.pool.target.database} SET deadlock_timeout = '10ms'")
     await db.renew()
-    await asyncio.gather(*(db.run(functools.partial(move, *pair), seconds=60, timeout=60) for pair in pairs))
+    await asyncio.gather(
+        *(db.run(functools.partial(move, *pair), attempts=1_000, seconds=60, timeout=60) for pair in pairs)
+    )
     prices = [row["price"] for row in await db.fetch("SELECT price FROM shelf")]
     assert prices == [100] * 4
     assert attempts > len(pairs), "no deadlock happened: the test shows nothing"

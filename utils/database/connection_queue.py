@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 from greenlet import getcurrent  # type: ignore[import-untyped]
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
@@ -99,6 +99,17 @@ class ConnectionQueue:
             self._free.release()
 
 
+class _TranslatingCreator:
+    """Makes connections for SQLAlchemy and raises our errors."""
+
+    def __init__(self, creator: Callable[[Any], Any]) -> None:
+        self._creator = creator
+
+    def __call__(self, record: Any) -> Any:
+        with translate_errors(was_connected=True):
+            return self._creator(record)
+
+
 class QueuedPool(AsyncAdaptedQueuePool):
     """SQLAlchemy's pool, whose own queue lets late-comers pass, behind a `ConnectionQueue`.
 
@@ -107,12 +118,10 @@ class QueuedPool(AsyncAdaptedQueuePool):
 
     queue: ConnectionQueue
 
-    def __init__(self, creator: Callable[[Any], Any], **kwargs: Any) -> None:
-        def connect(record: Any) -> Any:
-            with translate_errors(was_connected=True):
-                return creator(record)
-
-        super().__init__(cast("Any", connect), **kwargs)
+    def __init__(self, creator: Any, **kwargs: Any) -> None:
+        # `recreate` passes the creator of the old pool.
+        wrapped: Any = creator if isinstance(creator, _TranslatingCreator) else _TranslatingCreator(creator)
+        super().__init__(wrapped, **kwargs)
 
     def recreate(self) -> Any:
         """Return a new pool behind the same queue: connections of the old one that are in use count until the end."""
