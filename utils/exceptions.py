@@ -117,6 +117,10 @@ class UnknownBackup(BackupError, ValidationError):
     """There is no such backup, directory of backups, or table to back up."""
 
 
+class WrongStore(BackupError, SettingsError):
+    """BACKUP_URL is not the address of a store."""
+
+
 class ClientToolsMissing(BackupError):
     """There is no pg_dump and pg_restore of the server's major version on this machine."""
 

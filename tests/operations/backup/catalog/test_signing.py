@@ -35,6 +35,8 @@ async def test_signs_every_copy_of_whole_backups(tmp_path: Path, database: Pool)
     signed = two_stores(tmp_path, backup_signing_key=KEY)
     with pytest.raises(BackupError, match=r"sign it with python bot\.py backup sign"):
         await signed.verify(backups[0].id)
+    newest = await signed.sign("latest")
+    assert [each["id"] for each in newest.data["signed"]] == [backups[1].id] * 2
     one = await signed.sign(backups[0].id)
     assert one.ok
     assert {(each["id"], each["store"]) for each in one.data["signed"]} == {
@@ -42,7 +44,7 @@ async def test_signs_every_copy_of_whole_backups(tmp_path: Path, database: Pool)
     }
     assert "rows counted as in the manifest" in one.text
     rest = await signed.sign()
-    assert (rest.ok, len(rest.data["signed"]), len(rest.data["already_signed"])) == (True, 2, 2)
+    assert (rest.ok, len(rest.data["signed"]), len(rest.data["already_signed"])) == (True, 0, 4)
     for backup in backups:
         assert (await signed.verify(backup.id)).ok
         assert signature(tmp_path / "remote", backup) == signature(tmp_path / "local" / "backups", backup)

@@ -27,7 +27,7 @@ from tests.operations.backup.helpers import (
     table_checksums,
 )
 from utils.database import Pool
-from utils.exceptions import BackupError, UploadFailed
+from utils.exceptions import BackupError, SettingsError, UnknownBackup, UploadFailed
 from utils.operations.action import Step
 from utils.operations.backup.archive.manifest import MANIFEST_SUFFIX
 from utils.operations.backup.catalog import BackupCatalog
@@ -242,6 +242,7 @@ async def test_reports_an_archive_missing_from_the_store(database: Pool, service
 def test_rejects_invalid_urls_without_their_secrets(tmp_path: Path, url: str, message: str) -> None:
     with pytest.raises(BackupError, match=message) as error:
         BackupService(make_settings(tmp_path, backup_url=url))
+    assert isinstance(error.value, SettingsError), "exit code 2"
     assert "hush" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -486,9 +487,9 @@ async def test_a_read_only_directory_is_not_touched(tmp_path: Path) -> None:
     with pytest.raises(BackupError, match="is only read"):
         directory.prepare()
     assert os.listdir(tmp_path) == ["a.json"]
-    with pytest.raises(BackupError, match="does not exist: expected a directory"):
+    with pytest.raises(UnknownBackup, match="does not exist: expected a directory"):
         await Directory(tmp_path / "absent", is_read_only=True).names()
-    with pytest.raises(BackupError, match="Not a directory"):
+    with pytest.raises(UnknownBackup, match="Not a directory: expected one with backups"):
         await Directory(tmp_path / "a.json", is_read_only=True).names()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
 
 from utils.exceptions import BackupError, SettingsError, UnknownBackup
 from utils.operations.action import Progress, ignore_progress
@@ -14,8 +15,8 @@ from utils.operations.backup.archive.manifest import (
     parse_manifest,
 )
 from utils.operations.backup.archive.reading import Verification
-from utils.operations.backup.catalog.catalog import BackupCatalog
-from utils.operations.backup.catalog.entries import describe_some
+from utils.operations.backup.catalog.catalog import LATEST, BackupCatalog
+from utils.operations.backup.catalog.entries import Entry, describe_some
 from utils.operations.backup.catalog.identity import describe_owner
 from utils.operations.backup.store import Store
 
@@ -40,8 +41,8 @@ async def sign(catalog: BackupCatalog, id: str | None = None, *, progress: Progr
     """Sign one backup, or all of the catalog's database, in every store that has it.
 
     Each copy is verified first as `backup verify --deep` does: a damaged one is not signed, and neither is one that is
-    signed with another key. Raises `SettingsError` without BACKUP_SIGNING_KEY, and `BackupError` for a backup that does
-    not exist or is of another database.
+    signed with another key. `id` may be `latest`, the newest full one. Raises `SettingsError` without
+    BACKUP_SIGNING_KEY, and `BackupError` for a backup that does not exist or is of another database.
     """
     key = catalog.settings.backup_signing_key
     if key is None:
@@ -49,13 +50,15 @@ async def sign(catalog: BackupCatalog, id: str | None = None, *, progress: Progr
     entries, errors = await catalog.scan()
     result = Signed(errors=list(errors))
     if id is not None:
-        chosen = [entry for entry in entries if entry.id == id]
+        # Without a signature none is good, which `latest` means elsewhere.
+        named = (entry for entry in entries if entry.id == id or (id == LATEST and entry.is_own and is_full(entry)))
+        chosen = list(islice(named, 1))
         if not chosen:
             error = BackupError if errors else UnknownBackup
             raise error(f"there is no backup {id[:60]}: {describe_some(entries, errors)}")
         if not chosen[0].is_own and chosen[0].manifest is not None:
             owner = describe_owner(chosen[0].manifest)
-            raise BackupError(f"backup {id} is of {owner}, not of {catalog.identity}: nothing was signed")
+            raise BackupError(f"backup {chosen[0].id} is of {owner}, not of {catalog.identity}: nothing was signed")
         entries = chosen
     result.foreign = [entry.id for entry in entries if not entry.is_own]
     for entry in reversed(entries):
@@ -72,6 +75,12 @@ async def sign(catalog: BackupCatalog, id: str | None = None, *, progress: Progr
                     else:
                         result.signed[where] = found
     return result
+
+
+def is_full(entry: Entry) -> bool:
+    """Return whether an entry is a full backup and no safety copy, intact or not."""
+    manifest = entry.manifest
+    return manifest is not None and manifest.kind == "full" and not manifest.is_safety_copy
 
 
 async def _sign_copy(catalog: BackupCatalog, store: Store, id: str, progress: Progress) -> Verification | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from models import Document
 from utils.database.ownership import VERSION_TABLE
 from utils.database.placement import Placement
-from utils.exceptions import BackupError, ValidationError
+from utils.exceptions import BackupError, UnknownBackup, ValidationError
 from utils.operations.backup.archive.objects import Name, owned_names
 from utils.operations.backup.archive.script import Archive
 from utils.text import format_count
@@ -96,10 +96,10 @@ def _find(archive: Archive, name: str, found: set[Name]) -> Name:
     table = by_name.get(name)
     if table is None:
         known = ", ".join(sorted(schemas.shown(*one) for one in found))
-        raise BackupError(f"backup {archive.id} has no table {name}: choose from {known}")
+        raise UnknownBackup(f"backup {archive.id} has no table {name}: choose from {known}")
     if table not in found:
         reason = "no revision here makes it"
         if not _is_replaceable(table, schemas):
             reason = f"a restore keeps schema {schemas.ops}" if table[0] == schemas.ops else "it records the revision"
-        raise BackupError(f"table {name} cannot be restored: {reason}")
+        raise UnknownBackup(f"table {name} cannot be restored: {reason}")
     return table

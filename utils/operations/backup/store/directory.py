@@ -107,6 +107,10 @@ class Directory:
         except FileNotFoundError:
             if self.is_read_only:
                 raise UnknownBackup(f"{self.path} does not exist: expected a directory with backups") from None
+        except NotADirectoryError:
+            if not self.is_read_only:
+                raise
+            raise UnknownBackup(f"{self.path}: Not a directory: expected one with backups") from None
         return names
 
     def blocking_read(self, name: str, limit: int) -> bytes | None:

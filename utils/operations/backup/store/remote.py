@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import SecretStr
 
-from utils.exceptions import BackupError
+from utils.exceptions import BackupError, WrongStore
 from utils.files import create_private
 from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup.archive.pipeline import Digest
@@ -82,7 +82,7 @@ class Remote:
         self._away_since: float | None = None
         has_place = bool(parts.netloc) if parts.scheme != "file" else not parts.netloc and parts.path.startswith("/")
         if not parts.scheme or not has_place:
-            raise BackupError(
+            raise WrongStore(
                 "BACKUP_URL is not the URL of a store: expected s3://bucket/path, gs://bucket/path,"
                 " az://container/path or file:///path"
             )
@@ -98,7 +98,7 @@ class Remote:
             )
         except Exception as exc:  # obstore's errors about its arguments have no common base class
             reason = self._missing or first_line(exc)
-            raise BackupError(f"BACKUP_URL {self._name} cannot be used: {reason}") from None
+            raise WrongStore(f"BACKUP_URL {self._name} cannot be used: {reason}", variables=["BACKUP_URL"]) from None
 
     @property
     def name(self) -> str:
