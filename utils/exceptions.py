@@ -118,7 +118,7 @@ class UnknownBackup(BackupError, ValidationError):
 
 
 class WrongStore(BackupError, SettingsError):
-    """BACKUP_URL is not the address of a store."""
+    """BACKUP_URL is not the address of a store, or is not set although one is needed."""
 
 
 class ClientToolsMissing(BackupError):

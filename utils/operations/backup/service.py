@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from utils.database import Pool
-from utils.exceptions import BackupError, DatabaseError
+from utils.exceptions import BackupError, DatabaseError, WrongStore
 from utils.operations.action import Outcome, Progress, ignore_progress
 from utils.operations.backup.archive.manifest import Reason
 from utils.operations.backup.archive.reading import Verification
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.catalog.entries import Entry
-from utils.operations.backup.catalog.keeping import Pruned, find_alerts, lacking_remotely, prune
+from utils.operations.backup.catalog.keeping import Pruned, drops_among, find_alerts, lacking_remotely, prune
 from utils.operations.backup.catalog.retention import RetentionRules
 from utils.operations.backup.catalog.signing import sign
 from utils.operations.backup.create import BackupRequest, count_live_rows, create
@@ -135,7 +135,7 @@ class BackupService:
     async def push(self, id: str | None = None, *, progress: Progress = ignore_progress) -> Outcome:
         """Upload a backup, or all that the remote store lacks and would keep."""
         if self.catalog.remote is None:
-            raise BackupError("there is no remote store to upload to: set BACKUP_URL")
+            raise WrongStore("there is no remote store to upload to: set BACKUP_URL", variables=["BACKUP_URL"])
         if id is None:
             entries, errors = await self.catalog.scan()
             if errors:
@@ -176,7 +176,12 @@ class BackupService:
 
     async def accept(self, id: str = "latest") -> Outcome:
         """Let retention go on after a backup that has much less than the ones before it."""
-        entry = await self.catalog.accept(id)
+        entries, _ = await self.catalog.scan()
+        found = await self.catalog.find(id)
+        if found.is_own and found.id not in {drop.after.id for drop in drops_among(entries)}:
+            reason = "is accepted already" if found.is_accepted else "does not have much less than the ones before it"
+            return Outcome(f"nothing to accept: backup {found.id} {reason}", {"accepted": None})
+        entry = await self.catalog.accept(found.id)
         return Outcome(f"backup {entry.id} is accepted: retention goes on", {"accepted": entry.id})
 
     async def prune(self, *, dry_run: bool = False) -> Outcome:

@@ -288,3 +288,14 @@ async def test_the_local_disk_is_pruned_while_the_store_is_away(tmp_path: Path) 
     pruned = await prune(catalog, RetentionRules(1))
     assert pruned.ids == [old.id]
     assert len(pruned.errors) == 1
+
+
+async def test_nothing_is_accepted_that_is_no_drop(tmp_path: Path) -> None:
+    service = make_service(tmp_path, Identity(OURS, "db:5432", "guildbook"))
+    before = replace(made_by(OURS, 3), rows={"public.guilds": 10, "public.members": 5_000})
+    after = replace(made_by(OURS, 1), rows={"public.guilds": 10, "public.members": 100})
+    await write_backup(service.catalog.local, before)
+    assert (await service.accept()).text.startswith(f"nothing to accept: backup {before.id} does not have much less")
+    await write_backup(service.catalog.local, after)
+    assert (await service.accept()).data == {"accepted": after.id}
+    assert (await service.accept()).text == f"nothing to accept: backup {after.id} is accepted already"
