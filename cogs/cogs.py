@@ -11,6 +11,8 @@ from discord import app_commands
 
 from utils.base_cog import BaseCog, Guildbook
 from utils.bot.loader import CogState
+from utils.bot.periodic import loops_of
+from utils.bot.registrations import is_within
 from utils.exceptions import GuildbookError
 from utils.operations import slash
 from utils.operations.slash import MESSAGE_LENGTH, Answer, Reply
@@ -32,7 +34,7 @@ class CogCommands(BaseCog):
         """Show the state of every cog."""
 
         async def work(reply: Reply) -> Answer:
-            states = self.bot.loader.states()
+            states = [replace(state, loops=self._loops(state)) for state in self.bot.loader.states()]
             whole = "\n".join(map(_format, states)) or "There are no cogs."
             if len(whole) <= MESSAGE_LENGTH:
                 return Answer(whole)
@@ -40,6 +42,11 @@ class CogCommands(BaseCog):
             return Answer(brief, file=("cogs.txt", whole.encode()))
 
         await slash.operate(interaction, "cogs list", work)
+
+    def _loops(self, state: CogState) -> tuple[str, ...]:
+        """Return a line about each loop of the cogs of a module."""
+        cogs = [cog for cog in self.bot.cogs.values() if is_within(type(cog).__module__, state.module)]
+        return tuple(loop.describe() for cog in cogs for loop in loops_of(cog))
 
     @cogs.command(name="load", description="Load a cog that is not loaded")
     @app_commands.describe(name="The short name: tally for cogs/tally.py")
@@ -97,7 +104,8 @@ def _format(state: CogState, left_out: int = 0) -> str:
     reason = "" if state.reason is None else f": {discord.utils.escape_markdown(state.reason)}"
     failure = " (the last reload failed)" if state.state == "loaded" and state.reason else ""
     pack = "" if state.pack is None else f" (pack {state.pack})"
-    warnings = "".join(f"\n- warning: {discord.utils.escape_markdown(warning)}" for warning in state.warnings)
+    warnings = "".join(f"\n- {line}" for line in state.loops)
+    warnings += "".join(f"\n- warning: {discord.utils.escape_markdown(warning)}" for warning in state.warnings)
     if left_out:
         warnings = f" ({format_count(left_out, 'warning')}, see the file)"
     return f"**{state.name}**{pack} {state.state}{seconds}{failure}{reason}{warnings}"

@@ -9,7 +9,7 @@ import asyncio
 import contextvars
 import inspect
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -24,6 +24,7 @@ from utils.bot import command_errors
 from utils.bot.client import Guildbook
 from utils.bot.converters import MemberConverter, MemberTransformer, UserConverter, UserTransformer
 from utils.bot.invocations import bounded
+from utils.bot.periodic import KeptLoop, keep, loop, loops_of
 from utils.bot.prefixes import DEFAULT_MARK
 from utils.bot.registrations import LIFECYCLE_TIMEOUT, live_cogs
 from utils.cache import TTLCache
@@ -50,12 +51,14 @@ __all__ = [
     "BaseCog",
     "Batch",
     "Guildbook",
+    "KeptLoop",
     "MemberConverter",
     "MemberTransformer",
     "MirrorChange",
     "UserConverter",
     "UserTransformer",
     "bounded",
+    "loop",
 ]
 
 ResultT = TypeVar("ResultT")
@@ -81,6 +84,13 @@ class BaseCog(commands.Cog):
     #: Seconds for each of `start`, `stop`, and the end of cancelled tasks.
     _lifecycle_timeout: ClassVar[float] = LIFECYCLE_TIMEOUT
 
+    def __new__(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
+        self = super().__new__(cls, *args, **kwargs)
+        # Before __init__, which may start them.
+        for name, raw in inspect.getmembers_static(cls, lambda value: isinstance(value, tasks.Loop)):
+            setattr(self, name, keep(raw, self))
+        return self
+
     def __init__(self, bot: Guildbook) -> None:
         self.bot: Guildbook = bot
         #: Reads and writes the database; the same as `bot.db`.
@@ -89,6 +99,7 @@ class BaseCog(commands.Cog):
         self.log: logging.Logger = logging.getLogger(type(self).__module__)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._batches: list[Batch] = []
+        self._periodic: list[KeptLoop] = []
         self._started = self._ended = False
         if self._pack is not None:
             _ = self.settings  # a wrong value keeps the cog from being loaded
@@ -252,6 +263,47 @@ class BaseCog(commands.Cog):
         task.add_done_callback(self._on_task_done, context=context)
         return task
 
+    def every(
+        self,
+        seconds: float,
+        work: Callable[[], Coroutine[Any, Any, Any]],
+        *,
+        key: str | None = None,
+        name: str | None = None,
+    ) -> KeptLoop:
+        """Run a coroutine function now and then every `seconds`, until the cog is unloaded, and return its loop.
+
+        A run that raises is logged and repeated with back-off; an outage ends nothing. `/cogs list` shows the last run,
+        its error, and the next run.
+
+        key: the next run is remembered under it: a restart does not run the work too early, of several processes one
+            runs it, and a run that failed or was cancelled is repeated. Unique in the cog. None: it runs at each start.
+        name: in log lines and lists; None: that of the function.
+
+        Raises `GuildbookError` if the cog has been unloaded.
+
+        Example::
+
+            async def start(self) -> None:
+                self.every(60, self.refresh)
+                self.every(24 * 3600, self.post_digest, key="digest")
+        """
+        name = name or str(getattr(work, "__name__", type(work).__name__))
+        if self._ended:
+            raise GuildbookError(f"{self.qualified_name} is unloaded: it cannot start {name}")
+        if seconds <= 0:
+            raise GuildbookError(f"{name}: the interval must be more than 0 seconds, not {seconds:g}")
+
+        async def run(_: BaseCog) -> None:
+            await work()
+
+        run.__module__, run.__name__ = type(self).__module__, name
+        kept = KeptLoop(run, seconds=seconds, name=name, key=key)
+        kept._injected = self  # type: ignore[assignment]
+        self._periodic.append(kept)
+        kept.start()
+        return kept
+
     def _on_task_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -284,8 +336,8 @@ class BaseCog(commands.Cog):
         if self._ended:
             return
         self._ended = True
-        for loop in self._loops():
-            loop.cancel()
+        loops = [running for it in loops_of(self) if (running := it.get_task()) is not None]
+        self._tasks.update(running for running in loops if not running.done())
         await self._cancel_tasks()
         if self._started:
             try:
@@ -296,10 +348,6 @@ class BaseCog(commands.Cog):
                 self.log.exception("stop() failed (ref %s)", reference, extra={"reference": reference})
         await asyncio.gather(*(batch.close() for batch in self._batches))
         live_cogs.discard(self)
-
-    def _loops(self) -> list[tasks.Loop[Any]]:
-        names = {name for name, _ in inspect.getmembers_static(type(self), lambda value: isinstance(value, tasks.Loop))}
-        return [getattr(self, name) for name in names]
 
     async def _cancel_tasks(self) -> None:
         running = self._tasks - {asyncio.current_task()}

@@ -13,14 +13,14 @@ from typing import Any
 import discord
 import pytest
 from discord import app_commands
-from discord.ext import commands
+from discord.ext import commands, tasks
 from discord.interactions import InteractionResponse
 from discord.state import ConnectionState
 from discord.ui.modal import Modal
 from discord.ui.view import BaseView, ViewStore
 
 from tests.mirror.discord.test_private_hooks import digest_of
-from utils.bot import command_tree, responses, view_store
+from utils.bot import command_tree, periodic, responses, view_store
 
 #: SHA-256 of the source of what is replaced or copied, and of what calls it; by the module that does that.
 REVIEWED: dict[str, tuple[str, tuple[Callable[..., Any], ...]]] = {
@@ -35,6 +35,10 @@ REVIEWED: dict[str, tuple[str, tuple[Callable[..., Any], ...]]] = {
          ViewStore.dispatch_dynamic_items, ViewStore.schedule_dynamic_item_call, BaseView._scheduled_task,
          BaseView._dispatch_item, Modal._scheduled_task, Modal._dispatch_submit,
          ConnectionState.parse_interaction_create),
+    ),
+    periodic.__name__: (
+        "843e164cf1fb1e27ff76d1de77db783c028bf25d870f7a4791398afbf45584e8",
+        (tasks.Loop._loop, tasks.Loop._call_loop_function, tasks.Loop.__get__, tasks.Loop.start, tasks.Loop._error),
     ),
     responses.__name__: (
         "f45167058e979a793058b2bb95d42dd95d5dc0944f7d73e169349835e217a4d1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,33 @@ async def test_operator_lists_loads_unloads_and_reloads_cogs(
         assert [state.state for state in bot.loader.states()] == ["failed", "loaded", "loaded"]
     rows = await database.fetch("SELECT command, arguments, result FROM ops.admin_actions ORDER BY id DESC LIMIT 2")
     assert [tuple(row) for row in rows][1] == ("cogs reload", {"name": "one"}, text)
+
+
+async def test_lists_loops_with_their_last_and_next_run(
+    database: Pool, simulator: Simulator, cogs: TemporaryCogs
+) -> None:
+    cogs.write(
+        "looping",
+        """
+        class Looping(BaseCog):
+            @tasks.loop(seconds=60)
+            async def poll(self) -> None:
+                raise OSError("no answer_")
+
+            async def start(self) -> None:
+                self.every(30, self.refresh)
+                self.poll.start()
+
+            async def refresh(self) -> None: ...
+
+        async def setup(bot: Guildbook) -> None:
+            await bot.add_cog(Looping(bot))
+        """,
+    )
+    async with running_bot(database, simulator, extensions=[cogs.module("looping"), "cogs.cogs"]):
+        listed = await run(simulator, "list")
+    assert re.search(r"- `Looping.poll` every 60 s: last run <t:\d+:T>, last error OSError: no answer\\_, next", listed)
+    assert re.search(r"- `refresh` every 30 s: last run <t:\d+:T>, next run <t:\d+:T>", listed)
 
 
 async def test_cogs_cog_can_be_reloaded_but_not_unloaded(database: Pool, simulator: Simulator) -> None:
