@@ -41,6 +41,8 @@ MODULES: dict[str, tuple[str, tuple[str, ...]]] = {
     "base-cog": ("BaseCog", ("utils.base_cog", "utils.cache")),
     "documents": ("Documents", ("utils.documents",)),
     "repositories": ("Repositories", ("utils.repositories",)),
+    "packs": ("Packs", ("utils.packs.settings", "utils.packs.locales")),
+    "testing": ("Testing", ("testing", "testing.clock")),
     "errors": ("Errors", ("utils.exceptions",)),
 }
 #: Guildbook's cogs. A user's own, beside them, are not documented here.
@@ -264,7 +266,7 @@ def _member(name: str, value: Any) -> list[str]:
 
 
 def _methods(cls: type) -> Iterator[tuple[str, Any]]:
-    ours = [base for base in cls.__mro__ if base.__module__.split(".")[0] in ("utils", "models")]
+    ours = [base for base in cls.__mro__ if base.__module__.split(".")[0] in ("utils", "models", "testing")]
     seen: set[str] = set()
     for base in ours:
         for name, value in vars(base).items():

@@ -65,6 +65,12 @@ async def _create(server: EmbeddedServer) -> None:
     target = server.target(_DATABASE)
     await migrations.upgrade(target)
     _, problems = await migrations.upgrade_packs(target)
+    for pack in packs.active():
+        drift = await migrations.check_drift(target, scripts=pack.scripts)
+        problems += [
+            f"pack {pack.name}: its models are ahead of its revisions ({difference}): write one with make migration"
+            for difference in drift[:1]
+        ]
     if problems:
         raise GuildbookError("\n".join(problems))
 

@@ -12,8 +12,11 @@ from utils import packs
 from utils.database import Pool, ownership, recorded_packs
 from utils.exceptions import MigrationError, UnknownRevision
 from utils.operations import migrations
+from utils.operations.backup.restore.assessment import assess
+from utils.operations.doctor import CHECKS, DoctorContext, run_checks
 from utils.operations.migrations import DEFAULTS, admin
 from utils.operations.migrations.__main__ import write_merge, write_revision
+from utils.operations.migrations.comparison import import_models
 from utils.operations.migrations.pack_revisions import drop_pack
 
 
@@ -244,6 +247,33 @@ async def test_a_failing_revision_keeps_that_pack_from_being_loaded(
         path.write_text("def (")
         await migrations.prepare_packs(database, auto_migrate=True)
         assert "economy_0002.py does not parse" in (packs.problem(pack) or "")
+
+
+async def test_a_database_without_the_tables_of_a_pack_is_not_damaged(database: Pool, tmp_path: Path) -> None:
+    with using(write_pack(tmp_path, "economy")):
+        import_models()
+        await database.execute("INSERT INTO guilds (id, name) VALUES (1, 'one')")
+        assert (await assess(database)).is_fine
+
+
+async def test_doctor_reports_packs(
+    database: Pool, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def find() -> list[tuple[str, str, str]]:
+        findings = await run_checks(DoctorContext(env_file=None), [check for check in CHECKS if check.name == "packs"])
+        return [(finding.state, finding.name, finding.seen) for finding in findings]
+
+    root = write_pack(tmp_path, "economy")
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    monkeypatch.setenv("COGS", str(root))
+    with using(root):
+        assert await find() == [("warn", "pack economy", "pending: economy_0001")]
+        await migrations.upgrade_packs(database)
+        assert await find() == [("ok", "pack economy", "revision economy_0001, the newest")]
+        monkeypatch.setenv("COGS", "")
+        assert await find() == [("warn", "pack economy", "not in COGS; it left 1 table: economy_entries")]
+        await database.execute("DROP TABLE economy_version")
+        assert await find() == [("ok", "packs", "COGS is empty")]
 
 
 async def test_waits_for_an_operator_with_auto_migrate_off(database: Pool, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.docs.blocks import ROOT, blocks_of
-from tests.packs.support import write_pack
+from tests.operations.migrations.support import HEAD
+from tests.packs.support import require, write_pack
 from utils.demo.bot_process import environment
 
 COG = """
@@ -71,9 +72,8 @@ class Playground(BaseCog):
 
     @app_commands.command(description="Pay")
     async def pay(self, interaction: discord.Interaction, to: discord.User, coins: int):
+        await self.db.execute("INSERT INTO economy_entries VALUES (1, $1, $2)", to.id, coins)
         await interaction.response.send_message(f"Pay {coins} coins to {to.mention}?", view=Confirm())
-        await self.db.execute("UPDATE economy_entries SET count = $1", coins)
-        await self.db.execute("INSERT INTO economy_entries VALUES (1, $1, $2) ON CONFLICT DO NOTHING", to.id, coins)
 
     @app_commands.command(description="Choose")
     async def choose(self, interaction: discord.Interaction):
@@ -218,3 +218,9 @@ def test_says_in_one_line_why_a_pack_cannot_be_tested(tmp_path: Path) -> None:
     done = run(root)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "Exit: pack economy needs revision 0099 of Guildbook, which this version does not have" in done.stdout
+    require(root, HEAD)
+    model = root / "economy/models.py"
+    model.write_text(model.read_text() + "    level: Mapped[int] = marked(BigInteger, server_default='0')\n")
+    done = run(root)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "Exit: pack economy: its models are ahead of its revisions (add_column: economy_entries" in done.stdout

@@ -89,7 +89,7 @@ def owned_by(scripts: Path = SCRIPTS, metadata: MetaData = Base.metadata) -> Own
     made = _read_revisions(
         tuple((path, path.stat().st_mtime_ns) for path in sorted((scripts / "versions").glob("*.py")))
     )
-    of_packs = _tables_of_packs()
+    of_packs = tables_of_packs()
     if pack is None:
         declared = {(table.schema, table.name) for table in metadata.tables.values()} - of_packs.keys()
         declared |= {(None, VERSION_TABLE), (None, BATCHES_TABLE)}
@@ -106,7 +106,7 @@ def owned_by(scripts: Path = SCRIPTS, metadata: MetaData = Base.metadata) -> Own
     )
 
 
-def _tables_of_packs() -> dict[Name, str]:
+def tables_of_packs() -> dict[Name, str]:
     """Return the tables that the imported models of active packs declare, with the pack's name."""
     if not packs.active():
         return {}

@@ -28,9 +28,11 @@ def activate(entries: Iterable[str], *, taken: Iterable[str] = ()) -> list[Pack]
     except SettingsError:
         sys.path[:] = path
         raise
+    for name, pack in _active.items():
+        if found.get(name) != pack:
+            _problems.pop(name, None)
     _active.clear()
     _active.update(found)
-    _problems.clear()
     return list(found.values())
 
 

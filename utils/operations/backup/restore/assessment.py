@@ -7,7 +7,7 @@ from typing import Literal
 
 from models import Base
 from utils.database import Pool
-from utils.database.ownership import VERSION_TABLE, fetch_version
+from utils.database.ownership import VERSION_TABLE, fetch_version, tables_of_packs
 from utils.database.placement import Placement
 from utils.exceptions import MISSING_TABLE, DatabaseError, DatabaseUnavailable
 from utils.operations import migrations
@@ -46,7 +46,9 @@ class Assessment:
 
 def _qualified_tables(placement: Placement) -> dict[str, str]:
     """Return the tables of the schema: their names as SQL of this database spells them, and as the models do."""
+    of_packs = tables_of_packs()  # without one of them, that pack is not loaded
     tables = [(None, VERSION_TABLE), *((table.schema, table.name) for table in Base.metadata.sorted_tables)]
+    tables = [name for name in tables if name not in of_packs]
     return {
         qualified((placement.resolve(schema), name)): f"{schema}.{name}" if schema else name for schema, name in tables
     }
