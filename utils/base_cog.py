@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from models import Base
 from utils import packs
 from utils.bot import command_errors
+from utils.bot.change_dispatcher import idempotent
 from utils.bot.client import Guildbook
 from utils.bot.converters import MemberConverter, MemberTransformer, UserConverter, UserTransformer
 from utils.bot.invocations import bounded
@@ -58,6 +59,7 @@ __all__ = [
     "UserConverter",
     "UserTransformer",
     "bounded",
+    "idempotent",
     "loop",
 ]
 

@@ -13,6 +13,7 @@ import discord
 from discord.ext import commands
 
 from utils.bot import converters, view_store
+from utils.bot.change_dispatcher import ChangeDispatcher
 from utils.bot.command_errors import logger_of, report_command_error
 from utils.bot.command_sync import sync_commands
 from utils.bot.command_tree import CommandTree
@@ -31,7 +32,7 @@ from utils.database.orm import SessionScope
 from utils.exceptions import CogError, DatabaseError, GuildbookError, SettingsError, SpoolError
 from utils.logs import RateLimit, log_once
 from utils.mirror import Mirror
-from utils.mirror.change_feed import ChangeFeed, MirrorChange
+from utils.mirror.change_feed import ChangeFeed, MirrorChange, read_listener_positions
 from utils.mirror.discord import tap
 from utils.mirror.discord.intents import mirror_intents
 from utils.mirror.discord.member_cache import MemberCache
@@ -135,6 +136,7 @@ class Guildbook(commands.AutoShardedBot):
         self.add_listener(self.confirmations.on_interaction)
         self.lease: Lease = lease
         self.loader: Loader = Loader(self, extensions)
+        self._changes = ChangeDispatcher(pool, lambda: self.extra_events.get(f"on_{CHANGE_EVENT}", []))
         #: The intents of the gateway session.
         self.gateway_intents: GatewayIntents = GatewayIntents(self, refused=refused_intents)
         #: The prefixes of text commands.
@@ -244,7 +246,14 @@ class Guildbook(commands.AutoShardedBot):
             await self.cache.load(self._pool)
             self._channel = Channel(self.cache, self._pool.direct, self._pool)
             await self._channel.start()
-        changes = ChangeFeed(self._pool, self._dispatch_change, has_listeners=self._has_change_listeners)
+        self._changes.resume_from(await read_listener_positions(self._pool))
+        changes = ChangeFeed(
+            self._pool,
+            self._dispatch_change,
+            has_listeners=self._has_change_listeners,
+            positions=self._changes.positions,
+            wait_for_room=self._changes.wait_for_room,
+        )
         self._mirror = Mirror(
             self._pool,
             DiscordSource(self),
@@ -357,6 +366,7 @@ class Guildbook(commands.AutoShardedBot):
         keeps the events. Does nothing for what never started.
         """
         self.watchdog.stop()
+        await self._changes.stop(STOP_TIMEOUT)
         await self.scheduler.stop(STOP_TIMEOUT)
         await self.operators.stop(STOP_TIMEOUT)
         if self._mirror is not None:
@@ -375,6 +385,7 @@ class Guildbook(commands.AutoShardedBot):
 
     async def close(self) -> None:
         """Give up what is running and tell its users, then disconnect from Discord."""
+        self._changes.pause()
         await self.invocations.stop()
         await super().close()
 
@@ -450,7 +461,8 @@ class Guildbook(commands.AutoShardedBot):
         return bool(self.extra_events.get(f"on_{CHANGE_EVENT}"))
 
     def _dispatch_change(self, change: MirrorChange) -> None:
-        self.dispatch(CHANGE_EVENT, change)
+        discord.Client.dispatch(self, CHANGE_EVENT, change)  # for wait_for, and a method of a subclass
+        self._changes.dispatch(change)
 
     def _start_task(self, work: Coroutine[Any, Any, None], name: str) -> None:
         self._background_tasks.append(asyncio.create_task(work, name=name))

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 
 #: The row of `ops.positions` that holds the position of the feed.
 JOURNAL = "change events"
+#: What precedes the name of a listener, for the position of one that is ahead of others.
+LISTENER_PREFIX = f"{JOURNAL}: "
 #: Changes read and dispatched at once.
 BATCH = 500
 #: Least seconds between two reads.
@@ -42,6 +44,7 @@ RETRY_MAX_SECONDS = 30.0
 _STATEMENTS = load_statements(Path(__file__).with_name("change_feed.sql"))
 _SELECT_HORIZON = _STATEMENTS["select_horizon"]
 _SELECT_CHANGES = _STATEMENTS["select_changes"]
+_SELECT_LISTENERS = _STATEMENTS["select_listeners"]
 
 Action = Literal["create", "update", "remove", "return", "join", "leave", "ban", "unban"]
 
@@ -89,12 +92,16 @@ class ChangeFeed:
         dispatch: Callable[[MirrorChange], None],
         *,
         has_listeners: Callable[[], bool],
+        positions: Callable[[int], tuple[int, Mapping[str, int]]] = lambda read: (read, {}),
+        wait_for_room: Callable[[], Awaitable[None]] | None = None,
         batch: int = BATCH,
         poll_seconds: float = POLL_SECONDS,
         retry_seconds: float = RETRY_SECONDS,
     ) -> None:
         """`dispatch` is called in the event loop and must not block it. Without listeners, changes are skipped.
 
+        `positions` turns the id up to which changes were dispatched into the one up to which all listeners have been
+        told, with the names of listeners that have been told of more. `wait_for_room` is awaited before each read.
         `batch`: changes read at once. `poll_seconds`: most seconds between two reads without a notice.
         `retry_seconds`: delay before the first retry after an error.
         """
@@ -105,11 +112,16 @@ class ChangeFeed:
         self._pool = pool
         self._dispatch = dispatch
         self._has_listeners = has_listeners
+        self._positions = positions
+        self._wait_for_room = wait_for_room
+        #: Id of the last change that was dispatched.
+        self._dispatched = 0
         self._batch = batch
         self._poll_seconds = poll_seconds
         self._retry_seconds = retry_seconds
         self._noticed = asyncio.Event()
         self._saved = 0
+        self._saved_ahead: dict[str, int] = {}
         self._saved_at = time.monotonic()
 
     def notice(self) -> None:
@@ -120,6 +132,8 @@ class ChangeFeed:
         """Dispatch changes until cancelled; errors are logged and retried."""
         try:
             while True:
+                if self._wait_for_room is not None:
+                    await self._wait_for_room()
                 was_noticed = self._noticed.is_set()
                 self._noticed.clear()
                 found, is_complete = await self._step_with_retries()
@@ -173,9 +187,10 @@ class ChangeFeed:
             records = await self._pool.fetch(_SELECT_CHANGES, position, horizon, self._batch)
         for record in records:
             self._dispatch_safely(MirrorChange(*record.values()))
+            self._dispatched = record["id"]
         reached = records[-1]["id"] if len(records) == self._batch else horizon - 1
         self.position = max(position, reached)
-        if records or time.monotonic() - self._saved_at > SAVE_SECONDS:
+        if self._saved < self._dispatched or time.monotonic() - self._saved_at > SAVE_SECONDS:
             await self._save()
         return len(records), horizon == present
 
@@ -194,9 +209,15 @@ class ChangeFeed:
 
     async def _save(self) -> None:
         if self.position is not None and self.position > self._saved:
-            position = self.position
-            await self._pool.execute(events.ADVANCE_POSITION, JOURNAL, position)
-            self._saved = position
+            position, ahead = self._positions(self.position)
+            # Before the position of all: what was told would otherwise be told again after a kill in between.
+            for name, told in ahead.items():
+                if told > self._saved_ahead.get(name, 0):
+                    await self._pool.execute(events.ADVANCE_POSITION, LISTENER_PREFIX + name, told)
+                    self._saved_ahead[name] = told
+            if position > self._saved:
+                await self._pool.execute(events.ADVANCE_POSITION, JOURNAL, position)
+                self._saved = position
         self._saved_at = time.monotonic()
 
     async def _save_at_stop(self) -> None:
@@ -205,6 +226,12 @@ class ChangeFeed:
                 await self._save()
         except (GuildbookError, TimeoutError) as error:
             _log.info("could not save the position of the change feed; its last changes may repeat: %s", error)
+
+
+async def read_listener_positions(pool: Pool) -> dict[str, int]:
+    """Return up to which change each listener was told that was ahead of others when the last process ended."""
+    rows = await pool.fetch(_SELECT_LISTENERS, LISTENER_PREFIX)
+    return {row["journal"].removeprefix(LISTENER_PREFIX): row["position"] for row in rows}
 
 
 def _should_retry(error: BaseException) -> bool:

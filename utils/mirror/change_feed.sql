@@ -54,3 +54,8 @@ SELECT * FROM (
 ) AS recorded
 ORDER BY id
 LIMIT $3
+
+
+-- name: select_listeners
+-- The positions of listeners. $1 what their names begin with.
+SELECT journal, position FROM ops.positions WHERE starts_with(journal, $1)
