@@ -19,7 +19,7 @@ from utils.bot.command_sync import sync_commands
 from utils.bot.command_tree import CommandTree
 from utils.bot.intents import GatewayIntents
 from utils.bot.invocations import Context, Invocations
-from utils.bot.listeners import FROM_MIRROR, Present, find_problem, is_event
+from utils.bot.listeners import CHANGE_EVENT, FROM_MIRROR, Present, find_problem, is_event
 from utils.bot.loader import Loader
 from utils.bot.member_events import MemberEvents
 from utils.bot.prefixes import Prefixes
@@ -64,8 +64,6 @@ STOP_TIMEOUT = 3.0
 ANSWER_TIMEOUT = 30.0
 #: Errors of users that are logged within a minute, of all and of one.
 USER_ERRORS_PER_MINUTE, ERRORS_PER_USER = 60, 10
-#: The event that `on_mirror_change` listeners receive.
-CHANGE_EVENT = "mirror_change"
 #: Why a cog cannot wait for Discord while it is set up, and what to do.
 NOT_CONNECTED = (
     "cogs are loaded before the bot connects, so it would wait for ever; await it in a task (self.spawn) or in a loop's"
@@ -336,7 +334,9 @@ class Guildbook(commands.AutoShardedBot):
 
         def wait_for(self, event: str, /, **how: Any) -> Coroutine[Any, Any, Any]:
             """Wait for an event. Warns of one that is never dispatched; raises `CogError` while a cog is set up."""
-            if self.loader.is_setting_up() and not self.is_ready() and is_event(event):
+            if not is_event(event):  # a cog's own
+                return super().wait_for(event, **how)
+            if self.loader.is_setting_up() and not self.is_ready():
                 raise CogError(f"wait_for({event!r}) cannot be awaited here: {NOT_CONNECTED}")
             if (problem := find_problem(event, self.present())) is not None:
                 caller = sys._getframe(1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import discord
 
-from utils.bot.cog_warnings import AwaitedEvent, CogUse, ListenerUse, find_problems
+from utils.bot.cog_warnings import AwaitedEvent, CogUse, ListenerUse, SourceCalls, find_problems
 from utils.bot.listeners import FROM_MIRROR, Present
 from utils.bot.prefixes import HOOK
 from utils.mirror.discord.intents import PRIVILEGED, mirror_intents, parse_intents
@@ -21,19 +21,22 @@ from utils.operations.doctor.context import DoctorContext
 _COMMANDS = {"command": False, "group": False, "hybrid_command": True, "hybrid_group": True}
 
 
-def awaited_events(modules: Iterable[str]) -> list[AwaitedEvent]:
-    """Return the events that the source of modules passes to `wait_for` as literals. Blocking.
+def read_calls(modules: Iterable[str]) -> SourceCalls:
+    """Return which events the source of modules waits for and dispatches, as far as they are literals. Blocking.
 
     Sources that cannot be read are left out.
     """
-    found: list[AwaitedEvent] = []
+    awaited: list[AwaitedEvent] = []
+    dispatched: set[str] = set()
     for module in modules:
         with contextlib.suppress(ImportError, SyntaxError, ValueError, OSError):
             spec = importlib.util.find_spec(module)
             source = spec.loader.get_source(module) if spec and isinstance(spec.loader, InspectLoader) else None
-            if source is not None and ".wait_for" in source:
-                found += (AwaitedEvent(event, f"{module}:{line}") for event, line in _awaited(ast.parse(source)))
-    return found
+            if source is not None and (".wait_for" in source or ".dispatch" in source):
+                tree = ast.parse(source)
+                awaited += (AwaitedEvent(event, f"{module}:{line}") for event, line in _calls(tree, "wait_for"))
+                dispatched |= {event for event, _ in _calls(tree, "dispatch")}
+    return SourceCalls(awaited, frozenset(dispatched))
 
 
 def read_source(name: str, path: Path) -> CogUse:
@@ -45,7 +48,8 @@ def read_source(name: str, path: Path) -> CogUse:
     for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
         with contextlib.suppress(SyntaxError, ValueError, OSError):
             tree = ast.parse(file.read_text(encoding="utf-8"))
-            use.awaited += (AwaitedEvent(event, f"{file.name}:{line}") for event, line in _awaited(tree))
+            use.awaited += (AwaitedEvent(event, f"{file.name}:{line}") for event, line in _calls(tree, "wait_for"))
+            use.dispatched |= {event for event, _ in _calls(tree, "dispatch")}
             for node in ast.walk(tree):
                 if isinstance(node, ast.ClassDef):
                     _read_class(node, use)
@@ -69,7 +73,8 @@ class SourceContext(DoctorContext):
         for use in self._cogs:
             intents = intents | use.intents
         provided = FROM_MIRROR if settings.events_from_mirror else frozenset()
-        present = Present(intents, settings.member_cache, settings.message_cache, provided)
+        own = frozenset().union(*(use.dispatched for use in self._cogs))
+        present = Present(intents, settings.member_cache, settings.message_cache, provided, own)
         has_prefix = bool(settings.command_prefix) or any(use.has_hook for use in self._cogs)
         return [
             f"{use.name}: {problem}"
@@ -125,10 +130,10 @@ def _intents(value: ast.expr | None) -> discord.Intents:
     return discord.Intents.all()
 
 
-def _awaited(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """Yield the event and the line of each call of `wait_for`."""
+def _calls(tree: ast.AST, method: str) -> Iterator[tuple[str, int]]:
+    """Yield the first argument, if it is a text, and the line of each call of a method."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "wait_for":
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == method:
             argument = node.args[0] if node.args else None
             if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
                 yield argument.value, node.lineno

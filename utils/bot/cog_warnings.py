@@ -40,6 +40,14 @@ class AwaitedEvent(NamedTuple):
     where: str
 
 
+class SourceCalls(NamedTuple):
+    """What the source of a cog's modules calls."""
+
+    awaited: list[AwaitedEvent] = []  # noqa: RUF012 - never changed
+    #: Events that it dispatches, without `on_`.
+    dispatched: frozenset[str] = frozenset()
+
+
 @dataclass(slots=True)
 class CogUse:
     """What a cog uses of Discord."""
@@ -53,12 +61,19 @@ class CogUse:
     #: Names of text commands, and of those that are slash commands too.
     text: list[str] = field(default_factory=list)
     hybrid: list[str] = field(default_factory=list)
+    #: Events that it dispatches itself, without `on_`.
+    dispatched: set[str] = field(default_factory=set)
     #: Whether it chooses prefixes.
     has_hook: bool = False
 
 
-def find_warnings(bot: Guildbook, name: str, registered: Registrations, awaited: Iterable[AwaitedEvent]) -> list[str]:
-    """Return what of a loaded module cannot work: intents that need a restart, and what `find_problems` finds."""
+def find_warnings(
+    bot: Guildbook, name: str, registered: Registrations, awaited: Iterable[AwaitedEvent], own: frozenset[str]
+) -> list[str]:
+    """Return what of a loaded module cannot work: intents that need a restart, and what `find_problems` finds.
+
+    `own` are the events that cogs dispatch themselves.
+    """
     use, lines = CogUse(name, awaited=list(awaited)), []
     for cog_name in sorted(registered.cogs):
         if (cog := bot.get_cog(cog_name)) is not None:
@@ -75,7 +90,8 @@ def find_warnings(bot: Guildbook, name: str, registered: Registrations, awaited:
         if type(command).__module__ != commands.help.__name__:
             is_hybrid = isinstance(command, commands.HybridCommand | commands.HybridGroup)
             (use.hybrid if is_hybrid else use.text).append(command.name)
-    return lines + find_problems(use, bot.present(), has_prefix=bool(bot.prefixes.default or bot.prefixes.hooks))
+    present = replace(bot.present(), own=own)
+    return lines + find_problems(use, present, has_prefix=bool(bot.prefixes.default or bot.prefixes.hooks))
 
 
 def find_problems(use: CogUse, present: Present, *, has_prefix: bool) -> list[str]:

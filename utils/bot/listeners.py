@@ -5,6 +5,7 @@ One table, read from discord.py 2.7.1 (`state.py`): tests/bot/test_listeners.py 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import CodeType
@@ -118,6 +119,12 @@ ALWAYS: frozenset[str] = frozenset(
 #: Events that the mirror dispatches with EVENTS_FROM_MIRROR=1, for every member.
 FROM_MIRROR: frozenset[str] = frozenset(("member_update", "member_remove", "user_update"))
 
+#: The event of the change feed.
+CHANGE_EVENT = "mirror_change"
+_KNOWN = sorted((*EVENTS, *ALWAYS, "error", CHANGE_EVENT))
+#: How similar to an event an unknown name must be to count as misspelt.
+SIMILARITY = 0.88
+
 #: What Discord leaves empty in messages of a guild without the intent message_content, unless they mention the bot.
 _CONTENT = frozenset(("attachments", "clean_content", "components", "content", "embeds", "poll", "system_content"))
 #: Events that carry a message with its content.
@@ -135,6 +142,8 @@ class Present:
     message_cache: int
     #: Events that are dispatched by other means than discord.py's.
     provided: frozenset[str] = frozenset()
+    #: Events that cogs dispatch themselves.
+    own: frozenset[str] = frozenset()
 
 
 def find_problem(event: str, present: Present) -> str | None:
@@ -143,8 +152,8 @@ def find_problem(event: str, present: Present) -> str | None:
     `event` is its name without `on_`.
     """
     needs = EVENTS.get(event)
-    if needs is None or event in present.provided:
-        return None
+    if needs is None or event in present.provided or event in present.own:
+        return None if needs is not None or event in present.own else _find_mistake(event)
     if needs.never is not None:
         return f"is never called: {needs.never}{_advice(needs.instead, [])}"
     missing, settings = [], []
@@ -169,6 +178,14 @@ def find_problem(event: str, present: Present) -> str | None:
 def is_event(event: str) -> bool:
     """Return whether discord.py dispatches an event of this name."""
     return event in EVENTS or event in ALWAYS
+
+
+def _find_mistake(event: str) -> str | None:
+    """Return that an event is probably misspelt; None if it is one of discord.py's, of ours, or unlike all of them."""
+    if event in _KNOWN:
+        return None
+    similar = difflib.get_close_matches(event, _KNOWN, 1, SIMILARITY)
+    return f"is never called: there is no such event; did you mean on_{similar[0]}?" if similar else None
 
 
 def how_to_declare(intent: str) -> str:

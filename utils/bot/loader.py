@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from discord.ext import commands
 
 from utils import packs
-from utils.bot.cog_source import awaited_events
-from utils.bot.cog_warnings import AwaitedEvent, find_warnings
+from utils.bot.cog_source import read_calls
+from utils.bot.cog_warnings import SourceCalls, find_warnings
 from utils.bot.command_sync import sync_commands
 from utils.bot.registrations import (
     LIFECYCLE_TIMEOUT,
@@ -92,8 +92,8 @@ class Loader:
         self._modules: list[str] | None = None if modules is None else list(modules)
         self._states: dict[str, CogState] = {}
         self._registrations: dict[str, Registrations] = {}
-        #: By module, the events that its code waits for.
-        self._awaited: dict[str, list[AwaitedEvent]] = {}
+        #: By module, the events that its source waits for and dispatches.
+        self._calls: dict[str, SourceCalls] = {}
         #: The task that sets a cog up or tears it down.
         self._working: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()
@@ -203,7 +203,7 @@ class Loader:
             return self._set_state(replace(state, state="failed", reason=describe_error(cause), seconds=None))
         seconds = round(time.perf_counter() - started, 3)
         self._registrations[module] = Registrations.capture(self._bot).added_since(before, module)
-        self._awaited[module] = await asyncio.to_thread(awaited_events, list(_imported_modules(module)))
+        self._calls[module] = await asyncio.to_thread(read_calls, list(_imported_modules(module)))
         _log.info("cog loaded: %s", module, extra={"seconds": seconds})
         return self._set_state(replace(state, state="loaded", reason=None, seconds=seconds))
 
@@ -268,7 +268,9 @@ class Loader:
         registrations = self._registrations.get(state.module)
         if registrations is None or state.state != "loaded":
             return state
-        found = find_warnings(self._bot, state.name, registrations, self._awaited.get(state.module, []))
+        awaited = self._calls.get(state.module, SourceCalls()).awaited
+        own = frozenset[str]().union(*(calls.dispatched for calls in self._calls.values()))
+        found = find_warnings(self._bot, state.name, registrations, awaited, own)
         return replace(state, warnings=tuple(found))
 
     def _set_state(self, state: CogState) -> CogState:
