@@ -1,4 +1,4 @@
-"""What the framework costs beside the bare libraries: reads, cache hits, ORM look-ups; and how much batches take."""
+"""What the framework costs beside the bare libraries: reads, cache hits, ORM look-ups; members as objects; batches."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import discord
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from benchmarks.data import seize
@@ -22,9 +23,11 @@ from utils.database import Pool
 from utils.database.access import Database
 from utils.database.cache import QueryCache
 from utils.mirror.batches import Batches
+from utils.mirror.discord.people import build_member
 from utils.mirror.spool.journal import Journal
 from utils.mirror.spool.queue import EventQueue, SpoolMode
 from utils.mirror.write.writer import FlushPolicy
+from utils.repositories import MemberRepository
 from utils.service.lease import holder
 
 USERS = 1_000
@@ -32,6 +35,9 @@ USERS = 1_000
 READS = 2_000
 HITS = 20_000
 READERS = 5
+#: Members built from a row in one round, and members read and built.
+BUILT = 20_000
+READ_MEMBERS = 500
 #: Rows added to a batch in one round, and how many members they are about.
 ADDS = 20_000
 ADDED_MEMBERS = 1_000
@@ -71,6 +77,7 @@ async def measure(pool: Pool, *, rounds: int = 9) -> list[Figure]:
         Figure("db.fetchrow uncached, one reader", micro(seconds["ours, one"]), unit=" µs"),
         Figure("cache hit", micro(seconds["hit"]), unit=" µs"),
         Figure("ORM look-up by key", micro(seconds["our ORM"]), unit=" µs"),
+        *await _measure_members(pool, rounds),
         *await _measure_batch(pool, "outage", rounds),
         *await _measure_batch(pool, "always", rounds),
     ]  # fmt: skip
@@ -119,6 +126,42 @@ async def _ways(pool: Pool) -> AsyncIterator[dict[str, tuple[Read, int, int]]]:
         await bare_pool.close()
         await engine.dispose()
         await database.close(5.0)
+
+
+async def _measure_members(pool: Pool, rounds: int) -> list[Figure]:
+    """Build a `discord.Member` from a row, without and with the query for the row."""
+    await pool.execute("INSERT INTO users (id, username, global_name, bot) VALUES (7, 'ada', 'Ada', false)")
+    await pool.execute(
+        "INSERT INTO members (guild_id, user_id, nick, roles, joined_at, pending, flags)"
+        " VALUES (1, 7, 'Countess', ARRAY[2, 3, 4], now(), false, 0)"
+    )
+    client = discord.Client(intents=discord.Intents(guilds=True))
+    payload: Any = {"id": "1", "name": "a guild", "roles": []}
+    guild = client._connection._add_guild_from_data(payload)
+    database = Database(pool)
+    await database.connect()
+    members = MemberRepository(database.session)
+    built, read = [], []
+    try:
+        row = await members.get((1, 7), load="user")
+        assert row.user is not None
+        values, user = vars(row), vars(row.user)
+        for _ in range(rounds):
+            started = time.perf_counter()
+            for _ in range(BUILT):
+                build_member(guild, values, user)
+            built.append((time.perf_counter() - started) / BUILT * 1e6)
+            started = time.perf_counter()
+            for _ in range(READ_MEMBERS):
+                await members.as_discord(guild, 7)
+            read.append((time.perf_counter() - started) / READ_MEMBERS * 1e6)
+    finally:
+        await database.close(5.0)
+        await pool.execute("TRUNCATE users, members")
+    return [
+        Figure("members.as_discord, without its query", built, "≤", 30.0, " µs"),
+        Figure("members.as_discord", read, unit=" µs"),
+    ]
 
 
 async def _measure_batch(pool: Pool, spool: SpoolMode, rounds: int) -> list[Figure]:
