@@ -226,3 +226,73 @@ async def test_cog_with_a_batch_that_cannot_work_is_not_loaded(
         assert state.state == "failed"
         assert state.reason is not None
         assert problem in state.reason
+
+
+class Legacy(Worker):
+    """Overrides what discord.py calls, in the way of cogs that were written for it: without the inherited one."""
+
+    def __init__(self, bot: Any, *, calls_inherited: bool = False) -> None:
+        super().__init__(bot)
+        self.calls_inherited = calls_inherited
+
+    async def start(self) -> None:
+        self.ended.append("start")
+        self.spawn(self.work())
+        await asyncio.sleep(0)
+
+    async def cog_load(self) -> None:
+        self.ended.append("load")
+        if self.calls_inherited:
+            await super().cog_load()
+            self.ended.append("loaded")
+
+    async def cog_unload(self) -> None:
+        if self.calls_inherited:
+            await super().cog_unload()
+        self.ended.append("unload")
+
+
+async def test_overridden_cog_load_and_cog_unload_still_start_and_clean_up() -> None:
+    class Inheriting(Legacy):
+        async def cog_load(self) -> None:
+            await super().cog_load()
+            self.ended.append("inheriting")
+
+        def cog_unload(self) -> None:  # type: ignore[override]
+            self.ended.append("synchronous")
+
+    for legacy, expected in (
+        (Legacy(Bot()), ["load", "start", "unload", "task", "stop"]),
+        (Legacy(Bot(), calls_inherited=True), ["load", "start", "loaded", "task", "stop", "unload"]),
+        (Inheriting(Bot()), ["load", "inheriting", "start", "synchronous", "task", "stop"]),
+    ):
+        await legacy.cog_load()
+        await legacy.cog_unload()
+        await legacy.cog_unload()
+        assert legacy.ended == expected
+
+
+async def test_overridden_cog_load_that_hangs_or_raises_is_cleaned_up() -> None:
+    class Hanging(Worker):
+        _lifecycle_timeout = 0.1
+        error: Exception | None = None
+
+        async def cog_load(self) -> None:
+            self.spawn(self.work())
+            await asyncio.sleep(0)
+            if self.error is not None:
+                raise self.error
+            await asyncio.Event().wait()
+
+        async def cog_unload(self) -> None:
+            await asyncio.Event().wait()
+
+    hanging = Hanging(Bot())
+    with pytest.raises(GuildbookError, match=r"cog_load\(\) of Hanging took longer than 0.1 s"):
+        await hanging.cog_load()
+    assert hanging.ended == ["task"]
+    failing = Hanging(Bot())
+    failing.error = TimeoutError("of its own")
+    with pytest.raises(TimeoutError, match="of its own"):
+        await failing.cog_load()
+    assert failing.ended == ["task"]

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import discord
 from discord import app_commands
@@ -103,6 +104,8 @@ class BaseCog(commands.Cog):
         self._batches: list[Batch] = []
         self._periodic: list[KeptLoop] = []
         self._started = self._ended = False
+        #: Which of `cog_load` and `cog_unload` is running.
+        self._is_within: Literal["load", "unload"] | None = None
         if self._pack is not None:
             _ = self.settings  # a wrong value keeps the cog from being loaded
         live_cogs.add(self)
@@ -316,25 +319,72 @@ class BaseCog(commands.Cog):
 
     # --- loading and unloading
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Many cogs override these without calling the inherited ones.
+        for name, around in (("cog_load", cls._load), ("cog_unload", cls._unload)):
+            if (own := cls.__dict__.get(name)) is not None:
+                setattr(cls, name, _wrap(own, around))
+
     async def cog_load(self) -> None:
-        """Call `start`. If it fails or times out, tear down what it started."""
-        try:
-            async with asyncio.timeout(self._lifecycle_timeout):
-                self._started = True
-                await self.start()
-                for batch in self._batches:
-                    await batch.verify()
-        except TimeoutError as exc:
-            await self.cog_unload()
-            raise GuildbookError(
-                f"start() of {self.qualified_name} took longer than {self._lifecycle_timeout:g} s"
-            ) from exc
-        except BaseException:
-            await self.cog_unload()
-            raise
+        """Call `start`. If it fails or times out, tear down what it started. An override need not call it."""
+        await self._load(None)
 
     async def cog_unload(self) -> None:
-        """Cancel loops and tasks, then call `stop`. A second call does nothing."""
+        """Cancel loops and tasks, then call `stop`. A second call does nothing. An override need not call it."""
+        await self._unload(None)
+
+    async def _load(self, own: Callable[[Any], Any] | None) -> None:
+        """Run an override of `cog_load`, which may call the inherited one, then `start` unless that has run it."""
+        if self._is_within is not None:  # called by an override
+            await (self._start_once() if own is None else discord.utils.maybe_coroutine(own, self))
+            return
+        self._is_within = "load"
+        name = "start" if own is None else "cog_load"
+        scope = asyncio.timeout(self._lifecycle_timeout)
+        try:
+            async with scope:
+                if own is not None:
+                    await discord.utils.maybe_coroutine(own, self)
+                await self._start_once()
+        except BaseException as exc:
+            self._is_within = None
+            try:
+                await self.cog_unload()
+            except Exception:  # of an override
+                self.log.exception("cog_unload() failed after a failed start: %s", self.qualified_name)
+            if isinstance(exc, TimeoutError) and scope.expired():
+                raise GuildbookError(
+                    f"{name}() of {self.qualified_name} took longer than {self._lifecycle_timeout:g} s"
+                ) from exc
+            raise
+        finally:
+            self._is_within = None
+
+    async def _start_once(self) -> None:
+        if not self._started:
+            self._started = True
+            await self.start()
+            for batch in self._batches:
+                await batch.verify()
+
+    async def _unload(self, own: Callable[[Any], Any] | None) -> None:
+        """Run an override of `cog_unload`, which may call the inherited one, and clean up whatever it does."""
+        if self._is_within == "unload":
+            await (self._clean_up() if own is None else discord.utils.maybe_coroutine(own, self))
+            return
+        if self._ended:
+            return
+        self._is_within = "unload"
+        try:
+            if own is not None:
+                async with asyncio.timeout(self._lifecycle_timeout):
+                    await discord.utils.maybe_coroutine(own, self)
+        finally:
+            self._is_within = None
+            await self._clean_up()
+
+    async def _clean_up(self) -> None:
         if self._ended:
             return
         self._ended = True
@@ -371,6 +421,18 @@ class BaseCog(commands.Cog):
     async def cog_command_error(self, ctx: commands.Context[Any], error: Exception) -> None:
         """Answer a failed text command in one line and log the error under the same reference. Never raises."""
         await command_errors.report_command_error(ctx, error, self.log)
+
+
+def _wrap(
+    own: Callable[[Any], Any], around: Callable[[Any, Callable[[Any], Any]], Coroutine[Any, Any, None]]
+) -> Callable[[Any], Coroutine[Any, Any, None]]:
+    """Return an override of `cog_load` or `cog_unload` that runs with what the inherited one does."""
+
+    @functools.wraps(own)
+    async def wrapped(self: Any) -> None:
+        await around(self, own)
+
+    return wrapped
 
 
 setattr(BaseCog.command_prefix, DEFAULT_MARK, True)

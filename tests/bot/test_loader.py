@@ -397,3 +397,40 @@ async def test_all_cogs_load_with_unique_command_names(database: Pool, simulator
                 assert command.description not in ("", "…")
                 names.append(command.qualified_name)
         assert len(names) == len(set(names)), sorted(names)
+
+
+async def test_tasks_and_loops_that_a_plain_cog_leaks_are_named_and_cancelled(
+    database: Pool, simulator: Simulator, cogs: TemporaryCogs, caplog: pytest.LogCaptureFixture
+) -> None:
+    cogs.write(
+        "leaking",
+        """
+        class Leaking(commands.Cog):
+            async def cog_load(self) -> None:
+                self.poll.start()
+                self.task = asyncio.create_task(self.wait_for_ever(), name="for ever")
+
+            @app_commands.command()
+            async def leak(self, interaction: discord.Interaction) -> None:
+                self.later = asyncio.create_task(self.wait_for_ever(), name="from a command")
+                await interaction.response.send_message("leaked")
+
+            async def wait_for_ever(self) -> None:
+                await asyncio.Event().wait()
+
+            @tasks.loop(hours=1)
+            async def poll(self) -> None: ...
+
+        async def setup(bot: Guildbook) -> None:
+            await bot.add_cog(Leaking())
+        """,
+    )
+    guild = next(iter(simulator.world.guilds.values()))
+    async with running_bot(database, simulator, extensions=[cogs.module("leaking")]) as bot:
+        cog: Any = bot.cogs["Leaking"]
+        await (await simulator.run_command("leak", user_id=guild.owner_id, guild_id=guild.id)).wait_done()
+        await bot.loader.unload("leaking")
+        assert all(task.cancelled() for task in (cog.task, cog.later, cog.poll.get_task()))
+    assert "from a command, at " in caplog.text
+    assert "leaking.py:" in caplog.text
+    assert "in wait_for_ever; with self.spawn it would have ended" in caplog.text

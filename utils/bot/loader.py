@@ -24,14 +24,17 @@ from utils import packs
 from utils.bot.cog_source import read_calls
 from utils.bot.cog_warnings import SourceCalls, find_warnings
 from utils.bot.command_sync import sync_commands
+from utils.bot.positions import describe_position
 from utils.bot.registrations import (
     LIFECYCLE_TIMEOUT,
     Registrations,
     is_within,
     remove_tables,
+    runs_code_from,
     unload_orphaned_cogs,
 )
 from utils.exceptions import CogError, GuildbookError, ValidationError
+from utils.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
     from utils.bot.client import Guildbook
@@ -228,7 +231,24 @@ class Loader:
         await self._tear_down(module, unload_orphaned_cogs(module))
         if added is not None:
             await self._tear_down(module, added.remove(self._bot))
+        await self._end_leaked_tasks(module)
         _remove_modules(module)
+
+    async def _end_leaked_tasks(self, module: str) -> None:
+        """Cancel and name the tasks that run a cog's code after its tear-down."""
+        leaked = {
+            task
+            for task in asyncio.all_tasks()
+            if task is not asyncio.current_task() and not task.cancelling() and runs_code_from(task, module)
+        }
+        for task in leaked:
+            _log.warning(
+                "task of %s cancelled, because the cog is unloaded: %s, at %s; with self.spawn it would have ended",
+                module, task.get_name(), describe_position(task),
+            )  # fmt: skip
+        for task in await cancel_and_wait(leaked, self.cancel_timeout):
+            _log.critical("task of %s ignored its cancellation and keeps running: %s, at %s", module, task.get_name(),
+                          describe_position(task))  # fmt: skip
 
     async def _tear_down(self, module: str, work: Coroutine[Any, Any, None]) -> None:
         try:
