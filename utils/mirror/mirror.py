@@ -102,6 +102,8 @@ class Mirror:
             pool, fence, queue, flush_policy, directory=spool, on_lost=on_lost, on_written=on_written
         )
         self.archived = ArchivedThreads(self.writer, source, self.stamps, self.reconciler)
+        if self._member_cache is not None:
+            self._member_cache.install(self.reconciler.wait_reconciled)
         self._source = source
         self._on_lost = on_lost
         self._spool = spool

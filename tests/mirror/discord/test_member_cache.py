@@ -171,6 +171,23 @@ async def test_the_cache_equals_the_world_after_a_sync_a_resume_and_a_new_sessio
             assert has_resumed == (break_connection == simulator.faults.drop_socket)
 
 
+async def test_chunk_waits_for_the_listing_of_the_mirror(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulator, (guild_id,) = small_world(monkeypatch, 45, pages_per_second=50)
+    async with simulator, mirrored(database, simulator, monkeypatch, member_cache=True) as bot:
+        await bot.listing(guild_id)
+        guild = bot.client.get_guild(guild_id)
+        assert guild is not None
+        assert not guild.chunked
+        assert len(await guild.chunk()) == 45
+        assert guild.chunked
+        assert len(await guild.chunk()) == 45
+        simulator.world.guild_outage(guild_id)
+        await bot.settled()
+        guild._member_count = 46
+        with pytest.raises(discord.ClientException, match="Discord has an outage"):
+            await guild.chunk()
+
+
 def test_members_and_users_have_the_attributes_that_the_cache_sets() -> None:
     assert set(member_cache._ATTRIBUTES.values()) | set(member_cache._UNMIRRORED) <= set(discord.Member.__slots__)
     user = {attribute for _, attribute in member_cache._OMITTED_USER}

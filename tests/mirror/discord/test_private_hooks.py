@@ -64,6 +64,7 @@ def test_the_parsers_that_maintain_the_member_cache_are_unchanged() -> None:
     parsers = (state.parse_guild_member_add, state.parse_guild_member_remove, state.parse_guild_member_update)
     assert digest_of(*parsers, discord.Member._update, discord.Member._update_inner_user) == MEMBER_PARSERS
     assert f"discord.py {VERSION}" in str(member_cache.__doc__)
+    assert "await self._state.chunk_guild(self, cache=cache)" in inspect.getsource(discord.Guild.chunk)
 
 
 def test_discord_py_calls_the_replaced_functions() -> None:

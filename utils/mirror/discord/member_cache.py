@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Protocol
 
 import discord
 from discord.utils import SnowflakeList
 
+from utils.exceptions import SyncError
 from utils.mirror.translate.objects import MALFORMED, Payload, to_timestamp
 
 #: Seconds after the end of a listing within which the gateway may still send a join or a leave that it showed.
 LATE_SECONDS = 10.0
+
+#: How long `Guild.chunk` waits for the mirror's listing, in seconds.
+CHUNK_SECONDS = 300.0
 
 #: Attribute of `discord.Member` by column of `members`.
 _ATTRIBUTES = {
@@ -82,8 +86,31 @@ class MemberCache:
     def __init__(self, client: discord.Client, live: LiveRows) -> None:
         self._state = client._connection
         self._live = live
+        self._wait_filled: Callable[[int], Awaitable[None]] | None = None
         #: The last listing of each guild, until `LATE_SECONDS` after its end.
         self._fills: dict[int, CacheFill] = {}
+
+    def install(self, wait_filled: Callable[[int], Awaitable[None]]) -> None:
+        """Let `Guild.chunk` wait for the mirror's listing: Discord refuses a second request, and discord.py would hang.
+
+        `wait_filled` returns when a guild has been listed, or raises `SyncError`.
+        """
+        self._wait_filled = wait_filled
+        self._state.chunk_guild = self._chunk  # type: ignore[method-assign, assignment]
+
+    async def _chunk(self, guild: discord.Guild, *, cache: bool | None = None) -> list[discord.Member]:
+        """Return the members of a guild once they are in the cache; see `Guild.chunk`.
+
+        Raises `discord.ClientException` if they cannot be listed, or not within `CHUNK_SECONDS`.
+        """
+        if not guild.chunked and self._wait_filled is not None:
+            try:
+                async with asyncio.timeout(CHUNK_SECONDS):
+                    await self._wait_filled(guild.id)
+            except (SyncError, TimeoutError) as error:
+                why = str(error) or f"its members were not listed within {CHUNK_SECONDS:g} s"
+                raise discord.ClientException(f"could not chunk guild {guild.id}: {why}") from error
+        return list(guild.members)
 
     def open(self, guild_id: int, stamp: int) -> CacheFill | None:
         """Return what takes the pages of a listing requested at `stamp`; None if discord.py does not know the guild."""

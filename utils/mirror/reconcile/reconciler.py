@@ -136,6 +136,19 @@ class Reconciler:
         self.request(state, "request")
         return await waiter
 
+    async def wait_reconciled(self, guild_id: int) -> None:
+        """Wait until a guild has been reconciled in this session, without requesting anything.
+
+        Raises `SyncError` if the bot is not in it, Discord has an outage, or the next attempt fails.
+        """
+        state = self.guilds.get(guild_id)
+        if state is None or not state.available:
+            raise SyncError(f"guild {guild_id} cannot be read now: the bot is not in it, or Discord has an outage")
+        if not state.is_reconciled:
+            waiter: asyncio.Future[Run] = asyncio.get_running_loop().create_future()
+            state.waiters.append(waiter)
+            await waiter
+
     def cancel(self, state: GuildState, reason: str) -> None:
         """End a guild's reconcile and fail its waiters; nothing is tombstoned."""
         error = SyncError(f"guild {state.id}: {reason}")
