@@ -222,6 +222,8 @@ def test_the_name_of_a_store_is_not_secret(url: str, secrets: list[str]) -> None
     ("url", "secrets"),
     [
         ("postgresql:///d?host=/run/postgresql", []),
+        ("postgresql://postgres:postgres@h/d", ["postgresql://postgres:postgres@h/d"]),
+        ("postgresql://app:bot@h/bot", ["postgresql://app:bot@h/bot"]),
         ("postgresql://me@db.example:5432/d?sslmode=require", []),
         ("postgresql://me:hush%2F5up3r@h/d", ["postgresql://me:hush%2F5up3r@h/d", "hush%2F5up3r", "hush/5up3r"]),
         ("postgresql://h/d?user=me&password=hush%2F", ["postgresql://h/d?user=me&password=hush%2F", "hush/"]),

@@ -603,7 +603,8 @@ class Settings(BaseSettings):
         """Return every secret value, including the passwords inside URLs, to be redacted from the logs.
 
         The name of a store of backups is not secret, only a login and a query in its URL; neither is the address of a
-        database without its passwords.
+        database without its passwords. A password that is also the name of the user, the database or PostgreSQL's own
+        user is left out: it would hide that name wherever it occurs, which would tell what the password is.
         """
         values: list[str] = []
         for name, value in self:
@@ -611,9 +612,10 @@ class Settings(BaseSettings):
                 find = _secret_parts if name == "backup_url" else _passwords if name in _ADDRESSES else None
                 text = value.get_secret_value()
                 values += [text] if find is None else find(text)
-        return values + [
-            target.password for target in self._resolved_targets() if target is not None and target.password
-        ]
+        targets = [target for target in self._resolved_targets() if target is not None]
+        values += [target.password for target in targets if target.password]
+        names = {"postgres", *(name for target in targets for name in (target.user, target.database))}
+        return [value for value in values if value not in names]
 
 
 def _secret_parts(url: str) -> list[str]:
