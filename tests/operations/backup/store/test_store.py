@@ -247,6 +247,15 @@ def test_rejects_invalid_urls_without_their_secrets(tmp_path: Path, url: str, me
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_local_directory_is_no_second_store(tmp_path: Path) -> None:
+    """It would be said to have two copies of each backup."""
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    for path in (tmp_path / "backups", tmp_path / "link" / "backups"):
+        with pytest.raises(SettingsError, match="a second store must be elsewhere"):
+            BackupService(make_settings(tmp_path, backup_url=path.as_uri()))
+    BackupService(make_settings(tmp_path, backup_url=(tmp_path / "backups" / "second").as_uri()))
+
+
 async def test_prune_deletes_in_both_stores(database: Pool, service: BackupService) -> None:
     await database.execute(GUILD)
     ids = [(await make_backup(service, database)).id for _ in range(3)]

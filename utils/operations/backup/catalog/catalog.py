@@ -5,31 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from copy import copy
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import orjson
 
 from utils.database import Pool
-from utils.exceptions import BackupError, UnknownBackup, UploadFailed
+from utils.exceptions import BackupError, UnknownBackup, UploadFailed, WrongStore
 from utils.operations.action import Progress, Step, ignore_progress
 from utils.operations.backup.archive import client_tools, pipeline
 from utils.operations.backup.archive.manifest import (
     ACCEPTED_SUFFIX,
     DRILL_SUFFIX,
-    ID,
     MANIFEST_SUFFIX,
-    MAX_DRILL_BYTES,
     MAX_MANIFEST_BYTES,
     DrillResult,
     Manifest,
     check_signature,
     created_at,
-    parse_drill_result,
-    parse_manifest,
 )
 from utils.operations.backup.archive.reading import (
     Verification,
@@ -50,7 +45,8 @@ from utils.operations.backup.catalog.entries import (
     newest_last,
 )
 from utils.operations.backup.catalog.identity import Identity, describe_owner, identity_in_settings, identity_of
-from utils.operations.backup.store import Content, Directory, Remote, Store
+from utils.operations.backup.catalog.listing import Listing, check_presence, list_store, read_manifest
+from utils.operations.backup.store import Directory, Remote, Store
 from utils.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -59,21 +55,6 @@ _log = logging.getLogger(__name__)
 PLAINTEXT_PREFIX = ".plain-"
 #: Stands for the newest good backup of this database.
 LATEST = "latest"
-
-#: File names of a store with their sizes in bytes.
-Names = Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """What one store has."""
-
-    #: Ids and backups.
-    copies: list[tuple[str, Copy]]
-    #: Results of drills by the id of their backup.
-    drills: dict[str, DrillResult]
-    #: Ids of backups that operators have accepted.
-    accepted: set[str]
 
 
 class BackupCatalog:
@@ -108,6 +89,13 @@ class BackupCatalog:
         else:
             self.local = Directory(settings.data_dir / "backups")
             self.remote = Remote(settings.backup_url) if remote is None and settings.backup_url is not None else remote
+        if self.remote is not None and self.remote.path is not None:
+            here, there = self.local.path.resolve(), self.remote.path.resolve()
+            if here == there:
+                raise WrongStore(
+                    f"BACKUP_URL is the directory {here}, where backups are anyway: a second store must be elsewhere",
+                    variables=["BACKUP_URL"],
+                )
         self.stores: list[Store] = [self.local] if self.remote is None else [self.local, self.remote]
 
     def __repr__(self) -> str:
@@ -205,49 +193,19 @@ class BackupCatalog:
         content = await store.read(f"{id}{MANIFEST_SUFFIX}", MAX_MANIFEST_BYTES + 1)
         if content is None:
             raise BackupError(f"{store.name} has no backup {id}: its manifest {id}{MANIFEST_SUFFIX} does not exist")
-        manifest = self._parse(id, content)
+        manifest = read_manifest(id, content)
         check_signature(content, f"{id}{MANIFEST_SUFFIX}", self.settings.backup_signing_key)
         return manifest
-
-    def _parse(self, id: str, content: Content) -> Manifest:
-        name = f"{id}{MANIFEST_SUFFIX}"
-        if isinstance(content, BackupError):
-            raise content
-        if content is None:
-            raise BackupError(f"the manifest {name} does not exist")
-        if len(content) > MAX_MANIFEST_BYTES:
-            raise BackupError(f"{name} is damaged: larger than {MAX_MANIFEST_BYTES:,} bytes")
-        return parse_manifest(content, name)
 
     async def _list(self, store: Store) -> Listing | str:
         """Return what a store has, or the error of a remote one. Raises `BackupError` for the local one."""
         try:
-            names = await store.names()
-            manifests = await store.read_many(filter(_is_manifest, names), MAX_MANIFEST_BYTES + 1)
-            results = await store.read_many([name for name in names if name.endswith(DRILL_SUFFIX)], MAX_DRILL_BYTES)
+            return await list_store(store, self.settings.backup_signing_key)
         except BackupError as exc:
             if store is self.local:
                 raise
             _log.warning("only the backups in %s are listed: %s", self.local.name, exc)
             return str(exc)
-        copies: list[tuple[str, Copy]] = []
-        for name, content in manifests.items():
-            id, manifest, problem = name.removesuffix(MANIFEST_SUFFIX), None, None
-            try:
-                manifest = self._parse(id, content)
-                assert isinstance(content, bytes), "it was parsed"
-                check_signature(content, name, self.settings.backup_signing_key)
-                _check_presence(store, manifest, names)
-            except BackupError as exc:
-                problem = str(exc)
-            copies.append((id, Copy(store, manifest, problem)))
-        drills = {
-            name.removesuffix(DRILL_SUFFIX): drill
-            for name, content in results.items()
-            if isinstance(content, bytes) and (drill := _parse_drill(name, content)) is not None
-        }
-        accepted = {name.removesuffix(ACCEPTED_SUFFIX) for name in names if name.endswith(ACCEPTED_SUFFIX)}
-        return Listing(copies, drills, accepted)
 
     # --- adding
 
@@ -280,7 +238,7 @@ class BackupCatalog:
         if self.remote is None:
             raise BackupError("there is no remote store: set BACKUP_URL")
         manifest = await self.read_manifest(self.local, id)
-        _check_presence(self.local, manifest, await self.local.names())
+        check_presence(self.local, manifest, await self.local.names())
         # What has rotten here must not replace a good archive there.
         await verified_file(self.local, manifest, self.local.path, progress)
         await self._upload(manifest, progress)
@@ -376,7 +334,7 @@ class BackupCatalog:
         self, store: Store, manifest: Manifest, *, is_deep: bool = False, progress: Progress = ignore_progress
     ) -> Verification:
         """Do what `verify` does, with a manifest that was read."""
-        _check_presence(store, manifest, await store.names())
+        check_presence(store, manifest, await store.names())
         is_encrypted = manifest.recipient is not None
         identity = self.settings.backup_age_identity_file
         async with private_directory(self.settings.data_dir / "opened") as directory:
@@ -489,26 +447,3 @@ class BackupCatalog:
                 " processes that see only that store"
             )
         return entry
-
-
-def _parse_drill(name: str, content: bytes) -> DrillResult | None:
-    try:
-        return parse_drill_result(content)
-    except ValueError as exc:
-        _log.warning("%s is damaged: %s", name, exc)
-        return None
-
-
-def _check_presence(store: Store, manifest: Manifest, names: Names) -> None:
-    """Raise `BackupError` unless the archive is among a store's files with the right size."""
-    size = names.get(manifest.file)
-    if size is None:
-        raise BackupError(f"backup {manifest.id} is incomplete: its archive {manifest.file} is not in {store.name}")
-    if size != manifest.size:
-        raise BackupError(
-            f"{manifest.file} in {store.name} is damaged: it has {size:,} bytes, expected {manifest.size:,}"
-        )
-
-
-def _is_manifest(name: str) -> bool:
-    return name.endswith(MANIFEST_SUFFIX) and ID.fullmatch(name.removesuffix(MANIFEST_SUFFIX)) is not None

@@ -12,12 +12,12 @@ from utils.operations.backup.archive.manifest import (
     MAX_MANIFEST_BYTES,
     check_signature,
     is_signed,
-    parse_manifest,
 )
 from utils.operations.backup.archive.reading import Verification
 from utils.operations.backup.catalog.catalog import LATEST, BackupCatalog
 from utils.operations.backup.catalog.entries import Entry, describe_some
 from utils.operations.backup.catalog.identity import describe_owner
+from utils.operations.backup.catalog.listing import read_manifest
 from utils.operations.backup.store import Store
 
 
@@ -87,9 +87,8 @@ async def _sign_copy(catalog: BackupCatalog, store: Store, id: str, progress: Pr
     """Verify and sign a copy; return None if it is signed already. Raises `BackupError` if it must not be signed."""
     name, key = f"{id}{MANIFEST_SUFFIX}", catalog.settings.backup_signing_key
     content = await store.read(name, MAX_MANIFEST_BYTES + 1)
-    if content is None:
-        raise BackupError(f"{store.name} has no backup {id}: its manifest {name} does not exist")
-    manifest = parse_manifest(content, name)
+    manifest = read_manifest(id, content)
+    assert content is not None, "it was read"
     if is_signed(content):
         check_signature(content, name, key)
         return None

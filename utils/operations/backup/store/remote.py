@@ -90,10 +90,12 @@ class Remote:
         #: What is not set that the store needs, unless this machine gives it; and whether it cannot do without.
         self._missing = None if are_given else credentials.find_missing(address)
         self._is_useless = self._missing is not None and are_given is False
+        #: The directory of a `file:///` address; None for other stores.
+        self.path: Path | None = Path(unquote(parts.path)) if parts.scheme == "file" else None
         try:
             self._store: Backend = (
-                Files(Path(unquote(parts.path)))
-                if parts.scheme == "file"
+                Files(self.path)
+                if self.path is not None
                 else Objects(address, answer_seconds, stall_seconds, part_bytes)
             )
         except Exception as exc:  # obstore's errors about its arguments have no common base class
