@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,8 @@ import discord
 from discord.ext import tasks
 
 from testing.people import wait_for
+from utils import packs
+from utils.bot.periodic import loops_of
 
 if TYPE_CHECKING:
     from testing.running import RunningBot
@@ -34,8 +35,8 @@ class Clock:
     async def advance(self, seconds: float) -> None:
         """Move the time forward, and wait until the loops of the packs' cogs have run as often as is then due.
 
-        Cooldowns see it, and so does what the cogs read by `discord.utils.utcnow()`; timeouts, the database and
-        `asyncio.sleep` do not.
+        Cooldowns see it, and so does what the cogs read by `discord.utils.utcnow()`. The database, timeouts,
+        `asyncio.sleep`, and work whose next run the database keeps (`key=`) do not.
         """
         self._seconds += seconds
         self._bot.simulator.interactions.clock_offset = self._seconds
@@ -51,26 +52,22 @@ class Clock:
         discord.utils.utcnow = self._utcnow
 
     def _loops(self) -> Iterator[tasks.Loop[Any]]:
-        """Yield the running loops of cogs that are in packs."""
-        from utils import packs
-
+        """Yield the running loops of cogs that are in packs: those of `every`, and of discord.ext.tasks."""
         for cog in self._bot.bot.cogs.values():
             if packs.module_owner(type(cog).__module__) is None:
                 continue
-            for name in dir(type(cog)):
-                found = getattr(cog, name, None) if isinstance(getattr(type(cog), name, None), tasks.Loop) else None
-                if isinstance(found, tasks.Loop) and found.is_running():
-                    yield found
+            for loop in loops_of(cog):
+                if loop.is_running():
+                    yield loop
 
     async def _catch_up(self, loop: tasks.Loop[Any]) -> None:
         while loop.is_running() and (due := loop.next_iteration) is not None and due <= self.now():
-            handle = getattr(loop, "_handle", None)
-            if handle is None or handle.done():
-                await asyncio.sleep(0)
-                continue
+            handle = loop._handle
+            assert handle is not None, "it runs, and so it sleeps or has slept"
             handle.recalculate(datetime.now(UTC) - timedelta(seconds=1))
-            await wait_for(
-                lambda due=due: not loop.is_running() or loop.next_iteration != due,  # type: ignore[misc]
-                ITERATION_SECONDS,
-                f"an iteration of {loop.coro.__qualname__} took longer than {ITERATION_SECONDS:g} s",
-            )
+
+            def is_asleep_again(previous: object = handle) -> bool:
+                return not loop.is_running() or loop._handle is not previous
+
+            late = f"an iteration of {loop.coro.__qualname__} took longer than {ITERATION_SECONDS:g} s"
+            await wait_for(is_asleep_again, ITERATION_SECONDS, late)

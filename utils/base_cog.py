@@ -107,7 +107,7 @@ class BaseCog(commands.Cog):
         #: Which of `cog_load` and `cog_unload` is running.
         self._is_within: Literal["load", "unload"] | None = None
         if self._pack is not None:
-            _ = self.settings  # a wrong value keeps the cog from being loaded
+            _ = self.settings, self._locales  # a wrong value or file keeps the cog from being loaded
         live_cogs.add(self)
 
     async def start(self) -> None:
@@ -137,9 +137,13 @@ class BaseCog(commands.Cog):
 
             self.text("balance", interaction.locale, coins=5)
         """
+        return self._locales.text(key, str(locale), **values)
+
+    @cached_property
+    def _locales(self) -> packs.Locales:
         if self._pack is None:
             raise GuildbookError(f"{self.qualified_name} is in no pack, and only packs have texts in locales/")
-        return packs.Locales.of(self._pack).text(key, str(locale), **values)
+        return packs.Locales.of(self._pack)
 
     # --- text commands
 

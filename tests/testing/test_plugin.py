@@ -14,6 +14,8 @@ from tests.packs.support import require, write_pack
 from utils.demo.bot_process import environment
 
 COG = """
+import asyncio
+
 import discord
 from discord import app_commands, ui
 from discord.ext import commands, tasks
@@ -49,13 +51,18 @@ class Playground(BaseCog):
     shop = app_commands.Group(name="shop", description="Buy things")
 
     async def start(self):
-        self.ticks = 0
+        self.ticks = self.halves = 0
         self.heard = []
         self.report = app_commands.ContextMenu(name="Report", callback=self.on_report)
         self.quote = app_commands.ContextMenu(name="Quote", callback=self.on_quote)
         self.bot.tree.add_command(self.report)
         self.bot.tree.add_command(self.quote)
         self.tick.start()
+        self.every(1800, self.half)
+
+    async def half(self):
+        await asyncio.sleep(0.01)
+        self.halves += 1
 
     async def stop(self):
         self.tick.cancel()
@@ -170,11 +177,13 @@ async def test_messages_reactions_and_voice(bot: RunningBot) -> None:
 async def test_time_passes_for_cooldowns_and_loops(bot: RunningBot) -> None:
     anna = bot.people[0]
     await wait_for(lambda: bot.bot.get_cog("Playground").ticks >= 1, 5, "the loop did not start")
-    before = bot.bot.get_cog("Playground").ticks
+    await wait_for(lambda: bot.bot.get_cog("Playground").halves >= 1, 5, "every did not start")
+    before, halves = bot.bot.get_cog("Playground").ticks, bot.bot.get_cog("Playground").halves
     assert await anna.slash("hourly") == f"Tick {before}."
     assert "again" in str(await anna.slash("hourly"))
     await bot.clock.advance(3 * 3600 + 1)
     assert bot.bot.get_cog("Playground").ticks == before + 3
+    assert bot.bot.get_cog("Playground").halves == halves + 6
     assert await anna.slash("hourly") == f"Tick {before + 3}."
 
 
