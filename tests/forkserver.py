@@ -29,12 +29,20 @@ from typing import Any, NoReturn
 from utils.demo.bot_process import ENTRY, environment
 
 ROOT = ENTRY.parent
-#: What bot.py imports at its start, and what its commands import when they run.
+#: What bot.py imports at its start, and what cogs and commands import when they run.
 MODULES = (
     "bot",
     "utils.bot.process",
+    "utils.base_cog",
+    "utils.documents",
+    "utils.repositories",
     "utils.operations.backup.restore.restore",
+    "utils.operations.importing.exporting",
+    "utils.operations.importing.importer",
     "utils.operations.migrations.environment",
+    "utils.operations.upkeep.maintain",
+    "utils.operations.upkeep.picture",
+    "sqlglot.dialects.postgres",
 )
 #: Bytes of the number that says how long a request is.
 _LENGTH = 8

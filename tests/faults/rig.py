@@ -31,6 +31,9 @@ RATE, MODERATE_RATE = 500.0, 250.0
 GUILDS = ("--guild", "2300", "--guild", "300", "--guild", "60", "--guild", "12")
 #: Seconds between two records of the progress.
 PROGRESS_SECONDS = 0.1
+#: Seconds until the tables must equal the world. Archived threads are read last, a few requests a second, and what no
+#: listing shows is requested one by one; a bot is ready before that, and nothing reports how far it is.
+VERIFY_SECONDS = 180.0
 #: Seconds that an event may take from the simulator to the bot's journal: milliseconds on an idle machine.
 DELIVERY_SECONDS = 1.0
 
@@ -197,7 +200,7 @@ class Rig:
 
     # --- verification
 
-    async def verify(self, seconds: float = TIMEOUT) -> list[str]:
+    async def verify(self, seconds: float = VERIFY_SECONDS) -> list[str]:
         """Stop the traffic and compare until nothing differs; return the differences left after `seconds`."""
         await self.stop_traffic()
         deadline = asyncio.get_running_loop().time() + seconds
