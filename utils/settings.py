@@ -354,7 +354,14 @@ class Settings(BaseSettings):
             " kill -9 loses none; off: never."
         ),
     )
-    spool_max_mb: int = Field(default=1_024, ge=1, le=1_000_000, description="Maximum size of the spool, in megabytes.")
+    spool_max_mb: int = Field(
+        default=1_024,
+        ge=1,
+        le=1_000_000,
+        description=(
+            "Maximum size of the spool, in megabytes. Each table that cogs write in batches may take as much again."
+        ),
+    )
     chunk_timeout_seconds: Seconds = Field(
         default=10.0, description="How long to wait for a page of members before the request fails, in seconds."
     )

@@ -228,6 +228,8 @@ class Guildbook(commands.AutoShardedBot):
         metrics.queue_events.set(len(writer.queue))
         metrics.waiting_seconds.labels("row").set(writer.buffer.age)
         metrics.waiting_seconds.labels("event").set(writer.queue.age)
+        for table, rows in self._mirror.batches.waiting.items():
+            metrics.batch_rows.labels(table).set(rows)
         metrics.spool_bytes.set(0 if self._journal is None else self._journal.size)
 
     async def setup_hook(self) -> None:

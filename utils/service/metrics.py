@@ -54,6 +54,10 @@ waiting_seconds = Gauge(
 spool_bytes = Gauge("guildbook_spool_bytes", "Size of the journal of this process on disk.", registry=registry)
 lease_epoch = Gauge("guildbook_lease_epoch", "Epoch of the lease of this process; 0 in standby.", registry=registry)
 buffer_rows = Gauge("guildbook_buffer_rows", "Rows waiting to be written.", registry=registry)
+batch_rows = Gauge(
+    "guildbook_batch_rows", "Rows that cogs added to batches and that are not written yet, by table.", ["table"],
+    registry=registry,
+)  # fmt: skip
 guilds_waiting = Gauge("guildbook_guilds_waiting", "Guilds waiting for a reconcile.", registry=registry)
 duty_failures = Counter(
     "guildbook_duty_failures", "Scheduled work that failed: backup, drill, sizes.", ["duty"],

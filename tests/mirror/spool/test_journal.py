@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.mirror.spool.journals import (
     SEGMENT_BYTES,
@@ -29,7 +33,8 @@ from tests.mirror.spool.journals import (
 from tests.waiting import until
 from utils.exceptions import SpoolError
 from utils.mirror.spool.journal import LOCK, Journal, is_dead, list_journals, newest_first_stamp
-from utils.mirror.spool.segments import MAX_RECORD_BYTES
+from utils.mirror.spool.segments import MAX_RECORD_BYTES, TAILS
+from utils.tasks import cancel_and_wait
 
 ROOT = Path(__file__).parents[3]
 #: Imports the journal without the rest of the mirror: the child processes start faster.
@@ -357,3 +362,55 @@ async def test_finds_the_newest_stamp_in_a_spool(tmp_path: Path) -> None:
     first = min((tmp_path / "alive").glob("*.journal"))
     first.write_bytes(first.read_bytes()[:-40] + bytes(40))
     assert newest_first_stamp(tmp_path) >= 90, "a damaged segment is skipped"
+
+
+# --- the tail: records that survive a kill from the moment they are appended
+
+
+async def kill(journal: Journal) -> None:
+    """End as a killed process does: the thread is gone, and the lock is free."""
+    assert journal._writing is not None
+    await cancel_and_wait((journal._writing,))
+    journal._thread.shutdown(wait=True)
+    journal._release()
+
+
+@settings(max_examples=60)
+@given(
+    steps=st.lists(st.sampled_from(("append", "append", "append", "write", "trim", "yield")), max_size=60),
+    torn=st.integers(0, 40),
+)
+async def test_tail_keeps_what_a_kill_interrupts(steps: list[str], torn: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        journal = await open_journal(Path(name), segment_bytes=SEGMENT_BYTES, has_tail=True, tail_bytes=100)
+        stamp = trimmed = 0
+        for step in steps:
+            if step == "append":
+                stamp += 1
+                append(journal, stamp)
+            elif step == "write":
+                assert await journal.wait_written(TIMEOUT)
+            elif step == "trim":
+                trimmed = stamp
+                await journal.trim(stamp)
+            else:
+                await asyncio.sleep(0)
+        await kill(journal)
+        for tail in TAILS:  # the kill may cut a record off
+            with (journal.path / tail).open("ab") as file:
+                file.write(b"\0\0\0\x09" + bytes(torn))
+        left = await adopt(journal.path)
+        assert await read_stamps(left, after=trimmed) == list(range(trimmed + 1, stamp + 1))
+        assert left.last == stamp or trimmed == stamp
+        await left.remove()
+        assert not os.listdir(name)
+
+
+async def test_tail_stays_small(tmp_path: Path) -> None:
+    journal = await open_journal(tmp_path, has_tail=True, tail_bytes=1_000)
+    for stamp in range(1, 1_001):
+        append(journal, stamp)
+        if stamp % 10 == 0:
+            assert await journal.wait_written(TIMEOUT)
+    assert sum((journal.path / tail).stat().st_size for tail in TAILS) < 3_000
+    await journal.remove()

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from utils.exceptions import SpoolError
 from utils.files import sync_directory
-from utils.mirror.spool.segments import MAX_RECORD_BYTES, READ_BYTES, Damage, Record, Segments, Tail
+from utils.mirror.spool.segments import MAX_RECORD_BYTES, READ_BYTES, TAIL_BYTES, Damage, Record, Segments, Tail
 from utils.tasks import cancel_and_wait
 
 _log = logging.getLogger(__name__)
@@ -110,17 +110,18 @@ class Journal:
         max_bytes: int,
         segment_bytes: int = 8 * 2**20,
         has_tail: bool = False,
+        tail_bytes: int = TAIL_BYTES,
         policy: DiskPolicy = _DEFAULT_POLICY,
     ) -> Journal:
         """Create this process's journal and lock it.
 
-        `has_tail`: a record survives a kill -9 from the moment that `append` returns, see `Tail`. Raises `SpoolError`
-        if the disk refuses, or if a journal with this id exists.
+        `has_tail`: a record survives a kill -9 from the moment that `append` returns, see `Tail`; `tail_bytes`
+        bounds the size of its files. Raises `SpoolError` if the disk refuses, or if a journal with this id exists.
         """
         path = directory / id
         try:
             lock = await asyncio.to_thread(_create, directory, id)
-            tail = Tail(path) if has_tail else None
+            tail = Tail(path, tail_bytes) if has_tail else None
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
                 raise SpoolError(

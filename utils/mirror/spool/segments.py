@@ -383,15 +383,16 @@ class Tail:
     There are two files: one is written while the segments catch up with the other, which is then emptied.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Create the files. Raises `OSError`."""
+    def __init__(self, directory: Path, max_bytes: int = TAIL_BYTES) -> None:
+        """Create the files. One of at least `max_bytes` is emptied as soon as it can be. Raises `OSError`."""
+        self._max_bytes = max_bytes
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
         self._files = [_TailFile(os.open(directory / name, flags, 0o600)) for name in TAILS]
 
     def append(self, stamp: int, payload: bytes) -> None:
         """Write a record. Raises `OSError`; the record is not written then."""
         current, other = self._files
-        if current.size >= TAIL_BYTES and not other.size:
+        if current.size >= self._max_bytes and not other.size:
             self._files.reverse()
             current = other
         frame = _frame(stamp, payload)
@@ -409,7 +410,7 @@ class Tail:
     def trim(self, upto: int) -> None:
         """Empty the files whose records up to this stamp are all in segments, once they are large."""
         for file in self._files:
-            if file.size >= TAIL_BYTES and file.last <= upto:
+            if file.size >= self._max_bytes and file.last <= upto:
                 with contextlib.suppress(OSError):  # reading skips what segments have
                     os.ftruncate(file.descriptor, 0)
                     file.size = 0
