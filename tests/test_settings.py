@@ -182,6 +182,8 @@ def test_each_wrong_value_has_its_own_line() -> None:
 
 def test_rejects_a_pool_minimum_above_the_maximum() -> None:
     assert "DB_POOL_MIN: 5 must not exceed DB_POOL_MAX (3)" in refused(DB_POOL_MIN="5", DB_POOL_MAX="3")
+    refusal = refused(DB_TRANSACTION_CONNECTIONS="9", DB_POOL_MAX="10")
+    assert "DB_TRANSACTION_CONNECTIONS: 9 must leave two of DB_POOL_MAX (10)" in refusal
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ async def test_a_connection_held_by_hand(db: Database) -> None:
     assert db.pool.pool_stats()["active"] == 0
 
 
+@pytest.mark.direct("a prepared statement belongs to a session")
 async def test_writes_on_a_held_connection_are_seen_when_they_are_committed(db: Database) -> None:
     connection = await db.acquire()
     async with connection.transaction():

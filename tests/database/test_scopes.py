@@ -341,6 +341,12 @@ async def test_a_commit_without_an_answer_is_distrusted(db: Database) -> None:
     await session.flush()
     pid = await session.scalar(text("SELECT pg_backend_pid()"))
     await db.pool.fetchval("SELECT pg_terminate_backend($1)", pid)
+    alive = "SELECT count(*) FROM pg_stat_activity WHERE pid = $1"
+
+    async def is_gone() -> bool:
+        return bool(await db.pool.fetchval(alive, pid) == 0)
+
+    await until(is_gone)
     with pytest.raises(Exception, match=r"clos|terminat"):
         await session.commit()
     await session.close()
@@ -349,6 +355,7 @@ async def test_a_commit_without_an_answer_is_distrusted(db: Database) -> None:
     assert db.get_cache_stats()["bypassed"] == bypassed + 1
 
 
+@pytest.mark.direct("it cuts the connection to the server")
 async def test_a_held_session_says_that_the_database_is_away(target: ConnectTarget) -> None:
     async with behind_a_network(target, 1) as (pool, network), accessed(pool) as db:
         network.cut()
