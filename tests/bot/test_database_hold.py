@@ -231,6 +231,26 @@ async def test_a_start_on_an_emptied_database_waits(
         await held.stop()
 
 
+async def test_a_start_asks_discord_whose_the_backups_are(
+    tmp_path: Path, simulator: Simulator, dropped: Droppable
+) -> None:
+    """Those of another application with the same address hold nothing, and nobody has to say so."""
+    held = Held(tmp_path, simulator, dropped)
+    async with held.bot as bot:
+        await bot.wait_until_ready()
+        manifest = await held.back_up()
+        await held.stop()
+    file = held.catalog.local.path / f"{manifest.id}.json"
+    file.write_bytes(replace(manifest, application_id=42).serialize())
+    await dropped.recreate(template=BARE)
+    held.bot = BotProcess(tmp_path, **held.settings)
+    async with held.bot as bot:
+        await bot.wait_until_ready()
+        await wait_until_mirrored(held.pool, simulator)
+        await held.stop()
+    assert "nothing is written to it" not in bot.output
+
+
 async def test_truncated_tables_are_held_while_the_bot_runs(
     tmp_path: Path, simulator: Simulator, dropped: Droppable, small: int
 ) -> None:
