@@ -7,9 +7,13 @@ from typing import Any
 
 import discord
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from simulator import Limits, Simulator, World
+from tests.bot.activity import until_received
 from tests.bot.running import running_bot
+from tests.mirror.driver import empty
 from tests.mirror.faults.test_database import refusing
 from tests.waiting import until
 from utils.bot.client import Guildbook
@@ -98,30 +102,44 @@ def _shown(member: discord.Member) -> tuple[str | None, tuple[int, ...]]:
     return member.nick, tuple(sorted(role.id for role in member.roles if not role.is_default()))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("member_cache", ["none", "all"])
-async def test_each_change_fires_once_in_order_through_resumes_and_outages(database: Pool, member_cache: str) -> None:
-    world = World(seed=3)
+@settings(max_examples=4)
+@given(
+    seed=st.integers(0, 9_999),
+    member_cache=st.sampled_from(["none", "voice", "all"]),
+    outage=st.sampled_from(["gone", "read-only", "locked"]),
+    flush=st.sampled_from([(0.02, 500), (0.3, 500), (1.0, 3)]),
+)
+async def test_each_change_fires_once_in_order_through_resumes_and_outages(
+    database: Pool, seed: int, member_cache: str, outage: str, flush: tuple[float, int]
+) -> None:
+    await empty(database)
+    world, chance = World(seed=seed), random.Random(seed)
     guild_ids = [world.add_guild(members=size, roles=4) for size in (12, 8)]
-    async with Simulator(world, limits=Limits.none()) as simulator:
-        recorder, chance = Recorder(world), random.Random(5)
-        async with running_bot(
+    recorder = Recorder(world)
+
+    def storm() -> None:
+        for _ in range(chance.randrange(40)):
+            recorder.change(chance, chance.choice(guild_ids))
+
+    async with (
+        Simulator(world, limits=Limits.none()) as simulator,
+        running_bot(
             database, simulator, extensions=[], configure=recorder.listen, member_cache=member_cache,
-            events_from_mirror=True, db_retry_seconds=0.05,
-        ) as bot:  # fmt: skip
-            for _ in range(6):
-                for _ in range(25):
-                    recorder.change(chance, chance.choice(guild_ids))
-                simulator.faults.drop_socket()
-                async with refusing(database, "gone"):
-                    for _ in range(25):
-                        recorder.change(chance, chance.choice(guild_ids))
-                await recorder.wait(bot)
-            assert recorder.expected
-            assert find_problem("member_update", bot.present()) is None
-            cached = {id(member) for guild in bot.guilds for member in guild.members}
-            assert all(isinstance(found, discord.Member | discord.User) for pair in recorder.objects for found in pair)
-            assert not cached.intersection(id(found) for pair in recorder.objects for found in pair)
+            events_from_mirror=True, db_retry_seconds=0.05, flush_seconds=flush[0], flush_rows=flush[1],
+        ) as bot,
+    ):  # fmt: skip
+        for _ in range(3):
+            storm()
+            simulator.faults.drop_socket_after_events(1 + chance.randrange(8))
+            async with refusing(database, outage):
+                storm()
+                await until_received(bot, simulator, guild_ids[0])
+                storm()
+            await recorder.wait(bot)
+        assert all(isinstance(found, discord.Member | discord.User) for told in recorder.objects for found in told)
+        cached = {id(member) for guild in bot.guilds for member in guild.members}
+        assert not cached.intersection(id(found) for told in recorder.objects for found in told)
+        assert find_problem("member_update", bot.present()) is None
 
 
 @pytest.mark.slow
