@@ -33,7 +33,7 @@ from tests.mirror.spool.journals import (
 from tests.waiting import until
 from utils.exceptions import SpoolError
 from utils.mirror.spool.journal import LOCK, Journal, is_dead, list_journals, newest_first_stamp
-from utils.mirror.spool.segments import MAX_RECORD_BYTES, TAILS
+from utils.mirror.spool.segments import MAX_RECORD_BYTES, TAILS, Tail, _intact_records
 from utils.tasks import cancel_and_wait
 
 ROOT = Path(__file__).parents[3]
@@ -414,3 +414,21 @@ async def test_tail_stays_small(tmp_path: Path) -> None:
             assert await journal.wait_written(TIMEOUT)
     assert sum((journal.path / tail).stat().st_size for tail in TAILS) < 3_000
     await journal.remove()
+
+
+def test_tail_is_emptied_only_once_segments_have_all_of_it(tmp_path: Path) -> None:
+    tail = Tail(tmp_path, 100)
+    for stamp in range(1, 9):
+        tail.append(stamp, payload(stamp))
+
+    def stamps() -> list[int]:
+        return [stamp for stamp, _ in Tail.read(tmp_path, 0)]
+
+    first, second = (sum(1 for _ in _intact_records((tmp_path / name).read_bytes())) for name in TAILS)
+    assert (first > 0, second > 0, first + second) == (True, True, 8)
+    tail.trim(first - 1)
+    assert stamps() == list(range(1, 9))
+    tail.trim(first)
+    assert stamps() == list(range(first + 1, 9))
+    assert [stamp for stamp, _ in Tail.read(tmp_path, 7)] == [8]
+    tail.close()
