@@ -15,9 +15,9 @@ from utils.operations import migrations
 from utils.operations.backup.restore.assessment import assess
 from utils.operations.doctor import CHECKS, DoctorContext, run_checks
 from utils.operations.migrations import DEFAULTS, admin
-from utils.operations.migrations.__main__ import write_merge, write_revision
 from utils.operations.migrations.comparison import import_models
 from utils.operations.migrations.pack_revisions import drop_pack
+from utils.operations.migrations.writing import write_merge, write_revision
 
 
 async def tables_of(pool: Pool) -> set[str]:
@@ -44,6 +44,11 @@ async def test_each_pack_has_a_version_table_of_its_own(database: Pool, tmp_path
         status = await admin.status(database)
         assert status.ok, status.text
         assert "pack levels: revision levels_0001" in status.text
+        history = await admin.history(database)
+        assert [(row["revision"], row["pack"], row["by"]) for row in history.data["revisions"][-2:]] == [
+            ("economy_0001", "economy", "bot"),
+            ("levels_0001", "levels", "bot"),
+        ]
         applied = await database.fetch("SELECT revision, action FROM ops.migrations ORDER BY id DESC LIMIT 2")
         assert {tuple(row) for row in applied} == {("economy_0001", "upgrade"), ("levels_0001", "upgrade")}
 

@@ -19,7 +19,7 @@ from utils.operations import migrations
 from utils.operations.backup.service import BackupService
 from utils.operations.development import seed
 from utils.operations.migrations import admin
-from utils.operations.migrations.__main__ import write_revision
+from utils.operations.migrations.writing import write_revision
 from utils.operations.upkeep.maintain import maintain
 from utils.settings import Settings
 

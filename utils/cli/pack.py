@@ -68,8 +68,8 @@ def migration(
     pack = _find(name)
 
     async def write() -> Path | None:
-        from utils.operations.migrations.__main__ import write_revision
         from utils.operations.migrations.environment import DEFAULTS
+        from utils.operations.migrations.writing import write_revision
 
         async with open_target(settings.direct_target, settings.data_dir, schema=settings.db_schema) as target:
             return await write_revision(
@@ -92,7 +92,7 @@ def merge(
     """Write a revision that merges a pack's heads, when two developers wrote one each."""
     load_settings()
     pack = _find(name)
-    from utils.operations.migrations.__main__ import write_merge
+    from utils.operations.migrations.writing import write_merge
 
     path = write_merge(message, pack.scripts)
     print_outcome(Outcome(f"wrote {path}", {"file": str(path)}), as_json=as_json)

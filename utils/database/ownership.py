@@ -192,13 +192,13 @@ _CREATE_VIEW_SQL = re.compile(
 _WORD = re.compile(r"\w+")
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=64)
 def _headers(files: tuple[tuple[Path, int], ...]) -> Mapping[Path, dict[str, Any]]:
     """Return what revisions say of themselves. `files`: with the time of their last change."""
     return {path: _header(_parse(path)) for path, _ in files}
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _read_revisions(files: tuple[tuple[Path, int], ...]) -> _Made:
     """Read the revisions' source, oldest first. What has a name only at run time is not found, and so is not ours."""
     made = _Made()

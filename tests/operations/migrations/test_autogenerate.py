@@ -19,8 +19,8 @@ from utils.database import ConnectTarget, Pool
 from utils.exceptions import MigrationError
 from utils.operations import migrations
 from utils.operations.migrations import MigrationOptions
-from utils.operations.migrations.__main__ import find_failing, write_revision
 from utils.operations.migrations.comparison import import_models
+from utils.operations.migrations.writing import find_failing, write_revision
 
 pytestmark = pytest.mark.slow
 

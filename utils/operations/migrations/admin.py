@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -13,6 +13,7 @@ from typing import Any
 
 import asyncpg
 
+from utils import packs
 from utils.database import ConnectTarget, Pool, ownership
 from utils.database.locks import describe_lock_holders
 from utils.database.placement import Placement
@@ -111,35 +112,51 @@ async def history(
 ) -> Outcome:
     """List the revisions, oldest first: whether each is applied, and when and by whom as far as `ops.migrations` knows.
 
-    `format_time` and `name_user` return how times and users are shown. Raises like `status`.
+    Those of packs come after Guildbook's. `format_time` and `name_user` return how times and users are shown. Raises
+    like `status`.
     """
     progress(Step("reading ops.migrations", unit="revisions"))
+    applied = await runner.applied(pool)
+    rows, problems = await _history_of(pool, applied, options)
+    for pack in packs.active() if packs.pack_of_scripts(options.scripts) is None else ():
+        try:
+            more, wrong = await _history_of(pool, applied, options.of_pack(pack))
+        except MigrationError as exc:
+            more, wrong = [], [str(exc)]
+        rows, problems = rows + more, problems + wrong
+    lines = []
+    for row in rows:
+        state, record = "applied" if row["applied"] else "pending", applied.get(row["revision"])
+        when = _when(record if row["applied"] else None, format_time, name_user)
+        lines.append(f"{state}  {row['revision']}  {row['description']}{when}")
+    if len(lines) > 2 * SHOWN:
+        lines = [f"({format_count(len(lines) - 2 * SHOWN, 'older revision')})", *lines[-2 * SHOWN :]]
+    return Outcome(_join([*lines, *problems]), data={"revisions": rows})
+
+
+async def _history_of(
+    pool: Pool, applied: Mapping[str, AppliedRevision], options: MigrationOptions
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the revisions of Guildbook or of a pack, and what keeps some from being applied."""
     revisions = Revisions(options.scripts)
     heads = await runner.current_heads(pool, options=options)
     pending = set(revisions.pending(heads))
-    applied = await runner.applied(pool)
-    lines, rows = [], []
+    rows = []
     for revision, description in revisions.known:
-        is_applied = revision not in pending
-        record = applied.get(revision) if is_applied else None
-        state, when = "applied" if is_applied else "pending", _when(record, format_time, name_user)
-        lines.append(f"{state}  {revision}  {description}{when}")
+        record = applied.get(revision) if revision not in pending else None
         rows.append(
             {
                 "revision": revision,
                 "description": description,
-                "applied": is_applied,
+                "pack": None if revisions.pack is None else revisions.pack.name,
+                "applied": revision not in pending,
                 "at": None if record is None else record.at.isoformat(),
                 "by": None if record is None else record.by.kind,
                 "user_id": None if record is None else record.by.user_id,
                 "seconds": None if record is None else record.seconds,
             }
         )
-    if len(lines) > 2 * SHOWN:
-        lines = [f"({format_count(len(lines) - 2 * SHOWN, 'older revision')})", *lines[-2 * SHOWN :]]
-    if revisions.needs_merge(heads):
-        lines.append(f"merge needed: {revisions.merge_advice()}")
-    return Outcome(_join(lines), data={"revisions": rows})
+    return rows, [f"merge needed: {revisions.merge_advice()}"] if revisions.needs_merge(heads) else []
 
 
 def _when(
