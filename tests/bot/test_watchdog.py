@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,3 +104,26 @@ async def test_a_stopped_watchdog_ends_its_thread(watchdog: Watchdog) -> None:
     watchdog.stop()
     await asyncio.to_thread(thread.join, 10)
     assert not thread.is_alive()
+
+
+async def test_names_each_of_two_cogs_that_block_one_after_the_other(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    functions = []
+    for name in ("first", "second"):
+        path = tmp_path / f"{name}.py"
+        path.write_text("import time\ndef work():\n    time.sleep(0.4)\n")
+        module: dict[str, Any] = {"__name__": f"cog_{name}"}
+        exec(compile(path.read_text(), str(path), "exec"), module)
+        functions.append(module["work"])
+    watchdog = Watchdog(lambda: ["cog_first", "cog_second"], threshold=0.1, interval=0.02)
+    watchdog.start()
+    try:
+        await asyncio.sleep(0.05)
+        for function in functions:
+            function()
+        await until(lambda: caplog.text.count("was blocked for") == 2)
+    finally:
+        watchdog.stop()
+    assert "by cog_first at" in caplog.text
+    assert "by cog_second at" in caplog.text

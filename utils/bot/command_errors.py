@@ -91,6 +91,20 @@ def logger_of(command: Any) -> logging.Logger:
     return logging.getLogger(getattr(callback, "__module__", None) or __name__)
 
 
+def is_logged(where: discord.Interaction[Any] | commands.Context[Any]) -> bool:
+    """Return whether to log one more thing that any user can cause, and count it."""
+    user, limit = _user_and_limit(where)
+    return limit.admits(user.id)
+
+
+def _user_and_limit(
+    where: discord.Interaction[Any] | commands.Context[Any],
+) -> tuple[discord.User | discord.Member, RateLimit]:
+    if isinstance(where, discord.Interaction):
+        return where.user, where.client.logged_user_errors
+    return where.author, where.bot.logged_user_errors
+
+
 def log_error(
     where: discord.Interaction[Any] | commands.Context[Any],
     error: Exception,
@@ -99,10 +113,9 @@ def log_error(
 ) -> str | None:
     """Log an error and return its reference; None if it was not logged. `name`: see `report_command_error`."""
     explanation, cause = explain(error), unwrap(error)
-    user = where.user if isinstance(where, discord.Interaction) else where.author
-    limit: RateLimit = (where.client if isinstance(where, discord.Interaction) else where.bot).logged_user_errors
-    if not explanation.is_fault and not limit.admits(user.id):
+    if not explanation.is_fault and not is_logged(where):
         return None
+    user, limit = _user_and_limit(where)
     reference = new_reference()
     fields = {"reference": reference, "guild_id": where.guild.id if where.guild is not None else None}
     if unlogged := limit.take_refused():

@@ -290,7 +290,10 @@ class Invocation:
         is_in_doubt = bound.is_committing
         bound.is_over = True
         task.cancel()
-        if error is not None:
+        if error is None:
+            if command_errors.is_logged(self._where):
+                self.log.warning("no suggestions in time: %s, at %s", self.name, position)
+        else:
             if is_in_doubt:
                 error = CommitUnknown(f"{self.name} was given up while the database was committing")
             self.name = f"{self.name}, at {position},"

@@ -42,6 +42,8 @@ class Block:
     place: str
     #: The line's source; "" if it cannot be read.
     source: str
+    #: Whether the module is a cog's.
+    is_cog: bool
 
 
 class Watchdog:
@@ -95,20 +97,29 @@ class Watchdog:
     def _watch(self) -> None:
         stopping = self._stopping
         found: Block | None = None
-        blocked_at, was_logged = 0.0, False
+        beat_then, began, was_logged = 0.0, 0.0, False
         looked = time.perf_counter()
         while not stopping.wait(self.interval):
             beat, now = self._beat, time.perf_counter()
             was_starved, looked = now - looked > self.interval + self.threshold / 2, now
-            if found is not None and beat != blocked_at:
-                if not was_logged:
-                    self._report(found, beat - blocked_at - self.interval)
+            if found is not None and beat != beat_then:
+                if not was_logged and beat - began >= self.threshold / 2:
+                    self._report(found, beat - began)
                 found = None
             late = now - beat - self.interval
-            if found is None and late >= self.threshold and not was_starved:  # else the whole process was suspended
-                found, blocked_at, was_logged = self._find(), beat, False
-            elif found is not None and late >= self.long_block and not was_logged:
-                self._report(found, late, is_over=False)
+            if late < self.threshold:
+                continue
+            if found is None:
+                if was_starved:  # the whole process was suspended
+                    continue
+                found, beat_then, began, was_logged = self._find(), beat, beat + self.interval, False
+            elif (other := self._find()) is not None and other.is_cog and other.module != found.module:
+                # Several callbacks, one after the other, before the loop could beat.
+                if not was_logged and now - began >= self.threshold / 2:
+                    self._report(found, now - began)
+                found, began, was_logged = other, now, False
+            elif now - began >= self.long_block and not was_logged:
+                self._report(found, now - began, is_over=False)
                 was_logged = True
 
     def _find(self) -> Block | None:
@@ -117,18 +128,17 @@ class Watchdog:
             modules = list(self._modules())
         except RuntimeError:  # a cog is being loaded in the other thread
             modules = []
+        cog = positions.innermost(
+            frames, lambda frame: any(is_within(frame.f_globals.get("__name__"), it) for it in modules)
+        )
         frame = (
-            positions.innermost(
-                frames, lambda frame: any(is_within(frame.f_globals.get("__name__"), it) for it in modules)
-            )
-            or positions.innermost(frames, positions.is_foreign_code)
-            or positions.innermost(frames, lambda _: True)
+            cog or positions.innermost(frames, positions.is_foreign_code) or positions.innermost(frames, lambda _: True)
         )
         if frame is None:
             return None
         module = str(frame.f_globals.get("__name__", "?"))
         source = linecache.getline(frame.f_code.co_filename, frame.f_lineno, frame.f_globals).strip()
-        return Block(module, positions.describe_frame(frame), source)
+        return Block(module, positions.describe_frame(frame), source, cog is not None)
 
     def _report(self, block: Block, seconds: float, *, is_over: bool = True) -> None:
         metrics.loop_blocks.labels(block.module).inc()
