@@ -137,7 +137,7 @@ async def test_a_removed_pack_keeps_its_tables_until_they_are_dropped(database: 
     status = await admin.status(database)
     assert status.ok, "its tables are no problem"
     assert (
-        "pack economy: not in COGS, its 2 tables kept (economy_entries, economy_rich); python bot.py pack drop economy"
+        "pack economy: not in COGS; 2 tables kept (economy_entries, economy_rich); python bot.py pack drop economy"
         " removes them" in status.text
     )
     made: list[str] = []

@@ -59,7 +59,7 @@ class PackState:
         """Return its state for people, in one line."""
         if not self.is_active:
             return (
-                f"pack {self.name}: not in COGS, its {format_count(len(self.relations), 'table')} kept"
+                f"pack {self.name}: not in COGS; {format_count(len(self.relations), 'table')} kept"
                 f" ({', '.join(self.relations) or 'none'}); python bot.py pack drop {self.name} removes them"
             )
         parts = [f"revision {', '.join(self.revisions) or 'none'}"]
