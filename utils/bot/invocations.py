@@ -219,6 +219,8 @@ class Invocation:
                 if task.done():
                     break
                 if self._stopping.is_set():
+                    if not self.deadline.is_active:  # an operator's action, which ends and answers by itself
+                        return
                     await self._end(task, Declined(STOPPING))
                 elif waiting is not None and self.deadline.is_active and await self._is_overdue(waiting):
                     await self._end(task, CommandTimedOut(command_errors.timed_out(waiting)))
