@@ -212,23 +212,27 @@ class Guild:
         return self.members.pop(user_id)
 
     def granted(self, channel_id: int | None = None) -> int:
-        """Return the bot's permissions in the guild or, with overwrites, in a channel or a thread's parent.
+        """Return the bot's permissions: see `permissions_of`."""
+        return self.permissions_of(self.bot_id, channel_id)
+
+    def permissions_of(self, user_id: int, channel_id: int | None = None) -> int:
+        """Return a member's permissions in the guild or, with overwrites, in a channel or a thread's parent.
 
         https://docs.discord.com/developers/topics/permissions#permission-overwrites
         """
-        bot = self.members.get(self.bot_id)
-        if bot is None:
+        member = self.members.get(user_id)
+        if member is None:
             return 0
-        roles = [self.id, *bot.roles]
+        roles = [self.id, *member.roles]
         allowed = 0
         for role_id in roles:
             allowed |= self.roles[role_id].permissions if role_id in self.roles else 0
-        if allowed & Permission.ADMINISTRATOR or self.owner_id == self.bot_id:
+        if allowed & Permission.ADMINISTRATOR or self.owner_id == user_id:
             return ALL_PERMISSIONS
         thread = self.threads.get(channel_id or 0)
         channel = self.channels.get(thread.parent_id if thread else channel_id or 0)
         overwrites = channel.permission_overwrites if channel else []
-        for ids in ({self.id}, set(bot.roles), {self.bot_id}):
+        for ids in ({self.id}, set(member.roles), {user_id}):
             applied = [entry for entry in overwrites if int(entry["id"]) in ids]
             for entry in applied:
                 allowed &= ~int(entry["deny"])

@@ -182,9 +182,11 @@ def _envelope(
         channel_id = next((c.id for c in guild.channels.values() if c.type == 0 and not c.hidden), None)
     if channel_id is None:
         raise LookupError(f"guild {guild_id} has no text channel that the bot can view")
-    member = member_payload(world.member(guild_id, user_id)) | {"permissions": str(_ALL_PERMISSIONS)}
+    permissions = guild.permissions_of(user_id, channel_id)
+    member = member_payload(world.member(guild_id, user_id)) | {"permissions": str(permissions)}
     partial = {"id": str(guild_id), "locale": guild.preferred_locale, "features": guild.features}
     payload |= {"guild_id": str(guild_id), "guild": partial, "guild_locale": guild.preferred_locale}
+    payload["app_permissions"] = str(guild.granted(channel_id))
     return payload | {
         "member": member,
         "channel": _channel(simulator, guild_id, channel_id),
@@ -270,7 +272,8 @@ def _value(simulator: Simulator, kind: int, value: Any, guild_id: int | None, re
         resolved.setdefault("users", {})[str(value)] = user_payload(world.user(int(value)))
         member = None if guild_id is None else world.guild(guild_id).members.get(int(value))
         if member is not None:
-            partial = member_payload(member) | {"permissions": str(_ALL_PERMISSIONS)}
+            permissions = 0 if guild_id is None else world.guild(guild_id).permissions_of(int(value))
+            partial = member_payload(member) | {"permissions": str(permissions)}
             del partial["user"]
             resolved.setdefault("members", {})[str(value)] = partial
     return str(value)
