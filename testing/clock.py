@@ -1,4 +1,4 @@
-"""Time that a test moves forward: what cooldowns and `discord.ext.tasks` loops go by."""
+"""Time that a test moves forward: what cooldowns and loops go by."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from discord.ext import tasks
 
 from testing.people import wait_for
 from utils import packs
-from utils.bot.periodic import loops_of
+from utils.bot.periodic import KeptLoop, loops_of
 
 if TYPE_CHECKING:
     from testing.running import RunningBot
@@ -43,7 +43,10 @@ class Clock:
         self._bot.world.now_us += round(seconds * 1e6)
         discord.utils.utcnow = self.now
         for loop in list(self._loops()):
-            await self._catch_up(loop)
+            if isinstance(loop, KeptLoop) and loop.key is not None:
+                await self._run_when_due(loop)
+            else:
+                await self._catch_up(loop)
 
     def reset(self) -> None:
         """Return to the time of the machine."""
@@ -59,6 +62,13 @@ class Clock:
             for loop in loops_of(cog):
                 if loop.is_running():
                     yield loop
+
+    async def _run_when_due(self, loop: KeptLoop) -> None:
+        """Run work whose next run the database remembers, by its own clock, as often as it is due by now."""
+        due = loop.next_iteration
+        while due is not None and due <= self.now():
+            await loop()
+            due += timedelta(seconds=loop.interval)
 
     async def _catch_up(self, loop: tasks.Loop[Any]) -> None:
         while loop.is_running() and (due := loop.next_iteration) is not None and due <= self.now():

@@ -89,7 +89,8 @@ class Person:
 
     async def react(self, message: Message, emoji: str = "👍") -> None:
         """Add a reaction to a message."""
-        self._bot.world.react(self.guild_id, message.channel_id, message.id, self.id, emoji)
+        author = str(message.author_id)
+        self._bot.world.react(self.guild_id, message.channel_id, message.id, self.id, emoji, message_author_id=author)
 
     async def unreact(self, message: Message, emoji: str = "👍") -> None:
         """Remove a reaction from a message."""
@@ -164,6 +165,8 @@ class Reply:
         shown = self.result
         if shown.source is not None and shown.message is shown.source.message:
             shown = shown.source
+        if shown.final_content is None and self.followups:  # a deferral that was followed by something else
+            return self.followups[0]
         return shown.final_content or ""
 
     @property

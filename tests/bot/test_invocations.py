@@ -220,3 +220,12 @@ async def test_users_are_told_when_the_bot_stops(database: Pool, simulator: Simu
         await until(lambda: "form 'Feedback' of Form" in map(str, bot.invocations))
     for result in hanging:
         assert await answer_of(result) == invocations.STOPPING
+
+
+async def test_the_more_commands_run_the_earlier_they_are_deferred(bot: Guildbook, user: User) -> None:
+    assert bot.invocations.time_to_defer() == DEFER_AFTER, "the least there is"
+    for _ in range(20):
+        await user.run("plain", how="hang")
+    await until(lambda: len(bot.invocations) == 20)
+    bot.invocations.defer_after = 2.5
+    assert bot.invocations.time_to_defer() == pytest.approx(2.3)

@@ -31,6 +31,9 @@ _log = logging.getLogger(__name__)
 
 #: Seconds after which an interaction is deferred. Discord shows a failure after 3.
 DEFER_SECONDS = 2.5
+#: How much earlier it is deferred for each run in progress, because all of their requests go out one after the other,
+#: and the shortest time that a run has.
+STAGGER_SECONDS, LEAST_SECONDS = 0.01, 0.5
 #: Seconds for a commit that is under way when its command is given up.
 COMMIT_SECONDS = 5.0
 #: Seconds for commands to end by themselves when the bot stops.
@@ -113,6 +116,10 @@ class Invocations:
 
     def __len__(self) -> int:
         return len(self._running)
+
+    def time_to_defer(self) -> float:
+        """Return after how many seconds a run that begins now is deferred: earlier, the more there are."""
+        return min(self.defer_after, max(LEAST_SECONDS, self.defer_after - STAGGER_SECONDS * len(self)))
 
     def __iter__(self) -> Iterator[Invocation]:
         return iter(list(self._running))
@@ -207,7 +214,7 @@ class Invocation:
             if task is None:
                 await self._answer_inactive()
                 return
-            await self._wait(task, self._invocations.defer_after)
+            await self._wait(task, self._invocations.time_to_defer())
             if not task.done() and not self._stopping.is_set():
                 await self._defer()
                 if self._is_autocomplete:  # nobody waits for its choices
