@@ -233,6 +233,8 @@ def translate(exc: BaseException, *, was_connected: bool = False) -> GuildbookEr
             kind = TransactionConflict
         if state == "3D000" and was_connected:
             return DatabaseUnavailable("the database does not exist: a restore may be replacing it", sqlstate=state)
+        if state == "55000" and was_connected:  # ALTER DATABASE ... ALLOW_CONNECTIONS false
+            return DatabaseUnavailable("the database accepts no connections at the moment", sqlstate=state)
         advice = _advice(state, str(cause))
         return kind(f"{_first_line(cause)} [{state}]" + (f": {advice}" if advice else ""), sqlstate=state)
     if isinstance(cause, TimeoutError):
