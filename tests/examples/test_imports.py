@@ -13,12 +13,15 @@ from utils.operations.development import scaffold
 PUBLIC = {
     "utils.base_cog", "utils.db", "utils.exceptions", "utils.packs", "utils.repositories", "models", "models.base",
 }  # fmt: skip
+PACKS = sorted(path.parent for path in (ROOT / "examples").glob("*/pack.toml"))
 INTERNAL_PACKAGES = ("utils", "models", "cogs", "simulator", "tests", "migrations")
 
 
 def sources() -> Iterator[tuple[str, str]]:
     """Yield the name and the code of everything that cog authors copy or learn from."""
-    for path in [*sorted((ROOT / "examples").glob("*.py")), ROOT / "cogs" / "preferences.py"]:
+    examples = sorted((ROOT / "examples").glob("*.py"))
+    packs = [path for pack in PACKS for path in sorted(pack.rglob("*.py"))]
+    for path in [*examples, *packs, ROOT / "cogs" / "preferences.py"]:
         yield str(path.relative_to(ROOT)), path.read_text()
     for page in (ROOT / "README.md", TUTORIAL):
         for number, block in enumerate(block for block in blocks_of(page) if block.language == "python"):
@@ -39,11 +42,15 @@ def test_author_code_imports_only_public_modules(name: str, code: str) -> None:
 
 def test_examples_are_listed_and_short() -> None:
     readme = (ROOT / "examples" / "README.md").read_text()
-    examples = [path for path in (ROOT / "examples").glob("*.py") if path.name != "__init__.py"]
+    examples = [path for path in (ROOT / "examples").glob("*.py") if path.name not in ("__init__.py", "conftest.py")]
     assert len(examples) >= 3
     for path in examples:
         assert f"[{path.name}]({path.name})" in readme
         assert len(path.read_text().splitlines()) <= 100
+    assert len(PACKS) >= 3
+    for pack in PACKS:
+        assert f"[{pack.name}/]({pack.name}/)" in readme
+        assert sum(len(path.read_text().splitlines()) for path in pack.rglob("*.py")) <= 250
 
 
 def test_public_modules_export_what_authors_need() -> None:

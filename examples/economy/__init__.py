@@ -1,0 +1,1 @@
+"""Economy: a pack with coins, transfers and a shop."""

@@ -1,0 +1,1 @@
+"""Levels: a pack that gives experience for messages and reactions, with text commands."""

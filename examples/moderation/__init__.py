@@ -1,0 +1,1 @@
+"""Moderation: a pack with numbered cases, and bans that expire."""
