@@ -117,7 +117,8 @@ def _change(row: asyncpg.Record, roles: Mapping[int, str]) -> str:
     action = row["action"]
     if action != "update":
         labels = {"remove": "left", "return": "rejoined"} if row["table_name"] == "members" else {}
-        return labels.get(action, {"remove": "deleted", "return": "restored"}[action])
+        usual = {"create": "created", "remove": "deleted", "return": "restored"}
+        return labels.get(action) or usual.get(action, action)
     before, after = row["before"] or {}, row["after"] or {}
     parts = []
     for name, value in list(after.items())[:COLUMNS]:

@@ -387,7 +387,7 @@ async def test_command_line(tmp_path: Path, database: Pool, service: BackupServi
         assert (refused.code, json.loads(refused.out)["ok"]) == (2, False)
     assert (await run("--guild", "five", "--yes")).code == 2
     unknown = await run("--table", "nothing", "--yes", "--json")
-    assert (unknown.code, "choose from" in json.loads(unknown.out)["error"]) == (1, True)
+    assert (unknown.code, "choose from" in json.loads(unknown.out)["error"]) == (2, True)
     assert await database.fetchval("SELECT count(*) FROM users") == 2_900
     restored = await run("--table", "members", "--table", "users", "--yes")
     assert (restored.code, restored.err) == (0, "")
