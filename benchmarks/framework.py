@@ -13,12 +13,14 @@ from typing import Any
 
 import asyncpg
 import discord
+from discord.ext import commands
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from benchmarks.data import seize
 from benchmarks.figures import Figure, ratio
 from benchmarks.rounds import ServerClock, Way, interleave
 from models import User
+from utils.bot.watchdog import Watchdog
 from utils.database import Pool
 from utils.database.access import Database
 from utils.database.cache import QueryCache
@@ -34,6 +36,8 @@ USERS = 1_000
 #: Reads in one round, and cache hits in one round.
 READS = 2_000
 HITS = 20_000
+#: Events in one round.
+EVENTS = 100_000
 READERS = 5
 #: Members built from a row in one round, and members read and built.
 BUILT = 20_000
@@ -80,6 +84,7 @@ async def measure(pool: Pool, *, rounds: int = 9) -> list[Figure]:
         *await _measure_members(pool, rounds),
         *await _measure_batch(pool, "outage", rounds),
         *await _measure_batch(pool, "always", rounds),
+        *await _measure_watchdog(rounds),
     ]  # fmt: skip
 
 
@@ -196,6 +201,38 @@ async def _measure_batch(pool: Pool, spool: SpoolMode, rounds: int) -> list[Figu
     return [
         Figure(f"batch.add, SPOOL={spool}", adds, "≥", 50_000.0, " rows/s"),
         Figure(f"batch.add and its commit, SPOOL={spool}", commits, unit=" rows/s"),
+    ]
+
+
+async def _measure_watchdog(rounds: int) -> list[Figure]:
+    """Dispatch events to a listener that does nothing, without and with the watchdog."""
+    client = commands.Bot(command_prefix=(), intents=discord.Intents.none())
+    await client._async_setup_hook()  # as `login` does: events are dispatched in its loop
+
+    async def on_benchmark(number: int) -> None:
+        pass
+
+    client.add_listener(on_benchmark)
+
+    async def dispatch() -> None:
+        for number in range(EVENTS):
+            client.dispatch("benchmark", number)
+            if number % 50 == 0:
+                await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    async def watched() -> None:
+        watchdog = Watchdog(lambda: ["cogs.a", "cogs.b"])
+        watchdog.start()
+        try:
+            await dispatch()
+        finally:
+            watchdog.stop()
+
+    samples = await interleave({"bare": Way(dispatch), "watched": Way(watched)}, None, rounds=2 * rounds)
+    await client.close()
+    return [
+        ratio("events dispatched with the watchdog, × without", samples["bare"].cpu, samples["watched"].cpu, "≥", 0.98)
     ]
 
 
