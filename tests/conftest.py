@@ -27,7 +27,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Coroutine, Generator, Iterator
+from collections.abc import AsyncIterator, Collection, Coroutine, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +74,13 @@ _numbers = itertools.count(1)
 #: Peak memory in MB per process, by the worker's name.
 _peak_memory: dict[str, int] = {}
 Result = TypeVar("Result")
+
+
+def sampled(values: Iterable[Any], kept: Collection[Any]) -> list[Any]:
+    """Return the values of a parameter: `make test` tries those to keep, `make test-all` all of them."""
+    every = list(values)
+    assert all(it in every for it in kept), "kept, but not there"
+    return [it if it in kept else pytest.param(it, marks=pytest.mark.exhaustive) for it in every]
 
 
 def examples(number: int) -> settings:

@@ -53,7 +53,22 @@ def shape(text: str) -> list[str]:
     return [re.sub(r"^\S+ \S*bot.py db psql", "python bot.py db psql", line) for line in lines if line]
 
 
-async def test_demo_verifies_rows_and_leaves_data_to_inspect(tmp_path: Path) -> None:
+async def kill_one_that_runs(directory: Path) -> int:
+    """Start a demo, kill it while its bot runs, and return the bot's process id."""
+    demo = await start("demo", "--keep", directory=directory)
+    assert demo.stdout is not None
+    async with asyncio.timeout(TIMEOUT):
+        while "ready:" not in (line := (await demo.stdout.readline()).decode()):
+            assert line, "the demo exited"
+    demo.kill()
+    await demo.wait()
+    pid = int((directory / ".data/demo/bot.pid").read_text())
+    os.kill(pid, 0)  # the bot is still running
+    return pid
+
+
+async def test_demo_cleans_up_after_a_killed_one_verifies_rows_and_leaves_data_to_inspect(tmp_path: Path) -> None:
+    left_behind = await kill_one_that_runs(tmp_path)
     # The demo must ignore the operator's settings.
     (tmp_path / ".env").write_text("DATABASE_URL=postgresql://production.example/db\nDISCORD_TOKEN=theirs\n")
     foreign = {"DATABASE_URL": "postgresql://production.example/db", "DISCORD_API_BASE": "https://discord.example"}
@@ -73,6 +88,8 @@ async def test_demo_verifies_rows_and_leaves_data_to_inspect(tmp_path: Path) -> 
     ):
         assert phrase in text, text
     assert not (tmp_path / ".data/demo/postgres/postmaster.pid").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(left_behind, 0)
 
     command = next(line for line in text.splitlines() if "db psql --data-dir" in line).split()
     asked = ["-Atc", "SELECT count(*) > 25000 FROM members"]
@@ -101,23 +118,6 @@ async def test_demo_with_keep_runs_until_ctrl_c(tmp_path: Path) -> None:
     assert demo.returncode == 0, text
     assert "Traceback" not in text
     assert not (tmp_path / ".data/demo/postgres/postmaster.pid").exists()
-
-
-async def test_demo_cleans_up_after_a_killed_one(tmp_path: Path) -> None:
-    demo = await start("demo", "--keep", directory=tmp_path)
-    assert demo.stdout is not None
-    async with asyncio.timeout(TIMEOUT):
-        while "ready:" not in (line := (await demo.stdout.readline()).decode()):
-            assert line, "the demo exited"
-    demo.kill()
-    await demo.wait()
-    pid = int((tmp_path / ".data/demo/bot.pid").read_text())
-    os.kill(pid, 0)  # the bot is still running
-    second = await start("demo", directory=tmp_path)
-    text = await read_output(second)
-    assert second.returncode == 0, text
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
 
 
 def test_never_clears_a_directory_of_others(tmp_path: Path) -> None:
