@@ -18,7 +18,7 @@ from utils.database.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = int(os.environ.get("GUILDBOOK_PROPERTY_EXAMPLES", "24"))
+EXAMPLES = int(os.environ.get("GUILDBOOK_PROPERTY_EXAMPLES", "12"))
 
 #: What happens most of the time in Discord is drawn most of the time.
 _common = st.sampled_from(["event", "events", "renick", "grant", "rename", "leave", "rejoin"])
