@@ -262,20 +262,22 @@ def cache_differences(client: discord.Client, simulator: Simulator) -> list[str]
     for guild_id in simulator.world.guild_ids():
         guild = client.get_guild(guild_id)
         if guild is None:
-            wrong.append(f"guild {guild_id} is missing")
+            wrong.append(f"cached guild {guild_id} is missing")
             continue
         for table, key, cached in (("members", "user_id", member_rows(guild)), ("users", "id", user_rows(guild))):
             expected: dict[Any, Any] = {row[key]: row for row in simulator.world.expected_rows(table, guild_id)}
             if table == "users":  # the bot's own user has more fields
                 cached.pop(simulator.world.bot.id, None)
                 expected.pop(simulator.world.bot.id, None)
-            wrong += [f"{table} {guild_id} {id} is missing" for id in expected.keys() - cached.keys()]
-            wrong += [f"{table} {guild_id} {id} should not be there" for id in cached.keys() - expected.keys()]
+            wrong += [f"cached {table} {guild_id} {id} is missing" for id in expected.keys() - cached.keys()]
+            wrong += [f"cached {table} {guild_id} {id} should not be there" for id in cached.keys() - expected.keys()]
             for id in expected.keys() & cached.keys():
                 pairs = {name: (value, expected[id].get(name, value)) for name, value in cached[id].items()}
-                wrong += [f"{table} {id}: {name} {a!r}, should be {b!r}" for name, (a, b) in pairs.items() if a != b]
+                wrong += [
+                    f"cached {table} {id}: {name} {a!r}, should be {b!r}" for name, (a, b) in pairs.items() if a != b
+                ]
         if not guild.chunked:
-            wrong.append(f"guild {guild_id} counts {guild.member_count} members")
+            wrong.append(f"cached guild {guild_id} counts {guild.member_count} members")
     return wrong
 
 

@@ -236,8 +236,9 @@ class RestoringDriver(Driver):
         self._lease = lease
         try:
             async with mirrored(
-                self.database, self.simulator, self.monkeypatch, page_timeout=0.4, spool=self._spool, held=lease
-            ) as bot:
+                self.database, self.simulator, self.monkeypatch,
+                page_timeout=0.4, member_cache=True, spool=self._spool, held=lease,
+            ) as bot:  # fmt: skip
                 yield bot
         finally:
             self._lease = None
