@@ -8,11 +8,11 @@ from typing import Any
 import discord
 import pytest
 
-from tests.mirror.harness import cache_differences, mirrored, small_world
+from tests.mirror.harness import cache_differences, differences, mirrored, small_world
 from tests.waiting import until
 from utils.database import Pool
 from utils.mirror.discord import member_cache
-from utils.mirror.discord.member_cache import MemberCache
+from utils.mirror.discord.member_cache import CacheFill, MemberCache
 from utils.mirror.records.rows import Row
 from utils.mirror.translate import objects
 from utils.mirror.write.overlay import LiveOverlay
@@ -27,6 +27,10 @@ def payload(**fields: Any) -> dict[str, Any]:
     plain: dict[str, Any] = {"nick": None, "avatar": None, "roles": [], "joined_at": JOINED, "premium_since": None}
     plain |= {"pending": False, "flags": 0, "communication_disabled_until": None}
     return {"user": user, **plain, **fields}
+
+
+def _fail(*args: Any, **options: Any) -> None:
+    raise RuntimeError("a mistake of ours")
 
 
 class Rig:
@@ -169,6 +173,41 @@ async def test_the_cache_equals_the_world_after_a_sync_a_resume_and_a_new_sessio
             await until(lambda: bot.has_received_all() and not cache_differences(bot.client, simulator))
             has_resumed = bot.client.shards[0]._parent.ws.session_id == session
             assert has_resumed == (break_connection == simulator.faults.drop_socket)
+
+
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [(CacheFill, "__init__"), (CacheFill, "_add_page"), (CacheFill, "_remove_unseen"), (MemberCache, "_prepare")],
+)
+async def test_an_error_in_the_cache_keeps_nothing_from_the_mirror(
+    database: Pool, monkeypatch: pytest.MonkeyPatch, owner: type, method: str
+) -> None:
+    monkeypatch.setattr(owner, method, _fail)
+    simulator, (large, small) = small_world(monkeypatch, 45, 6)
+    world = simulator.world
+    async with simulator, mirrored(database, simulator, monkeypatch, member_cache=True) as bot:
+        await bot.settled()
+        session = bot.client.shards[0]._parent.ws.session_id
+        members = [id for id in world.guild(large).ordered_member_ids() if id != world.bot.id]
+        world.update_member(large, members[3], nick="changed")
+        world.leave(large, members[-1])
+        world.join(small)
+        await bot.settled()
+        assert await differences(database, simulator) == []
+        await bot.mirror.sync(large)
+        assert await database.fetchval("SELECT count(*) FROM sync_runs WHERE error IS NOT NULL") == 0
+        assert bot.client.shards[0]._parent.ws.session_id == session
+        assert not bot.mirror.writer.overlay.is_tracking
+
+
+async def test_a_page_that_the_cache_missed_removes_nobody(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.request().add([payload()])
+    fill = rig.request()
+    monkeypatch.setattr(discord, "Member", _fail)
+    fill.add([payload(user=payload()["user"] | {"id": str(OWN)}), payload()])
+    monkeypatch.undo()
+    fill.finish([])
+    assert rig.member is not None
 
 
 async def test_chunk_waits_for_the_listing_of_the_mirror(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:

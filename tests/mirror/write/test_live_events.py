@@ -14,6 +14,7 @@ from utils.database import Pool
 from utils.exceptions import DatabaseUnavailable
 from utils.mirror.records.rows import Group, Mode, Row, Stamps
 from utils.mirror.spool.queue import EventQueue
+from utils.mirror.write import live_events
 from utils.mirror.write import writer as module
 from utils.mirror.write.batch import Batch, WriteCounts, write_batch
 from utils.mirror.write.live_events import Kind, LiveEvents, MemberChange, UserChange
@@ -232,3 +233,49 @@ async def test_nothing_is_kept_without_listeners(database: Pool) -> None:
     rig = await rig_of(database, has_listeners=lambda: False)
     rig.receive("update", GUILD, 1, "ada", "x")
     assert len(rig.live) == 0
+
+
+def _fail(*args: Any) -> Any:
+    raise RuntimeError("a mistake of ours")
+
+
+_MISSING_COLUMN = "SELECT no_such_column FROM members WHERE $1::bigint[] IS NOT NULL"
+
+
+@pytest.mark.parametrize(
+    ("name", "replacement"),
+    [
+        *((name, _fail) for name in ("_has_listeners", "_take", "_apply")),
+        ("_SELECT_MEMBERS", f"{_MISSING_COLUMN} AND $2::bigint[] IS NOT NULL"),
+        ("_SELECT_USERS", _MISSING_COLUMN),
+    ],
+)
+async def test_an_error_costs_events_but_no_row(
+    database: Pool, monkeypatch: pytest.MonkeyPatch, name: str, replacement: Any
+) -> None:
+    rig = await rig_of(database)
+    await rig.show(GUILD, 1, "x")
+    rig.receive("update", GUILD, 1, "ada", "before")
+    await rig.writer.flush()
+    rig.told.clear()
+    monkeypatch.setattr(live_events if name.startswith("_SELECT") else rig.live, name, replacement)
+    rig.receive("update", GUILD, 1, "ada", "during")
+    await rig.writer.flush()
+    assert (await rows(database, "members"))[GUILD, 1]["nick"] == "during"
+    assert (len(rig.live), rig.live._before, rig.told) == (0, {}, [])
+    monkeypatch.undo()
+    rig.receive("update", GUILD, 1, "ada", "after")
+    await rig.writer.flush()
+    assert [(change.before["nick"], change.after["nick"]) for change in rig.told] == [("during", "after")]
+
+
+async def test_rows_that_cannot_be_read_are_no_dead_letters(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = await rig_of(database)
+    await rig.show(GUILD, 1, "x")
+    monkeypatch.setattr(live_events, "_SELECT_USERS", _MISSING_COLUMN)
+    rig.writer.start()
+    rig.receive("update", GUILD, 1, "ada", "y")
+    await rig.writer.wait_committed(GUILD)
+    await rig.writer.stop(5)
+    assert (await rows(database, "members"))[GUILD, 1]["nick"] == "y"
+    assert await database.fetchval("SELECT count(*) FROM ops.dead_letters") == 0

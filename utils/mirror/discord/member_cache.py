@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Protocol
@@ -15,7 +16,10 @@ import discord
 from discord.utils import SnowflakeList
 
 from utils.exceptions import SyncError
+from utils.logs import log_once
 from utils.mirror.translate.objects import MALFORMED, Payload, to_timestamp
+
+_log = logging.getLogger(__name__)
 
 #: Seconds after the end of a listing within which the gateway may still send a join or a leave that it showed.
 LATE_SECONDS = 10.0
@@ -80,7 +84,8 @@ class MemberCache:
     """Puts listed members into the cache of a client whose member cache flags include `joined`.
 
     discord.py maintains the cache from dispatches by itself; a listing changes it without dispatching events, like
-    `Guild.chunk`. Rows that a dispatch named since the listing was requested keep what the dispatch said.
+    `Guild.chunk`. Rows that a dispatch named since the listing was requested keep what the dispatch said. An unexpected
+    error is logged and leaves the cache incomplete; the mirror must not notice it.
     """
 
     def __init__(self, client: discord.Client, live: LiveRows) -> None:
@@ -113,17 +118,29 @@ class MemberCache:
         return list(guild.members)
 
     def open(self, guild_id: int, stamp: int) -> CacheFill | None:
-        """Return what takes the pages of a listing requested at `stamp`; None if discord.py does not know the guild."""
-        guild = self._state._get_guild(guild_id)
-        if guild is None:
+        """Return what takes the pages of a listing requested at `stamp`; None if discord.py does not know the guild.
+
+        Never raises.
+        """
+        try:
+            guild = self._state._get_guild(guild_id)
+            if guild is None:
+                return None
+            fill = self._fills[guild_id] = CacheFill(guild, stamp, self._live, self._forget)
+        except Exception as error:
+            _report("be filled", error)
             return None
-        fill = self._fills[guild_id] = CacheFill(guild, stamp, self._live, self._forget)
         return fill
 
     def prepare(self, name: str, data: Payload) -> None:
-        """Prepare the cache for a dispatch that discord.py parses next."""
-        if not name.startswith("GUILD_MEMBER_"):
-            return
+        """Prepare the cache for a dispatch that discord.py parses next. Never raises."""
+        if name.startswith("GUILD_MEMBER_"):
+            try:
+                self._prepare(name, data)
+            except Exception as error:
+                _report(f"be prepared for {name}", error)
+
+    def _prepare(self, name: str, data: Payload) -> None:
         guild = self._state._get_guild(int(data["guild_id"]))
         if guild is None:
             return
@@ -159,9 +176,9 @@ class MemberCache:
 
 
 class CacheFill:
-    """Takes the pages of one listing into the cache of its guild."""
+    """Takes the pages of one listing into the cache of its guild, until one cannot be taken. No method raises."""
 
-    __slots__ = ("_live", "_on_closed", "_stamp", "_unseen", "gone", "guild", "new")
+    __slots__ = ("_has_failed", "_live", "_on_closed", "_stamp", "_unseen", "gone", "guild", "new")
 
     def __init__(
         self, guild: discord.Guild, stamp: int, live: LiveRows, on_closed: Callable[[CacheFill], None]
@@ -175,11 +192,19 @@ class CacheFill:
         self._stamp = stamp
         self._live = live
         self._on_closed = on_closed
+        self._has_failed: bool = False
         #: Ids of cached members whom no page has shown.
         self._unseen: set[int] = set(guild._members)
 
     def add(self, payloads: Sequence[Payload]) -> None:
         """Put a page into the cache; malformed members are left out."""
+        if not self._has_failed:
+            try:
+                self._add_page(payloads)
+            except Exception as error:
+                self._fail(error)
+
+    def _add_page(self, payloads: Sequence[Payload]) -> None:
         if not self._live.covers(self._stamp):  # the listing will be requested again
             return
         members = self._live.rows("members", self.guild.id)
@@ -190,6 +215,13 @@ class CacheFill:
 
     def finish(self, unreadable: Sequence[int | None]) -> None:
         """Remove members whom a complete listing did not show; `unreadable`: ids of malformed ones, None if unknown."""
+        if not self._has_failed:  # otherwise it is not known whom the pages have shown
+            try:
+                self._remove_unseen(unreadable)
+            except Exception as error:
+                self._fail(error)
+
+    def _remove_unseen(self, unreadable: Sequence[int | None]) -> None:
         guild, stamp = self.guild, self._stamp
         if None in unreadable or not self._live.covers(stamp):
             return
@@ -209,6 +241,10 @@ class CacheFill:
     def close(self) -> None:
         """Release the listing a little later: the gateway may still send joins and leaves that it showed."""
         asyncio.get_running_loop().call_later(LATE_SECONDS, self._on_closed, self)
+
+    def _fail(self, error: Exception) -> None:
+        self._has_failed = True
+        _report("be filled", error)
 
     def _add(
         self,
@@ -243,6 +279,16 @@ class CacheFill:
         if not live:
             for attribute in _UNMIRRORED:
                 setattr(member, attribute, getattr(listed, attribute))
+
+
+def _report(what: str, error: Exception) -> None:
+    log_once(
+        _log,
+        (what, type(error).__name__),
+        "discord.py's member cache could not %s (%r), so that cogs may miss members; further errors are only counted",
+        what,
+        error,
+    )
 
 
 def _is_newer(row: LiveRow | None, stamp: int) -> bool:

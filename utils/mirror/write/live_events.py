@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,6 +13,8 @@ import orjson
 from models import Part, part_of
 from utils.database import Pool
 from utils.database.sql import load_statements
+from utils.exceptions import DatabaseUnavailable
+from utils.logs import log_once
 from utils.mirror.records.rows import Entry, Key, Row, table_of
 from utils.service import metrics
 
@@ -71,6 +73,8 @@ class LiveEvents:
     replayed journal. The row before the first of several dispatches in one flush is the database's, the row before each
     further one is the row after its predecessor. A dispatch that the database already agrees with, because a listing
     was faster, changes nothing. What is not committed when the process ends is not handed on.
+
+    An unexpected error in here is logged and loses the dispatches that it concerns; their rows are written anyway.
     """
 
     def __init__(
@@ -101,15 +105,18 @@ class LiveEvents:
     # --- what comes in
 
     def observe(self, kind: Kind, rows: Iterable[Row], stamp: int) -> None:
-        """Keep a dispatch: what it says of a member and their user."""
-        if not self._has_listeners():
-            return
-        for row in rows:
-            if row.table in ("members", "users"):
-                slot = (row.table, row.key)
-                self._add(_Seen(stamp, slot, kind, row.values, row.may_insert))
-        if self._count > self._max_waiting:
-            self._drop_all()
+        """Keep a dispatch: what it says of a member and their user. Never raises."""
+        try:
+            if not self._has_listeners():
+                return
+            for row in rows:
+                if row.table in ("members", "users"):
+                    slot = (row.table, row.key)
+                    self._add(_Seen(stamp, slot, kind, row.values, row.may_insert))
+            if self._count > self._max_waiting:
+                self._drop_all()
+        except Exception as error:
+            _report(error)
 
     def defer(self, guild_id: int, user_id: int, action: Callable[[], None]) -> bool:
         """Call `action` after the member's waiting updates and leaves; return False if none waits."""
@@ -137,7 +144,10 @@ class LiveEvents:
     # --- around a write
 
     def keep_only(self, entries: Collection[Slot], held_guilds: Collection[int]) -> None:
-        """Forget dispatches whose rows are neither among the entries of a flush nor held: memory was full."""
+        """Forget dispatches whose rows are neither among the entries of a flush nor held: memory was full.
+
+        Never raises.
+        """
         lost = [
             slot
             for slot in self._waiting
@@ -151,17 +161,30 @@ class LiveEvents:
         seen = self._waiting.pop(slot, [])
         self._count -= len(seen)
         self._before.pop(slot, None)
+        if not self._waiting:
+            self._before.clear()
         self._run([event for event in seen if event.action is not None])
 
     async def prepare(self, entries: Mapping[Slot, Entry]) -> None:
         """Read the rows that a write is about to change; call it with `write_lock` held, before the write.
 
         A row that was read for an attempt that failed is not read again: that attempt may have been committed. Raises
-        `DatabaseError` if the rows cannot be read.
+        `DatabaseUnavailable`, which the write would raise as well; if the rows cannot be read for another reason, their
+        dispatches are forgotten.
         """
-        if not self._waiting:
-            return
         due = [slot for slot in entries if slot in self._waiting]
+        if not due:
+            return
+        try:
+            await self._read_before(due)
+        except DatabaseUnavailable:
+            raise
+        except Exception as error:
+            _report(error)
+            for slot in due:
+                self.forget(slot)
+
+    async def _read_before(self, due: Sequence[Slot]) -> None:
         members = [slot for slot in due if slot[0] == "members" and slot not in self._before]
         users = {("users", slot[1][-1:]) for slot in due} - self._before.keys()
         if members:
@@ -175,8 +198,20 @@ class LiveEvents:
             self._before |= {slot: rows.get(slot) for slot in users}
 
     def finish(self, entries: Mapping[Slot, Entry]) -> None:
-        """Hand on the dispatches that these entries contain, in the order of their stamps; call it after the commit."""
-        if not self._waiting:
+        """Hand on the dispatches that these entries contain, in the order of their stamps; call it after the commit.
+
+        Never raises.
+        """
+        try:
+            self._hand_on(entries)
+        except Exception as error:
+            _report(error)
+            for slot in entries:
+                self.forget(slot)
+
+    def _hand_on(self, entries: Mapping[Slot, Entry]) -> None:
+        if not self._waiting:  # they were dropped while the rows were read or written
+            self._before.clear()
             return
         self._run(sorted(self._take(entries), key=lambda seen: seen.stamp))
         # Users are also read for members; with the next dispatch, the rows are read anew.
@@ -235,6 +270,16 @@ class LiveEvents:
         if seen.kind == "update" and was_present and before is not None and _differs(table, before, seen.values):
             return MemberChange(seen.stamp, guild_id, user_id, before, after, user)
         return None
+
+
+def _report(error: Exception) -> None:
+    log_once(
+        _log,
+        type(error).__name__,
+        "could not follow what changed members and users (%r), so that cogs may miss events about them; further errors "
+        "are only counted",
+        error,
+    )
 
 
 def _keys_of(slot: Slot) -> dict[str, Any]:

@@ -356,9 +356,9 @@ class MirrorWriter:
         # A row must not be committed before its event: the merge would infer what the held event reports.
         await self._held_events.wait_released()
         entries, newest, waiters = self.buffer.take(), self.queue.last, list(self._waiters)
-        if self.live_events is not None:
-            self.live_events.keep_only(entries, self.buffer.held_guilds)
         try:
+            if self.live_events is not None:
+                self.live_events.keep_only(entries, self.buffer.held_guilds)
             events = await self.next_events()
             while events is not None and self._is_behind and events.position < newest:
                 # More events than fit into one transaction: the rows wait for the last of their events.
