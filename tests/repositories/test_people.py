@@ -57,7 +57,9 @@ async def test_members_become_objects_of_discord_py(sessions: SessionFactory, gu
     assert (await members.as_discord(guild, 8), await members.as_discord(guild, 404)) == (None, None)
 
 
-async def test_finds_members_by_the_beginning_of_any_name(sessions: SessionFactory, guild: discord.Guild) -> None:
+async def test_finds_members_by_the_beginning_of_any_name(
+    sessions: SessionFactory, guild: discord.Guild, database: Pool
+) -> None:
     rows = ((7, "zoe", "Ada", None), (8, "ada", None, "x"), (9, "bob", None, "ADAx"), (10, "50%_a", None, "Élan"))
     members = await people(sessions, *rows, (11, "adagone", None, None))
     await members.delete((1, 11))
@@ -70,7 +72,8 @@ async def test_finds_members_by_the_beginning_of_any_name(sessions: SessionFacto
     assert await found("ada", limit=2) == [8, 9]
     assert await found("50%_") == [10]
     assert (await found("%"), await found("_"), await found("\\"), await found("adaé")) == ([], [], [], [])
-    assert await found("él") == [10]
+    folds = await database.fetchval("SELECT lower('É') = 'é'")  # not with the locale C
+    assert (await found("Él"), await found("él")) == ([10], [10] if folds else [])
     assert await found("") == [7, 8, 9, 10]
     with pytest.raises(ValidationError):
         await found("ada", limit=0)
