@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -150,12 +150,13 @@ async def mirrored(
     replay_seconds: float = 5.0,
     pause_seconds: float = 10.0,
     member_cache: bool = False,
+    on_written: Callable[[frozenset[str]], None] = lambda _: None,
     held: lease.Lease | None = None,
 ) -> AsyncIterator[Mirrored]:
     """Run a bot that mirrors a simulator's world into a database; a further block is a restart of the bot.
 
-    `member_cache`: whether discord.py's member cache is filled. `held` is the lease that it runs under; None seizes
-    one. The block ends it.
+    `member_cache`: whether discord.py's member cache is filled. `on_written` as in `Mirror`. `held` is the lease that
+    it runs under; None seizes one. The block ends it.
     """
     impatient(monkeypatch)
     monkeypatch.setattr(http.Route, "BASE", simulator.api_base)
@@ -195,6 +196,7 @@ async def mirrored(
         ),
         spool=spool,
         on_lost=(lambda: None) if held is None else held.give_up,
+        on_written=on_written,
         member_cache=partial(MemberCache, client) if member_cache else None,
     )
     install(client, mirror)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ class Mirror:
         """Create a mirror; `spool` is the directory of journals, or None without a spool.
 
         `on_lost` is called when the lease is lost. `has_slept` returns whether another process may have taken it over
-        since this one was suspended. `on_written` is called after each commit with the tables that it may have changed.
+        since this one was suspended. `on_written` is called after each commit with the tables that it may have changed;
+        the first error that it raises is logged.
         `member_cache` creates what keeps discord.py's member cache; None if it is not to be filled.
         `live_events` hands on what dispatches changed.
         """
@@ -91,6 +93,7 @@ class Mirror:
         self.shards = shards
         self.pause_seconds = pause_seconds
         self.arrival_seconds = arrival_seconds
+        on_written = partial(_announce, on_written)
         self.writer = MirrorWriter(
             pool, fence, queue, flush_policy, on_lost=on_lost, on_dropped=self._on_dropped, has_slept=has_slept,
             on_written=on_written, live_events=live_events,
@@ -435,3 +438,16 @@ class Mirror:
 
     def _malformed_reporter(self, name: str) -> Callable[[Exception], None]:
         return lambda error: self.report_malformed(name, error, is_part=True)
+
+
+def _announce(on_written: Callable[[frozenset[str]], None], tables: frozenset[str]) -> None:
+    """Announce a commit; an error of the listener must not look like one of the commit, which would be repeated."""
+    try:
+        on_written(tables)
+    except Exception as error:
+        log_once(
+            _log,
+            ("announce", type(error).__name__),
+            "caches and the change feed were not told of a commit (%r); further errors are only counted",
+            error,
+        )
