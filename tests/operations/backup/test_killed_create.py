@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.bot.running import run_cli
+from tests.conftest import IS_EXHAUSTIVE
 from tests.forkserver import ROOT, start_bot
 from tests.operations.backup.helpers import (
     execute,
@@ -30,7 +31,7 @@ from utils.operations.backup.store import UNFINISHED
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 #: Number of kills of a restore's safety backup.
-SAFETY_KILLS = 4
+SAFETY_KILLS = 4 if IS_EXHAUSTIVE else 2
 #: Rows that take pg_dump a few tenths of a second.
 MORE = (
     "INSERT INTO users (id, username, avatar) SELECT n, 'u' || n, md5(n::text) FROM generate_series(4000, 90000) AS n"
@@ -79,8 +80,8 @@ def hidden_files(service: BackupService) -> list[str]:
 @pytest.mark.parametrize(
     ("kills", "is_encrypted"),
     [
-        pytest.param(5, False, id="plain"),
-        pytest.param(3, True, id="encrypted"),
+        pytest.param(3, False, id="plain"),
+        pytest.param(2, True, id="encrypted"),
         pytest.param(30, False, id="plain-many", marks=pytest.mark.exhaustive),
         pytest.param(15, True, id="encrypted-many", marks=pytest.mark.exhaustive),
     ],

@@ -101,7 +101,7 @@ async def check_upgrade_continues(directory: Path, target: ConnectTarget) -> Non
     assert await migrations.find_pause(target) is None
 
 
-@pytest.mark.parametrize("number", points("upgrade", 5))
+@pytest.mark.parametrize("number", points("upgrade", 3))
 async def test_upgrade_continues_after_a_kill(
     tmp_path: Path, target: ConnectTarget, empty_target: ConnectTarget, catalogs: dict[str | None, dict[str, str]],
     number: int,
@@ -112,7 +112,7 @@ async def test_upgrade_continues_after_a_kill(
     await check_upgrade_continues(tmp_path, target)
 
 
-@pytest.mark.parametrize("number", points("downgrade", 5))
+@pytest.mark.parametrize("number", points("downgrade", 3))
 async def test_a_killed_downgrade_stays_paused(
     tmp_path: Path, target: ConnectTarget, empty_target: ConnectTarget, catalogs: dict[str | None, dict[str, str]],
     number: int,
