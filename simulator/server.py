@@ -192,4 +192,5 @@ class Simulator:
         return self.interactions.submit(parent, fields, user_id)
 
     async def _not_found(self, request: web.Request) -> web.Response:
-        raise ApiError(*NOT_FOUND)
+        status, code, message = NOT_FOUND
+        raise ApiError(status, code, f"{message}: the simulator does not implement {request.method} {request.path}")

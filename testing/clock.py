@@ -11,6 +11,7 @@ from discord.ext import tasks
 
 from testing.people import wait_for
 from utils import packs
+from utils.base_cog import BaseCog
 from utils.bot.periodic import KeptLoop, loops_of
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ class Clock:
         for cog in self._bot.bot.cogs.values():
             if packs.module_owner(type(cog).__module__) is None:
                 continue
-            for loop in loops_of(cog):
-                if loop.is_running():
+            for loop in vars(cog).values() if not isinstance(cog, BaseCog) else loops_of(cog):
+                if isinstance(loop, tasks.Loop) and loop.is_running():
                     yield loop
 
     async def _run_when_due(self, loop: KeptLoop) -> None:

@@ -34,6 +34,13 @@ class Person:
         """How a message mentions them."""
         return f"<@{self.id}>"
 
+    @property
+    def display_name(self) -> str:
+        """What Discord shows: the nickname in this guild, otherwise the global name, otherwise `name`."""
+        world = self._bot.world
+        member = None if self.guild_id is None else world.guild(self.guild_id).members.get(self.id)
+        return (member and member.nick) or world.user(self.id).global_name or self.name
+
     def in_direct_messages(self) -> Person:
         """Return the same person in direct messages with the bot."""
         return Person(self.id, self.name, None, self._bot)

@@ -1,14 +1,16 @@
 """The pytest plugin: the fixture `bot`, on one server and one running bot for the whole session.
 
-The option `guildbook_packs` in the pack's `pyproject.toml` names the packs as `COGS` does.
+Two options in the pack's `pyproject.toml`: `guildbook_packs` names the packs as `COGS` does, and `guildbook_settings`
+gives settings, such as `COMMAND_PREFIX=!`. Those of Guildbook itself are not read from the environment.
 """
 
 from __future__ import annotations
 
 import asyncio
+import difflib
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,8 +26,9 @@ from utils.database import Pool, recorded_packs
 from utils.database.embedded import EmbeddedServer
 from utils.database.sql import quote_identifier
 from utils.database.target import ConnectTarget
-from utils.exceptions import GuildbookError
+from utils.exceptions import GuildbookError, SettingsError
 from utils.operations import migrations
+from utils.settings import variables
 
 ResultT = TypeVar("ResultT")
 
@@ -34,6 +37,9 @@ _DATABASE = "guildbook_tests"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("guildbook_packs", "The packs to load, as in COGS.", type="args", default=["."])
+    parser.addini(
+        "guildbook_settings", "Settings as in .env: those of Guildbook and those of the packs.", type="linelist"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -81,15 +87,52 @@ def _in_thread(work: Coroutine[Any, Any, ResultT]) -> ResultT:
         return executor.submit(asyncio.run, work).result()
 
 
+@pytest.fixture(scope="session")
+def guildbook_settings(request: pytest.FixtureRequest, guildbook_database: ConnectTarget) -> Iterator[dict[str, Any]]:
+    """The settings of Guildbook that `guildbook_settings` gives; those of packs are in the environment meanwhile."""
+    try:
+        given = _read_settings(request.config.getini("guildbook_settings"))
+    except GuildbookError as exc:
+        pytest.exit(str(exc), returncode=pytest.ExitCode.USAGE_ERROR)
+    own = {name.lower(): given.pop(name) for name in variables() if name in given}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in given.items():
+            patch.setenv(name, value)
+        yield own
+
+
+def _read_settings(lines: Iterable[str]) -> dict[str, str]:
+    """Return the values of lines like NAME=value. Raises `SettingsError` for a name that is no setting."""
+    given: dict[str, str] = {}
+    prefixes = tuple(pack.settings_prefix for pack in packs.active())
+    for line in lines:
+        name, equals, value = (part.strip() for part in line.partition("="))
+        if not equals or not (name in variables() or name.startswith(prefixes)):
+            known = (*variables(), *prefixes)
+            similar = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {similar[0]}?" if similar and similar[0] != name else ""
+            raise SettingsError(
+                f"guildbook_settings: {line!r} is wrong; expected NAME=value, with a setting of Guildbook or one that"
+                f" begins with {' or '.join(prefixes)}{hint}"
+            )
+        given[name] = value
+    return given
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def guildbook_running(guildbook_database: ConnectTarget) -> AsyncIterator[RunningBot]:
+async def guildbook_running(
+    guildbook_database: ConnectTarget, guildbook_settings: dict[str, Any]
+) -> AsyncIterator[RunningBot]:
     """The bot, started once for all tests."""
     world = World(seed=1)
     world.add_guild(members=MEMBERS)
     pool = Pool(guildbook_database, pool_max=8, connect_timeout=10, acquire_timeout=10)
     await pool.connect()
     try:
-        async with Simulator(world, limits=Limits.none()) as simulator, running_bot(pool, simulator) as bot:
+        async with (
+            Simulator(world, limits=Limits.none()) as simulator,
+            running_bot(pool, simulator, **guildbook_settings) as bot,
+        ):
             failed = [state for state in bot.loader.states() if state.state == "failed"]
             if failed:
                 lines = [f"cog {state.name} is not loaded: {state.reason}" for state in failed]

@@ -9,6 +9,7 @@ from typing import Any
 
 import asyncpg
 from discord import gateway, http
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
 from simulator import Simulator, World
 from testing.clock import Clock
@@ -24,6 +25,21 @@ START_SECONDS = 40.0
 MEMBERS = 8
 
 
+class _GivenSettings(Settings):
+    """Settings that are read from their arguments alone."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
 def settings_for(simulator: Simulator, **overrides: Any) -> Settings:
     """Return settings for a bot on the simulator, without any from the environment."""
     defaults: dict[str, Any] = {
@@ -32,7 +48,7 @@ def settings_for(simulator: Simulator, **overrides: Any) -> Settings:
         "flush_seconds": 0.05,
         "chunk_cooldown_seconds": 0,
     }
-    return Settings(_env_file=None, **{**defaults, **overrides})  # type: ignore[call-arg]
+    return _GivenSettings(**{**defaults, **overrides})
 
 
 @contextmanager

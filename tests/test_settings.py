@@ -169,10 +169,16 @@ def test_lists_of_names_and_prefixes() -> None:
     settings = load(INTENTS=" Message_Content,invites  invites, ", COMMAND_PREFIX=" ! !!  ? !")
     assert (settings.intents, settings.command_prefix) == (("message_content", "invites"), ("!", "!!", "?"))
     assert (load().intents, load().command_prefix) == ((), ())
+    assert load(COMMAND_PREFIX='hey, ,, " [').command_prefix == ("hey,", ",,", '"', "[")
     assert parse_intents(load(INTENTS="all").intents) == discord.Intents.all()
     assert parse_intents(load(INTENTS="default,members").intents) == discord.Intents.default() | discord.Intents(
         members=True
     )
+
+
+@pytest.mark.parametrize("value", ['"!"', "'! '?'", "!,?", '["!"]'])
+def test_refuses_prefixes_that_are_written_as_in_python(value: str) -> None:
+    assert refused(COMMAND_PREFIX=value).endswith("without quotes, commas or brackets: ! ?")
 
 
 def test_each_wrong_value_has_its_own_line() -> None:

@@ -300,11 +300,16 @@ class BaseCog(commands.Cog):
         name = name or str(getattr(work, "__name__", type(work).__name__))
         if self._ended:
             raise GuildbookError(f"{self.qualified_name} is unloaded: it cannot start {name}")
-        if seconds <= 0:
-            raise GuildbookError(f"{name}: the interval must be more than 0 seconds, not {seconds:g}")
+        if not isinstance(seconds, int | float) or not seconds > 0:
+            raise GuildbookError(f"{name}: the interval must be more than 0 seconds, not {seconds!r}")
+        if not callable(work):
+            raise GuildbookError(f"{name}: every takes a coroutine function, without parentheses, not {work!r}")
 
         async def run(_: BaseCog) -> None:
-            await work()
+            started: object = work()
+            if not inspect.isawaitable(started):
+                raise GuildbookError(f"{name} is not a coroutine function: define it with async def")
+            await started
 
         run.__module__, run.__name__ = type(self).__module__, name
         kept = KeptLoop(run, seconds=seconds, name=name, key=key)

@@ -533,7 +533,12 @@ class Settings(BaseSettings):
     @field_validator("command_prefix", mode="before")
     @classmethod
     def _prefixes(cls, value: Any) -> Any:
-        return tuple(dict.fromkeys(value.split())) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        prefixes = tuple(dict.fromkeys(value.split()))
+        if any(re.search(r"^[\"'].*[\"']$|[^,],[^,]|\[.*\]", prefix) for prefix in prefixes):
+            raise ValueError("prefixes separated by spaces, without quotes, commas or brackets: ! ?")
+        return prefixes
 
     @field_validator("member_cache", "log_format", "spool", "environment", "recover", "help_command", mode="before")
     @classmethod

@@ -29,6 +29,7 @@ class Levels(commands.Cog):
     @commands.Cog.listener("on_message")
     async def count(self, message):
         self.bot.counted = message.author.id
+        await self.bot.process_commands(message)
 
     @commands.Cog.listener()
     async def on_reaction_add(self, reaction, user):
@@ -69,13 +70,14 @@ EXPECTED = (
     " on_mirror_change, or set EVENTS_FROM_MIRROR=1 or MEMBER_CACHE=all",
     "on_message (Levels.on_message) reads message.content, which is empty in guilds unless the bot is mentioned;"
     " declare intents = discord.Intents(message_content=True) in the cog, or set INTENTS=message_content",
+    "on_message (Levels.count) calls process_commands, as the bot does: each command runs twice; remove it",
     "on_messages (Levels.on_messages) is never called: there is no such event; did you mean on_message?",
     "on_reaction_add (Levels.on_reaction_add) is never called without the intent guild_reactions or dm_reactions and"
     " messages in memory; declare intents = discord.Intents(guild_reactions=True) in the cog, or set"
     " INTENTS=guild_reactions; use on_raw_reaction_add, or set MESSAGE_CACHE=1000",
-    "on_message_edit (wait_for in MODULE:42) is never called without messages in memory; use on_raw_message_edit, or"
+    "on_message_edit (wait_for in MODULE:43) is never called without messages in memory; use on_raw_message_edit, or"
     " set MESSAGE_CACHE=1000",
-    "on_raw_reaction_add (wait_for in MODULE:44) is never called without the intent guild_reactions or dm_reactions;"
+    "on_raw_reaction_add (wait_for in MODULE:45) is never called without the intent guild_reactions or dm_reactions;"
     " declare intents = discord.Intents(guild_reactions=True) in the cog, or set INTENTS=guild_reactions",
     "the text command rank works only after a mention of the bot; set COMMAND_PREFIX, for example to !",
 )
@@ -114,15 +116,19 @@ async def test_a_long_list_is_a_file(database: Pool, simulator: Simulator, cogs:
         cogs.write(name, LEVELS.replace("Levels", name.title()).replace("rank", name))
     async with running_bot(database, simulator, extensions=[*cogs.extensions, "cogs.cogs"]):
         result = await simulator.run_command("cogs", subcommand="list", user_id=simulator.world.operator_id)
-        assert "s (7 warnings, see the file)" in ((await result.wait_done()).final_content or "")
-        assert result.files["cogs.txt"].decode().count("- warning: ") == 14
+        assert "s (8 warnings, see the file)" in ((await result.wait_done()).final_content or "")
+        assert result.files["cogs.txt"].decode().count("- warning: ") == 16
 
 
 async def test_intents_and_caches_end_the_warnings(database: Pool, simulator: Simulator, cogs: TemporaryCogs) -> None:
-    text = LEVELS.replace(
-        "class Levels(commands.Cog):",
-        "class Levels(commands.Cog):\n    intents = discord.Intents(message_content=True, reactions=True)",
-    ).replace("on_messages", "on_message_of_mine")
+    text = (
+        LEVELS.replace(
+            "class Levels(commands.Cog):",
+            "class Levels(commands.Cog):\n    intents = discord.Intents(message_content=True, reactions=True)",
+        )
+        .replace("on_messages", "on_message_of_mine")
+        .replace("process_commands", "get_context")
+    )
     cogs.write("levels", text)
     async with running_bot(
         database, simulator, extensions=cogs.extensions,

@@ -144,6 +144,19 @@ async def test_loops_of_two_instances_are_apart_and_unloading_ends_them(cog: Loo
         other.every(60, other.stop)
     with pytest.raises(GuildbookError, match="more than 0 seconds"):
         cog.every(0, cog.stop)
+    with pytest.raises(GuildbookError, match="more than 0 seconds, not '1h'"):
+        cog.every("1h", cog.stop)  # type: ignore[arg-type]
+    unused = cog.stop()
+    with pytest.raises(GuildbookError, match="a coroutine function, without parentheses"):
+        cog.every(60, unused)  # type: ignore[arg-type]
+    unused.close()
+
+
+async def test_a_function_that_is_no_coroutine_function_is_named(cog: Loops) -> None:
+    kept = cog.every(60, lambda: None, name="plain")  # type: ignore[arg-type,return-value]
+    await until(lambda: kept.last_error is not None)
+    assert "plain is not a coroutine function: define it with async def" in (kept.last_error or "")
+    await cog.cog_unload()
 
 
 @pytest.fixture

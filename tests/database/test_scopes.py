@@ -77,6 +77,15 @@ async def test_crossing_transfers_all_succeed(db: Database) -> None:
     assert attempts > len(pairs), "no deadlock happened: the test shows nothing"
 
 
+async def test_refuses_what_is_no_coroutine_function(db: Database) -> None:
+    with pytest.raises(DatabaseError, match=r"<lambda> is not a coroutine function: define it with async def"):
+        await db.run(lambda: 1)  # type: ignore[arg-type]
+    unused = db.execute(PUT, "never", 1)
+    with pytest.raises(DatabaseError, match="a coroutine function, without parentheses"):
+        await db.run(unused)  # type: ignore[arg-type]
+    unused.close()
+
+
 async def test_only_conflicts_are_repeated(db: Database, caplog: pytest.LogCaptureFixture) -> None:
     attempts: list[BaseException] = []
 

@@ -88,6 +88,11 @@ async def test_leaving_out_the_guild_never_means_everywhere(shops: Documents[Sho
         await shops.set("@user:7/a", Shop())
 
 
+async def test_a_dict_is_no_document(shops: Documents[Shop]) -> None:
+    with pytest.raises(DocumentError, match="it is a dict, not a Shop"):
+        await shops.guild(GUILD).set("a", {})  # type: ignore[arg-type]
+
+
 async def test_missing_document_without_defaults_is_an_error(shops: Documents[Shop]) -> None:
     items = Documents(shops.db, "items", Item).guild(GUILD)
     with pytest.raises(DocumentError, match=rf"no document 'x' of items in guild {GUILD}, and Item has no .*\(name"):

@@ -83,6 +83,8 @@ def test_refuses_two_packs_of_one_name_and_changes_nothing(tmp_path: Path, econo
     with using(economy):
         with pytest.raises(SettingsError, match="are both named 'economy'"):
             packs.activate([str(economy), str(other)])
+        with pytest.raises(SettingsError, match="are the same pack 'economy'; remove one"):
+            packs.activate([str(economy), f"{economy}/economy"])
         assert [pack.name for pack in packs.active()] == ["economy"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -120,8 +121,31 @@ class Playground(BaseCog):
         self.heard.append("in" if after.channel else "out")
 
 
+class Plain(commands.Cog):
+    def __init__(self, bot):
+        self.bot = bot
+        self.rounds = 0
+        self.round.start()
+
+    @tasks.loop(hours=1)
+    async def round(self):
+        self.rounds += 1
+
+    @commands.command()
+    async def step(self, ctx):
+        await ctx.send(f"{ctx.author.display_name}: {self.bot.get_cog('Playground').settings.step}")
+
+    @app_commands.command(description="Make a role")
+    async def role(self, interaction: discord.Interaction):
+        try:
+            await interaction.guild.create_role(name="x")
+        except discord.NotFound as exc:
+            await interaction.response.send_message(exc.text)
+
+
 async def setup(bot):
     await bot.add_cog(Playground(bot))
+    await bot.add_cog(Plain(bot))
 """
 TESTS = """
 import pytest
@@ -181,10 +205,24 @@ async def test_time_passes_for_cooldowns_and_loops(bot: RunningBot) -> None:
     before, halves = bot.bot.get_cog("Playground").ticks, bot.bot.get_cog("Playground").halves
     assert await anna.slash("hourly") == f"Tick {before}."
     assert "again" in str(await anna.slash("hourly"))
+    rounds = bot.bot.get_cog("Plain").rounds
     await bot.clock.advance(3 * 3600 + 1)
+    assert bot.bot.get_cog("Plain").rounds == rounds + 3
     assert bot.bot.get_cog("Playground").ticks == before + 3
     assert bot.bot.get_cog("Playground").halves == halves + 6
     assert await anna.slash("hourly") == f"Tick {before + 3}."
+
+
+async def test_settings_are_those_of_the_project(bot: RunningBot) -> None:
+    anna = bot.people[0]
+    assert await (await anna.say("?step")).answer() == f"{anna.display_name}: 7"
+    bot.world.update_member(bot.guild_id, anna.id, nick="Annie")
+    assert anna.display_name == "Annie"
+    assert await (await anna.say("?step")).answer() == "Annie: 7"
+
+
+async def test_says_what_the_simulator_lacks(bot: RunningBot) -> None:
+    assert "the simulator does not implement POST /api/v10/guilds/" in await bot.people[0].slash("role")
 
 
 async def test_people_come_and_go_and_each_test_has_a_guild_of_its_own(bot: RunningBot) -> None:
@@ -201,6 +239,13 @@ async def test_people_come_and_go_and_each_test_has_a_guild_of_its_own(bot: Runn
 """
 
 
+def configure(root: Path, *lines: str) -> None:
+    """Give the settings of a pack's tests."""
+    project = root / "pyproject.toml"
+    text = project.read_text().replace("guildbook_packs", f"guildbook_settings = {json.dumps(lines)}\nguildbook_packs")
+    project.write_text(text)
+
+
 def run(directory: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     return subprocess.run(
@@ -210,15 +255,17 @@ def run(directory: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_everything_that_people_do_is_answered(tmp_path: Path) -> None:
+def test_everything_that_people_do_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_pack(tmp_path, "economy")
     (root / "economy/cogs/playground.py").write_text(COG)
     (page,) = (block for block in blocks_of(ROOT / "docs/how-to/testing.md") if block.language == "python")
+    configure(root, "COMMAND_PREFIX=?", "ECONOMY_STEP=7")
+    monkeypatch.setenv("COMMAND_PREFIX", "$")
     documented = page.text.replace("accounts", "economy_entries").replace("coins FROM", "count FROM")
     (root / "tests/test_economy.py").write_text(TESTS + documented)
     done = run(root)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "7 passed" in done.stdout
+    assert "9 passed" in done.stdout
 
 
 @pytest.mark.slow
@@ -228,6 +275,11 @@ def test_says_in_one_line_why_a_pack_cannot_be_tested(tmp_path: Path) -> None:
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "Exit: pack economy needs revision 0099 of Guildbook, which this version does not have" in done.stdout
     require(root, HEAD)
+    configure(root, "COMAND_PREFIX=!")
+    done = run(root)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "guildbook_settings: 'COMAND_PREFIX=!' is wrong; expected NAME=value" in done.stdout
+    assert "did you mean COMMAND_PREFIX?" in done.stdout
     model = root / "economy/models.py"
     model.write_text(model.read_text() + "    level: Mapped[int] = marked(BigInteger, server_default='0')\n")
     done = run(root)

@@ -103,6 +103,9 @@ def find_problems(use: CogUse, present: Present, *, has_prefix: bool) -> list[st
         problem = find_problem(event, present) or find_content_problem(event, reads, present)
         if problem is not None:
             lines.append(f"on_{event} ({name}) {problem}")
+        if event == "message" and "process_commands" in reads:
+            twice = "calls process_commands, as the bot does: each command runs twice; remove it"
+            lines.append(f"on_message ({name}) {twice}")
     for event, where in use.awaited:
         if (problem := find_problem(event, present)) is not None:
             lines.append(f"on_{event} (wait_for in {where}) {problem}")

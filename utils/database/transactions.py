@@ -137,8 +137,14 @@ def bound_to(root: Root) -> Iterator[None]:
 
 async def run_in(transaction: Transaction, callback: Callable[..., Awaitable[R]]) -> R:
     """Run a callback in a transaction and return its result. It gets the transaction if it takes an argument."""
+    if not callable(callback):
+        raise DatabaseError(f"a transaction runs a coroutine function, without parentheses, not {callback!r:.100}")
     async with transaction:
-        return await (callback(transaction) if _takes_argument(callback) else callback())
+        started = callback(transaction) if _takes_argument(callback) else callback()
+        if not inspect.isawaitable(started):
+            name = getattr(callback, "__qualname__", repr(callback))
+            raise DatabaseError(f"{name} is not a coroutine function: define it with async def")
+        return await started
 
 
 def _takes_argument(callback: Callable[..., object]) -> bool:

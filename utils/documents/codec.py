@@ -37,6 +37,8 @@ class Codec(Generic[T]):
 
     def encode(self, value: T) -> str:
         """Return a value as JSON text. Raises `InvalidDocument` if it cannot be read back or is larger than 1 MB."""
+        if not isinstance(value, BaseModel):
+            raise InvalidDocument(f"it is a {type(value).__name__}, not a {self.model.__name__}")
         try:
             try:
                 plain = self._plain(value)

@@ -44,6 +44,11 @@ def _find(entries: Iterable[str], forbidden: set[str]) -> dict[str, Pack]:
             raise SettingsError(
                 f"COGS: {entry}: the name {pack.name!r} is Guildbook's; rename the pack", variables=["COGS"]
             )
+        if pack.name in found and found[pack.name].directory == pack.directory:
+            raise SettingsError(
+                f"COGS: {found[pack.name].origin} and {entry} are the same pack {pack.name!r}; remove one",
+                variables=["COGS"],
+            )
         if pack.name in found:
             raise SettingsError(
                 f"COGS: {found[pack.name].origin} and {entry} are both named {pack.name!r}; remove or rename one",
