@@ -48,6 +48,8 @@ _DEFERRALS = (5, 6)
 # Responses of a component that update its message: deferred and immediate.
 _DEFERRED_UPDATE, _UPDATE = 6, 7
 _MODAL = 9
+#: Choices of an autocomplete.
+_MAX_CHOICES = 25
 # Types of interactions, and the types of responses that each may get.
 _COMMAND, _COMPONENT, _AUTOCOMPLETE, _SUBMIT = 2, 3, 4, 5
 _ALLOWED = {
@@ -364,6 +366,8 @@ class InteractionRoutes:
             allowed = (*allowed, _DEFERRED_UPDATE, _UPDATE)
         if body.get("type") not in allowed:
             raise ApiError(*INVALID_FORM)
+        if len(data.get("choices") or ()) > _MAX_CHOICES:
+            raise ApiError(400, 50035, "Invalid Form Body: data.choices: Must be 25 or fewer in length.")
         result.type = int(body["type"])
         result.deferred = result.type in _DEFERRALS
         result.ephemeral = bool(int(data.get("flags") or 0) & _EPHEMERAL)

@@ -9,7 +9,7 @@ import pytest
 from simulator import Simulator, World
 from tests.bot.running import running_bot, wait_until_mirrored
 from tests.waiting import until
-from utils.bot.client import member_cache_flags
+from utils.bot.client import ERRORS_PER_LISTENER, member_cache_flags
 from utils.database import Pool
 from utils.service import metrics
 
@@ -41,6 +41,27 @@ async def test_stats_and_metrics_count_waiting_and_written_rows(
         assert bot.stats()["queue"]["events"] == 0
     rows = await database.fetch("SELECT message_count FROM member_stats")
     assert [row["message_count"] for row in rows] == [5]
+
+
+async def test_a_listener_that_always_fails_does_not_flood_the_log(
+    database: Pool, simulator: Simulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = 0
+
+    async def on_flood() -> None:
+        nonlocal seen
+        seen += 1
+        raise ValueError(seen)
+
+    async with running_bot(database, simulator, extensions=[]) as bot:
+        bot.add_listener(on_flood)
+        for _ in range(40):
+            bot.dispatch("flood")
+        await until(lambda: seen == 40)
+    assert caplog.messages.count("listener failed: on_flood") == ERRORS_PER_LISTENER
+    assert [line for line in caplog.messages if "keeps failing" in line] == [
+        f"listener keeps failing: on_flood: ValueError({ERRORS_PER_LISTENER + 1}); most of its errors are left out"
+    ]
 
 
 @pytest.mark.parametrize("member_cache", ["none", "voice", "all"])

@@ -101,7 +101,7 @@ class Playground(BaseCog):
     @buy.autocomplete("item")
     async def items(self, interaction, typed):
         found = [name for name in ("tea", "toast", "cake") if name.startswith(typed)]
-        return [app_commands.Choice(name=name, value=name) for name in found]
+        return [app_commands.Choice(name=name, value=name) for name in found] * (26 if typed == "to" else 1)
 
     @commands.Cog.listener()
     async def on_message(self, message):
@@ -176,6 +176,7 @@ async def test_forms_menus_and_context_menus(bot: RunningBot) -> None:
 async def test_autocomplete_and_followups(bot: RunningBot) -> None:
     anna = bot.people[0]
     assert await anna.complete("shop buy", "item", "t") == ["tea", "toast"]
+    assert await anna.complete("shop buy", "item", "to") == [], "Discord refuses more than 25"
     reply = await anna.slash("shop buy", item="tea")
     assert repr(reply) == "<Reply 'Bought tea.'; then 'Thank you.'>" or reply == "Bought tea."
     await wait_for(lambda: reply.followups == ["Thank you."], 5, "no follow-up")

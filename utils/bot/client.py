@@ -64,6 +64,8 @@ STOP_TIMEOUT = 3.0
 ANSWER_TIMEOUT = 30.0
 #: Errors of users that are logged within a minute, of all and of one.
 USER_ERRORS_PER_MINUTE, ERRORS_PER_USER = 60, 10
+#: Errors of listeners that are logged within a minute, of all and of one line of code.
+LISTENER_ERRORS_PER_MINUTE, ERRORS_PER_LISTENER = 60, 10
 #: Why a cog cannot wait for Discord while it is set up, and what to do.
 NOT_CONNECTED = (
     "cogs are loaded before the bot connects, so it would wait for ever; await it in a task (self.spawn) or in a loop's"
@@ -129,6 +131,11 @@ class Guildbook(commands.AutoShardedBot):
         self.operators: Operators = Operators(self, settings.admin_user_ids)
         #: Which errors that users cause are logged: anybody can cause them.
         self.logged_user_errors: RateLimit = RateLimit(USER_ERRORS_PER_MINUTE, 60.0, per_key=ERRORS_PER_USER)
+        #: Which errors of listeners are logged with their tracebacks, and which are said to be left out.
+        self.logged_listener_errors: RateLimit = RateLimit(
+            LISTENER_ERRORS_PER_MINUTE, 60.0, per_key=ERRORS_PER_LISTENER
+        )
+        self._noticed_listeners: RateLimit = RateLimit(LISTENER_ERRORS_PER_MINUTE, 60.0, per_key=1)
         #: Confirmations that wait for a button to be pressed.
         self.confirmations: Confirmations = Confirmations()
         self.add_listener(self.confirmations.on_interaction)
@@ -404,8 +411,18 @@ class Guildbook(commands.AutoShardedBot):
             await asyncio.wait({task})
 
     async def on_error(self, event_method: str, /, *args: Any, **kwargs: Any) -> None:
-        """Log an exception raised by a listener."""
-        _log.exception("listener failed: %s", event_method)
+        """Log an exception raised by a listener; of those that one raises again and again, a few a minute."""
+        error = sys.exc_info()[1]
+        trace = error.__traceback__ if error is not None else None
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        place = (trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace is not None else None
+        if self.logged_listener_errors.admits((event_method, type(error), place)):
+            left_out = self.logged_listener_errors.take_refused()
+            more = f" ({left_out} more errors of listeners were left out)" if left_out else ""
+            _log.exception("listener failed: %s%s", event_method, more)
+        elif self._noticed_listeners.admits(event_method):
+            _log.error("listener keeps failing: %s: %r; most of its errors are left out", event_method, error)
 
     async def on_command_error(self, context: commands.Context[Any], error: commands.CommandError, /) -> None:
         """Answer the error of a text command whose cog does not. A mention that names no command is ignored."""
