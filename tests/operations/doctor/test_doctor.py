@@ -300,6 +300,17 @@ async def test_reports_missing_privileges_and_connections(
     await conn.close()
 
 
+async def test_reports_a_database_that_was_made_read_only(
+    monkeypatch: pytest.MonkeyPatch, empty_target: ConnectTarget
+) -> None:
+    conn = await asyncpg.connect(**empty_target.connect_kwargs())
+    await conn.execute(f"ALTER DATABASE {empty_target.database} SET default_transaction_read_only = on")
+    await conn.close()
+    findings = await worst_findings(monkeypatch, "database", DATABASE_URL=empty_target.libpq_url())
+    assert findings["database"].state == "fail"
+    assert "default_transaction_read_only is on (set by: database)" in findings["database"].seen
+
+
 @pytest.mark.parametrize(
     ("free", "state", "advice"), [(1, "fail", "larger disk"), (300 * 2**20, "warn", "SPOOL_MAX_MB")]
 )

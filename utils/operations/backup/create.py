@@ -257,7 +257,7 @@ async def _list_relations(snapshot: _Snapshot, tables: Sequence[OwnTable], reque
 async def _count_rows(connection: Connection, tables: Sequence[OwnTable]) -> dict[str, int]:
     rows: dict[str, int] = {}
     for table in tables:
-        query = "SELECT count(*) FROM " + table.quoted  # noqa: S608 - quoted by the server
+        query = "SELECT count(*) FROM " + table.counted  # noqa: S608 - quoted by the server
         rows[f"{table.schema}.{table.name}"] = await connection.fetchval(query, timeout=COUNT_SECONDS)
     return dict(sorted(rows.items()))
 

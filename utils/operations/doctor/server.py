@@ -60,6 +60,8 @@ async def check_database(context: DoctorContext) -> Sequence[Finding]:
         seen += f", schemas {pool.placement.main} and {pool.placement.ops}"
     if number < OLDEST_SERVER:  # the pool refuses it first
         return [Finding("fail", "database", seen, f"use version {OLDEST_SERVER // 10_000} or newer")]
+    if (reason := await _fetch_read_only(pool)) is not None:
+        return [Finding("fail", "database", f"{seen}, {reason[0]}", reason[1])]
     if major > NEWEST_TESTED:
         advice = f"newer than the newest tested version ({NEWEST_TESTED}): look for an update"
         return [Finding("warn", "database", seen, advice)]
@@ -200,6 +202,21 @@ async def check_tools(context: DoctorContext) -> Sequence[Finding]:
         is_needed = context.settings.backup_every is not None
         return [Finding("fail" if is_needed else "warn", "tools", exc.problem, exc.advice)]
     return [Finding("ok", "tools", f"pg_dump and pg_restore {major} in {directory}")]
+
+
+async def _fetch_read_only(pool: Pool) -> tuple[str, str] | None:
+    """Return why transactions cannot write, and what to do; None if they can."""
+    row = await _fetch_row(
+        pool,
+        "SELECT pg_is_in_recovery() AS is_standby, current_setting('transaction_read_only') = 'on' AS is_read_only,"
+        " (SELECT source FROM pg_settings WHERE name = 'default_transaction_read_only') AS source",
+    )
+    if row["is_standby"]:
+        return "a standby, which is read-only", "use the address of the primary"
+    if row["is_read_only"]:
+        advice = "ask the host: some set it when the disk is full; otherwise remove the setting"
+        return f"read-only: default_transaction_read_only is on (set by: {row['source']})", advice
+    return None
 
 
 async def _fetch_version(pool: Pool) -> int:

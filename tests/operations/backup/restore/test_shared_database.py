@@ -175,3 +175,22 @@ async def test_says_which_grant_is_missing(tmp_path: Path, shared: SharedDatabas
         await execute(shared.superuser, "ALTER TABLE members OWNER TO postgres")
         with pytest.raises(BackupError, match=rf"public\.members belongs to postgres, and {role} may not replace"):
             await service.restore(pool, "latest")
+
+
+async def test_rows_that_inherit_from_ours_are_neither_counted_nor_replaced(
+    tmp_path: Path, shared: SharedDatabase
+) -> None:
+    service = make_service(tmp_path)
+    await execute(
+        shared.ours,
+        "CREATE SCHEMA heirs; CREATE TABLE heirs.vip (since date) INHERITS (members);"
+        " INSERT INTO heirs.vip SELECT m.*, '2026-01-01' FROM members AS m LIMIT 7",
+    )
+    async with open_pool(shared.ours) as pool:
+        manifest = await make_backup(service, pool)
+        assert manifest.rows["public.members"] == 3_000
+        assert (await service.drill(pool)).ok
+        await pool.execute("DELETE FROM ONLY member_stats; UPDATE ONLY members SET nick = 'gone'")
+        assert (await restore(pool, service.catalog, manifest.id)).ok
+        assert await pool.fetchval("SELECT count(*) FROM ONLY members WHERE nick IS DISTINCT FROM 'gone'") == 3_000
+        assert await pool.fetchval("SELECT count(*) FROM heirs.vip") == 7

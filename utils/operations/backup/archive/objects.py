@@ -72,6 +72,12 @@ class OwnTable:
         """The table and its partitions."""
         return [self.quoted, *self.partitions]
 
+    @property
+    def counted(self) -> str:
+        """What to count its rows in, in SQL: what is dumped, without what other programs let inherit from it."""
+        parts = " UNION ALL ".join(f"SELECT FROM ONLY {name}" for name in self.relations)
+        return f"({parts}) AS t"
+
 
 @dataclass(frozen=True, slots=True)
 class ScratchPlacement(Placement):
