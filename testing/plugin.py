@@ -20,7 +20,7 @@ import pytest
 import pytest_asyncio
 
 from simulator import Limits, Simulator, World
-from testing.running import MEMBERS, RunningBot, running_bot
+from testing.running import MEMBERS, START_SECONDS, RunningBot, running_bot
 from utils import packs
 from utils.database import Pool, recorded_packs
 from utils.database.embedded import EmbeddedServer
@@ -137,6 +137,8 @@ async def guildbook_running(
             if failed:
                 lines = [f"cog {state.name} is not loaded: {state.reason}" for state in failed]
                 pytest.fail("\n".join(lines), pytrace=False)
+            async with asyncio.timeout(START_SECONDS):
+                await bot.wait_until_ready()  # the mirror is ready earlier: loops may still be in before_loop
             yield RunningBot(bot, simulator, pool)
     finally:
         await pool.close()

@@ -155,6 +155,7 @@ from testing.people import wait_for
 
 
 async def test_buttons(bot: RunningBot) -> None:
+    assert bot.bot.is_ready()
     anna, ben = bot.people[:2]
     reply = await anna.slash("pay", to=ben, coins=5)
     with pytest.raises(AssertionError, match=r"no button 'Maybe' in <Reply 'Pay 5 coins to .*'; buttons Yes, No>"):
