@@ -221,6 +221,15 @@ async def test_plans_refuse_what_would_be_refused(database: Pool, empty: Pool) -
         await admin.plan_upgrade(empty)
 
 
+async def test_no_downgrade_starts_that_cannot_drop_the_schema_in_the_end(database: Pool) -> None:
+    await database.execute("CREATE TABLE ops.theirs (id int); CREATE VIEW ops.seen AS SELECT 1 AS one")
+    with pytest.raises(MigrationError, match=r"this would drop: table ops\.theirs, view ops\.seen\. Nothing was"):
+        await admin.plan_downgrade(database, "base")
+    assert await migrations.current_heads(database) == (HEAD,)
+    await database.execute("DROP TABLE ops.theirs; DROP VIEW ops.seen")
+    assert await admin.plan_downgrade(database, "base") is not None
+
+
 async def test_plan_of_an_upgrade_names_what_it_would_do(database: Pool, empty: Pool) -> None:
     assert await admin.plan_upgrade(database) is None
     plan = await admin.plan_upgrade(empty)

@@ -11,6 +11,8 @@ from utils.operations.migrations.revisions import Revisions
 
 #: Objects that the message names.
 SHOWN = 5
+#: The revision that made this table made its schema too.
+MADE_WITH_OPS = ("ops", "leases")
 #: What depends on these tables (schemas in $1, names in $2) or on their row types, and belongs to none of them, nor to
 #: our views ($3, in the schema $4).
 _FIND = """
@@ -35,14 +37,29 @@ WHERE d.deptype = 'n' AND (d.refclassid = 'pg_class'::regclass AND d.refobjid IN
     AND NOT (d.classid = 'pg_class'::regclass AND d.objid IN (SELECT oid FROM kept))
 ORDER BY 1
 """
+#: The tables and views in the schema $1 besides these ($2) and their partitions: the revision that made the schema
+#: drops it when it is reverted, which fails after all others were reverted if anything is left in it.
+_FIND_IN_SCHEMA = """
+SELECT pg_describe_object('pg_class'::regclass, c.oid, 0) AS name
+FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+WHERE n.nspname = $1 AND c.relkind IN ('r', 'p', 'v', 'm', 'f') AND NOT c.relispartition
+    AND c.relname <> ALL($2::text[])
+ORDER BY 1
+"""
 
 
 async def find_dependents(pool: Pool, reverted: Collection[str], options: MigrationOptions = DEFAULTS) -> list[str]:
-    """Return the objects of other programs that depend on tables which reverting these revisions drops.
+    """Return the objects of other programs that depend on tables or schemas which reverting these revisions drops.
 
     Each is described as PostgreSQL does, such as `view economy.rich`. Raises `DatabaseError`.
     """
-    return await _find_dependents_of(pool, ownership.created_by(Revisions(options.scripts).files(reverted)))
+    files = Revisions(options.scripts).files(reverted)
+    created = ownership.created_by(files)
+    found = await _find_dependents_of(pool, created)
+    if MADE_WITH_OPS in created:
+        names = [name for schema, name in ownership.relations_of(files) | created if schema == MADE_WITH_OPS[0]]
+        found += [row["name"] for row in await pool.fetch(_FIND_IN_SCHEMA, pool.placement.ops, names)]
+    return found
 
 
 async def _find_dependents_of(pool: Pool, created: Collection[ownership.Name]) -> list[str]:
@@ -68,6 +85,6 @@ def _refuse(found: Sequence[str]) -> None:
     if found:
         shown = ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
         raise MigrationError(
-            f"objects of another program depend on tables that this would drop: {shown}. Nothing was changed: drop"
-            " these objects first, or keep the tables"
+            f"objects of another program depend on tables or schemas that this would drop: {shown}. Nothing was"
+            " changed: drop these objects first, or keep the tables"
         )
