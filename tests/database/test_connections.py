@@ -36,7 +36,7 @@ async def test_a_connection_held_by_hand(db: Database) -> None:
     row = await connection.fetchrow("SELECT item, price FROM shelf WHERE item = $1", "pear")
     assert row is not None
     assert await connection.fetchval("SELECT item, price FROM shelf WHERE item = $1", "pear", column=1) == row["price"]
-    assert connection.get_server_pid() > 0
+    assert connection.get_server_pid() != 0, "PgBouncer draws one, which may be negative"
     with pytest.raises(asyncpg.UndefinedTableError):
         await connection.execute("SELECT * FROM nowhere")
     assert db.pool.pool_stats()["active"] == 1
