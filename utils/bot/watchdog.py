@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 #: Seconds for which the loop may be blocked.
 THRESHOLD = 0.2
-#: Seconds between two beats of the loop, and between two looks at it.
+#: Seconds between two beats of the loop, and between two looks at a blocked one.
 INTERVAL = 0.05
 #: Seconds after which a block that lasts is logged before it ends.
 LONG_BLOCK = 2.0
@@ -98,16 +98,18 @@ class Watchdog:
         stopping = self._stopping
         found: Block | None = None
         beat_then, began, was_logged = 0.0, 0.0, False
-        looked = time.perf_counter()
-        while not stopping.wait(self.interval):
+        looked, pause = time.perf_counter(), self.interval
+        while not stopping.wait(pause):
             beat, now = self._beat, time.perf_counter()
-            was_starved, looked = now - looked > self.interval + self.threshold / 2, now
+            was_starved, looked = now - looked > pause + self.threshold / 2, now
             if found is not None and beat != beat_then:
                 if not was_logged and beat - began >= self.threshold / 2:
                     self._report(found, beat - began)
                 found = None
-            late = now - beat - self.interval
-            if late < self.threshold:
+            # While the loop beats, look only when its last beat would be overdue: a look takes the interpreter's lock.
+            overdue_in = beat + self.interval + self.threshold - now
+            pause = max(self.interval, overdue_in)
+            if overdue_in > 0:
                 continue
             if found is None:
                 if was_starved:  # the whole process was suspended
