@@ -187,11 +187,35 @@ async def test_a_database_being_renamed_is_transient(target: ConnectTarget, serv
         await database.close()
 
 
+@pytest.mark.direct("the pooler keeps a connection to the database")
+async def test_a_database_that_accepts_no_connections_is_unavailable(
+    target: ConnectTarget, server: EmbeddedServer
+) -> None:
+    database = Pool(target, pool_min=0, pool_max=2)
+    await database.connect()
+    access = Database(database)
+    home = await asyncpg.connect(**server.target("postgres").connect_kwargs())
+    name = target.database
+    try:
+        await home.execute(f'ALTER DATABASE "{name}" WITH ALLOW_CONNECTIONS false')
+        await home.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = $1", name)
+        with pytest.raises(DatabaseUnavailable, match="accepts no connections at the moment"):
+            await until_asked_anew(database)
+        with pytest.raises(DatabaseUnavailable, match="accepts no connections at the moment"):
+            await access.orm.connect()
+        await home.execute(f'ALTER DATABASE "{name}" WITH ALLOW_CONNECTIONS true')
+        assert await database.fetchval("SELECT 1") == 1
+    finally:
+        await home.close()
+        await access.close()
+        await database.close()
+
+
 async def until_asked_anew(database: Pool) -> None:
     """Ask until the answer comes, or does not, on a new connection: those that were ended are noticed one by one."""
     for _ in range(20):
         try:
             await database.fetchval("SELECT 1")
         except DatabaseUnavailable as error:
-            if error.sqlstate == "3D000":
+            if error.sqlstate in ("3D000", "55000"):
                 raise

@@ -118,8 +118,7 @@ async def check_schema(context: DoctorContext) -> Sequence[Finding]:
         findings.append(Finding("warn" if is_automatic else "fail", "schema", seen, advice))
     else:
         findings.append(Finding("ok", "schema", f"revision {', '.join(current)}, the newest"))
-        if await _fetch_read_only(pool) is None:  # it makes views for the comparison; the database is reported already
-            findings.append(await _check_drift(pool))
+        findings.append(await _check_drift(pool))
     if paused is not None:
         findings.append(Finding("warn", "AUTO_MIGRATE", f"paused: {paused}", upgrade + " to resume it"))
     invalid = await invalid_indexes.find(pool)
