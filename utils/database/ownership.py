@@ -23,6 +23,7 @@ from sqlalchemy import Connection, MetaData, Table, text
 from models import Base
 from utils import packs
 from utils.database.placement import OPS, PUBLIC, Placement, placement_of, placement_on
+from utils.database.sql import quote_literal
 from utils.exceptions import MigrationError
 
 #: Alembic's table in a database of ours.
@@ -530,22 +531,19 @@ def adoption_statements(version: RecordedVersion) -> list[str]:
                 *(f"{VERSION_TABLE}_pkc", "PRIMARY KEY (version_num))"),
             )
         ),
-        *(" ".join(("INSERT INTO", ours, "(version_num) VALUES (", quote_text(one), ")")) for one in version.revisions),
+        *(
+            " ".join(("INSERT INTO", ours, "(version_num) VALUES (", quote_literal(one), ")"))
+            for one in version.revisions
+        ),
     ]
     if version.comment and version.comment.startswith(PAUSE_COMMENT):
-        statements.append(f"COMMENT ON TABLE {ours} IS {quote_text(version.comment)}")
+        statements.append(f"COMMENT ON TABLE {ours} IS {quote_literal(version.comment)}")
         statements.append(f"COMMENT ON TABLE {former} IS NULL")
     return [
         *statements,
         " ".join(("DELETE FROM", former)),
-        " ".join(("INSERT INTO", former, "(version_num) VALUES (", quote_text(MOVED), ")")),
+        " ".join(("INSERT INTO", former, "(version_num) VALUES (", quote_literal(MOVED), ")")),
     ]
-
-
-def quote_text(value: str) -> str:
-    """Return a text as a literal in SQL."""
-    escaped = value.replace("\\", "\\\\").replace("'", "''")
-    return f"E'{escaped}'" if "\\" in value else f"'{escaped}'"
 
 
 def find_collisions(connection: Connection, version: RecordedVersion, created: Iterable[Name]) -> list[str]:

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, text
 from utils import packs
 from utils.database import ownership
 from utils.database.placement import Placement, placement_of, placement_on
+from utils.database.sql import quote_literal
 from utils.packs import Pack
 
 #: How the comment on a pack's version table begins. It goes where the table goes, also into dumps.
@@ -62,7 +63,7 @@ def record_pack_sql(pack: Pack, revisions: Iterable[str]) -> str:
     files = ownership.files_at(revisions, pack.scripts)
     relations = sorted(ownership.relations_of(files), key=lambda name: (name[0] or "", name[1]))
     noted = json.dumps({"requires": pack.requires, "relations": relations})
-    return " ".join(("COMMENT ON TABLE", pack.version_table, "IS", ownership.quote_text(PACK_COMMENT + noted)))
+    return " ".join(("COMMENT ON TABLE", pack.version_table, "IS", quote_literal(PACK_COMMENT + noted)))
 
 
 def read_packs(connection: Connection) -> list[RecordedPack]:
