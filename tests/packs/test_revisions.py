@@ -176,13 +176,14 @@ async def test_an_older_version_of_a_pack_says_that_the_database_is_newer(databa
         )
 
 
-async def test_never_takes_a_table_that_exists(database: Pool, tmp_path: Path) -> None:
-    await database.execute("CREATE TABLE economy_entries (theirs int)")
+@pytest.mark.parametrize("table", ["economy_entries", "economy_version"])
+async def test_never_takes_a_table_that_exists(database: Pool, tmp_path: Path, table: str) -> None:
+    await database.execute(f"CREATE TABLE {table} (theirs int)")
     root = write_pack(tmp_path, "economy")
     with using(root) as (pack,):
         _, (problem,) = await migrations.upgrade_packs(database)
         assert problem.startswith("pack economy would create tables that exist already, and are not its own: public.")
-        assert await tables_of(database) == {"economy_entries"}
+        assert await tables_of(database) == {table}
         assert not (await admin.status(database)).ok
         assert packs.problem(pack) is None
 

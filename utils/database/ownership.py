@@ -399,6 +399,7 @@ WITH candidate AS (
     FROM pg_namespace AS n LEFT JOIN pg_class AS c
         ON c.relnamespace = n.oid AND c.relkind IN ('r', 'p')
         AND c.relname IN ('guildbook_version', 'alembic_version')
+        AND EXISTS (SELECT FROM pg_attribute AS a WHERE a.attrelid = c.oid AND a.attname = 'version_num')
     WHERE n.nspname = CAST($1 AS text)
 )
 SELECT candidate.*, ARRAY(
@@ -417,7 +418,12 @@ FROM candidate ORDER BY candidate.name = 'guildbook_version' DESC NULLS LAST
 """
 
 
-_TABLE = "SELECT to_regclass(format('%I.%I', CAST(:main AS text), CAST(:name AS text)))::text"
+#: A table of that name without this column is another program's.
+_TABLE = """
+SELECT a.attrelid::regclass::text FROM pg_attribute AS a
+WHERE a.attrelid = to_regclass(format('%I.%I', CAST(:main AS text), CAST(:name AS text)))
+    AND a.attname = 'version_num'
+"""
 
 
 def read_version(connection: Connection, scripts: Path = SCRIPTS) -> RecordedVersion:
@@ -546,7 +552,7 @@ def adoption_statements(version: RecordedVersion) -> list[str]:
     ]
 
 
-def find_collisions(connection: Connection, version: RecordedVersion, created: Iterable[Name]) -> list[str]:
+def find_collisions(connection: Connection, created: Iterable[Name]) -> list[str]:
     """Return the tables that another program has where the first revisions would create ours, in SQL."""
     placement = placement_of(connection)
     names = [(placement.resolve(schema), name) for schema, name in created]

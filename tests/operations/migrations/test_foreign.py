@@ -132,6 +132,19 @@ async def test_a_foreign_users_table_is_refused_with_advice(
     await pool.close()
 
 
+async def test_version_tables_without_a_version_are_another_programs(
+    connection: asyncpg.Connection[asyncpg.Record], empty_target: ConnectTarget
+) -> None:
+    await connection.execute("CREATE TABLE alembic_version (theirs int); CREATE TABLE guildbook_version (theirs int)")
+    assert await migrations.current(empty_target) is None
+    with pytest.raises(MigrationError, match=r"another program .* public\.guildbook_version\. .*DB_SCHEMA"):
+        await migrations.upgrade(empty_target)
+    assert await connection.fetchval("SELECT to_regclass('guilds')") is None
+    await connection.execute("DROP TABLE guildbook_version")
+    await migrations.upgrade(empty_target)
+    assert await migrations.current(empty_target) == HEAD
+
+
 async def test_a_dump_of_one_schema_is_not_up_to_date(database: Pool) -> None:
     await database.execute("DROP SCHEMA ops CASCADE")
     for former in (False, True):

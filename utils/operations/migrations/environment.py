@@ -396,7 +396,10 @@ def find_obstacle(connection: Connection, version: RecordedVersion, scripts: Pat
                 " them with the newest revision and records it"
             )
         return _find_later_tables(connection, version, scripts)
-    collisions = ownership.find_collisions(connection, version, ownership.owned(scripts).created)
+    created = ownership.owned(scripts).created
+    if version.table is None:
+        created |= {(None, VERSION_TABLE)}
+    collisions = ownership.find_collisions(connection, created)
     if not collisions:
         return None
     names = ", ".join(collisions[:5]) + (f" and {len(collisions) - 5} more" if len(collisions) > 5 else "")
@@ -412,7 +415,9 @@ def _find_obstacle_of_pack(connection: Connection, version: RecordedVersion, pac
     if not set(version.revisions) <= set(revisions.ids):
         return None
     created = ownership.created_by(revisions.files(revisions.pending(version.revisions)))
-    collisions = ownership.find_collisions(connection, version, created)
+    if version.table is None:
+        created |= {(None, pack.version_table)}
+    collisions = ownership.find_collisions(connection, created)
     if not collisions:
         return None
     return (
@@ -426,7 +431,7 @@ def _find_later_tables(connection: Connection, version: RecordedVersion, scripts
     revisions = Revisions(scripts)
     if not set(version.revisions) <= set(revisions.ids) or not (missing := revisions.pending(version.revisions)):
         return None
-    collisions = ownership.find_collisions(connection, version, ownership.created_by(revisions.files(missing)))
+    collisions = ownership.find_collisions(connection, ownership.created_by(revisions.files(missing)))
     if not collisions:
         return None
     names = ", ".join(collisions)
