@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import Member
-from tests.mirror.batching import BatchProcess, batch_process, dead_letters, outage, xp_of
+from tests.mirror.batching import POLICY, BatchProcess, batch_process, dead_letters, outage, xp_of
 from tests.mirror.faults.test_database import administrator
 from tests.mirror.tables import GUILD
 from tests.waiting import until
@@ -232,6 +232,22 @@ async def test_locked_table_delays_its_batch_and_closing_does_not_wait(
 
 
 # --- what fails around it
+
+
+async def test_forced_flush_does_not_wait_for_the_next_attempt(database: Pool, tmp_path: Path) -> None:
+    policy = POLICY._replace(retry_seconds=3_600.0, retry_max_seconds=3_600.0)
+    async with batch_process(database, tmp_path, policy=policy) as process:
+        batch = await process.xp()
+        async with outage(database):
+            batch.add(row(1))
+            for flush in (batch.flush, batch.force_flush):
+                with pytest.raises(DatabaseUnavailable, match="they stay in the queue"):
+                    await flush(0.3)
+        batch.add(row(1))
+        with pytest.raises(DatabaseUnavailable, match="they stay in the queue"):
+            await batch.flush(0.1)
+        assert await batch.force_flush() == 2
+        assert await xp_of(database) == {(GUILD, 1): 2}
 
 
 async def test_final_flush_waits_for_the_commit(database: Pool, tmp_path: Path) -> None:

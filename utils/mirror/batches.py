@@ -193,8 +193,10 @@ class TableWriter:
         self.opened: asyncio.Event = asyncio.Event()
         self._has_rows = asyncio.Event()
         self._due = asyncio.Event()
-        #: Set to end the pause before the next attempt.
-        self._hurry = asyncio.Event()
+        #: Held while rows are written.
+        self._write_lock = asyncio.Lock()
+        #: Attempts of `flush` that do not wait for the next one of the loop.
+        self._attempts: set[asyncio.Task[None]] = set()
         #: Set while the database refuses rows.
         self._failed = asyncio.Event()
         self._error: Exception | None = None
@@ -257,8 +259,10 @@ class TableWriter:
         waiter = (self.queue.last, done)
         self._waiters.append(waiter)
         self._due.set()
-        if at_once:
-            self._hurry.set()
+        if at_once and self._failed.is_set() and not self._attempts:
+            attempt = asyncio.create_task(self._attempt_at_once(), name=f"batch of {self.table}, at once")
+            self._attempts.add(attempt)
+            attempt.add_done_callback(self._attempts.discard)
         try:
             async with asyncio.timeout(timeout):
                 await done
@@ -326,11 +330,22 @@ class TableWriter:
             wait_max=policy.retry_max_seconds, wait_jitter=policy.retry_seconds,
         ):  # fmt: skip
             with attempt:
-                await self._write()
+                await self._attempt()
+
+    async def _attempt(self) -> None:
+        async with self._write_lock:
+            await self._write()
         if self._error is not None:
             _log.info("the database accepts rows of batches again: %s", self.table)
             self._error = None
             self._failed.clear()
+
+    async def _attempt_at_once(self) -> None:
+        """Write what waits while the loop pauses after an error; the loop retries if this fails, too."""
+        try:
+            await self._attempt()
+        except Exception as error:
+            self._should_retry(error)
 
     def _should_retry(self, error: BaseException) -> bool:
         if not isinstance(error, Exception) or isinstance(error, LeaseLost):
@@ -373,7 +388,7 @@ class TableWriter:
         self._due.set()
         if flush:
             await asyncio.wait({self._task}, timeout=timeout)
-        await cancel_and_wait((self._task,), JOURNAL_SECONDS)
+        await cancel_and_wait((self._task, *self._attempts), JOURNAL_SECONDS)
         journal, waiting = self.queue.journal, len(self.queue)
         if waiting:
             self.queue.spill()
