@@ -109,6 +109,8 @@ async def test_what_cannot_work_is_logged_listed_and_checked(
         lines = [finding.line for finding in await run_checks(BotContext(bot, database), check)]
         assert lines[0].startswith("warn  cogs: broken is not loaded: ModuleNotFoundError: No module named")
         assert lines[1:] == [f"warn  cogs: levels: {line}" for line in expected]
+        await bot.loader.unload("levels")
+        assert [state.warnings for state in bot.loader.states() if state.name == "levels"] == [()]
 
 
 async def test_a_long_list_is_a_file(database: Pool, simulator: Simulator, cogs: TemporaryCogs) -> None:

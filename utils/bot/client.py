@@ -113,8 +113,6 @@ class Guildbook(commands.AutoShardedBot):
         self.settings: Settings = settings
         #: The commands, components and forms that are running.
         self.invocations: Invocations = Invocations(bound=settings.command_timeout_seconds)
-        #: Names the cog that blocks the event loop.
-        self.watchdog: Watchdog = Watchdog(lambda: [state.module for state in self.loader.states()])
         self.cache: QueryCache | None = None
         if settings.cache_max_results:
             self.cache = QueryCache(max_results=settings.cache_max_results, ttl=settings.cache_ttl_seconds)
@@ -141,6 +139,8 @@ class Guildbook(commands.AutoShardedBot):
         self.add_listener(self.confirmations.on_interaction)
         self.lease: Lease = lease
         self.loader: Loader = Loader(self, extensions)
+        #: Names the cog that blocks the event loop.
+        self.watchdog: Watchdog = Watchdog(self.loader.modules)
         self._changes = ChangeDispatcher(pool, lambda: self.extra_events.get(f"on_{CHANGE_EVENT}", []))
         #: The intents of the gateway session.
         self.gateway_intents: GatewayIntents = GatewayIntents(self, refused=refused_intents)

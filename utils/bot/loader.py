@@ -103,10 +103,11 @@ class Loader:
 
     def states(self) -> list[CogState]:
         """Return the state of every cog that exists or is loaded, sorted by name."""
-        modules = find_modules() if self._modules is None else self._modules
-        found = {short_name(module): _initial_state(module) for module in modules}
-        known = {name: state for name, state in self._states.items() if name in found or state.state == "loaded"}
-        return sorted(map(self._with_warnings, (found | known).values()), key=lambda state: state.name)
+        return sorted(map(self._with_warnings, self._known().values()), key=lambda state: state.name)
+
+    def modules(self) -> list[str]:
+        """Return the modules of every cog that exists or is loaded."""
+        return [state.module for state in self._known().values()]
 
     def is_setting_up(self) -> bool:
         """Return whether the caller is the set-up or the tear-down of a cog, and not a task that this started."""
@@ -120,7 +121,7 @@ class Loader:
     async def load_all(self) -> None:
         """Load every cog that is not loaded. Failures are logged. Does not register slash commands with Discord."""
         async with self._lock:
-            for state in self.states():
+            for _, state in sorted(self._known().items()):
                 if state.state != "loaded":
                     await self._load(state)
 
@@ -183,6 +184,13 @@ class Loader:
         new = self._with_warnings(new)
         _log_warnings(new)
         return new
+
+    def _known(self) -> dict[str, CogState]:
+        """Return the cogs that exist or are loaded by name, as recorded: without their warnings."""
+        modules = find_modules() if self._modules is None else self._modules
+        found = {short_name(module): _initial_state(module) for module in modules}
+        known = {name: state for name, state in self._states.items() if name in found or state.state == "loaded"}
+        return found | known
 
     # --- called with the lock held
 
@@ -298,9 +306,10 @@ class Loader:
         return state
 
     def _get(self, name: str) -> CogState:
-        states = {state.name: state for state in self.states()}
+        states = self._known()
         if name not in states:
-            raise ValidationError(f"no cog is named {name[:50]!r}: expected one of {', '.join(states) or '(no cogs)'}")
+            names = ", ".join(sorted(states)) or "(no cogs)"
+            raise ValidationError(f"no cog is named {name[:50]!r}: expected one of {names}")
         return states[name]
 
     def _get_loaded(self, name: str) -> CogState:
