@@ -256,8 +256,8 @@ async def test_a_failing_revision_keeps_that_pack_from_being_loaded(
 
 
 async def test_a_database_without_the_tables_of_a_pack_is_not_damaged(database: Pool, tmp_path: Path) -> None:
-    with using(write_pack(tmp_path, "economy")):
-        import_models()
+    with using(write_pack(tmp_path, "economy")) as (pack,):
+        import_models(scripts=pack.scripts)
         await database.execute("INSERT INTO guilds (id, name) VALUES (1, 'one')")
         assert (await assess(database)).is_fine
 
@@ -307,3 +307,15 @@ async def test_a_downgrade_of_a_pack_is_not_undone_by_the_next_start(database: P
         assert "economy_0002" in (packs.problem(pack) or "")
         assert "AUTO_MIGRATE is resumed" in (await admin.upgrade(database)).text
         assert await recorded(database, "economy") == ["economy_0002"]
+
+
+async def test_models_that_cannot_be_imported_stop_that_pack_alone(database: Pool, tmp_path: Path) -> None:
+    fine, broken = write_pack(tmp_path, "economy"), write_pack(tmp_path, "levels")
+    with (broken / "levels/models.py").open("a") as models:
+        models.write("\nimport no_such_module\n")
+    with using(fine, broken):
+        await migrations.upgrade_packs(database)
+        status = await admin.status(database)
+        first, second = status.data["packs"]
+        assert (status.data["drift"], first["problem"], status.ok) == ([], None, False)
+        assert "No module named 'no_such_module'" in second["problem"]

@@ -28,10 +28,11 @@ MODELS = Path(models.__file__).parent
 _DECLARES_TABLE = re.compile(r"^\s+__tablename__\s*[:=]", re.MULTILINE)
 
 
-def import_models(cogs: Path = COGS, folder: Path = MODELS) -> None:
+def import_models(cogs: Path = COGS, folder: Path = MODELS, *, scripts: Path = SCRIPTS) -> None:
     """Import every module that declares tables: all of `models/`, and the cogs with a `__tablename__`.
 
-    Folders in `models/` count with and without an `__init__.py`.
+    Folders in `models/` count with and without an `__init__.py`. Given the directory of a pack's revisions, that pack's
+    modules too. Those of other packs are not: one that cannot be imported must not stop the comparison of another.
 
     Raises `MigrationError` when one cannot be imported: its tables would look as if nothing declared them.
     """
@@ -42,12 +43,11 @@ def import_models(cogs: Path = COGS, folder: Path = MODELS) -> None:
         if _DECLARES_TABLE.search(path.read_text(encoding="utf-8"))
     ]
     _import(names)
-    for pack in packs.active():
-        import_pack_models(pack)
+    if (pack := packs.pack_of_scripts(scripts)) is not None:
+        _import_models_of(pack)
 
 
-def import_pack_models(pack: Pack) -> None:
-    """Import every module of a pack that declares tables. Raises `MigrationError` when one cannot be imported."""
+def _import_models_of(pack: Pack) -> None:
     _import(
         ".".join((pack.package, *path.relative_to(pack.directory).with_suffix("").parts)).removesuffix(".__init__")
         for path in sorted(pack.directory.rglob("*.py"))

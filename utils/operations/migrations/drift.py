@@ -28,7 +28,7 @@ async def check_drift(
 
     def compare(connection: Connection) -> list[str]:
         if metadata is Base.metadata:
-            import_models()
+            import_models(scripts=scripts)
         options = comparison_options(
             skip=list_partitions(connection), metadata=metadata, scripts=scripts, with_foreign_columns=True
         )

@@ -43,7 +43,7 @@ async def write_revision(
     Returns None, and writes nothing, if the models have nothing beyond it. `is_empty`: compare nothing, and write a
     revision without statements. Raises `MigrationError` where revisions need a merge first, or may not be applied.
     """
-    import_models()
+    import_models(scripts=options.scripts)
     revisions = migrations.Revisions(options.scripts)
     if revisions.pack is not None:  # its tables may refer to Guildbook's newest
         (revisions.pack.scripts / "versions").mkdir(parents=True, exist_ok=True)
