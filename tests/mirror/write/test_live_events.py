@@ -212,7 +212,7 @@ async def test_too_many_waiting_changes_are_dropped_and_joins_among_them_go_on(
     assert rig.live.defer(GUILD, 1, lambda: joined.append("again"))
     rig.receive("update", GUILD, 2, "bob", "y")
     assert joined == ["again"]
-    assert "6 events" in caplog.text or "5 events" in caplog.text
+    assert "5 events about members are not dispatched" in caplog.text
     await rig.writer.flush()
     assert rig.told == []
 
