@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -24,7 +25,7 @@ from tests.mirror.faults.test_database import administrator
 from tests.mirror.tables import GUILD
 from tests.waiting import until
 from utils.database import Pool
-from utils.exceptions import DatabaseUnavailable, GuildbookError, ValidationError
+from utils.exceptions import DatabaseUnavailable, GuildbookError, SpoolError, ValidationError
 from utils.mirror.batches import resolve_target
 from utils.mirror.records.batch_rows import (
     BatchRow,
@@ -37,6 +38,7 @@ from utils.mirror.records.batch_rows import (
 )
 from utils.mirror.records.events import Message, encode_event
 from utils.mirror.spool.queue import SpoolMode
+from utils.mirror.spool.segments import Tail
 from utils.mirror.write.batch_rows import write_batch_rows
 
 
@@ -121,6 +123,23 @@ async def test_full_batch_refuses_instead_of_dropping(database: Pool, tmp_path: 
         await batch.flush()
         batch.add(row(11))
     assert len(await xp_of(database)) == 11
+
+
+async def test_row_that_the_disk_refuses_is_not_waited_for(
+    database: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async with batch_process(database, tmp_path, spool="always") as process:
+        batch = await process.xp()
+        batch.add(row(1))
+        with monkeypatch.context() as patch:
+            patch.setattr(Tail, "append", refuse)
+            with pytest.raises(SpoolError, match="No space left on device"):
+                batch.add(row(2))
+        assert await batch.flush(5.0) == 1
+        assert await xp_of(database) == {(GUILD, 1): 1}
 
 
 # --- whose table it is

@@ -129,17 +129,20 @@ class SpooledQueue(Generic[ItemT]):
                 journal.append(event.stamp, self._encode(event))
 
     def add(self, event: ItemT) -> None:
-        """Append an event; it is dropped and counted if neither disk nor memory has room."""
-        self.last = event.stamp
-        now = time.monotonic()
-        if not self._arrivals or now - self._arrivals[-1][1] > _AGE_SECONDS:
-            self._arrivals.append((event.stamp, now))
+        """Append an event; it is dropped and counted if neither disk nor memory has room.
+
+        Raises `SpoolError` if the journal refuses it; it is not in the queue then.
+        """
         journal = self.journal
         if journal is not None and (self._always or self._spilled):
             if self.is_full:
                 self._drop(f"memory is full, and the spool is not writable ({journal.failure or 'SPOOL_MAX_MB'})")
                 return
             journal.append(event.stamp, self._encode(event))
+        self.last = event.stamp
+        now = time.monotonic()
+        if not self._arrivals or now - self._arrivals[-1][1] > _AGE_SECONDS:
+            self._arrivals.append((event.stamp, now))
         if not self._spilled:
             self._recent.append(event)
             if len(self._recent) > self.max_rows:
