@@ -36,6 +36,7 @@ from utils.service.health import HealthServer
 from utils.settings import application_of_token, variables
 
 WORST = ("fail", "warn", "ok")
+PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "migrations.md"
 TOKEN = base64.b64encode(b"80351110224678912").decode().rstrip("=") + ".GabcdE.s3cr3t-signature_of_a_token"
 
 
@@ -66,6 +67,14 @@ async def worst_findings(monkeypatch: pytest.MonkeyPatch, *names: str, **setting
         if finding.name not in worst or WORST.index(finding.state) < WORST.index(worst[finding.name].state):
             worst[finding.name] = finding
     return worst
+
+
+def test_the_documentation_lists_every_check() -> None:
+    rows = PAGE.read_text(encoding="utf-8").partition("\n## The doctor\n")[2].splitlines()
+    listed = {
+        name for row in rows if row.startswith("| ") for name in row.split(" | ")[0].removeprefix("| ").split(", ")
+    }
+    assert {check.name for check in CHECKS} <= listed
 
 
 async def test_finds_no_problem_on_a_healthy_database(
