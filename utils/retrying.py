@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable
 from typing import ParamSpec, TypeVar
 
 from utils.database.retries import RetryDefaults, RetryPolicy, defaults, describe, retry
-from utils.database.transactions import joined
 
 __all__ = ["RetryDefaults", "backoff_seconds", "defaults", "retrying"]
 
@@ -46,10 +45,7 @@ def retrying(
     def decorate(function: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
         @functools.wraps(function)
         async def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-            if joined() is not None:
-                return await function(*args, **kwargs)
-            what = context or describe(function)
-            return await retry(lambda: function(*args, **kwargs), policy, what)
+            return await retry(lambda: function(*args, **kwargs), policy, context or describe(function))
 
         return wrapper
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import stamina
 
+from utils.database.transactions import joined
 from utils.exceptions import is_transient
 
 _log = logging.getLogger(__name__)
@@ -62,8 +63,11 @@ class RetryPolicy:
 async def retry(function: Callable[[], Awaitable[R]], policy: RetryPolicy, what: str) -> R:
     """Await `function` until it succeeds, and return its result; raise its last error when the policy says so.
 
-    `what` names the work in log lines. Errors that the policy does not admit are raised at once.
+    `what` names the work in log lines. Errors that the policy does not admit are raised at once. Inside an open
+    transaction there is one attempt, because a failed transaction can only be repeated as a whole.
     """
+    if joined() is not None:
+        return await function()
     first = defaults.first_seconds if policy.first_seconds is None else policy.first_seconds
     number = 0
     try:

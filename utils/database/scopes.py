@@ -104,8 +104,6 @@ class Scopes:
         async def once() -> R:
             return await run_in(Transaction(self._db, what, isolation, readonly=readonly, timeout=timeout), function)
 
-        if joined() is not None:
-            return await once()
         first, longest = RUN_DELAYS
         policy = RetryPolicy(
             attempts=attempts, seconds=seconds, first_seconds=first, max_seconds=longest, is_worth_retrying=is_conflict
@@ -125,8 +123,6 @@ class Scopes:
         errors: tuple[type[Exception], ...] = (),
     ) -> R:
         """Await `operation()` until it succeeds, and return its result; the arguments are those of `retrying`."""
-        if joined() is not None:
-            return await operation()
         policy = RetryPolicy(
             attempts=attempts, seconds=seconds, first_seconds=first_seconds, max_seconds=max_seconds, factor=factor,
             errors=errors,
