@@ -20,8 +20,6 @@ _LIBRARIES = ("/sqlalchemy/", "<sqlalchemy generated ", "/asyncpg/", "/contextli
 _INSIDE, _LOOP, _OUTSIDE = 1, 2, 3
 #: By file, found once for each, because every statement asks. Not by code object: those hash their whole content.
 _places: dict[str, int] = {}
-#: The files among them that are outside.
-_outside: set[str] = set()
 PLACES_KEPT = 2_000
 
 
@@ -55,8 +53,6 @@ def _place_of(file: str) -> int:
     place = _LOOP if file.startswith(_EVENT_LOOP) else _INSIDE if is_inside else _OUTSIDE
     if len(_places) < PLACES_KEPT:
         _places[file] = place
-        if place == _OUTSIDE:
-            _outside.add(file)
     return place
 
 
@@ -77,7 +73,7 @@ class Use:
         who: Caller | FrameType | str = frame
         if name is not None:
             who = name
-        elif frame.f_code.co_filename not in _outside:
+        elif _places.get(frame.f_code.co_filename) != _OUTSIDE:
             who = find_caller(frame) or _current_task()
         self.who = who
         self.asked = self.since = time.perf_counter()
