@@ -40,7 +40,7 @@ class TransactionSummary(TypedDict):
 class _Open:
     transaction: Transaction
     root: Root
-    timer: asyncio.TimerHandle | None
+    timer: asyncio.TimerHandle
 
 
 class NamedTransactions:
@@ -81,8 +81,7 @@ class NamedTransactions:
         """Commit or roll back."""
         found = self._find(name)
         del self._open[name]
-        if found.timer is not None:
-            found.timer.cancel()
+        found.timer.cancel()
         operations, duration = found.root.statements, time.monotonic() - found.root.began
         await found.transaction.end(is_failed=is_failed)
         return {"operations": operations, "duration": duration}
@@ -118,8 +117,7 @@ class NamedTransactions:
 
     def _start_ending(self, name: str, found: _Open) -> None:
         del self._open[name]
-        if found.timer is not None:
-            found.timer.cancel()
+        found.timer.cancel()
         task = asyncio.get_running_loop().create_task(found.transaction.end(is_failed=True), name=f"roll back {name}")
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
