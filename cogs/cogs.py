@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 
 import discord
 from discord import app_commands
@@ -34,19 +33,21 @@ class CogCommands(BaseCog):
         """Show the state of every cog."""
 
         async def work(reply: Reply) -> Answer:
-            states = [replace(state, loops=self._loops(state)) for state in self.bot.loader.states()]
-            whole = "\n".join(map(_format, states)) or "There are no cogs."
+            states = self.bot.loader.states()
+            notes = [self._loops(state) + _warnings(state) for state in states]
+            lines = ["\n- ".join([_format(state), *found]) for state, found in zip(states, notes, strict=True)]
+            whole = "\n".join(lines) or "There are no cogs."
             if len(whole) <= MESSAGE_LENGTH:
                 return Answer(whole)
-            brief = "\n".join(_format(replace(state, warnings=()), len(state.warnings)) for state in states)
+            brief = "\n".join(_format(state) + _count(state) for state in states)
             return Answer(brief, file=("cogs.txt", whole.encode()))
 
         await slash.operate(interaction, "cogs list", work)
 
-    def _loops(self, state: CogState) -> tuple[str, ...]:
+    def _loops(self, state: CogState) -> list[str]:
         """Return a line about each loop of the cogs of a module."""
         cogs = [cog for cog in self.bot.cogs.values() if is_within(type(cog).__module__, state.module)]
-        return tuple(loop.describe() for cog in cogs for loop in loops_of(cog))
+        return [loop.describe() for cog in cogs for loop in loops_of(cog)]
 
     @cogs.command(name="load", description="Load a cog that is not loaded")
     @app_commands.describe(name="The short name: tally for cogs/tally.py")
@@ -93,22 +94,29 @@ class CogCommands(BaseCog):
         action: Callable[[str], Awaitable[CogState]],
     ) -> None:
         async def work(reply: Reply) -> str:
-            return _format(await action(name.strip().removeprefix("cogs.")))
+            state = await action(name.strip().removeprefix("cogs."))
+            return "\n- ".join([_format(state), *_warnings(state)])
 
         await slash.operate(interaction, f"cogs {verb}", work, name=name)
 
 
-def _format(state: CogState, left_out: int = 0) -> str:
-    """Return a cog's line, with its warnings below it; `left_out` of them are in the attached file."""
+def _format(state: CogState) -> str:
+    """Return a cog's line."""
     seconds = "" if state.seconds is None or state.state != "loaded" else f" in {state.seconds:.2f} s"
     reason = "" if state.reason is None else f": {discord.utils.escape_markdown(state.reason)}"
     failure = " (the last reload failed)" if state.state == "loaded" and state.reason else ""
     pack = "" if state.pack is None else f" (pack {state.pack})"
-    warnings = "".join(f"\n- {line}" for line in state.loops)
-    warnings += "".join(f"\n- warning: {discord.utils.escape_markdown(warning)}" for warning in state.warnings)
-    if left_out:
-        warnings = f" ({format_count(left_out, 'warning')}, see the file)"
-    return f"**{state.name}**{pack} {state.state}{seconds}{failure}{reason}{warnings}"
+    return f"**{state.name}**{pack} {state.state}{seconds}{failure}{reason}"
+
+
+def _warnings(state: CogState) -> list[str]:
+    """Return a line about each thing of a cog that cannot work."""
+    return [f"warning: {discord.utils.escape_markdown(warning)}" for warning in state.warnings]
+
+
+def _count(state: CogState) -> str:
+    """Return how many warnings of a cog are in the attached file."""
+    return f" ({format_count(len(state.warnings), 'warning')}, see the file)" if state.warnings else ""
 
 
 async def setup(bot: Guildbook) -> None:

@@ -101,6 +101,28 @@ async def test_lists_loops_with_their_last_and_next_run(
     assert re.search(r"- `refresh` every 30 s: last run <t:\d+:T>, next run <t:\d+:T>", listed)
 
 
+async def test_a_list_with_many_loops_is_a_file(database: Pool, simulator: Simulator, cogs: TemporaryCogs) -> None:
+    cogs.write(
+        "looping",
+        """
+        class Looping(BaseCog):
+            async def start(self) -> None:
+                for number in range(40):
+                    self.every(3600, self.refresh, name=f"refresh {number}")
+
+            async def refresh(self) -> None: ...
+
+        async def setup(bot: Guildbook) -> None:
+            await bot.add_cog(Looping(bot))
+        """,
+    )
+    async with running_bot(database, simulator, extensions=[cogs.module("looping"), "cogs.cogs"]):
+        result = await simulator.run_command("cogs", subcommand="list", user_id=simulator.world.operator_id)
+        await result.wait_done(30)
+    assert len((result.final_content or "").splitlines()) == 2, "one line for each cog"
+    assert result.files["cogs.txt"].decode().count("\n- `refresh ") == 40
+
+
 async def test_cogs_cog_can_be_reloaded_but_not_unloaded(database: Pool, simulator: Simulator) -> None:
     async with running_bot(database, simulator, extensions=["cogs.cogs"]) as bot:
         previous = bot.cogs["CogCommands"]

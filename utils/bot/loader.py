@@ -68,8 +68,6 @@ class CogState:
     pack: str | None = None
     #: What of it cannot work with the present intents and settings, and what to do: one line each.
     warnings: tuple[str, ...] = ()
-    #: How its periodic work is doing: one line each; set by those who show it.
-    loops: tuple[str, ...] = ()
 
 
 class Loader:
