@@ -8,8 +8,9 @@ import pytest
 
 from simulator import Simulator
 from testing.running import running_bot
-from tests.packs.support import require, using, write_pack
-from utils.database import Pool
+from tests.bot.running import BotProcess
+from tests.packs.support import add_revision, require, using, write_pack
+from utils.database import ConnectTarget, Pool
 from utils.operations import migrations
 
 pytestmark = pytest.mark.guilds(5)
@@ -68,3 +69,18 @@ async def test_a_pack_with_a_problem_is_listed_with_it_and_not_loaded(
             assert "No module named 'no_such_module'" in (states["levels"].reason or "")
             assert "SHOP_STEP: input should be a valid integer" in (states["shop"].reason or "")
             assert states["db"].state == "loaded"
+
+
+@pytest.mark.slow
+async def test_a_first_start_tries_a_failing_revision_once(
+    empty_target: ConnectTarget, simulator: Simulator, tmp_path: Path
+) -> None:
+    root = write_pack(tmp_path, "economy")
+    add_revision(root, "economy_0002", "economy_0001", 'raise RuntimeError("not yet")')
+    settings = {"DISCORD_TOKEN": simulator.token, "DISCORD_API_BASE": simulator.api_base, "COGS": str(root)}
+    async with BotProcess(tmp_path, DATABASE_URL=empty_target.libpq_url(), **settings) as bot:
+        await bot.wait_until_ready()
+        bot.process.kill()
+        await bot.wait_for_exit()
+    assert bot.output.count("pack not loaded: pack economy: ") == 1, bot.output
+    assert "made backup" not in bot.output

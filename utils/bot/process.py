@@ -39,6 +39,7 @@ from utils.operations.backup import recovery
 from utils.operations.backup.catalog import BackupCatalog
 from utils.operations.backup.create import backup_before
 from utils.operations.doctor.configuration import find_draining_problem
+from utils.operations.migrations.runner import Backup
 from utils.service import metrics
 from utils.service.health import HealthServer
 from utils.service.heap import freeze_heap
@@ -195,12 +196,16 @@ class Process:
             await pool.renew()
 
     async def _prepare_schema(self, pool: Pool) -> None:
-        settings = self.settings
-        backup = backup_before("before upgrade", settings, pool, reuse=REUSE_BACKUP)
-        await migrations.prepare_schema(pool, auto_migrate=settings.auto_migrate, backup=backup)
+        await migrations.prepare_schema(pool, auto_migrate=self.settings.auto_migrate, backup=self._backup_before(pool))
         if not await migrations.pending(pool):
             expect_tables(own_names(pool.placement))
-        await migrations.prepare_packs(pool, auto_migrate=settings.auto_migrate, backup=backup)
+
+    async def _prepare_packs(self, pool: Pool) -> None:
+        """Bring the tables of packs up to date. Only the process that holds the lease does."""
+        await migrations.prepare_packs(pool, auto_migrate=self.settings.auto_migrate, backup=self._backup_before(pool))
+
+    def _backup_before(self, pool: Pool) -> Backup:
+        return backup_before("before upgrade", self.settings, pool, reuse=REUSE_BACKUP)
 
     async def _run_bot(self, pool: Pool, hold: DatabaseHold) -> None:
         """Wait for the lease, then run the bot until the lease is lost or a database outage interrupts its start.
@@ -223,6 +228,7 @@ class Process:
         running: asyncio.Task[None] | None = None
         try:
             await self._prepare_schema(pool)
+            await self._prepare_packs(pool)
             await self._create_partitions(pool)
             self.bot = Guildbook(settings, pool, lease, refused_intents=self._refused_intents)
             self._before_login()
