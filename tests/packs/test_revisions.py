@@ -188,6 +188,20 @@ async def test_never_takes_a_table_that_exists(database: Pool, tmp_path: Path, t
         assert packs.problem(pack) is None
 
 
+async def test_says_which_pack_has_the_table_already(database: Pool, tmp_path: Path) -> None:
+    first, second = write_pack(tmp_path, "economy"), write_pack(tmp_path, "levels")
+    for path in (second / "levels").rglob("*.py"):
+        path.write_text(path.read_text().replace("levels_entries", "economy_entries"))
+    with using(first, second):
+        assert await migrations.upgrade_packs(database) == (
+            ["economy_0001"],
+            [
+                "pack levels would create tables that exist already, and are not its own: public.economy_entries (of"
+                " pack economy). Nothing was changed: rename the pack's tables"
+            ],
+        )
+
+
 @pytest.mark.parametrize(
     ("id", "more", "line"),
     [

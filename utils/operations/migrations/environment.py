@@ -420,9 +420,17 @@ def _find_obstacle_of_pack(connection: Connection, version: RecordedVersion, pac
     collisions = ownership.find_collisions(connection, created)
     if not collisions:
         return None
+    placement = placement_of(connection)
+    owners = {
+        f"{placement.resolve(schema)}.{name}": other.name
+        for other in recorded_packs.read_packs(connection)
+        for schema, name in other.names()
+    }
+    shown = [f"{name} (of pack {owners[name]})" if name in owners else name for name in collisions[:5]]
+    advice = "" if owners.keys() & set(collisions) else ", or drop these"
     return (
-        f"pack {pack.name} would create tables that exist already, and are not its own: {', '.join(collisions[:5])}."
-        " Nothing was changed: rename the pack's tables, or drop these"
+        f"pack {pack.name} would create tables that exist already, and are not its own: {', '.join(shown)}."
+        f" Nothing was changed: rename the pack's tables{advice}"
     )
 
 
