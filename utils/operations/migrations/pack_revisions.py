@@ -15,6 +15,7 @@ from sqlalchemy import Connection
 
 from utils import packs
 from utils.database import ConnectTarget, Pool, recorded_packs
+from utils.database.placement import Placement
 from utils.database.recorded_packs import RecordedPack
 from utils.exceptions import MigrationError, UnknownRevision, translate_errors
 from utils.operations.action import Outcome
@@ -203,11 +204,10 @@ async def drop_pack(pool: Pool, name: str, *, backup: Backup | None) -> Outcome:
         raise MigrationError(
             f"pack {name} is in COGS, so that the next start would create its tables again: remove it there first"
         )
-    placement = pool.placement
     await refuse_dependents_of(pool, pack.names())
     async with hold_as_operator(pool):
         saved = None if backup is None else await runner.back_up_first(backup)
-        await runner.read_schema(pool, partial(_drop, pack, placement.main))
+        await runner.read_schema(pool, partial(_drop, pack, pool.placement))
     dropped = sorted(_spelled(pack))
     _log.warning("dropped the tables of pack %s: %s", name, ", ".join(dropped))
     return Outcome(
@@ -217,11 +217,11 @@ async def drop_pack(pool: Pool, name: str, *, backup: Backup | None) -> Outcome:
     )
 
 
-def _drop(pack: RecordedPack, main: str, connection: Connection) -> None:
+def _drop(pack: RecordedPack, placement: Placement, connection: Connection) -> None:
     """Drop what a pack made, in one transaction."""
     kinds = {"v": "VIEW", "m": "MATERIALIZED VIEW"}
-    schemas, names = [schema or main for schema, _ in pack.names()], [name for _, name in pack.names()]
-    found = connection.exec_driver_sql(_KINDS, (schemas, names))
+    names = [(placement.resolve(schema), name) for schema, name in pack.names()]
+    found = connection.exec_driver_sql(_KINDS, ([schema for schema, _ in names], [name for _, name in names]))
     rows = sorted(found.all(), key=lambda row: row.kind not in kinds)  # views first: they depend on tables
     with translate_errors(f"dropping the tables of pack {pack.name}"):
         tables = [row for row in rows if row.kind not in kinds]
