@@ -391,11 +391,11 @@ class TableWriter:
         await cancel_and_wait((self._task, *self._attempts), JOURNAL_SECONDS)
         journal, waiting = self.queue.journal, len(self.queue)
         if waiting:
-            self.queue.spill()
-            if journal is not None and await journal.wait_written(SPOOL_SECONDS):
-                _log.warning("%s rows of a batch were not written; they are in the spool: %s", waiting, self.table)
+            lost, reason = await self.queue.spill_at_stop(SPOOL_SECONDS)
+            if lost:
+                _log.error("%s of %s unwritten rows of a batch are lost: %s: %s", lost, waiting, self.table, reason)
             else:
-                _log.error("%s rows of a batch are lost, SPOOL is off or the disk is slow: %s", waiting, self.table)
+                _log.warning("%s rows of a batch were not written; they are in the spool: %s", waiting, self.table)
         if journal is not None:
             await journal.close(JOURNAL_SECONDS)
         if not waiting and flush:

@@ -85,6 +85,24 @@ async def test_drops_events_only_if_disk_and_memory_are_full(tmp_path: Path, cap
     await journal.close(0.1)
 
 
+@pytest.mark.parametrize("has_tail", [False, True])
+async def test_only_what_no_file_has_is_lost_at_stop(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, has_tail: bool
+) -> None:
+    journal = await open_journal(tmp_path, max_bytes=1, has_tail=has_tail)
+    queue = EventQueue(journal, spool="always", max_rows=100)
+    queue.add(event(1))
+    assert await journal.wait_written(TIMEOUT)
+    for each in events(2, 9):
+        queue.add(each)
+    lost, _ = await queue.spill_at_stop(0.05)
+    await journal.close(0.05)
+    left = await adopt(tmp_path / "ours")
+    assert len(await left.read(0, 100)) == 9 - lost == (9 if has_tail else 1)
+    assert ("8 events were not written to the spool" in caplog.text) == (not has_tail)
+    await left.close(0.05)
+
+
 def test_skips_invalid_journal_records(caplog: pytest.LogCaptureFixture) -> None:
     assert decode_records([(1, b"no event"), (2, b"[1,2,3]"), (3, b"[]")]) == ([Message(2, 1, 2, 3)], 3)
     assert "invalid event in the journal" in caplog.text

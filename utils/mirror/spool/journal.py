@@ -182,6 +182,11 @@ class Journal:
         return len(self._pending)
 
     @property
+    def volatile(self) -> int:
+        """Records that a restart would not find: in memory only, and not in a tail either."""
+        return 0 if self._tail is not None else self.unwritten
+
+    @property
     def size(self) -> int:
         """Bytes on disk."""
         return self._segments.size
@@ -283,8 +288,8 @@ class Journal:
         if self._writing is not None:
             await self.wait_written(timeout)
         await self._stop_writing()
-        if self._pending and self._is_ours:
-            _log.error("%s events were not written to the spool: %s", len(self._pending),
+        if self.volatile and self._is_ours:
+            _log.error("%s events were not written to the spool: %s", self.volatile,
                        self.failure or "the disk is slow", extra=self._extra)  # fmt: skip
         try:
             async with asyncio.timeout(timeout + self._policy.close_seconds):

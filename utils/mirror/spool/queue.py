@@ -159,6 +159,16 @@ class SpooledQueue(Generic[ItemT]):
         self._recent.clear()
         self._spilled = True
 
+    async def spill_at_stop(self, timeout: float) -> tuple[int, str]:
+        """Move the queue to disk within `timeout` seconds; return how many events are lost, and why."""
+        waiting, journal = len(self), self.journal
+        self.spill()
+        if journal is None:
+            return waiting, "SPOOL is off" if self.spool == "off" else "there is no spool"
+        if await journal.wait_written(timeout):
+            return 0, ""
+        return journal.volatile, journal.failure or "the disk is slow"
+
     async def peek(self, limit: int, after: int = 0) -> Pending[ItemT]:
         """Return up to `limit` events with stamps greater than `after`, oldest first, without removing them."""
         if self._spilled and self.journal is not None:

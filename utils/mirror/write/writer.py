@@ -235,14 +235,12 @@ class MirrorWriter:
             await self._spill_events()
 
     async def _spill_events(self) -> None:
-        waiting, journal = len(self.queue), self.queue.journal
-        self.queue.spill()
-        if journal is not None and await journal.wait_written(SPOOL_SECONDS):
-            _log.warning("%s events were not written; they are in the spool, for the next start", waiting)
-        else:
-            lost = waiting if journal is None else journal.unwritten
-            reason = "SPOOL is off" if journal is None else journal.failure or "the disk is slow"
+        waiting = len(self.queue)
+        lost, reason = await self.queue.spill_at_stop(SPOOL_SECONDS)
+        if lost:
             _log.error("%s of %s unwritten events are lost: %s", lost, waiting, reason)
+        else:
+            _log.warning("%s events were not written; they are in the spool, for the next start", waiting)
 
     # --- the loop
 
