@@ -83,6 +83,15 @@ async def test_writes_by_size_and_by_age(database: Pool, tmp_path: Path) -> None
     assert len(await xp_of(database)) == 4
 
 
+async def test_closed_batch_hurries_no_other(database: Pool, tmp_path: Path) -> None:
+    async with batch_process(database, tmp_path) as process:
+        batch, closed = await process.xp(), await process.xp(size=1, seconds=0.01)
+        await closed.close()
+        batch.add(row(1))
+        await asyncio.sleep(0.2)
+        assert batch.queue_size == 1
+
+
 async def test_refuses_rows_that_no_table_could_take(database: Pool, tmp_path: Path) -> None:
     async with batch_process(database, tmp_path) as process:
         batch = await process.xp()

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import stamina
-
 from models import Base
 from utils.database import Pool
 from utils.exceptions import (
@@ -234,12 +232,12 @@ class TableWriter:
     def keep(self, batch: Batch) -> None:
         """Use the size and the seconds of a batch."""
         self._open.add(batch)
-        self._size = min(batch.size for batch in self._open)
-        self._seconds = min(batch.seconds for batch in self._open)
+        self._set_limits()
 
     async def release(self, batch: Batch) -> None:
         """Write what waits, for a batch that ends. Does not wait for a database that refuses rows."""
         self._open.discard(batch)
+        self._set_limits()
         flush = asyncio.ensure_future(self.flush(CLOSE_SECONDS))
         failed = asyncio.ensure_future(self._failed.wait())
         try:
@@ -249,6 +247,10 @@ class TableWriter:
             _log.warning("%s rows of a batch wait for the database: %s", len(self.queue), self.table)
         finally:
             await cancel_and_wait((flush, failed))
+
+    def _set_limits(self) -> None:
+        self._size = min((batch.size for batch in self._open), default=SIZE)
+        self._seconds = min((batch.seconds for batch in self._open), default=SECONDS)
 
     async def flush(self, timeout: float, *, at_once: bool = False) -> int:
         """Write what waits now, see `Batch.flush`."""
@@ -324,11 +326,7 @@ class TableWriter:
         self._due.clear()
 
     async def _write_with_retries(self) -> None:
-        policy = self._policy
-        async for attempt in stamina.retry_context(
-            on=self._should_retry, attempts=None, timeout=None, wait_initial=policy.retry_seconds,
-            wait_max=policy.retry_max_seconds, wait_jitter=policy.retry_seconds,
-        ):  # fmt: skip
+        async for attempt in self._policy.attempts(self._should_retry):
             with attempt:
                 await self._attempt()
 

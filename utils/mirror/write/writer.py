@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import stamina
@@ -52,6 +52,13 @@ class FlushPolicy(NamedTuple):
     transaction_records: int = 4_000
     #: Seconds between two searches for journals of processes that have ended.
     replay_seconds: float = 5.0
+
+    def attempts(self, should_retry: Callable[[Exception], bool]) -> AsyncIterable[stamina.Attempt]:
+        """Return the attempts at a write, without end; `should_retry` is called with each error."""
+        return stamina.retry_context(
+            on=should_retry, attempts=None, timeout=None, wait_initial=self.retry_seconds,
+            wait_max=self.retry_max_seconds, wait_jitter=self.retry_seconds,
+        )  # fmt: skip
 
 
 class MirrorWriter:
@@ -245,7 +252,6 @@ class MirrorWriter:
     # --- the loop
 
     async def _keep_writing(self) -> None:
-        policy = self.policy
         try:
             while not (self._stopping and self.is_idle):
                 if not (self._stopping or self._observations or self._is_behind):
@@ -253,11 +259,7 @@ class MirrorWriter:
                     await self._space_out()
                 if self.is_idle:
                     continue
-                async for attempt in stamina.retry_context(
-                    on=self._should_retry, attempts=None, timeout=None,
-                    wait_initial=policy.retry_seconds, wait_max=policy.retry_max_seconds,
-                    wait_jitter=policy.retry_seconds,
-                ):  # fmt: skip
+                async for attempt in self.policy.attempts(self._should_retry):
                     with attempt:
                         await self._write_next(attempt.num)
         except LeaseLost as error:
