@@ -61,6 +61,23 @@ async def test_old_documents_are_returned_unless_this_process_has_changed_them(t
             network.heal()
 
 
+async def test_an_old_document_that_does_not_fit_its_model_is_returned_repaired(target: ConnectTarget) -> None:
+    async with behind_a_network(target, 2) as (pool, network), accessed(pool, cached=False) as db:
+        db.stale.patience = 0.2
+        kept = Documents(db, "counters", Counter, stale_if_error=3600).guild(5)
+        plain = Documents(db, "counters", Counter).guild(5)
+        await plain.set("unfit", Counter(count=1))
+        await pool.execute('UPDATE documents SET value = \'{"count": "many"}\'')
+        assert await kept.get("unfit") == Counter(), "and repaired in the database, after it was read"
+        network.cut()
+        try:
+            assert await kept.get("unfit") == Counter()
+            with pytest.raises(DatabaseUnavailable):
+                await plain.get("unfit")
+        finally:
+            network.heal()
+
+
 def _empty() -> contextvars.Context:
     return contextvars.Context()
 

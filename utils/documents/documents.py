@@ -15,7 +15,7 @@ import asyncpg
 from pydantic import BaseModel
 
 from utils.documents.codec import Codec, InvalidDocument
-from utils.exceptions import DocumentConflict, DocumentError
+from utils.exceptions import DatabaseUnavailable, DocumentConflict, DocumentError
 
 _log = logging.getLogger(__name__)
 
@@ -370,11 +370,15 @@ class Documents(Generic[T]):
             return None, version
         repaired = self._codec.repair(text)
         written: int | None = None
-        if await self.db.fetchval(_MAY_WRITE, use_cache=False):
-            if repaired is None:
-                written = await self.db.fetchval(_QUARANTINE, *row_key, version, problem)
-            else:
-                written = await self.db.fetchval(_REPAIR, *row_key, repaired[0], version, problem)
+        try:
+            if await self.db.fetchval(_MAY_WRITE, use_cache=False):
+                if repaired is None:
+                    written = await self.db.fetchval(_QUARANTINE, *row_key, version, problem)
+                else:
+                    written = await self.db.fetchval(_REPAIR, *row_key, repaired[0], version, problem)
+        except DatabaseUnavailable:
+            if self.stale_if_error is None:
+                raise  # otherwise the row may be an old one: whoever reads it after the outage keeps the original
         if written is not None:
             _log.warning(
                 "%s no longer fits %s and %s: %s", self._describe(row_key), self.model.__name__,
