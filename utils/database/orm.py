@@ -63,9 +63,15 @@ class SessionScope(AbstractAsyncContextManager[AsyncSession]):
                 await self._session.rollback()
             finally:
                 self._end_work()
-                await self._session.close()
+                await self._close()
         if isinstance(error, Exception) and (translated := self._orm.translated(error)) is not error:
             raise translated from error
+
+    async def _close(self) -> None:
+        if self._session.in_transaction():
+            await self._session.close()
+        else:  # its connection was returned: there is nothing to wait for
+            self._session.sync_session.close()
 
     async def _commit(self) -> None:
         try:
