@@ -99,11 +99,10 @@ class GuildRepository(Repository[Guild, int]):
             await session.execute(upsert.upsert_statement(users, names), upsert.array_parameters(users, names, rows))
             session.add(row)
             await session.flush()
-            membership = [{"guild_id": row.id, "user_id": owner["id"]}]
-            members = Member.metadata.tables[Member.__tablename__]
-            keys = tuple(membership[0])
+            members, keys = Member.metadata.tables[Member.__tablename__], ("guild_id", "user_id")
+            membership = {"guild_id": row.id, "user_id": owner["id"]}
             await session.execute(
-                upsert.upsert_statement(members, keys), upsert.array_parameters(members, keys, list(membership))
+                upsert.upsert_statement(members, keys), upsert.array_parameters(members, keys, [membership])
             )
             await session.refresh(row)
             await session.refresh(row, ["owner"])
