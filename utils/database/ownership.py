@@ -377,6 +377,11 @@ class RecordedVersion:
     is_replaced: bool = False
 
     @property
+    def revision(self) -> str | None:
+        """The recorded revisions, separated by commas; None if there are none."""
+        return ", ".join(self.revisions) or None
+
+    @property
     def is_complete(self) -> bool:
         """Whether every table exists that every revision has."""
         return not self.missing

@@ -214,8 +214,7 @@ async def _snapshot(target: ConnectTarget, placement: Placement) -> AsyncIterato
                 " current_setting('server_version') AS version"
             )
             assert facts is not None, "one row"
-            version = await ownership.fetch_version(connection, placement)
-            revision = ", ".join(version.revisions) or None
+            revision = (await ownership.fetch_version(connection, placement)).revision
             application_id = await application.fetch_owner(connection)
             found = await fetch_packs(connection, placement)
             yield _Snapshot(connection, facts["snapshot"], facts, revision, application_id, placement, found)
@@ -270,7 +269,7 @@ async def count_live_rows(pool: Pool) -> int:
     schemas = pool.placement
     async with connect(pool.direct) as connection:
         with translate_errors("counting rows"):
-            revision = ", ".join((await ownership.fetch_version(connection, schemas)).revisions) or None
+            revision = (await ownership.fetch_version(connection, schemas)).revision
             found = await fetch_packs(connection, schemas)
             others = {name for pack in found for name in pack.names()}
             tables = await find_tables(connection, owned_names(schemas, revision, others=others))
@@ -355,7 +354,7 @@ def backup_before(
 
 
 async def _find_equal(reason: Reason, catalog: BackupCatalog, pool: Pool, age: timedelta) -> str | None:
-    revision = ", ".join((await ownership.fetch_version(pool)).revisions) or None
+    revision = (await ownership.fetch_version(pool)).revision
     rows = await count_live_rows(pool)
     found = revisions_of_packs(await fetch_packs(pool))
     for entry in await (await catalog.serving(pool)).entries():

@@ -17,8 +17,8 @@ from utils import packs
 from utils.database import ConnectTarget, Pool, ownership
 from utils.database.locks import describe_lock_holders
 from utils.database.placement import Placement
-from utils.database.sessions import apply_settings
-from utils.exceptions import GuildbookError, MigrationError, UnknownRevision, translate_errors
+from utils.database.sessions import connect
+from utils.exceptions import GuildbookError, MigrationError, UnknownRevision
 from utils.operations.action import Outcome, Progress, Step, ignore_progress
 from utils.operations.migrations import invalid_indexes, runner, schema_catalog
 from utils.operations.migrations.dependents import refuse_dependents
@@ -36,8 +36,6 @@ from utils.text import format_count
 SHOWN = 12
 #: Most characters of an outcome's text: a Discord message takes 2,000.
 TEXT_LENGTH = 1_900
-#: Seconds for creating or dropping a database.
-CREATE_DATABASE_SECONDS = 60.0
 
 #: Keeps bots from acting while it is open. Raises `GuildbookError` when one acts.
 Exclusive = Callable[[Pool], AbstractAsyncContextManager[None]]
@@ -399,7 +397,7 @@ async def check_stamp(
     recorded = await ownership.fetch_version(pool)
     expected_now = revisions.heads if goal == "heads" else (goal,)
     is_recorded = not recorded.is_former and set(recorded.revisions) == set(expected_now)
-    return CheckedStamp(goal, ", ".join(recorded.revisions) or None, note, is_recorded)
+    return CheckedStamp(goal, recorded.revision, note, is_recorded)
 
 
 async def record_stamp(
@@ -412,7 +410,7 @@ async def record_stamp(
     data = {"before": checked.before, "after": checked.goal}
     if checked.is_recorded:
         return Outcome(f"{checked.goal} is recorded already: nothing to do; {checked.note}", data=data)
-    now = await _recorded_revision(pool)
+    now = (await ownership.fetch_version(pool)).revision
     if now != checked.before:
         raise MigrationError(
             f"revision {now or 'none'} was recorded meanwhile (before: {checked.before or 'none'}); try again"
@@ -436,32 +434,21 @@ async def stamp(
     return await record_stamp(pool, checked, by=by, options=options)
 
 
-async def _recorded_revision(pool: Pool) -> str | None:
-    return ", ".join((await ownership.fetch_version(pool)).revisions) or None
-
-
 @contextlib.asynccontextmanager
 async def _empty_database(target: ConnectTarget) -> AsyncIterator[ConnectTarget | None]:
     """Create an empty database on the same server, dropped afterwards; None if the user may not."""
     name = f"guildbook_compare_{secrets.token_hex(6)}"
     placement = target.placement or Placement()
-    with translate_errors():
-        connection = await asyncpg.connect(
-            **target.connect_kwargs(), timeout=10, command_timeout=CREATE_DATABASE_SECONDS
-        )
+    async with connect(target) as connection:
         try:
-            await apply_settings(connection)
-            try:
-                await connection.execute("CREATE DATABASE " + name + " TEMPLATE template0")
-            except asyncpg.InsufficientPrivilegeError:
-                yield None
-                return
-            try:
-                yield target.with_database(name).with_placement(placement)
-            finally:
-                await connection.execute("DROP DATABASE IF EXISTS " + name + " WITH (FORCE)")
+            await connection.execute("CREATE DATABASE " + name + " TEMPLATE template0")
+        except asyncpg.InsufficientPrivilegeError:
+            yield None
+            return
+        try:
+            yield target.with_database(name).with_placement(placement)
         finally:
-            await connection.close(timeout=5)
+            await connection.execute("DROP DATABASE IF EXISTS " + name + " WITH (FORCE)")
 
 
 class _StepCounter:

@@ -311,7 +311,7 @@ def prepare_version_table(connection: Connection, run: MigrationRun) -> tuple[st
     revisions = Revisions(run.options.scripts)
     if revisions.pack is not None and run.is_upgrade and run.options.needs_base:
         require_base(connection, revisions.pack, run.options)
-    run.before = ", ".join(version.revisions) or None
+    run.before = version.revision
     if run.is_upgrade or (version.revisions and not run.is_stamp):
         obstacle = find_obstacle(connection, version, run.options.scripts)
         if obstacle is not None:

@@ -61,7 +61,7 @@ async def preview(
     version, placement, is_new = await runner.read_schema(database, partial(_read, options))
     revisions = Revisions(options.scripts)
     heads = revisions.newest(version.revisions)
-    current = ", ".join(version.revisions) or None
+    current = version.revision
     goal = revisions.resolve(version.revisions, revision, down=down)
     start = "+".join(heads) or "base"
     direction = "downgrade" if down else "upgrade"

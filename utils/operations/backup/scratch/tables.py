@@ -76,8 +76,8 @@ async def open_scratch_tables(
     version = await ownership.fetch_version(pool)
     schemas = pool.placement
     async with scratch_schemas(live, schemas, is_restore=is_restore) as scratch:
-        revision = ", ".join(version.revisions) or None
-        yield ScratchTables(live, schemas, scratch, revision, options, revisions_of_packs(await fetch_packs(pool)))
+        found = revisions_of_packs(await fetch_packs(pool))
+        yield ScratchTables(live, schemas, scratch, version.revision, options, found)
 
 
 class ScratchTables:
