@@ -14,7 +14,7 @@ from discord.ext import tasks
 
 from tests.waiting import until
 from utils.base_cog import BaseCog, loop
-from utils.bot.periodic import KeptLoop
+from utils.bot.periodic import KeptLoop, loops_of
 from utils.database import Pool
 from utils.database.access import Database
 from utils.exceptions import DatabaseUnavailable, GuildbookError
@@ -27,6 +27,8 @@ class Loops(BaseCog):
         super().__init__(bot)
         self.done: list[str] = []
         self.failing: Exception | None = None
+        for it in loops_of(self):
+            it.first_delay = 0.01
 
     def work(self, name: str) -> None:
         self.done.append(name)
@@ -63,12 +65,6 @@ class Loops(BaseCog):
         self.work("hourly")
 
 
-@pytest.fixture(autouse=True)
-def no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Repeat at once."""
-    monkeypatch.setattr("utils.bot.periodic.backoff_seconds", lambda *_, **__: 0.01)
-
-
 @pytest.fixture
 async def cog() -> AsyncIterator[Loops]:
     """A cog that is unloaded after the test."""
@@ -85,6 +81,7 @@ async def cog() -> AsyncIterator[Loops]:
 async def test_a_loop_survives_every_error(cog: Loops, error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     cog.failing = error
     kept = cog.every(0.01, lambda: asyncio.to_thread(cog.work, "every"), name="counting")
+    kept.first_delay = 0.01
     started: tuple[Any, ...] = (cog.raw, kept)
     cog.raw.start()
     for name in ("raw", "every"):
