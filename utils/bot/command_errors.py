@@ -251,7 +251,8 @@ def _explain_validation(error: pydantic.ValidationError) -> str:
     found = []
     for problem in error.errors(include_url=False)[:MAX_PROBLEMS]:
         name = ".".join(map(str, problem["loc"]))
-        text = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").rstrip(".")
+        is_own = problem["type"] in ("value_error", "assertion_error")  # raised by the model's own validator
+        text = (str(problem["ctx"]["error"]) if is_own else problem["msg"]).rstrip(".")
         text = text.replace("Input should", "should", 1) if name else text
         found.append(f"{name} {text}" if text.startswith("should") else f"{name}: {text}" if name else text)
     if (unnamed := error.error_count() - len(found)) > 0:
