@@ -105,7 +105,7 @@ class BaseCog(commands.Cog):
         self._periodic: list[KeptLoop] = []
         self._started = self._ended = False
         #: Which of `cog_load` and `cog_unload` is running.
-        self._is_within: Literal["load", "unload"] | None = None
+        self._lifecycle_phase: Literal["load", "unload"] | None = None
         if self._pack is not None:
             _ = self.settings, self._locales  # a wrong value or file keeps the cog from being loaded
         live_cogs.add(self)
@@ -280,7 +280,7 @@ class BaseCog(commands.Cog):
         key: str | None = None,
         name: str | None = None,
     ) -> KeptLoop:
-        """Run a coroutine function now and then every `seconds`, until the cog is unloaded, and return its loop.
+        """Run a coroutine function at once and again every `seconds`, until the cog is unloaded, and return its loop.
 
         A run that raises is logged and repeated with back-off; an outage ends nothing. `/cogs list` shows the last run,
         its error, and the next run.
@@ -345,10 +345,10 @@ class BaseCog(commands.Cog):
 
     async def _load(self, own: Callable[[Any], Any] | None) -> None:
         """Run an override of `cog_load`, which may call the inherited one, then `start` unless that has run it."""
-        if self._is_within is not None:  # called by an override
+        if self._lifecycle_phase is not None:  # called by an override
             await (self._start_once() if own is None else discord.utils.maybe_coroutine(own, self))
             return
-        self._is_within = "load"
+        self._lifecycle_phase = "load"
         name = "start" if own is None else "cog_load"
         scope = asyncio.timeout(self._lifecycle_timeout)
         try:
@@ -357,7 +357,7 @@ class BaseCog(commands.Cog):
                     await discord.utils.maybe_coroutine(own, self)
                 await self._start_once()
         except BaseException as exc:
-            self._is_within = None
+            self._lifecycle_phase = None
             try:
                 await self.cog_unload()
             except Exception:  # of an override
@@ -368,7 +368,7 @@ class BaseCog(commands.Cog):
                 ) from exc
             raise
         finally:
-            self._is_within = None
+            self._lifecycle_phase = None
 
     async def _start_once(self) -> None:
         if not self._started:
@@ -379,18 +379,18 @@ class BaseCog(commands.Cog):
 
     async def _unload(self, own: Callable[[Any], Any] | None) -> None:
         """Run an override of `cog_unload`, which may call the inherited one, and clean up whatever it does."""
-        if self._is_within == "unload":
+        if self._lifecycle_phase == "unload":
             await (self._clean_up() if own is None else discord.utils.maybe_coroutine(own, self))
             return
         if self._ended:
             return
-        self._is_within = "unload"
+        self._lifecycle_phase = "unload"
         try:
             if own is not None:
                 async with asyncio.timeout(self._lifecycle_timeout):
                     await discord.utils.maybe_coroutine(own, self)
         finally:
-            self._is_within = None
+            self._lifecycle_phase = None
             await self._clean_up()
 
     async def _clean_up(self) -> None:

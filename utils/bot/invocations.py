@@ -146,7 +146,7 @@ class Invocations:
             deadline.current.reset(token)
 
     def watch(self, invocation: Invocation, task: asyncio.Task[Any] | None) -> None:
-        """See to the answer of a run. `task` None: nobody handles the interaction."""
+        """Supervise a run until it is answered. `task` None: nobody handles the interaction."""
         invocation.deadline.task = task
         watching = asyncio.get_running_loop().create_task(
             invocation.watch(task), name=f"answer of {invocation}", context=contextvars.Context()
@@ -233,7 +233,7 @@ class Invocation:
                     await self._end(task, CommandTimedOut(command_errors.timed_out(waiting)))
             await self._finish(task)
         except Exception:
-            _log.exception("could not see to the answer of %s", self.name)
+            _log.exception("could not supervise %s", self.name)
         finally:
             self.deadline.is_active = self.deadline.is_over
 

@@ -86,7 +86,7 @@ class Prefixes:
                     answer = getattr(cog, HOOK)(message)
                     if inspect.isawaitable(answer):
                         answer = await answer
-                prefixes = _checked(answer)
+                prefixes = _validate(answer)
             except Exception as exc:
                 self._paused[name] = time.monotonic() + self.pause
                 self._report_failure(name, exc)
@@ -112,7 +112,7 @@ def has_hook(cog: commands.Cog) -> bool:
     return callable(hook) and not hasattr(hook, DEFAULT_MARK)
 
 
-def _checked(answer: Any) -> list[str] | None:
+def _validate(answer: Any) -> list[str] | None:
     """Return what a hook returned as a list without empty prefixes. Raises `TypeError` if it is something else."""
     if answer is None or isinstance(answer, str):
         return None if answer is None else [answer] if answer else []

@@ -175,7 +175,7 @@ class Process:
         await self._prepare_database(pool, self.hold)
         self._start_periodic("partitions", PARTITION_INTERVAL, self._maintain_partitions)
         self._start_periodic("database check", CHECK_INTERVAL, self._check_database)
-        self._start_task("loop watchdog", self._measure_stalls())
+        self._start_task("loop stalls", self._measure_stalls())
         while True:
             await self._run_bot(pool, self.hold)
             try:

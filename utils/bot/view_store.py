@@ -1,4 +1,4 @@
-"""Components and forms under the same care as commands: private parts of discord.py 2.7.1 that need it are here.
+"""Components and forms supervised like commands: private parts of discord.py 2.7.1 that need it are here.
 
 discord.py only logs what a view, a form or a dynamic item raises, and forgets who pressed. Its store of views is
 replaced by one that watches each callback, and gives views without an `on_error` of their own one that answers.
