@@ -26,33 +26,16 @@ def interaction_payload(
     channel_id: int | None,
     path: list[str],
     options: dict[str, Any],
+    focused: str | None = None,
 ) -> Json:
-    """Render INTERACTION_CREATE for a slash command; `path` names its subcommand group and subcommand."""
-    resolved: Json = {}
-    data: Json = {"id": command["id"], "name": command["name"], "type": 1, "resolved": resolved}
-    if "guild_id" in command:
-        data["guild_id"] = command["guild_id"]
-    data["options"] = _options(simulator, command, path, options, guild_id, resolved)
-    return _envelope(simulator, 2, data, interaction_id, token, user_id, guild_id, channel_id)
+    """Render INTERACTION_CREATE for a slash command; `path` names its subcommand group and subcommand.
 
-
-def autocomplete_payload(
-    simulator: Simulator,
-    command: Json,
-    interaction_id: int,
-    token: str,
-    user_id: int,
-    guild_id: int | None,
-    path: list[str],
-    options: dict[str, Any],
-    focused: str,
-) -> Json:
-    """Render INTERACTION_CREATE for an option that is being typed: `focused`, whose text so far is in `options`."""
-    data: Json = {"id": command["id"], "name": command["name"], "type": 1, "resolved": {}}
-    if "guild_id" in command:
-        data["guild_id"] = command["guild_id"]
+    `focused`: the option that is being typed, whose text so far is in `options`; None: the command is used.
+    """
+    data = _command_data(command)
     data["options"] = _options(simulator, command, path, options, guild_id, data["resolved"], focused)
-    return _envelope(simulator, 4, data, interaction_id, token, user_id, guild_id, None)
+    kind = 2 if focused is None else 4
+    return _envelope(simulator, kind, data, interaction_id, token, user_id, guild_id, channel_id)
 
 
 def menu_payload(
@@ -66,11 +49,8 @@ def menu_payload(
     message: Json | None,
 ) -> Json:
     """Render INTERACTION_CREATE for a context menu of a user, or of a message (`author_id`, `content`)."""
-    resolved: Json = {}
-    data: Json = {"id": command["id"], "name": command["name"], "type": command["type"], "resolved": resolved}
-    data["target_id"] = str(target_id)
-    if "guild_id" in command:
-        data["guild_id"] = command["guild_id"]
+    data = _command_data(command) | {"target_id": str(target_id)}
+    resolved = data["resolved"]
     payload = _envelope(simulator, 2, data, interaction_id, token, user_id, guild_id, None)
     if message is None:
         _value(simulator, _USER, target_id, guild_id, resolved)
@@ -81,6 +61,11 @@ def menu_payload(
         del shown["webhook_id"], shown["application_id"]
         resolved["messages"] = {str(target_id): shown}
     return payload
+
+
+def _command_data(command: Json) -> Json:
+    data: Json = {"id": command["id"], "name": command["name"], "type": command["type"], "resolved": {}}
+    return data | ({"guild_id": command["guild_id"]} if "guild_id" in command else {})
 
 
 def component_payload(

@@ -15,7 +15,6 @@ from aiohttp import web
 from .entities import Json
 from .ids import snowflake_at
 from .interaction_payloads import (
-    autocomplete_payload,
     component_payload,
     interaction_payload,
     menu_payload,
@@ -233,8 +232,8 @@ class InteractionRoutes:
         """Send INTERACTION_CREATE for what a user has typed into the option `focused` so far."""
         command = self._find(name, guild_id)
         result = self._new_result(user_id, guild_id, _AUTOCOMPLETE)
-        payload = autocomplete_payload(
-            self._simulator, command, result.id, result.token, user_id, guild_id, path, options, focused
+        payload = interaction_payload(
+            self._simulator, command, result.id, result.token, user_id, guild_id, None, path, options, focused
         )
         return self._dispatch(result, payload)
 
