@@ -231,6 +231,12 @@ def ask(question: str, *, otherwise: str) -> str:
     return answer.strip()
 
 
+def confirm(question: str, *, otherwise: str) -> None:
+    """Ask a question of yes or no. Raises `NotConfirmed` for any answer but yes, and like `ask`."""
+    if ask(f"{question} [y/N]", otherwise=otherwise).lower() not in ("y", "yes"):
+        raise NotConfirmed("not confirmed: nothing was changed")
+
+
 def run_action(
     command: str,
     action: Action,

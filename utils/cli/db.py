@@ -15,11 +15,21 @@ from typing import Annotated
 
 import typer
 
-from utils.cli.common import AsJson, DataDir, ask, is_terminal, parse_path, print_outcome, run_action, run_with_pool
+from utils.cli.common import (
+    AsJson,
+    DataDir,
+    ask,
+    confirm,
+    is_terminal,
+    parse_path,
+    print_outcome,
+    run_action,
+    run_with_pool,
+)
 from utils.database import Pool
 from utils.database.address import open_target
 from utils.database.embedded import EmbeddedServer
-from utils.exceptions import DatabaseError, GuildbookError, NotConfirmed, ValidationError
+from utils.exceptions import DatabaseError, GuildbookError, ValidationError
 from utils.operations.action import Outcome, Progress
 from utils.settings import Settings, load_settings
 
@@ -206,17 +216,12 @@ def adopt(
         return await adopt.adopt(pool, application_id)
 
     if not yes:
-        _confirm_adoption(application_id)
+        confirm(
+            f"Guilds that application {application_id} is not in will count as left. Give it the database?",
+            otherwise="guilds that the application is not in will count as left: confirm with --yes",
+        )
     arguments = {"application_id": application_id}
     run_action("db adopt", action, data_dir=data_dir, as_json=as_json, arguments=arguments)
-
-
-def _confirm_adoption(application_id: int) -> None:
-    """Ask. Raises `NotConfirmed` for any answer but yes, `ValidationError` without a terminal."""
-    question = f"Guilds that application {application_id} is not in will count as left. Give it the database? [y/N]"
-    otherwise = "guilds that the application is not in will count as left: confirm with --yes"
-    if ask(question, otherwise=otherwise).lower() not in ("y", "yes"):
-        raise NotConfirmed("not confirmed: nothing was changed")
 
 
 # --- the data

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from utils import packs
-from utils.cli.common import AsJson, DataDir, ask, parse_path, print_outcome, run_action
+from utils.cli.common import AsJson, DataDir, confirm, parse_path, print_outcome, run_action
 from utils.database import Pool
 from utils.database.address import open_target
-from utils.exceptions import NotConfirmed, ValidationError
+from utils.exceptions import ValidationError
 from utils.operations.action import Outcome, Progress
 from utils.packs import Pack
 from utils.settings import Settings, load_settings
@@ -109,7 +109,8 @@ def downgrade(
 ) -> None:
     """Revert revisions of a pack, after a backup; AUTO_MIGRATE is then paused until the next db upgrade."""
     if not yes:
-        _confirm(f"All data in what the later revisions of pack {name} added is lost.")
+        consequence = f"All data in what the later revisions of pack {name} added is lost."
+        confirm(f"{consequence} Continue?", otherwise=f"{consequence} Confirm with --yes")
 
     async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
         from utils.operations.backup.create import backup_before
@@ -134,7 +135,8 @@ def drop(
 ) -> None:
     """Drop the tables that a removed pack left, after a backup; refused while a bot runs."""
     if not yes:
-        _confirm(f"All tables of pack {name} are dropped.")
+        consequence = f"All tables of pack {name} are dropped."
+        confirm(f"{consequence} Continue?", otherwise=f"{consequence} Confirm with --yes")
 
     async def action(settings: Settings, pool: Pool, progress: Progress) -> Outcome:
         from utils.operations.backup.create import backup_before
@@ -155,10 +157,3 @@ def _find(name: str) -> Pack:
             f"COGS names no pack {name[:50]!r}: expected one of {', '.join(known) or '(COGS is empty)'}"
         )
     return known[name]
-
-
-def _confirm(consequence: str) -> None:
-    """Ask. Raises `NotConfirmed` for any answer but yes, `ValidationError` without a terminal."""
-    answer = ask(f"{consequence} Continue? [y/N]", otherwise=f"{consequence} Confirm with --yes")
-    if answer.lower() not in ("y", "yes"):
-        raise NotConfirmed("not confirmed: nothing was changed")
