@@ -157,8 +157,8 @@ def _may_be_of(entry: Entry, identity: Identity) -> bool:
     manifest = entry.manifest
     if manifest is None:
         return entry.is_local
-    is_full = manifest.kind == "full" and not manifest.is_safety_copy and manifest.guilds > 0
-    return is_full and manifest.host is not None and identity.owns(manifest, is_local=entry.is_local)
+    has_guilds = manifest.is_regular and manifest.guilds > 0
+    return has_guilds and manifest.host is not None and identity.owns(manifest, is_local=entry.is_local)
 
 
 async def require_no_hold(pool: Pool, catalog: BackupCatalog) -> None:

@@ -133,6 +133,11 @@ class Manifest:
         return self.reason in SAFETY_REASONS
 
     @property
+    def is_regular(self) -> bool:
+        """Whether it is a full backup and no safety copy: one that `latest` may mean, if it is intact."""
+        return self.kind == "full" and not self.is_safety_copy
+
+    @property
     def line(self) -> str:
         """A one-line summary for people."""
         some = f", some tables only: {', '.join(sorted(name for _, name in self.counts))}"

@@ -64,9 +64,7 @@ class Entry:
     @property
     def is_restorable(self) -> bool:
         """Whether it is an intact full backup that is no safety copy, of whatever database."""
-        manifest = self.manifest
-        is_full = manifest is not None and manifest.kind == "full" and not manifest.is_safety_copy
-        return is_full and self.intact is not None
+        return self.manifest is not None and self.manifest.is_regular and self.intact is not None
 
     @property
     def is_good(self) -> bool:
@@ -139,6 +137,6 @@ def _describe_shortly(entry: Entry) -> str:
     if not entry.is_own:
         how = "" if manifest.host is not None else ": if it is yours, restore it by its id with --from-other"
         return f"{entry.id} (of {describe_owner(manifest)}{how})"
-    if manifest.kind != "full" or manifest.is_safety_copy:
+    if not manifest.is_regular:
         return f"{entry.id} ({manifest.reason if manifest.is_safety_copy else manifest.kind})"
     return entry.id

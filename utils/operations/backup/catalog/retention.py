@@ -93,9 +93,7 @@ def find_drops(manifests: Iterable[Manifest], accepted: Collection[str], is_olde
     Each is compared with the largest before it that is no drop itself. What an operator has accepted, and what was made
     before that, is no drop. Safety copies count as neither: they are made of what is about to be replaced.
     """
-    ordered = sorted(
-        (one for one in manifests if one.kind == "full" and not one.is_safety_copy), key=lambda manifest: manifest.order
-    )
+    ordered = sorted((one for one in manifests if one.is_regular), key=lambda manifest: manifest.order)
     first = max((index for index, one in enumerate(ordered) if one.id in accepted), default=0)
     drops: list[Drop] = []
     intact: list[Manifest] = []

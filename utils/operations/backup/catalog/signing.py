@@ -51,7 +51,7 @@ async def sign(catalog: BackupCatalog, id: str | None = None, *, progress: Progr
     result = Signed(errors=list(errors))
     if id is not None:
         # Without a signature none is good, which `latest` means elsewhere.
-        named = (entry for entry in entries if entry.id == id or (id == LATEST and entry.is_own and is_full(entry)))
+        named = (entry for entry in entries if entry.id == id or (id == LATEST and _may_be_latest(entry)))
         chosen = list(islice(named, 1))
         if not chosen:
             error = BackupError if errors else UnknownBackup
@@ -77,10 +77,8 @@ async def sign(catalog: BackupCatalog, id: str | None = None, *, progress: Progr
     return result
 
 
-def is_full(entry: Entry) -> bool:
-    """Return whether an entry is a full backup and no safety copy, intact or not."""
-    manifest = entry.manifest
-    return manifest is not None and manifest.kind == "full" and not manifest.is_safety_copy
+def _may_be_latest(entry: Entry) -> bool:
+    return entry.is_own and entry.manifest is not None and entry.manifest.is_regular
 
 
 async def _sign_copy(catalog: BackupCatalog, store: Store, id: str, progress: Progress) -> Verification | None:
