@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from simulator import Simulator
 from tests.bot.running import running_bot
 from tests.bot.temporary_cogs import TemporaryCogs
+from tests.mirror.tables import dead_letters
 from tests.waiting import until
 from utils.bot.change_dispatcher import ChangeDispatcher, DispatchPolicy, idempotent
 from utils.database import Pool
@@ -60,10 +61,6 @@ async def raises() -> None:
 
 async def hangs() -> None:
     await asyncio.Event().wait()
-
-
-async def dead_letters(database: Pool) -> list[dict[str, Any]]:
-    return [dict(row) for row in await database.fetch("SELECT * FROM ops.dead_letters ORDER BY id")]
 
 
 async def idle(dispatcher: ChangeDispatcher) -> None:

@@ -107,11 +107,3 @@ async def xp_of(database: Pool) -> dict[tuple[int, int], int]:
     """Return the xp by (guild id, user id)."""
     rows = await database.fetch("SELECT guild_id, user_id, xp FROM member_stats")
     return {(row["guild_id"], row["user_id"]): row["xp"] for row in rows}
-
-
-async def dead_letters(database: Pool) -> list[dict[str, Any]]:
-    """Return the dead letters, oldest first."""
-    rows = await database.fetch(
-        "SELECT table_name, key, user_id, payload, sqlstate, error, cog FROM ops.dead_letters ORDER BY id"
-    )
-    return [dict(row) for row in rows]

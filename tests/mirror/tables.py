@@ -83,6 +83,11 @@ async def rows(database: Pool, table: str) -> dict[Key, dict[str, Any]]:
     }
 
 
+async def dead_letters(database: Pool) -> list[dict[str, Any]]:
+    """Return the dead letters, oldest first."""
+    return [dict(row) for row in await database.fetch("SELECT * FROM ops.dead_letters ORDER BY id")]
+
+
 async def row(database: Pool, table: str, key: Key) -> dict[str, Any]:
     """Return one row."""
     return (await rows(database, table))[key]

@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import Member
-from tests.mirror.batching import POLICY, BatchProcess, batch_process, dead_letters, outage, xp_of
+from tests.mirror.batching import POLICY, BatchProcess, batch_process, outage, xp_of
 from tests.mirror.faults.test_database import administrator
-from tests.mirror.tables import GUILD
+from tests.mirror.tables import GUILD, dead_letters
 from tests.waiting import until
 from utils.database import Pool
 from utils.exceptions import DatabaseUnavailable, GuildbookError, SpoolError, ValidationError

@@ -29,7 +29,6 @@ from utils.mirror.records.batch_rows import (
     encode_head,
     encode_row,
     payload_of,
-    wrap_row,
 )
 from utils.mirror.records.rows import Stamps
 from utils.mirror.spool.journal import Journal
@@ -177,7 +176,7 @@ class TableWriter:
     def __init__(self, batches: Batches, table: str, journal: str) -> None:
         self.table: str = table
         self.queue: SpooledQueue[BatchRow] = SpooledQueue(
-            None, payload_of, wrap_row, spool=batches.spool,
+            None, payload_of, BatchRow, spool=batches.spool,
             max_rows=batches.max_rows,
         )  # fmt: skip
         self._all = batches

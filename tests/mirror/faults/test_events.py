@@ -14,6 +14,7 @@ from simulator import Simulator
 from tests.mirror.faults.test_database import administrator, failures, refusing
 from tests.mirror.faults.test_live import people
 from tests.mirror.harness import Mirrored, differences, mirrored, small_world
+from tests.mirror.tables import dead_letters
 from tests.waiting import until
 from utils.database import Pool
 from utils.exceptions import DatabaseUnavailable
@@ -45,10 +46,6 @@ def sent_messages(simulator: Simulator) -> Counter[tuple[int, int]]:
 async def membership_events(database: Pool, *, inferred: bool | None = None) -> list[tuple[int, str]]:
     rows = await database.fetch("SELECT user_id, kind, inferred FROM member_events ORDER BY stamp, id")
     return [(row["user_id"], row["kind"]) for row in rows if inferred in (None, row["inferred"])]
-
-
-async def dead_letters(database: Pool) -> list[dict[str, Any]]:
-    return [dict(row) for row in await database.fetch("SELECT * FROM ops.dead_letters ORDER BY id")]
 
 
 async def test_live_events_are_recorded_in_order(database: Pool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ class BatchTarget(NamedTuple):
 
 
 class BatchRow(NamedTuple):
-    """An encoded row of a batch, with its place in the queue."""
+    """A row of a batch as the queue and the journal have it: encoded, with its place in the queue."""
 
     stamp: int
     payload: bytes
@@ -109,11 +109,6 @@ def _encode_other(value: object) -> str:
 def is_batch_row(payload: bytes) -> bool:
     """Return whether a journal's record is a row of a batch, not an event of the mirror."""
     return payload[:1] == _FIRST_BYTE
-
-
-def wrap_row(stamp: int, payload: bytes) -> BatchRow:
-    """Return a record of a journal as a row, still encoded."""
-    return BatchRow(stamp, payload)
 
 
 def payload_of(row: BatchRow) -> bytes:

@@ -12,7 +12,7 @@ from pathlib import Path
 from utils.database import Pool
 from utils.database.partitions import id_at
 from utils.exceptions import GuildbookError, LeaseLost
-from utils.mirror.records.batch_rows import is_batch_row, wrap_row
+from utils.mirror.records.batch_rows import BatchRow, is_batch_row
 from utils.mirror.records.events import Event, Membership
 from utils.mirror.records.rows import COUNTER_BITS, Entry, Key
 from utils.mirror.spool.journal import Journal, list_journals
@@ -122,7 +122,7 @@ async def _replay_batch_rows(pool: Pool, fence: Fence, journal: Journal) -> None
     position = 0
     while records := await journal.read(position, TRANSACTION_EVENTS):
         position = records[-1][0]
-        await write_batch_rows(pool, fence, journal.id, [wrap_row(*record) for record in records], position)
+        await write_batch_rows(pool, fence, journal.id, [BatchRow(*record) for record in records], position)
     rows = journal.records
     await journal.remove()
     await pool.execute(events.DELETE_POSITION, journal.id)  # after the files, as in `_replay`
