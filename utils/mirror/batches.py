@@ -62,9 +62,9 @@ class Batch:
     row whose key is not in the table is inserted; columns that it lacks get their defaults.
 
     Rows wait in memory and, as SPOOL says, on disk. An outage of the database loses none. With `SPOOL=always` a row
-    survives a kill -9 as soon as `add` has returned; otherwise a kill -9 loses those that wait. Rows outlive the batch
-    and its cog: they are written later, even by another process. A row that its table refuses becomes a row of
-    `ops.dead_letters`.
+    survives a kill -9 as soon as `add` has returned and the journal is open, which `verify` and loading the cog wait
+    for; otherwise a kill -9 loses those that wait. Rows outlive the batch and its cog: they are written later, even by
+    another process. A row that its table refuses becomes a row of `ops.dead_letters`.
 
     Example::
 
