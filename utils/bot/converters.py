@@ -62,8 +62,7 @@ class UserConverter(commands.UserConverter):
 
     async def convert(self, ctx: commands.Context[Any], argument: str) -> discord.User:
         """Return the user. Raises `commands.UserNotFound` if neither the mirror nor Discord knows them."""
-        match = _ID.match(argument)
-        user_id = None if match is None else int(match[1] or match[2])
+        user_id = _parse_id(argument)
         known = None if user_id is None else ctx.bot.get_user(user_id)
         if known is None and hasattr(ctx.bot, "get_db_session"):
             with contextlib.suppress(DatabaseError):
@@ -90,9 +89,9 @@ class MemberTransformer(app_commands.Transformer):
         if guild is None:
             raise app_commands.NoPrivateMessage
         members = MemberRepository(interaction.client.get_db_session)
-        match = _ID.match(value)
-        if match is not None:
-            found = await members.as_discord(guild, int(match[1] or match[2]))
+        user_id = _parse_id(value)
+        if user_id is not None:
+            found = await members.as_discord(guild, user_id)
         else:
             found = await _member_named(members, guild, value)
         if found is None:
@@ -112,8 +111,7 @@ class UserTransformer(app_commands.Transformer):
 
     async def transform(self, interaction: discord.Interaction[Any], value: Any, /) -> discord.User:
         """Return the user. Raises `Declined` if there is none, `DatabaseError` if the database does not answer."""
-        match = _ID.match(value)
-        found = await _find_user(interaction.client, None if match is None else int(match[1] or match[2]), value)
+        found = await _find_user(interaction.client, _parse_id(value), value)
         if found is None:
             raise Declined(f"I know nobody called {value[:50]!r}.")
         return found
@@ -123,6 +121,12 @@ def _choice(member: discord.Member) -> Choice:
     name = member.display_name
     shown = name if name == member.name else f"{name} ({member.name})"
     return app_commands.Choice(name=shown[:CHOICE_LENGTH], value=str(member.id))
+
+
+def _parse_id(text: str) -> int | None:
+    """Return the id that a text is or mentions; None if it is a name."""
+    match = _ID.match(text)
+    return None if match is None else int(match[1] or match[2])
 
 
 def _client_of(guild: discord.Guild) -> Any:
