@@ -9,6 +9,7 @@ from typing import Any
 
 import asyncpg
 import discord
+import pydantic
 import pytest
 from discord import app_commands
 from discord.ext import commands
@@ -282,3 +283,24 @@ async def test_logs_an_answer_that_discord_refuses(
 )
 def test_explains_known_errors(error: Exception, text: str) -> None:
     assert explain(error).text.startswith(text)
+
+
+class Trade(pydantic.BaseModel):
+    amount: int
+
+    @pydantic.field_validator("amount")
+    def check(cls, amount: int) -> int:
+        assert amount != 13, "thirteen brings bad luck."
+        if amount % 2:
+            raise ValueError("must be even")
+        return amount
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [(13, "amount: thirteen brings bad luck"), (1, "amount: must be even"), (0.5, "amount should be a valid integer")],
+)
+def test_explains_invalid_values_in_the_words_of_the_model(amount: float, text: str) -> None:
+    with pytest.raises(pydantic.ValidationError) as caught:
+        Trade(amount=amount)  # type: ignore[arg-type]
+    assert explain(caught.value).text.startswith(f"Invalid input: {text}")
