@@ -32,6 +32,7 @@ from utils.exceptions import (
     SettingsError,
     expect_tables,
 )
+from utils.mirror.discord.intents import how_to_switch_on
 from utils.mirror.records.rows import COUNTER_BITS
 from utils.mirror.spool.journal import is_dead, newest_first_stamp
 from utils.operations import migrations
@@ -478,8 +479,7 @@ def explain_error(error: BaseException, settings: Settings) -> BaseException:
         )
     if isinstance(error, discord.PrivilegedIntentsRequired) or code == _DISALLOWED_INTENTS:
         return SettingsError(
-            "DISCORD_TOKEN: this application is not allowed to see members; enable 'Server Members Intent' at"
-            f" {DEVELOPER_PORTAL} > your application > Bot > Privileged Gateway Intents, then start again"
+            f"DISCORD_TOKEN: this application is not allowed to see members; {how_to_switch_on('members')}"
         )
     if isinstance(error, discord.ConnectionClosed):
         return GuildbookError(f"Discord closed the gateway connection: code {error.code} {error.reason}")
