@@ -58,10 +58,6 @@ class Pack:
         }
         return [f"{self.package}.cogs.{name}" for name in sorted(names) if not name.startswith("_")]
 
-    def has_revisions(self) -> bool:
-        """Whether it has tables of its own."""
-        return any((self.scripts / "versions").glob("*.py"))
-
     def contains(self, module: str | None) -> bool:
         """Whether a module is a part of it."""
         return module is not None and (module == self.package or module.startswith(f"{self.package}."))

@@ -184,7 +184,7 @@ async def refuse_missing_base(database: Pool | ConnectTarget, reverted: Sequence
             )
 
 
-async def find_recorded(pool: Pool, name: str) -> RecordedPack:
+async def _find_recorded(pool: Pool, name: str) -> RecordedPack:
     """Return the pack of a name of which a database has tables. Raises `UnknownRevision` if it has none."""
     recorded = {pack.name: pack for pack in await recorded_packs.fetch_packs(pool) if _has_any(pack)}
     if name not in recorded:
@@ -199,7 +199,7 @@ async def drop_pack(pool: Pool, name: str, *, backup: Backup | None) -> Outcome:
     `backup` makes that backup; None for none. Raises `MigrationError` if another program's objects depend on them, or
     the pack is still in `COGS`; `GuildbookError` if a bot acts, or the backup failed. Then nothing was changed.
     """
-    pack = await find_recorded(pool, name)
+    pack = await _find_recorded(pool, name)
     if pack.is_active:
         raise MigrationError(
             f"pack {name} is in COGS, so that the next start would create its tables again: remove it there first"
