@@ -284,10 +284,15 @@ async def test_reports_the_state_of_the_schema(monkeypatch: pytest.MonkeyPatch, 
     findings = await worst_findings(monkeypatch, "schema", DATABASE_URL=url)
     assert (findings["schema"].state, findings["drift"].state) == ("ok", "fail")
     await conn.execute("UPDATE guildbook_version SET version_num = '9999'")
-    await conn.close()
     findings = await worst_findings(monkeypatch, "schema", DATABASE_URL=url)
     assert "this version does not know" in findings["schema"].seen
     assert HEAD != "9999"
+    await conn.execute("UPDATE guildbook_version SET version_num = $1", HEAD)
+    await conn.execute("DROP SCHEMA ops CASCADE")
+    await conn.close()
+    found = (await worst_findings(monkeypatch, "schema", DATABASE_URL=url))["schema"]
+    assert "(schema public: no ops.leases)" in found.seen
+    assert (found.state, found.todo) == ("fail", "")
 
 
 async def test_reports_missing_privileges_and_connections(

@@ -106,8 +106,7 @@ async def check_schema(context: DoctorContext) -> Sequence[Finding]:
     upgrade = "run python bot.py db upgrade"
     findings: list[Finding] = []
     if obstacle is not None:
-        seen, _, advice = obstacle.partition(": ")
-        findings.append(Finding("fail", "schema", seen, advice))
+        findings.append(Finding("fail", "schema", obstacle))  # it says what to do
     elif revisions.needs_merge(current):
         seen = f"revision {', '.join(current)}, {len(pending)} pending on {len(revisions.heads)} branches"
         findings.append(Finding("fail", "schema", seen, revisions.merge_advice()))
@@ -145,8 +144,7 @@ def _check_pack(state: migrations.PackState, *, is_automatic: bool) -> Finding:
         seen = f"not in COGS; it left {tables}: {', '.join(state.relations)[:200]}"
         return Finding("warn", name, seen, f"put it back, or drop them: python bot.py pack drop {state.name}")
     if state.problem is not None:
-        seen, _, advice = state.problem.removeprefix(f"{name}: ").partition(": ")
-        return Finding("fail", name, seen, advice or "correct the pack; until then it is not loaded")
+        return Finding("fail", name, state.problem.removeprefix(f"{name}: "), "until then it is not loaded")
     if state.pending:
         advice = "the next start applies them" if is_automatic else upgrade
         return Finding("warn" if is_automatic else "fail", name, f"pending: {', '.join(state.pending)}", advice)
