@@ -304,20 +304,20 @@ class Repository(Generic[ModelT, KeyT]):
         if row is None:
             raise self._not_found(key)
 
-    async def delete_where(self, *where: ColumnElement[bool], include_deleted: bool = False) -> int:
+    async def delete_where(self, *where: ColumnElement[bool]) -> int:
         """Delete the rows that satisfy all conditions, or set their tombstones if the table has them; return how many.
 
         Raises `ValidationError` without a condition; `sqlalchemy.true()` is one for all rows.
         """
         if not where:
             raise ValidationError(f"delete_where() of {self._table.name} needs a condition; true() deletes every row")
-        conditions = (*where, *self._not_deleted(include_deleted))
+        conditions = (*where, *self._not_deleted(include_deleted=False))
         statement: Any = delete(self.model).where(*conditions)
         if self._tombstone is not None:
             changes: dict[str, Any] = {self._tombstone.name: func.now()}
             if (touched := upsert.find_column(self._table, Part.TOUCHED)) is not None:
                 changes[touched.name] = func.now()
-            statement = update(self.model).where(*conditions, self._tombstone.is_(None)).values(**changes)
+            statement = update(self.model).where(*conditions).values(**changes)
         async with self.session() as session:
             result = await session.execute(statement, execution_options={"synchronize_session": False})
         return cast("CursorResult[Any]", result).rowcount
