@@ -271,17 +271,8 @@ class Database(Scopes):
         writes = writes if invalidate_cache else ()
         await self._run("executemany", sql, (rows,), timeout, writes, sys._getframe(1))
 
-    async def executemany(
-        self,
-        sql: str,
-        rows: Iterable[Sequence[Any]],
-        *,
-        timeout: float | None = None,
-        invalidate_cache: bool = True,
-        writes: Sequence[str] | None = None,
-    ) -> None:
-        """Do what `execute_many` does, under asyncpg's name."""
-        await self.execute_many(sql, rows, timeout, invalidate_cache=invalidate_cache, writes=writes)
+    #: asyncpg's name for the same.
+    executemany = execute_many
 
     async def copy_records_to_table(
         self,
