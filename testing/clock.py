@@ -12,7 +12,7 @@ from discord.ext import tasks
 from testing.people import wait_for
 from utils import packs
 from utils.base_cog import BaseCog
-from utils.bot.periodic import KeptLoop, loops_of
+from utils.bot.periodic import RetryingLoop, loops_of
 
 if TYPE_CHECKING:
     from testing.running import RunningBot
@@ -44,7 +44,7 @@ class Clock:
         self._bot.world.now_us += round(seconds * 1e6)
         discord.utils.utcnow = self.now
         for loop in list(self._loops()):
-            if isinstance(loop, KeptLoop) and loop.key is not None:
+            if isinstance(loop, RetryingLoop) and loop.key is not None:
                 await self._run_when_due(loop)
             else:
                 await self._catch_up(loop)
@@ -64,7 +64,7 @@ class Clock:
                 if isinstance(loop, tasks.Loop) and loop.is_running():
                     yield loop
 
-    async def _run_when_due(self, loop: KeptLoop) -> None:
+    async def _run_when_due(self, loop: RetryingLoop) -> None:
         """Run work whose next run the database remembers, by its own clock, as often as it is due by now."""
         due = loop.next_iteration
         while due is not None and due <= self.now():

@@ -26,7 +26,7 @@ from utils.bot.change_dispatcher import idempotent
 from utils.bot.client import Guildbook
 from utils.bot.converters import MemberConverter, MemberTransformer, UserConverter, UserTransformer
 from utils.bot.invocations import bounded
-from utils.bot.periodic import KeptLoop, keep, loop, loops_of
+from utils.bot.periodic import RetryingLoop, bind_loop, loop, loops_of
 from utils.bot.prefixes import DEFAULT_MARK
 from utils.bot.registrations import LIFECYCLE_TIMEOUT, live_cogs
 from utils.cache import TTLCache
@@ -53,10 +53,10 @@ __all__ = [
     "BaseCog",
     "Batch",
     "Guildbook",
-    "KeptLoop",
     "MemberConverter",
     "MemberTransformer",
     "MirrorChange",
+    "RetryingLoop",
     "UserConverter",
     "UserTransformer",
     "bounded",
@@ -91,7 +91,7 @@ class BaseCog(commands.Cog):
         self = super().__new__(cls, *args, **kwargs)
         # Before __init__, which may start them.
         for name, raw in inspect.getmembers_static(cls, lambda value: isinstance(value, tasks.Loop)):
-            setattr(self, name, keep(raw, self))
+            setattr(self, name, bind_loop(raw, self))
         return self
 
     def __init__(self, bot: Guildbook) -> None:
@@ -102,7 +102,7 @@ class BaseCog(commands.Cog):
         self.log: logging.Logger = logging.getLogger(type(self).__module__)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._batches: list[Batch] = []
-        self._periodic: list[KeptLoop] = []
+        self._periodic: list[RetryingLoop] = []
         self._started = self._ended = False
         #: Which of `cog_load` and `cog_unload` is running.
         self._lifecycle_phase: Literal["load", "unload"] | None = None
@@ -279,7 +279,7 @@ class BaseCog(commands.Cog):
         *,
         key: str | None = None,
         name: str | None = None,
-    ) -> KeptLoop:
+    ) -> RetryingLoop:
         """Run a coroutine function at once and again every `seconds`, until the cog is unloaded, and return its loop.
 
         A run that raises is logged and repeated with back-off; an outage ends nothing. `/cogs list` shows the last run,
@@ -312,11 +312,11 @@ class BaseCog(commands.Cog):
             await started
 
         run.__module__, run.__name__ = type(self).__module__, name
-        kept = KeptLoop(run, seconds=seconds, name=name, key=key)
-        kept._injected = self  # type: ignore[assignment]
-        self._periodic.append(kept)
-        kept.start()
-        return kept
+        periodic = RetryingLoop(run, seconds=seconds, name=name, key=key)
+        periodic._injected = self  # type: ignore[assignment]
+        self._periodic.append(periodic)
+        periodic.start()
+        return periodic
 
     def _on_task_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

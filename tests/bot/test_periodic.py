@@ -14,7 +14,7 @@ from discord.ext import tasks
 
 from tests.waiting import until
 from utils.base_cog import BaseCog, loop
-from utils.bot.periodic import KeptLoop, loops_of
+from utils.bot.periodic import RetryingLoop, loops_of
 from utils.database import Pool
 from utils.database.access import Database
 from utils.exceptions import DatabaseUnavailable, GuildbookError
@@ -130,7 +130,7 @@ async def test_stop_ends_a_failing_loop_and_count_counts_successes(cog: Loops) -
 async def test_loops_of_two_instances_are_apart_and_unloading_ends_them(cog: Loops) -> None:
     other = Loops(SimpleNamespace(db=None))
     assert cog.raw is not other.raw
-    assert isinstance(cog.raw, KeptLoop)
+    assert isinstance(cog.raw, RetryingLoop)
     other.raw.start()
     other.every(60, other.stop)
     await asyncio.sleep(0)
@@ -233,6 +233,6 @@ async def test_a_working_loop_logs_nothing(cog: Loops, caplog: pytest.LogCapture
     caplog.set_level(logging.INFO)
     cog.raw.start()
     await until(lambda: len(cog.done) > 3)
-    assert isinstance(cog.raw, KeptLoop)
+    assert isinstance(cog.raw, RetryingLoop)
     assert "every 0.01 s: last run <t:" in cog.raw.describe()
     assert caplog.records == []

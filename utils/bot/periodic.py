@@ -1,8 +1,8 @@
 """Periodic work of cogs that survives errors and outages: `BaseCog.every`, `loop`, and loops of discord.ext.tasks.
 
 A loop of discord.ext.tasks ends with the first error that it does not know, such as that of a database which is away
-for four seconds. `KeptLoop` repeats the iteration with back-off instead. It needs private parts of discord.py 2.7.1:
-`Loop._loop` reads `coro`, and the names below with an underscore.
+for four seconds. `RetryingLoop` repeats the iteration with back-off instead. It needs private parts of discord.py
+2.7.1: `Loop._loop` reads `coro`, and the names below with an underscore.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ WHERE guild_id = 0 AND namespace = 'guildbook.periodic' AND key = $1
 """
 
 
-class KeptLoop(tasks.Loop[Any]):
+class RetryingLoop(tasks.Loop[Any]):
     """A loop of discord.ext.tasks whose iterations are repeated with back-off when they raise.
 
     `before_loop`, `after_loop`, `error`, `stop`, `cancel`, `restart`, `change_interval` and `count` mean what they mean
@@ -86,17 +86,17 @@ class KeptLoop(tasks.Loop[Any]):
         self.is_waiting: bool = False
 
         @functools.wraps(coro)
-        async def kept(*args: Any, **kwargs: Any) -> None:
+        async def retrying(*args: Any, **kwargs: Any) -> None:
             await self._iterate(*args, **kwargs)
 
-        self.coro = kept
+        self.coro = retrying
 
     def __get__(self, obj: Any, objtype: Any) -> Any:
         if obj is None:
             return self
-        kept = keep(self, obj)
-        setattr(obj, self._original.__name__, kept)
-        return kept
+        bound = bind_loop(self, obj)
+        setattr(obj, self._original.__name__, bound)
+        return bound
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the work once, outside the loop; what it raises is raised."""
@@ -238,29 +238,29 @@ class KeptLoop(tasks.Loop[Any]):
             self._logger.warning("%s will run at its next regular time only: %s", self.display_name, exc)
 
 
-def keep(loop: tasks.Loop[Any], cog: Any) -> KeptLoop:
+def bind_loop(loop: tasks.Loop[Any], cog: Any) -> RetryingLoop:
     """Return a loop of a class for one of its instances, which survives errors."""
-    is_kept = isinstance(loop, KeptLoop)
-    kept = KeptLoop(
-        loop._original if is_kept else loop.coro,  # type: ignore[attr-defined]
+    is_ours = isinstance(loop, RetryingLoop)
+    bound = RetryingLoop(
+        loop._original if is_ours else loop.coro,  # type: ignore[attr-defined]
         seconds=loop._seconds, hours=loop._hours, minutes=loop._minutes, time=loop._time,
-        count=loop.count, reconnect=loop.reconnect, name=loop._name, key=loop.key if is_kept else None,  # type: ignore[attr-defined]
+        count=loop.count, reconnect=loop.reconnect, name=loop._name, key=loop.key if is_ours else None,  # type: ignore[attr-defined]
     )  # fmt: skip
-    kept._injected = cog
-    kept._before_loop, kept._after_loop = loop._before_loop, loop._after_loop
+    bound._injected = cog
+    bound._before_loop, bound._after_loop = loop._before_loop, loop._after_loop
     if getattr(loop._error, "__func__", None) is not tasks.Loop._error:
-        kept._error = loop._error  # type: ignore[method-assign]
-    kept._valid_exception = loop._valid_exception
-    return kept
+        bound._error = loop._error  # type: ignore[method-assign]
+    bound._valid_exception = loop._valid_exception
+    return bound
 
 
-def loops_of(cog: object) -> Iterator[KeptLoop]:
+def loops_of(cog: object) -> Iterator[RetryingLoop]:
     """Yield the loops of a cog that survive errors, by `loop`, `every` or discord.ext.tasks."""
     for value in vars(cog).values():
-        if isinstance(value, KeptLoop):
+        if isinstance(value, RetryingLoop):
             yield value
         elif isinstance(value, list):
-            yield from (item for item in value if isinstance(item, KeptLoop))
+            yield from (item for item in value if isinstance(item, RetryingLoop))
 
 
 def loop(
@@ -273,7 +273,7 @@ def loop(
     reconnect: bool = True,
     name: str | None = None,
     key: str | None = None,
-) -> Callable[[Callable[..., Coroutine[Any, Any, Any]]], KeptLoop]:
+) -> Callable[[Callable[..., Coroutine[Any, Any, Any]]], RetryingLoop]:
     """Return a decorator like `discord.ext.tasks.loop`, for a method of a cog; the loop survives errors and outages.
 
     key: the next run is remembered under it: a restart does not run the work too early, of several processes one runs
@@ -288,8 +288,8 @@ def loop(
             self.digest.start()
     """
 
-    def decorate(coro: Callable[..., Coroutine[Any, Any, Any]]) -> KeptLoop:
-        return KeptLoop(
+    def decorate(coro: Callable[..., Coroutine[Any, Any, Any]]) -> RetryingLoop:
+        return RetryingLoop(
             coro, seconds=seconds, minutes=minutes, hours=hours, time=time, count=count, reconnect=reconnect,
             name=name, key=key,
         )  # fmt: skip
