@@ -75,12 +75,12 @@ def is_idempotent(listener: Callable[..., Any]) -> bool:
 
 
 class _Progress:
-    """What one listener has been told of."""
+    """Which changes one listener has received."""
 
-    def __init__(self, concurrency: int, told_before: int) -> None:
-        #: An earlier process has told it of every change up to this id.
-        self.told_before = told_before
-        #: Ids of the changes that it was not told of yet, in order.
+    def __init__(self, concurrency: int, delivered_before: int) -> None:
+        #: An earlier process has delivered every change up to this id.
+        self.delivered_before = delivered_before
+        #: Ids of the changes that were not delivered yet, in order.
         self.waiting: dict[int, None] = {}
         self.slots = asyncio.Semaphore(concurrency)
 
@@ -99,7 +99,7 @@ class ChangeDispatcher:
         self._listeners = listeners
         self._policy = policy or DispatchPolicy()
         self._progress: dict[str, _Progress] = {}
-        self._told_before: dict[str, int] = {}
+        self._delivered_before: dict[str, int] = {}
         #: By listener and guild (None: users), the changes that wait, and the tasks that pass them on.
         self._lanes: dict[tuple[str, int | None], deque[MirrorChange]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -107,24 +107,26 @@ class ChangeDispatcher:
         self._calls: set[asyncio.Task[Any]] = set()
         self._is_paused = False
         #: Id of the first change that came while the bot was closing; None if there was none.
-        self._first_untold: int | None = None
+        self._first_undelivered: int | None = None
 
     def resume_from(self, positions: dict[str, int]) -> None:
-        """Take up where an earlier process stopped: the id of the last change that each listener was told of."""
-        self._told_before |= positions
+        """Take up where an earlier process stopped: the id of the last change that each listener received."""
+        self._delivered_before |= positions
 
     # --- what the feed calls
 
     def dispatch(self, change: MirrorChange) -> None:
         """Queue a change for every listener."""
         if self._is_paused:
-            self._first_untold = self._first_untold or change.id
+            self._first_undelivered = self._first_undelivered or change.id
             return
         for name in self._registered():
             progress = self._progress.get(name)
             if progress is None:
-                progress = self._progress[name] = _Progress(self._policy.concurrency, self._told_before.get(name, 0))
-            if change.id <= progress.told_before:
+                progress = self._progress[name] = _Progress(
+                    self._policy.concurrency, self._delivered_before.get(name, 0)
+                )
+            if change.id <= progress.delivered_before:
                 continue
             progress.waiting[change.id] = None
             lane = self._lanes.get((name, change.guild_id))
@@ -149,18 +151,18 @@ class ChangeDispatcher:
         return sum(len(progress.waiting) for progress in self._progress.values())
 
     def positions(self, read: int) -> tuple[int, dict[str, int]]:
-        """Return up to which id all listeners were told, and which of them were told of more, up to which.
+        """Return up to which id all listeners have received the changes, and which of them more, up to which.
 
         `read`: the id up to which changes were dispatched.
         """
-        if self._first_untold is not None:
-            read = min(read, self._first_untold - 1)
-        told = {
+        if self._first_undelivered is not None:
+            read = min(read, self._first_undelivered - 1)
+        delivered = {
             name: next(iter(progress.waiting)) - 1 if progress.waiting else read
             for name, progress in self._progress.items()
         }
-        lowest = min((read, *told.values()))
-        return lowest, {name: position for name, position in told.items() if position > lowest}
+        lowest = min((read, *delivered.values()))
+        return lowest, {name: position for name, position in delivered.items() if position > lowest}
 
     # --- the end
 
@@ -181,12 +183,12 @@ class ChangeDispatcher:
         lane, waiting = self._lanes[name, guild_id], self._progress[name].waiting
         try:
             while lane:
-                await self._tell(name, lane[0])
+                await self._deliver(name, lane[0])
                 waiting.pop(lane.popleft().id, None)
         finally:
             del self._lanes[name, guild_id]
 
-    async def _tell(self, name: str, change: MirrorChange) -> None:
+    async def _deliver(self, name: str, change: MirrorChange) -> None:
         """Call a listener for one change, again if it may be. Raises nothing but its cancellation."""
         listener = await self._find(name)
         if listener is None:
@@ -231,7 +233,7 @@ class ChangeDispatcher:
                 if await cancel_and_wait((task,), policy.cancel_seconds):
                     _log.critical("%s ignored its cancellation and keeps running in the background", name)
                 if asyncio.current_task().cancelling() and not is_idempotent(listener):  # type: ignore[union-attr]
-                    progress.waiting.pop(change.id, None)  # told, and not to be told again
+                    progress.waiting.pop(change.id, None)  # delivered, and not to be delivered again
             if is_late:
                 raise TimeoutError(f"it did not end within {policy.timeout:g} s and was cancelled")
             if task.cancelled():
