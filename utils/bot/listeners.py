@@ -151,9 +151,11 @@ def find_problem(event: str, present: Present) -> str | None:
 
     `event` is its name without `on_`.
     """
+    if event in present.provided or event in present.own:
+        return None
     needs = EVENTS.get(event)
-    if needs is None or event in present.provided or event in present.own:
-        return None if needs is not None or event in present.own else _find_mistake(event)
+    if needs is None:
+        return _find_mistake(event)
     if needs.never is not None:
         return f"is never called: {needs.never}{_advice(needs.instead, [])}"
     missing, settings = [], []
