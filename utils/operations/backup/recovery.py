@@ -53,8 +53,8 @@ class Hold:
         return f"{restore}; to begin anew, run python bot.py db begin-anew (in Discord: /db begin-anew)"
 
     @property
-    def line(self) -> str:
-        """What happened and what to do, for people."""
+    def what_happened(self) -> str:
+        """What happened, for people."""
         found = self.problem
         if self.backup is not None:
             found = (
@@ -62,7 +62,12 @@ class Hold:
                 f" {format_count(self.backup.total_rows, 'row')} is of the same application, host and database"
             )
         known = f", and {found}" if found else ""
-        return f"the database is {self.state} ({self.reason}){known}: nothing is written to it; {self.advice}"
+        return f"the database is {self.state} ({self.reason}){known}: nothing is written to it"
+
+    @property
+    def line(self) -> str:
+        """What happened and what to do, for people."""
+        return f"{self.what_happened}; {self.advice}"
 
     def details(self) -> dict[str, Any]:
         """Return what GET /readyz shows."""

@@ -77,7 +77,7 @@ async def check_backups(context: DoctorContext) -> Sequence[Finding]:
         loss = await recovery.find_loss(pool)
         hold = None if loss is None else await recovery.find_hold(pool, catalog, loss)
         if hold is not None:
-            return [Finding("fail", "backups", hold.line.removesuffix(f"; {hold.advice}"), hold.advice)]
+            return [Finding("fail", "backups", hold.what_happened, hold.advice)]
         catalog = await catalog.serving(pool)
     entries, errors = await catalog.scan()
     findings = [Finding("warn", "backups", f"only the others are checked: {error}"[:300]) for error in errors]
