@@ -17,8 +17,6 @@ MAX_COUNT = 10**12
 _MILLISECONDS = 10**11
 _EARLIEST = datetime.fromtimestamp(DISCORD_EPOCH_MS / 1000, UTC)
 _ID = r"[0-9]{1,20}"
-_MEMBER = re.compile(rf"({_ID})_({_ID})")
-_MEMBER_LENIENT = re.compile(rf"\s*({_ID})\s*[-_:;/.,| ]\s*({_ID})\s*")
 _DIGITS = re.compile(r"[+-]?[0-9]{1,20}(\.[0-9]+)?")
 _TRUE = frozenset(("true", "on", "yes", "y", "1", "enabled"))
 _FALSE = frozenset(("false", "off", "no", "n", "0", "disabled"))
@@ -26,17 +24,6 @@ _FALSE = frozenset(("false", "off", "no", "n", "0", "disabled"))
 
 class UnusableValue(ValueError):
     """A value cannot be repaired. The message is the same for all values of a kind, and contains no data."""
-
-
-def member_key(key: str) -> tuple[int, int, str | None]:
-    """Return guild id, user id and the repair (None if none was needed). Raises `UnusableValue`."""
-    repaired = None
-    match = _MEMBER.fullmatch(key)
-    if match is None:
-        match, repaired = _MEMBER_LENIENT.fullmatch(key), "key not spelled guild_user"
-    if match is None:
-        raise UnusableValue("the key is not guild_user")
-    return _id(match[1]), _id(match[2]), repaired
 
 
 def snowflake(value: Any) -> int:
