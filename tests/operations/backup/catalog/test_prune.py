@@ -96,7 +96,7 @@ async def test_damaged_backups_neither_count_nor_go(tmp_path: Path) -> None:
     assert f"{intact.id}.dump" in await remaining_files(service)
 
 
-async def test_lists_damage_in_one_of_two_stores(tmp_path: Path) -> None:
+async def test_lists_damage_in_one_of_two_stores(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     service = service_with_two_stores(tmp_path)
     backup = hours_ago(1)
     for store in service.catalog.stores:
@@ -105,6 +105,8 @@ async def test_lists_damage_in_one_of_two_stores(tmp_path: Path) -> None:
     [entry] = await service.catalog.entries()
     assert entry.manifest == backup
     assert "is damaged" in entry.line
+    assert (await service.catalog.find("latest")).id == backup.id
+    assert "are skipped" not in caplog.text, "another copy of it is intact"
     with pytest.raises(BackupError, match="is damaged"):
         await service.verify(backup.id)
 

@@ -166,8 +166,8 @@ class BackupCatalog:
         if id == LATEST:
             found = newest_good(entries)
             if found is not None:
-                if damaged := damaged_since(found, entries):
-                    lines = "; ".join(f"{entry.id} ({entry.problem})" for entry in damaged if entry is not found)
+                if skipped := [entry for entry in damaged_since(found, entries) if entry is not found]:
+                    lines = "; ".join(f"{entry.id} ({entry.problem})" for entry in skipped)
                     _log.warning("damaged backups newer than %s are skipped: %s", found.id, lines)
                 return found
             raise BackupError(
