@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 
-#: Thresholds of `gc.set_threshold`. Measured with 100,000 members arriving at 20 pages a second: the longest stall fell
-#: from 85 ms to 8 ms, all of it full collections over modules that live as long as the process. When their members also
-#: enter discord.py's cache, a collection of the middle generation takes 16 ms at most, and 43 ms with 50 instead of 10.
+#: Thresholds of `gc.set_threshold`. Full collections go over modules that live as long as the process, and are the
+#: longest stalls while members arrive: `make bench` shows the longest (benchmarks/results/foundation.md). The middle
+#: generation stays small, because members that enter discord.py's cache meanwhile make its collections long.
 THRESHOLDS = (5_000, 10, 500)
 
 
