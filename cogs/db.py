@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import datetime
@@ -325,7 +324,7 @@ class DatabaseCommands(BaseCog):
         names = _split(tables)
 
         async def work(reply: Reply) -> Outcome:
-            guild_id = _guild_id(guild)
+            guild_id = None if guild is None else slash.parse_guild_id(guild)
             check_options(names, guild_id, whole_database=whole_database, drop_old=drop_old)
             service = await self._backups()
             entry, text = await service.describe_restore(self._database, id)
@@ -462,15 +461,6 @@ class BotContext(DoctorContext):
 def _split(names: str | None) -> list[str]:
     """Return the names in a list separated by commas."""
     return [name.strip() for name in (names or "").split(",") if name.strip()]
-
-
-def _guild_id(text: str | None) -> int | None:
-    """Return the id of a guild, which Discord's integers are too short for. Raises `ValidationError`."""
-    if text is None:
-        return None
-    if not re.fullmatch(r"\s*\d{1,19}\s*", text, re.ASCII) or int(text) >= 2**63:
-        raise ValidationError(f"{text[:40]!r} is not the id of a guild: expected digits")
-    return int(text)
 
 
 def _format_time(at: datetime) -> str:

@@ -177,14 +177,10 @@ class MirrorCommands(commands.Cog):
         )
 
     def _parse_guild_id(self, text: str) -> int:
-        digits = text.strip()
-        if not (digits.isascii() and digits.isdigit() and 0 < int(digits) < 2**63):
-            raise ValidationError(
-                f"{text[:50]!r} is not a guild id: expected digits (in Developer Mode, right-click the guild, Copy ID)"
-            )
-        if int(digits) not in self.bot.mirror.reconciler.guilds:
-            raise ValidationError(f"the bot is not in a guild with the id {digits}")
-        return int(digits)
+        guild_id = slash.parse_guild_id(text)
+        if guild_id not in self.bot.mirror.reconciler.guilds:
+            raise ValidationError(f"the bot is not in a guild with the id {guild_id}")
+        return guild_id
 
     def _name(self, guild_id: int) -> str:
         guild = self.bot.get_guild(guild_id)

@@ -140,7 +140,7 @@ async def test_operators_can_run_every_command(bot: Guildbook, database: Pool, s
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guild": "abc"}, "'abc' is not the id of a guild"),
+        ({"guild": "abc"}, "'abc' is not a guild id"),
         ({"guild": "5", "tables": "members"}, "either tables or the documents of a guild"),
         ({"guild": "5", "whole_database": True}, "cannot be replaced by a part"),
         ({"drop_old": True}, "leaves no old database to drop"),

@@ -173,6 +173,7 @@ async def test_commands_are_for_direct_messages_without_admin_guild(
     [
         ("Large", "'Large' is not a guild id"),
         ("99999999999999999999", "is not a guild id"),
+        pytest.param("9" * 5_000, "is not a guild id", id="too many digits"),
         ("123", "the bot is not in a guild with the id 123"),
     ],
 )

@@ -16,7 +16,7 @@ from discord.ext import commands
 
 from utils.cache import SingleFlight
 from utils.database import deadline
-from utils.exceptions import GuildbookError, NotConfirmed
+from utils.exceptions import GuildbookError, NotConfirmed, ValidationError
 from utils.logs import RateLimit, log_once, redact
 from utils.operations.action import Outcome, Step, record_action
 from utils.service import metrics
@@ -352,6 +352,16 @@ def _to_answer(result: str | Outcome | Answer) -> Answer:
         return Answer(result)
     file = None if result.file is None else (result.file[0], result.file[1].encode())
     return Answer(redact(result.text), file=file)
+
+
+def parse_guild_id(text: str) -> int:
+    """Return a guild's id, or 0, from a text option: Discord's integers are too short. Raises `ValidationError`."""
+    digits = text.strip()
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 20 and int(digits) < 2**63):
+        raise ValidationError(
+            f"{text[:50]!r} is not a guild id: expected digits (in Developer Mode, right-click the guild, Copy ID)"
+        )
+    return int(digits)
 
 
 async def add_cog(bot: Guildbook, cog: commands.Cog) -> None:
