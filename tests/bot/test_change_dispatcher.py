@@ -277,6 +277,7 @@ async def test_next_process_tells_what_was_being_told_at_the_end(
         created = world.create_channel(guild_id, "first")
         told: list[Any] = bot.cogs["Archive"].told  # type: ignore[attr-defined]
         await until(lambda: ("create", "channels", "first") in told)
+        await until(lambda: not bot._changes.waiting)  # that call has returned, so the next one is another
         world.update_channel(guild_id, created, name="stubborn")
         await until(lambda: bot._changes._calls)
         world.update_channel(guild_id, created, name="later")

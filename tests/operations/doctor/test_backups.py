@@ -117,7 +117,8 @@ async def test_reports_what_a_store_does_not_do(
     for kind in (s3.failing, s3.refusing, s3.silent):
         kind.clear()
     s3.bucket, s3.damage = "bucket", None
-    assert (await check_bucket()).state == "ok"
+    finding = await check_bucket()
+    assert finding.state == "ok", finding
     assert not [key for key in s3.objects if PROBE in key], "the next one deletes what was left"
 
 
